@@ -1,0 +1,243 @@
+"""The frozen values one picture's journey is made of, and the hashes that name them.
+
+Standard library only: every other module may import this one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass, fields, is_dataclass
+from enum import StrEnum
+from typing import Any, Literal
+
+# JSON values; recursive aliases need Python 3.12's `type` statement, so this names only the outermost layer.
+Json = dict[str, Any]
+
+
+class Task(StrEnum):
+    """What a stage does."""
+
+    TEXT_TO_IMAGE = "text-to-image"
+    IMAGE_TO_IMAGE = "image-to-image"
+    INPAINTING = "inpainting"
+    SUPER_RESOLUTION = "super-resolution"
+
+
+class Status(StrEnum):
+    """Where a job stands. ``waiting`` is for parents or for a back-off; the last five are terminal."""
+
+    WAITING = "waiting"
+    READY = "ready"
+    LEASED = "leased"
+    SUCCEEDED = "succeeded"
+    FAILED = "failed"
+    BLOCKED = "blocked"
+    SKIPPED = "skipped"
+    CANCELLED = "cancelled"
+
+
+TERMINAL = frozenset({Status.SUCCEEDED, Status.FAILED, Status.BLOCKED, Status.SKIPPED, Status.CANCELLED})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CheckpointRef:
+    """Weights by the name people use and by the digest that was pinned at submit."""
+
+    alias: str
+    digest: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ImageSource:
+    """A picture a request consumes.
+
+    With ``stage`` it is the picture of this job's parent in that stage and ``digest`` is the parent's
+    fingerprint; without, it is the stored input ``inputs/{digest}`` and ``digest`` its SHA-256.
+    """
+
+    digest: str
+    stage: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ControlNetInput:
+    """One ControlNet, the picture that steers it, and how that picture becomes a control map."""
+
+    checkpoint: CheckpointRef
+    image: ImageSource
+    annotator: str = "none"
+    annotator_parameters: tuple[tuple[str, float | int | str], ...] = ()
+    controlnet_conditioning_scale: float = 1.0
+    control_guidance_start: float = 0.0
+    control_guidance_end: float = 1.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AdapterInput:
+    """A LoRA, textual inversion or IP-Adapter with its weight; the image is an IP-Adapter's reference."""
+
+    checkpoint: CheckpointRef
+    weight: float = 1.0
+    image: ImageSource | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OutputFormat:
+    """How the picture is encoded. ``quality`` (1-100) is for jpeg and webp; ``None`` is lossless png."""
+
+    format: Literal["png", "jpeg", "webp"] = "png"
+    quality: int | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GenerationRequest:
+    """Everything that determines one picture's pixels; parameters carry diffusers' names.
+
+    ``width`` and ``height`` are pixels of the result (of the input, for super-resolution). ``seed`` is
+    the noise seed, already derived for this stage. ``strength`` is in (0, 1].
+    """
+
+    task: Task
+    checkpoint: CheckpointRef
+    prompt: str
+    seed: int
+    width: int
+    height: int
+    num_inference_steps: int
+    guidance_scale: float
+    scheduler: str
+    negative_prompt: str = ""
+    strength: float | None = None
+    image: ImageSource | None = None
+    mask_image: ImageSource | None = None
+    controlnets: tuple[ControlNetInput, ...] = ()
+    loras: tuple[AdapterInput, ...] = ()
+    textual_inversions: tuple[AdapterInput, ...] = ()
+    ip_adapters: tuple[AdapterInput, ...] = ()
+    vae: CheckpointRef | None = None
+    clip_skip: int | None = None
+    noise_level: int | None = None
+    resize: str | None = None
+    output: OutputFormat = OutputFormat()
+
+    def sources(self) -> dict[str, ImageSource]:
+        """Every picture this request consumes, by role: ``image``, ``mask_image``, ``controlnets.0``, ..."""
+        found = {"image": self.image, "mask_image": self.mask_image}
+        found |= {f"controlnets.{n}": use.image for n, use in enumerate(self.controlnets)}
+        found |= {f"ip_adapters.{n}": use.image for n, use in enumerate(self.ip_adapters)}
+        return {role: source for role, source in found.items() if source is not None}
+
+    def checkpoints(self) -> tuple[CheckpointRef, ...]:
+        """Every set of weights this request needs, the base first."""
+        adapters = (*self.controlnets, *self.loras, *self.textual_inversions, *self.ip_adapters)
+        vae = (self.vae,) if self.vae else ()
+        return (self.checkpoint, *(use.checkpoint for use in adapters), *vae)
+
+
+def to_document(value: Any) -> Any:
+    """A frozen value as JSON. Fields at their default are left out, so that a field added later
+    does not change the fingerprint of a request that does not use it."""
+    if is_dataclass(value) and not isinstance(value, type):
+        return {
+            f.name: to_document(getattr(value, f.name)) for f in fields(value) if getattr(value, f.name) != f.default
+        }
+    if isinstance(value, tuple | list):
+        return [to_document(item) for item in value]
+    return str(value) if isinstance(value, StrEnum) else value
+
+
+def request_from_document(document: Json) -> GenerationRequest:
+    """The inverse of :func:`to_document` for a request; raises KeyError or TypeError on a foreign document."""
+    d = dict(document)
+    return GenerationRequest(
+        **d
+        | {
+            "task": Task(d["task"]),
+            "checkpoint": CheckpointRef(**d["checkpoint"]),
+            "image": _source(d.get("image")),
+            "mask_image": _source(d.get("mask_image")),
+            "controlnets": tuple(_controlnet(use) for use in d.get("controlnets", ())),
+            "vae": CheckpointRef(**d["vae"]) if d.get("vae") else None,
+            "output": OutputFormat(**d.get("output", {})),
+        }
+        | {
+            name: tuple(_adapter(use) for use in d.get(name, ()))
+            for name in ("loras", "textual_inversions", "ip_adapters")
+        }
+    )
+
+
+def _source(document: Json | None) -> ImageSource | None:
+    return ImageSource(**document) if document else None
+
+
+def _controlnet(d: Json) -> ControlNetInput:
+    parameters = tuple((str(name), value) for name, value in d.get("annotator_parameters", ()))
+    own = {"checkpoint": CheckpointRef(**d["checkpoint"]), "image": ImageSource(**d["image"])}
+    return ControlNetInput(**d | own | {"annotator_parameters": parameters})
+
+
+def _adapter(d: Json) -> AdapterInput:
+    return AdapterInput(**d | {"checkpoint": CheckpointRef(**d["checkpoint"]), "image": _source(d.get("image"))})
+
+
+def canonical(document: Any) -> bytes:
+    """One byte string per JSON value: sorted keys, no spaces, no NaN."""
+    return json.dumps(document, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode()
+
+
+def digest(document: Any) -> str:
+    """SHA-256 of the canonical form, hexadecimal."""
+    return hashlib.sha256(canonical(document)).hexdigest()
+
+
+def fingerprint(request: GenerationRequest) -> str:
+    """What determines the picture: equal fingerprints ask for the same pixels.
+
+    Aliases are only names, so the digests alone count.
+    """
+    return digest(_without_aliases(to_document(request)))
+
+
+def _without_aliases(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_aliases(item) for key, item in value.items() if key != "alias"}
+    return [_without_aliases(item) for item in value] if isinstance(value, list) else value
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class JobSpec:
+    """One job as a campaign file asks for it, before the database knows it.
+
+    ``parents`` maps the stage of each parent to that parent's identity. ``row_key`` names the table
+    row (empty without ``rows:``), ``seed`` is the root seed that chains share, ``request.seed`` the
+    noise seed of this stage.
+    """
+
+    stage: str
+    depth: int
+    row_key: str
+    variables: tuple[tuple[str, Any], ...]
+    seed: int
+    request: GenerationRequest
+    fingerprint: str
+    batch_key: str
+    edition: str = ""
+    parents: tuple[tuple[str, str], ...] = ()
+
+    @property
+    def identity(self) -> str:
+        """What makes this job the same job when its campaign is submitted again."""
+        return job_identity(self.edition, self.stage, self.row_key, self.variables, self.seed)
+
+
+def job_identity(edition: str, stage: str, row_key: str, variables: tuple[tuple[str, Any], ...], seed: int) -> str:
+    """The hash that is unique in a campaign."""
+    return digest([edition, stage, row_key, sorted(([name, value] for name, value in variables)), seed])
+
+
+def stage_seed(seed: int, stage: str) -> int:
+    """A stage's own noise seed in [0, 2**63), derived so that a chain does not repeat one noise."""
+    derived = hashlib.sha256(f"{seed}/{stage}".encode()).digest()
+    return int.from_bytes(derived[:8], "big") >> 1

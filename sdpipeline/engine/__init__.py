@@ -1,0 +1,74 @@
+"""What makes pictures: one protocol, the real diffusers engine, and a double for load tests and dry runs.
+
+This module, ``families`` and ``checkpoints`` import no torch, so that a machine without the
+``[engine]`` extra can plan, submit and dispatch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from sdpipeline.domain import GenerationRequest, Json
+from sdpipeline.errors import SdpError
+
+Pixels = npt.NDArray[np.uint8]
+"""A picture: height x width x 3, RGB, 0-255."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PreparedRequest:
+    """A request with the pictures it consumes, decoded, by the roles of ``GenerationRequest.sources``."""
+
+    request: GenerationRequest
+    images: Mapping[str, Pixels] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Batch:
+    """Requests of one batch key that share a forward pass, padded to ``bucket`` (a power of two)."""
+
+    requests: Sequence[PreparedRequest]
+    bucket: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GeneratedImage:
+    """A finished picture and what actually ran to make it.
+
+    ``ran`` is JSON and goes into the record: at least seed, checkpoint digests, scheduler with its
+    config, dtype, device kind, bucket, slot, fallbacks taken, and library versions.
+    ``control_maps`` are the maps that steered it, one per ControlNet.
+    """
+
+    pixels: Pixels
+    ran: Json
+    control_maps: Sequence[Pixels] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GenerationFailure:
+    """Why one request of a batch has no picture; its neighbours are not touched."""
+
+    error: SdpError
+
+
+class Engine(Protocol):
+    """Turns batches into pictures. Called from one thread only."""
+
+    def generate(self, batch: Batch) -> Sequence[GeneratedImage | GenerationFailure]:
+        """One result per request, in order.
+
+        Raises nothing for a request's own fault: that is a GenerationFailure. An unknown exception
+        means the process is not to be trusted any more and ends it.
+        """
+
+    def resident(self) -> frozenset[str]:
+        """Digests of the checkpoints that are loaded now."""
+
+    def describe(self) -> dict[str, Any]:
+        """Device, dtype and library versions, for the worker's row and for ``doctor``."""

@@ -1,0 +1,116 @@
+"""Every error this package raises on purpose.
+
+::
+
+    SdpError
+    ├── BadInputError             the user's file, option or setting is wrong: exit 2, nothing written
+    │   ├── CampaignError         ... in a campaign file, with one Mistake for each fault found
+    │   └── SettingsError         ... in a setting, or a service a setting names does not answer
+    ├── TransientError            the same work may succeed later: the job is tried again
+    │   ├── StorageUnavailableError
+    │   ├── DatabaseUnavailableError
+    │   ├── OrchestratorUnavailableError
+    │   └── DeviceExhaustedError  out of memory although every fallback was taken
+    ├── PermanentError            the job fails; the message names the field and the fix
+    │   ├── RequestRefusedError   the engine cannot do what the request asks
+    │   ├── CheckpointError       weights are missing, altered, revoked or unsafe
+    │   ├── InputImageError       an input picture is missing, altered, truncated or too large
+    │   └── BadPictureError       the engine's own output is not a picture (NaN, flat, black)
+    ├── ObjectMissingError        storage has no object under that key
+    ├── ObjectConflictError       storage holds other bytes under that key
+    └── LeaseLostError            another worker owns the job now: drop the work
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Mistake:
+    """One fault in something a user wrote: where it is, what is wrong and what to write instead."""
+
+    message: str
+    file: str | None = None
+    line: int | None = None
+    column: int | None = None
+    key: str | None = None
+    fix: str | None = None
+
+    def __str__(self) -> str:
+        """One line as a compiler prints it: ``file:line:column: key: message (fix)``."""
+        place = ":".join(str(part) for part in (self.file, self.line, self.column) if part is not None)
+        parts = [part for part in (place, self.key, self.message) if part]
+        return ": ".join(parts) + (f" ({self.fix})" if self.fix else "")
+
+
+class SdpError(Exception):
+    """Root of the tree above."""
+
+
+class BadInputError(SdpError):
+    """What the user asked for cannot be accepted; holds one or more mistakes."""
+
+    def __init__(self, *mistakes: Mistake | str) -> None:
+        self.mistakes = tuple(m if isinstance(m, Mistake) else Mistake(message=m) for m in mistakes)
+        super().__init__("\n".join(str(mistake) for mistake in self.mistakes))
+
+
+class CampaignError(BadInputError):
+    """A campaign file is refused as a whole."""
+
+
+class SettingsError(BadInputError):
+    """A setting is wrong, or the service it names does not answer."""
+
+
+class TransientError(SdpError):
+    """The same work may succeed later."""
+
+
+class StorageUnavailableError(TransientError):
+    """Object storage did not answer, or answered with an error of its own, within the retries."""
+
+
+class DatabaseUnavailableError(TransientError):
+    """The database did not answer."""
+
+
+class OrchestratorUnavailableError(TransientError):
+    """The Prefect server did not answer."""
+
+
+class DeviceExhaustedError(TransientError):
+    """The device has too little memory for even one picture of this kind."""
+
+
+class PermanentError(SdpError):
+    """Trying the job again would fail again."""
+
+
+class RequestRefusedError(PermanentError):
+    """The engine cannot do what this request asks; the message names the field and the fix."""
+
+
+class CheckpointError(PermanentError):
+    """Weights are missing, altered, revoked or in an unsafe format."""
+
+
+class InputImageError(PermanentError):
+    """An input picture is missing, altered, truncated or too large."""
+
+
+class BadPictureError(PermanentError):
+    """The engine's output is not a picture: not finite, flat or black."""
+
+
+class ObjectMissingError(SdpError):
+    """Storage has no object under that key."""
+
+
+class ObjectConflictError(SdpError):
+    """Storage already holds other bytes under that key."""
+
+
+class LeaseLostError(SdpError):
+    """The lease expired or was closed; whoever holds the job now will finish it."""
