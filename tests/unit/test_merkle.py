@@ -89,4 +89,6 @@ def _root_by_definition(entries: list[bytes]) -> bytes:
     if len(entries) == 1:
         return hashlib.sha256(b"\x00" + entries[0]).digest()
     split = 1 << ((len(entries) - 1).bit_length() - 1)
-    return hashlib.sha256(b"\x01" + _root_by_definition(entries[:split]) + _root_by_definition(entries[split:])).digest()
+    return hashlib.sha256(
+        b"\x01" + _root_by_definition(entries[:split]) + _root_by_definition(entries[split:])
+    ).digest()

@@ -1,0 +1,87 @@
+"""What every store does, asked of each of them."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from hashlib import sha256
+from pathlib import Path
+
+import pytest
+
+from sdpipeline.errors import BadInputError, ObjectConflictError, ObjectMissingError
+from sdpipeline.storage import LocalStore, ObjectStore, StoredObject
+
+PICTURE = bytes(range(256)) * 100
+
+
+@pytest.fixture(params=["directory"])
+def store(request: pytest.FixtureRequest) -> ObjectStore:
+    found: ObjectStore = request.getfixturevalue(f"{request.param}_store")
+    return found
+
+
+@pytest.fixture
+def directory_store(tmp_path: Path) -> LocalStore:
+    return LocalStore(tmp_path / "storage")
+
+
+def test_what_was_put_is_got(store: ObjectStore) -> None:
+    stored = store.put("team/a.png", PICTURE, content_type="image/png")
+    assert (stored.key, stored.sha256, stored.size_bytes) == ("team/a.png", sha256(PICTURE).hexdigest(), len(PICTURE))
+    assert store.get("team/a.png") == PICTURE
+    assert store.head("team/a.png") == stored
+
+
+def test_an_empty_object_is_an_object(store: ObjectStore) -> None:
+    assert store.put("empty", b"", content_type="text/plain").size_bytes == 0
+    assert store.get("empty") == b""
+
+
+def test_the_same_bytes_again_are_success(store: ObjectStore) -> None:
+    first = store.put("a", PICTURE, content_type="image/png")
+    assert store.put("a", PICTURE, content_type="image/png") == first
+
+
+@pytest.mark.parametrize("other", [b"other", bytes(reversed(PICTURE))], ids=["other-size", "same-size"])
+def test_other_bytes_are_a_conflict_and_change_nothing(store: ObjectStore, other: bytes) -> None:
+    store.put("a", PICTURE, content_type="image/png")
+    with pytest.raises(ObjectConflictError, match="already holds other bytes"):
+        store.put("a", other, content_type="image/png")
+    assert store.get("a") == PICTURE
+
+
+def test_what_is_not_there_is_missing(store: ObjectStore) -> None:
+    store.put("folder/a", PICTURE, content_type="image/png")
+    for key in ("b", "folder", "folder/b"):
+        assert store.head(key) is None
+        with pytest.raises(ObjectMissingError):
+            store.get(key)
+
+
+def test_a_listing_has_every_key_with_the_prefix(store: ObjectStore) -> None:
+    for key in ("seals/1", "seals/10", "seals/2/x", "sealskin", "other"):
+        store.put(key, b"x", content_type="text/plain")
+    assert sorted(store.list("seals/1")) == ["seals/1", "seals/10"]
+    assert sorted(store.list("seals/")) == ["seals/1", "seals/10", "seals/2/x"]
+    assert sorted(store.list()) == ["other", "seals/1", "seals/10", "seals/2/x", "sealskin"]
+    assert list(store.list("nothing/here")) == []
+
+
+def test_a_key_outside_the_store_is_refused_by_every_verb(store: ObjectStore) -> None:
+    for verb in (store.get, store.head, store.url, store.link, lambda key: store.put(key, b"", content_type="a/b")):
+        with pytest.raises(BadInputError):
+            verb("../a")
+    with pytest.raises(BadInputError):
+        list(store.list("../a"))
+
+
+def test_one_of_many_writers_wins_and_the_others_learn_of_it(store: ObjectStore) -> None:
+    def put(writer: int) -> StoredObject | None:
+        try:
+            return store.put("contested", b"%d" % writer * 1000, content_type="text/plain")
+        except ObjectConflictError:
+            return None
+
+    with ThreadPoolExecutor(8) as threads:
+        winners = [stored for stored in threads.map(put, range(8)) if stored]
+    assert [stored.sha256 for stored in winners] == [sha256(store.get("contested")).hexdigest()]
