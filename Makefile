@@ -1,0 +1,56 @@
+# Each target starts from nothing but Python 3.11: it makes .venv and installs what it needs, once per change
+# of pyproject.toml or constraints.txt. Which build of torch is installed is your package index's choice: on a
+# machine without a GPU, name PyTorch's CPU index in PIP_EXTRA_INDEX_URL first (see README).
+
+PYTHON ?= $(or $(shell command -v python3.11),python3)
+VENV := .venv
+BIN := $(VENV)/bin
+PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --quiet --constraint constraints.txt
+
+# tests/bench and the long runs are opt-in; `make test PYTEST_ARGS="-k queue"` narrows.
+PYTEST_ARGS ?=
+BENCH_ARGS ?=
+SOAK_S ?= 600
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test check bench soak constraints clean
+
+help:  ## Show this list
+	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+demo: $(VENV)/.installed-run  ## Make the bundled campaign's pictures on this machine and say where they are
+	$(BIN)/sdpipeline demo
+
+test: check  ## Run the checks, then every test but the benches
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+check: $(VENV)/.installed-dev  ## Lint, formatting, types and import layers
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports --no-logo
+
+bench: $(VENV)/.installed-dev  ## Measure this machine; prints ratios
+	$(BIN)/python -m pytest tests/bench --capture=no --timeout=0 $(BENCH_ARGS)
+
+soak: $(VENV)/.installed-dev  ## Kill, cut and steal for SOAK_S seconds (600)
+	SDP_TEST_SOAK_S=$(SOAK_S) $(BIN)/python -m pytest tests/chaos --capture=no --timeout=0
+
+constraints:  ## Write constraints.txt anew: the newest versions that pyproject.toml admits
+	rm -rf build/constraints && $(PYTHON) -m venv build/constraints
+	build/constraints/bin/python -m pip install --quiet '.[all,dev]'
+	{ sed -n '/^#/p' constraints.txt; \
+	  build/constraints/bin/python -m pip freeze --exclude sdpipeline | sed -E 's/\+[^ ]*//'; } > build/constraints.txt
+	mv build/constraints.txt constraints.txt
+
+clean:  ## Remove .venv, builds and caches; pictures and databases stay
+	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis
+
+# torch goes first and alone, so that its build is chosen once and nothing later replaces it.
+$(VENV)/.installed-run: EXTRAS := engine
+$(VENV)/.installed-dev: EXTRAS := all,dev
+$(VENV)/.installed-run $(VENV)/.installed-dev: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP_INSTALL) torch
+	$(PIP_INSTALL) --editable '.[$(EXTRAS)]'
+	touch $@
