@@ -1,0 +1,218 @@
+"""From pixels to a file that says what made it, and back."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import struct
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+from xml.sax.saxutils import escape
+
+import numpy as np
+import PIL
+from PIL import Image, ImageCms, ImageOps, PngImagePlugin
+
+from sdpipeline import __version__
+from sdpipeline.domain import Json, OutputFormat
+from sdpipeline.engine import Pixels
+from sdpipeline.errors import InputImageError, RequestRefusedError
+
+# What IPTC calls a picture made by a trained generator alone, and one that a photograph went into.
+DIGITAL_SOURCE_TYPES = "http://cv.iptc.org/newscodes/digitalsourcetype/"
+GENERATED = DIGITAL_SOURCE_TYPES + "trainedAlgorithmicMedia"
+COMPOSITE = DIGITAL_SOURCE_TYPES + "compositeWithTrainedAlgorithmicMedia"
+
+_CONTENT_TYPES = {"png": "image/png", "jpeg": "image/jpeg", "webp": "image/webp"}
+_EXTENSIONS = {"png": "png", "jpeg": "jpg", "webp": "webp"}
+_PNG_RECORD = "sdpipeline"
+# One JPEG segment holds 65,533 bytes, and the XMP marker takes 29 of them.
+_MAX_JPEG_XMP_BYTES = 65_504
+
+# What Pillow raises on broken files, by its own fuzzers' list, and defusedxml's errors as ValueError.
+_BROKEN = (OSError, SyntaxError, ValueError, NotImplementedError, OverflowError, EOFError, struct.error, zlib.error)
+_BOMB = (Image.DecompressionBombError, Image.DecompressionBombWarning)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EncodedImage:
+    """A finished file; ``pixels_sha256`` is of what this file decodes to, also where its format is lossy."""
+
+    data: bytes
+    sha256: str
+    pixels_sha256: str
+    extension: str
+    content_type: str
+    width: int
+    height: int
+
+
+def encode(pixels: Pixels, *, output: OutputFormat, record: Json, from_photograph: bool = False) -> EncodedImage:
+    """The picture as a file with its record and its mark as AI-made inside.
+
+    ``from_photograph`` says that a picture no generator made went into this one. The record is
+    embedded as it is: whoever builds it keeps host names and paths out.
+    """
+    text = json.dumps(record, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    xmp = _xmp(text, COMPOSITE if from_photograph else GENERATED)
+    if output.format == "jpeg" and len(xmp) > _MAX_JPEG_XMP_BYTES:
+        raise RequestRefusedError(
+            f"output.format: a record of {len(xmp):,} bytes does not fit into a jpeg (at most {_MAX_JPEG_XMP_BYTES:,}):"
+            " shorten the prompts, or write png or webp"
+        )
+    file = io.BytesIO()
+    Image.fromarray(pixels, "RGB").save(file, **_parameters(output), **_embedded(output, text, xmp))
+    data = file.getvalue()
+    return _described(data, output, pixels if _is_lossless(output) else decode(data, max_pixels=pixels.size))
+
+
+def encoder(output: OutputFormat) -> Json:
+    """What ``encode`` uses for this output, for the record: the same encoder gives the same pixels again."""
+    return {"library": f"pillow {PIL.__version__}", "parameters": _parameters(output)}
+
+
+def pixels_sha256(pixels: Pixels) -> str:
+    """SHA-256 of the line ``HEIGHTxWIDTHx3`` and the RGB bytes row by row: a picture's name whatever its file."""
+    height, width, channels = pixels.shape
+    digest = hashlib.sha256(f"{height}x{width}x{channels}\n".encode())
+    digest.update(np.ascontiguousarray(pixels).data)
+    return digest.hexdigest()
+
+
+def decode(data: bytes, *, max_pixels: int) -> Pixels:
+    """The picture in a png, jpeg or webp file of anybody's, upright and in sRGB; else InputImageError.
+
+    Transparency is laid on white, as on a page; 16-bit grey keeps its upper 8 bits; an embedded
+    colour profile is applied. Animations are refused, and nothing is decompressed beyond
+    ``max_pixels`` or Pillow's own limit of 178 million.
+    """
+    with _opened(data, max_pixels) as image:
+        # A telephone's jpeg may carry a second picture (depth, a thumbnail); that is not an animation.
+        if image.format != "MPO" and getattr(image, "is_animated", False):
+            raise InputImageError("the picture is an animation: give one frame of it")
+        return np.asarray(_rgb(ImageOps.exif_transpose(image)), dtype=np.uint8)
+
+
+def read_record(data: bytes) -> Json | None:
+    """The record embedded by ``encode``, or None where there is none."""
+    with _opened(data, None) as image:
+        text = image.info.get(_PNG_RECORD) or _xmp_properties(image).get("record")
+    if not isinstance(text, str):
+        return None
+    try:
+        record = json.loads(text)
+    except ValueError as error:
+        raise InputImageError(f"the embedded record is not JSON: {error}") from error
+    return record if isinstance(record, dict) else None
+
+
+def digital_source_type(data: bytes) -> str | None:
+    """The IPTC digital source type in the picture's XMP, or None."""
+    with _opened(data, None) as image:
+        found = _xmp_properties(image).get("DigitalSourceType")
+    return found if isinstance(found, str) else None
+
+
+def _described(data: bytes, output: OutputFormat, decoded: Pixels) -> EncodedImage:
+    height, width, _ = decoded.shape
+    return EncodedImage(
+        data=data,
+        sha256=hashlib.sha256(data).hexdigest(),
+        pixels_sha256=pixels_sha256(decoded),
+        extension=_EXTENSIONS[output.format],
+        content_type=_CONTENT_TYPES[output.format],
+        width=width,
+        height=height,
+    )
+
+
+def _is_lossless(output: OutputFormat) -> bool:
+    return output.format == "png" or (output.format == "webp" and output.quality is None)
+
+
+def _parameters(output: OutputFormat) -> Json:
+    match output.format:
+        case "png":
+            # On three 1024² photographs: level 4 takes 112 ms and 1,176 KB, Pillow's default of 6 270 ms and 1,159 KB.
+            return {"format": "PNG", "compress_level": 4}
+        case "jpeg":
+            # Full colour resolution: annotators and the next stage see edges that 4:2:0 smears.
+            return {"format": "JPEG", "quality": output.quality or 95, "subsampling": 0}
+        case "webp" if output.quality is None:
+            # 182 ms and 912 KB, where the library's default effort takes 552 ms and 881 KB.
+            return {"format": "WEBP", "lossless": True, "quality": 20, "method": 1}
+        case "webp":
+            return {"format": "WEBP", "quality": output.quality, "method": 4}
+
+
+def _embedded(output: OutputFormat, text: str, xmp: bytes) -> dict[str, Any]:
+    if output.format != "png":
+        return {"xmp": xmp}
+    chunks = PngImagePlugin.PngInfo()
+    chunks.add_itxt(_PNG_RECORD, text)
+    chunks.add_itxt("XML:com.adobe.xmp", xmp.decode())
+    return {"pnginfo": chunks}
+
+
+def _xmp(record: str, source_type: str) -> bytes:
+    return f"""<?xpacket begin="\ufeff" id="W5M0MpCehiHzreSzNTczkc9d"?>
+<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:RDF xmlns:rdf="http://www.w3.org/1999/02/22-rdf-syntax-ns#">
+<rdf:Description rdf:about="" xmlns:Iptc4xmpExt="http://iptc.org/std/Iptc4xmpExt/2008-02-29/"
+ xmlns:xmp="http://ns.adobe.com/xap/1.0/" xmlns:sdp="urn:sdpipeline:1.0/">
+<Iptc4xmpExt:DigitalSourceType>{source_type}</Iptc4xmpExt:DigitalSourceType>
+<Iptc4xmpExt:AISystemUsed>sdpipeline</Iptc4xmpExt:AISystemUsed>
+<Iptc4xmpExt:AISystemVersionUsed>{__version__}</Iptc4xmpExt:AISystemVersionUsed>
+<xmp:CreatorTool>sdpipeline {__version__}</xmp:CreatorTool>
+<sdp:record>{escape(record)}</sdp:record>
+</rdf:Description></rdf:RDF></x:xmpmeta>
+<?xpacket end="w"?>""".encode()
+
+
+def _xmp_properties(image: Image.Image) -> dict[str, Any]:
+    found = image.getxmp().get("xmpmeta", {}).get("RDF", {}).get("Description", {})
+    # Other tools may split one description into several.
+    descriptions = found if isinstance(found, list) else [found]
+    return {name: value for part in descriptions if isinstance(part, dict) for name, value in part.items()}
+
+
+@contextmanager
+def _opened(data: bytes, max_pixels: int | None) -> Iterator[Image.Image]:
+    try:
+        with Image.open(io.BytesIO(data), formats=("PNG", "JPEG", "WEBP")) as image:
+            if max_pixels is not None and image.width * image.height > max_pixels:
+                raise InputImageError(
+                    f"a picture of {image.width} x {image.height} is larger than the {max_pixels:,} pixels allowed"
+                )
+            yield image
+    except _BOMB as error:
+        raise InputImageError(f"the picture is a decompression bomb: {error}") from error
+    except _BROKEN as error:
+        raise InputImageError(f"not a whole png, jpeg or webp picture: {error}") from error
+
+
+def _rgb(image: Image.Image) -> Image.Image:
+    if image.mode in ("I", "F"):
+        raise InputImageError(f"pixels of mode {image.mode} have no known range: give 8 or 16 bits per channel")
+    if image.mode.startswith("I;16"):
+        # convert() would clip at 255 instead of scaling.
+        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8), "L").convert("RGB")
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    return _in_srgb(image)
+
+
+def _in_srgb(image: Image.Image) -> Image.Image:
+    profile = image.info.get("icc_profile")
+    if not profile or image.mode not in ("RGB", "CMYK"):
+        return image.convert("RGB")
+    try:
+        own = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+        converted = ImageCms.profileToProfile(image, own, ImageCms.createProfile("sRGB"), outputMode="RGB")
+    except (ImageCms.PyCMSError, OSError) as error:
+        raise InputImageError(f"the colour profile is broken: {error}") from error
+    return image.convert("RGB") if converted is None else converted
