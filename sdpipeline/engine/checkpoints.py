@@ -1,0 +1,262 @@
+"""What a directory of weights is, and whether its bytes are still the ones that were registered."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sdpipeline.domain import digest
+from sdpipeline.errors import CheckpointError
+
+WEIGHTS = ".safetensors"
+PICKLES = frozenset({".bin", ".ckpt", ".pt", ".pth", ".pkl", ".pickle", ".msgpack", ".h5", ".onnx"})
+MATTERS = frozenset({WEIGHTS, ".json", ".txt", ".model"})
+"""Weights, configurations and tokenizer files decide the picture; readme files and licences do not."""
+
+ANNOTATORS = {
+    "depth_anything": "depth",
+    "dpt": "depth",
+    "segformer": "segmentation",
+    "upernet": "segmentation",
+    "vitpose": "pose",
+}
+"""transformers' model_type of the networks that turn a picture into a control map."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CheckpointFiles:
+    """A directory of weights: what it is, for which family, and the SHA-256 of each file that matters."""
+
+    alias: str
+    digest: str
+    kind: str
+    family: str
+    directory: Path
+    scale: int
+    manifest: Mapping[str, str]
+    size_bytes: int
+
+
+def inspect(alias: str, directory: Path) -> CheckpointFiles:
+    """Read what lies there without loading it; CheckpointError for what may not or cannot run."""
+    if not directory.is_dir():
+        raise CheckpointError(f"checkpoint {alias!r}: {directory} is not a directory; register it again")
+    names = sorted(_files(directory))
+    _refuse_unsafe(alias, names)
+    kind, family, scale = _classify(alias, directory, names)
+    manifest = {name: _sha256(directory / name) for name in names if Path(name).suffix in MATTERS}
+    return CheckpointFiles(
+        alias=alias,
+        digest=digest(manifest),
+        kind=kind,
+        family=family,
+        directory=directory,
+        scale=scale,
+        manifest=manifest,
+        size_bytes=sum((directory / name).stat().st_size for name in manifest),
+    )
+
+
+def verify(files: CheckpointFiles) -> None:
+    """Hash every file again; CheckpointError names the first that is gone or has other bytes."""
+    for name, expected in files.manifest.items():
+        path = files.directory / name
+        if not path.is_file():
+            raise CheckpointError(f"checkpoint {files.alias!r}: {name} is missing from {files.directory}")
+        if _sha256(path) != expected:
+            raise CheckpointError(
+                f"checkpoint {files.alias!r}: {name} does not have the bytes that were registered; "
+                "restore the file, or register the directory again under a new alias"
+            )
+    if digest(dict(files.manifest)) != files.digest:
+        raise CheckpointError(f"checkpoint {files.alias!r}: its manifest does not hash to its digest")
+
+
+def misfit(base: CheckpointFiles, controlnet: CheckpointFiles) -> str | None:
+    """Why this ControlNet cannot steer this checkpoint; ``None`` if it can."""
+    if controlnet.kind != "controlnet":
+        return f"{controlnet.alias!r} is a {controlnet.kind}, not a ControlNet"
+    from sdpipeline.engine.families import FAMILIES
+
+    accepted = FAMILIES[base.family].controlnets_of if base.family in FAMILIES else frozenset()
+    if controlnet.family not in accepted:
+        return f"{controlnet.alias!r} is a ControlNet for {controlnet.family}, but {base.alias!r} is {base.family}"
+    return None
+
+
+def _files(directory: Path) -> Iterator[str]:
+    for path in directory.rglob("*"):
+        if path.is_file() and not any(part.startswith(".") for part in path.relative_to(directory).parts):
+            yield path.relative_to(directory).as_posix()
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _refuse_unsafe(alias: str, names: list[str]) -> None:
+    code = [name for name in names if name.endswith(".py")]
+    if code:
+        raise CheckpointError(f"checkpoint {alias!r} brings code of its own ({code[0]}), which is never run; remove it")
+    if any(name.endswith(WEIGHTS) for name in names):
+        return
+    pickles = [name for name in names if Path(name).suffix in PICKLES]
+    if pickles:
+        raise CheckpointError(
+            f"checkpoint {alias!r} holds {pickles[0]} but no safetensors: a pickle can run code; convert it first"
+        )
+    raise CheckpointError(f"checkpoint {alias!r} holds no {WEIGHTS} file")
+
+
+def _classify(alias: str, directory: Path, names: list[str]) -> tuple[str, str, int]:
+    """(kind, family, scale) from the configurations, else from the tensors' names."""
+    if "model_index.json" in names:
+        return _pipeline(alias, directory)
+    if "config.json" in names:
+        return _component(alias, _json(alias, directory / "config.json"))
+    weights = [name for name in names if name.endswith(WEIGHTS) and "/" not in name]
+    if len(weights) != 1:
+        raise CheckpointError(
+            f"checkpoint {alias!r}: expected model_index.json, config.json or exactly one {WEIGHTS} file"
+        )
+    return _bare(alias, directory / weights[0])
+
+
+def _pipeline(alias: str, directory: Path) -> tuple[str, str, int]:
+    index = _json(alias, directory / "model_index.json")
+    _refuse_foreign_components(alias, index)
+    name = str(index.get("_class_name", ""))
+    if name == "StableDiffusionUpscalePipeline":
+        vae = _json(alias, directory / "vae" / "config.json")
+        return "checkpoint", "upscale", 2 ** (len(vae["block_out_channels"]) - 1)
+    if name == "StableDiffusionLatentUpscalePipeline":
+        return "checkpoint", "latent-upscale", 2
+    if name.startswith("StableDiffusion3"):
+        return "checkpoint", "sd3", 1
+    if name.startswith("Flux"):
+        return _flux(alias, directory)
+    if name.startswith("StableDiffusion") and "unet" in index:
+        return _unet_family(alias, index, _json(alias, directory / "unet" / "config.json"))
+    raise CheckpointError(f"checkpoint {alias!r}: no family runs a {name or 'pipeline without a name'}")
+
+
+def _refuse_foreign_components(alias: str, index: Mapping[str, Any]) -> None:
+    for name, entry in index.items():
+        if not isinstance(entry, list) or len(entry) != 2 or entry[0] is None:
+            continue
+        if entry[0] not in ("diffusers", "transformers", "stable_diffusion"):
+            raise CheckpointError(
+                f"checkpoint {alias!r}: component {name} asks for code from {entry[0]!r}, which is never run"
+            )
+
+
+def _flux(alias: str, directory: Path) -> tuple[str, str, int]:
+    channels = _json(alias, directory / "transformer" / "config.json").get("in_channels", 64)
+    if channels != 64:
+        raise CheckpointError(f"checkpoint {alias!r}: a Flux with {channels} input channels is not supported")
+    return "checkpoint", "flux", 1
+
+
+def _unet_family(alias: str, index: Mapping[str, Any], unet: Mapping[str, Any]) -> tuple[str, str, int]:
+    channels = unet.get("in_channels", 4)
+    if channels not in (4, 9):
+        raise CheckpointError(f"checkpoint {alias!r}: a U-Net with {channels} input channels is not supported")
+    if unet.get("addition_embed_type") == "text_time":
+        if (index.get("text_encoder") or [None])[0] is None:
+            raise CheckpointError(f"checkpoint {alias!r}: an SDXL refiner cannot start a picture; use its base")
+        return "checkpoint", "sdxl" if channels == 4 else "sdxl-inpaint", 1
+    if channels == 9:
+        return "checkpoint", "sd-inpaint", 1
+    return "checkpoint", "sd2" if unet.get("cross_attention_dim") == 1024 else "sd1", 1
+
+
+def _component(alias: str, config: Mapping[str, Any]) -> tuple[str, str, int]:
+    name = str(config.get("_class_name", ""))
+    if name == "ControlNetModel":
+        if config.get("addition_embed_type") == "text_time":
+            return "controlnet", "sdxl", 1
+        return "controlnet", "sd2" if config.get("cross_attention_dim") == 1024 else "sd1", 1
+    if name in ("SD3ControlNetModel", "FluxControlNetModel"):
+        return "controlnet", "sd3" if name.startswith("SD3") else "flux", 1
+    if name == "AutoencoderKL":
+        return "vae", _vae_family(config), 1
+    if config.get("model_type") in ANNOTATORS:
+        return "annotator", ANNOTATORS[config["model_type"]], 1
+    raise CheckpointError(
+        f"checkpoint {alias!r}: a {name or config.get('model_type') or 'config.json'} has no use here"
+    )
+
+
+def _vae_family(config: Mapping[str, Any]) -> str:
+    """Autoencoders differ by the range of their latents, which is what has to match."""
+    if config.get("latent_channels") == 16:
+        return "flux" if abs((config.get("shift_factor") or 0) - 0.1159) < 1e-3 else "sd3"
+    return "sdxl" if abs(config.get("scaling_factor", 0.18215) - 0.13025) < 1e-4 else "sd1"
+
+
+def _bare(alias: str, path: Path) -> tuple[str, str, int]:
+    tensors = header(alias, path)
+    if any("lora" in name.lower() for name in tensors):
+        return "lora", _lora_family(tensors), 1
+    if any(name.startswith(("image_proj.", "ip_adapter.")) for name in tensors):
+        return "ip-adapter", _width_family(tensors, "to_k_ip"), 1
+    if {"clip_l", "clip_g"} <= tensors.keys():
+        return "textual-inversion", "sdxl", 1
+    if len(tensors) == 1 and len(next(iter(tensors.values()))) <= 2:
+        width = next(iter(tensors.values()))[-1]
+        return "textual-inversion", "sd2" if width == 1024 else "sd1", 1
+    factor = re.search(r"(?:^|\D)(\d)x(?=[-_ .]|$)|[xX](\d)", path.stem)
+    if factor:
+        return "checkpoint", "gan-upscale", int(factor[1] or factor[2])
+    raise CheckpointError(
+        f"checkpoint {alias!r}: {path.name} is no LoRA, IP-Adapter or textual inversion; "
+        "an upscaler has its factor in its file name, as in 4x-name.safetensors"
+    )
+
+
+def _lora_family(tensors: Mapping[str, list[int]]) -> str:
+    if any("single_transformer_blocks" in name or "single_blocks" in name for name in tensors):
+        return "flux"
+    if any(name.startswith("transformer.") for name in tensors):
+        return "sd3"
+    return _width_family(tensors, "attn2.to_k", "attn2_to_k")
+
+
+def _width_family(tensors: Mapping[str, list[int]], *parts: str) -> str:
+    """By the width of the text embedding that cross-attention reads; ``any`` where none is touched."""
+    widths = {shape[-1] for name, shape in tensors.items() if any(p in name for p in parts) and "up" not in name}
+    for width, family in ((2048, "sdxl"), (1024, "sd2"), (768, "sd1")):
+        if width in widths:
+            return family
+    return "any"
+
+
+def header(alias: str, path: Path) -> dict[str, list[int]]:
+    """Names and shapes of a safetensors file, from its header alone."""
+    try:
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            if length > 100_000_000:
+                raise CheckpointError(f"checkpoint {alias!r}: {path.name} is not a safetensors file")
+            entries = json.loads(file.read(length))
+        return {name: entry["shape"] for name, entry in entries.items() if name != "__metadata__"}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"checkpoint {alias!r}: {path.name} is not a safetensors file") from error
+
+
+def _json(alias: str, path: Path) -> dict[str, Any]:
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise CheckpointError(f"checkpoint {alias!r}: {path.parent.name}/{path.name} is missing") from error
+    except ValueError as error:
+        raise CheckpointError(f"checkpoint {alias!r}: {path.name} is not JSON: {error}") from error
+    if not isinstance(document, dict):
+        raise CheckpointError(f"checkpoint {alias!r}: {path.name} is not a JSON object")
+    return document

@@ -1,0 +1,202 @@
+"""The real engine: batches of mixed requests through diffusers, with every failure kept to its own request."""
+
+from __future__ import annotations
+
+import platform
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from sdpipeline.domain import CheckpointRef, GenerationRequest, Json
+from sdpipeline.engine import Batch, GeneratedImage, GenerationFailure, PreparedRequest
+from sdpipeline.engine.checkpoints import CheckpointFiles
+from sdpipeline.engine.developing import Developed, develop
+from sdpipeline.engine.families import FAMILIES, family
+from sdpipeline.engine.ladder import Ladder, Result, Rung
+from sdpipeline.engine.passes import Latents, Member, PassSettings, Weights, denoise, settings_of
+from sdpipeline.engine.pictures import paste_back
+from sdpipeline.engine.preparing import annotator_parameters, check, pictures
+from sdpipeline.engine.record import Setting, library_versions, ran
+from sdpipeline.engine.residency import Loaded, Residency, release
+from sdpipeline.engine.text import Embedding, EmbeddingCache, chunks_needed, encode_clip
+from sdpipeline.errors import BadPictureError, CheckpointError, DeviceExhaustedError, SdpError
+
+PROMPT_CACHE_BYTES = 256 * 2**20
+
+
+class DiffusersEngine:
+    """Implements :class:`sdpipeline.engine.Engine` on one device; call it from one thread only."""
+
+    def __init__(
+        self,
+        *,
+        device: str,
+        dtype: str | None,
+        locate: Callable[[CheckpointRef], CheckpointFiles],
+        resident_bytes: int | None = None,
+    ) -> None:
+        self._device = torch.device(device)
+        self._dtype = dtype
+        self._libraries = library_versions()
+        self._prompts = EmbeddingCache(PROMPT_CACHE_BYTES)
+        self._ladder = Ladder(forward=self._forward, free=lambda: release(self._device))
+        self.residency = Residency(
+            device=self._device, dtype=self._dtype_of, locate=locate, budget_bytes=resident_bytes
+        )
+
+    def generate(self, batch: Batch) -> Sequence[Result]:
+        """One result per request, in order; see :class:`sdpipeline.engine.Engine`."""
+        results: dict[int, Result] = {}
+        groups: dict[PassSettings, list[Member]] = defaultdict(list)
+        broken: dict[str, SdpError] = {}
+        for index, prepared in enumerate(batch.requests):
+            try:
+                member, settings = self._member(index, prepared, broken)
+            except SdpError as error:
+                results[index] = GenerationFailure(error=error)
+            else:
+                groups[settings].append(member)
+        # Requests of one batch key make one group, unless their prompts differ in length by a whole chunk.
+        for settings, members in groups.items():
+            for member, result in self._ladder.run(settings, members, batch.bucket):
+                results[member.index] = result
+        return [results[index] for index in range(len(batch.requests))]
+
+    def resident(self) -> frozenset[str]:
+        """Digests of the checkpoints that are loaded now."""
+        return self.residency.digests()
+
+    def describe(self) -> dict[str, Any]:
+        """Device, dtype and library versions."""
+        name = torch.cuda.get_device_name(self._device) if self._device.type == "cuda" else platform.machine()
+        return {
+            "engine": "diffusers",
+            "device": str(self._device),
+            "device_name": name,
+            "dtype": self._dtype or "by family",
+            "libraries": self._libraries,
+        }
+
+    def _dtype_of(self, files: CheckpointFiles) -> torch.dtype:
+        if self._dtype:
+            return getattr(torch, self._dtype)  # type: ignore[no-any-return]
+        row = FAMILIES.get(files.family)
+        return getattr(torch, row.cuda_dtype if row and self._device.type == "cuda" else "float32")  # type: ignore[no-any-return]
+
+    def _member(
+        self, index: int, prepared: PreparedRequest, broken: dict[str, SdpError]
+    ) -> tuple[Member, PassSettings]:
+        """A request ready to run; raises what is wrong with it. ``broken`` saves loading a bad checkpoint twice."""
+        request = prepared.request
+        files = [self.residency.files(ref) for ref in request.checkpoints()]
+        check(request, files[0], files[1 : 1 + len(request.controlnets)])
+        weights = self._weights(request, broken)
+        seen = pictures(prepared, weights.cell)
+        prompt, negative = self._embeddings(request, weights)
+        member = Member(index=index, request=request, pictures=seen, prompt=prompt, negative=negative)
+        return member, settings_of(member, weights)
+
+    def _weights(self, request: GenerationRequest, broken: dict[str, SdpError] | None = None) -> Weights:
+        """The resident parts this request runs on, loaded where they are not."""
+        keep = {ref.digest for ref in request.checkpoints()}
+
+        def get(ref: CheckpointRef) -> Loaded:
+            if broken and ref.digest in broken:
+                raise broken[ref.digest]
+            try:
+                return self.residency.get(ref, keep=keep)
+            except (CheckpointError, DeviceExhaustedError) as error:
+                if broken is not None:
+                    broken[ref.digest] = error
+                raise
+
+        base = get(request.checkpoint)
+        row = family(base.files.family)
+        cell = row.cell(request.task, controlnets=len(request.controlnets))
+        assert cell is not None  # checked before
+        return Weights(
+            row=row,
+            cell=cell,
+            base=base,
+            controlnets=tuple(get(use.checkpoint) for use in request.controlnets),
+            vae=get(request.vae) if request.vae else None,
+        )
+
+    def _embeddings(self, request: GenerationRequest, weights: Weights) -> tuple[Embedding, Embedding | None]:
+        """Prompt and negative prompt of equal length; the second only where guidance is on."""
+        parts = weights.base.parts
+        guided = weights.row.negative_prompt and request.guidance_scale > 1
+        texts = [request.prompt, *[request.negative_prompt] * guided]
+        chunks = max(chunks_needed(parts, text) for text in texts)
+        found = [self._embedding(request, weights, text, chunks) for text in texts]
+        return found[0], found[1] if guided else None
+
+    def _embedding(self, request: GenerationRequest, weights: Weights, text: str, chunks: int) -> Embedding:
+        key = (request.checkpoint.digest, text, chunks, request.clip_skip)
+        held = self._prompts.get(key)
+        if held is None:
+            held = encode_clip(weights.base.parts, text, chunks=chunks, clip_skip=request.clip_skip)
+            self._prompts.put(key, held)
+        return held
+
+    def _forward(self, settings: PassSettings, members: Sequence[Member], rung: Rung) -> list[Result]:
+        """One forward pass, padded with copies of its last member."""
+        weights = self._weights(members[0].request)
+        padded = [*members, *[members[-1]] * (rung.bucket - len(members))]
+        latents = denoise(weights, settings, padded)
+        developed = develop(weights, latents)
+        setting = self._setting(weights, latents, rung)
+        return [
+            self._result(member, picture, setting, slot=slot, rung=rung)
+            for slot, (member, picture) in enumerate(zip(members, developed, strict=False))
+        ]
+
+    def _result(self, member: Member, picture: Developed, setting: Setting, *, slot: int, rung: Rung) -> Result:
+        request, seen = member.request, member.pictures
+        if picture.pixels is None:
+            return GenerationFailure(error=BadPictureError(f"the engine's picture is refused: {picture.fault}"))
+        pixels = picture.pixels
+        details = _details(member)
+        if seen.image is not None and seen.mask_image is not None:
+            pixels = paste_back(pixels, seen.image, seen.mask_image)
+            details["unmasked_pixels"] = "pasted back from the input"
+        fallbacks = [*rung.fallbacks(), *picture.fallbacks]
+        record = ran(request, setting, slot=slot, fallbacks=fallbacks, details=details)
+        return GeneratedImage(pixels=pixels, ran=record, control_maps=seen.control_maps)
+
+    def _setting(self, weights: Weights, latents: Latents, rung: Rung) -> Setting:
+        return Setting(
+            engine="diffusers",
+            family=weights.row.name,
+            pipeline=weights.cell.pipeline,
+            scheduler=latents.scheduler,
+            device=self._device.type,
+            dtype=str(latents.values.dtype).removeprefix("torch."),
+            bucket=rung.bucket,
+            libraries=self._libraries,
+        )
+
+
+def _details(member: Member) -> Json:
+    """What only some requests have."""
+    request = member.request
+    details: Json = {"prompt_tokens": member.prompt.embeds.shape[1]}
+    if request.strength is not None:
+        details["strength"] = request.strength
+    if request.resize:
+        details["resize"] = request.resize
+    if request.controlnets:
+        details["controlnets"] = [
+            {
+                "checkpoint": use.checkpoint.digest,
+                "annotator": use.annotator,
+                "annotator_parameters": annotator_parameters(use),
+                "controlnet_conditioning_scale": use.controlnet_conditioning_scale,
+                "control_guidance_start": use.control_guidance_start,
+                "control_guidance_end": use.control_guidance_end,
+            }
+            for use in request.controlnets
+        ]
+    return details

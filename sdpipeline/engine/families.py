@@ -1,0 +1,337 @@
+"""Which pipeline makes what: family x task x with or without ControlNet, as one table without torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from sdpipeline.domain import Task
+
+TextEncoding = Literal["clip", "clip-hidden", "sdxl", "sd3", "flux", "none"]
+
+SCHEDULERS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
+    "ddim": ("DDIMScheduler", {}),
+    "ddpm": ("DDPMScheduler", {}),
+    "deis": ("DEISMultistepScheduler", {}),
+    "dpmpp-2m": ("DPMSolverMultistepScheduler", {"algorithm_type": "dpmsolver++", "solver_order": 2}),
+    "dpmpp-2m-karras": (
+        "DPMSolverMultistepScheduler",
+        {"algorithm_type": "dpmsolver++", "solver_order": 2, "use_karras_sigmas": True},
+    ),
+    "dpmpp-2m-sde": ("DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++", "solver_order": 2}),
+    "euler": ("EulerDiscreteScheduler", {}),
+    "euler-ancestral": ("EulerAncestralDiscreteScheduler", {}),
+    "euler-karras": ("EulerDiscreteScheduler", {"use_karras_sigmas": True}),
+    "flow-match-euler": ("FlowMatchEulerDiscreteScheduler", {}),
+    "heun": ("HeunDiscreteScheduler", {}),
+    "lcm": ("LCMScheduler", {}),
+    "unipc": ("UniPCMultistepScheduler", {}),
+}
+"""Schedulers by the names people use: diffusers class, and what to override in the checkpoint's own config."""
+
+FLOW_SCHEDULERS = frozenset({"flow-match-euler"})
+NOISE_SCHEDULERS = frozenset(SCHEDULERS) - FLOW_SCHEDULERS
+
+MANY = 8
+"""More ControlNets than this on one picture is a mistake, not a wish."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cell:
+    """One combination that exists: a diffusers class, and the names its call gives our pictures.
+
+    A ``None`` name means that the call does not take that picture; a ``None`` strength that there is
+    no strength to set.
+    """
+
+    pipeline: str
+    image: str | None = None
+    mask_image: str | None = None
+    control_image: str | None = None
+    takes_size: bool = True
+    strength: float | None = None
+    max_controlnets: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Family:
+    """One row: what checkpoints of a family can do, and what a request gets that does not say.
+
+    ``signed_control_maps``: its pipelines take control maps from -1 to 1 instead of from 0 to 1.
+    ``float32_decode``: its autoencoder overflows in float16 where its configuration says so.
+    """
+
+    name: str
+    title: str
+    text: TextEncoding = "clip"
+    size_multiple: int = 8
+    schedulers: frozenset[str] = NOISE_SCHEDULERS
+    scheduler: str = "dpmpp-2m"
+    num_inference_steps: int = 25
+    guidance_scale: float = 7.5
+    cuda_dtype: str = "float16"
+    negative_prompt: bool = True
+    clip_skip: bool = False
+    ip_adapter: bool = False
+    lora: bool = True
+    signed_control_maps: bool = False
+    float32_decode: bool = False
+    textual_inversion: bool = False
+    noise_level: int | None = None
+    max_noise_level: int | None = None
+    controlnets_of: frozenset[str] = frozenset()
+    plain: Mapping[Task, Cell] = field(default_factory=dict)
+    controlled: Mapping[Task, Cell] = field(default_factory=dict)
+
+    def cell(self, task: Task, *, controlnets: int = 0) -> Cell | None:
+        """The combination's cell, or ``None`` where diffusers has no such pipeline."""
+        found = (self.controlled if controlnets else self.plain).get(task)
+        return found if found and controlnets <= found.max_controlnets else None
+
+
+def family(name: str) -> Family:
+    """The row of that name; KeyError for a name that :func:`refusal` would refuse."""
+    return FAMILIES[name]
+
+
+def refusal(name: str, task: Task, *, controlnets: int = 0) -> str | None:
+    """Why this combination cannot run, with the nearest one that can; ``None`` if it can."""
+    if name not in FAMILIES:
+        return f"family {name!r} cannot make pictures; known families: {', '.join(FAMILIES)}"
+    row = FAMILIES[name]
+    if row.cell(task, controlnets=controlnets):
+        return None
+    wanted = f"{row.title} has no {task}{_with(controlnets)}"
+    return f"{wanted}; nearest: {_nearest(row, task, controlnets)}"
+
+
+def scheduler_refusal(name: str, scheduler: str) -> str | None:
+    """Why this scheduler cannot run with this family, naming those that can; ``None`` if it can."""
+    row = FAMILIES[name]
+    if scheduler in row.schedulers:
+        return None
+    known = "" if scheduler in SCHEDULERS else " (unknown)"
+    return f"{row.title} cannot use scheduler {scheduler!r}{known}; use one of {', '.join(sorted(row.schedulers))}"
+
+
+def size_multiple(name: str) -> int:
+    """Width and height must be multiples of this (of the input, for super-resolution)."""
+    return FAMILIES[name].size_multiple
+
+
+def _with(controlnets: int) -> str:
+    return f" with {controlnets} ControlNets" if controlnets > 1 else " with a ControlNet" if controlnets else ""
+
+
+def _nearest(row: Family, task: Task, controlnets: int) -> str:
+    """The same task with fewer ControlNets, else the same task elsewhere, else what this family does."""
+    controlled = row.controlled.get(task)
+    if controlnets and controlled:
+        return f"{task} with at most {controlled.max_controlnets} ControlNet(s) through {controlled.pipeline}"
+    if controlnets and row.controlled:
+        other, cell = next(iter(row.controlled.items()))
+        return f"{other} with a ControlNet through {cell.pipeline}"
+    if task in row.plain:
+        return f"{task} without a ControlNet through {row.plain[task].pipeline}"
+    elsewhere = [other for other in FAMILIES.values() if other.cell(task, controlnets=controlnets)]
+    own = ", ".join(row.plain)
+    return f"{task}{_with(controlnets)} with a checkpoint of family {elsewhere[0].name!r}, or here {own}"
+
+
+def _cells(plain: str, *, strength: float = 0.8, sized_image_to_image: bool = True) -> dict[Task, Cell]:
+    return {
+        Task.TEXT_TO_IMAGE: Cell(pipeline=f"{plain}Pipeline"),
+        Task.IMAGE_TO_IMAGE: Cell(
+            pipeline=f"{plain}Img2ImgPipeline", image="image", takes_size=sized_image_to_image, strength=strength
+        ),
+        Task.INPAINTING: Cell(pipeline=f"{plain}InpaintPipeline", image="image", mask_image="mask_image", strength=1.0),
+    }
+
+
+def _controlled_cells(prefix: str, *, text_image: str, image_to_image: str, strength: float) -> dict[Task, Cell]:
+    """The ControlNet cells; the older text-to-image calls name the control map just ``image``."""
+    control = "control_image"
+    return {
+        Task.TEXT_TO_IMAGE: Cell(pipeline=f"{prefix}Pipeline", control_image=text_image, max_controlnets=MANY),
+        Task.IMAGE_TO_IMAGE: Cell(
+            pipeline=f"{prefix}{image_to_image}Pipeline",
+            image="image",
+            control_image=control,
+            strength=strength,
+            max_controlnets=MANY,
+        ),
+        Task.INPAINTING: Cell(
+            pipeline=f"{prefix}InpaintPipeline",
+            image="image",
+            mask_image="mask_image",
+            control_image=control,
+            strength=1.0,
+            max_controlnets=MANY,
+        ),
+    }
+
+
+_SD_PLAIN = _cells("StableDiffusion", sized_image_to_image=False)
+_SD_CONTROLLED = _controlled_cells(
+    "StableDiffusionControlNet", text_image="image", image_to_image="Img2Img", strength=0.8
+)
+_SDXL_PLAIN = _cells("StableDiffusionXL", sized_image_to_image=False)
+_SDXL_CONTROLLED = _controlled_cells(
+    "StableDiffusionXLControlNet", text_image="image", image_to_image="Img2Img", strength=0.8
+)
+_FLUX_CONTROLLED = _controlled_cells(
+    "FluxControlNet", text_image="control_image", image_to_image="ImageToImage", strength=0.6
+)
+_SD3_CONTROLLED = {
+    Task.TEXT_TO_IMAGE: Cell(
+        pipeline="StableDiffusion3ControlNetPipeline", control_image="control_image", max_controlnets=MANY
+    ),
+    # Its ControlNet is trained on the masked picture itself: picture and mask are the control inputs.
+    Task.INPAINTING: Cell(
+        pipeline="StableDiffusion3ControlNetInpaintingPipeline",
+        image="control_image",
+        mask_image="control_mask",
+        max_controlnets=1,
+    ),
+}
+
+
+def _only(task: Task, cells: Mapping[Task, Cell]) -> dict[Task, Cell]:
+    return {task: cells[task]}
+
+
+FAMILIES: Mapping[str, Family] = {
+    row.name: row
+    for row in (
+        Family(
+            name="sd1",
+            title="Stable Diffusion 1.x",
+            clip_skip=True,
+            ip_adapter=True,
+            textual_inversion=True,
+            controlnets_of=frozenset({"sd1"}),
+            plain=_SD_PLAIN,
+            controlled=_SD_CONTROLLED,
+        ),
+        Family(
+            name="sd2",
+            title="Stable Diffusion 2.x",
+            clip_skip=True,
+            textual_inversion=True,
+            controlnets_of=frozenset({"sd2"}),
+            plain=_SD_PLAIN,
+            controlled=_SD_CONTROLLED,
+        ),
+        Family(
+            name="sd-inpaint",
+            title="Stable Diffusion 9-channel inpainting",
+            clip_skip=True,
+            textual_inversion=True,
+            controlnets_of=frozenset({"sd1", "sd2"}),
+            plain=_only(Task.INPAINTING, _SD_PLAIN),
+            controlled=_only(Task.INPAINTING, _SD_CONTROLLED),
+        ),
+        Family(
+            name="sdxl",
+            title="Stable Diffusion XL",
+            float32_decode=True,
+            text="sdxl",
+            num_inference_steps=30,
+            guidance_scale=5.0,
+            clip_skip=True,
+            ip_adapter=True,
+            textual_inversion=True,
+            controlnets_of=frozenset({"sdxl"}),
+            plain=_SDXL_PLAIN,
+            controlled=_SDXL_CONTROLLED,
+        ),
+        Family(
+            name="sdxl-inpaint",
+            title="Stable Diffusion XL 9-channel inpainting",
+            float32_decode=True,
+            text="sdxl",
+            num_inference_steps=30,
+            guidance_scale=7.5,
+            clip_skip=True,
+            textual_inversion=True,
+            controlnets_of=frozenset({"sdxl"}),
+            plain=_only(Task.INPAINTING, _SDXL_PLAIN),
+            controlled=_only(Task.INPAINTING, _SDXL_CONTROLLED),
+        ),
+        Family(
+            name="sd3",
+            title="Stable Diffusion 3",
+            text="sd3",
+            size_multiple=16,
+            schedulers=FLOW_SCHEDULERS,
+            scheduler="flow-match-euler",
+            num_inference_steps=28,
+            guidance_scale=7.0,
+            signed_control_maps=True,
+            controlnets_of=frozenset({"sd3"}),
+            plain=_cells("StableDiffusion3", strength=0.6),
+            controlled=_SD3_CONTROLLED,
+        ),
+        Family(
+            name="flux",
+            title="Flux",
+            text="flux",
+            size_multiple=16,
+            schedulers=FLOW_SCHEDULERS,
+            scheduler="flow-match-euler",
+            num_inference_steps=28,
+            guidance_scale=3.5,
+            cuda_dtype="bfloat16",
+            negative_prompt=False,
+            signed_control_maps=True,
+            controlnets_of=frozenset({"flux"}),
+            plain=_cells("Flux", strength=0.6),
+            controlled=_FLUX_CONTROLLED,
+        ),
+        Family(
+            name="upscale",
+            title="Stable Diffusion x4 upscaler",
+            float32_decode=True,
+            scheduler="ddim",
+            num_inference_steps=50,
+            guidance_scale=9.0,
+            clip_skip=True,
+            lora=False,
+            noise_level=20,
+            max_noise_level=350,
+            plain={
+                Task.SUPER_RESOLUTION: Cell(pipeline="StableDiffusionUpscalePipeline", image="image", takes_size=False)
+            },
+        ),
+        Family(
+            name="latent-upscale",
+            title="Stable Diffusion x2 latent upscaler",
+            text="clip-hidden",
+            size_multiple=64,
+            schedulers=frozenset({"euler"}),
+            scheduler="euler",
+            num_inference_steps=20,
+            guidance_scale=1.0,
+            lora=False,
+            plain={
+                Task.SUPER_RESOLUTION: Cell(
+                    pipeline="StableDiffusionLatentUpscalePipeline", image="image", takes_size=False
+                )
+            },
+        ),
+        Family(
+            name="gan-upscale",
+            title="GAN upscaler",
+            text="none",
+            size_multiple=1,
+            schedulers=frozenset({"none"}),
+            scheduler="none",
+            num_inference_steps=1,
+            guidance_scale=1.0,
+            negative_prompt=False,
+            lora=False,
+            plain={Task.SUPER_RESOLUTION: Cell(pipeline="spandrel", image="image", takes_size=False)},
+        ),
+    )
+}

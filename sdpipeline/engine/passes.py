@@ -1,0 +1,278 @@
+"""One forward pass: a pipeline put together from resident parts, called once for a padded batch."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import diffusers
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from sdpipeline.domain import CheckpointRef, GenerationRequest, Task
+from sdpipeline.engine import Pixels
+from sdpipeline.engine.families import SCHEDULERS, Cell, Family
+from sdpipeline.engine.per_image import PerImageScale, controlnet_scales, distilled_guidance
+from sdpipeline.engine.pictures import to_pil
+from sdpipeline.engine.preparing import Pictures
+from sdpipeline.engine.residency import Loaded
+from sdpipeline.engine.text import Embedding
+
+LEGACY_FAMILIES = frozenset({"sd1", "sd2", "sd-inpaint"})
+"""Their pipelines set these two scheduler options themselves, with a deprecation warning for each call."""
+LEGACY_SCHEDULER = {"steps_offset": 1, "clip_sample": False}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PassSettings:
+    """What all pictures of one forward pass share; everything else is free in a batch."""
+
+    task: Task
+    checkpoint: CheckpointRef
+    vae: CheckpointRef | None
+    controlnets: tuple[tuple[CheckpointRef, float, float], ...]
+    width: int
+    height: int
+    scheduler: str
+    num_inference_steps: int
+    strength: float | None
+    guided: bool
+    noise_level: int | None
+    prompt_tokens: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Member:
+    """One request of a batch, ready to run; ``index`` is its place in the batch that was asked for."""
+
+    index: int
+    request: GenerationRequest
+    pictures: Pictures
+    prompt: Embedding
+    negative: Embedding | None
+    details: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Weights:
+    """The resident parts that one pass uses."""
+
+    row: Family
+    cell: Cell
+    base: Loaded
+    controlnets: tuple[Loaded, ...] = ()
+    vae: Loaded | None = None
+
+    @property
+    def autoencoder(self) -> Any:
+        """The checkpoint's own, or the one the request put in its place."""
+        return self.vae.module if self.vae else self.base.parts["vae"]
+
+    @property
+    def denoiser(self) -> Any:
+        """The network that runs once per step."""
+        return self.base.parts.get("transformer") or self.base.parts.get("unet")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Latents:
+    """What a pipeline returned, still to be decoded, with the scheduler that made it."""
+
+    values: torch.Tensor
+    scheduler: Mapping[str, Any]
+
+    def finite(self) -> list[bool]:
+        """For each picture, whether every value of its latents is a number."""
+        return [bool(torch.isfinite(value).all()) for value in self.values]
+
+
+def settings_of(member: Member, weights: Weights) -> PassSettings:
+    """The part of a request that must be equal throughout a pass."""
+    request, cell = member.request, weights.cell
+    strength = cell.strength if request.strength is None else request.strength
+    noise_level = weights.row.noise_level if request.noise_level is None else request.noise_level
+    return PassSettings(
+        task=request.task,
+        checkpoint=request.checkpoint,
+        vae=request.vae,
+        controlnets=tuple(
+            (use.checkpoint, use.control_guidance_start, use.control_guidance_end) for use in request.controlnets
+        ),
+        width=request.width,
+        height=request.height,
+        scheduler=request.scheduler,
+        num_inference_steps=request.num_inference_steps,
+        strength=strength,
+        guided=member.negative is not None,
+        noise_level=noise_level,
+        prompt_tokens=member.prompt.embeds.shape[1],
+    )
+
+
+def denoise(weights: Weights, settings: PassSettings, members: Sequence[Member]) -> Latents:
+    """The latents of these members, in order; every one has its own noise from its own CPU generator."""
+    scheduler = make_scheduler(settings.scheduler, weights)
+    pipe = _pipeline(weights, scheduler)
+    with _per_image(weights, members), torch.no_grad():
+        values = pipe(**_arguments(weights, settings, members)).images
+    if weights.row.text == "flux":
+        values = pipe._unpack_latents(values, settings.height, settings.width, pipe.vae_scale_factor)  # noqa: SLF001
+    name = type(scheduler).__name__
+    config = {key: value for key, value in pipe.scheduler.config.items() if not key.startswith("_")}
+    return Latents(values=values, scheduler={"name": settings.scheduler, "class": name, "config": config})
+
+
+def decode(weights: Weights, latents: torch.Tensor, *, float32: bool = False) -> npt.NDArray[np.float32]:
+    """Pictures from 0 to 1, batch x height x width x 3; not finite ones come back as they are."""
+    vae = weights.autoencoder
+    own = vae.dtype
+    upcast = float32 or (weights.row.float32_decode and own == torch.float16 and vae.config.force_upcast)
+    with _in_dtype(vae, torch.float32 if upcast else own), torch.no_grad():
+        scaled = latents.to(vae.dtype) / vae.config.scaling_factor + (vae.config.shift_factor or 0.0)
+        decoded = vae.decode(scaled, return_dict=False)[0]
+    pictures = (decoded.float() / 2 + 0.5).permute(0, 2, 3, 1).cpu().numpy()
+    return np.asarray(pictures, dtype=np.float32)
+
+
+def make_scheduler(name: str, weights: Weights) -> Any:
+    """A fresh scheduler: pipelines change theirs while they run, so that none may be shared by two calls."""
+    class_name, overrides = SCHEDULERS[name]
+    scheduler_class = getattr(diffusers, class_name)
+    config = dict(weights.base.scheduler_configs["scheduler"]) | dict(overrides)
+    if weights.row.name in LEGACY_FAMILIES:
+        config |= LEGACY_SCHEDULER
+    known = inspect.signature(scheduler_class.__init__).parameters
+    return scheduler_class.from_config({key: value for key, value in config.items() if key in known})
+
+
+def _pipeline(weights: Weights, scheduler: Any) -> Any:
+    pipeline_class = getattr(diffusers, weights.cell.pipeline)
+    parts = dict(weights.base.parts) | dict(weights.base.options)
+    parts |= {"scheduler": scheduler, "vae": weights.autoencoder, "controlnet": _controlnet(weights)}
+    parts |= {"requires_safety_checker": False, "add_watermarker": False}
+    if config := weights.base.scheduler_configs.get("low_res_scheduler"):
+        parts["low_res_scheduler"] = getattr(diffusers, config["_class_name"]).from_config(dict(config))
+    given = {}
+    for name, parameter in inspect.signature(pipeline_class.__init__).parameters.items():
+        if name in parts:
+            given[name] = parts[name]
+        elif name != "self" and parameter.default is inspect.Parameter.empty:
+            given[name] = None
+    pipe = pipeline_class(**given)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def _controlnet(weights: Weights) -> Any:
+    modules = [loaded.module for loaded in weights.controlnets]
+    return modules[0] if len(modules) == 1 else modules
+
+
+@contextmanager
+def _per_image(weights: Weights, members: Sequence[Member]) -> Iterator[None]:
+    """Give each picture its own scales for the length of one call."""
+    modules = [loaded.module for loaded in weights.controlnets]
+    scales = [
+        [member.request.controlnets[n].controlnet_conditioning_scale for member in members] for n in range(len(modules))
+    ]
+    with ExitStack() as active:
+        active.enter_context(controlnet_scales(modules, scales))
+        if weights.row.text == "flux":
+            guidance = [member.request.guidance_scale for member in members]
+            active.enter_context(distilled_guidance(weights.denoiser, guidance))
+        yield
+
+
+def _arguments(weights: Weights, settings: PassSettings, members: Sequence[Member]) -> dict[str, Any]:
+    """The pipeline's call, by the names its family's row gives."""
+    cell = weights.cell
+    arguments: dict[str, Any] = {
+        "num_inference_steps": settings.num_inference_steps,
+        "generator": [torch.Generator("cpu").manual_seed(member.request.seed) for member in members],
+        "output_type": "latent",
+        **_prompts(weights, members),
+        **_guidance(weights, settings, members),
+    }
+    if cell.takes_size:
+        arguments |= {"width": settings.width, "height": settings.height}
+    if cell.strength is not None:
+        arguments["strength"] = settings.strength
+    if settings.noise_level is not None:
+        arguments["noise_level"] = settings.noise_level
+    if cell.image:
+        arguments[cell.image] = [to_pil(_required(member.pictures.image)) for member in members]
+    if cell.mask_image:
+        arguments[cell.mask_image] = [to_pil(_required(member.pictures.mask_image)) for member in members]
+    if cell.max_controlnets:
+        arguments |= _control(weights, settings, members)
+    return arguments
+
+
+def _required(pixels: Pixels | None) -> Pixels:
+    assert pixels is not None
+    return pixels
+
+
+def _prompts(weights: Weights, members: Sequence[Member]) -> dict[str, torch.Tensor]:
+    prompts = [member.prompt for member in members]
+    given = {"prompt_embeds": torch.cat([prompt.embeds for prompt in prompts])}
+    if prompts[0].pooled is not None:
+        given["pooled_prompt_embeds"] = torch.cat([_pooled(prompt) for prompt in prompts])
+    negatives = [member.negative for member in members if member.negative is not None]
+    if negatives and weights.row.negative_prompt:
+        given["negative_prompt_embeds"] = torch.cat([negative.embeds for negative in negatives])
+        if negatives[0].pooled is not None:
+            given["negative_pooled_prompt_embeds"] = torch.cat([_pooled(negative) for negative in negatives])
+    return given
+
+
+def _pooled(embedding: Embedding) -> torch.Tensor:
+    assert embedding.pooled is not None
+    return embedding.pooled
+
+
+def _guidance(weights: Weights, settings: PassSettings, members: Sequence[Member]) -> dict[str, Any]:
+    if weights.row.text == "flux" or not settings.guided:
+        return {"guidance_scale": 1.0}
+    return {"guidance_scale": PerImageScale([member.request.guidance_scale for member in members])}
+
+
+def _control(weights: Weights, settings: PassSettings, members: Sequence[Member]) -> dict[str, Any]:
+    """Control maps as one tensor per ControlNet: nested lists mean different things to different pipelines."""
+    several = len(settings.controlnets) > 1
+    starts = [start for _, start, _ in settings.controlnets]
+    ends = [end for _, _, end in settings.controlnets]
+    arguments: dict[str, Any] = {
+        "controlnet_conditioning_scale": [1.0] * len(starts) if several else 1.0,
+        "control_guidance_start": starts if several else starts[0],
+        "control_guidance_end": ends if several else ends[0],
+    }
+    if weights.cell.control_image:
+        maps = [
+            _stacked([member.pictures.control_maps[n] for member in members], signed=weights.row.signed_control_maps)
+            for n in range(len(starts))
+        ]
+        arguments[weights.cell.control_image] = maps if several else maps[0]
+    return arguments
+
+
+def _stacked(pixels: Sequence[Pixels], *, signed: bool) -> torch.Tensor:
+    values = torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2).float() / 255
+    return values * 2 - 1 if signed else values
+
+
+@contextmanager
+def _in_dtype(network: Any, dtype: torch.dtype) -> Iterator[None]:
+    own = network.dtype
+    if dtype == own:
+        yield
+        return
+    network.to(dtype)
+    try:
+        yield
+    finally:
+        network.to(own)

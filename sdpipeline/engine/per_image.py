@@ -1,0 +1,93 @@
+"""Guidance and ControlNet scales that differ from picture to picture inside one forward pass."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from itertools import cycle
+from typing import Any
+
+import torch
+
+
+class PerImageScale:
+    """One number per picture that pipelines take for a float: compared as a switch, multiplied as a tensor.
+
+    The stock pipelines do ``if guidance_scale > 1`` and ``guidance_scale * (text - unconditional)``.
+    """
+
+    def __init__(self, values: Sequence[float]) -> None:
+        self._values = torch.tensor(values, dtype=torch.float32)
+
+    def __gt__(self, other: float) -> bool:
+        """Whether any picture is guided; a batch never mixes guided and unguided ones."""
+        return bool((self._values > other).any())
+
+    def __mul__(self, tensor: torch.Tensor) -> torch.Tensor:
+        return _broadcast(self._values, tensor) * tensor
+
+    __rmul__ = __mul__
+
+
+@contextmanager
+def controlnet_scales(controlnets: Sequence[torch.nn.Module], scales: Sequence[Sequence[float]]) -> Iterator[None]:
+    """Multiply what each ControlNet returns by each picture's own scale; the pipelines are told 1.0.
+
+    The same weights may be used twice on a picture, so that one module meets its scales in turn.
+    """
+    uses: dict[torch.nn.Module, list[torch.Tensor]] = defaultdict(list)
+    for controlnet, scale in zip(controlnets, scales, strict=True):
+        uses[controlnet].append(torch.tensor(scale, dtype=torch.float32))
+    with ExitStack() as hooks:
+        for controlnet, turns in uses.items():
+            hooks.enter_context(_scaled_output(controlnet, turns))
+        yield
+
+
+@contextmanager
+def _scaled_output(controlnet: torch.nn.Module, turns: list[torch.Tensor]) -> Iterator[None]:
+    turn = cycle(turns)
+
+    def scale(_module: torch.nn.Module, _inputs: Any, output: Any) -> Any:
+        return _scaled(output, next(turn))
+
+    handle = controlnet.register_forward_hook(scale)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@contextmanager
+def distilled_guidance(transformer: torch.nn.Module, guidance_scales: Sequence[float]) -> Iterator[None]:
+    """Give a guidance-distilled transformer each picture's own guidance; its pipelines make one for all."""
+    values = torch.tensor(guidance_scales, dtype=torch.float32)
+
+    def replace(_module: torch.nn.Module, inputs: Any, keywords: dict[str, Any]) -> Any:
+        given = keywords.get("guidance")
+        if given is not None:
+            keywords["guidance"] = values.to(device=given.device, dtype=given.dtype)
+        return inputs, keywords
+
+    handle = transformer.register_forward_pre_hook(replace, with_kwargs=True)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def _scaled(output: Any, scale: torch.Tensor) -> Any:
+    """A ControlNet's residuals, however its class packs them, times one scale per picture."""
+    if isinstance(output, torch.Tensor):
+        return output * _broadcast(scale, output)
+    if isinstance(output, tuple | list):
+        return type(output)([_scaled(part, scale) for part in output])
+    return output
+
+
+def _broadcast(scale: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """One scale per picture, shaped for a tensor whose batch may hold each picture twice (guidance)."""
+    repeats = like.shape[0] // scale.shape[0]
+    shaped = scale.repeat(repeats).view(-1, *[1] * (like.ndim - 1))
+    return shaped.to(device=like.device, dtype=like.dtype)

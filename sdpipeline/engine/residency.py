@@ -1,0 +1,195 @@
+"""The checkpoints held in memory: verified when loaded, the least recently used dropped beyond a byte budget."""
+
+from __future__ import annotations
+
+import gc
+import json
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+import transformers
+from safetensors import SafetensorError
+
+from sdpipeline.domain import CheckpointRef
+from sdpipeline.engine.checkpoints import CheckpointFiles, verify
+from sdpipeline.errors import CheckpointError, DeviceExhaustedError
+
+_LOADING = threading.Lock()
+"""``from_pretrained`` patches torch.nn for the whole process while it runs: two at once leave it corrupted."""
+
+IGNORED = frozenset({"safety_checker", "feature_extractor", "image_encoder", "watermarker"})
+"""Parts of old checkpoints that no pipeline here uses."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Loaded:
+    """A checkpoint in memory: its parts by their names in the pipeline, its schedulers as configurations."""
+
+    files: CheckpointFiles
+    parts: Mapping[str, Any]
+    scheduler_configs: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def module(self) -> Any:
+        """The one network of a ControlNet or autoencoder."""
+        return next(iter(self.parts.values()))
+
+    def networks(self) -> list[torch.nn.Module]:
+        """Every part that holds weights."""
+        return [part for part in self.parts.values() if isinstance(part, torch.nn.Module)]
+
+    def size_bytes(self) -> int:
+        """What its weights occupy in memory."""
+        tensors = [t for network in self.networks() for t in (*network.parameters(), *network.buffers())]
+        return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+class Residency:
+    """Loads checkpoints on demand and keeps the most recently used ones."""
+
+    def __init__(
+        self,
+        *,
+        device: torch.device,
+        dtype: Callable[[CheckpointFiles], torch.dtype],
+        locate: Callable[[CheckpointRef], CheckpointFiles],
+        budget_bytes: int | None,
+    ) -> None:
+        self._device = device
+        self._dtype = dtype
+        self._locate = locate
+        self._budget_bytes = budget_bytes
+        self._held: OrderedDict[str, Loaded] = OrderedDict()
+
+    def digests(self) -> frozenset[str]:
+        """What is held now."""
+        return frozenset(self._held)
+
+    def files(self, ref: CheckpointRef) -> CheckpointFiles:
+        """Where the weights lie; CheckpointError if the registry now holds others under that name."""
+        if ref.digest in self._held:
+            return self._held[ref.digest].files
+        files = self._locate(ref)
+        if files.digest != ref.digest:
+            raise CheckpointError(
+                f"checkpoint {ref.alias!r} was pinned as {ref.digest[:12]}, but {files.digest[:12]} is registered now"
+            )
+        return files
+
+    def get(self, ref: CheckpointRef, *, keep: Collection[str] = ()) -> Loaded:
+        """The checkpoint, loaded if it is not; those in ``keep`` are not dropped to make room for it."""
+        if ref.digest in self._held:
+            self._held.move_to_end(ref.digest)
+            return self._held[ref.digest]
+        files = self.files(ref)
+        self._make_room(files.size_bytes, keep)
+        loaded = self._loaded(files) or self._loaded(files, instead_of_all_but=keep)
+        if loaded is None:
+            raise DeviceExhaustedError(
+                f"out of memory while loading checkpoint {ref.alias!r}, with no other one resident"
+            )
+        self._held[ref.digest] = loaded
+        return loaded
+
+    def _loaded(self, files: CheckpointFiles, *, instead_of_all_but: Collection[str] | None = None) -> Loaded | None:
+        """``None`` if the device has no room; the second try drops every checkpoint that is not needed now."""
+        if instead_of_all_but is not None:
+            self.drop(keep=instead_of_all_but)
+        try:
+            return load(files, device=self._device, dtype=self._dtype(files))
+        except torch.OutOfMemoryError:
+            return None
+
+    def drop(self, *, keep: Collection[str]) -> list[str]:
+        """Forget every checkpoint but those, and say which went."""
+        dropped = [digest for digest in self._held if digest not in keep]
+        for digest in dropped:
+            del self._held[digest]
+        release(self._device)
+        return dropped
+
+    def _make_room(self, size_bytes: int, keep: Collection[str]) -> None:
+        if self._budget_bytes is None:
+            return
+        held_bytes = sum(loaded.size_bytes() for loaded in self._held.values())
+        for digest in [digest for digest in self._held if digest not in keep]:
+            if held_bytes + size_bytes <= self._budget_bytes:
+                return
+            held_bytes -= self._held.pop(digest).size_bytes()
+            release(self._device)
+
+
+def release(device: torch.device) -> None:
+    """Give freed memory back, which the caching allocator does not do by itself."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def load(files: CheckpointFiles, *, device: torch.device, dtype: torch.dtype) -> Loaded:
+    """Read a checkpoint after hashing it: safetensors only, nothing fetched, no key missing, no code run."""
+    verify(files)
+    transformers.utils.logging.disable_progress_bar()
+    try:
+        with _LOADING:
+            loaded = _read(files, dtype)
+    except (OSError, SafetensorError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"checkpoint {files.alias!r} does not load: {error}") from error
+    for network in loaded.networks():
+        network.to(device)
+        network.requires_grad_(requires_grad=False)
+    return loaded
+
+
+def _read(files: CheckpointFiles, dtype: torch.dtype) -> Loaded:
+    if files.kind in ("controlnet", "vae"):
+        config = json.loads((files.directory / "config.json").read_text(encoding="utf-8"))
+        network = _network(files, files.directory, getattr(diffusers, config["_class_name"]), dtype)
+        return Loaded(files=files, parts={files.kind: network})
+    if files.kind != "checkpoint":
+        raise CheckpointError(f"{files.alias!r} is a {files.kind}; here only a checkpoint can stand")
+    index = json.loads((files.directory / "model_index.json").read_text(encoding="utf-8"))
+    parts: dict[str, Any] = {}
+    schedulers: dict[str, Mapping[str, Any]] = {}
+    for name, entry in index.items():
+        if not isinstance(entry, list) or entry[0] is None or name in IGNORED:
+            continue
+        directory = files.directory / name
+        if name.endswith("scheduler"):
+            path = directory / "scheduler_config.json"
+            schedulers[name] = json.loads(path.read_text(encoding="utf-8")) | {"_class_name": entry[1]}
+        elif name.startswith("tokenizer"):
+            parts[name] = getattr(transformers, entry[1]).from_pretrained(directory, local_files_only=True)
+        else:
+            parts[name] = _network(files, directory, _class(files, entry), dtype)
+    options = {name: value for name, value in index.items() if not name.startswith("_") and not isinstance(value, list)}
+    return Loaded(files=files, parts=parts, scheduler_configs=schedulers, options=options)
+
+
+def _class(files: CheckpointFiles, entry: list[str]) -> Any:
+    library = {"diffusers": diffusers, "transformers": transformers}.get(entry[0])
+    found = getattr(library, entry[1], None)
+    if found is None:
+        raise CheckpointError(f"checkpoint {files.alias!r} needs {entry[0]}.{entry[1]}, which this release has not")
+    return found
+
+
+def _network(files: CheckpointFiles, directory: Path, network_class: Any, dtype: torch.dtype) -> Any:
+    """A network with every key accounted for: a U-Net with a missing one would load and paint noise."""
+    named = "torch_dtype" if issubclass(network_class, diffusers.ModelMixin) else "dtype"
+    network, info = network_class.from_pretrained(
+        directory, local_files_only=True, use_safetensors=True, output_loading_info=True, **{named: dtype}
+    )
+    missing = sorted(info["missing_keys"])
+    mismatched = sorted(str(key) for key in info.get("mismatched_keys", ()))
+    if missing or mismatched:
+        fault = f"has no tensor {missing[0]}" if missing else f"has a tensor of another shape: {mismatched[0]}"
+        raise CheckpointError(f"checkpoint {files.alias!r}: {directory.name} {fault}")
+    return network.eval()
