@@ -2,27 +2,59 @@
 
 from __future__ import annotations
 
+import os
+import uuid
 from concurrent.futures import ThreadPoolExecutor
 from hashlib import sha256
 from pathlib import Path
+from urllib.request import urlopen
 
 import pytest
 
 from sdpipeline.errors import BadInputError, ObjectConflictError, ObjectMissingError
-from sdpipeline.storage import LocalStore, ObjectStore, StoredObject
+from sdpipeline.storage import ObjectStore, ObjectVersion, StoredObject, open_store
+from tests.integration.conftest import Bucket
 
 PICTURE = bytes(range(256)) * 100
 
 
-@pytest.fixture(params=["directory"])
+def names(*, with_weak: bool) -> list[str]:
+    own = ["endpoint"] if "SDP_TEST_S3_URL" in os.environ else []
+    return ["directory", "moto", *(["rclone"] if with_weak else []), *own]
+
+
+@pytest.fixture(params=names(with_weak=True))
 def store(request: pytest.FixtureRequest) -> ObjectStore:
     found: ObjectStore = request.getfixturevalue(f"{request.param}_store")
     return found
 
 
+@pytest.fixture(params=names(with_weak=False))
+def strong_store(request: pytest.FixtureRequest) -> ObjectStore:
+    """Every store but the one that ignores conditions."""
+    found: ObjectStore = request.getfixturevalue(f"{request.param}_store")
+    return found
+
+
 @pytest.fixture
-def directory_store(tmp_path: Path) -> LocalStore:
-    return LocalStore(tmp_path / "storage")
+def directory_store(tmp_path: Path) -> ObjectStore:
+    return open_store((tmp_path / "storage").as_uri())
+
+
+@pytest.fixture
+def moto_store(moto_bucket: Bucket) -> ObjectStore:
+    return moto_bucket.store("some/prefix")
+
+
+@pytest.fixture
+def rclone_store(weak_bucket: Bucket) -> ObjectStore:
+    return weak_bucket.store("some/prefix")
+
+
+@pytest.fixture
+def endpoint_store() -> ObjectStore:
+    """The reader's own endpoint, e.g. SDP_TEST_S3_URL=s3://bucket/prefix with AWS_ENDPOINT_URL; nothing is removed."""
+    return open_store(f"{os.environ['SDP_TEST_S3_URL'].rstrip('/')}/{uuid.uuid4().hex}")
 
 
 def test_what_was_put_is_got(store: ObjectStore) -> None:
@@ -67,6 +99,40 @@ def test_a_listing_has_every_key_with_the_prefix(store: ObjectStore) -> None:
     assert list(store.list("nothing/here")) == []
 
 
+def test_a_listing_longer_than_a_page_is_whole(store: ObjectStore) -> None:
+    # The strong test server's pages have ten keys.
+    for n in range(12):
+        store.put(f"many/{n}", b"", content_type="text/plain")
+    assert sum(1 for _ in store.list("many/")) == 12
+
+
+def test_an_object_has_one_version_and_what_is_not_there_none(store: ObjectStore) -> None:
+    stored = store.put("seals/1", b"seal", content_type="application/json", retained=True)
+    assert list(store.versions("seals/1")) == [ObjectVersion(version_id=stored.version_id, is_delete_marker=False)]
+    assert list(store.versions("seals")) == []
+
+
+def test_a_version_that_never_was_is_missing(store: ObjectStore) -> None:
+    store.put("a", PICTURE, content_type="image/png")
+    with pytest.raises(ObjectMissingError):
+        store.get("a", version_id="AAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAA")
+
+
+def test_a_link_opens_without_credentials(store: ObjectStore) -> None:
+    store.put("team/ä b.png", PICTURE, content_type="image/png")
+    with urlopen(store.link("team/ä b.png", expires_s=60)) as opened:
+        assert opened.read() == PICTURE
+
+
+def test_a_store_that_answers_passes_its_check(store: ObjectStore) -> None:
+    store.check()
+
+
+def test_a_probe_leaves_nothing(store: ObjectStore) -> None:
+    assert {"conditional put", "versions", "object lock"} <= {found.name for found in store.probe()}
+    assert list(store.list()) == []
+
+
 def test_a_key_outside_the_store_is_refused_by_every_verb(store: ObjectStore) -> None:
     for verb in (store.get, store.head, store.url, store.link, lambda key: store.put(key, b"", content_type="a/b")):
         with pytest.raises(BadInputError):
@@ -75,13 +141,13 @@ def test_a_key_outside_the_store_is_refused_by_every_verb(store: ObjectStore) ->
         list(store.list("../a"))
 
 
-def test_one_of_many_writers_wins_and_the_others_learn_of_it(store: ObjectStore) -> None:
+def test_one_of_many_writers_wins_and_the_others_learn_of_it(strong_store: ObjectStore) -> None:
     def put(writer: int) -> StoredObject | None:
         try:
-            return store.put("contested", b"%d" % writer * 1000, content_type="text/plain")
+            return strong_store.put("contested", b"%d" % writer * 1000, content_type="text/plain")
         except ObjectConflictError:
             return None
 
     with ThreadPoolExecutor(8) as threads:
         winners = [stored for stored in threads.map(put, range(8)) if stored]
-    assert [stored.sha256 for stored in winners] == [sha256(store.get("contested")).hexdigest()]
+    assert [stored.sha256 for stored in winners] == [sha256(strong_store.get("contested")).hexdigest()]

@@ -1,74 +1,15 @@
-"""Where pictures, inputs and seals are kept: objects that are written once, checked, and never overwritten."""
+"""Objects as files of one directory."""
 
 from __future__ import annotations
 
 import hashlib
 import os
 import secrets
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Protocol
-from urllib.parse import unquote, urlsplit
 
-from sdpipeline.errors import (
-    BadInputError,
-    ObjectConflictError,
-    ObjectMissingError,
-    SettingsError,
-    StorageUnavailableError,
-)
-
-# AWS refuses longer keys, most file systems longer names.
-_MAX_KEY_BYTES = 1024
-_MAX_SEGMENT_BYTES = 255
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StoredObject:
-    """What storage holds under a key; ``version_id`` is None where the store keeps no versions."""
-
-    key: str
-    sha256: str
-    size_bytes: int
-    version_id: str | None = None
-
-
-class ObjectStore(Protocol):
-    """Objects under slash-separated keys. Safe to use from several threads.
-
-    Where a store does not answer, every method raises StorageUnavailableError after its own retries.
-    """
-
-    def put(self, key: str, data: bytes, *, content_type: str, retained: bool = False) -> StoredObject:
-        """Creates the object unless it exists, reads it back and compares.
-
-        The same bytes already there are success, so a retry after a lost reply is too; other bytes
-        raise ObjectConflictError. ``retained`` asks for the retention that the store is set up with.
-        """
-
-    def get(self, key: str, *, version_id: str | None = None) -> bytes:
-        """The whole object; raises ObjectMissingError."""
-
-    def head(self, key: str) -> StoredObject | None:
-        """What is there without its bytes, as its writer declared it; a verification uses ``get``."""
-
-    def url(self, key: str) -> str:
-        """The object's address, ``file://`` or ``s3://``."""
-
-    def link(self, key: str, *, expires_s: int = 3600) -> str:
-        """An address that a browser opens without credentials for ``expires_s`` seconds."""
-
-    def list(self, prefix: str = "") -> Iterator[str]:
-        """Every key that begins with ``prefix``, in no promised order."""
-
-
-def open_store(url: str) -> ObjectStore:
-    """The store that ``file:///directory`` or ``s3://bucket/prefix`` names."""
-    parts = urlsplit(url)
-    if parts.scheme == "file" and parts.netloc in ("", "localhost") and parts.path.startswith("/"):
-        return LocalStore(Path(unquote(parts.path)))
-    raise SettingsError(f"storage {url!r} is neither file:///directory nor s3://bucket/prefix")
+from sdpipeline.errors import ObjectConflictError, ObjectMissingError, SettingsError, StorageUnavailableError
+from sdpipeline.storage.contract import Capability, ObjectVersion, StoredObject, check_key, check_prefix
 
 
 class LocalStore:
@@ -126,11 +67,33 @@ class LocalStore:
 
     def list(self, prefix: str = "") -> Iterator[str]:
         """See ObjectStore."""
-        folder = prefix.rpartition("/")[0]
-        top = self._path(folder) if folder else self._root
+        folder = check_prefix(prefix).rpartition("/")[0]
+        top = self._root / folder
         for path in _files(top):
             if (key := path.relative_to(self._root).as_posix()).startswith(prefix):
                 yield key
+
+    def versions(self, key: str) -> Sequence[ObjectVersion]:
+        """See ObjectStore."""
+        return [ObjectVersion(version_id=None, is_delete_marker=False)] if self._path(key).is_file() else []
+
+    def check(self) -> None:
+        """See ObjectStore."""
+        try:
+            _make_directory(self._incoming)
+        except OSError as error:
+            raise SettingsError(f"storage {self._root} cannot be written: {error.strerror or error}") from error
+
+    def probe(self) -> Sequence[Capability]:
+        """See ObjectStore."""
+        key = f"probe/{secrets.token_hex(16)}"
+        self.put(key, b"probe", content_type="text/plain")
+        self._path(key).unlink()
+        return [
+            Capability(name="conditional put", ok=True, detail="link() creates and never overwrites"),
+            Capability(name="versions", ok=False, detail="a seal replaced by hand is found by its digest alone"),
+            Capability(name="object lock", ok=False, detail="whoever may write here may delete seals: export them"),
+        ]
 
     def _path(self, key: str) -> Path:
         return self._root / check_key(key)
@@ -148,18 +111,6 @@ class LocalStore:
             incoming.unlink(missing_ok=True)
         _flush_directory(path.parent)
         return True
-
-
-def check_key(key: str) -> str:
-    """The key itself if every store can hold it and it stays inside its store; else BadInputError.
-
-    A segment may not begin with a dot: that keeps ``..`` out and such names free for the store's own use.
-    """
-    segments = key.split("/")
-    too_long = len(key.encode()) > _MAX_KEY_BYTES or any(len(part.encode()) > _MAX_SEGMENT_BYTES for part in segments)
-    if too_long or "\\" in key or not key.isprintable() or any(not part or part.startswith(".") for part in segments):
-        raise BadInputError(f"{key!r} is not a storage key")
-    return key
 
 
 def _files(top: Path) -> Iterator[Path]:

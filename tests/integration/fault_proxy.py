@@ -1,0 +1,135 @@
+"""An HTTP proxy in front of an S3 server that fails the way networks and busy servers do."""
+
+from __future__ import annotations
+
+import http.client
+import socket
+import struct
+import threading
+from collections.abc import Callable, Iterable
+from enum import StrEnum
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Self
+from urllib.parse import urlsplit
+
+
+class Fault(StrEnum):
+    """What goes wrong with one request; the ones with a status are answers in the server's name."""
+
+    SLOW_DOWN = "503 SlowDown"
+    INTERNAL_ERROR = "500 InternalError"
+    NOT_IMPLEMENTED = "501 NotImplemented"
+    CONFLICT = "409 ConditionalRequestConflict"
+    RESET = "the connection is reset before the server sees the request"
+    LOST_REPLY = "the server does its work and the reply is lost"
+    CUT_BODY = "the reply ends in its middle"
+    STALL = "no reply ever comes"
+
+
+Choose = Callable[[str, str], Fault | None]
+"""Method and path of a request to what shall go wrong with it."""
+
+
+def once(method: str, *faults: Fault) -> Choose:
+    """Each fault strikes one request of this method, in order; everything later passes."""
+    left = list(faults)
+    lock = threading.Lock()
+
+    def choose(asked: str, _path: str) -> Fault | None:
+        with lock:
+            return left.pop(0) if left and asked == method else None
+
+    return choose
+
+
+class FaultProxy:
+    """Listens on ``url`` and passes requests on to ``upstream``; ``seen`` lists methods with their faults."""
+
+    def __init__(self, upstream: str, choose: Choose) -> None:
+        self.seen: list[tuple[str, Fault | None]] = []
+        self.stopping = threading.Event()
+        self.choose = choose
+        parts = urlsplit(upstream)
+        self.upstream = (parts.hostname or "", parts.port or 80)
+        self._server = _Server(("127.0.0.1", 0), _Handler)
+        self._server.proxy = self
+        self.url = f"http://127.0.0.1:{self._server.server_address[1]}"
+
+    def __enter__(self) -> Self:
+        threading.Thread(target=self._server.serve_forever, args=(0.05,), daemon=True).start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stopping.set()
+        self._server.shutdown()
+        self._server.server_close()
+
+
+class _Server(ThreadingHTTPServer):
+    daemon_threads = True
+    block_on_close = False  # a kept-alive connection would hold the test up
+    proxy: FaultProxy
+
+    def handle_error(self, request: object, client_address: object) -> None:
+        """Broken connections are this server's business."""
+
+
+class _Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    server: _Server
+
+    def do_GET(self) -> None:
+        """Any method: the fault first, then whatever is left of the exchange."""
+        proxy = self.server.proxy
+        fault = proxy.choose(self.command, self.path)
+        proxy.seen.append((self.command, fault))
+        body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        if fault is Fault.STALL:
+            proxy.stopping.wait()
+        elif fault is Fault.RESET:
+            self._reset()
+        elif fault and fault[:3].isdigit():
+            self._answer(fault)
+        else:
+            self._pass_on(body, fault)
+
+    do_PUT = do_POST = do_HEAD = do_DELETE = do_GET  # noqa: N815 - names that http.server looks for
+
+    def log_message(self, *_: object) -> None:
+        """Tests read ``seen``."""
+
+    def _pass_on(self, body: bytes, fault: Fault | None) -> None:
+        connection = http.client.HTTPConnection(*self.server.proxy.upstream, timeout=30)
+        connection.request(self.command, self.path, body, dict(self.headers) | {"Connection": "close"})
+        reply = connection.getresponse()
+        data = reply.read()
+        connection.close()
+        if fault is Fault.LOST_REPLY:
+            self._reset()
+            return
+        headers = [pair for pair in reply.getheaders() if pair[0].lower() not in ("transfer-encoding", "connection")]
+        if not any(name.lower() == "content-length" for name, _ in headers):
+            headers.append(("Content-Length", str(len(data))))
+        self._send(reply.status, headers, data[: len(data) // 2] if fault is Fault.CUT_BODY else data)
+        if fault is Fault.CUT_BODY:
+            self._reset()
+
+    def _answer(self, fault: Fault) -> None:
+        status, _, code = fault.partition(" ")
+        data = b"<Error><Code>%s</Code><Message>injected</Message></Error>" % code.encode()
+        body = b"" if self.command == "HEAD" else data
+        self._send(int(status), [("Content-Type", "application/xml"), ("Content-Length", str(len(data)))], body)
+
+    def _send(self, status: int, headers: Iterable[tuple[str, str]], data: bytes) -> None:
+        self.send_response_only(status)
+        for name, value in headers:
+            self.send_header(name, value)
+        self.end_headers()
+        self.wfile.write(data)
+        self.wfile.flush()
+
+    def _reset(self) -> None:
+        # A linger time of zero makes close() send RST instead of an orderly end.
+        self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        self.close_connection = True
+        self.connection.shutdown(socket.SHUT_RD)
