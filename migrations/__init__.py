@@ -1,1 +1,1 @@
-"""The Alembic migrations."""
+"""Schema migrations, run by ``sdpipeline db upgrade``."""

@@ -210,15 +210,17 @@ def _without_aliases(value: Any) -> Any:
 class JobSpec:
     """One job as a campaign file asks for it, before the database knows it.
 
-    ``parents`` maps the stage of each parent to that parent's identity. ``row_key`` names the table
-    row (empty without ``rows:``), ``seed`` is the root seed that chains share, ``request.seed`` the
-    noise seed of this stage.
+    ``variables`` are all values this job's templates used, ``axes`` those of them that tell it from its
+    siblings; a table's row is told by ``row_key`` instead (empty without ``rows:``), so that a corrected
+    cell changes a job and does not make another. ``seed`` is the root seed that chains share,
+    ``request.seed`` the noise seed of this stage. ``parents`` maps each parent's stage to its identity.
     """
 
     stage: str
     depth: int
     row_key: str
     variables: tuple[tuple[str, Any], ...]
+    axes: tuple[tuple[str, Any], ...]
     seed: int
     request: GenerationRequest
     fingerprint: str
@@ -229,12 +231,12 @@ class JobSpec:
     @property
     def identity(self) -> str:
         """What makes this job the same job when its campaign is submitted again."""
-        return job_identity(self.edition, self.stage, self.row_key, self.variables, self.seed)
+        return job_identity(self.edition, self.stage, self.row_key, dict(self.axes), self.seed)
 
 
-def job_identity(edition: str, stage: str, row_key: str, variables: tuple[tuple[str, Any], ...], seed: int) -> str:
+def job_identity(edition: str, stage: str, row_key: str, axes: Json, seed: int) -> str:
     """The hash that is unique in a campaign."""
-    return digest([edition, stage, row_key, sorted(([name, value] for name, value in variables)), seed])
+    return digest([edition, stage, row_key, axes, seed])
 
 
 def stage_seed(seed: int, stage: str) -> int:

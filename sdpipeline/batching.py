@@ -1,0 +1,60 @@
+"""Which jobs may share a forward pass, and how many at once."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from sdpipeline.domain import GenerationRequest, ImageSource, Json, digest, to_document
+
+BUCKETS = (1, 2, 4, 8, 16, 32, 64)
+"""Batches run padded to one of these sizes, because only equal shapes give bit-equal pictures."""
+
+FREE_PARAMETERS = ("prompt", "negative_prompt", "seed", "image", "mask_image", "guidance_scale", "output")
+"""What may differ between the pictures of one batch: each is a per-image tensor or happens outside the engine."""
+
+
+def batch_key(request: GenerationRequest) -> str:
+    """Hash of everything that must be equal inside one batch, 64 hexadecimal digits."""
+    return digest(batch_document(request))
+
+
+def batch_document(request: GenerationRequest) -> Json:
+    """The values behind :func:`batch_key`, readable for people in ``plan`` and ``status``."""
+    document: Json = {k: v for k, v in to_document(request).items() if k not in FREE_PARAMETERS}
+    document["guidance"] = request.guidance_scale > 1.0
+    document["images"] = sorted(request.sources())
+    if "controlnets" in document:
+        document["controlnets"] = [_shared_part(use) for use in document["controlnets"]]
+    for name in ("ip_adapters",):
+        if name in document:
+            document[name] = [_shared_part(use) for use in document[name]]
+    return _digests_only(document)
+
+
+def bucket_for(count: int) -> int:
+    """The smallest bucket that holds ``count`` pictures; ``count`` is 1 to 64."""
+    return next(size for size in BUCKETS if size >= count)
+
+
+def split(count: int, cap: int) -> list[int]:
+    """Sizes of the batches for ``count`` jobs: full buckets of at most ``cap``, then one for the rest."""
+    largest = max(size for size in BUCKETS if size <= max(1, cap))
+    whole, rest = divmod(count, largest)
+    return [largest] * whole + ([rest] if rest else [])
+
+
+def _shared_part(use: Json) -> Json:
+    return {k: v for k, v in use.items() if k not in ("image", "controlnet_conditioning_scale")}
+
+
+def _digests_only(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _digests_only(item) for key, item in value.items() if key != "alias"}
+    return [_digests_only(item) for item in value] if isinstance(value, list) else value
+
+
+def parent_stages(request: GenerationRequest) -> Sequence[str]:
+    """Stages whose pictures the request consumes, each once, in order of first use."""
+    sources: list[ImageSource] = list(request.sources().values())
+    return list(dict.fromkeys(source.stage for source in sources if source.stage))

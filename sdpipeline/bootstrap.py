@@ -1,0 +1,280 @@
+"""The composition root: the only place where settings become databases, stores, engines and workers."""
+
+from __future__ import annotations
+
+import getpass
+import os
+import secrets
+import socket
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from sdpipeline import __version__, audit, report, settings
+from sdpipeline.campaign import Campaign, Catalog
+from sdpipeline.campaign import load as load_campaign_file
+from sdpipeline.db import migrate, registry, reports, workers
+from sdpipeline.db import queue as jobs
+from sdpipeline.db.audit import AuditLog
+from sdpipeline.db.connection import Database, open_database, sqlite_path
+from sdpipeline.db.reports import Progress
+from sdpipeline.domain import CheckpointRef, Json
+from sdpipeline.engine import Engine
+from sdpipeline.engine.checkpoints import CheckpointFiles, inspect
+from sdpipeline.engine.devices import gpu_count
+from sdpipeline.errors import BadInputError, CheckpointError, Mistake, SettingsError
+from sdpipeline.inputs import InputFolder
+from sdpipeline.settings import Settings
+from sdpipeline.storage import ObjectStore, S3Options, open_store
+from sdpipeline.worker import Worker, WorkerLimits, WorkerSummary
+
+BUILTIN_CHECKPOINTS = Path(__file__).parent / "demo" / "checkpoints"
+
+__all__ = ["Progress", "WorkerSummary"]
+
+
+def load_settings(home: Path | None = None) -> Settings:
+    """The settings of this process; raises SettingsError."""
+    return settings.load(home=home)
+
+
+@dataclass(frozen=True, slots=True)
+class Services:
+    """What a command needs; closed by :func:`services`."""
+
+    settings: Settings
+    database: Database
+    store: ObjectStore
+    audit: AuditLog
+
+
+@contextmanager
+def services(s: Settings) -> Iterator[Services]:
+    """Open database (at this release's schema) and storage."""
+    database = open_database(s.database)
+    try:
+        ensure_schema(s, database)
+        yield Services(s, database, open_storage(s), AuditLog(database, actor=_actor()))
+    finally:
+        database.close()
+
+
+def ensure_schema(s: Settings, database: Database) -> None:
+    """Migrate the embedded database; any other must have been migrated by ``db upgrade``."""
+    newest = migrate.newest()
+    if s.embedded:
+        if not database_exists(s) or migrate.current(database) != newest:
+            migrate.upgrade(database)
+    elif (revision := migrate.current(database)) != newest:
+        message = f"the database's schema is at {revision or 'nothing'}, this release needs {newest}"
+        raise SettingsError(Mistake(key="SDP_DATABASE_URL", message=message, fix="sdpipeline db upgrade"))
+
+
+def database_exists(s: Settings) -> bool:
+    """Whether there is a database to compare with; ``plan`` creates none."""
+    path = sqlite_path(s.database)
+    return path is None or path.is_file()
+
+
+def open_storage(s: Settings) -> ObjectStore:
+    """The store the settings name."""
+    fields = s.s3.model_dump(exclude={"presigned_expiry_s"})
+    return open_store(s.storage, S3Options(**fields))
+
+
+def seal_key(s: Settings) -> audit.SealKey:
+    """The key that seals the audit log; a development key is made beside the embedded database."""
+    path = s.signing.seal_key_file
+    if path is None and not s.embedded:
+        fix = "name an Ed25519 key: openssl genpkey -algorithm ed25519 -out seal.pem"
+        raise SettingsError(Mistake(key="SDP_SIGNING__SEAL_KEY_FILE", message="is not set", fix=fix))
+    return audit.load_key(path or s.home / "keys" / "development-seal.pem", create=path is None)
+
+
+def catalog(s: Settings, database: Database | None = None) -> Catalog:
+    """Every checkpoint a campaign may name: the shipped ones, those of the folder, those already registered."""
+    known: dict[str, CheckpointFiles] = {}
+    if database is not None:
+        with database.read() as connection:
+            known = {files.alias: files for files in registry.known(connection)}
+    found = dict(known)
+    for folder in (BUILTIN_CHECKPOINTS, s.checkpoints):
+        for directory in sorted(folder.iterdir()) if folder.is_dir() else ():
+            if not directory.is_dir() or (directory.name in known and known[directory.name].directory == directory):
+                continue
+            with suppress(CheckpointError):
+                found[directory.name] = inspect(directory.name, directory)
+    return found
+
+
+def load_campaign(s: Settings, path: Path, database: Database | None = None) -> tuple[Campaign, InputFolder]:
+    """A checked campaign file and the folder its pictures come from; raises CampaignError."""
+    campaign = load_campaign_file(path, catalog(s, database))
+    allowed = [Path(root) for root in s.inputs.allowed if "://" not in root]
+    return campaign, InputFolder(campaign.folder, allowed=allowed, max_pixels=s.inputs.max_pixels)
+
+
+def build_engine(s: Settings, device: str, database: Database) -> Engine:
+    """The diffusers engine, or its double where the settings ask for it. Imports torch only here."""
+    if s.engine.fake_seconds_per_batch is not None:
+        from sdpipeline.engine.fake import FakeEngine
+
+        return FakeEngine(seconds_per_batch=s.engine.fake_seconds_per_batch)
+    try:
+        from sdpipeline.engine.diffusers_engine import DiffusersEngine
+    except ModuleNotFoundError as error:
+        fix = "pip install 'sdpipeline[engine]'"
+        raise SettingsError(Mistake(message=f"this machine cannot make pictures: no {error.name}", fix=fix)) from error
+    by_digest = {files.digest: files for files in catalog(s, database).values()}
+
+    def locate(ref: CheckpointRef) -> CheckpointFiles:
+        if ref.digest not in by_digest:
+            by_digest.update({files.digest: files for files in catalog(s, database).values()})
+        if ref.digest not in by_digest:
+            raise CheckpointError(f"checkpoint {ref.alias!r} with digest {ref.digest[:16]} is not on this machine")
+        return by_digest[ref.digest]
+
+    resident = int(s.engine.resident_gib * 2**30) if s.engine.resident_gib else None
+    return DiffusersEngine(device=device, dtype=s.engine.dtype, locate=locate, resident_bytes=resident)
+
+
+def devices(s: Settings) -> list[str]:
+    """The devices of this machine's workers: what the settings say, else every GPU, else the CPU."""
+    if s.device is not None:
+        return [s.device] * (s.workers or 1)
+    gpus = gpu_count()
+    if not gpus:
+        return ["cpu"] * (s.workers or 1)
+    return [f"cuda:{n % gpus}" for n in range(s.workers or gpus)]
+
+
+@dataclass(frozen=True, slots=True)
+class OpenWorker:
+    """A registered worker whose campaigns are named, for the flows and the ``worker`` command."""
+
+    worker: Worker
+    team: str
+
+    def run(
+        self,
+        *,
+        campaign: str | None = None,
+        until_idle: bool = True,
+        deadline_s: float | None = None,
+        stop: threading.Event | None = None,
+        on_progress: Callable[[int], None] | None = None,
+    ) -> WorkerSummary:
+        """As :meth:`sdpipeline.worker.Worker.run`, with the campaign by name."""
+        campaign_id = None if campaign is None else known_campaign(self.worker.audit.database, self.team, campaign)
+        return self.worker.run(
+            campaign_id=campaign_id, until_idle=until_idle, deadline_s=deadline_s, stop=stop, on_progress=on_progress
+        )
+
+
+@contextmanager
+def open_worker(s: Settings, *, device: str | None = None) -> Iterator[OpenWorker]:
+    """A worker on one device, registered while it lives; its checkpoints stay warm between runs."""
+    with services(s) as have:
+        chosen = device or devices(s)[0]
+        engine = build_engine(s, chosen, have.database)
+        worker_id = secrets.token_hex(16)
+        log = AuditLog(have.database, actor=f"worker:{worker_id} sdpipeline/{__version__}")
+        limits = WorkerLimits(max_batch=s.engine.max_batch, lease_ttl_s=s.lease_ttl_s, max_pixels=s.inputs.max_pixels)
+        with log.transaction() as tx:
+            host, description = socket.gethostname(), engine.describe()
+            workers.register(
+                tx, worker_id=worker_id, host=host, pid=os.getpid(), device=chosen, description=description
+            )
+        try:
+            yield OpenWorker(Worker(worker_id, log, have.store, engine, limits), s.team)
+        finally:
+            with log.transaction() as tx:
+                workers.stop(tx, worker_id=worker_id)
+
+
+def run_worker(
+    s: Settings,
+    *,
+    campaign: str | None,
+    until_idle: bool,
+    device: str | None,
+    deadline_s: float | None = None,
+    stop: threading.Event | None = None,
+    on_progress: Callable[[int], None] | None = None,
+) -> WorkerSummary:
+    """One worker from start to end, outside a flow."""
+    with open_worker(s, device=device) as worker:
+        return worker.run(
+            campaign=campaign, until_idle=until_idle, deadline_s=deadline_s, stop=stop, on_progress=on_progress
+        )
+
+
+def known_campaign(database: Database, team: str, name: str) -> int:
+    """The campaign's id; raises BadInputError naming those there are."""
+    with database.read() as connection:
+        found = reports.campaign_id(connection, team=team, name=name)
+        names = ", ".join(reports.campaign_names(connection, team=team)) or "none yet"
+    if found is None:
+        names = ", ".join(reports.campaign_names(connection, team=team))
+        raise BadInputError(
+            Mistake(message=f"no campaign {name!r}", fix=f"there are: {names}" if names else "submit one")
+        )
+    return found
+
+
+def campaign_progress(s: Settings, campaign: str) -> Progress:
+    """How far a submitted campaign is."""
+    with services(s) as have:
+        campaign_id = known_campaign(have.database, s.team, campaign)
+        with have.database.read() as connection:
+            return reports.progress(connection, campaign_id)
+
+
+def contact_sheet(s: Settings, campaign: str, *, max_bytes: int = 200_000) -> bytes | None:
+    """The newest pictures as one small JPEG."""
+    with services(s) as have:
+        campaign_id = known_campaign(have.database, s.team, campaign)
+        return report.contact_sheet(have.database, have.store, campaign_id, max_bytes=max_bytes)
+
+
+def failures(s: Settings, campaign: str, *, limit: int = 100) -> list[Json]:
+    """The first failed jobs with their reasons."""
+    with services(s) as have:
+        campaign_id = known_campaign(have.database, s.team, campaign)
+        with have.database.read() as connection:
+            return reports.failures(connection, campaign_id, limit)
+
+
+def finish_report(s: Settings, campaign: str) -> str:
+    """The closing report, as markdown."""
+    with services(s) as have:
+        campaign_id = known_campaign(have.database, s.team, campaign)
+        return report.closing_report(have.database, campaign_id)
+
+
+def release_worker_leases(s: Settings, pid: int) -> int:
+    """Give back what a dead local worker process held, as after a crash; returns the number of jobs."""
+    with services(s) as have:
+        with have.database.read() as connection:
+            dead = reports.worker_ids_of(connection, host=socket.gethostname(), pid=pid)
+        with have.audit.transaction() as tx:
+            held = jobs.open_leases(tx.connection, dead)
+            returned = jobs.reap(tx, lease_ids=held) if held else 0
+            for worker_id in dead:
+                workers.stop(tx, worker_id=worker_id)
+        return returned
+
+
+def seal(s: Settings) -> int:
+    """Sign what the audit log gained; returns the number of events."""
+    with services(s) as have:
+        return audit.seal(have.database, have.store, seal_key(s))
+
+
+def _actor() -> str:
+    try:
+        return f"user:{getpass.getuser()} sdpipeline/{__version__}"
+    except (KeyError, OSError):
+        return f"user:{os.getuid()} sdpipeline/{__version__}"

@@ -1,0 +1,1 @@
+"""The database: the truth about campaigns, jobs, pictures and what happened to them."""

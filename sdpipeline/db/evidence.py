@@ -1,0 +1,47 @@
+"""What an audit compares: job rows, picture rows and published versions as they stand now."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from sqlalchemy import Connection, and_, exists, select
+
+from sdpipeline.db.submit import jobs_root
+from sdpipeline.db.tables import campaign, image, job
+from sdpipeline.domain import Json
+
+_JOB = ("id", "edition", "stage", "row_key", "axes", "seed", "identity", "fingerprint", "request", "salt", "status")
+
+
+def jobs(connection: Connection) -> Iterator[Json]:
+    """Every job row, in order of its id."""
+    columns = [job.c[name] for name in (*_JOB, "attempt")]
+    statement = select(*columns).order_by(job.c.id).execution_options(yield_per=1000)
+    for row in connection.execute(statement).mappings():
+        yield dict(row)
+
+
+def published_roots(connection: Connection) -> Iterator[tuple[int, str]]:
+    """For each campaign its present version and the root over that version's jobs."""
+    versions = select(campaign.c.version_id).where(campaign.c.version_id.is_not(None)).order_by(campaign.c.id)
+    for version_id in connection.execute(versions).scalars().all():
+        yield version_id, jobs_root(connection, version_id)
+
+
+def images(connection: Connection) -> Iterator[Json]:
+    """Every picture row, oldest first."""
+    statement = select(image).order_by(image.c.created_at, image.c.job_id).execution_options(yield_per=1000)
+    for row in connection.execute(statement).mappings():
+        yield dict(row)
+
+
+def image_keys(connection: Connection) -> list[tuple[int, str]]:
+    """(job id, fingerprint) of every picture."""
+    return [(job_id, fp) for job_id, fp in connection.execute(select(image.c.job_id, image.c.fingerprint))]
+
+
+def succeeded_without_image(connection: Connection) -> list[int]:
+    """Jobs that say they succeeded and have no picture."""
+    own = and_(image.c.job_id == job.c.id, image.c.fingerprint == job.c.fingerprint)
+    statement = select(job.c.id).where(job.c.status == "succeeded", ~exists().where(own)).order_by(job.c.id)
+    return list(connection.execute(statement).scalars())

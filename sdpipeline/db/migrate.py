@@ -1,0 +1,57 @@
+"""Bringing a database to this release's schema, from a checkout or an installed wheel."""
+
+from __future__ import annotations
+
+from importlib.resources import as_file, files
+
+from alembic import command
+from alembic.config import Config
+from alembic.migration import MigrationContext
+from alembic.script import ScriptDirectory
+from sqlalchemy import Connection, text
+
+from sdpipeline.db.connection import Database
+from sdpipeline.db.tables import metadata
+
+_ADVISORY_LOCK = 7_305_011_948
+"""Any number that no one else uses: only one process migrates at a time."""
+
+
+def upgrade(database: Database) -> tuple[str | None, str]:
+    """Run what is missing, alone; returns the revision before and after."""
+    with database.write() as connection:
+        if not database.is_sqlite:
+            connection.execute(text("SET LOCAL lock_timeout = '10s'"))
+            connection.execute(text(f"SELECT pg_advisory_xact_lock({_ADVISORY_LOCK})"))
+        before = _revision(connection)
+        with as_file(files("sdpipeline") / "migrations") as folder:
+            config = _config(str(folder))
+            config.attributes["connection"] = connection
+            command.upgrade(config, "head")
+        return before, newest()
+
+
+def current(database: Database) -> str | None:
+    """The schema's revision, or None for an empty database."""
+    with database.read() as connection:
+        return _revision(connection)
+
+
+def newest() -> str:
+    """The revision this release's code was written for."""
+    with as_file(files("sdpipeline") / "migrations") as folder:
+        head = ScriptDirectory.from_config(_config(str(folder))).get_current_head()
+    if head is None:
+        raise AssertionError("the package holds no migrations")
+    return head
+
+
+def _revision(connection: Connection) -> str | None:
+    return MigrationContext.configure(connection).get_current_revision()
+
+
+def _config(folder: str) -> Config:
+    config = Config()
+    config.set_main_option("script_location", folder.replace("%", "%%"))
+    config.attributes["metadata"] = metadata
+    return config

@@ -1,0 +1,476 @@
+"""The life of a job: one function per transition, each one short transaction with its audit event."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from sqlalchemy import (
+    ColumnElement,
+    Connection,
+    and_,
+    case,
+    func,
+    insert,
+    literal,
+    literal_column,
+    null,
+    select,
+    update,
+)
+
+from sdpipeline.db.audit import Event, Transaction
+from sdpipeline.db.connection import now_s
+from sdpipeline.db.tables import attempt, campaign, image, job, job_parent, lease, work_group
+from sdpipeline.domain import GenerationRequest, Json, Status, digest, request_from_document
+
+READY: ColumnElement[str] = literal_column("'ready'")
+LEASED: ColumnElement[str] = literal_column("'leased'")
+WAITING: ColumnElement[str] = literal_column("'waiting'")
+"""Literals, because a bound value cannot match a partial index under a generic plan."""
+
+SKIPPED: Mapping[str, Any] = {
+    "finished_at": now_s(),
+    "error_kind": "AncestorNotSucceeded",
+    "error": "a parent of this job did not succeed; retry the parent",
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LeasedJob:
+    """One job a worker may finish, with what it needs to know about it."""
+
+    id: int
+    attempt: int
+    max_attempts: int
+    team: str
+    campaign: str
+    edition: str
+    stage: str
+    row_key: str
+    variables: Json
+    seed: int
+    identity: str
+    fingerprint: str
+    request: GenerationRequest
+    parents: tuple[ParentImage, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ParentImage:
+    """The finished picture of a parent."""
+
+    stage: str
+    key: str
+    sha256: str
+    pixels_sha256: str
+    fingerprint: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Lease:
+    """The right to finish some attempts; ``id`` is the fencing token."""
+
+    id: str
+    group_id: int
+    checkpoint_digest: str
+    jobs: tuple[LeasedJob, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StoredImage:
+    """A picture that is in storage, was read back, and may be recorded."""
+
+    key: str
+    url: str
+    sha256: str
+    pixels_sha256: str
+    size_bytes: int
+    version_id: str | None
+    width: int
+    height: int
+    sidecar_key: str
+    sidecar_sha256: str
+    gpu_seconds: float
+    timings: Json
+
+
+def take_lease(
+    tx: Transaction,
+    *,
+    worker_id: str,
+    limit: int,
+    ttl_s: float,
+    campaign_id: int | None = None,
+    resident: Collection[str] = (),
+    full_only: bool = False,
+) -> Lease | None:
+    """Lease up to ``limit`` ready jobs of one group, or ``None`` if there are none.
+
+    Full batches go first, then deeper stages, so that chains are finished rather than begun; among
+    equals the checkpoints in ``resident`` win. With ``full_only`` a part of a batch is left alone:
+    the caller still has work in flight that may fill it.
+    """
+    for group_id, checkpoint_digest, _ in _groups(tx.connection, limit, campaign_id, resident, full_only=full_only):
+        lease_id = secrets.token_hex(16)
+        _insert_lease(tx.connection, lease_id, worker_id, group_id, ttl_s)
+        rows = _claim(tx.connection, group_id, lease_id, limit)
+        if rows:
+            _insert_attempts(tx.connection, rows, lease_id, worker_id)
+            tx.record(Event.LEASE_TAKEN, f"lease:{lease_id}", worker=worker_id, jobs=[[r.id, r.attempt] for r in rows])
+            jobs = _leased_jobs(tx.connection, rows)
+            return Lease(id=lease_id, group_id=group_id, checkpoint_digest=checkpoint_digest, jobs=jobs)
+        tx.connection.execute(lease.delete().where(lease.c.id == lease_id))
+    return None
+
+
+def _groups(
+    connection: Connection, limit: int, campaign_id: int | None, resident: Collection[str], *, full_only: bool
+) -> Sequence[Any]:
+    """Groups with ready jobs, best first. Counting stops at ``limit``, so depth does not matter."""
+    first_few = (
+        select(literal(1).label("one"))
+        .where(job.c.group_id == work_group.c.id, job.c.status == READY)
+        .correlate(work_group)
+        .limit(limit)
+        .subquery()
+    )
+    ready = select(func.count()).select_from(first_few).scalar_subquery()
+    loaded = case((work_group.c.checkpoint_digest.in_(list(resident)), 0), else_=1) if resident else literal(1)
+    filled = select(
+        work_group.c.id,
+        work_group.c.checkpoint_digest,
+        ready.label("ready"),
+        campaign.c.priority,
+        work_group.c.depth,
+        loaded.label("loaded"),
+    ).join(campaign, campaign.c.id == work_group.c.campaign_id)
+    filled = filled.where(campaign.c.status == "active")
+    if campaign_id is not None:
+        filled = filled.where(campaign.c.id == campaign_id)
+    g = filled.subquery()
+    statement = select(g.c.id, g.c.checkpoint_digest, g.c.ready).where(g.c.ready >= (limit if full_only else 1))
+    order = (g.c.priority, case((g.c.ready >= limit, 0), else_=1), g.c.depth.desc(), g.c.loaded, g.c.ready.desc())
+    return connection.execute(statement.order_by(*order, g.c.id)).all()
+
+
+def _insert_lease(connection: Connection, lease_id: str, worker_id: str, group_id: int, ttl_s: float) -> None:
+    times = {"created_at": now_s(), "expires_at": now_s() + ttl_s}
+    connection.execute(insert(lease).values(id=lease_id, worker_id=worker_id, group_id=group_id, **times))
+
+
+def _claim(connection: Connection, group_id: int, lease_id: str, limit: int) -> Sequence[Any]:
+    """Neighbours first; a job whose lease once expired only by itself."""
+    for alone, count in ((False, limit), (True, 1)):
+        picked = (
+            select(job.c.id)
+            .where(job.c.group_id == group_id, job.c.status == READY, job.c.alone.is_(alone))
+            .order_by(job.c.priority, job.c.id)
+            .limit(count)
+            .with_for_update(skip_locked=True)
+            .cte("picked")
+        )
+        claim = (
+            update(job)
+            .where(job.c.id.in_(select(picked.c.id)))
+            .values(status=LEASED, lease_id=lease_id, attempt=job.c.attempt + 1)
+            .returning(job)
+        )
+        rows = connection.execute(claim).all()
+        if rows:
+            return sorted(rows, key=lambda row: (row.priority, row.id))
+    return ()
+
+
+def _insert_attempts(connection: Connection, rows: Iterable[Any], lease_id: str, worker_id: str) -> None:
+    connection.execute(
+        insert(attempt).values(lease_id=lease_id, worker_id=worker_id, started_at=now_s()),
+        [{"job_id": row.id, "number": row.attempt} for row in rows],
+    )
+
+
+def _leased_jobs(connection: Connection, rows: Sequence[Any]) -> tuple[LeasedJob, ...]:
+    parents = _parent_images(connection, [row.id for row in rows])
+    owner = connection.execute(
+        select(campaign.c.team, campaign.c.name).where(campaign.c.id == rows[0].campaign_id)
+    ).one()
+    return tuple(
+        LeasedJob(
+            id=row.id,
+            attempt=row.attempt,
+            max_attempts=row.max_attempts,
+            team=owner.team,
+            campaign=owner.name,
+            edition=row.edition,
+            stage=row.stage,
+            row_key=row.row_key,
+            variables=row.variables,
+            seed=row.seed,
+            identity=row.identity,
+            fingerprint=row.fingerprint,
+            request=request_from_document(row.request),
+            parents=parents.get(row.id, ()),
+        )
+        for row in rows
+    )
+
+
+def _parent_images(connection: Connection, job_ids: Collection[int]) -> dict[int, tuple[ParentImage, ...]]:
+    parent = job.alias("parent")
+    statement = (
+        select(
+            job_parent.c.job_id, parent.c.stage, image.c.key, image.c.sha256, image.c.pixels_sha256, image.c.fingerprint
+        )
+        .join(parent, parent.c.id == job_parent.c.parent_id)
+        .join(image, and_(image.c.job_id == parent.c.id, image.c.fingerprint == parent.c.fingerprint))
+        .where(job_parent.c.job_id.in_(job_ids))
+    )
+    found: dict[int, tuple[ParentImage, ...]] = {}
+    for row in connection.execute(statement).mappings():
+        fields = dict(row)
+        owner = fields.pop("job_id")
+        found[owner] = (*found.get(owner, ()), ParentImage(**fields))
+    return found
+
+
+def heartbeat(connection: Connection, lease_ids: Collection[str], *, ttl_s: float) -> frozenset[str]:
+    """Extend the leases that are still open, in database time; the others are lost."""
+    statement = (
+        update(lease)
+        .where(lease.c.id.in_(lease_ids), lease.c.closed_at.is_(None))
+        .values(expires_at=now_s() + ttl_s)
+        .returning(lease.c.id)
+    )
+    return frozenset(connection.execute(statement).scalars())
+
+
+def close_lease(connection: Connection, lease_id: str) -> None:
+    """Every job of this lease is accounted for."""
+    connection.execute(
+        update(lease).where(lease.c.id == lease_id, lease.c.closed_at.is_(None)).values(closed_at=now_s())
+    )
+
+
+def complete(tx: Transaction, *, lease_id: str, leased: LeasedJob, stored: StoredImage, worker_id: str) -> bool:
+    """Record the picture, unless the lease was lost meanwhile: then nothing is written and False returned."""
+    row = tx.connection.execute(
+        update(job)
+        .where(_still_ours(lease_id, leased.id), job.c.fingerprint == leased.fingerprint)
+        .values(status="succeeded", lease_id=null(), error_kind=null(), error=null(), finished_at=now_s())
+        .returning(job.c.id, job.c.salt, job.c.identity, job.c.request)
+    ).first()
+    if row is None:
+        return False
+    fields = {name: getattr(stored, name) for name in StoredImage.__dataclass_fields__}
+    tx.connection.execute(
+        insert(image).values(
+            job_id=leased.id,
+            attempt=leased.attempt,
+            fingerprint=leased.fingerprint,
+            worker_id=worker_id,
+            created_at=now_s(),
+            **fields,
+        )
+    )
+    _end_attempt(tx.connection, leased.id, lease_id, "succeeded")
+    _count_down_children(tx.connection, leased.id)
+    tx.record(
+        Event.JOB_SUCCEEDED,
+        f"job:{leased.id}",
+        lease=lease_id,
+        attempt=leased.attempt,
+        identity=row.identity,
+        fingerprint=leased.fingerprint,
+        commitment=commitment(row.salt, row.request),
+        image={k: fields[k] for k in ("key", "sha256", "pixels_sha256", "size_bytes", "sidecar_key", "sidecar_sha256")},
+    )
+    return True
+
+
+def fail(
+    tx: Transaction,
+    *,
+    lease_id: str,
+    leased: LeasedJob,
+    status: Status,
+    error_kind: str,
+    error: str,
+    backoff_s: float = 0.0,
+) -> bool:
+    """End an attempt with an error: ``failed`` for good, or ``waiting`` to be tried after ``backoff_s``."""
+    again = status is Status.WAITING
+    row = tx.connection.execute(
+        update(job)
+        .where(_still_ours(lease_id, leased.id))
+        .values(
+            status=str(status),
+            lease_id=null(),
+            error_kind=error_kind,
+            error=error,
+            not_before=(now_s() + backoff_s) if again else null(),
+            finished_at=null() if again else now_s(),
+        )
+        .returning(job.c.id)
+    ).first()
+    if row is None:
+        return False
+    _end_attempt(tx.connection, leased.id, lease_id, "failed", error_kind=error_kind, error=error)
+    event = Event.JOB_DEFERRED if again else Event.JOB_FAILED
+    about = {"lease": lease_id, "attempt": leased.attempt, "fingerprint": leased.fingerprint}
+    tx.record(event, f"job:{leased.id}", error_kind=error_kind, **about)
+    if not again:
+        skip_descendants(tx, [leased.id])
+    return True
+
+
+def release(tx: Transaction, *, lease_id: str) -> int:
+    """Give a lease's unfinished jobs back as they were: their attempt does not count."""
+    rows = _reopen(tx.connection, job.c.lease_id == lease_id, alone=job.c.alone, attempt_number=job.c.attempt - 1)
+    close_lease(tx.connection, lease_id)
+    if rows:
+        _end_attempts(tx.connection, [lease_id], "released")
+        tx.record(Event.LEASE_RELEASED, f"lease:{lease_id}", jobs=[row.id for row in rows])
+    return len(rows)
+
+
+def reap(tx: Transaction, *, lease_ids: Collection[str] | None = None) -> int:
+    """Close expired leases (or the given ones) and make their jobs ready again, to be leased alone.
+
+    Only an attempt made alone counts, and the last of those fails the job: so a job that kills its
+    worker is found and its neighbours are not burned with it.
+    """
+    dead = lease.c.id.in_(lease_ids) if lease_ids is not None else lease.c.expires_at < now_s()
+    open_and_dead = select(lease.c.id).where(lease.c.closed_at.is_(None), dead).limit(100)
+    closed = list(
+        tx.connection.execute(
+            update(lease)
+            .where(lease.c.id.in_(open_and_dead.with_for_update(skip_locked=True)))
+            .values(closed_at=now_s())
+            .returning(lease.c.id)
+        ).scalars()
+    )
+    if not closed:
+        return 0
+    ours = job.c.lease_id.in_(closed)
+    _end_attempts(tx.connection, closed, "expired")
+    exhausted = _exhaust(tx, ours)
+    counted = case((job.c.alone, job.c.attempt), else_=job.c.attempt - 1)
+    rows = _reopen(tx.connection, ours, alone=literal_column("true"), attempt_number=counted)
+    for lease_id in closed:
+        mine = [row.id for row in rows if row.old_lease == lease_id] if rows else []
+        tx.record(Event.LEASE_EXPIRED, f"lease:{lease_id}", jobs=mine)
+    return len(rows) + len(exhausted)
+
+
+def _exhaust(tx: Transaction, ours: ColumnElement[bool]) -> list[int]:
+    failed = list(
+        tx.connection.execute(
+            update(job)
+            .where(ours, job.c.status == LEASED, job.c.alone, job.c.attempt >= job.c.max_attempts)
+            .values(
+                status="failed",
+                lease_id=null(),
+                finished_at=now_s(),
+                error_kind="WorkerLost",
+                error="the worker that ran this job alone was lost at every attempt",
+            )
+            .returning(job.c.id, job.c.attempt, job.c.fingerprint)
+        )
+    )
+    for row in failed:
+        about = {"attempt": row.attempt, "fingerprint": row.fingerprint}
+        tx.record(Event.JOB_FAILED, f"job:{row.id}", error_kind="WorkerLost", **about)
+    skip_descendants(tx, [row.id for row in failed])
+    return [row.id for row in failed]
+
+
+def _reopen(connection: Connection, ours: ColumnElement[bool], *, alone: Any, attempt_number: Any) -> Sequence[Any]:
+    leases = connection.execute(select(job.c.id, job.c.lease_id).where(ours, job.c.status == LEASED)).all()
+    old = {row.id: row.lease_id for row in leases}
+    if not old:
+        return ()
+    connection.execute(
+        update(job)
+        .where(ours, job.c.status == LEASED)
+        .values(status=READY, lease_id=null(), alone=alone, attempt=attempt_number)
+    )
+    return [_Reopened(job_id, lease_id) for job_id, lease_id in old.items()]
+
+
+@dataclass(frozen=True, slots=True)
+class _Reopened:
+    id: int
+    old_lease: str
+
+
+def promote(connection: Connection) -> int:
+    """Make jobs whose back-off is over ready again."""
+    due = update(job).where(job.c.status == WAITING, job.c.not_before.is_not(None), job.c.not_before <= now_s())
+    return int(connection.execute(due.values(status=READY, not_before=null())).rowcount)
+
+
+def _still_ours(lease_id: str, job_id: int) -> ColumnElement[bool]:
+    """The fence: a worker whose lease was closed matches no row."""
+    return and_(job.c.id == job_id, job.c.lease_id == lease_id, job.c.status == LEASED)
+
+
+def _end_attempt(connection: Connection, job_id: int, lease_id: str, outcome: str, **error: str) -> None:
+    mine = and_(attempt.c.job_id == job_id, attempt.c.lease_id == lease_id)
+    connection.execute(update(attempt).where(mine).values(finished_at=now_s(), outcome=outcome, **error))
+
+
+def _end_attempts(connection: Connection, lease_ids: Collection[str], outcome: str) -> None:
+    still_open = and_(attempt.c.lease_id.in_(lease_ids), attempt.c.outcome.is_(None))
+    connection.execute(update(attempt).where(still_open).values(finished_at=now_s(), outcome=outcome))
+
+
+def _count_down_children(connection: Connection, parent_id: int) -> None:
+    children = job.c.id.in_(select(job_parent.c.job_id).where(job_parent.c.parent_id == parent_id))
+    waiting = and_(children, job.c.status == WAITING, job.c.parents_left > 0)
+    connection.execute(
+        update(job)
+        .where(waiting)
+        .values(
+            parents_left=job.c.parents_left - 1,
+            status=case((job.c.parents_left == 1, READY), else_=job.c.status),
+        )
+    )
+
+
+def skip_descendants(tx: Transaction, job_ids: Collection[int]) -> None:
+    """What can no longer be made because an ancestor failed."""
+    if not job_ids:
+        return
+    below = descendants(job_ids)
+    rows = list(
+        tx.connection.execute(
+            update(job)
+            .where(job.c.id.in_(select(below.c.id)), job.c.status.in_(("waiting", "ready")))
+            .values(status="skipped", **SKIPPED)
+            .returning(job.c.id)
+        ).scalars()
+    )
+    if rows:
+        tx.record(Event.JOBS_SKIPPED, f"job:{min(job_ids)}", jobs=sorted(rows))
+
+
+def descendants(job_ids: Collection[int]) -> Any:
+    """A recursive table of the ids of all jobs below the given ones."""
+    below = (
+        select(job_parent.c.job_id.label("id")).where(job_parent.c.parent_id.in_(job_ids)).cte("below", recursive=True)
+    )
+    deeper = select(job_parent.c.job_id).join(below, job_parent.c.parent_id == below.c.id)
+    return below.union(deeper)
+
+
+def open_leases(connection: Connection, worker_ids: Collection[str]) -> list[str]:
+    """Leases the given workers still hold."""
+    held = select(lease.c.id).where(lease.c.closed_at.is_(None), lease.c.worker_id.in_(worker_ids))
+    return list(connection.execute(held).scalars())
+
+
+def commitment(salt: str, request: Json) -> str:
+    """What an audit event says of a request: nothing readable, and nothing at all once the salt is gone."""
+    return digest([salt, request])

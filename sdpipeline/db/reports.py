@@ -1,0 +1,277 @@
+"""What the database knows, read only: for status, jobs, show, progress and the reports."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from sqlalchemy import Connection, and_, case, exists, func, select
+
+from sdpipeline.db.tables import (
+    attempt,
+    audit_event,
+    campaign,
+    campaign_version,
+    image,
+    job,
+    job_parent,
+    lease,
+    work_group,
+    worker,
+)
+from sdpipeline.domain import Json, Status
+
+_UNFINISHED = ("waiting", "ready", "leased")
+_OWN_IMAGE = and_(image.c.job_id == job.c.id, image.c.fingerprint == job.c.fingerprint)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Progress:
+    """How far a campaign is. ``status`` is active, paused or finished."""
+
+    id: int
+    name: str
+    version: int
+    status: str
+    counts: dict[str, int]
+    images: int
+    gpu_seconds: float
+
+    def __getattr__(self, name: str) -> int:
+        """``progress.succeeded`` and the like, by status."""
+        if name in Status._value2member_map_:
+            return self.counts.get(name, 0)
+        raise AttributeError(name)
+
+    @property
+    def total(self) -> int:
+        """All jobs but cancelled ones."""
+        return sum(self.counts.values()) - self.counts.get("cancelled", 0)
+
+    @property
+    def remaining(self) -> int:
+        """Jobs that are not terminal yet."""
+        return sum(self.counts.get(name, 0) for name in _UNFINISHED)
+
+    @property
+    def finished(self) -> int:
+        """Jobs that are terminal."""
+        return self.total - self.remaining
+
+    def document(self) -> Json:
+        """The form of ``status --json``."""
+        jobs = {"total": self.total} | {str(s): self.counts.get(s, 0) for s in Status}
+        own = {"name": self.name, "version": self.version, "status": self.status}
+        return own | {"jobs": jobs, "images": self.images, "gpu_seconds": round(self.gpu_seconds, 3)}
+
+
+def campaign_id(connection: Connection, *, team: str, name: str) -> int | None:
+    """The campaign's id, or None."""
+    found = select(campaign.c.id).where(campaign.c.team == team, campaign.c.name == name)
+    return connection.execute(found).scalar()
+
+
+def campaign_names(connection: Connection, *, team: str) -> list[str]:
+    """All campaigns of a team, oldest first."""
+    names = select(campaign.c.name).where(campaign.c.team == team).order_by(campaign.c.id)
+    return list(connection.execute(names).scalars())
+
+
+def progress(connection: Connection, campaign_id: int) -> Progress:
+    """Counts by status, pictures and GPU-seconds of one campaign."""
+    about = connection.execute(
+        select(campaign.c.name, campaign.c.status, func.coalesce(campaign_version.c.number, 0).label("version"))
+        .outerjoin(campaign_version, campaign_version.c.id == campaign.c.version_id)
+        .where(campaign.c.id == campaign_id)
+    ).one()
+    counted = select(job.c.status, func.count()).where(job.c.campaign_id == campaign_id).group_by(job.c.status)
+    counts = {str(status): int(count) for status, count in connection.execute(counted)}
+    made = connection.execute(
+        select(func.count(), func.coalesce(func.sum(image.c.gpu_seconds), 0.0))
+        .select_from(image.join(job, _OWN_IMAGE))
+        .where(job.c.campaign_id == campaign_id, job.c.status == "succeeded")
+    ).one()
+    unfinished = any(counts.get(name) for name in _UNFINISHED)
+    status = about.status if unfinished or about.status != "active" else "finished"
+    return Progress(
+        id=campaign_id,
+        name=about.name,
+        version=about.version,
+        status=status,
+        counts=counts,
+        images=int(made[0]),
+        gpu_seconds=float(made[1]),
+    )
+
+
+def work_left(connection: Connection, campaign_id: int | None) -> bool:
+    """Whether any job of an active campaign may still be leased, by whomever."""
+    unfinished = and_(job.c.campaign_id == campaign.c.id, job.c.status.in_(_UNFINISHED))
+    active = select(campaign.c.id).where(campaign.c.status == "active", exists().where(unfinished))
+    if campaign_id is not None:
+        active = active.where(campaign.c.id == campaign_id)
+    return connection.execute(active.limit(1)).first() is not None
+
+
+def jobs(
+    connection: Connection, campaign_id: int, *, status: str | None = None, after: int = 0, limit: int | None = None
+) -> Iterator[Json]:
+    """Jobs in order of their id, as ``jobs --json`` shows them."""
+    statement = (
+        select(job, image.c.url, image.c.sha256, image.c.size_bytes, image.c.width, image.c.height)
+        .outerjoin(image, _OWN_IMAGE)
+        .where(job.c.campaign_id == campaign_id, job.c.id > after)
+        .order_by(job.c.id)
+        .limit(limit)
+    )
+    if status is not None:
+        statement = statement.where(job.c.status == status)
+    for chunk in connection.execute(statement.execution_options(yield_per=500)).partitions():
+        parents = _parents(connection, [row.id for row in chunk])
+        for row in chunk:
+            yield _job_document(row, parents.get(row.id, []))
+
+
+def _parents(connection: Connection, job_ids: list[int]) -> dict[int, list[int]]:
+    found: dict[int, list[int]] = {}
+    pairs = select(job_parent).where(job_parent.c.job_id.in_(job_ids)).order_by(job_parent.c.parent_id)
+    for row in connection.execute(pairs):
+        found.setdefault(row.job_id, []).append(row.parent_id)
+    return found
+
+
+def _job_document(row: Any, parents: list[int]) -> Json:
+    picture = {name: getattr(row, name) for name in ("url", "sha256", "size_bytes", "width", "height")}
+    return {
+        "id": row.id,
+        "stage": row.stage,
+        "row": row.row_key,
+        "variables": row.variables,
+        "seed": row.seed,
+        "parents": parents,
+        "status": row.status,
+        "fingerprint": row.fingerprint,
+        "attempts": row.attempt,
+        "error": row.error,
+        # An older picture of a job that is being made again is not its picture.
+        "image": picture if row.url is not None and row.status == "succeeded" else None,
+    }
+
+
+def show(connection: Connection, job_id: int) -> Json | None:
+    """Everything known about one job."""
+    row = connection.execute(
+        select(job, image.c.url, image.c.sha256, image.c.size_bytes, image.c.width, image.c.height)
+        .outerjoin(image, _OWN_IMAGE)
+        .where(job.c.id == job_id)
+    ).first()
+    if row is None:
+        return None
+    document = _job_document(row, _parents(connection, [job_id]).get(job_id, []))
+    owner = connection.execute(select(campaign.c.team, campaign.c.name).where(campaign.c.id == row.campaign_id)).one()
+    tries = connection.execute(select(attempt).where(attempt.c.job_id == job_id).order_by(attempt.c.started_at))
+    pictures = connection.execute(select(image).where(image.c.job_id == job_id)).mappings()
+    children = select(job_parent.c.job_id).where(job_parent.c.parent_id == job_id).order_by(job_parent.c.job_id)
+    happened = select(audit_event.c.body).where(audit_event.c.subject == f"job:{job_id}")
+    return document | {
+        "team": owner.team,
+        "campaign": owner.name,
+        "edition": row.edition,
+        "identity": row.identity,
+        "request": row.request,
+        "error_kind": row.error_kind,
+        "not_before": row.not_before,
+        "children": list(connection.execute(children).scalars()),
+        "history": [dict(one) for one in tries.mappings()],
+        "pictures": [dict(one) for one in pictures],
+        "events": list(connection.execute(happened).scalars()),
+    }
+
+
+def failures(connection: Connection, campaign_id: int, limit: int) -> list[Json]:
+    """The first failed jobs with their reasons."""
+    statement = (
+        select(
+            job.c.id.label("job_id"),
+            job.c.stage,
+            job.c.row_key.label("row"),
+            job.c.attempt.label("attempts"),
+            job.c.error_kind.label("kind"),
+            job.c.error,
+        )
+        .where(job.c.campaign_id == campaign_id, job.c.status == "failed")
+        .order_by(job.c.id)
+        .limit(limit)
+    )
+    return [
+        {
+            "job_id": r.id,
+            "stage": r.stage,
+            "row": r.row_key,
+            "attempts": r.attempt,
+            "kind": r.error_kind,
+            "error": r.error,
+        }
+        for r in connection.execute(statement)
+    ]
+
+
+def newest_images(connection: Connection, campaign_id: int, limit: int) -> list[Json]:
+    """The newest finished pictures, deepest stages first among equals."""
+    statement = (
+        select(job.c.id, job.c.stage, image.c.key, image.c.url)
+        .join(image, _OWN_IMAGE)
+        .where(job.c.campaign_id == campaign_id, job.c.status == "succeeded")
+        .order_by(job.c.depth.desc(), image.c.created_at.desc())
+        .limit(limit)
+    )
+    return [dict(row) for row in connection.execute(statement).mappings()]
+
+
+def stages(connection: Connection, campaign_id: int) -> list[Json]:
+    """Per stage: jobs, pictures, and where the time went, in the chain's order."""
+    finished = case((job.c.status == "succeeded", 1), else_=0)
+    statement = (
+        select(
+            job.c.stage,
+            func.min(job.c.depth).label("depth"),
+            func.count().label("jobs"),
+            func.sum(finished).label("succeeded"),
+            func.coalesce(func.sum(image.c.gpu_seconds), 0.0).label("gpu_seconds"),
+        )
+        .select_from(job.outerjoin(image, and_(_OWN_IMAGE, job.c.status == "succeeded")))
+        .where(job.c.campaign_id == campaign_id, job.c.status != "cancelled")
+        .group_by(job.c.stage)
+        .order_by(func.min(job.c.depth), job.c.stage)
+    )
+    return [dict(row) for row in connection.execute(statement).mappings()]
+
+
+def timings(connection: Connection, campaign_id: int) -> Iterator[Json]:
+    """The measured seconds of every picture."""
+    statement = select(image.c.timings).join(job, _OWN_IMAGE).where(job.c.campaign_id == campaign_id)
+    yield from connection.execute(statement.execution_options(yield_per=1000)).scalars()
+
+
+def checkpoints_of(connection: Connection, campaign_id: int) -> list[str]:
+    """Aliases of the checkpoints a campaign's jobs are made with."""
+    described = select(work_group.c.checkpoint_digest).where(work_group.c.campaign_id == campaign_id).distinct()
+    return list(connection.execute(described).scalars())
+
+
+def live_workers(connection: Connection) -> list[Json]:
+    """Workers that have not said goodbye, with the number of leases they hold."""
+    held = (
+        select(func.count())
+        .where(lease.c.worker_id == worker.c.id, lease.c.closed_at.is_(None))
+        .correlate(worker)
+        .scalar_subquery()
+    )
+    statement = select(worker, held.label("leases")).where(worker.c.stopped_at.is_(None)).order_by(worker.c.started_at)
+    return [dict(row) for row in connection.execute(statement).mappings()]
+
+
+def worker_ids_of(connection: Connection, *, host: str, pid: int) -> list[str]:
+    """Workers that ran as this process."""
+    return list(connection.execute(select(worker.c.id).where(worker.c.host == host, worker.c.pid == pid)).scalars())

@@ -1,0 +1,266 @@
+"""The schema, the same for SQLite and PostgreSQL. Times are seconds since 1970, UTC, as doubles."""
+
+from __future__ import annotations
+
+from sqlalchemy import (
+    JSON,
+    BigInteger,
+    Boolean,
+    Column,
+    Double,
+    ForeignKey,
+    Identity,
+    Index,
+    Integer,
+    MetaData,
+    SmallInteger,
+    String,
+    Table,
+    Text,
+    UniqueConstraint,
+    text,
+)
+
+metadata = MetaData(
+    naming_convention={
+        "ix": "ix_%(table_name)s_%(column_0_N_name)s",
+        "uq": "uq_%(table_name)s_%(column_0_N_name)s",
+        "fk": "fk_%(table_name)s_%(column_0_N_name)s",
+        "pk": "pk_%(table_name)s",
+    }
+)
+
+# SQLite auto-increments only columns of the exact type INTEGER.
+_Big = BigInteger().with_variant(Integer(), "sqlite")
+_Hash = String(64)
+
+
+def _id() -> Column[int]:
+    return Column("id", _Big, Identity(), primary_key=True)
+
+
+campaign = Table(
+    "campaign",
+    metadata,
+    _id(),
+    Column("team", String(63), nullable=False),
+    Column("name", String(63), nullable=False),
+    Column("status", String(12), nullable=False, server_default="active"),
+    Column("priority", SmallInteger, nullable=False, server_default="100"),
+    # The one pointer whose update publishes a version: workers see all of it or nothing.
+    Column("version_id", _Big),
+    Column("created_at", Double, nullable=False),
+    UniqueConstraint("team", "name"),
+)
+
+campaign_version = Table(
+    "campaign_version",
+    metadata,
+    _id(),
+    Column("campaign_id", ForeignKey("campaign.id"), nullable=False),
+    Column("number", Integer, nullable=False),
+    Column("source", Text, nullable=False),
+    Column("source_sha256", _Hash, nullable=False),
+    Column("jobs_added", Integer, nullable=False),
+    Column("jobs_root", _Hash, nullable=False),
+    Column("actor", String(200), nullable=False),
+    Column("created_at", Double, nullable=False),
+    UniqueConstraint("campaign_id", "number"),
+)
+
+# Jobs of one campaign and stage that may share a forward pass.
+work_group = Table(
+    "work_group",
+    metadata,
+    _id(),
+    Column("campaign_id", ForeignKey("campaign.id"), nullable=False),
+    Column("stage", String(63), nullable=False),
+    Column("depth", SmallInteger, nullable=False),
+    Column("batch_key", _Hash, nullable=False),
+    Column("checkpoint_digest", _Hash, nullable=False),
+    Column("description", JSON, nullable=False),
+    UniqueConstraint("campaign_id", "stage", "batch_key"),
+)
+
+lease = Table(
+    "lease",
+    metadata,
+    Column("id", String(32), primary_key=True),
+    Column("worker_id", String(32), nullable=False),
+    Column("group_id", ForeignKey("work_group.id"), nullable=False),
+    Column("created_at", Double, nullable=False),
+    Column("expires_at", Double, nullable=False),
+    Column("closed_at", Double),
+)
+Index(
+    "ix_lease_open",
+    lease.c.expires_at,
+    postgresql_where=text("closed_at IS NULL"),
+    sqlite_where=text("closed_at IS NULL"),
+)
+
+job = Table(
+    "job",
+    metadata,
+    _id(),
+    Column("campaign_id", ForeignKey("campaign.id"), nullable=False),
+    Column("version_id", ForeignKey("campaign_version.id"), nullable=False),
+    Column("group_id", ForeignKey("work_group.id"), nullable=False),
+    Column("edition", String(63), nullable=False, server_default=""),
+    Column("stage", String(63), nullable=False),
+    Column("depth", SmallInteger, nullable=False),
+    Column("row_key", Text, nullable=False),
+    Column("variables", JSON, nullable=False),
+    # The variables that belong to the identity; a table's row is identified by its key instead.
+    Column("axes", JSON, nullable=False),
+    Column("seed", BigInteger, nullable=False),
+    Column("identity", _Hash, nullable=False),
+    Column("fingerprint", _Hash, nullable=False),
+    Column("request", JSON, nullable=False),
+    # Hashed together with the job's values into audit events; deleting it erases what they commit to.
+    Column("salt", String(32), nullable=False),
+    Column("status", String(12), nullable=False),
+    Column("priority", SmallInteger, nullable=False, server_default="100"),
+    Column("attempt", SmallInteger, nullable=False, server_default="0"),
+    Column("max_attempts", SmallInteger, nullable=False, server_default="3"),
+    # Set after a lease expired with this job in it: it is leased alone, so that a poison job burns no neighbours.
+    Column("alone", Boolean, nullable=False, server_default=text("false")),
+    Column("parents_left", SmallInteger, nullable=False, server_default="0"),
+    Column("not_before", Double),
+    Column("lease_id", ForeignKey("lease.id")),
+    Column("error_kind", String(63)),
+    Column("error", Text),
+    Column("created_at", Double, nullable=False),
+    Column("finished_at", Double),
+    UniqueConstraint("campaign_id", "identity"),
+    Index("ix_job_fingerprint", "fingerprint"),
+    Index("ix_job_campaign_status", "campaign_id", "status"),
+)
+# Status literals, never bound values: a bound value cannot match a partial index under a generic plan.
+for _name, _columns, _where in (
+    ("ix_job_ready", (job.c.group_id, job.c.priority, job.c.id), "status = 'ready'"),
+    ("ix_job_leased", (job.c.lease_id,), "status = 'leased'"),
+    ("ix_job_waiting", (job.c.not_before,), "status = 'waiting' AND not_before IS NOT NULL"),
+):
+    Index(_name, *_columns, postgresql_where=text(_where), sqlite_where=text(_where))
+
+job_parent = Table(
+    "job_parent",
+    metadata,
+    Column("job_id", ForeignKey("job.id"), primary_key=True),
+    Column("parent_id", ForeignKey("job.id"), primary_key=True),
+    Index("ix_job_parent_parent_id", "parent_id"),
+)
+
+attempt = Table(
+    "attempt",
+    metadata,
+    Column("job_id", ForeignKey("job.id"), primary_key=True),
+    Column("lease_id", ForeignKey("lease.id"), primary_key=True),
+    Column("number", SmallInteger, nullable=False),
+    Column("worker_id", String(32), nullable=False),
+    Column("started_at", Double, nullable=False),
+    Column("finished_at", Double),
+    Column("outcome", String(12)),
+    Column("error_kind", String(63)),
+    Column("error", Text),
+    Index("ix_attempt_lease_id", "lease_id"),
+)
+
+input_image = Table(
+    "input_image",
+    metadata,
+    Column("sha256", _Hash, primary_key=True),
+    Column("key", Text, nullable=False),
+    Column("name", Text, nullable=False),
+    Column("size_bytes", BigInteger, nullable=False),
+    Column("width", Integer, nullable=False),
+    Column("height", Integer, nullable=False),
+    Column("created_at", Double, nullable=False),
+)
+
+# A job's picture is the one with the job's present fingerprint; older ones are kept for when a file is changed back.
+image = Table(
+    "image",
+    metadata,
+    Column("job_id", ForeignKey("job.id"), primary_key=True),
+    Column("fingerprint", _Hash, primary_key=True),
+    Column("attempt", SmallInteger, nullable=False),
+    Column("key", Text, nullable=False),
+    Column("url", Text, nullable=False),
+    Column("sha256", _Hash, nullable=False),
+    Column("pixels_sha256", _Hash, nullable=False),
+    Column("size_bytes", BigInteger, nullable=False),
+    Column("version_id", Text),
+    Column("width", Integer, nullable=False),
+    Column("height", Integer, nullable=False),
+    Column("sidecar_key", Text, nullable=False),
+    Column("sidecar_sha256", _Hash, nullable=False),
+    Column("gpu_seconds", Double, nullable=False),
+    Column("timings", JSON, nullable=False),
+    Column("worker_id", String(32), nullable=False),
+    Column("created_at", Double, nullable=False),
+    Index("ix_image_fingerprint", "fingerprint"),
+)
+
+checkpoint = Table(
+    "checkpoint",
+    metadata,
+    Column("digest", _Hash, primary_key=True),
+    Column("alias", String(63), nullable=False, unique=True),
+    Column("kind", String(31), nullable=False),
+    Column("family", String(31), nullable=False),
+    Column("location", Text, nullable=False),
+    Column("scale", SmallInteger, nullable=False, server_default="1"),
+    Column("size_bytes", BigInteger, nullable=False),
+    Column("manifest", JSON, nullable=False),
+    Column("created_at", Double, nullable=False),
+    Column("revoked_at", Double),
+)
+
+worker = Table(
+    "worker",
+    metadata,
+    Column("id", String(32), primary_key=True),
+    Column("host", String(255), nullable=False),
+    Column("pid", Integer, nullable=False),
+    Column("device", String(63), nullable=False),
+    Column("description", JSON, nullable=False),
+    Column("started_at", Double, nullable=False),
+    Column("seen_at", Double, nullable=False),
+    Column("stopped_at", Double),
+    Column("note", Text),
+)
+
+# One chain per writer process. ``body`` holds the very bytes that were hashed.
+audit_event = Table(
+    "audit_event",
+    metadata,
+    Column("writer_id", String(32), primary_key=True),
+    Column("seq", BigInteger, primary_key=True),
+    Column("body", Text, nullable=False),
+    Column("hash", _Hash, nullable=False),
+    Column("subject", String(80), nullable=False),
+    Index("ix_audit_event_subject", "subject"),
+)
+
+audit_seal = Table(
+    "audit_seal",
+    metadata,
+    Column("number", Integer, primary_key=True, autoincrement=False),
+    Column("body", Text, nullable=False),
+    Column("signature", String(128), nullable=False),
+    Column("hash", _Hash, nullable=False),
+    Column("key", Text, nullable=False),
+    Column("version_id", Text),
+)
+
+# What each seal covers of each chain, so that events themselves are never updated.
+audit_seal_range = Table(
+    "audit_seal_range",
+    metadata,
+    Column("number", ForeignKey("audit_seal.number"), primary_key=True),
+    Column("writer_id", String(32), primary_key=True),
+    Column("first_seq", BigInteger, nullable=False),
+    Column("last_seq", BigInteger, nullable=False),
+)

@@ -1,0 +1,32 @@
+"""The worker processes: who they are, that they live, and how they leave."""
+
+from __future__ import annotations
+
+from sqlalchemy import Connection, insert, update
+
+from sdpipeline.db.audit import Event, Transaction
+from sdpipeline.db.connection import now_s
+from sdpipeline.db.queue import open_leases, release
+from sdpipeline.db.tables import worker
+from sdpipeline.domain import Json, digest
+
+
+def register(tx: Transaction, *, worker_id: str, host: str, pid: int, device: str, description: Json) -> None:
+    """A worker process says who it is."""
+    times = {"started_at": now_s(), "seen_at": now_s()}
+    row = {"id": worker_id, "host": host, "pid": pid, "device": device, "description": description}
+    tx.connection.execute(insert(worker).values(**row, **times))
+    tx.record(Event.WORKER_STARTED, f"worker:{worker_id}", device=device, software=digest(description))
+
+
+def seen(connection: Connection, worker_id: str, note: str | None = None) -> None:
+    """A worker is alive; ``note`` says what it waits for, if anything."""
+    connection.execute(update(worker).where(worker.c.id == worker_id).values(seen_at=now_s(), note=note))
+
+
+def stop(tx: Transaction, *, worker_id: str) -> None:
+    """A worker ended in order, with its leases given back."""
+    for lease_id in open_leases(tx.connection, [worker_id]):
+        release(tx, lease_id=lease_id)
+    tx.connection.execute(update(worker).where(worker.c.id == worker_id).values(stopped_at=now_s()))
+    tx.record(Event.WORKER_STOPPED, f"worker:{worker_id}")

@@ -1,0 +1,128 @@
+"""A job's pictures in and out of storage: what it consumes, and its finished picture with record and sidecar."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any
+
+from sdpipeline import provenance
+from sdpipeline.db.queue import LeasedJob, StoredImage
+from sdpipeline.domain import ImageSource, Json, canonical, to_document
+from sdpipeline.engine import GeneratedImage, Pixels, PreparedRequest
+from sdpipeline.errors import InputImageError, ObjectMissingError
+from sdpipeline.inputs import input_key
+from sdpipeline.storage import ObjectStore
+
+RECORD_SCHEMA = "sdpipeline/record/1"
+SIDECAR_SCHEMA = "sdpipeline/sidecar/1"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Attempt:
+    """Who makes a picture, when asked by the sidecar."""
+
+    number: int
+    lease_id: str
+    worker_id: str
+    gpu_seconds: float
+
+
+def fetch(store: ObjectStore, leased: LeasedJob, *, max_pixels: int) -> PreparedRequest:
+    """The job's request with its pictures decoded; raises InputImageError for one that is missing or altered."""
+    images = {
+        role: _fetch_image(store, leased, source, max_pixels) for role, source in leased.request.sources().items()
+    }
+    return PreparedRequest(request=leased.request, images=images)
+
+
+def deliver(store: ObjectStore, leased: LeasedJob, generated: GeneratedImage, attempt: Attempt) -> StoredImage:
+    """Freeze the record, encode, store and read back; the picture counts only once the database says so."""
+    started = time.perf_counter()
+    frozen = record(leased, generated)
+    output = leased.request.output
+    encoded = provenance.encode(generated.pixels, output=output, record=frozen, from_photograph=_from_outside(leased))
+    encoded_at = time.perf_counter()
+    folder = f"{leased.team}/{leased.campaign}/{leased.stage}/{leased.fingerprint}"
+    key = f"{folder}/{encoded.sha256}.{encoded.extension}"
+    stored = store.put(key, encoded.data, content_type=encoded.content_type)
+    timings = {
+        "generate_s": round(attempt.gpu_seconds, 6),
+        "encode_s": round(encoded_at - started, 6),
+        "store_s": round(time.perf_counter() - encoded_at, 6),
+    }
+    about = {"key": key, "sha256": stored.sha256, "size_bytes": stored.size_bytes, "version_id": stored.version_id}
+    sidecar = canonical(
+        {
+            "schema": SIDECAR_SCHEMA,
+            "record": frozen,
+            "object": about | {"pixels_sha256": encoded.pixels_sha256},
+            "timings": timings,
+            "attempt": attempt.number,
+            "worker": attempt.worker_id,
+        }
+    )
+    # One attempt, one sidecar: a second attempt may make the same bytes, but not in the same time.
+    sidecar_key = f"{folder}/{encoded.sha256}.{attempt.lease_id[:8]}.json"
+    store.put(sidecar_key, sidecar, content_type="application/json")
+    return StoredImage(
+        key=key,
+        url=store.url(key),
+        sha256=stored.sha256,
+        pixels_sha256=encoded.pixels_sha256,
+        size_bytes=stored.size_bytes,
+        version_id=stored.version_id,
+        width=encoded.width,
+        height=encoded.height,
+        sidecar_key=sidecar_key,
+        sidecar_sha256=hashlib.sha256(sidecar).hexdigest(),
+        gpu_seconds=attempt.gpu_seconds,
+        timings=timings,
+    )
+
+
+def record(leased: LeasedJob, generated: GeneratedImage) -> Json:
+    """What was asked, what ran and what went in: enough to make the picture again and to explain it."""
+    return {
+        "schema": RECORD_SCHEMA,
+        "team": leased.team,
+        "campaign": leased.campaign,
+        "edition": leased.edition,
+        "stage": leased.stage,
+        "row": leased.row_key,
+        "seed": leased.seed,
+        "identity": leased.identity,
+        "fingerprint": leased.fingerprint,
+        "asked": to_document(leased.request),
+        "ran": generated.ran,
+        "inputs": {role: _input(leased, source) for role, source in leased.request.sources().items()},
+        "encoder": provenance.encoder(leased.request.output),
+        "made_at": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+
+
+def _fetch_image(store: ObjectStore, leased: LeasedJob, source: ImageSource, max_pixels: int) -> Pixels:
+    about = _input(leased, source)
+    try:
+        data = store.get(about["key"])
+    except ObjectMissingError as error:
+        raise InputImageError(f"{about['key']} is not in storage") from error
+    if hashlib.sha256(data).hexdigest() != about["sha256"]:
+        raise InputImageError(f"{about['key']} was altered in storage: its SHA-256 is not {about['sha256']}")
+    return provenance.decode(data, max_pixels=max_pixels)
+
+
+def _input(leased: LeasedJob, source: ImageSource) -> Json:
+    if source.stage is None:
+        return {"key": input_key(source.digest), "sha256": source.digest}
+    found = next((parent for parent in leased.parents if parent.stage == source.stage), None)
+    if found is None:
+        raise InputImageError(f"the picture of stage {source.stage!r} is not recorded")
+    about: dict[str, Any] = {"stage": found.stage, "key": found.key, "sha256": found.sha256}
+    return about | {"pixels_sha256": found.pixels_sha256, "fingerprint": found.fingerprint}
+
+
+def _from_outside(leased: LeasedJob) -> bool:
+    return any(source.stage is None for source in leased.request.sources().values())

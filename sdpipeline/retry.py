@@ -1,0 +1,27 @@
+"""What becomes of a job after a failed attempt."""
+
+from __future__ import annotations
+
+import random
+
+from sdpipeline.domain import Status
+from sdpipeline.errors import PermanentError, SdpError
+
+FIRST_BACKOFF_S = 2.0
+LONGEST_BACKOFF_S = 300.0
+
+
+def next_status(error: SdpError, *, attempt: int, max_attempts: int) -> Status:
+    """``failed`` for a permanent error or a last attempt, else ``waiting``: the job is tried again."""
+    if isinstance(error, PermanentError) or attempt >= max_attempts:
+        return Status.FAILED
+    return Status.WAITING
+
+
+def backoff_s(attempt: int, random_source: random.Random) -> float:
+    """Seconds before attempt ``attempt + 1``: exponential with full jitter.
+
+    https://aws.amazon.com/blogs/architecture/exponential-backoff-and-jitter/
+    """
+    ceiling = min(LONGEST_BACKOFF_S, FIRST_BACKOFF_S * 2.0 ** (attempt - 1))
+    return random_source.uniform(ceiling / 2, ceiling)

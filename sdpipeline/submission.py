@@ -1,0 +1,100 @@
+"""From a campaign file to jobs in the database: checked as a whole, inputs copied, then published at once."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from sdpipeline import expand
+from sdpipeline.batching import split
+from sdpipeline.campaign import Campaign
+from sdpipeline.db import registry
+from sdpipeline.db import submit as publishing
+from sdpipeline.db.audit import AuditLog
+from sdpipeline.db.connection import Database
+from sdpipeline.db.submit import Difference, Submitted
+from sdpipeline.domain import Json
+from sdpipeline.errors import CampaignError, InputImageError, Mistake
+from sdpipeline.inputs import InputFile, InputFolder
+from sdpipeline.storage import ObjectStore
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """What a campaign file asks for, and what of that is new here."""
+
+    name: str
+    stages: dict[str, int]
+    batches: int
+    difference: Difference
+
+    def document(self) -> Json:
+        """The form of ``plan --json``; estimates need a history that later releases keep."""
+        d = self.difference
+        jobs = {"total": sum(self.stages.values()), "new": d.new, "unchanged": d.unchanged, "removed": d.removed}
+        estimate = {"gpu_seconds": None, "cost": None}
+        return {
+            "campaign": self.name,
+            "jobs": jobs,
+            "stages": self.stages,
+            "batches": self.batches,
+            "estimate": estimate,
+        }
+
+
+def plan(campaign: Campaign, inputs: InputFolder, database: Database | None, *, team: str, max_batch: int) -> Plan:
+    """Expand without writing; without a database every job is new."""
+    stages: Counter[str] = Counter({stage.id: 0 for stage in campaign.stage_order()})
+    groups: Counter[str] = Counter()
+    for spec in expand.expand(campaign, inputs):
+        stages[spec.stage] += 1
+        groups[spec.batch_key] += 1
+    total = sum(stages.values())
+    difference = Difference(new=total, unchanged=0, removed=0)
+    if database is not None:
+        with database.read() as connection:
+            jobs = expand.expand(campaign, inputs)
+            difference = publishing.compare(connection, jobs, team=team, name=campaign.spec.name)
+    batches = sum(len(split(count, max_batch)) for count in groups.values())
+    return Plan(name=campaign.spec.name, stages=dict(stages), batches=batches, difference=difference)
+
+
+def submit(
+    campaign: Campaign,
+    inputs: InputFolder,
+    audit: AuditLog,
+    store: ObjectStore,
+    *,
+    team: str,
+    max_attempts: int,
+    prune: bool = False,
+) -> Submitted:
+    """Check everything, copy the inputs, then publish in one transaction: workers see all of it or nothing."""
+    if not expand.check(campaign, inputs):
+        raise CampaignError(Mistake(file=campaign.source.file, message="asks for no picture", fix="give it rows"))
+    copy_inputs(inputs.found.values(), store)
+    used = {stage.checkpoint or campaign.spec.checkpoint for stage in campaign.spec.stages}
+    used |= {use.checkpoint for stage in campaign.spec.stages for use in stage.controlnets}
+    with audit.transaction() as tx:
+        registry.remember(tx, [campaign.catalog[alias] for alias in sorted(used)])
+        return publishing.submit(
+            tx,
+            expand.expand(campaign, inputs),
+            team=team,
+            name=campaign.spec.name,
+            source=campaign.text,
+            priority=campaign.spec.priority,
+            max_attempts=max_attempts,
+            prune=prune,
+        )
+
+
+def copy_inputs(found: Iterable[InputFile], store: ObjectStore) -> None:
+    """Put local pictures into storage under their digest, so that workers elsewhere find them."""
+    for each in found:
+        data = Path(each.path).read_bytes()
+        stored = store.put(each.key, data, content_type="application/octet-stream")
+        if stored.sha256 != each.sha256:
+            raise InputImageError(f"{each.path.name} changed while it was read; submit again")

@@ -1,0 +1,361 @@
+"""Lease, fetch, generate, encode, store, complete: three overlapped stages around one device."""
+
+from __future__ import annotations
+
+import queue
+import random
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from functools import partial
+from typing import TypeVar
+
+import structlog
+
+from sdpipeline import delivery
+from sdpipeline.batching import bucket_for
+from sdpipeline.db import queue as jobs
+from sdpipeline.db import reports, workers
+from sdpipeline.db.audit import AuditLog
+from sdpipeline.db.queue import Lease, LeasedJob
+from sdpipeline.domain import Status
+from sdpipeline.engine import Batch, Engine, GeneratedImage, GenerationFailure, PreparedRequest
+from sdpipeline.errors import DatabaseUnavailableError, SdpError, StorageUnavailableError
+from sdpipeline.retry import backoff_s, next_status
+from sdpipeline.storage import ObjectStore
+
+POLL_S = 0.25
+LONGEST_POLL_S = 2.0
+LONGEST_STORAGE_WAIT_S = 30.0
+
+_T = TypeVar("_T")
+_log = structlog.get_logger(__name__)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorkerSummary:
+    """What one run of a worker did; ``idle`` says that no work was left when it ended."""
+
+    succeeded: int = 0
+    failed: int = 0
+    batches: int = 0
+    gpu_seconds: float = 0.0
+    idle: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorkerLimits:
+    """``max_batch`` pictures per forward pass, leases of ``lease_ttl_s`` seconds, inputs up to ``max_pixels``."""
+
+    max_batch: int
+    lease_ttl_s: float
+    max_pixels: int
+
+
+@dataclass(frozen=True, slots=True)
+class Worker:
+    """One process's device with what it needs; ``run`` may be called many times and keeps checkpoints warm."""
+
+    worker_id: str
+    audit: AuditLog
+    store: ObjectStore
+    engine: Engine
+    limits: WorkerLimits
+
+    def run(
+        self,
+        *,
+        campaign_id: int | None = None,
+        until_idle: bool = True,
+        deadline_s: float | None = None,
+        stop: threading.Event | None = None,
+        on_progress: Callable[[int], None] | None = None,
+    ) -> WorkerSummary:
+        """Work until there is nothing left, ``deadline_s`` seconds passed, or ``stop`` is set.
+
+        What was leased but not begun is given back. An error that is not ours ends the run, and the
+        jobs it touched are leased alone from then on. ``on_progress`` hears how many jobs just ended.
+        """
+        deadline = time.monotonic() + deadline_s if deadline_s is not None else None
+        bounds = _Bounds(campaign_id, until_idle, deadline, stop or threading.Event())
+        return _Run(self, bounds, on_progress).execute()
+
+
+@dataclass(slots=True)
+class _Work:
+    """One lease on its way through the stages; ``jobs`` and ``prepared`` stay in step."""
+
+    lease: Lease
+    jobs: list[LeasedJob] = field(default_factory=list)
+    prepared: list[PreparedRequest] = field(default_factory=list)
+    results: list[GeneratedImage | GenerationFailure] = field(default_factory=list)
+    gpu_seconds: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class _Bounds:
+    """Whose jobs a run takes, and when it ends; ``deadline`` is on the monotonic clock."""
+
+    campaign_id: int | None
+    until_idle: bool
+    deadline: float | None
+    stop: threading.Event
+
+
+class _Ended(Exception):  # noqa: N818 -- unwinds a stage; never leaves this module
+    """The run is over: whatever this stage was waiting for will not come."""
+
+
+class _Run:
+    """The threads of one run: the caller's owns the device, one fetches ahead, one stores behind, one beats."""
+
+    def __init__(self, worker: Worker, bounds: _Bounds, on_progress: Callable[[int], None] | None) -> None:
+        self.worker = worker
+        self.bounds = bounds
+        self.stop = bounds.stop
+        self.on_progress = on_progress
+        self._ended = threading.Event()
+        self._fetched: queue.Queue[_Work | None] = queue.Queue(maxsize=1)
+        self._generated: queue.Queue[_Work | None] = queue.Queue(maxsize=2)
+        self._leases: dict[str, Lease] = {}
+        self._lost: set[str] = set()
+        self._succeeded = self._failed = self._batches = 0
+        self._gpu_seconds = 0.0
+        self._idle = False
+
+    def execute(self) -> WorkerSummary:
+        """Run all stages to their end; the first error of any of them is raised."""
+        with ThreadPoolExecutor(3, thread_name_prefix="sdp-worker") as pool:
+            fetcher, storer = (pool.submit(self._ending_all, stage) for stage in (self._fetch, self._store))
+            heart = pool.submit(self._ending_all, self._beat)
+            try:
+                self._ending_all(self._generate)
+                _first_error(fetcher, storer)
+            finally:
+                self._ended.set()
+        try:
+            _first_error(heart)
+        finally:
+            self._give_back()
+        return WorkerSummary(
+            succeeded=self._succeeded,
+            failed=self._failed,
+            batches=self._batches,
+            gpu_seconds=self._gpu_seconds,
+            idle=self._idle,
+        )
+
+    def _ending_all(self, stage: Callable[[], None]) -> None:
+        """Run one stage; if it fails, the others stop waiting for it."""
+        try:
+            stage()
+        except _Ended:
+            self._ended.set()
+        except BaseException:
+            self._ended.set()
+            raise
+
+    def _give_back(self) -> None:
+        """Leases that are still open: as after a crash if there was one, else as if never taken."""
+        if not self._leases:
+            return
+        crashed = not self.stop.is_set()
+        with self.worker.audit.transaction() as tx:
+            if crashed:
+                jobs.reap(tx, lease_ids=list(self._leases))
+            for lease_id in () if crashed else tuple(self._leases):
+                jobs.release(tx, lease_id=lease_id)
+
+    # Leasing and fetching, one batch ahead of the device.
+
+    def _fetch(self) -> None:
+        poll_s = POLL_S
+        while not self._over():
+            lease = self._lease()
+            if lease is not None:
+                poll_s = POLL_S
+                self._hand_on(self._fetched, self._prepared(lease))
+            elif not self._leases and self.bounds.until_idle and not self._work_left():
+                self._idle = True
+                break
+            else:
+                # Jitter, so that many workers do not ask at once.
+                self.stop.wait(random.uniform(poll_s / 2, poll_s))  # noqa: S311
+                poll_s = POLL_S if self._leases else min(LONGEST_POLL_S, poll_s * 1.5)
+        self._hand_on(self._fetched, None)
+
+    def _over(self) -> bool:
+        late = self.bounds.deadline is not None and time.monotonic() >= self.bounds.deadline
+        return late or self.stop.is_set() or self._ended.is_set()
+
+    def _lease(self) -> Lease | None:
+        with self.worker.audit.transaction() as tx:
+            jobs.reap(tx)
+            jobs.promote(tx.connection)
+            lease = jobs.take_lease(
+                tx,
+                worker_id=self.worker.worker_id,
+                limit=self.worker.limits.max_batch,
+                ttl_s=self.worker.limits.lease_ttl_s,
+                campaign_id=self.bounds.campaign_id,
+                resident=self.worker.engine.resident(),
+                full_only=bool(self._leases),
+            )
+        if lease is not None:
+            self._leases[lease.id] = lease
+        return lease
+
+    def _work_left(self) -> bool:
+        with self.worker.audit.database.read() as connection:
+            return reports.work_left(connection, self.bounds.campaign_id)
+
+    def _prepared(self, lease: Lease) -> _Work:
+        """Fetch and decode what the jobs consume; a job whose input is wrong fails here, alone."""
+        work = _Work(lease)
+        for leased in lease.jobs:
+            try:
+                request = self._when_storage_answers(partial(self._fetch_inputs, leased))
+            except SdpError as error:
+                self._fail(lease, leased, error)
+            else:
+                work.jobs.append(leased)
+                work.prepared.append(request)
+        return work
+
+    def _fetch_inputs(self, leased: LeasedJob) -> PreparedRequest:
+        return delivery.fetch(self.worker.store, leased, max_pixels=self.worker.limits.max_pixels)
+
+    # Generating, on the caller's thread.
+
+    def _generate(self) -> None:
+        while (work := self._take(self._fetched)) is not None:
+            if self.stop.is_set():
+                continue
+            if work.prepared and work.lease.id not in self._lost:
+                started = time.perf_counter()
+                batch = Batch(requests=work.prepared, bucket=bucket_for(len(work.prepared)))
+                work.results = list(self.worker.engine.generate(batch))
+                work.gpu_seconds = time.perf_counter() - started
+                self._gpu_seconds += work.gpu_seconds
+                self._batches += 1
+            self._hand_on(self._generated, work)
+        self._hand_on(self._generated, None)
+
+    # Encoding, storing and completing, behind the device.
+
+    def _store(self) -> None:
+        while (work := self._take(self._generated)) is not None:
+            for leased, result in zip(work.jobs, work.results, strict=False):
+                if work.lease.id in self._lost:
+                    break
+                if isinstance(result, GenerationFailure):
+                    self._fail(work.lease, leased, result.error)
+                else:
+                    self._deliver(work, leased, result)
+            self._close(work.lease)
+
+    def _deliver(self, work: _Work, leased: LeasedJob, generated: GeneratedImage) -> None:
+        attempt = delivery.Attempt(
+            number=leased.attempt,
+            lease_id=work.lease.id,
+            worker_id=self.worker.worker_id,
+            gpu_seconds=work.gpu_seconds / len(work.jobs),
+        )
+        try:
+            stored = self._when_storage_answers(lambda: delivery.deliver(self.worker.store, leased, generated, attempt))
+        except SdpError as error:
+            self._fail(work.lease, leased, error)
+            return
+        with self.worker.audit.transaction() as tx:
+            done = jobs.complete(
+                tx, lease_id=work.lease.id, leased=leased, stored=stored, worker_id=self.worker.worker_id
+            )
+        if done:
+            self._succeeded += 1
+            self._progressed(1)
+        else:
+            _log.warning("lease_lost", job_id=leased.id, attempt=leased.attempt)
+
+    def _fail(self, lease: Lease, leased: LeasedJob, error: SdpError) -> None:
+        status = next_status(error, attempt=leased.attempt, max_attempts=leased.max_attempts)
+        with self.worker.audit.transaction() as tx:
+            done = jobs.fail(
+                tx,
+                lease_id=lease.id,
+                leased=leased,
+                status=status,
+                error_kind=type(error).__name__.removesuffix("Error"),
+                error=str(error),
+                backoff_s=backoff_s(leased.attempt, random.Random()),  # noqa: S311
+            )
+        _log.warning("attempt_failed", job_id=leased.id, attempt=leased.attempt, status=str(status), error=str(error))
+        if done and status is Status.FAILED:
+            self._failed += 1
+            self._progressed(1)
+
+    def _close(self, lease: Lease) -> None:
+        with self.worker.audit.database.write() as connection:
+            jobs.close_lease(connection, lease.id)
+        self._leases.pop(lease.id, None)
+
+    def _progressed(self, count: int) -> None:
+        if self.on_progress is not None:
+            self.on_progress(count)
+
+    # Staying alive.
+
+    def _beat(self) -> None:
+        """Extend open leases four times in their life; a lease that is not there any more is lost."""
+        database, ttl_s = self.worker.audit.database, self.worker.limits.lease_ttl_s
+        while not self._ended.wait(ttl_s / 4):
+            held = tuple(self._leases)
+            try:
+                with database.write() as connection:
+                    alive = jobs.heartbeat(connection, held, ttl_s=ttl_s) if held else frozenset()
+                    workers.seen(connection, self.worker.worker_id)
+            except DatabaseUnavailableError as error:
+                _log.warning("heartbeat_failed", error=str(error))
+                continue
+            # One that was closed in order meanwhile is no longer held.
+            self._lost |= {lease_id for lease_id in held if lease_id not in alive and lease_id in self._leases}
+
+    def _when_storage_answers(self, ask: Callable[[], _T]) -> _T:
+        """Wait out a storage outage while the lease lives: its jobs are not to blame."""
+        pause_s = 1.0
+        while True:
+            try:
+                return ask()
+            except StorageUnavailableError as error:
+                _log.warning("storage_unavailable", error=str(error), retry_in_s=pause_s)
+                self._note(f"waits for storage: {error}")
+                if self._ended.wait(pause_s) or self.stop.is_set():
+                    raise _Ended from error
+                pause_s = min(LONGEST_STORAGE_WAIT_S, pause_s * 2)
+
+    def _note(self, note: str) -> None:
+        with self.worker.audit.database.write() as connection:
+            workers.seen(connection, self.worker.worker_id, note=note)
+
+    def _hand_on(self, to: queue.Queue[_Work | None], work: _Work | None) -> None:
+        while True:
+            if self._ended.is_set():
+                raise _Ended
+            try:
+                return to.put(work, timeout=POLL_S)
+            except queue.Full:
+                continue
+
+    def _take(self, source: queue.Queue[_Work | None]) -> _Work | None:
+        while True:
+            try:
+                return source.get(timeout=POLL_S)
+            except queue.Empty:
+                if self._ended.is_set():
+                    raise _Ended from None
+
+
+def _first_error(*stages: Future[None]) -> None:
+    for stage in stages:
+        stage.result()
