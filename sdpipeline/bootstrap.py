@@ -217,10 +217,7 @@ def known_campaign(database: Database, team: str, name: str) -> int:
         found = reports.campaign_id(connection, team=team, name=name)
         names = ", ".join(reports.campaign_names(connection, team=team)) or "none yet"
     if found is None:
-        names = ", ".join(reports.campaign_names(connection, team=team))
-        raise BadInputError(
-            Mistake(message=f"no campaign {name!r}", fix=f"there are: {names}" if names else "submit one")
-        )
+        raise BadInputError(Mistake(message=f"no campaign {name!r}", fix=f"there are: {names}"))
     return found
 
 
