@@ -18,7 +18,8 @@
     │   └── BadPictureError       the engine's own output is not a picture (NaN, flat, black)
     ├── ObjectMissingError        storage has no object under that key
     ├── ObjectConflictError       storage holds other bytes under that key
-    └── LeaseLostError            another worker owns the job now: drop the work
+    ├── LeaseLostError            another worker owns the job now: drop the work
+    └── WorkersLostError          the worker processes died more often than they may be restarted
 """
 
 from __future__ import annotations
@@ -114,3 +115,7 @@ class ObjectConflictError(SdpError):
 
 class LeaseLostError(SdpError):
     """The lease expired or was closed; whoever holds the job now will finish it."""
+
+
+class WorkersLostError(SdpError):
+    """Every worker process died more often than it may be restarted; the database still holds the work."""

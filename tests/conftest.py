@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Generator
+import signal
+from collections.abc import Generator, Iterator
+from pathlib import Path
 
 import pytest
+
+from sdpipeline.prefect_server import own_server
 
 # Set before any test module imports the libraries that read them.
 os.environ.update(
@@ -37,6 +41,17 @@ def pytest_make_collect_report() -> Generator[None, pytest.CollectReport, pytest
         report.outcome = "failed"
         report.longrepr = f"skipped although SDP_TEST_REQUIRE_ALL=1: {report.longrepr}"
     return report
+
+
+@pytest.fixture(scope="session")
+def prefect_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A home whose own Prefect server runs until the last test; starting one takes ten seconds."""
+    home = tmp_path_factory.mktemp("prefect-home")
+    with own_server(home, keep=True) as server:
+        pass
+    yield home
+    assert server.pid is not None
+    os.killpg(server.pid, signal.SIGKILL)
 
 
 def _skipped(report: pytest.TestReport | pytest.CollectReport) -> bool:

@@ -1,0 +1,26 @@
+"""One worker: a process that keeps its checkpoint warm from its first batch to its last."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from prefect import flow, task
+from prefect.cache_policies import NO_CACHE
+
+
+@flow(name="gpu-worker", persist_result=False)
+def gpu_worker(
+    campaign: str | None = None, home: str | None = None, device: str | None = None, log_file: str | None = None
+) -> None:
+    """Lease and work batches of a campaign, or of all, until nothing is left. Pictures are committed one by one."""
+    from sdpipeline import bootstrap, orchestration
+
+    # The body travels to another process by value, so the task is made here rather than beside it. One task
+    # for many batches: a task run costs the server 30 ms.
+    @task(name="chunk", task_run_name="chunk {number}", cache_policy=NO_CACHE, persist_result=False)
+    def work_chunk(number: int) -> bootstrap.WorkerSummary:  # noqa: ARG001 - names the task run
+        return worker.run(campaign=campaign, until_idle=True, deadline_s=orchestration.CHUNK_S, stop=stop)
+
+    settings = bootstrap.load_settings(Path(home) if home else None)
+    with orchestration.worker_process(log_file) as stop, bootstrap.open_worker(settings, device=device) as worker:
+        orchestration.work_in_chunks(work_chunk, stop)

@@ -1,0 +1,106 @@
+"""Worker processes are watched, replaced within bounds, and ended together."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator
+from multiprocessing.process import BaseProcess
+
+import pytest
+
+from sdpipeline.crew import Crew, Death, Slot
+from sdpipeline.errors import WorkersLostError
+
+Start = Callable[..., Crew]
+
+
+@pytest.fixture
+def dead() -> list[Death]:
+    """Whom the crew buried."""
+    return []
+
+
+@pytest.fixture
+def crew_of(dead: list[Death]) -> Iterator[Start]:
+    """Starts a crew whose workers call the given function; whoever is left at the end is ended."""
+    crews: list[Crew] = []
+
+    def start(target: Callable[..., object], *args: object, count: int = 1) -> Crew:
+        def spawn(slot: Slot, name: str) -> BaseProcess:
+            process = multiprocessing.get_context("fork").Process(target=target, args=args)
+            process.start()
+            return process
+
+        slots = [Slot(index=n, device=None, environment={}) for n in range(count)]
+        crews.append(Crew(slots=slots, spawn=spawn, bury=dead.append))
+        crews[-1].start()
+        return crews[-1]
+
+    yield start
+    for crew in crews:
+        crew.stop()
+
+
+def test_a_dead_worker_is_buried_and_replaced(crew_of: Start, dead: list[Death]) -> None:
+    crew = crew_of(time.sleep, 60)
+    (first,) = pids()
+    os.kill(first, signal.SIGKILL)
+    crew.wait(10)
+    crew.tend(ready=5, finished=0)
+    assert [(death.pid, death.exit_code) for death in dead] == [(first, -signal.SIGKILL)]
+    assert str(dead[0]) == f"worker 0 (process {first}) ended by signal 9"
+    assert len(pids()) == 1
+
+
+def test_workers_that_keep_dying_end_the_run(crew_of: Start, dead: list[Death]) -> None:
+    crew = crew_of(os._exit, 3)
+    with pytest.raises(WorkersLostError, match="with exit code 3"):
+        tend_for_ever(crew)
+    assert [death.name for death in dead] == ["worker 0", *(f"worker 0 · restart {n}" for n in (1, 2, 3))]
+
+
+def test_a_worker_that_leaves_work_untouched_is_not_started_for_ever(crew_of: Start) -> None:
+    crew = crew_of(time.sleep, 0)
+    with pytest.raises(WorkersLostError, match="found no work"):
+        tend_for_ever(crew)
+
+
+def test_a_worker_that_found_nothing_left_stays_ended(crew_of: Start, dead: list[Death]) -> None:
+    crew = crew_of(time.sleep, 0)
+    crew.wait(10)
+    crew.tend(ready=0, finished=7)
+    assert (pids(), dead) == ([], [])
+
+
+def test_stopping_ends_the_polite_and_the_stubborn(crew_of: Start) -> None:
+    polite, stubborn = crew_of(time.sleep, 60, count=2), crew_of(_ignore_sigterm)
+    time.sleep(0.2)  # the stubborn one needs a moment to become it
+    assert [stopped.exit_code for stopped in polite.stop()] == [-signal.SIGTERM] * 2
+    assert [stopped.exit_code for stopped in stubborn.stop(grace_s=0.2)] == [-signal.SIGKILL]
+    assert pids() == []
+
+
+def test_a_terminals_ctrl_c_does_not_reach_the_workers(crew_of: Start) -> None:
+    crew_of(time.sleep, 60)
+    (worker,) = pids()
+    os.kill(worker, signal.SIGINT)
+    time.sleep(0.3)
+    assert pids() == [worker]
+
+
+def _ignore_sigterm() -> None:
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    time.sleep(60)
+
+
+def tend_for_ever(crew: Crew) -> None:
+    while True:
+        crew.wait(10)
+        crew.tend(ready=5, finished=0)
+
+
+def pids() -> list[int]:
+    return [process.pid for process in multiprocessing.active_children() if process.pid is not None]
