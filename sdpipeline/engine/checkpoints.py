@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sdpipeline.domain import digest
+from sdpipeline.domain import Task, digest
+from sdpipeline.engine.families import FAMILIES
 from sdpipeline.errors import CheckpointError
 
 WEIGHTS = ".safetensors"
@@ -77,15 +78,15 @@ def verify(files: CheckpointFiles) -> None:
         raise CheckpointError(f"checkpoint {files.alias!r}: its manifest does not hash to its digest")
 
 
-def misfit(base: CheckpointFiles, controlnet: CheckpointFiles) -> str | None:
+def misfit(task: Task, base: CheckpointFiles, controlnet: CheckpointFiles) -> str | None:
     """Why this ControlNet cannot steer this checkpoint; ``None`` if it can."""
     if controlnet.kind != "controlnet":
-        return f"{controlnet.alias!r} is a {controlnet.kind}, not a ControlNet"
-    from sdpipeline.engine.families import FAMILIES
-
-    accepted = FAMILIES[base.family].controlnets_of if base.family in FAMILIES else frozenset()
-    if controlnet.family not in accepted:
-        return f"{controlnet.alias!r} is a ControlNet for {controlnet.family}, but {base.alias!r} is {base.family}"
+        return f"controlnets: {controlnet.alias!r} is a {controlnet.kind}, not a ControlNet"
+    if not FAMILIES[base.family].accepts_controlnet(task, controlnet.family):
+        return (
+            f"controlnets: {controlnet.alias!r} is a ControlNet for {controlnet.family}, "
+            f"which cannot steer {task} of {base.alias!r} ({base.family})"
+        )
     return None
 
 
@@ -182,8 +183,10 @@ def _component(alias: str, config: Mapping[str, Any]) -> tuple[str, str, int]:
         if config.get("addition_embed_type") == "text_time":
             return "controlnet", "sdxl", 1
         return "controlnet", "sd2" if config.get("cross_attention_dim") == 1024 else "sd1", 1
-    if name in ("SD3ControlNetModel", "FluxControlNetModel"):
-        return "controlnet", "sd3" if name.startswith("SD3") else "flux", 1
+    if name == "SD3ControlNetModel":
+        return "controlnet", "sd3-inpaint" if config.get("extra_conditioning_channels") else "sd3", 1
+    if name == "FluxControlNetModel":
+        return "controlnet", "flux", 1
     if name == "AutoencoderKL":
         return "vae", _vae_family(config), 1
     if config.get("model_type") in ANNOTATORS:

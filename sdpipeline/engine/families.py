@@ -13,7 +13,6 @@ TextEncoding = Literal["clip", "clip-hidden", "sdxl", "sd3", "flux", "none"]
 SCHEDULERS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "ddim": ("DDIMScheduler", {}),
     "ddpm": ("DDPMScheduler", {}),
-    "deis": ("DEISMultistepScheduler", {}),
     "dpmpp-2m": ("DPMSolverMultistepScheduler", {"algorithm_type": "dpmsolver++", "solver_order": 2}),
     "dpmpp-2m-karras": (
         "DPMSolverMultistepScheduler",
@@ -42,7 +41,7 @@ class Cell:
     """One combination that exists: a diffusers class, and the names its call gives our pictures.
 
     A ``None`` name means that the call does not take that picture; a ``None`` strength that there is
-    no strength to set.
+    no strength to set. ``controlnets_of`` differs from the family's where a pipeline needs its own kind.
     """
 
     pipeline: str
@@ -52,6 +51,7 @@ class Cell:
     takes_size: bool = True
     strength: float | None = None
     max_controlnets: int = 0
+    controlnets_of: frozenset[str] | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -88,6 +88,11 @@ class Family:
         """The combination's cell, or ``None`` where diffusers has no such pipeline."""
         found = (self.controlled if controlnets else self.plain).get(task)
         return found if found and controlnets <= found.max_controlnets else None
+
+    def accepts_controlnet(self, task: Task, controlnet: str) -> bool:
+        """Whether a ControlNet of that family can steer this task here."""
+        found = self.controlled.get(task)
+        return found is not None and controlnet in (found.controlnets_of or self.controlnets_of)
 
 
 def family(name: str) -> Family:
@@ -134,9 +139,12 @@ def _nearest(row: Family, task: Task, controlnets: int) -> str:
         return f"{other} with a ControlNet through {cell.pipeline}"
     if task in row.plain:
         return f"{task} without a ControlNet through {row.plain[task].pipeline}"
-    elsewhere = [other for other in FAMILIES.values() if other.cell(task, controlnets=controlnets)]
+    few = min(controlnets, 1)
+    elsewhere = [other for other in FAMILIES.values() if other.cell(task, controlnets=few)]
     own = ", ".join(row.plain)
-    return f"{task}{_with(controlnets)} with a checkpoint of family {elsewhere[0].name!r}, or here {own}"
+    if not elsewhere:
+        return f"{own} here"
+    return f"{task}{_with(few)} with a checkpoint of family {elsewhere[0].name!r}, or {own} here"
 
 
 def _cells(plain: str, *, strength: float = 0.8, sized_image_to_image: bool = True) -> dict[Task, Cell]:
@@ -193,6 +201,7 @@ _SD3_CONTROLLED = {
         image="control_image",
         mask_image="control_mask",
         max_controlnets=1,
+        controlnets_of=frozenset({"sd3-inpaint"}),
     ),
 }
 

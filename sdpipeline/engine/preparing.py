@@ -36,7 +36,7 @@ def check(request: GenerationRequest, base: CheckpointFiles, controlnets: Sequen
         assert cell is not None
         reason = _size(request, row) or _steps(request, cell) or _extras(request, row)
     for controlnet in controlnets:
-        reason = reason or misfit(base, controlnet)
+        reason = reason or misfit(request.task, base, controlnet)
     if reason:
         raise RequestRefusedError(reason)
 

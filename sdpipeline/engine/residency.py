@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import threading
+import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
@@ -138,7 +139,8 @@ def load(files: CheckpointFiles, *, device: torch.device, dtype: torch.dtype) ->
     verify(files)
     transformers.utils.logging.disable_progress_bar()
     try:
-        with _LOADING:
+        with _LOADING, warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # diffusers about imports of its own
             loaded = _read(files, dtype)
     except (OSError, SafetensorError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"checkpoint {files.alias!r} does not load: {error}") from error
