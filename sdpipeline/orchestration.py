@@ -24,7 +24,8 @@ import structlog
 
 from sdpipeline import bootstrap, crew
 from sdpipeline.bootstrap import Progress, WorkerSummary
-from sdpipeline.errors import DatabaseUnavailableError, Mistake, SettingsError
+from sdpipeline.db import registry, reports
+from sdpipeline.errors import DatabaseUnavailableError, Mistake, SettingsError, TransientError
 from sdpipeline.prefect_server import ServerHandle, own_server
 from sdpipeline.settings import Settings
 
@@ -246,14 +247,19 @@ def work_off(settings: Settings, campaign: str, *, worker_flow: Flow[..., Any]) 
 
     progress = bootstrap.campaign_progress(settings, campaign)
     board = _Board(campaign)
-    board.open(progress)
-    with tags(*_tags(progress)):
+    labels = _tags(settings, progress)
+    board.open(progress, labels)
+    with tags(*labels):
         workers = crew.Crew(
             slots=crew.slots(settings),
             spawn=lambda slot, name: _spawn(settings, campaign, worker_flow, slot, name),
             bury=lambda death: _bury(settings, campaign, death),
         )
         progress = _watch(settings, campaign, workers, board)
+    try:
+        bootstrap.seal(settings)
+    except TransientError as error:
+        log.warning("audit.unsealed", error=str(error))  # the next seal covers these events too
     board.close(settings, progress)
     return _closing_state(progress)
 
@@ -352,8 +358,12 @@ def _describe(progress: Progress) -> str:
     return f"{progress.name}: {progress.succeeded} of {progress.total} succeeded{unlucky}"
 
 
-def _tags(progress: Progress) -> Sequence[str]:
-    return [f"campaign:{progress.name}"]
+def _tags(settings: Settings, progress: Progress) -> Sequence[str]:
+    """The campaign and its checkpoints, by the names people use."""
+    with bootstrap.services(settings) as have, have.database.read() as connection:
+        used = set(reports.checkpoints_of(connection, progress.id))
+        aliases = {files.alias for files in registry.known(connection) if {files.alias, files.digest} & used}
+    return [f"campaign:{progress.name}", *(f"checkpoint:{alias}" for alias in sorted(aliases))]
 
 
 # -- what the UI shows --
@@ -379,14 +389,14 @@ class _Board:
         self._progress_id: UUID | None = None
         self._shown: tuple[float, float] | None = None  # when, and which percentage
 
-    def open(self, progress: Progress) -> None:
+    def open(self, progress: Progress, labels: Sequence[str]) -> None:
         """Name and tag the run so that a person finds it."""
         from prefect.client.orchestration import get_client
         from prefect.runtime import flow_run
 
         with _shown(), get_client(sync_client=True) as client:
             name = f"{progress.name} · v{progress.version} · {progress.total} jobs"
-            client.update_flow_run(UUID(flow_run.get_id()), name=name, tags=_tags(progress))
+            client.update_flow_run(UUID(flow_run.get_id()), name=name, tags=labels)
 
     def show(self, progress: Progress, *, now: bool = False) -> None:
         """Move the progress artifact, at most every five seconds."""

@@ -1,0 +1,183 @@
+"""A campaign under a real Prefect server: what the UI shows, a worker that dies, and a person who interrupts."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import httpx
+import pytest
+
+from sdpipeline import bootstrap
+from sdpipeline.db import reports
+from sdpipeline.prefect_server import own_server
+from sdpipeline.submission import submit
+
+JOBS = 64
+CAMPAIGN = f"""\
+name: spring-catalogue
+checkpoint: shapes
+seeds: {{start: 0, count: {JOBS}}}
+defaults: {{width: 64, height: 64, num_inference_steps: 1, guidance_scale: 1.0}}
+stages:
+  - id: draft
+    task: text-to-image
+    prompt: a red circle
+"""
+RUN = """
+import pathlib, sys
+from sdpipeline import bootstrap, orchestration
+orchestration.run_campaign(bootstrap.load_settings(pathlib.Path(sys.argv[1])), "spring-catalogue")
+"""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Running:
+    """A command that works a campaign in a home of its own, and the Prefect server that shows it."""
+
+    home: Path
+    api_url: str
+    process: subprocess.Popen[bytes]
+
+    def progress(self) -> bootstrap.Progress:
+        return bootstrap.campaign_progress(bootstrap.load_settings(self.home), "spring-catalogue")
+
+    def workers(self) -> list[Any]:
+        """Workers that live and hold work."""
+        with bootstrap.services(bootstrap.load_settings(self.home)) as have, have.database.read() as connection:
+            return [worker for worker in reports.live_workers(connection) if worker["leases"]]
+
+    def runs(self) -> list[Any]:
+        """The flow runs of this command: tests share a server, homes are their own."""
+        every = httpx.post(f"{self.api_url}/flow_runs/filter", json={}).raise_for_status().json()
+        return [run for run in every if str(self.home) in str(run["parameters"])]
+
+    def artifacts(self) -> dict[str, Any]:
+        ours = {run["id"] for run in self.runs()}
+        every = httpx.post(f"{self.api_url}/artifacts/filter", json={}).raise_for_status().json()
+        return {artifact["type"]: artifact for artifact in every if artifact["flow_run_id"] in ours}
+
+    def tasks(self) -> list[Any]:
+        ours = {run["id"] for run in self.runs()}
+        every = httpx.post(f"{self.api_url}/task_runs/filter", json={}).raise_for_status().json()
+        return [task for task in every if task["flow_run_id"] in ours]
+
+
+T = TypeVar("T")
+Launch = Callable[[Path, int], Running]
+
+
+@pytest.fixture(scope="module")
+def launch(prefect_home: Path) -> Iterator[Launch]:
+    """Submits the campaign and starts a command that works it with so many workers of the fake engine."""
+    started: list[Running] = []
+
+    def start(home: Path, workers: int) -> Running:
+        campaign = home / "campaign.yaml"
+        campaign.write_text(CAMPAIGN)
+        settings = bootstrap.load_settings(home)
+        with bootstrap.services(settings) as have:
+            found, inputs = bootstrap.load_campaign(settings, campaign, have.database)
+            submit(found, inputs, have.audit, have.store, team=settings.team, max_attempts=settings.max_attempts)
+        variables = {"PREFECT_API_URL": server.api_url, "SDP_WORKERS": str(workers)}
+        fake = {"SDP_ENGINE__FAKE_SECONDS_PER_BATCH": "0.5", "SDP_ENGINE__MAX_BATCH": "4"}
+        with (home / "output").open("wb") as output:
+            process = subprocess.Popen(
+                [sys.executable, "-c", RUN, home],
+                env=os.environ | variables | fake,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+        started.append(Running(home=home, api_url=server.api_url, process=process))
+        return started[-1]
+
+    with own_server(prefect_home) as server:
+        yield start
+        for running in started:
+            if running.process.poll() is None:
+                os.killpg(running.process.pid, signal.SIGKILL)
+                running.process.wait()
+
+
+def until(ask: Callable[[], T]) -> T:
+    """The first true answer; the suite's time-out bounds the wait."""
+    while not (answer := ask()):
+        time.sleep(0.1)
+    return answer
+
+
+@pytest.fixture(scope="module")
+def survivor(launch: Launch, tmp_path_factory: pytest.TempPathFactory) -> tuple[Running, int, set[float]]:
+    """A finished run one of whose workers was killed, that worker's pid, and every progress the UI ever showed."""
+    running = launch(tmp_path_factory.mktemp("survivor"), 2)
+    victim = until(lambda: running.workers() if running.progress().succeeded else [])[-1]["pid"]
+    os.kill(victim, signal.SIGKILL)
+    shown = set()
+    while running.process.poll() is None:
+        shown |= {artifact["data"] for kind, artifact in running.artifacts().items() if kind == "progress"}
+        time.sleep(0.3)
+    assert running.process.returncode == 0, (running.home / "output").read_text()
+    shown.add(running.artifacts()["progress"]["data"])
+    return running, victim, shown
+
+
+def test_the_run_has_a_readable_name_and_tags(survivor: tuple[Running, int, set[float]]) -> None:
+    (parent,) = [run for run in survivor[0].runs() if run["parent_task_run_id"] is None]
+    assert parent["name"] == f"spring-catalogue · v1 · {JOBS} jobs"
+    assert set(parent["tags"]) == {"campaign:spring-catalogue", "checkpoint:shapes"}
+    assert (parent["state"]["type"], parent["state"]["message"]) == (
+        "COMPLETED",
+        f"spring-catalogue: {JOBS} of {JOBS} succeeded",
+    )
+
+
+def test_progress_moves_on_its_way_to_the_end(survivor: tuple[Running, int, set[float]]) -> None:
+    shown = survivor[2]
+    assert 100 in shown
+    assert any(0 < percentage < 100 for percentage in shown)
+
+
+def test_the_newest_pictures_and_the_report_stay_with_the_run(survivor: tuple[Running, int, set[float]]) -> None:
+    artifacts = survivor[0].artifacts()
+    assert artifacts["image"]["data"].startswith("data:image/jpeg;base64,")
+    assert len(artifacts["image"]["data"]) < 4 / 3 * 200_000 + 100
+    assert "spring-catalogue" in artifacts["markdown"]["data"]
+    assert "table" not in artifacts  # nothing failed
+
+
+def test_a_killed_worker_shows_as_crashed_and_is_replaced(survivor: tuple[Running, int, set[float]]) -> None:
+    running, victim, _ = survivor
+    children = {run["name"]: run["state"] for run in running.runs() if run["parent_task_run_id"] is not None}
+    assert Counter(state["type"] for state in children.values()) == {"COMPLETED": 2, "CRASHED": 1}
+    (crashed,) = [state for state in children.values() if state["type"] == "CRASHED"]
+    assert f"(process {victim}) ended by signal 9" in crashed["message"]
+    assert [name for name in children if name.endswith("· restart 1")]
+    assert {task["state_type"] for task in running.tasks()} == {"COMPLETED", "CRASHED"}
+
+
+def test_a_killed_workers_jobs_are_made_once_by_the_others(survivor: tuple[Running, int, set[float]]) -> None:
+    progress = survivor[0].progress()
+    assert (progress.succeeded, progress.total, progress.images) == (JOBS, JOBS, JOBS)
+
+
+@pytest.mark.parametrize(("stop", "exit_code"), [(signal.SIGINT, -signal.SIGINT), (signal.SIGTERM, 143)])
+def test_an_interrupted_run_gives_its_leases_back(
+    launch: Launch, tmp_path: Path, stop: signal.Signals, exit_code: int
+) -> None:
+    running = launch(tmp_path, 1)
+    until(running.workers)
+    os.killpg(running.process.pid, stop) if stop is signal.SIGINT else running.process.send_signal(stop)
+    assert running.process.wait(60) == exit_code
+    assert running.workers() == []
+    progress = running.progress()
+    assert (progress.leased, progress.ready + progress.succeeded) == (0, JOBS)
+    assert {run["state"]["type"] for run in running.runs()} == {"CANCELLED"}
