@@ -90,7 +90,12 @@ def seal_key(s: Settings) -> audit.SealKey:
     if path is None and not s.embedded:
         fix = "name an Ed25519 key: openssl genpkey -algorithm ed25519 -out seal.pem"
         raise SettingsError(Mistake(key="SDP_SIGNING__SEAL_KEY_FILE", message="is not set", fix=fix))
-    return audit.load_key(path or s.home / "keys" / "development-seal.pem", create=path is None)
+    return audit.load_key(path or development_seal_key(s), create=path is None)
+
+
+def development_seal_key(s: Settings) -> Path:
+    """Where the embedded default keeps the key it made."""
+    return s.home / "keys" / "development-seal.pem"
 
 
 def catalog(s: Settings, database: Database | None = None) -> Catalog:

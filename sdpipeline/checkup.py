@@ -1,0 +1,125 @@
+"""Does this installation work: each part tried for real, with what to type where it does not."""
+
+from __future__ import annotations
+
+import importlib.metadata
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import httpx
+
+from sdpipeline import bootstrap
+from sdpipeline.db import migrate
+from sdpipeline.db.connection import open_database
+from sdpipeline.domain import Json
+from sdpipeline.engine.checkpoints import verify
+from sdpipeline.errors import BadInputError, SdpError
+from sdpipeline.settings import Settings
+
+PREFECT_TIMEOUT_S = 10.0
+_YES_NO = {True: "yes", False: "no"}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Check:
+    """One thing that was tried."""
+
+    name: str
+    ok: bool
+    detail: str
+    fix: str | None = None
+
+    def document(self) -> Json:
+        """The form of ``doctor --json``."""
+        return {"name": self.name, "ok": self.ok, "detail": self.detail, "fix": self.fix}
+
+
+def checks(s: Settings) -> list[Check]:
+    """Everything, in the order a first run needs it."""
+    tried: list[Check] = []
+    for name, check in _CHECKS.items():
+        try:
+            tried += check(s)
+        except BadInputError as error:
+            first = error.mistakes[0]
+            detail = f"{first.key}: {first.message}" if first.key else first.message
+            tried.append(Check(name=name, ok=False, detail=detail, fix=first.fix))
+        except SdpError as error:
+            tried.append(Check(name=name, ok=False, detail=str(error), fix=_FIXES[name]))
+    return tried
+
+
+def _database(s: Settings) -> Iterator[Check]:
+    if not bootstrap.database_exists(s):
+        yield Check(name="database", ok=True, detail="SQLite, made by the first command that writes")
+        return
+    database = open_database(s.database)
+    kind = "SQLite" if s.embedded else "PostgreSQL"
+    at, newest = migrate.current(database), migrate.newest()
+    fix = None if at == newest or s.embedded else "sdpipeline db upgrade"
+    yield Check(name="database", ok=fix is None, detail=f"{kind}, schema {at or 'empty'}, newest {newest}", fix=fix)
+
+
+def _storage(s: Settings) -> Iterator[Check]:
+    # What an endpoint cannot do is no fault: we say what we do without it.
+    for capability in bootstrap.open_storage(s).probe():
+        yield Check(
+            name=f"storage: {capability.name}", ok=True, detail=f"{_YES_NO[capability.ok]}: {capability.detail}"
+        )
+
+
+def _prefect(s: Settings) -> Iterator[Check]:
+    version = importlib.metadata.version("prefect")
+    if s.prefect_api_url is None:
+        yield Check(name="prefect", ok=True, detail=f"Prefect {version}; a local server is started when needed")
+        return
+    try:
+        answer = httpx.get(f"{s.prefect_api_url.rstrip('/')}/health", timeout=PREFECT_TIMEOUT_S)
+        ok, detail = answer.is_success, f"{s.prefect_api_url} answered {answer.status_code}"
+    except httpx.HTTPError as error:
+        ok, detail = False, f"{s.prefect_api_url} does not answer: {type(error).__name__}"
+    yield Check(name="prefect", ok=ok, detail=detail, fix=None if ok else "check PREFECT_API_URL: prefect server start")
+
+
+def _engine(s: Settings) -> Iterator[Check]:
+    try:
+        version = importlib.metadata.version("torch")
+    except importlib.metadata.PackageNotFoundError:
+        fix = "pip install 'sdpipeline[engine]' on machines that make pictures"
+        yield Check(name="engine", ok=False, detail="torch is not installed", fix=fix)
+        return
+    yield Check(name="engine", ok=True, detail=f"torch {version} on {', '.join(bootstrap.devices(s))}")
+
+
+def _checkpoints(s: Settings) -> Iterator[Check]:
+    for files in bootstrap.catalog(s).values():
+        verify(files)
+        detail = f"{files.kind}, {files.family}, {files.size_bytes / 1e6:.1f} MB, digest {files.digest[:16]}"
+        yield Check(name=f"checkpoint {files.alias}", ok=True, detail=detail)
+
+
+def _signing(s: Settings) -> Iterator[Check]:
+    if s.embedded and s.signing.seal_key_file is None and not bootstrap.development_seal_key(s).is_file():
+        yield Check(name="signing key", ok=True, detail="a development key is made with the first seal")
+        return
+    key = bootstrap.seal_key(s)
+    kind = "development key" if s.signing.seal_key_file is None else str(s.signing.seal_key_file)
+    yield Check(name="signing key", ok=True, detail=f"{kind}, Ed25519 {key.public_hex[:16]}")
+
+
+_CHECKS: dict[str, Callable[[Settings], Iterator[Check]]] = {
+    "database": _database,
+    "storage": _storage,
+    "prefect": _prefect,
+    "engine": _engine,
+    "checkpoints": _checkpoints,
+    "signing key": _signing,
+}
+_FIXES = {
+    "database": "check SDP_DATABASE_URL: does the server run, are host, port and password right?",
+    "storage": "check SDP_STORAGE_URL, the endpoint, the bucket and its credentials",
+    "prefect": "check PREFECT_API_URL",
+    "engine": "pip install 'sdpipeline[engine]'",
+    "checkpoints": "restore the files, or install the package again",
+    "signing key": "check SDP_SIGNING__SEAL_KEY_FILE",
+}

@@ -1,0 +1,72 @@
+"""The command line: every command, and how errors become exit codes."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+import click
+import typer
+
+from sdpipeline.cli import campaigns, demo, operations
+from sdpipeline.cli.output import print_mistakes
+from sdpipeline.errors import (
+    BadInputError,
+    DatabaseUnavailableError,
+    Mistake,
+    OrchestratorUnavailableError,
+    SdpError,
+    StorageUnavailableError,
+)
+
+DONE, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
+
+app = typer.Typer(
+    name="sdpipeline",
+    help="Batch image generation with a queue that loses nothing and pictures that prove what made them.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+demo.add_to(app)
+campaigns.add_to(app)
+operations.add_to(app)
+
+_UNREACHABLE = {
+    DatabaseUnavailableError: (
+        "SDP_DATABASE_URL",
+        "check that the server runs, and host, port and password",
+    ),
+    StorageUnavailableError: ("SDP_STORAGE_URL", "check the endpoint, the bucket and its credentials"),
+    OrchestratorUnavailableError: ("PREFECT_API_URL", "check that the Prefect server runs there"),
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run one command and leave with its exit code: 0, 1, 2, 3, 130 or 143."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    sys.exit(run(words))
+
+
+def run(arguments: Sequence[str]) -> int:
+    """The exit code of one command; an error that is not ours keeps its traceback and ends as 1."""
+    as_json = "--json" in arguments
+    try:
+        return int(app(list(arguments), standalone_mode=False) or DONE)
+    except click.exceptions.Exit as ended:
+        return ended.exit_code
+    except (click.exceptions.Abort, KeyboardInterrupt):
+        return INTERRUPTED
+    except click.ClickException as error:
+        print_mistakes([Mistake(message=error.format_message(), fix="see --help")], as_json=as_json)
+        return BAD_INPUT
+    except BadInputError as error:
+        print_mistakes(error.mistakes, as_json=as_json)
+        return BAD_INPUT
+    except (DatabaseUnavailableError, StorageUnavailableError, OrchestratorUnavailableError) as error:
+        key, fix = _UNREACHABLE[type(error)]
+        print_mistakes([Mistake(key=key, message=str(error), fix=fix)], as_json=as_json)
+        return BAD_INPUT
+    except SdpError as error:
+        print_mistakes([Mistake(message=str(error))], as_json=as_json)
+        return FAILED

@@ -1,0 +1,278 @@
+"""Commands about campaigns and their jobs: plan, submit, run, status, jobs, show, retry, cancel, pause, resume."""
+
+from __future__ import annotations
+
+import json
+import sys
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from sdpipeline import bootstrap, expand, submission
+from sdpipeline.cli.output import (
+    FOUND_FAULTS,
+    AsJson,
+    CampaignFile,
+    CampaignName,
+    Home,
+    print_json,
+    print_records,
+    print_table,
+    refuse,
+    settings,
+    stderr,
+    stdout,
+)
+from sdpipeline.db import control, reports
+from sdpipeline.db.connection import open_database
+from sdpipeline.db.reports import Progress
+from sdpipeline.db.submit import Submitted
+from sdpipeline.domain import Status
+from sdpipeline.settings import Settings
+
+RETRYABLE = ("failed", "blocked", "cancelled")
+
+
+def add_to(app: typer.Typer) -> None:
+    """Put these commands on the application."""
+    for command in (plan, submit, run, status, jobs, show, retry, cancel, pause, resume):
+        app.command()(command)
+
+
+def plan(file: CampaignFile, *, home: Home = None, as_json: AsJson = False) -> None:
+    """Check a campaign and count its jobs against the database, writing nothing."""
+    s = settings(home)
+    database = open_database(s.database) if bootstrap.database_exists(s) else None
+    if database is not None:
+        bootstrap.ensure_schema(s, database)
+    campaign, inputs = bootstrap.load_campaign(s, file, database)
+    planned = submission.plan(campaign, inputs, database, team=s.team, max_batch=s.engine.max_batch).document()
+    if as_json:
+        print_json(planned)
+        return
+    counts = planned["jobs"]
+    print_table(f"Plan of {planned['campaign']}", ("stage", "jobs"), planned["stages"].items())
+    stdout.print(
+        f"{counts['total']} jobs in {planned['batches']} batches: {counts['new']} new, "
+        f"{counts['unchanged']} unchanged, {counts['removed']} no longer asked for"
+    )
+
+
+def submit(
+    file: CampaignFile,
+    *,
+    prune: Annotated[bool, typer.Option("--prune", help="Cancel what the file no longer asks for.")] = False,
+    home: Home = None,
+    as_json: AsJson = False,
+) -> None:
+    """Publish a campaign file as the campaign's newest version; unchanged jobs are left alone."""
+    name, done = submit_file(settings(home), file, prune=prune)
+    if as_json:
+        counts = {"added": done.added, "unchanged": done.unchanged, "cancelled": done.cancelled}
+        print_json({"campaign": name, "version": done.version} | counts)
+        return
+    stdout.print(_submitted(name, done))
+
+
+def run(
+    file: CampaignFile,
+    *,
+    keep_ui: Annotated[bool, typer.Option("--keep-ui", help="Leave the local Prefect server running.")] = False,
+    home: Home = None,
+    as_json: AsJson = False,
+) -> None:
+    """Submit a campaign and work it to its end on this machine, under the Prefect flow."""
+    from sdpipeline import orchestration
+
+    s = settings(home)
+    bootstrap.seal_key(s)  # a missing key is found before any work is done
+    name, done = submit_file(s, file)
+    if not as_json:
+        stderr.print(_submitted(name, done))
+    progress = orchestration.run_campaign(s, name, keep_ui=keep_ui, console=None if as_json else stderr)
+    bootstrap.seal(s)
+    show_status([progress], as_json=as_json)
+    leave(progress)
+
+
+def status(
+    campaign: Annotated[str | None, typer.Argument(metavar="[CAMPAIGN]", help="One campaign; default all.")] = None,
+    *,
+    home: Home = None,
+    as_json: AsJson = False,
+) -> None:
+    """Show how far campaigns are, and which workers live."""
+    s = settings(home)
+    with bootstrap.services(s) as have:
+        ids = [bootstrap.known_campaign(have.database, s.team, campaign)] if campaign else None
+        with have.database.read() as connection:
+            if ids is None:
+                names = reports.campaign_names(connection, team=s.team)
+                found = [reports.campaign_id(connection, team=s.team, name=name) for name in names]
+                ids = [each for each in found if each is not None]
+            everything = [reports.progress(connection, each) for each in ids]
+            living = reports.live_workers(connection)
+    show_status(everything, as_json=as_json, workers=living)
+
+
+def jobs(
+    campaign: CampaignName,
+    *,
+    with_status: Annotated[Status | None, typer.Option("--status", help="Only jobs of this status.")] = None,
+    after: Annotated[int, typer.Option(help="Only jobs with a greater id: the next page.")] = 0,
+    limit: Annotated[int | None, typer.Option(min=1, help="At most so many jobs.")] = None,
+    jsonl: Annotated[bool, typer.Option("--jsonl", help="One JSON document per line, streamed.")] = False,
+    home: Home = None,
+    as_json: AsJson = False,
+) -> None:
+    """List a campaign's jobs in order of their id."""
+    s = settings(home)
+    with bootstrap.services(s) as have:
+        campaign_id = bootstrap.known_campaign(have.database, s.team, campaign)
+        wanted = str(with_status) if with_status else None
+        with have.database.read() as connection:
+            found = reports.jobs(connection, campaign_id, status=wanted, after=after, limit=limit)
+            if jsonl:
+                for job in found:
+                    sys.stdout.write(json.dumps(job, ensure_ascii=False) + "\n")
+            elif as_json:
+                print_json({"jobs": list(found)})
+            else:
+                _jobs_table(campaign, list(found))
+
+
+def show(
+    job: Annotated[int, typer.Argument(metavar="JOB", help="A job's id.")],
+    *,
+    home: Home = None,
+    as_json: AsJson = False,
+) -> None:
+    """Show everything known about one job."""
+    with bootstrap.services(settings(home)) as have, have.database.read() as connection:
+        found = reports.show(connection, job)
+    if found is None:
+        raise refuse(f"no job {job}", "sdpipeline jobs CAMPAIGN lists them")
+    found["events"] = [json.loads(event) for event in found["events"]]
+    if as_json:
+        print_json(found)
+        return
+    nested = ("variables", "request", "parents", "children", "image")
+    plain = {name: value for name, value in found.items() if not isinstance(value, list | dict) and value is not None}
+    rows = plain | {name: json.dumps(found[name], ensure_ascii=False) for name in nested if found[name]}
+    print_table(f"Job {job}", ("what", "value"), rows.items())
+    for attempt in found["history"]:
+        attempt["started"] = _time(attempt["started_at"])
+    print_records("Attempts", ("number", "outcome", "started", "worker_id", "error"), found["history"])
+    print_records("Pictures", ("url", "sha256", "width", "height", "timings"), found["pictures"])
+
+
+def retry(
+    campaign: CampaignName,
+    *,
+    with_status: Annotated[str, typer.Option("--status", help="failed, blocked or cancelled.")] = "failed",
+    home: Home = None,
+    as_json: AsJson = False,
+) -> None:
+    """Reopen failed jobs, and the jobs that were skipped because of them."""
+    if with_status not in RETRYABLE:
+        raise refuse(f"--status {with_status} cannot be retried", f"one of {', '.join(RETRYABLE)}")
+    s = settings(home)
+    with bootstrap.services(s) as have:
+        campaign_id = bootstrap.known_campaign(have.database, s.team, campaign)
+        with have.audit.transaction() as tx:
+            count = control.retry(tx, campaign_id=campaign_id, statuses=[with_status])
+    _say(f"{count} jobs reopened", {"campaign": campaign, "retried": count}, as_json=as_json)
+
+
+def cancel(campaign: CampaignName, *, home: Home = None, as_json: AsJson = False) -> None:
+    """Cancel what is not finished yet; pictures already made are kept."""
+    s = settings(home)
+    with bootstrap.services(s) as have:
+        campaign_id = bootstrap.known_campaign(have.database, s.team, campaign)
+        with have.audit.transaction() as tx:
+            count = control.cancel(tx, campaign_id=campaign_id)
+    _say(f"{count} jobs cancelled", {"campaign": campaign, "cancelled": count}, as_json=as_json)
+
+
+def pause(campaign: CampaignName, *, home: Home = None, as_json: AsJson = False) -> None:
+    """Lease nothing more of a campaign; batches that run are finished."""
+    _set_status(campaign, "paused", home, as_json=as_json)
+
+
+def resume(campaign: CampaignName, *, home: Home = None, as_json: AsJson = False) -> None:
+    """Let workers lease a paused campaign again."""
+    _set_status(campaign, "active", home, as_json=as_json)
+
+
+def submit_file(s: Settings, file: Path, *, prune: bool = False) -> tuple[str, Submitted]:
+    """Submit a campaign file; the whole of it is checked before the embedded database is even made."""
+    if not bootstrap.database_exists(s):
+        expand.check(*bootstrap.load_campaign(s, file))
+    with bootstrap.services(s) as have:
+        campaign, inputs = bootstrap.load_campaign(s, file, have.database)
+        done = submission.submit(
+            campaign, inputs, have.audit, have.store, team=s.team, max_attempts=s.max_attempts, prune=prune
+        )
+    return campaign.spec.name, done
+
+
+def show_status(campaigns: list[Progress], *, as_json: bool, workers: list[dict[str, Any]] | None = None) -> None:
+    """The status table, or its JSON form."""
+    documents = [progress.document() for progress in campaigns]
+    living = [
+        {name: worker[name] for name in ("id", "host", "pid", "device", "leases", "seen_at", "note")}
+        for worker in workers or []
+    ]
+    if as_json:
+        print_json({"campaigns": documents} | ({"workers": living} if workers is not None else {}))
+        return
+    columns = ("total", "ready", "waiting", "leased", "succeeded", "failed", "skipped", "cancelled")
+    rows = [
+        (d["name"], d["version"], d["status"], *(d["jobs"][name] for name in columns), d["images"], d["gpu_seconds"])
+        for d in documents
+    ]
+    print_table("", ("campaign", "version", "status", *columns, "images", "device s"), rows)
+    if living:
+        for worker in living:
+            worker["last seen"] = _time(worker["seen_at"])
+        print_records("Workers", ("id", "host", "pid", "device", "leases", "last seen", "note"), living)
+
+
+def leave(progress: Progress) -> None:
+    """Exit 3 where jobs did not succeed."""
+    if progress.failed or progress.blocked or progress.skipped or progress.remaining:
+        raise typer.Exit(FOUND_FAULTS)
+
+
+def _set_status(campaign: str, status: str, home: Path | None, *, as_json: bool) -> None:
+    s = settings(home)
+    with bootstrap.services(s) as have:
+        campaign_id = bootstrap.known_campaign(have.database, s.team, campaign)
+        with have.audit.transaction() as tx:
+            control.set_campaign_status(tx, campaign_id=campaign_id, status=status)
+    _say(f"{campaign} is {status}", {"campaign": campaign, "status": status}, as_json=as_json)
+
+
+def _submitted(name: str, done: Submitted) -> str:
+    cancelled = f", {done.cancelled} cancelled" if done.cancelled else ""
+    return f"{name} version {done.version}: {done.added} jobs added, {done.unchanged} unchanged{cancelled}"
+
+
+def _jobs_table(campaign: str, found: list[dict[str, Any]]) -> None:
+    columns = ("id", "stage", "row", "seed", "status", "attempts", "picture or error")
+    for job in found:
+        job["picture or error"] = job["image"]["url"] if job["image"] else job["error"]
+    print_records(f"Jobs of {campaign}", columns, found)
+
+
+def _say(sentence: str, document: dict[str, Any], *, as_json: bool) -> None:
+    if as_json:
+        print_json(document)
+    else:
+        stdout.print(sentence)
+
+
+def _time(seconds: float | None) -> str:
+    return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%d %H:%M:%S") if seconds else ""

@@ -1,0 +1,113 @@
+"""The main job in one command: the bundled campaign on the embedded default."""
+
+from __future__ import annotations
+
+import os
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from sdpipeline import bootstrap, report
+from sdpipeline.cli import campaigns
+from sdpipeline.cli.output import AsJson, Home, print_json, print_table, settings, stderr, stdout
+from sdpipeline.db import reports
+from sdpipeline.settings import Settings
+
+BUNDLED_CAMPAIGN = Path(bootstrap.__file__).parent / "demo" / "campaign.yaml"
+
+
+def add_to(app: typer.Typer) -> None:
+    """Put this command on the application."""
+    app.command()(demo)
+
+
+def demo(
+    *,
+    keep_ui: Annotated[bool, typer.Option("--keep-ui", help="Leave the local Prefect server running.")] = False,
+    home: Home = None,
+    as_json: AsJson = False,
+) -> None:
+    """Make the bundled campaign's pictures on this machine and say where everything is."""
+    from sdpipeline import orchestration
+
+    s = _embedded(settings(home))
+    started = time.monotonic()
+    name, done = campaigns.submit_file(s, BUNDLED_CAMPAIGN)
+    if not as_json:
+        stderr.print(f"campaign {BUNDLED_CAMPAIGN}: {done.added} jobs added, {done.unchanged} unchanged")
+    progress = orchestration.run_campaign(
+        s, name, keep_ui=keep_ui, console=None if as_json else stderr, always_own=True
+    )
+    bootstrap.seal(s)
+    result = _result(s, name, time.monotonic() - started)
+    if as_json:
+        counts = {"added": done.added, "unchanged": done.unchanged}
+        print_json(progress.document() | counts | result.document())
+    else:
+        _print(result, nothing_new=not done.added)
+    campaigns.leave(progress)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Result:
+    """What the closing table says."""
+
+    images: int
+    wall_s: float
+    places: dict[str, str]
+    seconds: dict[str, float]
+
+    def document(self) -> dict[str, Any]:
+        rate = round(self.images / self.wall_s, 3)
+        return {"wall_s": round(self.wall_s, 1), "images_per_s": rate, "places": self.places, "seconds": self.seconds}
+
+
+def _embedded(s: Settings) -> Settings:
+    """The embedded default whatever else is set; the environment carries it to the worker processes."""
+    os.environ["SDP_DATABASE_URL"] = f"sqlite:///{s.home / 'sdpipeline.db'}"
+    os.environ["SDP_STORAGE_URL"] = f"file://{s.home / 'storage'}"
+    return bootstrap.load_settings(s.home)
+
+
+def _result(s: Settings, name: str, wall_s: float) -> _Result:
+    sheet = s.home / "demo-contact-sheet.jpg"
+    sheet.write_bytes(bootstrap.contact_sheet(s, name) or b"")
+    with bootstrap.services(s) as have:
+        campaign_id = bootstrap.known_campaign(have.database, s.team, name)
+        with have.database.read() as connection:
+            images = reports.progress(connection, campaign_id).images
+            spent = report.time_spent(reports.timings(connection, campaign_id))
+    places = {
+        "contact sheet": str(sheet),
+        "pictures": str(s.home / "storage" / s.team / name),
+        "audit seals": str(s.home / "storage" / "audit" / "seals"),
+        "database": str(s.home / "sdpipeline.db"),
+        "logs": str(s.home / "logs"),
+        "campaign file": str(BUNDLED_CAMPAIGN),
+    }
+    seconds = {label.removesuffix("_s"): round(value, 2) for label, value in spent.items()}
+    return _Result(images=images, wall_s=wall_s, places=places, seconds=seconds)
+
+
+def _print(result: _Result, *, nothing_new: bool) -> None:
+    if nothing_new:
+        stdout.print(f"Nothing to do: all {result.images} pictures are there already.")
+    else:
+        rate = result.images / result.wall_s
+        stdout.print(f"{result.images} pictures in {result.wall_s:.0f} s, {rate:.2f} a second, starts included.")
+        print_table("Where the time went", ("work", "seconds over all pictures"), result.seconds.items())
+    print_table("Where things are", ("what", "where"), result.places.items())
+    print_table(
+        "What to try next",
+        ("to", "type"),
+        (
+            ("see every job", "sdpipeline jobs demo"),
+            ("know all about one", "sdpipeline show 1"),
+            ("check that nothing was changed", "sdpipeline audit verify"),
+            ("write your own", "copy the campaign file, change its name, and: sdpipeline run FILE"),
+            ("check this installation", "sdpipeline doctor"),
+        ),
+    )

@@ -1,0 +1,82 @@
+"""How commands speak: tables for people, one JSON document for scripts, mistakes on stderr."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from sdpipeline import bootstrap
+from sdpipeline.errors import BadInputError, Mistake
+from sdpipeline.settings import Settings
+from sdpipeline.telemetry import configure_logging
+
+FOUND_FAULTS = 3
+
+Home = Annotated[Path | None, typer.Option("--home", help="Folder of the embedded default.", show_default="./sdp-home")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of a table.")]
+CampaignFile = Annotated[Path, typer.Argument(metavar="CAMPAIGN.yaml", help="The campaign file.")]
+CampaignName = Annotated[str, typer.Argument(metavar="CAMPAIGN", help="A submitted campaign's name.")]
+
+stdout = Console(soft_wrap=False, highlight=False)
+stderr = Console(stderr=True, highlight=False)
+
+
+def settings(home: Path | None) -> Settings:
+    """The command's settings, with logging set up as they ask."""
+    s = bootstrap.load_settings(home)
+    configure_logging(s)
+    return s
+
+
+def print_json(document: Any) -> None:
+    """The one JSON document of a ``--json`` command."""
+    sys.stdout.write(json.dumps(document, indent=2, ensure_ascii=False, default=str) + "\n")
+
+
+def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
+    """A table; numbers to the right."""
+    lines = [[_cell(value) for value in row] for row in rows]
+    table = Table(title=title or None, title_justify="left", header_style="bold")
+    for n, name in enumerate(columns):
+        numeric = bool(lines) and all(line[n].replace(".", "", 1).isdigit() or not line[n] for line in lines)
+        table.add_column(name, justify="right" if numeric else "left", overflow="fold")
+    for line in lines:
+        table.add_row(*line)
+    stdout.print(table)
+
+
+def print_records(title: str, columns: Sequence[str], records: Iterable[Mapping[str, Any]]) -> None:
+    """A table of the named fields of records."""
+    print_table(title, columns, [[record[name] for name in columns] for record in records])
+
+
+def print_mistakes(mistakes: Iterable[Mistake], *, as_json: bool) -> None:
+    """One line per mistake on stderr, or the JSON form on stdout."""
+    if as_json:
+        print_json({"errors": [_mistake_document(mistake) for mistake in mistakes]})
+        return
+    for mistake in mistakes:
+        sys.stderr.write(f"{mistake}\n".replace("\n\n", "\n"))
+
+
+def refuse(message: str, fix: str | None = None) -> BadInputError:
+    """An error for an option or argument that cannot be right."""
+    return BadInputError(Mistake(message=message, fix=fix))
+
+
+def _mistake_document(mistake: Mistake) -> Mapping[str, Any]:
+    names = ("file", "line", "column", "key", "message", "fix")
+    return {name: getattr(mistake, name) for name in names}
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return ""
+    return f"{value:.2f}" if isinstance(value, float) else str(value)
