@@ -250,14 +250,9 @@ class S3Store:
                 try:
                     # botocore tries a request again, but not a body that was cut.
                     with contextlib.closing(answer["Body"]) as body:
-                        data = body.read()
+                        return body.read(), answer
                 except (HTTPClientError, IncompleteReadError):
                     _pause(attempt)
-                    continue
-                # Some endpoints without versions ignore that one was asked for.
-                if version_id and _version(answer) != version_id:
-                    raise ObjectMissingError(f"{self.url(key)} has no version {version_id}")
-                return data, answer
         raise StorageUnavailableError(f"{self.url(key)}: the connection was cut in every attempt to read it")
 
 
