@@ -127,6 +127,8 @@ def build_engine(s: Settings, device: str, database: Database) -> Engine:
         from sdpipeline.engine.fake import FakeEngine
 
         return FakeEngine(seconds_per_batch=s.engine.fake_seconds_per_batch)
+    # Threads that spin for one another make a busy CPU four to six times slower; read when torch is first imported.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         from sdpipeline.engine.diffusers_engine import DiffusersEngine
     except ModuleNotFoundError as error:
