@@ -53,4 +53,4 @@ $(VENV)/.installed-run $(VENV)/.installed-dev: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP_INSTALL) torch
 	$(PIP_INSTALL) --editable '.[$(EXTRAS)]'
-	touch $@
+	touch $(VENV)/.installed-run $@  # the larger set holds the smaller
