@@ -90,6 +90,15 @@ def misfit(task: Task, base: CheckpointFiles, controlnet: CheckpointFiles) -> st
     return None
 
 
+def adapter_misfit(field: str, kind: str, base: CheckpointFiles, adapter: CheckpointFiles) -> str | None:
+    """Why this adapter cannot be worn by this checkpoint; ``None`` where it can, or where only loading can tell."""
+    if adapter.kind != kind:
+        return f"{field}: {adapter.alias!r} is a {adapter.kind}, not a {kind}"
+    if adapter.family not in ("any", *FAMILIES[base.family].adapters_of):
+        return f"{field}: {adapter.alias!r} is for {adapter.family}, but {base.alias!r} is {base.family}"
+    return None
+
+
 def _files(directory: Path) -> Iterator[str]:
     for path in directory.rglob("*"):
         if path.is_file() and not any(part.startswith(".") for part in path.relative_to(directory).parts):

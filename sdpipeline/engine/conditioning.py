@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import cv2
 import numpy as np
@@ -13,7 +14,6 @@ from sdpipeline.engine import Pixels
 from sdpipeline.errors import InputImageError, RequestRefusedError
 
 Parameter = float | int | str
-Gray = npt.NDArray[np.uint8]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,7 +30,7 @@ class ParameterRange:
 class Annotator:
     """How a picture becomes a control map. ``learned`` ones need a checkpoint of that kind."""
 
-    function: Callable[..., Pixels]
+    function: Callable[..., Pixels] | None = None
     parameters: Mapping[str, ParameterRange] = field(default_factory=dict)
     learned: str | None = None
 
@@ -58,8 +58,8 @@ def annotate(name: str, pixels: Pixels, parameters: Mapping[str, Parameter]) -> 
     """The control map of a picture, of the same size; equal input gives equal bytes."""
     annotator = known_annotator(name)
     values = annotator.resolve(name, parameters)
-    if annotator.learned:
-        raise RequestRefusedError(f"annotator {name!r} needs a checkpoint of its own")
+    if annotator.function is None:
+        raise RequestRefusedError(f"annotator {name!r} needs a checkpoint of its own; set annotator_checkpoint")
     return annotator.function(pixels, **values)
 
 
@@ -117,12 +117,17 @@ def _scaled(pixels: Pixels, factor: float, at_least: tuple[int, int]) -> Pixels:
 RESIZE_MODES: Mapping[str, Callable[[Pixels, int, int], Pixels]] = {"stretch": _stretch, "crop": _crop, "pad": _pad}
 
 
-def _three(gray: npt.NDArray[np.generic]) -> Pixels:
+def _three(gray: npt.NDArray[Any]) -> Pixels:
+    """One channel as three."""
     return np.repeat(np.asarray(gray, dtype=np.uint8)[..., None], 3, axis=2)
 
 
-def _gray(pixels: Pixels) -> Gray:
+def _gray(pixels: Pixels) -> npt.NDArray[np.uint8]:
     return np.asarray(cv2.cvtColor(pixels, cv2.COLOR_RGB2GRAY), dtype=np.uint8)
+
+
+def _blurred(pixels: npt.NDArray[Any], sigma: float) -> npt.NDArray[np.float32]:
+    return np.asarray(cv2.GaussianBlur(pixels.astype(np.float32), (0, 0), sigma), dtype=np.float32)
 
 
 def _none(pixels: Pixels) -> Pixels:
@@ -131,6 +136,81 @@ def _none(pixels: Pixels) -> Pixels:
 
 def _canny(pixels: Pixels, *, low_threshold: float, high_threshold: float) -> Pixels:
     return _three(cv2.Canny(_gray(pixels), low_threshold, high_threshold))
+
+
+def _scribble(pixels: Pixels, *, threshold: float) -> Pixels:
+    """White strokes where a narrow blur is darker than a wide one, as ControlNet's scribble_xdog draws them."""
+    darker = np.min(_blurred(pixels, 5.0) - _blurred(pixels, 0.5), axis=2).clip(0, 255)
+    return _three(np.where(2 * darker > threshold, 255, 0))
+
+
+def _lineart(pixels: Pixels, *, sigma: float, threshold: float) -> Pixels:
+    """Strength of dark lines on a lighter ground, normalised by the median line."""
+    strength = np.min(_blurred(pixels, sigma) - pixels, axis=2).clip(0, 255)
+    lines = strength[strength > threshold]
+    usual = max(16.0, float(np.median(lines))) if lines.size else 16.0
+    return _three((strength / usual * 127).clip(0, 255))
+
+
+def _softedge(pixels: Pixels, *, sigma: float) -> Pixels:
+    """Gradient magnitude; a stand-in without weights for learned soft edges."""
+    gray = _blurred(_gray(pixels), sigma)
+    magnitude = cv2.magnitude(cv2.Sobel(gray, cv2.CV_32F, 1, 0), cv2.Sobel(gray, cv2.CV_32F, 0, 1))
+    return _three((magnitude / max(1.0, float(np.percentile(magnitude, 99.5))) * 255).clip(0, 255))
+
+
+def _tile(pixels: Pixels, *, down: int) -> Pixels:
+    """What is left of the picture after shrinking: the tile ControlNet paints its detail anew."""
+    height, width = pixels.shape[:2]
+    small = cv2.resize(pixels, (max(1, width // down), max(1, height // down)), interpolation=cv2.INTER_AREA)
+    return np.asarray(cv2.resize(small, (width, height), interpolation=cv2.INTER_CUBIC), dtype=np.uint8)
+
+
+def _colour(pixels: Pixels, *, cell: int) -> Pixels:
+    """One colour per square."""
+    height, width = pixels.shape[:2]
+    small = cv2.resize(pixels, (max(1, width // cell), max(1, height // cell)), interpolation=cv2.INTER_AREA)
+    return np.asarray(cv2.resize(small, (width, height), interpolation=cv2.INTER_NEAREST), dtype=np.uint8)
+
+
+def _luminance(pixels: Pixels, *, gamma: float) -> Pixels:
+    lightness = np.asarray(cv2.cvtColor(pixels, cv2.COLOR_RGB2LAB))[..., 0].astype(np.float32) / 255
+    return _three((lightness**gamma * 255).round())
+
+
+def _invert(pixels: Pixels) -> Pixels:
+    return np.asarray(255 - pixels, dtype=np.uint8)
+
+
+def _shuffle(pixels: Pixels, *, seed: int, cells: int) -> Pixels:
+    """The picture's colours at places drawn from smooth noise: its style without its contents."""
+    height, width = pixels.shape[:2]
+    random = np.random.default_rng(seed)
+
+    def field_of(extent: int) -> npt.NDArray[np.float32]:
+        noise = random.uniform(0, 1, (cells, cells)).astype(np.float32)
+        smooth = np.asarray(cv2.resize(noise, (width, height), interpolation=cv2.INTER_CUBIC))
+        return np.asarray((smooth - smooth.min()) / max(1e-6, np.ptp(smooth)) * (extent - 1), dtype=np.float32)
+
+    return np.asarray(cv2.remap(pixels, field_of(width), field_of(height), cv2.INTER_LINEAR), dtype=np.uint8)
+
+
+def _segmentation(pixels: Pixels, *, regions: int, seed: int) -> Pixels:
+    """Areas of like colour, each in its mean colour: k-means on a small copy, then the nearest for every pixel."""
+    small = cv2.resize(pixels, (64, 64), interpolation=cv2.INTER_AREA).reshape(-1, 3).astype(np.float32)
+    colours = _means(small, regions, seed)
+    flat = pixels.reshape(-1, 3).astype(np.float32)
+    nearest = np.argmin([np.square(flat - colour).sum(axis=1) for colour in colours], axis=0)
+    return np.asarray(colours.round()[nearest].reshape(pixels.shape), dtype=np.uint8)
+
+
+def _means(points: npt.NDArray[np.float32], count: int, seed: int) -> npt.NDArray[np.float32]:
+    """Lloyd's algorithm from its own random start; OpenCV's would read and move a seed of the whole process."""
+    means = points[np.random.default_rng(seed).choice(len(points), count, replace=False)]
+    for _ in range(10):
+        owner = np.argmin(np.square(points[:, None] - means[None]).sum(axis=2), axis=1)
+        means = np.stack([points[owner == n].mean(axis=0) if (owner == n).any() else means[n] for n in range(count)])
+    return np.asarray(means, dtype=np.float32)
 
 
 ANNOTATORS: Mapping[str, Annotator] = {
@@ -142,5 +222,41 @@ ANNOTATORS: Mapping[str, Annotator] = {
             "high_threshold": ParameterRange(default=200, low=0, high=1000),
         },
     ),
+    "scribble": Annotator(function=_scribble, parameters={"threshold": ParameterRange(default=32, low=0, high=255)}),
+    "lineart": Annotator(
+        function=_lineart,
+        parameters={
+            "sigma": ParameterRange(default=6, low=0.1, high=50),
+            "threshold": ParameterRange(default=8, low=0, high=255),
+        },
+    ),
+    "softedge": Annotator(function=_softedge, parameters={"sigma": ParameterRange(default=1, low=0.1, high=50)}),
+    "tile": Annotator(function=_tile, parameters={"down": ParameterRange(default=8, low=1, high=256, integer=True)}),
+    "colour": Annotator(
+        function=_colour, parameters={"cell": ParameterRange(default=64, low=1, high=1024, integer=True)}
+    ),
+    "luminance": Annotator(function=_luminance, parameters={"gamma": ParameterRange(default=1, low=0.05, high=20)}),
+    "invert": Annotator(function=_invert),
+    "shuffle": Annotator(
+        function=_shuffle,
+        parameters={
+            "seed": ParameterRange(default=0, low=0, high=2**63 - 1, integer=True),
+            "cells": ParameterRange(default=4, low=2, high=64, integer=True),
+        },
+    ),
+    "segmentation": Annotator(
+        function=_segmentation,
+        parameters={
+            "regions": ParameterRange(default=8, low=2, high=64, integer=True),
+            "seed": ParameterRange(default=0, low=0, high=2**63 - 1, integer=True),
+        },
+    ),
+    "depth-learned": Annotator(learned="depth"),
+    "segmentation-learned": Annotator(learned="segmentation"),
+    "pose-learned": Annotator(
+        learned="pose",
+        parameters={"confidence": ParameterRange(default=0.3, low=0, high=1)},
+    ),
 }
-"""By the names a campaign uses. ``none`` takes the picture as the control map it already is."""
+"""By the names a campaign uses. ``none`` takes the picture as the control map it already is; those that are
+learned run a checkpoint of kind ``annotator``."""

@@ -11,19 +11,22 @@ import torch
 
 from sdpipeline.domain import CheckpointRef, GenerationRequest, Json
 from sdpipeline.engine import Batch, GeneratedImage, GenerationFailure, PreparedRequest
+from sdpipeline.engine.adapters import Wardrobe, outfit, reference, refuse_unused, words
 from sdpipeline.engine.checkpoints import CheckpointFiles
 from sdpipeline.engine.developing import Developed, develop
 from sdpipeline.engine.families import FAMILIES, family
 from sdpipeline.engine.ladder import Ladder, Result, Rung
 from sdpipeline.engine.passes import Latents, Member, PassSettings, Weights, denoise, settings_of
 from sdpipeline.engine.pictures import paste_back
-from sdpipeline.engine.preparing import annotator_parameters, check, pictures
+from sdpipeline.engine.preparing import annotator_parameters, check, given, pictures
 from sdpipeline.engine.record import Setting, library_versions, ran
 from sdpipeline.engine.residency import Loaded, Residency, release
-from sdpipeline.engine.text import Embedding, EmbeddingCache, chunks_needed, encode_clip
-from sdpipeline.errors import BadPictureError, CheckpointError, DeviceExhaustedError, SdpError
+from sdpipeline.engine.text import Embedding, EmbeddingCache, PromptEncoder
+from sdpipeline.errors import BadPictureError, CheckpointError, DeviceExhaustedError, RequestRefusedError, SdpError
 
 PROMPT_CACHE_BYTES = 256 * 2**20
+ZEROS = "force_zeros_for_empty_prompt"
+"""SDXL checkpoints say so where no negative prompt is not the same as an empty one."""
 
 
 class DiffusersEngine:
@@ -41,6 +44,7 @@ class DiffusersEngine:
         self._dtype = dtype
         self._libraries = library_versions()
         self._prompts = EmbeddingCache(PROMPT_CACHE_BYTES)
+        self._wardrobe = Wardrobe()
         self._ladder = Ladder(forward=self._forward, free=lambda: release(self._device))
         self.residency = Residency(
             device=self._device, dtype=self._dtype_of, locate=locate, budget_bytes=resident_bytes
@@ -90,17 +94,21 @@ class DiffusersEngine:
     ) -> tuple[Member, PassSettings]:
         """A request ready to run; raises what is wrong with it. ``broken`` saves loading a bad checkpoint twice."""
         request = prepared.request
-        files = [self.residency.files(ref) for ref in request.checkpoints()]
-        check(request, files[0], files[1 : 1 + len(request.controlnets)])
+        check(request, self.residency.files)
         weights = self._weights(request, broken)
         seen = pictures(prepared, weights.cell)
         prompt, negative = self._embeddings(request, weights)
-        member = Member(index=index, request=request, pictures=seen, prompt=prompt, negative=negative)
+        references = tuple(
+            reference(loaded, given(prepared, f"ip_adapters.{n}")) for n, (loaded, _) in enumerate(weights.ip_adapters)
+        )
+        member = Member(
+            index=index, request=request, pictures=seen, prompt=prompt, negative=negative, references=references
+        )
         return member, settings_of(member, weights)
 
     def _weights(self, request: GenerationRequest, broken: dict[str, SdpError] | None = None) -> Weights:
         """The resident parts this request runs on, loaded where they are not."""
-        keep = {ref.digest for ref in request.checkpoints()}
+        keep = _digests(request)
 
         def get(ref: CheckpointRef) -> Loaded:
             if broken and ref.digest in broken:
@@ -116,34 +124,51 @@ class DiffusersEngine:
         row = family(base.files.family)
         cell = row.cell(request.task, controlnets=len(request.controlnets))
         assert cell is not None  # checked before
+        vae = get(request.vae) if request.vae else None
+        _check_latents(base, vae)
         return Weights(
             row=row,
             cell=cell,
             base=base,
             controlnets=tuple(get(use.checkpoint) for use in request.controlnets),
-            vae=get(request.vae) if request.vae else None,
+            vae=vae,
+            loras=tuple((self.residency.files(use.checkpoint), use.weight) for use in request.loras),
+            ip_adapters=tuple((get(use.checkpoint), use.weight) for use in request.ip_adapters),
         )
 
     def _embeddings(self, request: GenerationRequest, weights: Weights) -> tuple[Embedding, Embedding | None]:
         """Prompt and negative prompt of equal length; the second only where guidance is on."""
-        parts = weights.base.parts
+        inversions = [self.residency.get(use.checkpoint, keep=_digests(request)) for use in request.textual_inversions]
+        refuse_unused(inversions, request.prompt, request.negative_prompt)
+        encoder = PromptEncoder(
+            kind=weights.row.text, parts=weights.base.parts, words=words(inversions, weights.base.parts)
+        )
         guided = weights.row.negative_prompt and request.guidance_scale > 1
-        texts = [request.prompt, *[request.negative_prompt] * guided]
-        chunks = max(chunks_needed(parts, text) for text in texts)
-        found = [self._embedding(request, weights, text, chunks) for text in texts]
-        return found[0], found[1] if guided else None
+        length = encoder.length(request.prompt, *[request.negative_prompt] * guided)
+        prompt = self._embedding(encoder, request, weights, request.prompt, length)
+        if not guided:
+            return prompt, None
+        if not request.negative_prompt and weights.row.text == "sdxl" and weights.base.options.get(ZEROS, True):
+            return prompt, prompt.zeros()
+        return prompt, self._embedding(encoder, request, weights, request.negative_prompt, length)
 
-    def _embedding(self, request: GenerationRequest, weights: Weights, text: str, chunks: int) -> Embedding:
-        key = (request.checkpoint.digest, text, chunks, request.clip_skip)
+    def _embedding(
+        self, encoder: PromptEncoder, request: GenerationRequest, weights: Weights, text: str, length: int
+    ) -> Embedding:
+        inversions = tuple(use.checkpoint for use in request.textual_inversions)
+        worn = outfit(weights).loras
+        key = (request.checkpoint.digest, worn, inversions, text, length, request.clip_skip)
         held = self._prompts.get(key)
         if held is None:
-            held = encode_clip(weights.base.parts, text, chunks=chunks, clip_skip=request.clip_skip)
+            self._wardrobe.dress(weights)
+            held = encoder.encode(text, length=length, clip_skip=request.clip_skip)
             self._prompts.put(key, held)
         return held
 
     def _forward(self, settings: PassSettings, members: Sequence[Member], rung: Rung) -> list[Result]:
         """One forward pass, padded with copies of its last member."""
         weights = self._weights(members[0].request)
+        self._wardrobe.dress(weights)
         padded = [*members, *[members[-1]] * (rung.bucket - len(members))]
         latents = denoise(weights, settings, padded)
         developed = develop(weights, latents)
@@ -177,6 +202,25 @@ class DiffusersEngine:
             bucket=rung.bucket,
             libraries=self._libraries,
         )
+
+
+def _check_latents(base: Loaded, vae: Loaded | None) -> None:
+    """Another range of latents would decode to a picture, only to a wrong one."""
+    if vae is None:
+        return
+    if vae.files.kind != "vae":
+        raise RequestRefusedError(f"vae: {vae.files.alias!r} is a {vae.files.kind}, not an autoencoder")
+    names = ("latent_channels", "scaling_factor", "shift_factor")
+    own, other = ([network.config.get(name) for name in names] for network in (base.parts["vae"], vae.module))
+    if own != other:
+        raise RequestRefusedError(
+            f"vae: {vae.files.alias!r} is for {vae.files.family}, "
+            f"whose latents differ from those of {base.files.alias!r}"
+        )
+
+
+def _digests(request: GenerationRequest) -> set[str]:
+    return {ref.digest for ref in request.checkpoints()}
 
 
 def _details(member: Member) -> Json:

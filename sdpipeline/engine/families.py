@@ -59,6 +59,7 @@ class Family:
     """One row: what checkpoints of a family can do, and what a request gets that does not say.
 
     ``signed_control_maps``: its pipelines take control maps from -1 to 1 instead of from 0 to 1.
+    ``adapters_of``: the families whose LoRAs, IP-Adapters and textual inversions fit.
     ``float32_decode``: its autoencoder overflows in float16 where its configuration says so.
     """
 
@@ -81,6 +82,7 @@ class Family:
     noise_level: int | None = None
     max_noise_level: int | None = None
     controlnets_of: frozenset[str] = frozenset()
+    adapters_of: frozenset[str] = frozenset()
     plain: Mapping[Task, Cell] = field(default_factory=dict)
     controlled: Mapping[Task, Cell] = field(default_factory=dict)
 
@@ -157,13 +159,13 @@ def _cells(plain: str, *, strength: float = 0.8, sized_image_to_image: bool = Tr
     }
 
 
-def _controlled_cells(prefix: str, *, text_image: str, image_to_image: str, strength: float) -> dict[Task, Cell]:
+def _controlled_cells(prefix: str, *, text_image: str, strength: float) -> dict[Task, Cell]:
     """The ControlNet cells; the older text-to-image calls name the control map just ``image``."""
     control = "control_image"
     return {
         Task.TEXT_TO_IMAGE: Cell(pipeline=f"{prefix}Pipeline", control_image=text_image, max_controlnets=MANY),
         Task.IMAGE_TO_IMAGE: Cell(
-            pipeline=f"{prefix}{image_to_image}Pipeline",
+            pipeline=f"{prefix}Img2ImgPipeline",
             image="image",
             control_image=control,
             strength=strength,
@@ -181,16 +183,10 @@ def _controlled_cells(prefix: str, *, text_image: str, image_to_image: str, stre
 
 
 _SD_PLAIN = _cells("StableDiffusion", sized_image_to_image=False)
-_SD_CONTROLLED = _controlled_cells(
-    "StableDiffusionControlNet", text_image="image", image_to_image="Img2Img", strength=0.8
-)
+_SD_CONTROLLED = _controlled_cells("StableDiffusionControlNet", text_image="image", strength=0.8)
 _SDXL_PLAIN = _cells("StableDiffusionXL", sized_image_to_image=False)
-_SDXL_CONTROLLED = _controlled_cells(
-    "StableDiffusionXLControlNet", text_image="image", image_to_image="Img2Img", strength=0.8
-)
-_FLUX_CONTROLLED = _controlled_cells(
-    "FluxControlNet", text_image="control_image", image_to_image="ImageToImage", strength=0.6
-)
+_SDXL_CONTROLLED = _controlled_cells("StableDiffusionXLControlNet", text_image="image", strength=0.8)
+_FLUX_CONTROLLED = _controlled_cells("FluxControlNet", text_image="control_image", strength=0.6)
 _SD3_CONTROLLED = {
     Task.TEXT_TO_IMAGE: Cell(
         pipeline="StableDiffusion3ControlNetPipeline", control_image="control_image", max_controlnets=MANY
@@ -220,6 +216,7 @@ FAMILIES: Mapping[str, Family] = {
             ip_adapter=True,
             textual_inversion=True,
             controlnets_of=frozenset({"sd1"}),
+            adapters_of=frozenset({"sd1"}),
             plain=_SD_PLAIN,
             controlled=_SD_CONTROLLED,
         ),
@@ -229,6 +226,7 @@ FAMILIES: Mapping[str, Family] = {
             clip_skip=True,
             textual_inversion=True,
             controlnets_of=frozenset({"sd2"}),
+            adapters_of=frozenset({"sd2"}),
             plain=_SD_PLAIN,
             controlled=_SD_CONTROLLED,
         ),
@@ -238,6 +236,7 @@ FAMILIES: Mapping[str, Family] = {
             clip_skip=True,
             textual_inversion=True,
             controlnets_of=frozenset({"sd1", "sd2"}),
+            adapters_of=frozenset({"sd1", "sd2"}),
             plain=_only(Task.INPAINTING, _SD_PLAIN),
             controlled=_only(Task.INPAINTING, _SD_CONTROLLED),
         ),
@@ -252,6 +251,7 @@ FAMILIES: Mapping[str, Family] = {
             ip_adapter=True,
             textual_inversion=True,
             controlnets_of=frozenset({"sdxl"}),
+            adapters_of=frozenset({"sdxl"}),
             plain=_SDXL_PLAIN,
             controlled=_SDXL_CONTROLLED,
         ),
@@ -265,6 +265,7 @@ FAMILIES: Mapping[str, Family] = {
             clip_skip=True,
             textual_inversion=True,
             controlnets_of=frozenset({"sdxl"}),
+            adapters_of=frozenset({"sdxl"}),
             plain=_only(Task.INPAINTING, _SDXL_PLAIN),
             controlled=_only(Task.INPAINTING, _SDXL_CONTROLLED),
         ),
@@ -277,8 +278,10 @@ FAMILIES: Mapping[str, Family] = {
             scheduler="flow-match-euler",
             num_inference_steps=28,
             guidance_scale=7.0,
+            clip_skip=True,
             signed_control_maps=True,
             controlnets_of=frozenset({"sd3"}),
+            adapters_of=frozenset({"sd3"}),
             plain=_cells("StableDiffusion3", strength=0.6),
             controlled=_SD3_CONTROLLED,
         ),
@@ -295,6 +298,7 @@ FAMILIES: Mapping[str, Family] = {
             negative_prompt=False,
             signed_control_maps=True,
             controlnets_of=frozenset({"flux"}),
+            adapters_of=frozenset({"flux"}),
             plain=_cells("Flux", strength=0.6),
             controlled=_FLUX_CONTROLLED,
         ),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import diffusers
@@ -15,8 +15,9 @@ import torch
 
 from sdpipeline.domain import CheckpointRef, GenerationRequest, Task
 from sdpipeline.engine import Pixels
+from sdpipeline.engine.checkpoints import CheckpointFiles
 from sdpipeline.engine.families import SCHEDULERS, Cell, Family
-from sdpipeline.engine.per_image import PerImageScale, controlnet_scales, distilled_guidance
+from sdpipeline.engine.per_image import PerImageScale, controlnet_scales, distilled_guidance, no_global_randomness
 from sdpipeline.engine.pictures import to_pil
 from sdpipeline.engine.preparing import Pictures
 from sdpipeline.engine.residency import Loaded
@@ -35,6 +36,8 @@ class PassSettings:
     checkpoint: CheckpointRef
     vae: CheckpointRef | None
     controlnets: tuple[tuple[CheckpointRef, float, float], ...]
+    loras: tuple[tuple[CheckpointRef, float], ...]
+    ip_adapters: tuple[tuple[CheckpointRef, float], ...]
     width: int
     height: int
     scheduler: str
@@ -46,6 +49,14 @@ class PassSettings:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Reference:
+    """An IP-Adapter's reference picture, and its absence, as embeddings of batch 1."""
+
+    image: torch.Tensor
+    nothing: torch.Tensor
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Member:
     """One request of a batch, ready to run; ``index`` is its place in the batch that was asked for."""
 
@@ -54,7 +65,7 @@ class Member:
     pictures: Pictures
     prompt: Embedding
     negative: Embedding | None
-    details: Mapping[str, Any] = field(default_factory=dict)
+    references: tuple[Reference, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,6 +77,8 @@ class Weights:
     base: Loaded
     controlnets: tuple[Loaded, ...] = ()
     vae: Loaded | None = None
+    loras: tuple[tuple[CheckpointFiles, float], ...] = ()
+    ip_adapters: tuple[tuple[Loaded, float], ...] = ()
 
     @property
     def autoencoder(self) -> Any:
@@ -102,6 +115,8 @@ def settings_of(member: Member, weights: Weights) -> PassSettings:
         controlnets=tuple(
             (use.checkpoint, use.control_guidance_start, use.control_guidance_end) for use in request.controlnets
         ),
+        loras=tuple((use.checkpoint, use.weight) for use in request.loras),
+        ip_adapters=tuple((use.checkpoint, use.weight) for use in request.ip_adapters),
         width=request.width,
         height=request.height,
         scheduler=request.scheduler,
@@ -116,9 +131,9 @@ def settings_of(member: Member, weights: Weights) -> PassSettings:
 def denoise(weights: Weights, settings: PassSettings, members: Sequence[Member]) -> Latents:
     """The latents of these members, in order; every one has its own noise from its own CPU generator."""
     scheduler = make_scheduler(settings.scheduler, weights)
-    pipe = _pipeline(weights, scheduler)
+    pipe = assemble(weights, scheduler)
     with _per_image(weights, members), torch.no_grad():
-        values = pipe(**_arguments(weights, settings, members)).images
+        values = pipe(**_arguments(weights, settings, members), **_references(pipe, members)).images
     if weights.row.text == "flux":
         values = pipe._unpack_latents(values, settings.height, settings.width, pipe.vae_scale_factor)  # noqa: SLF001
     name = type(scheduler).__name__
@@ -149,7 +164,8 @@ def make_scheduler(name: str, weights: Weights) -> Any:
     return scheduler_class.from_config({key: value for key, value in config.items() if key in known})
 
 
-def _pipeline(weights: Weights, scheduler: Any) -> Any:
+def assemble(weights: Weights, scheduler: Any) -> Any:
+    """The cell's pipeline around the resident parts; it holds no weights of its own."""
     pipeline_class = getattr(diffusers, weights.cell.pipeline)
     parts = dict(weights.base.parts) | dict(weights.base.options)
     parts |= {"scheduler": scheduler, "vae": weights.autoencoder, "controlnet": _controlnet(weights)}
@@ -181,6 +197,7 @@ def _per_image(weights: Weights, members: Sequence[Member]) -> Iterator[None]:
     ]
     with ExitStack() as active:
         active.enter_context(controlnet_scales(modules, scales))
+        active.enter_context(no_global_randomness(weights.autoencoder))
         if weights.row.text == "flux":
             guidance = [member.request.guidance_scale for member in members]
             active.enter_context(distilled_guidance(weights.denoiser, guidance))
@@ -251,6 +268,8 @@ def _control(weights: Weights, settings: PassSettings, members: Sequence[Member]
         "control_guidance_start": starts if several else starts[0],
         "control_guidance_end": ends if several else ends[0],
     }
+    if several and weights.row.text == "flux":
+        arguments["control_mode"] = [None] * len(starts)  # without it, the later ControlNets are dropped in silence
     if weights.cell.control_image:
         maps = [
             _stacked([member.pictures.control_maps[n] for member in members], signed=weights.row.signed_control_maps)
@@ -258,6 +277,22 @@ def _control(weights: Weights, settings: PassSettings, members: Sequence[Member]
         ]
         arguments[weights.cell.control_image] = maps if several else maps[0]
     return arguments
+
+
+def _references(pipe: Any, members: Sequence[Member]) -> dict[str, Any]:
+    """Reference pictures, one batch per IP-Adapter; without them, nothing.
+
+    The pipelines prepare one reference for the whole batch and mix what they are given for several.
+    """
+    if not members[0].references:
+        return {}
+    batches = []
+    for n in range(len(members[0].references)):
+        images = [member.references[n].image for member in members]
+        nothing = [member.references[n].nothing for member in members if member.negative is not None]
+        batches.append(torch.cat([*nothing, *images]))
+    pipe.prepare_ip_adapter_image_embeds = lambda *_, **__: batches
+    return {"ip_adapter_image_embeds": batches}
 
 
 def _stacked(pixels: Sequence[Pixels], *, signed: bool) -> torch.Tensor:

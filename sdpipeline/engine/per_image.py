@@ -60,6 +60,25 @@ def _scaled_output(controlnet: torch.nn.Module, turns: list[torch.Tensor]) -> It
 
 
 @contextmanager
+def no_global_randomness(vae: Any) -> Iterator[None]:
+    """Take the mode where a pipeline would sample latents from torch's global generator, as SD3's ControlNet does."""
+    encode = vae.encode
+
+    def encode_without_chance(*inputs: Any, **keywords: Any) -> Any:
+        output = encode(*inputs, **keywords)
+        distribution = output.latent_dist
+        sample = distribution.sample
+        distribution.sample = lambda generator=None: sample(generator) if generator else distribution.mode()
+        return output
+
+    vae.encode = encode_without_chance
+    try:
+        yield
+    finally:
+        del vae.encode
+
+
+@contextmanager
 def distilled_guidance(transformer: torch.nn.Module, guidance_scales: Sequence[float]) -> Iterator[None]:
     """Give a guidance-distilled transformer each picture's own guidance; its pipelines make one for all."""
     values = torch.tensor(guidance_scales, dtype=torch.float32)

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 
-from sdpipeline.domain import ControlNetInput, GenerationRequest, Task
+from sdpipeline.domain import AdapterInput, CheckpointRef, ControlNetInput, GenerationRequest
 from sdpipeline.engine import Pixels, PreparedRequest
-from sdpipeline.engine.checkpoints import CheckpointFiles, misfit
+from sdpipeline.engine.checkpoints import CheckpointFiles, adapter_misfit, misfit
 from sdpipeline.engine.conditioning import annotate, known_annotator, resize
 from sdpipeline.engine.families import Cell, Family, family, refusal, scheduler_refusal
 from sdpipeline.errors import InputImageError, RequestRefusedError
@@ -24,8 +24,10 @@ class Pictures:
     control_maps: tuple[Pixels, ...] = ()
 
 
-def check(request: GenerationRequest, base: CheckpointFiles, controlnets: Sequence[CheckpointFiles]) -> None:
+def check(request: GenerationRequest, locate: Callable[[CheckpointRef], CheckpointFiles]) -> None:
     """RequestRefusedError naming the field and the fix, for what this family cannot do."""
+    base = locate(request.checkpoint)
+    controlnets = [locate(use.checkpoint) for use in request.controlnets]
     if base.kind != "checkpoint":
         raise RequestRefusedError(f"checkpoint: {base.alias!r} is a {base.kind}; it cannot make pictures by itself")
     reason = refusal(base.family, request.task, controlnets=len(controlnets))
@@ -35,8 +37,13 @@ def check(request: GenerationRequest, base: CheckpointFiles, controlnets: Sequen
         cell = row.cell(request.task, controlnets=len(controlnets))
         assert cell is not None
         reason = _size(request, row) or _steps(request, cell) or _extras(request, row)
+        if controlnets and not cell.control_image:
+            reason = reason or _own_control_picture(request, cell)
     for controlnet in controlnets:
         reason = reason or misfit(request.task, base, controlnet)
+    for field, kind, uses in _adapters(request):
+        for use in uses:
+            reason = reason or adapter_misfit(field, kind, base, locate(use.checkpoint))
     if reason:
         raise RequestRefusedError(reason)
 
@@ -57,6 +64,14 @@ def pictures(prepared: PreparedRequest, cell: Cell) -> Pictures:
 def annotator_parameters(use: ControlNetInput) -> dict[str, float | int]:
     """What the annotator ran with, defaults included."""
     return known_annotator(use.annotator).resolve(use.annotator, dict(use.annotator_parameters))
+
+
+def _adapters(request: GenerationRequest) -> list[tuple[str, str, tuple[AdapterInput, ...]]]:
+    return [
+        ("loras", "lora", request.loras),
+        ("textual_inversions", "textual-inversion", request.textual_inversions),
+        ("ip_adapters", "ip-adapter", request.ip_adapters),
+    ]
 
 
 def _size(request: GenerationRequest, row: Family) -> str | None:
@@ -82,6 +97,14 @@ def _steps(request: GenerationRequest, cell: Cell) -> str | None:
     return None
 
 
+def _own_control_picture(request: GenerationRequest, cell: Cell) -> str | None:
+    """The cell's ControlNet looks at the picture that is repainted, so that another one would be ignored."""
+    use = request.controlnets[0]
+    if use.image != request.image or use.annotator != "none":
+        return f"controlnets.0: {cell.pipeline} looks at the request's own image; give that one, annotator none"
+    return None
+
+
 def _extras(request: GenerationRequest, row: Family) -> str | None:
     """Options that the family would silently ignore."""
     asked = {
@@ -104,17 +127,18 @@ def _extras(request: GenerationRequest, row: Family) -> str | None:
 
 def _sized(prepared: PreparedRequest, role: str) -> Pixels:
     request = prepared.request
-    given = _given(prepared.images, role, request.task)
+    found = given(prepared, role)
     try:
-        return resize(given, request.width, request.height, request.resize)
+        return resize(found, request.width, request.height, request.resize)
     except InputImageError as error:
         raise InputImageError(f"{role}: {error}") from error
 
 
-def _given(images: Mapping[str, Pixels], role: str, task: Task) -> Pixels:
-    if role not in images:
-        raise InputImageError(f"{role}: {task} needs this picture and has none")
-    found = images[role]
+def given(prepared: PreparedRequest, role: str) -> Pixels:
+    """The picture in that role; InputImageError if there is none, or none of three times 8 bits."""
+    if role not in prepared.images:
+        raise InputImageError(f"{role}: {prepared.request.task} needs this picture and has none")
+    found = prepared.images[role]
     if found.dtype != np.uint8 or found.ndim != 3 or found.shape[2] != 3 or 0 in found.shape:
         raise InputImageError(f"{role}: expected height x width x 3 of 8 bits, not {found.shape} of {found.dtype}")
     return found

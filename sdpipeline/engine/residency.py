@@ -16,9 +16,10 @@ import diffusers
 import torch
 import transformers
 from safetensors import SafetensorError
+from safetensors.torch import load_file
 
 from sdpipeline.domain import CheckpointRef
-from sdpipeline.engine.checkpoints import CheckpointFiles, verify
+from sdpipeline.engine.checkpoints import WEIGHTS, CheckpointFiles, header, verify
 from sdpipeline.errors import CheckpointError, DeviceExhaustedError
 
 _LOADING = threading.Lock()
@@ -28,7 +29,7 @@ IGNORED = frozenset({"safety_checker", "feature_extractor", "image_encoder", "wa
 """Parts of old checkpoints that no pipeline here uses."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False, weakref_slot=True)
 class Loaded:
     """A checkpoint in memory: its parts by their names in the pipeline, its schedulers as configurations."""
 
@@ -49,6 +50,7 @@ class Loaded:
     def size_bytes(self) -> int:
         """What its weights occupy in memory."""
         tensors = [t for network in self.networks() for t in (*network.parameters(), *network.buffers())]
+        tensors += self.parts.get("tensors", {}).values()
         return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
@@ -155,8 +157,31 @@ def _read(files: CheckpointFiles, dtype: torch.dtype) -> Loaded:
         config = json.loads((files.directory / "config.json").read_text(encoding="utf-8"))
         network = _network(files, files.directory, getattr(diffusers, config["_class_name"]), dtype)
         return Loaded(files=files, parts={files.kind: network})
+    if files.kind == "textual-inversion":
+        return Loaded(files=files, parts={"tensors": load_file(_single_file(files))})
+    if files.kind == "ip-adapter":
+        return _ip_adapter(files, dtype)
     if files.kind != "checkpoint":
-        raise CheckpointError(f"{files.alias!r} is a {files.kind}; here only a checkpoint can stand")
+        raise CheckpointError(f"checkpoint {files.alias!r} is a {files.kind}, which does not stand by itself")
+    return _pipeline(files, dtype)
+
+
+def _ip_adapter(files: CheckpointFiles, dtype: torch.dtype) -> Loaded:
+    """Its picture encoder; the rest is read when a checkpoint puts it on."""
+    if not any(name.startswith("image_encoder/") for name in files.manifest):
+        raise CheckpointError(f"IP-Adapter {files.alias!r} has no folder image_encoder; put its encoder there")
+    directory = files.directory / "image_encoder"
+    encoder = _network(files, directory, transformers.CLIPVisionModelWithProjection, dtype)
+    # Plain adapters project one embedding; all others read the encoder's hidden states.
+    plain = "image_proj.proj.weight" in header(files.alias, _single_file(files))
+    return Loaded(files=files, parts={"image_encoder": encoder}, options={"hidden_states": not plain})
+
+
+def _single_file(files: CheckpointFiles) -> Path:
+    return files.directory / next(name for name in files.manifest if name.endswith(WEIGHTS) and "/" not in name)
+
+
+def _pipeline(files: CheckpointFiles, dtype: torch.dtype) -> Loaded:
     index = json.loads((files.directory / "model_index.json").read_text(encoding="utf-8"))
     parts: dict[str, Any] = {}
     schedulers: dict[str, Mapping[str, Any]] = {}

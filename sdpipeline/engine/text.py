@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
+import re
 from collections import OrderedDict
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
-WORDS_PER_CHUNK = 75
+from sdpipeline.engine.families import TextEncoding
+from sdpipeline.errors import RequestRefusedError
+
+CHUNK = 75
 """CLIP reads 77 tokens: a start, 75 of the prompt, and an end. Longer prompts take several such chunks."""
+T5_LENGTHS: Mapping[str, tuple[int, ...]] = {"sd3": (256, 512), "flux": (512,)}
+"""How many tokens of T5 a family's transformer was trained to read."""
+
+Vectors = Mapping[str, torch.Tensor]
+"""A textual inversion: rows of token embeddings, by the name of the text encoder they are for."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -24,6 +34,11 @@ class Embedding:
     def size_bytes(self) -> int:
         """What it occupies in memory."""
         return sum(t.numel() * t.element_size() for t in (self.embeds, self.pooled) if t is not None)
+
+    def zeros(self) -> Embedding:
+        """SDXL's way to say that there is no prompt, which is not the empty prompt."""
+        pooled = None if self.pooled is None else torch.zeros_like(self.pooled)
+        return Embedding(embeds=torch.zeros_like(self.embeds), pooled=pooled)
 
 
 class EmbeddingCache:
@@ -49,39 +64,155 @@ class EmbeddingCache:
             self._size_bytes -= dropped.size_bytes
 
 
-def chunks_needed(components: Mapping[str, Any], text: str) -> int:
-    """How many chunks of 75 tokens the prompt takes, at least one."""
-    return max(1, -(-len(_words(components["tokenizer"], text)) // WORDS_PER_CHUNK))
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PromptEncoder:
+    """Encodes for one family with a checkpoint's own tokenizers and encoders.
 
+    ``words`` are textual inversions by the token that stands for them in a prompt. They are put in
+    where the encoder looks its tokens up, for the length of one call: nothing that is resident changes.
+    """
 
-def encode_clip(components: Mapping[str, Any], text: str, *, chunks: int, clip_skip: int | None) -> Embedding:
-    """SD 1.x and 2.x: the encoder's last states, or those ``clip_skip`` layers before, normalised."""
-    encoder = components["text_encoder"]
-    ids = _chunked(components["tokenizer"], text, chunks).to(encoder.device)
-    with torch.no_grad():
+    kind: TextEncoding
+    parts: Mapping[str, Any]
+    words: Mapping[str, Vectors] = field(default_factory=dict)
+
+    def length(self, *texts: str) -> int:
+        """What prompts of one pass have to share: chunks of CLIP, or tokens of T5."""
+        if self.kind in T5_LENGTHS:
+            return self._t5_length(max(len(self._t5_ids(text)) for text in texts))
+        return max(1, *(-(-len(self._tokens("tokenizer", text)) // CHUNK) for text in texts))
+
+    def encode(self, text: str, *, length: int, clip_skip: int | None = None) -> Embedding:
+        """The prompt's embedding, with nothing else in its batch."""
+        self._check_clip_skip(clip_skip)
+        with torch.no_grad():
+            if self.kind == "sdxl":
+                return self._sdxl(text, length, clip_skip)
+            if self.kind == "sd3":
+                return self._sd3(text, length, clip_skip)
+            if self.kind == "flux":
+                pooled = self._clip("text_encoder", text, 1).pooler_output
+                return Embedding(embeds=self._t5("text_encoder_2", text, length), pooled=pooled)
+            return self._single(text, length, clip_skip)
+
+    def _check_clip_skip(self, clip_skip: int | None) -> None:
+        layers = self.parts["text_encoder"].config.num_hidden_layers
+        most = layers - (1 if self.kind == "clip" else 2)
+        if clip_skip is not None and clip_skip > most:
+            raise RequestRefusedError(f"clip_skip: the text encoder has {layers} layers; skip at most {most}")
+
+    def _single(self, text: str, chunks: int, clip_skip: int | None) -> Embedding:
+        output = self._clip("text_encoder", text, chunks)
+        if self.kind == "clip-hidden":
+            return Embedding(embeds=_joined(output.hidden_states[-1]), pooled=output.pooler_output[:1])
         if clip_skip is None:
-            states = encoder(ids)[0]
-        else:
-            hidden = encoder(ids, output_hidden_states=True).hidden_states
-            states = _transformer(encoder).final_layer_norm(hidden[-(clip_skip + 1)])
-    return Embedding(embeds=states.reshape(1, -1, states.shape[-1]))
+            return Embedding(embeds=_joined(output.last_hidden_state))
+        normalise = _transformer(self.parts["text_encoder"]).final_layer_norm
+        return Embedding(embeds=_joined(normalise(output.hidden_states[-(clip_skip + 1)])))
+
+    def _sdxl(self, text: str, chunks: int, clip_skip: int | None) -> Embedding:
+        outputs = [self._clip(name, text, chunks) for name in ("text_encoder", "text_encoder_2")]
+        layer = -(2 + (clip_skip or 0))
+        hidden = torch.cat([_joined(output.hidden_states[layer]) for output in outputs], dim=-1)
+        return Embedding(embeds=hidden, pooled=outputs[1].text_embeds[:1])
+
+    def _sd3(self, text: str, length: int, clip_skip: int | None) -> Embedding:
+        """The two CLIPs read the first chunk only, as they were trained; T5 reads all."""
+        outputs = [self._clip(name, text, 1) for name in ("text_encoder", "text_encoder_2")]
+        layer = -(2 + (clip_skip or 0))
+        clip = torch.cat([output.hidden_states[layer] for output in outputs], dim=-1)
+        t5 = self._t5("text_encoder_3", text, length)
+        clip = torch.nn.functional.pad(clip, (0, t5.shape[-1] - clip.shape[-1]))
+        pooled = torch.cat([output.text_embeds for output in outputs], dim=-1)
+        return Embedding(embeds=torch.cat([clip, t5], dim=1), pooled=pooled)
+
+    def _clip(self, encoder: str, text: str, chunks: int) -> Any:
+        """One CLIP's output, one row per chunk."""
+        network = self.parts[encoder]
+        tokenizer = self.parts[encoder.replace("text_encoder", "tokenizer")]
+        tokens = self._tokens(encoder.replace("text_encoder", "tokenizer"), text)
+        rows = [_row(tokenizer, tokens[n * CHUNK : (n + 1) * CHUNK]) for n in range(chunks)]
+        ids = torch.tensor([[_id(token) for token in row] for row in rows], device=network.device)
+        with self._vectors_in_place(encoder, rows):
+            return network(ids, output_hidden_states=True)
+
+    def _tokens(self, tokenizer: str, text: str) -> list[int | tuple[str, int]]:
+        """Token ids; a textual inversion's vector is (its token, which row)."""
+        encoder = tokenizer.replace("tokenizer", "text_encoder")
+        tokens: list[int | tuple[str, int]] = []
+        for piece in _pieces(text, self.words):
+            if piece in self.words:
+                tokens += [(piece, row) for row in range(len(self.words[piece][encoder]))]
+            else:
+                options = {"add_special_tokens": False, "truncation": False, "verbose": False}
+                tokens += self.parts[tokenizer](piece, **options).input_ids
+        return tokens
+
+    @contextmanager
+    def _vectors_in_place(self, encoder: str, rows: Sequence[Sequence[int | tuple[str, int]]]) -> Iterator[None]:
+        places = [
+            (r, c, token) for r, row in enumerate(rows) for c, token in enumerate(row) if isinstance(token, tuple)
+        ]
+        if not places:
+            yield
+            return
+
+        def put(_module: Any, _inputs: Any, embedded: torch.Tensor) -> torch.Tensor:
+            embedded = embedded.clone()
+            for row, column, (word, n) in places:
+                embedded[row, column] = self.words[word][encoder][n].to(embedded)
+            return embedded
+
+        handle = _transformer(self.parts[encoder]).embeddings.token_embedding.register_forward_hook(put)
+        try:
+            yield
+        finally:
+            handle.remove()
+
+    def _t5_ids(self, text: str) -> list[int]:
+        tokenizer = self.parts["tokenizer_3" if self.kind == "sd3" else "tokenizer_2"]
+        return list(tokenizer(text, truncation=False, verbose=False).input_ids)
+
+    def _t5_length(self, tokens: int) -> int:
+        lengths = T5_LENGTHS[self.kind]
+        for length in lengths:
+            if tokens <= length:
+                return length
+        raise RequestRefusedError(
+            f"prompt: it has {tokens} tokens, but this family reads at most {lengths[-1]}; shorten it"
+        )
+
+    def _t5(self, encoder: str, text: str, length: int) -> torch.Tensor:
+        network, ids = self.parts[encoder], self._t5_ids(text)
+        tokenizer = self.parts[encoder.replace("text_encoder", "tokenizer")]
+        padded = ids + [tokenizer.pad_token_id] * (length - len(ids))
+        return network(torch.tensor([padded], device=network.device))[0]  # type: ignore[no-any-return]
+
+
+def _row(tokenizer: Any, tokens: Sequence[int | tuple[str, int]]) -> list[int | tuple[str, int]]:
+    """Start, words, end, and padding as the tokenizer pads a single short prompt."""
+    row = [tokenizer.bos_token_id, *tokens, tokenizer.eos_token_id]
+    return row + [tokenizer.pad_token_id] * (CHUNK + 2 - len(row))
+
+
+def _id(token: int | tuple[str, int]) -> int:
+    """A vector's place needs some id; 0 is below the end token, by which encoders find where to pool."""
+    return token if isinstance(token, int) else 0
+
+
+def _pieces(text: str, words: Mapping[str, object]) -> list[str]:
+    """The text cut at textual inversions, which stay as pieces of their own."""
+    if not words:
+        return [text]
+    longest_first = sorted(words, key=len, reverse=True)
+    return [piece for piece in re.split("(" + "|".join(map(re.escape, longest_first)) + ")", text) if piece.strip()]
+
+
+def _joined(states: torch.Tensor) -> torch.Tensor:
+    """Chunks one after the other, as one prompt."""
+    return states.reshape(1, -1, states.shape[-1])
 
 
 def _transformer(encoder: Any) -> Any:
     """The inner transformer, which transformers 5.6 folded into ``CLIPTextModel`` itself."""
     return getattr(encoder, "text_model", encoder)
-
-
-def _chunked(tokenizer: Any, text: str, chunks: int) -> torch.Tensor:
-    """Token ids, one row of 77 per chunk, as the tokenizer pads a single short prompt."""
-    words = _words(tokenizer, text)
-    rows = []
-    for n in range(chunks):
-        part = words[n * WORDS_PER_CHUNK : (n + 1) * WORDS_PER_CHUNK]
-        row = [tokenizer.bos_token_id, *part, tokenizer.eos_token_id]
-        rows.append(row + [tokenizer.pad_token_id] * (WORDS_PER_CHUNK + 2 - len(row)))
-    return torch.tensor(rows)
-
-
-def _words(tokenizer: Any, text: str) -> list[int]:
-    return list(tokenizer(text, add_special_tokens=False, truncation=False, verbose=False).input_ids)

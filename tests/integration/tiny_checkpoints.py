@@ -15,6 +15,7 @@ from typing import Any
 import diffusers
 import torch
 import transformers
+from safetensors.torch import save_file
 
 from sdpipeline.domain import CheckpointRef
 from sdpipeline.engine.checkpoints import CheckpointFiles, inspect
@@ -361,6 +362,61 @@ def _flux_controlnet(tiny: TinyCheckpoints, directory: Path) -> None:
     _effective(controlnet).save_pretrained(directory)
 
 
+def _lora(tiny: TinyCheckpoints, directory: Path, base: str) -> None:
+    """A LoRA of rank 4 on attention, in the denoiser and where there is one in the first text encoder."""
+    pipeline: Any = diffusers.DiffusionPipeline.from_pretrained(tiny.directory(base))
+    denoiser = "transformer" if hasattr(pipeline, "transformer") else "unet"
+    layers = {denoiser: _lora_state(getattr(pipeline, denoiser), ["to_q", "to_k", "to_v", "to_out.0"])}
+    layers["text_encoder"] = _lora_state(pipeline.text_encoder, ["q_proj", "k_proj", "v_proj", "out_proj"])
+    tensors = {f"{part}.{name}": tensor for part, state in layers.items() for name, tensor in state.items()}
+    directory.mkdir(parents=True)
+    save_file(tensors, directory / "pytorch_lora_weights.safetensors")
+
+
+def _lora_state(network: torch.nn.Module, names: list[str]) -> dict[str, torch.Tensor]:
+    state = {}
+    for name, module in network.named_modules():
+        if isinstance(module, torch.nn.Linear) and any(name.endswith(end) for end in names):
+            state[f"{name}.lora_A.weight"] = torch.randn(4, module.in_features) * 0.3
+            state[f"{name}.lora_B.weight"] = torch.randn(module.out_features, 4) * 0.3
+    return state
+
+
+def _inversion(directory: Path, tensors: dict[str, torch.Tensor]) -> None:
+    directory.mkdir(parents=True)
+    save_file(tensors, directory / "learned_embeds.safetensors")
+
+
+def _ip_adapter(tiny: TinyCheckpoints, directory: Path, base: str) -> None:
+    """A plain IP-Adapter: one picture embedding projected to four tokens, and keys and values for each attention."""
+    unet: Any = diffusers.UNet2DConditionModel.from_pretrained(tiny.directory(base) / "unet")
+    cross = unet.config.cross_attention_dim
+    tensors = {
+        "image_proj.proj.weight": torch.randn(4 * cross, 32),
+        "image_proj.proj.bias": torch.zeros(4 * cross),
+        "image_proj.norm.weight": torch.ones(cross),
+        "image_proj.norm.bias": torch.zeros(cross),
+    }
+    cross_attentions = [name for name in unet.attn_processors if name.endswith("attn2.processor")]
+    for n, name in enumerate(cross_attentions):
+        attention = unet.get_submodule(name.removesuffix(".processor"))
+        for part in ("to_k_ip", "to_v_ip"):
+            tensors[f"ip_adapter.{2 * n + 1}.{part}.weight"] = torch.randn(attention.inner_dim, cross)
+    directory.mkdir(parents=True)
+    save_file(tensors, directory / "ip-adapter.safetensors")
+    config = transformers.CLIPVisionConfig(
+        hidden_size=32,
+        intermediate_size=64,
+        projection_dim=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        image_size=32,
+        patch_size=8,
+    )
+    encoder: Any = transformers.CLIPVisionModelWithProjection(config)
+    encoder.save_pretrained(directory / "image_encoder")
+
+
 BUILDERS: dict[str, Callable[[TinyCheckpoints, Path], None]] = {
     "sd1": lambda _, to: _sd(to),
     "sd2": lambda _, to: _sd(to, width=1024, prediction_type="v_prediction"),
@@ -379,5 +435,16 @@ BUILDERS: dict[str, Callable[[TinyCheckpoints, Path], None]] = {
     "controlnet-sd3-inpaint": lambda tiny, to: _sd3_controlnet(tiny, to, inpainting=True),
     "controlnet-flux": _flux_controlnet,
     "vae": lambda _, to: _vae().save_pretrained(to),
+    "vae-sdxl": lambda _, to: _vae(scaling=0.13025).save_pretrained(to),
+    "lora-sd1": lambda tiny, to: _lora(tiny, to, "sd1"),
+    "lora-sd1-other": lambda tiny, to: _lora(tiny, to, "sd1"),
+    "lora-sdxl": lambda tiny, to: _lora(tiny, to, "sdxl"),
+    "lora-sd3": lambda tiny, to: _lora(tiny, to, "sd3"),
+    "lora-flux": lambda tiny, to: _lora(tiny, to, "flux"),
+    "toy": lambda _, to: _inversion(to, {"<cat-toy>": torch.randn(3, 32)}),
+    "toy-sdxl": lambda _, to: _inversion(to, {"clip_l": torch.randn(2, 32), "clip_g": torch.randn(2, 32)}),
+    "ip-adapter-sd1": lambda tiny, to: _ip_adapter(tiny, to, "sd1"),
+    "ip-adapter-sd1-other": lambda tiny, to: _ip_adapter(tiny, to, "sd1"),
+    "ip-adapter-sdxl": lambda tiny, to: _ip_adapter(tiny, to, "sdxl"),
 }
 """How each is made, by name. ControlNets copy a part of their base first."""
