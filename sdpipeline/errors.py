@@ -10,6 +10,7 @@
     │   ├── StorageUnavailableError
     │   ├── DatabaseUnavailableError
     │   ├── OrchestratorUnavailableError
+    │   ├── SigningUnavailableError
     │   └── DeviceExhaustedError  out of memory although every fallback was taken
     ├── PermanentError            the job fails; the message names the field and the fix
     │   ├── RequestRefusedError   the engine cannot do what the request asks
@@ -42,7 +43,9 @@ class Mistake:
         """One line as a compiler prints it: ``file:line:column: key: message (fix)``."""
         place = ":".join(str(part) for part in (self.file, self.line, self.column) if part is not None)
         parts = [part for part in (place, self.key, self.message) if part]
-        return ": ".join(parts) + (f" ({self.fix})" if self.fix else "")
+        line = ": ".join(parts) + (f" ({self.fix})" if self.fix else "")
+        # Names from a file may hold line ends and terminal codes; a mistake stays one harmless line.
+        return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in line)
 
 
 class SdpError(Exception):
@@ -79,6 +82,10 @@ class DatabaseUnavailableError(TransientError):
 
 class OrchestratorUnavailableError(TransientError):
     """The Prefect server did not answer."""
+
+
+class SigningUnavailableError(TransientError):
+    """The key that signs pictures did not answer, or its certificate is not accepted (any more)."""
 
 
 class DeviceExhaustedError(TransientError):

@@ -1,4 +1,4 @@
-"""From pixels to a file that says what made it, and back."""
+"""From pixels to a file with its record and its mark as AI-made, and back from anybody's file."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def encode(pixels: Pixels, *, output: OutputFormat, record: Json, from_photograp
     ``from_photograph`` says that a picture no generator made went into this one. The record is
     embedded as it is: whoever builds it keeps host names and paths out.
     """
-    text = json.dumps(record, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    text = record_text(record)
     xmp = _xmp(text, COMPOSITE if from_photograph else GENERATED)
     if output.format == "jpeg" and len(xmp) > _MAX_JPEG_XMP_BYTES:
         raise RequestRefusedError(
@@ -83,6 +83,24 @@ def pixels_sha256(pixels: Pixels) -> str:
     return digest.hexdigest()
 
 
+def perceptual_hash(pixels: Pixels) -> str:
+    """64 bits of what a picture looks like, as 16 hexadecimal digits: near again after resizing or re-encoding.
+
+    They are the signs, around their median, of the 8 x 8 lowest frequencies of the picture as 32 x 32 grey.
+    """
+    small = Image.fromarray(pixels, "RGB").convert("L").resize((32, 32), Image.Resampling.LANCZOS)
+    cosines = np.cos(np.pi / 32 * np.outer(np.arange(8), np.arange(32) + 0.5))
+    frequencies = (cosines @ np.asarray(small, dtype=np.float64) @ cosines.T).ravel()
+    # The mean brightness comes first and is far larger than everything else.
+    bits = frequencies > np.median(frequencies[1:])
+    return np.packbits(bits).tobytes().hex()
+
+
+def perceptual_distance(one: str, other: str) -> int:
+    """In how many of 64 bits two perceptual hashes differ; unrelated pictures differ in about 32."""
+    return (int(one, 16) ^ int(other, 16)).bit_count()
+
+
 def decode(data: bytes, *, max_pixels: int) -> Pixels:
     """The picture in a png, jpeg or webp file of anybody's, upright and in sRGB; else InputImageError.
 
@@ -98,23 +116,48 @@ def decode(data: bytes, *, max_pixels: int) -> Pixels:
 
 
 def read_record(data: bytes) -> Json | None:
-    """The record embedded by ``encode``, or None where there is none."""
-    with _opened(data, None) as image:
-        text = image.info.get(_PNG_RECORD) or _xmp_properties(image).get("record")
-    if not isinstance(text, str):
-        return None
-    try:
-        record = json.loads(text)
-    except ValueError as error:
-        raise InputImageError(f"the embedded record is not JSON: {error}") from error
-    return record if isinstance(record, dict) else None
+    """The record embedded by ``encode``, or None where there is none that can be read."""
+    return read_marks(data)[0]
+
+
+def content_type(data: bytes) -> str:
+    """The media type that the file's first bytes show; else InputImageError."""
+    if data.startswith(b"\x89PNG\r\n\x1a\n"):
+        return "image/png"
+    if data.startswith(b"\xff\xd8\xff"):
+        return "image/jpeg"
+    if data.startswith(b"RIFF") and data[8:12] == b"WEBP":
+        return "image/webp"
+    raise InputImageError("not a png, jpeg or webp picture")
 
 
 def digital_source_type(data: bytes) -> str | None:
     """The IPTC digital source type in the picture's XMP, or None."""
+    return read_marks(data)[1]
+
+
+def read_marks(data: bytes) -> tuple[Json | None, str | None]:
+    """The embedded record and the IPTC digital source type, each None where it is missing."""
     with _opened(data, None) as image:
-        found = _xmp_properties(image).get("DigitalSourceType")
-    return found if isinstance(found, str) else None
+        xmp = _xmp_properties(image)
+        text, source_type = image.info.get(_PNG_RECORD) or xmp.get("record"), xmp.get("DigitalSourceType")
+    return parsed_record(text), source_type if isinstance(source_type, str) else None
+
+
+def record_text(record: Json) -> str:
+    """The record as it is embedded; in ASCII, for XML has no place for some characters of a prompt."""
+    return json.dumps(record, sort_keys=True, separators=(",", ":"), allow_nan=False)
+
+
+def parsed_record(text: object) -> Json | None:
+    """The inverse of ``record_text``, or None for anything else."""
+    if not isinstance(text, str):
+        return None
+    try:
+        record = json.loads(text)
+    except ValueError:
+        return None
+    return record if isinstance(record, dict) else None
 
 
 def _described(data: bytes, output: OutputFormat, decoded: Pixels) -> EncodedImage:

@@ -1,0 +1,80 @@
+"""A certificate authority for tests, with everything about a certificate that can be wrong."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime, timedelta
+from typing import TYPE_CHECKING
+
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
+
+if TYPE_CHECKING:
+    from cryptography.hazmat.primitives.asymmetric.types import CertificatePublicKeyTypes
+
+
+class Authority:
+    """A company's root and intermediate."""
+
+    def __init__(self, company: str) -> None:
+        self._company = company
+        self._keys = {name: ec.generate_private_key(ec.SECP256R1()) for name in ("root", "intermediate")}
+        root = self._issue("root", "root", self._keys["root"].public_key(), authority=True)
+        self._intermediate = self._issue(
+            "intermediate", "root", self._keys["intermediate"].public_key(), authority=True
+        )
+        self.root_pem = self.pem([root]).decode()
+
+    def chain(
+        self,
+        public_key: CertificatePublicKeyTypes,
+        *,
+        own_key: ec.EllipticCurvePrivateKey | None = None,
+        days: tuple[int, int] = (-1, 100),
+        usage: x509.ObjectIdentifier | None = ExtendedKeyUsageOID.EMAIL_PROTECTION,
+        self_signed: bool = False,
+    ) -> list[x509.Certificate]:
+        """A signer's certificate and the intermediate's."""
+        issuer = "signer" if self_signed else "intermediate"
+        self._keys |= {"signer": own_key} if own_key else {}
+        return [self._issue("signer", issuer, public_key, days=days, usage=usage), self._intermediate]
+
+    @staticmethod
+    def pem(chain: list[x509.Certificate]) -> bytes:
+        return b"".join(certificate.public_bytes(serialization.Encoding.PEM) for certificate in chain)
+
+    def _issue(
+        self,
+        subject: str,
+        issuer: str,
+        public_key: CertificatePublicKeyTypes,
+        *,
+        authority: bool = False,
+        days: tuple[int, int] = (-1, 100),
+        usage: x509.ObjectIdentifier | None = None,
+    ) -> x509.Certificate:
+        flags = ("content_commitment", "key_encipherment", "data_encipherment", "key_agreement")
+        never = dict.fromkeys((*flags, "encipher_only", "decipher_only"), False)
+        now, issuer_key = datetime.now(UTC), self._keys[issuer].public_key()
+        builder = (
+            x509.CertificateBuilder()
+            .subject_name(self._name(subject))
+            .issuer_name(self._name(issuer))
+            .public_key(public_key)
+            .serial_number(x509.random_serial_number())
+            .not_valid_before(now + timedelta(days=days[0]))
+            .not_valid_after(now + timedelta(days=days[1]))
+            .add_extension(x509.BasicConstraints(ca=authority, path_length=None), critical=True)
+            .add_extension(x509.AuthorityKeyIdentifier.from_issuer_public_key(issuer_key), critical=False)
+            .add_extension(x509.SubjectKeyIdentifier.from_public_key(public_key), critical=False)
+        )
+        signs = {"digital_signature": not authority, "key_cert_sign": authority, "crl_sign": authority}
+        builder = builder.add_extension(x509.KeyUsage(**signs, **never), critical=True)
+        if usage:
+            builder = builder.add_extension(x509.ExtendedKeyUsage([usage]), critical=False)
+        return builder.sign(self._keys[issuer], hashes.SHA256())
+
+    def _name(self, common_name: str) -> x509.Name:
+        organization = x509.NameAttribute(NameOID.ORGANIZATION_NAME, self._company)
+        return x509.Name([organization, x509.NameAttribute(NameOID.COMMON_NAME, common_name)])
