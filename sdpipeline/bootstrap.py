@@ -51,8 +51,11 @@ class Services:
 
 
 @contextmanager
-def services(s: Settings) -> Iterator[Services]:
-    """Open database (at this release's schema) and storage."""
+def services(s: Settings, *, create: bool = True) -> Iterator[Services]:
+    """Open database (at this release's schema) and storage; ``create`` makes an embedded database where none is."""
+    if not create and not database_exists(s):
+        fix = "sdpipeline demo, or sdpipeline submit FILE; --home names another folder"
+        raise BadInputError(Mistake(message=f"nothing was submitted in {s.home} yet", fix=fix))
     database = open_database(s.database)
     try:
         ensure_schema(s, database)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from typing import Annotated
 
-import click
 import typer
+from typer.exceptions import TyperException
 
+from sdpipeline import __version__
 from sdpipeline.cli import campaigns, demo, operations
-from sdpipeline.cli.output import print_mistakes
+from sdpipeline.cli.output import print_mistakes, stdout
 from sdpipeline.errors import (
     BadInputError,
     DatabaseUnavailableError,
@@ -28,6 +30,18 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+
+
+@app.callback()
+def _options(
+    *,
+    version: Annotated[bool, typer.Option("--version", help="Show the version.", is_eager=True)] = False,
+) -> None:
+    if version:
+        stdout.print(f"sdpipeline {__version__}")
+        raise typer.Exit
+
+
 demo.add_to(app)
 campaigns.add_to(app)
 operations.add_to(app)
@@ -53,11 +67,11 @@ def run(arguments: Sequence[str]) -> int:
     as_json = "--json" in arguments
     try:
         return int(app(list(arguments), standalone_mode=False) or DONE)
-    except click.exceptions.Exit as ended:
+    except typer.Exit as ended:
         return ended.exit_code
-    except (click.exceptions.Abort, KeyboardInterrupt):
+    except (typer.Abort, KeyboardInterrupt):
         return INTERRUPTED
-    except click.ClickException as error:
+    except TyperException as error:
         print_mistakes([Mistake(message=error.format_message(), fix="see --help")], as_json=as_json)
         return BAD_INPUT
     except BadInputError as error:

@@ -105,7 +105,7 @@ def status(
 ) -> None:
     """Show how far campaigns are, and which workers live."""
     s = settings(home)
-    with bootstrap.services(s) as have:
+    with bootstrap.services(s, create=False) as have:
         ids = [bootstrap.known_campaign(have.database, s.team, campaign)] if campaign else None
         with have.database.read() as connection:
             if ids is None:
@@ -129,7 +129,7 @@ def jobs(
 ) -> None:
     """List a campaign's jobs in order of their id."""
     s = settings(home)
-    with bootstrap.services(s) as have:
+    with bootstrap.services(s, create=False) as have:
         campaign_id = bootstrap.known_campaign(have.database, s.team, campaign)
         wanted = str(with_status) if with_status else None
         with have.database.read() as connection:
@@ -150,7 +150,7 @@ def show(
     as_json: AsJson = False,
 ) -> None:
     """Show everything known about one job."""
-    with bootstrap.services(settings(home)) as have, have.database.read() as connection:
+    with bootstrap.services(settings(home), create=False) as have, have.database.read() as connection:
         found = reports.show(connection, job)
     if found is None:
         raise refuse(f"no job {job}", "sdpipeline jobs CAMPAIGN lists them")
@@ -179,7 +179,7 @@ def retry(
     if with_status not in RETRYABLE:
         raise refuse(f"--status {with_status} cannot be retried", f"one of {', '.join(RETRYABLE)}")
     s = settings(home)
-    with bootstrap.services(s) as have:
+    with bootstrap.services(s, create=False) as have:
         campaign_id = bootstrap.known_campaign(have.database, s.team, campaign)
         with have.audit.transaction() as tx:
             count = control.retry(tx, campaign_id=campaign_id, statuses=[with_status])
@@ -189,7 +189,7 @@ def retry(
 def cancel(campaign: CampaignName, *, home: Home = None, as_json: AsJson = False) -> None:
     """Cancel what is not finished yet; pictures already made are kept."""
     s = settings(home)
-    with bootstrap.services(s) as have:
+    with bootstrap.services(s, create=False) as have:
         campaign_id = bootstrap.known_campaign(have.database, s.team, campaign)
         with have.audit.transaction() as tx:
             count = control.cancel(tx, campaign_id=campaign_id)
@@ -248,7 +248,7 @@ def leave(progress: Progress) -> None:
 
 def _set_status(campaign: str, status: str, home: Path | None, *, as_json: bool) -> None:
     s = settings(home)
-    with bootstrap.services(s) as have:
+    with bootstrap.services(s, create=False) as have:
         campaign_id = bootstrap.known_campaign(have.database, s.team, campaign)
         with have.audit.transaction() as tx:
             control.set_campaign_status(tx, campaign_id=campaign_id, status=status)

@@ -1,0 +1,62 @@
+"""Running the real command line in a process of its own."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+SDPIPELINE = [sys.executable, "-m", "sdpipeline"]
+FAKE_ENGINE = "SDP_ENGINE__FAKE_SECONDS_PER_BATCH"
+
+
+def environment(**settings: str) -> dict[str, str]:
+    """This process's environment without its own SDP_ settings, plus the given ones."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("SDP_", "PREFECT_API"))}
+    return kept | settings
+
+
+def sdpipeline(*arguments: object, **settings: str) -> subprocess.CompletedProcess[str]:
+    """One command, waited for."""
+    words = [*SDPIPELINE, *map(str, arguments)]
+    return subprocess.run(words, capture_output=True, text=True, env=environment(**settings), timeout=600, check=False)
+
+
+def document(*arguments: object, exit_code: int = 0, **settings: str) -> Any:
+    """The JSON document of a command that must leave with ``exit_code``."""
+    done = sdpipeline(*arguments, "--json", **settings)
+    assert done.returncode == exit_code, done.stderr + done.stdout
+    return json.loads(done.stdout)
+
+
+def start(*arguments: object, **settings: str) -> subprocess.Popen[str]:
+    """One command, running, in a session of its own."""
+    return subprocess.Popen(
+        [*SDPIPELINE, *map(str, arguments)],
+        env=environment(**settings),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def kill_tree(process: subprocess.Popen[str]) -> int:
+    """SIGKILL a command and everything it started; returns how many processes died."""
+    family = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
+    for member in family:
+        member.kill()
+    psutil.wait_procs(family, timeout=10)
+    process.wait(10)
+    return len(family)
+
+
+def pictures(home: Path, campaign: str) -> list[Any]:
+    """The jobs of a campaign, each with its picture."""
+    found: list[Any] = document("jobs", campaign, "--home", home)["jobs"]
+    return found

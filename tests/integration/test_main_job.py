@@ -1,0 +1,179 @@
+"""The main job as a user runs it: one command, real processes, a real Prefect server, the shipped weights."""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+import sqlite3
+import time
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote, urlsplit
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from sdpipeline.demo import measure
+from tests.integration.commands import FAKE_ENGINE, document, kill_tree, pictures, sdpipeline, start
+
+JOBS, PER_STAGE = 24, 8
+
+pytestmark = pytest.mark.timeout(300)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A home in which the demo has run to its end."""
+    home = tmp_path_factory.mktemp("demo") / "home"
+    done = sdpipeline("demo", "--home", home)
+    assert done.returncode == 0, done.stderr + done.stdout
+    assert "24 pictures in" in done.stdout
+    return home
+
+
+@pytest.fixture
+def tampered(finished: Path, tmp_path: Path) -> Path:
+    """A copy of that home to change by hand. The pictures' addresses still name the original."""
+    return Path(shutil.copytree(finished, tmp_path / "home"))
+
+
+def _path(url: str) -> Path:
+    return Path(unquote(urlsplit(url).path))
+
+
+def _pixels(job: Any) -> np.ndarray[Any, np.dtype[np.uint8]]:
+    return np.asarray(Image.open(_path(job["image"]["url"])).convert("RGB"))
+
+
+def _change(home: Path, statement: str) -> None:
+    with sqlite3.connect(home / "sdpipeline.db") as connection:
+        assert connection.execute(statement).rowcount == 1
+
+
+def _kinds(home: Path) -> set[str]:
+    found = document("audit", "verify", "--home", home, exit_code=3)
+    return {fault["kind"] for fault in found["faults"]}
+
+
+def test_every_job_of_the_demo_has_one_picture_with_the_recorded_digest(finished: Path) -> None:
+    jobs = pictures(finished, "demo")
+    assert [job["status"] for job in jobs] == ["succeeded"] * JOBS
+    paths = [_path(job["image"]["url"]) for job in jobs]
+    assert len(set(paths)) == JOBS
+    for job, path in zip(jobs, paths, strict=True):
+        assert hashlib.sha256(path.read_bytes()).hexdigest() == job["image"]["sha256"]
+    stored = (finished / "storage" / "default" / "demo").rglob("*.png")
+    assert sorted(stored) == sorted(paths)
+
+
+def test_the_pictures_show_what_was_asked_for(finished: Path) -> None:
+    right: dict[str, list[bool]] = {"ground": [], "scene": [], "object": [], "outline": []}
+    jobs = pictures(finished, "demo")
+    drafts = {job["id"]: job for job in jobs if job["stage"] == "draft"}
+    for job in jobs:
+        shown, values = _pixels(job), job["variables"]
+        if job["stage"] == "draft":
+            right["ground"].append(measure.background(shown) == values["ground"])
+        if job["stage"] == "scene":
+            right["scene"].append(measure.background(shown) == values["scene"])
+            right["object"].append([seen.colour for seen in measure.sightings(shown)][:1] == [values["colour"]])
+            asked = measure.edges(_pixels(drafts[job["parents"][0]]))
+            right["outline"].append(measure.edge_recall(measure.edges(shown), asked) > 0.6)
+    assert {name: sum(found) >= 7 for name, found in right.items()} == dict.fromkeys(right, True), right
+
+
+def test_a_second_demo_adds_nothing_and_says_so(finished: Path) -> None:
+    done = sdpipeline("demo", "--home", finished)
+    assert done.returncode == 0, done.stderr
+    assert "Nothing to do: all 24 pictures are there already." in done.stdout
+    assert "0 jobs added, 24 unchanged" in done.stderr
+
+
+def test_the_audit_of_an_untouched_home_finds_no_fault(finished: Path) -> None:
+    found = document("audit", "verify", "--home", finished)
+    assert found["ok"] is True
+    assert found["images"] == JOBS
+    assert found["seals"] >= 1
+
+
+def test_one_changed_byte_of_a_picture_is_found(tampered: Path) -> None:
+    picture = next((tampered / "storage" / "default" / "demo").rglob("*.png"))
+    data = bytearray(picture.read_bytes())
+    data[len(data) // 2] ^= 1
+    picture.chmod(0o644)
+    picture.write_bytes(bytes(data))
+    assert _kinds(tampered) == {"object-altered"}
+
+
+def test_one_changed_audit_row_is_found(tampered: Path) -> None:
+    _change(
+        tampered,
+        "UPDATE audit_event SET body = replace(body, 'job.succeeded', 'job.failed') "
+        "WHERE rowid = (SELECT min(rowid) FROM audit_event WHERE body LIKE '%job.succeeded%')",
+    )
+    assert "event-altered" in _kinds(tampered)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        "UPDATE job SET request = json_set(request, '$.prompt', 'something else') WHERE id = 3",
+        "UPDATE job SET status = 'failed' WHERE id = 3",
+        "UPDATE job SET seed = seed + 1 WHERE id = 3",
+        "UPDATE job SET attempt = 7 WHERE id = 3",
+    ],
+)
+def test_one_changed_job_row_is_found_and_named(tampered: Path, change: str) -> None:
+    _change(tampered, change)
+    found = document("audit", "verify", "--home", tampered, exit_code=3)
+    assert ("job-altered", "job:3") in {(fault["kind"], fault["subject"]) for fault in found["faults"]}
+
+
+def test_show_tells_everything_about_one_job(finished: Path) -> None:
+    shown = document("show", "24", "--home", finished)
+    assert shown["campaign"] == "demo"
+    assert shown["request"]["num_inference_steps"] == 20
+    assert [event["event"] for event in shown["events"]] == ["job.succeeded"]
+    assert shown["history"][0]["outcome"] == "succeeded"
+
+
+def test_a_run_whose_whole_process_tree_is_killed_is_finished_by_the_next(tmp_path: Path, long_campaign: Path) -> None:
+    home = tmp_path / "home"
+    settings = {FAKE_ENGINE: "0.4", "SDP_LEASE_TTL_S": "3"}
+    first = start("run", long_campaign, "--home", home, **settings)
+    _wait_for_pictures(home, 10)
+    assert kill_tree(first) >= 3
+    done = sdpipeline("run", long_campaign, "--home", home, **settings)
+    assert done.returncode == 0, done.stderr
+    jobs = pictures(home, "long")
+    assert {job["status"] for job in jobs} == {"succeeded"}
+    assert len({job["image"]["url"] for job in jobs}) == len(jobs) == 120
+    assert document("audit", "verify", "--home", home)["ok"] is True
+
+
+@pytest.fixture
+def long_campaign(tmp_path: Path) -> Path:
+    """Three stages over forty seeds."""
+    file = tmp_path / "long.yaml"
+    file.write_text(
+        "name: long\ncheckpoint: shapes\nseeds: {count: 40}\n"
+        "defaults: {width: 64, height: 64, num_inference_steps: 2}\n"
+        "stages:\n"
+        "  - {id: draft, task: text-to-image, prompt: a red circle}\n"
+        "  - {id: scene, task: image-to-image, prompt: a red circle, image: {stage: draft}, strength: 0.5}\n"
+        "  - {id: final, task: image-to-image, prompt: a red circle, image: {stage: scene}, strength: 0.5}\n"
+    )
+    return file
+
+
+def _wait_for_pictures(home: Path, count: int) -> None:
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline:
+        if (home / "sdpipeline.db").is_file():
+            with sqlite3.connect(f"file:{home / 'sdpipeline.db'}?mode=ro", uri=True) as connection:
+                made = connection.execute("SELECT count(*) FROM sqlite_master WHERE name = 'image'").fetchone()[0]
+                if made and connection.execute("SELECT count(*) FROM image").fetchone()[0] >= count:
+                    return
+        time.sleep(0.1)
+    raise AssertionError(f"no {count} pictures within two minutes")
