@@ -32,14 +32,20 @@ app = typer.Typer(
 )
 
 
+def _show_version(wanted: bool) -> None:  # noqa: FBT001 -- typer calls it
+    if wanted:
+        stdout.print(f"sdpipeline {__version__}")
+        raise typer.Exit
+
+
 @app.callback()
 def _options(
     *,
-    version: Annotated[bool, typer.Option("--version", help="Show the version.", is_eager=True)] = False,
+    version: Annotated[
+        bool, typer.Option("--version", help="Show the version.", callback=_show_version, is_eager=True)
+    ] = False,
 ) -> None:
-    if version:
-        stdout.print(f"sdpipeline {__version__}")
-        raise typer.Exit
+    del version
 
 
 demo.add_to(app)
