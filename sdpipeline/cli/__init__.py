@@ -32,7 +32,7 @@ app = typer.Typer(
 )
 
 
-def _show_version(wanted: bool) -> None:  # noqa: FBT001 -- typer calls it
+def _show_version(wanted: bool) -> None:
     if wanted:
         stdout.print(f"sdpipeline {__version__}")
         raise typer.Exit
