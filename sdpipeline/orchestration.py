@@ -73,6 +73,8 @@ def run_campaign(
             console.print(f"Prefect UI: {server.ui_url}")
         with _live_progress(settings, campaign, console):
             _run_flow(settings, campaign)
+        if console is not None and keep_ui and server.pid is not None:
+            console.print(f"Prefect stays at {server.ui_url}; to stop it: kill {server.pid}")
     return bootstrap.campaign_progress(settings, campaign)
 
 

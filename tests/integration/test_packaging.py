@@ -80,3 +80,9 @@ def test_an_installed_wheel_migrates_a_database(installed: Path, project_of_a_us
     for command in ([installed / "sdpipeline"], [installed / "python", "-m", "sdpipeline"]):
         run(*command, "db", "upgrade", "--home", home, cwd=project_of_a_user)
     assert list(home.glob("*.sqlite*")) or list(home.glob("*.db"))
+
+
+def test_the_command_line_starts_without_what_only_some_commands_need(installed: Path, tmp_path: Path) -> None:
+    code = "import sys, sdpipeline.cli, sdpipeline.orchestration; print(*sys.modules)"
+    loaded = set(run(installed / "python", "-c", code, cwd=tmp_path).split())
+    assert loaded.isdisjoint({"torch", "diffusers", "transformers", "prefect", "boto3", "psycopg"})

@@ -19,7 +19,6 @@ import pytest
 from sdpipeline import bootstrap
 from sdpipeline.db import reports
 from sdpipeline.prefect_server import own_server
-from sdpipeline.submission import submit
 
 JOBS = 64
 CAMPAIGN = f"""\
@@ -31,11 +30,6 @@ stages:
   - id: draft
     task: text-to-image
     prompt: a red circle
-"""
-RUN = """
-import pathlib, sys
-from sdpipeline import bootstrap, orchestration
-orchestration.run_campaign(bootstrap.load_settings(pathlib.Path(sys.argv[1])), "spring-catalogue")
 """
 
 
@@ -50,10 +44,19 @@ class Running:
     def progress(self) -> bootstrap.Progress:
         return bootstrap.campaign_progress(bootstrap.load_settings(self.home), "spring-catalogue")
 
+    def succeeded(self) -> int:
+        return self.progress().succeeded if self._submitted() else 0
+
     def workers(self) -> list[Any]:
         """Workers that live and hold work."""
+        if not self._submitted():
+            return []
         with bootstrap.services(bootstrap.load_settings(self.home)) as have, have.database.read() as connection:
             return [worker for worker in reports.live_workers(connection) if worker["leases"]]
+
+    def _submitted(self) -> bool:
+        with bootstrap.services(bootstrap.load_settings(self.home)) as have, have.database.read() as connection:
+            return bool(reports.campaign_names(connection, team="default"))
 
     def runs(self) -> list[Any]:
         """The flow runs of this command: tests share a server, homes are their own."""
@@ -77,21 +80,17 @@ Launch = Callable[[Path, int], Running]
 
 @pytest.fixture(scope="module")
 def launch(prefect_home: Path) -> Iterator[Launch]:
-    """Submits the campaign and starts a command that works it with so many workers of the fake engine."""
+    """Starts a command that works the campaign with so many workers of the fake engine."""
     started: list[Running] = []
 
     def start(home: Path, workers: int) -> Running:
         campaign = home / "campaign.yaml"
         campaign.write_text(CAMPAIGN)
-        settings = bootstrap.load_settings(home)
-        with bootstrap.services(settings) as have:
-            found, inputs = bootstrap.load_campaign(settings, campaign, have.database)
-            submit(found, inputs, have.audit, have.store, team=settings.team, max_attempts=settings.max_attempts)
         variables = {"PREFECT_API_URL": server.api_url, "SDP_WORKERS": str(workers)}
         fake = {"SDP_ENGINE__FAKE_SECONDS_PER_BATCH": "0.5", "SDP_ENGINE__MAX_BATCH": "4"}
         with (home / "output").open("wb") as output:
             process = subprocess.Popen(
-                [sys.executable, "-c", RUN, home],
+                [sys.executable, "-m", "sdpipeline", "run", campaign, "--home", home],
                 env=os.environ | variables | fake,
                 stdout=output,
                 stderr=subprocess.STDOUT,
@@ -119,7 +118,7 @@ def until(ask: Callable[[], T]) -> T:
 def survivor(launch: Launch, tmp_path_factory: pytest.TempPathFactory) -> tuple[Running, int, set[float]]:
     """A finished run one of whose workers was killed, that worker's pid, and every progress the UI ever showed."""
     running = launch(tmp_path_factory.mktemp("survivor"), 2)
-    victim = until(lambda: running.workers() if running.progress().succeeded else [])[-1]["pid"]
+    victim = until(lambda: running.workers() if running.succeeded() else [])[-1]["pid"]
     os.kill(victim, signal.SIGKILL)
     shown = set()
     while running.process.poll() is None:
@@ -169,7 +168,7 @@ def test_a_killed_workers_jobs_are_made_once_by_the_others(survivor: tuple[Runni
     assert (progress.succeeded, progress.total, progress.images) == (JOBS, JOBS, JOBS)
 
 
-@pytest.mark.parametrize(("stop", "exit_code"), [(signal.SIGINT, -signal.SIGINT), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(("stop", "exit_code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_an_interrupted_run_gives_its_leases_back(
     launch: Launch, tmp_path: Path, stop: signal.Signals, exit_code: int
 ) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import subprocess
 import sys
 from dataclasses import asdict, replace
@@ -73,9 +74,36 @@ def test_a_reused_pid_is_no_living_process() -> None:
     assert not replace(me, started_at=me.started_at - 1).alive()
 
 
+def test_a_server_of_ones_own_is_used_and_nothing_is_started(
+    prefect_home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with own_server(prefect_home) as ours:
+        monkeypatch.setenv("PREFECT_API_URL", ours.api_url)
+        with orchestration.local_server(Settings(home=tmp_path)) as server:
+            assert (server.api_url, server.started) == (ours.api_url, False)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_demo_keeps_to_the_server_of_its_home(prefect_home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PREFECT_API_URL", "http://127.0.0.1:9/api")
+    with orchestration.local_server(Settings(home=prefect_home), always_own=True) as server:
+        assert os.environ["PREFECT_API_URL"] == server.api_url
+        assert answers(server.api_url)
+    assert os.environ["PREFECT_API_URL"] == "http://127.0.0.1:9/api"
+
+
 def test_a_server_of_ones_own_that_does_not_answer_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PREFECT_API_URL", "http://127.0.0.1:9/api")
     expected = pytest.raises(SettingsError, match=r"PREFECT_API_URL.*does not answer")
     with expected, orchestration.local_server(Settings(home=tmp_path)):
         pass
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.timeout(15)  # the promise of the error message
+def test_a_server_that_takes_calls_and_says_nothing_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        monkeypatch.setenv("PREFECT_API_URL", f"http://127.0.0.1:{silent.getsockname()[1]}/api")
+        expected = pytest.raises(SettingsError, match="check the address and that the server runs")
+        with expected, orchestration.local_server(Settings(home=tmp_path)):
+            pass

@@ -1,0 +1,45 @@
+"""What the flows are told by the module that knows Prefect."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+
+import pytest
+
+from sdpipeline import orchestration
+from sdpipeline.bootstrap import Progress, WorkerSummary
+
+
+def working(*, idle_after: int, seen: list[int]) -> Callable[[int], WorkerSummary]:
+    def work(number: int) -> WorkerSummary:
+        seen.append(number)
+        return WorkerSummary(idle=number >= idle_after)
+
+    return work
+
+
+def test_chunks_follow_one_another_until_nothing_is_left() -> None:
+    seen: list[int] = []
+    orchestration.work_in_chunks(working(idle_after=3, seen=seen), threading.Event())
+    assert seen == [1, 2, 3]
+
+
+def test_a_worker_that_must_end_begins_no_other_chunk() -> None:
+    seen: list[int] = []
+    stop = threading.Event()
+    stop.set()
+    orchestration.work_in_chunks(working(idle_after=3, seen=seen), stop)
+    assert seen == [1]
+
+
+@pytest.mark.parametrize(
+    ("counts", "said"),
+    [
+        ({"succeeded": 32}, "spring: 32 of 32 succeeded"),
+        ({"succeeded": 30, "failed": 1, "skipped": 1}, "spring: 30 of 32 succeeded, 1 failed, 1 skipped"),
+    ],
+)
+def test_a_run_closes_with_what_became_of_its_jobs(counts: dict[str, int], said: str) -> None:
+    progress = Progress(id=1, name="spring", version=3, status="finished", counts=counts, images=0, gpu_seconds=0.0)
+    assert orchestration._describe(progress) == said
