@@ -34,7 +34,11 @@ _AGENT = {"name": "sdpipeline", "version": __version__}
 # instead. Nothing a stranger's picture says may make us open a connection.
 _SETTINGS: Json = {
     "version": 1,
-    "builder": {"thumbnail": {"enabled": False}},
+    "builder": {
+        "thumbnail": {"enabled": False},
+        # Anything else counts as gathered from elsewhere, and the signer does not answer for it.
+        "created_assertion_labels": ["c2pa.actions", "c2pa.ingredient", _RECORD],
+    },
     "verify": {"verify_after_sign": False, "remote_manifest_fetch": False, "ocsp_fetch": False},
 }
 

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import io
+import json
+import shutil
+import subprocess
 from dataclasses import replace
 from pathlib import Path
 
+import c2pa
 import numpy as np
 import pytest
 import skimage.data
@@ -59,6 +63,39 @@ def test_signing_keeps_pixels_and_the_embedded_record(output: OutputFormat, key:
     image = signed(key, output=output)
     assert pixels_sha256(decode(image.data, max_pixels=10_000)) == image.pixels_sha256
     assert read_record(image.data) == RECORD
+
+
+def test_the_signer_answers_for_the_actions_and_the_record_and_names_the_inputs(key: SigningKey) -> None:
+    draft = signed(key).data
+    final = signed(key, ingredients={"image": draft, "controlnets.0": draft})
+    with c2pa.Reader("image/png", io.BytesIO(final.data)) as reader:
+        document = json.loads(reader.detailed_json())
+    manifest = document["manifests"][document["active_manifest"]]
+    created = {assertion["url"].rpartition("/")[2] for assertion in manifest["claim"]["created_assertions"]}
+    assert {"c2pa.actions.v2", "sdpipeline.record", "c2pa.ingredient.v3", "c2pa.ingredient.v3__1"} <= created
+    actions = manifest["assertion_store"]["c2pa.actions.v2"]["actions"]
+    inputs = [[each["url"].rpartition("/")[2] for each in action["parameters"]["ingredients"]] for action in actions]
+    assert [action["action"] for action in actions] == ["c2pa.opened", "c2pa.edited"]
+    assert inputs == [["c2pa.ingredient.v3"], ["c2pa.ingredient.v3__1"]]
+
+
+def test_signing_adds_no_second_picture(key: SigningKey) -> None:
+    image = encode(ASTRONAUT, output=OutputFormat(), record={})
+    assert len(sign(image, key=key, record={}).data) - len(image.data) < 16_000
+
+
+@every_format
+def test_another_tool_reads_the_mark(output: OutputFormat, key: SigningKey, tmp_path: Path) -> None:
+    exiftool = shutil.which("exiftool")
+    if exiftool is None:
+        pytest.skip("exiftool is not installed (Debian: libimage-exiftool-perl)")
+    image = signed(key, output=output)
+    (tmp_path / f"it.{image.extension}").write_bytes(image.data)
+    command = [exiftool, "-json", "-G1", "-validate", "-warning", str(tmp_path / f"it.{image.extension}"), "-XMP:all"]
+    (found,) = json.loads(subprocess.run(command, capture_output=True, check=True).stdout)
+    assert found["ExifTool:Validate"] == "OK"
+    assert found["XMP-iptcExt:DigitalSourceType"] == GENERATED
+    assert json.loads(found["XMP-sdp:Record"]) == RECORD
 
 
 def test_a_development_key_is_never_trusted(key: SigningKey, keys: Path) -> None:
