@@ -150,6 +150,12 @@ def test_a_body_that_is_always_cut_is_unavailable(moto_bucket: Bucket) -> None:
     assert len(proxy.seen) == 2
 
 
+def test_an_endpoint_that_never_replies_is_unavailable(moto_bucket: Bucket) -> None:
+    with behind(moto_bucket, lambda _method, _path: Fault.STALL) as (store, proxy), unavailable("Read timeout"):
+        store.get("a")
+    assert len(proxy.seen) == 2
+
+
 def test_attempts_are_counted_in_total(moto_bucket: Bucket) -> None:
     with behind(moto_bucket, lambda _method, _path: Fault.SLOW_DOWN) as (store, proxy), unavailable("SlowDown"):
         store.get("a")
