@@ -6,24 +6,23 @@ import hashlib
 import json
 import random
 import time
-from collections.abc import Container, Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import rfc8785
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives import serialization
-from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from filelock import FileLock
 
 from sdpipeline.db import audit as rows
 from sdpipeline.db import evidence
 from sdpipeline.db.audit import GENESIS, Event
-from sdpipeline.db.connection import Database
+from sdpipeline.db.connection import Connection, Database
 from sdpipeline.db.queue import commitment
 from sdpipeline.domain import Json, fingerprint, job_identity, request_from_document
-from sdpipeline.errors import Mistake, ObjectConflictError, ObjectMissingError, SettingsError
+from sdpipeline.errors import AuditBrokenError, Mistake, ObjectConflictError, ObjectMissingError, SettingsError
 from sdpipeline.merkle import root
 from sdpipeline.storage import ObjectStore
 
@@ -39,6 +38,14 @@ class SealKey:
         """The raw public key, hexadecimal."""
         encoding, form = serialization.Encoding.Raw, serialization.PublicFormat.Raw
         return self.private.public_key().public_bytes(encoding, form).hex()
+
+    def signed(self, body: str, signature: str) -> bool:
+        """Whether this key made the signature."""
+        try:
+            self.private.public_key().verify(bytes.fromhex(signature), body.encode())
+        except (InvalidSignature, ValueError):
+            return False
+        return True
 
 
 def load_key(path: Path, *, create: bool) -> SealKey:
@@ -93,23 +100,35 @@ def seal(database: Database, store: ObjectStore, key: SealKey) -> int:
             "public_key": key.public_hex,
         }
     ).decode()
-    return _publish(database, store, number, body, key.private.sign(body.encode()).hex())
+    return _publish(database, store, number, body, key)
 
 
-def _publish(database: Database, store: ObjectStore, number: int, body: str, signature: str) -> int:
-    name = seal_name(number)
+def _publish(database: Database, store: ObjectStore, number: int, body: str, key: SealKey) -> int:
+    name, signature = seal_name(number), key.private.sign(body.encode()).hex()
     try:
-        stored = store.put(name, _seal_object(body, signature), content_type="application/json")
+        stored = store.put(name, _seal_object(body, signature), content_type="application/json", retained=True)
     except ObjectConflictError:
-        # A sealer died between storage and database: what it signed stands.
-        found = json.loads(store.get(name))
-        body, signature = found["body"], found["signature"]
-        stored = store.put(name, _seal_object(body, signature), content_type="application/json")
+        # A sealer died between storage and database: what it signed stands, if this database has what it sealed.
+        body, signature = _read_seal(store.get(name))
+        with database.read() as connection:
+            if not (key.signed(body, signature) and _covers(connection, json.loads(body))):
+                message = f"storage holds another {name} than this database would write: was a backup restored?"
+                raise AuditBrokenError(message) from None
+        stored = store.put(name, _seal_object(body, signature), content_type="application/json", retained=True)
     row = {"number": number, "body": body, "signature": signature, "hash": _sha256(body), "key": name}
-    ranges = [(writer, first, last) for writer, first, last in json.loads(body)["ranges"]]
+    ranges = _ranges(json.loads(body))
     with database.write() as connection:
         first_to_seal = rows.insert_seal(connection, row | {"version_id": stored.version_id}, ranges)
     return sum(last - first + 1 for _, first, last in ranges) if first_to_seal else 0
+
+
+def _ranges(body: Json) -> list[tuple[str, int, int]]:
+    return [(writer, first, last) for writer, first, last in body["ranges"]]
+
+
+def _covers(connection: Connection, body: Json) -> bool:
+    """Whether the database's events are those that were sealed."""
+    return root(rows.bodies(connection, _ranges(body))).hex() == str(body["merkle_root"])
 
 
 def seal_name(number: int) -> str:
@@ -119,6 +138,11 @@ def seal_name(number: int) -> str:
 
 def _seal_object(body: str, signature: str) -> bytes:
     return rfc8785.dumps({"body": body, "signature": signature})
+
+
+def _read_seal(data: bytes) -> tuple[str, str]:
+    found = json.loads(data)
+    return str(found["body"]), str(found["signature"])
 
 
 def _sha256(text: str) -> str:
@@ -163,15 +187,38 @@ def verify(
     *,
     sample: int | None = None,
 ) -> Verification:
-    """Check every chain, seal, job row and picture; ``sample`` limits the pictures whose bytes are read."""
+    """Check every chain, seal, job row and picture; ``sample`` limits the pictures whose bytes are read.
+
+    Workers may go on meanwhile: rows are compared as they stood at one moment, storage afterwards.
+    """
     found = Verification()
-    told = _Told()
-    _verify_chains(database, found, told)
-    _verify_seals(database, store, key, found)
-    _verify_jobs(database, found, told)
-    wanted = _wanted(database, sample)
-    _verify_images(database, store, found, told, wanted)
+    with database.snapshot() as connection:
+        told = _verify_chains(connection, found)
+        sealed = _verify_seals(connection, key, found)
+        _verify_jobs(connection, found, told)
+        pictures = _verify_images(connection, found, told, sample)
+    for row in sealed:
+        _verify_stored_seal(store, found, row)
+    _verify_newest(database, store, found, len(sealed))
+    for stored, sha256 in pictures:
+        _verify_object(store, found, stored, sha256)
     return found
+
+
+_ALLOWED: Mapping[str | None, tuple[str, ...]] = {
+    None: ("waiting", "ready"),
+    Event.LEASE_TAKEN: ("leased",),
+    Event.LEASE_RELEASED: ("ready",),
+    Event.LEASE_EXPIRED: ("ready",),
+    Event.JOB_SUCCEEDED: ("succeeded",),
+    Event.JOB_FAILED: ("failed", "blocked"),
+    Event.JOB_DEFERRED: ("waiting", "ready"),
+    Event.JOBS_SKIPPED: ("skipped",),
+    Event.JOBS_CANCELLED: ("cancelled",),
+    Event.JOBS_RETRIED: ("waiting", "ready", "succeeded"),
+    Event.JOBS_CHANGED: ("waiting", "ready", "succeeded"),
+}
+"""What a job's status may be after the last event that names it."""
 
 
 @dataclass(slots=True)
@@ -179,109 +226,126 @@ class _Told:
     """What the events say of each job, kept while the chains are read."""
 
     succeeded: dict[tuple[int, str], Json] = field(default_factory=dict)
-    last: dict[int, tuple[int, str, str | None]] = field(default_factory=dict)
+    last: dict[int, tuple[int, str]] = field(default_factory=dict)
     attempts: dict[int, tuple[int, int]] = field(default_factory=dict)
     roots: dict[int, str] = field(default_factory=dict)
 
     def hear(self, event: Json) -> None:
-        """Take in one event."""
-        kind, at, subject = event["event"], event["at_ms"], event["subject"]
+        """Take in one event; raises KeyError, TypeError or ValueError for one that we did not write."""
+        kind, at, subject = event["event"], event["at_us"], event["subject"]
         if kind == Event.CAMPAIGN_SUBMITTED:
             self.roots[event["version_id"]] = event["jobs_root"]
-        elif kind == Event.LEASE_TAKEN:
+        elif kind in (Event.LEASE_TAKEN, Event.LEASE_RELEASED, Event.LEASE_EXPIRED):
             for job_id, attempt in event["jobs"]:
-                self._latest(self.attempts, job_id, (at, attempt))
+                self._note(job_id, at, kind, attempt)
         elif kind in (Event.JOB_SUCCEEDED, Event.JOB_FAILED, Event.JOB_DEFERRED):
             job_id = int(subject.removeprefix("job:"))
-            self._latest(self.last, job_id, (at, kind, event["fingerprint"]))
+            self._note(job_id, at, kind, event["attempt"])
             if kind == Event.JOB_SUCCEEDED:
                 self.succeeded[job_id, event["fingerprint"]] = event
-        elif kind in (Event.JOBS_SKIPPED, Event.JOBS_CANCELLED, Event.JOBS_RETRIED):
+        elif kind in (Event.JOBS_SKIPPED, Event.JOBS_CANCELLED, Event.JOBS_RETRIED, Event.JOBS_CHANGED):
+            afresh = kind in (Event.JOBS_RETRIED, Event.JOBS_CHANGED)
             for job_id in event["jobs"]:
-                self._latest(self.last, job_id, (at, kind, None))
+                self._note(job_id, at, kind, 0 if afresh else None)
 
-    @staticmethod
-    def _latest(known: dict[int, Any], job_id: int, entry: tuple[Any, ...]) -> None:
-        if job_id not in known or known[job_id][0] <= entry[0]:
-            known[job_id] = entry
+    def _note(self, job_id: int, at: int, kind: str, attempt: int | None) -> None:
+        """Chains are read one after the other, so the clock says what came last; in a chain, its order."""
+        if self.last.get(job_id, (at, ""))[0] <= at:
+            self.last[job_id] = (at, kind)
+        if attempt is not None and self.attempts.get(job_id, (at, 0))[0] <= at:
+            self.attempts[job_id] = (at, attempt)
 
 
-def _verify_chains(database: Database, found: Verification, told: _Told) -> None:
+def _verify_chains(connection: Connection, found: Verification) -> _Told:
+    told = _Told()
     writer, expected, head = "", 0, GENESIS
-    with database.read() as connection:
-        for row, body in rows.events(connection):
-            found.events += 1
-            if row.writer_id != writer:
-                writer, expected, head = row.writer_id, 0, GENESIS
-            subject = f"event:{writer}/{row.seq}"
-            if row.seq != expected:
-                found.fault("event-missing", subject, f"expected number {expected} of this chain")
-            elif _sha256(row.body) != row.hash:
-                found.fault("event-altered", subject, "its bytes do not hash to its hash")
-            elif body.get("prev") != head or body.get("writer") != writer or body.get("seq") != row.seq:
+    for row in rows.events(connection):
+        found.events += 1
+        if row.writer_id != writer:
+            writer, expected, head = row.writer_id, 0, GENESIS
+        subject = f"event:{writer}/{row.seq}"
+        if row.seq != expected:
+            found.fault("event-missing", subject, f"expected number {expected} of this chain")
+        if _sha256(row.body) != row.hash:
+            found.fault("event-altered", subject, "its bytes do not hash to its hash")
+        try:
+            body = json.loads(row.body)
+            if row.seq == expected and (body["prev"], body["writer"], body["seq"]) != (head, writer, row.seq):
                 found.fault("chain-broken", subject, "it does not continue the event before it")
-            elif body.get("subject") != row.subject:
+            if body["subject"] != row.subject:
                 found.fault("event-altered", subject, "its subject column differs from its bytes")
-            expected, head = row.seq + 1, row.hash
             told.hear(body)
+        except (KeyError, TypeError, ValueError):
+            found.fault("event-altered", subject, "it is no event that was written here")
+        expected, head = row.seq + 1, row.hash
+    return told
 
 
-def _verify_seals(database: Database, store: ObjectStore, key: SealKey, found: Verification) -> None:
-    with database.read() as connection:
-        sealed = rows.seals(connection)
-        previous, covered = GENESIS, dict[str, int]()
-        for position, row in enumerate(sealed, 1):
-            found.seals += 1
-            body = json.loads(row["body"])
-            subject = f"seal:{row['number']}"
-            if row["number"] != position or body["number"] != position or body["prev"] != previous:
-                found.fault("seal-invalid", subject, "it does not continue the seal before it")
-            for detail in _seal_faults(row, body, key, store):
-                found.fault("seal-invalid", subject, detail)
-            ranges = [(writer, first, last) for writer, first, last in body["ranges"]]
-            if sorted(ranges) != sorted(row["ranges"]):
-                found.fault("seal-invalid", subject, "its ranges in the database differ from what was signed")
-            for writer, first, last in ranges:
-                if first != covered.get(writer, -1) + 1:
-                    found.fault("seal-invalid", subject, f"it does not continue the chain of {writer}")
-                covered[writer] = last
-            if root(rows.bodies(connection, ranges)).hex() != body["merkle_root"]:
-                found.fault("sealed-events-altered", subject, "the events it covers are not those that were sealed")
-            previous = row["hash"]
-        found.unsealed = sum(last - first + 1 for _, first, last in rows.unsealed_ranges(connection))
-    following = seal_name(len(sealed) + 1)
-    if store.head(following) is not None:
-        found.fault("database-too-old", following, "storage holds a newer seal than the database: a restored backup?")
+def _verify_seals(connection: Connection, key: SealKey, found: Verification) -> list[Json]:
+    sealed = rows.seals(connection)
+    previous, covered = GENESIS, dict[str, int]()
+    for position, row in enumerate(sealed, 1):
+        found.seals += 1
+        subject = f"seal:{row['number']}"
+        if _sha256(row["body"]) != row["hash"]:
+            found.fault("seal-invalid", subject, "its bytes do not hash to its hash")
+        if not key.signed(row["body"], row["signature"]):
+            # Nothing that it says can be relied on, so nothing is compared with it.
+            found.fault("seal-invalid", subject, "its signature is not by the key at hand")
+            continue
+        body = json.loads(row["body"])
+        if row["number"] != position or body["number"] != position or body["prev"] != previous:
+            found.fault("seal-invalid", subject, "it does not continue the seal before it")
+        if sorted(_ranges(body)) != sorted(row["ranges"]):
+            found.fault("seal-invalid", subject, "its ranges in the database differ from what was signed")
+        for writer, first, last in _ranges(body):
+            if first != covered.get(writer, -1) + 1:
+                found.fault("seal-invalid", subject, f"it does not continue the chain of {writer}")
+            covered[writer] = last
+        if not _covers(connection, body):
+            found.fault("sealed-events-altered", subject, "the events it covers are not those that were sealed")
+        previous = row["hash"]
+    found.unsealed = sum(last - first + 1 for _, first, last in rows.unsealed_ranges(connection))
+    return sealed
 
 
-def _seal_faults(row: Json, body: Json, key: SealKey, store: ObjectStore) -> Iterator[str]:
-    if _sha256(row["body"]) != row["hash"]:
-        yield "its bytes do not hash to its hash"
-    if body["public_key"] != key.public_hex:
-        yield f"it was signed by another key, {body['public_key'][:16]}..."
+def _verify_stored_seal(store: ObjectStore, found: Verification, row: Json) -> None:
+    subject = f"seal:{row['number']}"
     try:
-        Ed25519PublicKey.from_public_bytes(bytes.fromhex(key.public_hex)).verify(
-            bytes.fromhex(row["signature"]), row["body"].encode()
-        )
-    except (InvalidSignature, ValueError):
-        yield "its signature is wrong"
-    try:
-        if store.get(row["key"]) != _seal_object(row["body"], row["signature"]):
-            yield "storage holds another seal under this number"
+        stored = store.get(row["key"], version_id=row["version_id"])
     except ObjectMissingError:
-        yield "it is not in storage"
+        found.fault("seal-invalid", subject, "it is not in storage")
+        return
+    if stored != _seal_object(row["body"], row["signature"]):
+        found.fault("seal-invalid", subject, "storage holds another seal under this number")
+    if len(store.versions(row["key"])) != 1:
+        found.fault("seal-invalid", subject, "storage holds more than one version of it, or a delete marker")
 
 
-def _verify_jobs(database: Database, found: Verification, told: _Told) -> None:
-    with database.read() as connection:
-        for job in evidence.jobs(connection):
-            subject = f"job:{job['id']}"
-            for detail in _job_faults(job, told):
-                found.fault("job-altered", subject, detail)
-        for version_id, jobs_root in evidence.published_roots(connection):
-            if told.roots.get(version_id) != jobs_root:
-                detail = "its jobs are not those that were submitted"
-                found.fault("campaign-altered", f"version:{version_id}", detail)
+def _verify_newest(database: Database, store: ObjectStore, found: Verification, sealed: int) -> None:
+    """A seal that only storage has may be on its way into the database, but then its events are here."""
+    following = seal_name(sealed + 1)
+    if store.head(following) is None:
+        return
+    try:
+        body, _ = _read_seal(store.get(following))
+        with database.read() as connection:
+            known = _covers(connection, json.loads(body))
+    except (KeyError, TypeError, ValueError):
+        known = False
+    if not known:
+        found.fault("database-too-old", following, "storage has sealed events that the database lacks: a backup?")
+
+
+def _verify_jobs(connection: Connection, found: Verification, told: _Told) -> None:
+    for job in evidence.jobs(connection):
+        subject = f"job:{job['id']}"
+        for detail in _job_faults(job, told):
+            found.fault("job-altered", subject, detail)
+    for version_id, jobs_root in evidence.published_roots(connection):
+        if told.roots.get(version_id) != jobs_root:
+            detail = "its jobs are not those that were submitted"
+            found.fault("campaign-altered", f"version:{version_id}", detail)
 
 
 def _job_faults(job: Json, told: _Told) -> Iterator[str]:
@@ -290,52 +354,49 @@ def _job_faults(job: Json, told: _Told) -> Iterator[str]:
     try:
         if fingerprint(request_from_document(job["request"])) != job["fingerprint"]:
             yield "its request does not hash to its fingerprint"
-    except (KeyError, TypeError, ValueError):
+    except (AttributeError, KeyError, TypeError, ValueError):
         yield "its request cannot be read"
-    event = told.succeeded.get((job["id"], job["fingerprint"]))
-    _, last, last_fingerprint = told.last.get(job["id"], (0, "", None))
-    status = job["status"]
-    if (event is None) is (status == "succeeded"):
-        if status == "succeeded":
-            yield "the audit log does not know that it succeeded"
-        elif status != "cancelled":
-            yield f"it is {status}, the audit log says that it succeeded"
-    expected = {"failed": Event.JOB_FAILED, "skipped": Event.JOBS_SKIPPED, "cancelled": Event.JOBS_CANCELLED}
-    if status in expected and last != expected[status]:
-        yield f"it is {status}, the audit log does not say so"
-    if status in ("waiting", "ready", "leased") and last == Event.JOB_FAILED and last_fingerprint == job["fingerprint"]:
-        yield f"it is {status}, the audit log says that it failed"
+    _, last = told.last.get(job["id"], (0, None))
+    if job["status"] not in _ALLOWED[last]:
+        yield f"it is {job['status']}, the audit log says {last or 'nothing of it'}"
     attempts = told.attempts.get(job["id"], (0, 0))[1]
-    if job["attempt"] not in (attempts, max(0, attempts - 1), 0) or (event and job["attempt"] > event["attempt"]):
+    if job["status"] == "succeeded":
+        event = told.succeeded.get((job["id"], job["fingerprint"]))
+        if event is None:
+            yield "the audit log does not know that it succeeded"
+            return
+        attempts = event["attempt"]
+        if event["commitment"] != commitment(job["salt"], job["request"]):
+            yield "its request is not the one its picture was made from"
+    if job["attempt"] != attempts:
         yield f"it counts {job['attempt']} attempts, the audit log {attempts}"
-    if event and status == "succeeded" and event["commitment"] != commitment(job["salt"], job["request"]):
-        yield "its request is not the one its picture was made from"
-
-
-def _wanted(database: Database, sample: int | None) -> Container[tuple[int, str]]:
-    """The pictures whose bytes are read: all, or as many as the sample asks for."""
-    with database.read() as connection:
-        keys = evidence.image_keys(connection)
-    return set(keys if sample is None else random.sample(keys, min(sample, len(keys))))
 
 
 def _verify_images(
-    database: Database, store: ObjectStore, found: Verification, told: _Told, wanted: Container[tuple[int, str]]
-) -> None:
-    with database.read() as connection:
-        for picture in evidence.images(connection):
-            subject = f"image:{picture['key']}"
-            event = told.succeeded.get((picture["job_id"], picture["fingerprint"]))
-            if event is None or any(event["image"][name] != picture[name] for name in event["image"]):
-                found.fault("image-altered", subject, "its row differs from the audit log")
-            if (picture["job_id"], picture["fingerprint"]) not in wanted:
-                found.skipped += 1
-            else:
-                found.images += 1
-                _verify_object(store, found, picture["key"], picture["sha256"])
-                _verify_object(store, found, picture["sidecar_key"], picture["sidecar_sha256"])
-        for job_id in evidence.succeeded_without_image(connection):
-            found.fault("image-missing", f"job:{job_id}", "it succeeded, but no picture is recorded")
+    connection: Connection, found: Verification, told: _Told, sample: int | None
+) -> list[tuple[str, str]]:
+    """Compare picture rows with the events; returns (key, SHA-256) of the objects that are to be read."""
+    keys = evidence.image_keys(connection)
+    wanted = set(keys if sample is None else random.sample(keys, min(sample, len(keys))))
+    objects: list[tuple[str, str]] = []
+    for picture in evidence.images(connection):
+        event = told.succeeded.get((picture["job_id"], picture["fingerprint"]))
+        if event is None or _differs(picture, event):
+            found.fault("image-altered", f"image:{picture['key']}", "its row differs from the audit log")
+        if (picture["job_id"], picture["fingerprint"]) not in wanted:
+            found.skipped += 1
+            continue
+        found.images += 1
+        objects.append((picture["key"], picture["sha256"]))
+        objects.append((picture["sidecar_key"], picture["sidecar_sha256"]))
+    for job_id in evidence.succeeded_without_image(connection):
+        found.fault("image-missing", f"job:{job_id}", "it succeeded, but no picture is recorded")
+    return objects
+
+
+def _differs(picture: Json, event: Json) -> bool:
+    told = event["image"] | {"attempt": event["attempt"], "worker_id": event["worker"]}
+    return any(picture[name] != value for name, value in told.items())
 
 
 def _verify_object(store: ObjectStore, found: Verification, key: str, sha256: str) -> None:

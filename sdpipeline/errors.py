@@ -19,6 +19,7 @@
     │   └── BadPictureError       the engine's own output is not a picture (NaN, flat, black)
     ├── ObjectMissingError        storage has no object under that key
     ├── ObjectConflictError       storage holds other bytes under that key
+    ├── AuditBrokenError          storage holds a seal that this database does not have the events of
     ├── LeaseLostError            another worker owns the job now: drop the work
     └── WorkersLostError          the worker processes died more often than they may be restarted
 """
@@ -118,6 +119,10 @@ class ObjectMissingError(SdpError):
 
 class ObjectConflictError(SdpError):
     """Storage already holds other bytes under that key."""
+
+
+class AuditBrokenError(SdpError):
+    """Storage holds a seal over events that this database does not have: a restored backup, or worse."""
 
 
 class LeaseLostError(SdpError):

@@ -10,7 +10,7 @@ from pathlib import Path
 from sdpipeline import expand
 from sdpipeline.batching import split
 from sdpipeline.campaign import Campaign
-from sdpipeline.db import registry
+from sdpipeline.db import registry, staging
 from sdpipeline.db import submit as publishing
 from sdpipeline.db.audit import AuditLog
 from sdpipeline.db.connection import Database
@@ -72,23 +72,24 @@ def submit(
     prune: bool = False,
 ) -> Submitted:
     """Check everything, copy the inputs, then publish in one transaction: workers see all of it or nothing."""
-    if not expand.check(campaign, inputs):
-        raise CampaignError(Mistake(file=campaign.source.file, message="asks for no picture", fix="give it rows"))
-    copy_inputs(inputs.found.values(), store)
-    used = {stage.checkpoint or campaign.spec.checkpoint for stage in campaign.spec.stages}
-    used |= {use.checkpoint for stage in campaign.spec.stages for use in stage.controlnets}
-    with audit.transaction() as tx:
-        registry.remember(tx, [campaign.catalog[alias] for alias in sorted(used)])
-        return publishing.submit(
-            tx,
-            expand.expand(campaign, inputs),
-            team=team,
-            name=campaign.spec.name,
-            source=campaign.text,
-            priority=campaign.spec.priority,
-            max_attempts=max_attempts,
-            prune=prune,
-        )
+    with staging.prepared(expand.expand(campaign, inputs)) as ready:
+        if not ready.count:
+            raise CampaignError(Mistake(file=campaign.source.file, message="asks for no picture", fix="give it rows"))
+        copy_inputs(inputs.found.values(), store)
+        used = {stage.checkpoint or campaign.spec.checkpoint for stage in campaign.spec.stages}
+        used |= {use.checkpoint for stage in campaign.spec.stages for use in stage.controlnets}
+        with audit.transaction() as tx:
+            registry.remember(tx, [campaign.catalog[alias] for alias in sorted(used)])
+            return publishing.submit(
+                tx,
+                ready,
+                team=team,
+                name=campaign.spec.name,
+                source=campaign.text,
+                priority=campaign.spec.priority,
+                max_attempts=max_attempts,
+                prune=prune,
+            )
 
 
 def copy_inputs(found: Iterable[InputFile], store: ObjectStore) -> None:

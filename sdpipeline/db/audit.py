@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import json
+import os
 import secrets
 import threading
 import time
@@ -16,7 +16,7 @@ from typing import Any
 import rfc8785
 from sqlalchemy import Connection, func, insert, select
 
-from sdpipeline.db.connection import Database, insert_ignoring
+from sdpipeline.db.connection import Database, insert_ignoring, now_s
 from sdpipeline.db.tables import audit_event, audit_seal, audit_seal_range
 from sdpipeline.domain import Json
 
@@ -29,6 +29,7 @@ class Event(StrEnum):
     CAMPAIGN_SUBMITTED = "campaign.submitted"
     CAMPAIGN_PAUSED = "campaign.paused"
     CAMPAIGN_RESUMED = "campaign.resumed"
+    JOBS_CHANGED = "jobs.changed"
     JOBS_CANCELLED = "jobs.cancelled"
     JOBS_RETRIED = "jobs.retried"
     JOBS_SKIPPED = "jobs.skipped"
@@ -53,28 +54,30 @@ class Transaction:
     actor: str
     seq: int
     head: str
-    _rows: list[Json] = field(default_factory=list)
+    _told: list[Json] = field(default_factory=list)
 
     def record(self, event: Event, subject: str, **details: Any) -> None:
-        """Append one event; ``details`` must be JSON without floats' NaN and without personal data."""
-        body = canonical_event(
-            writer=self.writer_id,
-            seq=self.seq,
-            prev=self.head,
-            actor=self.actor,
-            event=event,
-            subject=subject,
-            **details,
-        )
-        self.head = hashlib.sha256(body.encode()).hexdigest()
-        row = {"writer_id": self.writer_id, "seq": self.seq, "body": body, "hash": self.head, "subject": subject}
-        self._rows.append(row)
-        self.seq += 1
+        """Append one event; ``details`` must be JSON without floats' NaN and without personal data.
+
+        Record a transition after the statement that made it: its row locks order the events of one job.
+        """
+        self._told.append({"event": str(event), "subject": subject, **details})
 
     def flush(self) -> None:
-        """Send the collected events; called once, before the commit."""
-        if self._rows:
-            self.connection.execute(insert(audit_event), self._rows)
+        """Chain and send the collected events; called once, before the commit."""
+        if not self._told:
+            return
+        at_us, rows = _clock_us(self.connection), []
+        for told in self._told:
+            body = canonical_event(
+                {"writer": self.writer_id, "seq": self.seq, "prev": self.head, "actor": self.actor, "at_us": at_us}
+                | told
+            )
+            self.head = hashlib.sha256(body.encode()).hexdigest()
+            row = {"writer_id": self.writer_id, "seq": self.seq, "body": body, "hash": self.head}
+            rows.append(row | {"subject": told["subject"]})
+            self.seq += 1
+        self.connection.execute(insert(audit_event), rows)
 
 
 class AuditLog:
@@ -87,27 +90,34 @@ class AuditLog:
         self._start_chain()
 
     def _start_chain(self) -> None:
+        self._pid = os.getpid()
         self.writer_id, self._seq, self._head = secrets.token_hex(16), 0, GENESIS
 
     @contextmanager
     def transaction(self) -> Iterator[Transaction]:
         """One write transaction whose events extend the chain when, and only when, it commits."""
         with self._lock:
-            try:
-                with self.database.write() as connection:
-                    tx = Transaction(connection, self.writer_id, self.actor, self._seq, self._head)
-                    yield tx
-                    tx.flush()
-            except BaseException:
-                # Whether a commit arrived is unknown after a lost connection, so this chain ends here.
+            if self._pid != os.getpid():
                 self._start_chain()
-                raise
-            self._seq, self._head = tx.seq, tx.head
+            with self.database.write() as connection:
+                tx = Transaction(connection, self.writer_id, self.actor, self._seq, self._head)
+                yield tx
+                tx.flush()
+                # Whether a commit arrived is unknown if it fails: the old chain goes on only once it did.
+                self._start_chain()
+            self.writer_id, self._seq, self._head = tx.writer_id, tx.seq, tx.head
 
 
-def canonical_event(*, event: Event, **fields: Any) -> str:
+def canonical_event(event: Json) -> str:
     """The RFC 8785 bytes of one event; these, not the database's idea of JSON, are hashed."""
-    return rfc8785.dumps({"v": 1, "at_ms": time.time_ns() // 1_000_000, "event": str(event), **fields}).decode()
+    return rfc8785.dumps({"v": 1} | event).decode()
+
+
+def _clock_us(connection: Connection) -> int:
+    """One clock for all writers: the server's on PostgreSQL, the machine's on SQLite (whose own has milliseconds)."""
+    if connection.dialect.name == "sqlite":
+        return time.time_ns() // 1000
+    return int(connection.execute(select(now_s())).scalar_one() * 1e6)
 
 
 def unsealed_ranges(connection: Connection) -> list[tuple[str, int, int]]:
@@ -142,7 +152,8 @@ def bodies(connection: Connection, ranges: Sequence[tuple[str, int, int]]) -> It
 
 def insert_seal(connection: Connection, seal: Json, ranges: Sequence[tuple[str, int, int]]) -> bool:
     """Store a seal and what it covers; False if another sealer was first with this number."""
-    if not connection.execute(insert_ignoring(connection, audit_seal).values(**seal)).rowcount:
+    statement = insert_ignoring(connection, audit_seal).values(**seal).execution_options(preserve_rowcount=True)
+    if not connection.execute(statement).rowcount:
         return False
     rows = [
         {"number": seal["number"], "writer_id": writer, "first_seq": first, "last_seq": last}
@@ -169,8 +180,7 @@ def seals(connection: Connection) -> list[Json]:
     return [dict(row) | {"ranges": ranges.get(row["number"], [])} for row in rows]
 
 
-def events(connection: Connection) -> Iterator[tuple[Any, Json]]:
-    """Every event row with its parsed body, chain by chain in order."""
+def events(connection: Connection) -> Iterator[Any]:
+    """Every event row, chain by chain in order."""
     statement = select(audit_event).order_by(audit_event.c.writer_id, audit_event.c.seq)
-    for row in connection.execute(statement.execution_options(yield_per=1000)):
-        yield row, json.loads(row.body)
+    yield from connection.execute(statement.execution_options(yield_per=1000))

@@ -2,22 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import os
+import sqlite3
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import Connection, Double, Engine, Table, create_engine, event, make_url
+from sqlalchemy import URL, Connection, Double, Engine, Table, create_engine, event, make_url
 from sqlalchemy.dialects import postgresql, sqlite
-from sqlalchemy.exc import ArgumentError, DBAPIError, NoSuchModuleError, OperationalError
+from sqlalchemy.exc import ArgumentError, DBAPIError, DisconnectionError, NoSuchModuleError, OperationalError
 from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.sql.functions import GenericFunction
 
 from sdpipeline.errors import DatabaseUnavailableError, Mistake, SettingsError
 
-CONNECT_TIMEOUT_S = 10
+__all__ = ["Connection", "Database", "copy_rows", "insert_ignoring", "now_s", "open_database", "sqlite_path"]
+
 SQLITE_BUSY_TIMEOUT_S = 30
+
+_POSTGRES_CONNECTION = {
+    # Per address of a host name: two of them must fail within 15 s.
+    "connect_timeout": 5,
+    # A server that vanished without a word is noticed within half a minute.
+    "keepalives_idle": 10,
+    "keepalives_interval": 5,
+    "keepalives_count": 3,
+    "tcp_user_timeout": 30_000,
+    # A process that is frozen in the middle of a transaction must not hold its row locks for ever.
+    "options": "-c idle_in_transaction_session_timeout=60s",
+}
 
 
 class now_s(GenericFunction[float]):  # noqa: N801 -- reads as the SQL function it is
@@ -57,14 +72,23 @@ class Database:
     @contextmanager
     def write(self) -> Iterator[Connection]:
         """One short transaction that may write; commits at the end."""
-        with _translated(), self.writer.begin() as connection:
+        with _translated(self.writer.url), self.writer.begin() as connection:
             yield connection
 
     @contextmanager
     def read(self) -> Iterator[Connection]:
         """One transaction that only reads."""
-        with _translated(), self.reader.begin() as connection:
+        with _translated(self.reader.url), self.reader.begin() as connection:
             yield connection
+
+    @contextmanager
+    def snapshot(self) -> Iterator[Connection]:
+        """One transaction that only reads, and sees the database as it stood at its first statement."""
+        with _translated(self.reader.url), self.reader.connect() as connection:
+            if not self.is_sqlite:
+                connection.execution_options(isolation_level="REPEATABLE READ")
+            with connection.begin():
+                yield connection
 
     def close(self) -> None:
         """Give all connections back."""
@@ -76,24 +100,14 @@ def open_database(url: str) -> Database:
     """Connect lazily to SQLite or PostgreSQL; raises SettingsError for any other URL."""
     try:
         parsed = make_url(url)
-    except ArgumentError as error:
+    except (ArgumentError, ValueError) as error:
         raise SettingsError(_wrong_url("is no database URL")) from error
     backend = parsed.get_backend_name()
     if backend == "sqlite":
-        return _open_sqlite(url, Path(parsed.database or ""))
+        return _open_sqlite(parsed)
     if backend != "postgresql":
         raise SettingsError(_wrong_url(f"names the database {backend!r}"))
-    if parsed.get_driver_name() in ("", "psycopg2"):
-        parsed = parsed.set(drivername="postgresql+psycopg")
-    try:
-        engine = create_engine(
-            parsed, pool_pre_ping=True, connect_args={"connect_timeout": CONNECT_TIMEOUT_S}, pool_size=8
-        )
-    except (NoSuchModuleError, ModuleNotFoundError) as error:
-        raise SettingsError(
-            Mistake(key="SDP_DATABASE_URL", message="needs psycopg", fix="pip install 'sdpipeline[postgres]'")
-        ) from error
-    return Database(engine, engine)
+    return _open_postgresql(parsed)
 
 
 def sqlite_path(url: str) -> Path | None:
@@ -109,14 +123,33 @@ def insert_ignoring(connection: Connection, table: Table) -> postgresql.Insert |
     return sqlite.insert(table).on_conflict_do_nothing()
 
 
+def copy_rows(connection: Connection, table: Table, rows: Sequence[tuple[Any, ...]]) -> None:
+    """Add many rows of values as the driver takes them (JSON as text), in this transaction: COPY where there is one."""
+    names = ", ".join(table.columns.keys())
+    if connection.dialect.name == "sqlite":
+        marks = ", ".join("?" * len(table.columns))
+        if rows:
+            connection.exec_driver_sql(f"INSERT INTO {table.name} ({names}) VALUES ({marks})", list(rows))  # noqa: S608
+        return
+    driver: Any = connection.connection.dbapi_connection
+    try:
+        with driver.cursor().copy(f"COPY {table.name} ({names}) FROM STDIN") as copy:
+            for row in rows:
+                copy.write_row(row)
+    except connection.dialect.loaded_dbapi.OperationalError as error:
+        raise DatabaseUnavailableError(f"{_place(connection.engine.url)}: {error}".splitlines()[0]) from error
+
+
 def _wrong_url(fault: str) -> Mistake:
     return Mistake(
         key="SDP_DATABASE_URL", message=fault, fix="write sqlite:///file.db or postgresql://user:password@host/database"
     )
 
 
-def _open_sqlite(url: str, path: Path) -> Database:
-    path.parent.mkdir(parents=True, exist_ok=True)
+def _open_sqlite(url: URL) -> Database:
+    if url.database in (None, "", ":memory:") or "uri" in url.query:
+        raise SettingsError(_wrong_url("names no SQLite file that several processes can share"))
+    Path(str(url.database)).parent.mkdir(parents=True, exist_ok=True)
     writer, reader = (
         create_engine(url, connect_args={"timeout": SQLITE_BUSY_TIMEOUT_S, "isolation_level": None}) for _ in range(2)
     )
@@ -124,7 +157,24 @@ def _open_sqlite(url: str, path: Path) -> Database:
     _on_connect(reader, "PRAGMA query_only = ON")
     _on_begin(writer, "BEGIN IMMEDIATE")
     _on_begin(reader, "BEGIN")
+    for engine in (writer, reader):
+        _leave_to_parent(engine)
     return Database(writer, reader)
+
+
+def _open_postgresql(url: URL) -> Database:
+    if url.get_driver_name() in ("", "psycopg2"):
+        url = url.set(drivername="postgresql+psycopg")
+    # What the URL says itself wins.
+    arguments = {name: value for name, value in _POSTGRES_CONNECTION.items() if name not in url.query}
+    try:
+        engine = create_engine(url, pool_pre_ping=True, pool_size=8, connect_args=arguments)
+    except (NoSuchModuleError, ModuleNotFoundError) as error:
+        raise SettingsError(
+            Mistake(key="SDP_DATABASE_URL", message="needs psycopg", fix="pip install 'sdpipeline[postgres]'")
+        ) from error
+    _leave_to_parent(engine)
+    return Database(engine, engine)
 
 
 def _on_connect(engine: Engine, *pragmas: str) -> None:
@@ -140,16 +190,43 @@ def _on_begin(engine: Engine, statement: str) -> None:
         connection.exec_driver_sql(statement)
 
 
+def _leave_to_parent(engine: Engine) -> None:
+    """After a fork the parent's connections are the parent's: the child opens its own."""
+
+    @event.listens_for(engine, "connect")
+    def _remember(_dbapi_connection: Any, record: Any) -> None:
+        record.info["pid"] = os.getpid()
+
+    @event.listens_for(engine, "checkout")
+    def _check(_dbapi_connection: Any, record: Any, proxy: Any) -> None:
+        if record.info["pid"] != os.getpid():
+            record.dbapi_connection = proxy.dbapi_connection = None
+            raise DisconnectionError("this connection belongs to the parent process")
+
+
 @contextmanager
-def _translated() -> Iterator[None]:
+def _translated(url: URL) -> Iterator[None]:
     try:
         yield
     except OperationalError as error:
-        raise DatabaseUnavailableError(_first_line(error)) from error
+        # SQLite reports a statement that is wrong (SQLITE_ERROR) like a database that is away.
+        if getattr(error.orig, "sqlite_errorcode", None) == sqlite3.SQLITE_ERROR:
+            raise
+        raise DatabaseUnavailableError(f"{_place(url)}: {_first_line(error)}") from error
     except DBAPIError as error:
         if error.connection_invalidated:
-            raise DatabaseUnavailableError(_first_line(error)) from error
+            raise DatabaseUnavailableError(f"{_place(url)}: {_first_line(error)}") from error
+        if error.statement is None and not error.params and not isinstance(error.orig, sqlite3.Error):
+            raise SettingsError(_wrong_url(_first_line(error))) from error
         raise
+
+
+def _place(url: URL) -> str:
+    """The database without its user, password and options."""
+    if url.get_backend_name() == "sqlite":
+        return str(url.database)
+    host = url.host or url.query.get("host") or "the local socket"
+    return f"database {url.database} at {host}" + (f":{url.port}" if url.port else "")
 
 
 def _first_line(error: DBAPIError) -> str:

@@ -4,58 +4,68 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
-from sqlalchemy import ColumnElement, Connection, and_, case, exists, func, literal_column, null, or_, select, update
+from sqlalchemy import ColumnElement, Connection, and_, case, false, func, null, or_, select, update
 
 from sdpipeline.db.audit import Event, Transaction
 from sdpipeline.db.connection import now_s
-from sdpipeline.db.queue import LEASED, READY, SKIPPED, WAITING, descendants
-from sdpipeline.db.tables import campaign, image, job, job_parent
+from sdpipeline.db.locks import have_campaign
+from sdpipeline.db.queue import LEASED, READY, SKIPPED, WAITING, descendants, skip_descendants
+from sdpipeline.db.tables import attempt, campaign, image, job, job_parent
+from sdpipeline.errors import BadInputError, Mistake
 
 _DEAD_ENDS = ("failed", "blocked", "skipped", "cancelled")
 
 
 def retry(tx: Transaction, *, campaign_id: int, statuses: Collection[str]) -> int:
-    """Reopen jobs of the given terminal statuses, and the skipped descendants of what is reopened."""
-    chosen = select(job.c.id).where(job.c.campaign_id == campaign_id, job.c.status.in_(list(statuses)))
-    ids = list(tx.connection.execute(chosen).scalars())
-    if not ids:
+    """Reopen jobs that ended in one of the given statuses, and the skipped descendants of what is reopened.
+
+    Returns how many of the given statuses there were; raises BadInputError for one that is no dead end.
+    """
+    if wrong := sorted(set(statuses) - set(_DEAD_ENDS)):
+        fix = f"one of {', '.join(_DEAD_ENDS)}"
+        raise BadInputError(Mistake(key="status", message=f"{', '.join(wrong)} cannot be retried", fix=fix))
+    have_campaign(tx.connection, campaign_id)
+    chosen = and_(job.c.campaign_id == campaign_id, job.c.status.in_(list(statuses)))
+    below = descendants(select(job.c.id).where(chosen))
+    skipped = reset(tx.connection, and_(job.c.id.in_(select(below.c.id)), job.c.status == "skipped"))
+    ended = reset(tx.connection, chosen)
+    if not skipped and not ended:
         return 0
-    below = descendants(ids)
-    skipped = list(
-        tx.connection.execute(
-            select(job.c.id).where(job.c.id.in_(select(below.c.id)), job.c.status == "skipped")
-        ).scalars()
+    tx.record(
+        Event.JOBS_RETRIED, f"campaign:{campaign_id}", jobs=sorted(skipped + ended), statuses=sorted(set(statuses))
     )
-    reopened = sorted({*ids, *skipped})
-    reset(tx.connection, job.c.id.in_(reopened))
     settle(tx, campaign_id=campaign_id)
-    tx.record(Event.JOBS_RETRIED, f"campaign:{campaign_id}", jobs=reopened, statuses=sorted(statuses))
-    return len(ids)
+    return len(ended) + (len(skipped) if "skipped" in statuses else 0)
 
 
-def reset(connection: Connection, chosen: ColumnElement[bool]) -> None:
-    """Back to the start: no attempts, no error, status ``new`` until :func:`settle` decides."""
-    connection.execute(
-        update(job)
-        .where(chosen)
-        .values(
-            status="new",
-            attempt=0,
-            alone=literal_column("false"),
-            lease_id=null(),
-            not_before=null(),
-            error_kind=null(),
-            error=null(),
-            finished_at=null(),
-        )
-    )
+def reset(connection: Connection, chosen: ColumnElement[bool]) -> list[int]:
+    """Back to the start: no attempts, no error, status ``new`` until :func:`settle` decides. Returns their ids."""
+    _abandon_attempts(connection, chosen)
+    start = {
+        "status": "new",
+        "attempt": 0,
+        "alone": false(),
+        "lease_id": null(),
+        "not_before": null(),
+        "error_kind": null(),
+        "error": null(),
+        "finished_at": null(),
+    }
+    return list(connection.execute(update(job).where(chosen).values(**start).returning(job.c.id)).scalars())
+
+
+def _abandon_attempts(connection: Connection, chosen: ColumnElement[bool]) -> None:
+    """What is being made for these jobs will not be recorded."""
+    leased = select(job.c.id).where(chosen, job.c.status == LEASED)
+    still_open = and_(attempt.c.outcome.is_(None), attempt.c.job_id.in_(leased))
+    connection.execute(update(attempt).where(still_open).values(finished_at=now_s(), outcome="abandoned"))
 
 
 def settle(tx: Transaction, *, campaign_id: int) -> None:
     """Give every ``new`` job of a campaign its status: succeeded, ready, waiting or skipped.
 
     A picture that was already made for the same fingerprint is kept. Stage by stage, because a
-    job's status depends on its parents'.
+    job's status depends on its parents'. The caller has the campaign.
     """
     parent = job.alias("parent")
     of_this = (
@@ -66,31 +76,32 @@ def settle(tx: Transaction, *, campaign_id: int) -> None:
     )
     unfinished = of_this.where(parent.c.status != "succeeded").scalar_subquery()
     dead = of_this.where(parent.c.status.in_(_DEAD_ENDS)).scalar_subquery()
-    made = exists().where(image.c.job_id == job.c.id, image.c.fingerprint == job.c.fingerprint)
-    status = case((made, "succeeded"), (unfinished > 0, "waiting"), else_="ready")
     is_new = and_(job.c.campaign_id == campaign_id, job.c.status == "new")
     depths = tx.connection.execute(select(job.c.depth).where(is_new).distinct().order_by(job.c.depth)).scalars().all()
     skipped: list[int] = []
     for depth in depths:
         here = and_(is_new, job.c.depth == depth)
-        lost = update(job).where(here, dead > 0, ~made).values(status="skipped", **SKIPPED).returning(job.c.id)
+        kept = update(job).where(here, image.c.job_id == job.c.id, image.c.fingerprint == job.c.fingerprint)
+        own = {"attempt": image.c.attempt, "finished_at": image.c.created_at}
+        tx.connection.execute(kept.values(status="succeeded", parents_left=0, **own))
+        lost = update(job).where(here, dead > 0).values(status="skipped", **SKIPPED).returning(job.c.id)
         skipped += tx.connection.execute(lost).scalars()
+        status = case((unfinished > 0, "waiting"), else_="ready")
         tx.connection.execute(update(job).where(here).values(parents_left=unfinished, status=status))
     if skipped:
         tx.record(Event.JOBS_SKIPPED, f"campaign:{campaign_id}", jobs=sorted(skipped))
+        dead_ends = and_(job.c.campaign_id == campaign_id, job.c.status == "skipped")
+        skip_descendants(tx, select(job.c.id).where(dead_ends), f"campaign:{campaign_id}")
 
 
 def cancel(tx: Transaction, *, campaign_id: int, chosen: ColumnElement[bool] | None = None) -> int:
     """Cancel what is not terminal yet (or ``chosen``); a worker that has it will find its lease gone."""
+    have_campaign(tx.connection, campaign_id)
     unfinished = or_(job.c.status == WAITING, job.c.status == READY, job.c.status == LEASED)
-    rows = list(
-        tx.connection.execute(
-            update(job)
-            .where(job.c.campaign_id == campaign_id, chosen if chosen is not None else unfinished)
-            .values(status="cancelled", lease_id=null(), not_before=null(), finished_at=now_s())
-            .returning(job.c.id)
-        ).scalars()
-    )
+    mine = and_(job.c.campaign_id == campaign_id, chosen if chosen is not None else unfinished)
+    _abandon_attempts(tx.connection, mine)
+    ended = {"status": "cancelled", "lease_id": null(), "not_before": null(), "finished_at": now_s()}
+    rows = list(tx.connection.execute(update(job).where(mine).values(**ended).returning(job.c.id)).scalars())
     if rows:
         tx.record(Event.JOBS_CANCELLED, f"campaign:{campaign_id}", jobs=sorted(rows))
     return len(rows)

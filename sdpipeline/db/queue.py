@@ -8,21 +8,26 @@ from dataclasses import dataclass
 from typing import Any
 
 from sqlalchemy import (
+    CTE,
     ColumnElement,
     Connection,
+    Select,
     and_,
     case,
+    exists,
     func,
     insert,
     literal,
     literal_column,
     null,
     select,
+    true,
     update,
 )
 
 from sdpipeline.db.audit import Event, Transaction
 from sdpipeline.db.connection import now_s
+from sdpipeline.db.locks import share_campaigns
 from sdpipeline.db.tables import attempt, campaign, image, job, job_parent, lease, work_group
 from sdpipeline.domain import GenerationRequest, Json, Status, digest, request_from_document
 
@@ -30,6 +35,10 @@ READY: ColumnElement[str] = literal_column("'ready'")
 LEASED: ColumnElement[str] = literal_column("'leased'")
 WAITING: ColumnElement[str] = literal_column("'waiting'")
 """Literals, because a bound value cannot match a partial index under a generic plan."""
+
+MOST_REAPED = 100
+MOST_PROMOTED = 1000
+"""In one transaction; the next call takes the rest."""
 
 SKIPPED: Mapping[str, Any] = {
     "finished_at": now_s(),
@@ -247,14 +256,15 @@ def heartbeat(connection: Connection, lease_ids: Collection[str], *, ttl_s: floa
 
 
 def close_lease(connection: Connection, lease_id: str) -> None:
-    """Every job of this lease is accounted for."""
-    connection.execute(
-        update(lease).where(lease.c.id == lease_id, lease.c.closed_at.is_(None)).values(closed_at=now_s())
-    )
+    """The end of a lease; one with a job that nobody accounted for stays open until it expires."""
+    unfinished = exists().where(job.c.lease_id == lease_id, job.c.status == LEASED)
+    mine = and_(lease.c.id == lease_id, lease.c.closed_at.is_(None))
+    connection.execute(update(lease).where(mine, ~unfinished).values(closed_at=now_s()))
 
 
 def complete(tx: Transaction, *, lease_id: str, leased: LeasedJob, stored: StoredImage, worker_id: str) -> bool:
     """Record the picture, unless the lease was lost meanwhile: then nothing is written and False returned."""
+    share_campaigns(tx.connection, job.c.id == leased.id)
     row = tx.connection.execute(
         update(job)
         .where(_still_ours(lease_id, leased.id), job.c.fingerprint == leased.fingerprint)
@@ -284,7 +294,8 @@ def complete(tx: Transaction, *, lease_id: str, leased: LeasedJob, stored: Store
         identity=row.identity,
         fingerprint=leased.fingerprint,
         commitment=commitment(row.salt, row.request),
-        image={k: fields[k] for k in ("key", "sha256", "pixels_sha256", "size_bytes", "sidecar_key", "sidecar_sha256")},
+        worker=worker_id,
+        image=fields,
     )
     return True
 
@@ -300,6 +311,7 @@ def fail(
     backoff_s: float = 0.0,
 ) -> bool:
     """End an attempt with an error: ``failed`` for good, or ``waiting`` to be tried after ``backoff_s``."""
+    share_campaigns(tx.connection, job.c.id == leased.id)
     again = status is Status.WAITING
     row = tx.connection.execute(
         update(job)
@@ -321,18 +333,21 @@ def fail(
     about = {"lease": lease_id, "attempt": leased.attempt, "fingerprint": leased.fingerprint}
     tx.record(event, f"job:{leased.id}", error_kind=error_kind, **about)
     if not again:
-        skip_descendants(tx, [leased.id])
+        skip_descendants(tx, [leased.id], f"job:{leased.id}")
     return True
 
 
 def release(tx: Transaction, *, lease_id: str) -> int:
     """Give a lease's unfinished jobs back as they were: their attempt does not count."""
-    rows = _reopen(tx.connection, job.c.lease_id == lease_id, alone=job.c.alone, attempt_number=job.c.attempt - 1)
-    close_lease(tx.connection, lease_id)
-    if rows:
-        _end_attempts(tx.connection, [lease_id], "released")
-        tx.record(Event.LEASE_RELEASED, f"lease:{lease_id}", jobs=[row.id for row in rows])
-    return len(rows)
+    mine = and_(lease.c.id == lease_id, lease.c.closed_at.is_(None))
+    tx.connection.execute(update(lease).where(mine).values(closed_at=now_s()))
+    held = _held_jobs(tx.connection, [lease_id])
+    if not held:
+        return 0
+    _reopen(tx.connection, held, attempt=job.c.attempt - 1)
+    _end_attempts(tx.connection, [lease_id], "released")
+    tx.record(Event.LEASE_RELEASED, f"lease:{lease_id}", jobs=[[row.id, row.attempt - 1] for row in held])
+    return len(held)
 
 
 def reap(tx: Transaction, *, lease_ids: Collection[str] | None = None) -> int:
@@ -341,74 +356,75 @@ def reap(tx: Transaction, *, lease_ids: Collection[str] | None = None) -> int:
     Only an attempt made alone counts, and the last of those fails the job: so a job that kills its
     worker is found and its neighbours are not burned with it.
     """
-    dead = lease.c.id.in_(lease_ids) if lease_ids is not None else lease.c.expires_at < now_s()
-    open_and_dead = select(lease.c.id).where(lease.c.closed_at.is_(None), dead).limit(100)
-    closed = list(
-        tx.connection.execute(
-            update(lease)
-            .where(lease.c.id.in_(open_and_dead.with_for_update(skip_locked=True)))
-            .values(closed_at=now_s())
-            .returning(lease.c.id)
-        ).scalars()
-    )
+    closed = _close_dead(tx.connection, lease_ids)
     if not closed:
         return 0
-    ours = job.c.lease_id.in_(closed)
+    held = _held_jobs(tx.connection, closed)
     _end_attempts(tx.connection, closed, "expired")
-    exhausted = _exhaust(tx, ours)
-    counted = case((job.c.alone, job.c.attempt), else_=job.c.attempt - 1)
-    rows = _reopen(tx.connection, ours, alone=literal_column("true"), attempt_number=counted)
+    exhausted = [row for row in held if row.alone and row.attempt >= row.max_attempts]
+    again = [row for row in held if not row.alone or row.attempt < row.max_attempts]
+    # Each alike: an attempt beside others is given back, one made alone counts.
+    _reopen(tx.connection, again, attempt=case((job.c.alone, job.c.attempt), else_=job.c.attempt - 1), alone=true())
     for lease_id in closed:
-        mine = [row.id for row in rows if row.old_lease == lease_id] if rows else []
-        tx.record(Event.LEASE_EXPIRED, f"lease:{lease_id}", jobs=mine)
-    return len(rows) + len(exhausted)
+        jobs = [[row.id, row.attempt - (not row.alone)] for row in again if row.lease_id == lease_id]
+        tx.record(Event.LEASE_EXPIRED, f"lease:{lease_id}", jobs=jobs)
+    _exhaust(tx, exhausted)
+    return len(held)
 
 
-def _exhaust(tx: Transaction, ours: ColumnElement[bool]) -> list[int]:
-    failed = list(
-        tx.connection.execute(
-            update(job)
-            .where(ours, job.c.status == LEASED, job.c.alone, job.c.attempt >= job.c.max_attempts)
-            .values(
-                status="failed",
-                lease_id=null(),
-                finished_at=now_s(),
-                error_kind="WorkerLost",
-                error="the worker that ran this job alone was lost at every attempt",
-            )
-            .returning(job.c.id, job.c.attempt, job.c.fingerprint)
-        )
+def _close_dead(connection: Connection, lease_ids: Collection[str] | None) -> list[str]:
+    dead = lease.c.id.in_(lease_ids) if lease_ids is not None else lease.c.expires_at < now_s()
+    picked = (
+        select(lease.c.id)
+        .where(lease.c.closed_at.is_(None), dead)
+        .order_by(lease.c.expires_at)
+        .limit(MOST_REAPED)
+        .with_for_update(skip_locked=True)
+        .cte("picked")
     )
-    for row in failed:
-        about = {"attempt": row.attempt, "fingerprint": row.fingerprint}
+    close = update(lease).where(lease.c.id.in_(select(picked.c.id))).values(closed_at=now_s()).returning(lease.c.id)
+    return list(connection.execute(close).scalars())
+
+
+def _held_jobs(connection: Connection, lease_ids: Collection[str]) -> Sequence[Any]:
+    """The jobs nobody finished under these leases, locked."""
+    ours = and_(job.c.lease_id.in_(lease_ids), job.c.status == LEASED)
+    share_campaigns(connection, ours)
+    columns = (job.c.id, job.c.lease_id, job.c.attempt, job.c.max_attempts, job.c.alone, job.c.fingerprint)
+    return connection.execute(select(*columns).where(ours).order_by(job.c.id).with_for_update()).all()
+
+
+def _reopen(connection: Connection, held: Sequence[Any], **values: Any) -> None:
+    ids = [row.id for row in held]
+    if ids:
+        connection.execute(update(job).where(job.c.id.in_(ids)).values(status=READY, lease_id=null(), **values))
+
+
+def _exhaust(tx: Transaction, held: Sequence[Any]) -> None:
+    ids = [row.id for row in held]
+    if not ids:
+        return
+    lost = "the worker that ran this job alone was lost at every attempt"
+    values = {"status": "failed", "lease_id": null(), "finished_at": now_s(), "error_kind": "WorkerLost", "error": lost}
+    tx.connection.execute(update(job).where(job.c.id.in_(ids)).values(**values))
+    for row in held:
+        about = {"lease": row.lease_id, "attempt": row.attempt, "fingerprint": row.fingerprint}
         tx.record(Event.JOB_FAILED, f"job:{row.id}", error_kind="WorkerLost", **about)
-    skip_descendants(tx, [row.id for row in failed])
-    return [row.id for row in failed]
-
-
-def _reopen(connection: Connection, ours: ColumnElement[bool], *, alone: Any, attempt_number: Any) -> Sequence[Any]:
-    leases = connection.execute(select(job.c.id, job.c.lease_id).where(ours, job.c.status == LEASED)).all()
-    old = {row.id: row.lease_id for row in leases}
-    if not old:
-        return ()
-    connection.execute(
-        update(job)
-        .where(ours, job.c.status == LEASED)
-        .values(status=READY, lease_id=null(), alone=alone, attempt=attempt_number)
-    )
-    return [_Reopened(job_id, lease_id) for job_id, lease_id in old.items()]
-
-
-@dataclass(frozen=True, slots=True)
-class _Reopened:
-    id: int
-    old_lease: str
+    skip_descendants(tx, ids, f"lease:{held[0].lease_id}")
 
 
 def promote(connection: Connection) -> int:
-    """Make jobs whose back-off is over ready again."""
-    due = update(job).where(job.c.status == WAITING, job.c.not_before.is_not(None), job.c.not_before <= now_s())
-    return int(connection.execute(due.values(status=READY, not_before=null())).rowcount)
+    """Make jobs whose back-off is over ready again; those someone is just changing wait for the next call."""
+    due = (
+        select(job.c.id)
+        .where(job.c.status == WAITING, job.c.not_before.is_not(None), job.c.not_before <= now_s())
+        .order_by(job.c.not_before)
+        .limit(MOST_PROMOTED)
+        .with_for_update(skip_locked=True)
+        .cte("due")
+    )
+    ready = update(job).where(job.c.id.in_(select(due.c.id))).values(status=READY, not_before=null())
+    return int(connection.execute(ready).rowcount)
 
 
 def _still_ours(lease_id: str, job_id: int) -> ColumnElement[bool]:
@@ -427,11 +443,17 @@ def _end_attempts(connection: Connection, lease_ids: Collection[str], outcome: s
 
 
 def _count_down_children(connection: Connection, parent_id: int) -> None:
-    children = job.c.id.in_(select(job_parent.c.job_id).where(job_parent.c.parent_id == parent_id))
-    waiting = and_(children, job.c.status == WAITING, job.c.parents_left > 0)
+    children = (
+        select(job.c.id)
+        .join(job_parent, job_parent.c.job_id == job.c.id)
+        .where(job_parent.c.parent_id == parent_id, job.c.status == WAITING, job.c.parents_left > 0)
+        .order_by(job.c.id)
+        .with_for_update(of=job)
+        .cte("children")
+    )
     connection.execute(
         update(job)
-        .where(waiting)
+        .where(job.c.id.in_(select(children.c.id)))
         .values(
             parents_left=job.c.parents_left - 1,
             status=case((job.c.parents_left == 1, READY), else_=job.c.status),
@@ -439,28 +461,25 @@ def _count_down_children(connection: Connection, parent_id: int) -> None:
     )
 
 
-def skip_descendants(tx: Transaction, job_ids: Collection[int]) -> None:
+def skip_descendants(tx: Transaction, of: Collection[int] | Select[int], subject: str) -> None:
     """What can no longer be made because an ancestor failed."""
-    if not job_ids:
-        return
-    below = descendants(job_ids)
-    rows = list(
-        tx.connection.execute(
-            update(job)
-            .where(job.c.id.in_(select(below.c.id)), job.c.status.in_(("waiting", "ready")))
-            .values(status="skipped", **SKIPPED)
-            .returning(job.c.id)
-        ).scalars()
+    below = descendants(of)
+    stranded = (
+        select(job.c.id)
+        .where(job.c.id.in_(select(below.c.id)), job.c.status.in_(("waiting", "ready")))
+        .order_by(job.c.id)
+        .with_for_update()
+        .cte("stranded")
     )
+    skip = update(job).where(job.c.id.in_(select(stranded.c.id))).values(status="skipped", **SKIPPED)
+    rows = sorted(tx.connection.execute(skip.returning(job.c.id)).scalars())
     if rows:
-        tx.record(Event.JOBS_SKIPPED, f"job:{min(job_ids)}", jobs=sorted(rows))
+        tx.record(Event.JOBS_SKIPPED, subject, jobs=rows)
 
 
-def descendants(job_ids: Collection[int]) -> Any:
+def descendants(of: Collection[int] | Select[int]) -> CTE:
     """A recursive table of the ids of all jobs below the given ones."""
-    below = (
-        select(job_parent.c.job_id.label("id")).where(job_parent.c.parent_id.in_(job_ids)).cte("below", recursive=True)
-    )
+    below = select(job_parent.c.job_id.label("id")).where(job_parent.c.parent_id.in_(of)).cte("below", recursive=True)
     deeper = select(job_parent.c.job_id).join(below, job_parent.c.parent_id == below.c.id)
     return below.union(deeper)
 

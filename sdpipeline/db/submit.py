@@ -3,69 +3,36 @@
 from __future__ import annotations
 
 import hashlib
-import itertools
-import secrets
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
 from sqlalchemy import (
-    JSON,
-    BigInteger,
-    Column,
+    ColumnElement,
     Connection,
-    MetaData,
-    SmallInteger,
-    String,
-    Table,
-    Text,
+    Select,
     and_,
+    case,
     delete,
     exists,
     func,
     insert,
     literal,
+    or_,
     select,
     update,
 )
 
-from sdpipeline.batching import batch_document
 from sdpipeline.db import control
 from sdpipeline.db.audit import Event, Transaction
 from sdpipeline.db.connection import insert_ignoring, now_s
+from sdpipeline.db.locks import have_campaign
+from sdpipeline.db.staging import Group, Prepared, changed, chunked, incoming, incoming_parent, load, temporary_tables
 from sdpipeline.db.tables import campaign, campaign_version, job, job_parent, work_group
-from sdpipeline.domain import JobSpec, to_document
+from sdpipeline.domain import JobSpec
 from sdpipeline.merkle import root
 
 CHUNK = 1000
-
-_temporary = MetaData()
-_incoming = Table(
-    "incoming_job",
-    _temporary,
-    Column("identity", String(64), primary_key=True),
-    Column("group_id", BigInteger, nullable=False),
-    Column("edition", String(63), nullable=False),
-    Column("stage", String(63), nullable=False),
-    Column("depth", SmallInteger, nullable=False),
-    Column("row_key", Text, nullable=False),
-    Column("variables", JSON, nullable=False),
-    Column("axes", JSON, nullable=False),
-    Column("seed", BigInteger, nullable=False),
-    Column("fingerprint", String(64), nullable=False),
-    Column("request", JSON, nullable=False),
-    Column("salt", String(32), nullable=False),
-    Column("position", BigInteger, nullable=False),
-    prefixes=["TEMPORARY"],
-)
-_incoming_parent = Table(
-    "incoming_parent",
-    _temporary,
-    Column("identity", String(64), primary_key=True),
-    Column("parent_identity", String(64), primary_key=True),
-    prefixes=["TEMPORARY"],
-)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -90,7 +57,7 @@ class Difference:
 
 def submit(
     tx: Transaction,
-    jobs: Iterable[JobSpec],
+    ready: Prepared,
     *,
     team: str,
     name: str,
@@ -99,34 +66,36 @@ def submit(
     max_attempts: int,
     prune: bool = False,
 ) -> Submitted:
-    """Make the campaign's newest version what ``jobs`` says; workers see all of it or nothing."""
+    """Make the campaign's newest version what ``ready`` says; workers see all of it or nothing."""
     connection = tx.connection
     campaign_id = _campaign_id(connection, team, name, priority)
-    with _temporary_tables(connection):
-        editions = _load(connection, campaign_id, jobs)
-        version_id, number = _insert_version(tx, campaign_id, source)
+    groups = [_group_id(connection, campaign_id, group) for group in ready.groups]
+    with temporary_tables(connection):
+        load(connection, ready, groups)
+        have_campaign(connection, campaign_id)
+        connection.execute(update(campaign).where(campaign.c.id == campaign_id).values(priority=priority))
         unchanged = _count(connection, _same(campaign_id))
-        added = _change(connection, campaign_id) + _insert_new(connection, campaign_id, version_id, max_attempts)
-        _link_parents(connection, campaign_id)
-        connection.execute(
-            update(job)
-            .where(job.c.campaign_id == campaign_id, job.c.identity.in_(select(_incoming.c.identity)))
-            .values(version_id=version_id)
-        )
+        gone = _removed(campaign_id, ready.editions) if prune else None
+        if unchanged == ready.count and not (gone is not None and _any(connection, gone)):
+            known = _present_version(connection, campaign_id, source, unchanged)
+            if known is not None:
+                return Submitted(campaign_id=campaign_id, version=known, added=0, unchanged=unchanged, cancelled=0)
+        version_id, number = _insert_version(tx, campaign_id, source)
+        reopened = _change(tx, campaign_id, version_id)
+        added = reopened + _insert_new(connection, campaign_id, version_id, max_attempts)
+        _link_parents(connection, campaign_id, version_id)
+        _keep_unchanged(connection, campaign_id, version_id)
         control.settle(tx, campaign_id=campaign_id)
-        gone = _removed(editions)
-        cancelled = control.cancel(tx, campaign_id=campaign_id, chosen=gone) if prune else 0
+        cancelled = control.cancel(tx, campaign_id=campaign_id, chosen=gone) if gone is not None else 0
     asked = jobs_root(connection, version_id)
     result = {"jobs_added": added, "jobs_root": asked}
     connection.execute(update(campaign_version).where(campaign_version.c.id == version_id).values(**result))
-    connection.execute(
-        update(campaign).where(campaign.c.id == campaign_id).values(version_id=version_id, priority=priority)
-    )
+    connection.execute(update(campaign).where(campaign.c.id == campaign_id).values(version_id=version_id))
     tx.record(
         Event.CAMPAIGN_SUBMITTED,
         f"campaign:{campaign_id}",
         version=number,
-        source_sha256=hashlib.sha256(source.encode()).hexdigest(),
+        source_sha256=_sha256(source),
         version_id=version_id,
         jobs_root=asked,
         added=added,
@@ -143,7 +112,7 @@ def compare(connection: Connection, jobs: Iterable[JobSpec], *, team: str, name:
     ).scalar()
     new = unchanged = present = 0
     editions: set[str] = set()
-    for chunk in _chunks(jobs):
+    for chunk in chunked(jobs, CHUNK):
         wanted = {spec.identity: spec.fingerprint for spec in chunk}
         editions |= {spec.edition for spec in chunk}
         rows = connection.execute(
@@ -163,40 +132,11 @@ def compare(connection: Connection, jobs: Iterable[JobSpec], *, team: str, name:
     return Difference(new=new, unchanged=unchanged, removed=present)
 
 
-def _chunks(jobs: Iterable[JobSpec]) -> Iterator[list[JobSpec]]:
-    iterator = iter(jobs)
-    while chunk := list(itertools.islice(iterator, CHUNK)):
-        yield chunk
-
-
 def _campaign_id(connection: Connection, team: str, name: str, priority: int) -> int:
     values = {"team": team, "name": name, "priority": priority}
     connection.execute(insert_ignoring(connection, campaign).values(**values, created_at=now_s()))
-    found = select(campaign.c.id).where(campaign.c.team == team, campaign.c.name == name).with_for_update()
+    found = select(campaign.c.id).where(campaign.c.team == team, campaign.c.name == name)
     return int(connection.execute(found).scalar_one())
-
-
-@contextmanager
-def _temporary_tables(connection: Connection) -> Iterator[None]:
-    """Made and dropped inside the transaction, so that a failure leaves nothing behind."""
-    _temporary.create_all(connection, checkfirst=False)
-    yield
-    _temporary.drop_all(connection, checkfirst=False)
-
-
-def _load(connection: Connection, campaign_id: int, jobs: Iterable[JobSpec]) -> set[str]:
-    """Stream the jobs into temporary tables; returns their editions."""
-    editions: set[str] = set()
-    groups: dict[tuple[str, str], int] = {}
-    position = itertools.count()
-    for chunk in _chunks(jobs):
-        editions.update(spec.edition for spec in chunk)
-        rows = [_row(spec, _group(connection, campaign_id, spec, groups), next(position)) for spec in chunk]
-        connection.execute(insert(_incoming), rows)
-        pairs = [{"identity": spec.identity, "parent_identity": parent} for spec in chunk for _, parent in spec.parents]
-        if pairs:
-            connection.execute(insert_ignoring(connection, _incoming_parent), pairs)
-    return editions
 
 
 def jobs_root(connection: Connection, version_id: int) -> str:
@@ -206,43 +146,29 @@ def jobs_root(connection: Connection, version_id: int) -> str:
     return root(f"{row.identity}{row.fingerprint}".encode() for row in leaves).hex()
 
 
-def _row(spec: JobSpec, group_id: int, position: int) -> dict[str, Any]:
-    return {
-        "identity": spec.identity,
-        "group_id": group_id,
-        "edition": spec.edition,
-        "stage": spec.stage,
-        "depth": spec.depth,
-        "row_key": spec.row_key,
-        "variables": dict(spec.variables),
-        "axes": dict(spec.axes),
-        "seed": spec.seed,
-        "fingerprint": spec.fingerprint,
-        "request": to_document(spec.request),
-        "salt": secrets.token_hex(16),
-        "position": position,
-    }
+def _group_id(connection: Connection, campaign_id: int, group: Group) -> int:
+    values = {"campaign_id": campaign_id, "stage": group.stage, "depth": group.depth, "batch_key": group.batch_key}
+    about = {"checkpoint_digest": group.checkpoint_digest, "description": group.description}
+    connection.execute(insert_ignoring(connection, work_group).values(**values | about))
+    found = select(work_group.c.id).where(
+        work_group.c.campaign_id == campaign_id,
+        work_group.c.stage == group.stage,
+        work_group.c.batch_key == group.batch_key,
+    )
+    return int(connection.execute(found).scalar_one())
 
 
-def _group(connection: Connection, campaign_id: int, spec: JobSpec, known: dict[tuple[str, str], int]) -> int:
-    key = (spec.stage, spec.batch_key)
-    if key not in known:
-        values = {
-            "campaign_id": campaign_id,
-            "stage": spec.stage,
-            "depth": spec.depth,
-            "batch_key": spec.batch_key,
-            "checkpoint_digest": spec.request.checkpoint.digest,
-            "description": batch_document(spec.request),
-        }
-        connection.execute(insert_ignoring(connection, work_group).values(**values))
-        found = select(work_group.c.id).where(
-            work_group.c.campaign_id == campaign_id,
-            work_group.c.stage == spec.stage,
-            work_group.c.batch_key == spec.batch_key,
-        )
-        known[key] = int(connection.execute(found).scalar_one())
-    return known[key]
+def _present_version(connection: Connection, campaign_id: int, source: str, count: int) -> int | None:
+    """The number of the campaign's version if it already says exactly this."""
+    present = connection.execute(
+        select(campaign_version.c.id, campaign_version.c.number)
+        .join(campaign, campaign.c.version_id == campaign_version.c.id)
+        .where(campaign.c.id == campaign_id, campaign_version.c.source_sha256 == _sha256(source))
+    ).first()
+    if present is None:
+        return None
+    asked = select(func.count()).where(job.c.campaign_id == campaign_id, job.c.version_id == present.id)
+    return int(present.number) if _count(connection, asked) == count else None
 
 
 def _insert_version(tx: Transaction, campaign_id: int, source: str) -> tuple[int, int]:
@@ -258,7 +184,7 @@ def _insert_version(tx: Transaction, campaign_id: int, source: str) -> tuple[int
         "campaign_id": campaign_id,
         "number": number,
         "source": source,
-        "source_sha256": hashlib.sha256(source.encode()).hexdigest(),
+        "source_sha256": _sha256(source),
         "jobs_added": 0,
         "jobs_root": "",
         "actor": tx.actor,
@@ -267,72 +193,91 @@ def _insert_version(tx: Transaction, campaign_id: int, source: str) -> tuple[int
     return int(tx.connection.execute(statement).scalar_one()), int(number)
 
 
-def _same(campaign_id: int) -> Any:
+def _same(campaign_id: int) -> Select[int]:
     return (
         select(func.count())
-        .select_from(_incoming.join(job, job.c.identity == _incoming.c.identity))
+        .select_from(incoming.join(job, job.c.identity == incoming.c.identity))
         .where(
-            job.c.campaign_id == campaign_id,
-            job.c.fingerprint == _incoming.c.fingerprint,
-            job.c.status != "cancelled",
+            job.c.campaign_id == campaign_id, job.c.fingerprint == incoming.c.fingerprint, job.c.status != "cancelled"
         )
     )
 
 
-def _count(connection: Connection, statement: Any) -> int:
-    return int(connection.execute(statement).scalar_one())
+def _removed(campaign_id: int, editions: set[str]) -> ColumnElement[bool]:
+    """Jobs of the editions at hand that the file no longer asks for."""
+    asked = exists().where(incoming.c.identity == job.c.identity)
+    return and_(job.c.campaign_id == campaign_id, job.c.edition.in_(editions), job.c.status != "cancelled", ~asked)
 
 
-def _change(connection: Connection, campaign_id: int) -> int:
+def _change(tx: Transaction, campaign_id: int, version_id: int) -> int:
     """Jobs whose pixels would differ now, and cancelled ones that are wanted again, start anew."""
-    matching = and_(job.c.campaign_id == campaign_id, job.c.identity == _incoming.c.identity)
-    differs = (job.c.fingerprint != _incoming.c.fingerprint) | (job.c.status == "cancelled")
-    ids = list(connection.execute(select(job.c.id).select_from(_incoming.join(job, matching)).where(differs)).scalars())
-    for start in range(0, len(ids), CHUNK):
-        some = job.c.id.in_(ids[start : start + CHUNK])
-        connection.execute(delete(job_parent).where(job_parent.c.job_id.in_(ids[start : start + CHUNK])))
-        control.reset(connection, some)
-        fresh = {
-            name: select(_incoming.c[name]).where(_incoming.c.identity == job.c.identity).scalar_subquery()
-            for name in ("group_id", "depth", "fingerprint", "request")
-        }
-        connection.execute(update(job).where(some).values(**fresh))
+    connection = tx.connection
+    matching = and_(job.c.campaign_id == campaign_id, job.c.identity == incoming.c.identity)
+    differs = or_(job.c.fingerprint != incoming.c.fingerprint, job.c.status == "cancelled")
+    found = select(job.c.id).select_from(incoming.join(job, matching)).where(differs)
+    connection.execute(insert(changed).from_select(["id"], found))
+    these = job.c.id.in_(select(changed.c.id))
+    ids = control.reset(connection, these)
+    if not ids:
+        return 0
+    tx.record(Event.JOBS_CHANGED, f"campaign:{campaign_id}", jobs=sorted(ids))
+    connection.execute(delete(job_parent).where(job_parent.c.job_id.in_(select(changed.c.id))))
+    fresh = {name: incoming.c[name] for name in ("group_id", "depth", "fingerprint", "variables", "request")}
+    connection.execute(update(job).where(these, matching).values(version_id=version_id, **fresh))
     return len(ids)
 
 
 def _insert_new(connection: Connection, campaign_id: int, version_id: int, max_attempts: int) -> int:
-    names = [column.name for column in _incoming.columns if column.name != "position"]
-    known = exists().where(job.c.campaign_id == campaign_id, job.c.identity == _incoming.c.identity)
-    constants = {
+    """Jobs nobody asked for before. Only where a parent is older than its child must :func:`control.settle` look."""
+    parent = job.alias("parent")
+    had_parent = (
+        exists()
+        .where(incoming_parent.c.identity == incoming.c.identity)
+        .where(parent.c.campaign_id == campaign_id, parent.c.identity == incoming_parent.c.parent_identity)
+    )
+    own = [column for column in incoming.columns if column.name not in ("position", "parents")]
+    values: dict[str, ColumnElement[Any]] = {column.name: column for column in own}
+    values |= {
         "campaign_id": literal(campaign_id),
         "version_id": literal(version_id),
         "max_attempts": literal(max_attempts),
-        "status": literal("new"),
+        "parents_left": incoming.c.parents,
+        "status": case((incoming.c.parents == 0, "ready"), (had_parent, "new"), else_="waiting"),
         "created_at": now_s(),
     }
-    rows = select(*(_incoming.c[name] for name in names), *constants.values()).where(~known)
+    known = exists().where(job.c.campaign_id == campaign_id, job.c.identity == incoming.c.identity)
     # In the file's order, so that ids, and with them the order of work, follow the file.
-    statement = insert(job).from_select([*names, *constants], rows.order_by(_incoming.c.position))
+    rows = select(*values.values()).where(~known).order_by(incoming.c.position)
+    statement = insert(job).from_select(list(values), rows).execution_options(preserve_rowcount=True)
     return int(connection.execute(statement).rowcount)
 
 
-def _link_parents(connection: Connection, campaign_id: int) -> None:
+def _link_parents(connection: Connection, campaign_id: int, version_id: int) -> None:
     child, parent = job.alias("child"), job.alias("parent")
     pairs = (
         select(child.c.id, parent.c.id)
-        .select_from(_incoming_parent)
-        .join(child, and_(child.c.identity == _incoming_parent.c.identity, child.c.campaign_id == campaign_id))
-        .join(
-            parent, and_(parent.c.identity == _incoming_parent.c.parent_identity, parent.c.campaign_id == campaign_id)
-        )
-        .where(child.c.status == "new")
+        .select_from(incoming_parent)
+        .join(child, and_(child.c.identity == incoming_parent.c.identity, child.c.campaign_id == campaign_id))
+        .join(parent, and_(parent.c.identity == incoming_parent.c.parent_identity, parent.c.campaign_id == campaign_id))
+        # New and changed jobs alone are of this version yet.
+        .where(child.c.version_id == version_id)
     )
-    connection.execute(insert_ignoring(connection, job_parent).from_select(["job_id", "parent_id"], pairs))
+    connection.execute(insert(job_parent).from_select(["job_id", "parent_id"], pairs))
 
 
-def _removed(editions: set[str]) -> Any:
-    return and_(
-        job.c.edition.in_(editions),
-        job.c.identity.not_in(select(_incoming.c.identity)),
-        job.c.status != "cancelled",
-    )
+def _keep_unchanged(connection: Connection, campaign_id: int, version_id: int) -> None:
+    asked = exists().where(incoming.c.identity == job.c.identity)
+    older = and_(job.c.campaign_id == campaign_id, job.c.version_id != version_id)
+    connection.execute(update(job).where(older, asked).values(version_id=version_id))
+
+
+def _count(connection: Connection, statement: Select[int]) -> int:
+    return int(connection.execute(statement).scalar_one())
+
+
+def _any(connection: Connection, jobs: ColumnElement[bool]) -> bool:
+    return connection.execute(select(job.c.id).where(jobs).limit(1)).first() is not None
+
+
+def _sha256(source: str) -> str:
+    return hashlib.sha256(source.encode()).hexdigest()

@@ -20,6 +20,13 @@ import boto3
 import pytest
 
 from sdpipeline.storage import S3Options, S3Store
+from tests.integration.databases import (  # noqa: F401 -- fixtures
+    audit,
+    database,
+    database_url,
+    migrated_postgres,
+    migrated_sqlite,
+)
 
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client

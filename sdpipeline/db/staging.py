@@ -1,0 +1,162 @@
+"""The jobs of one submit on their way into the database: written to a file first, then into temporary tables."""
+
+from __future__ import annotations
+
+import itertools
+import pickle
+import secrets
+import tempfile
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import IO, Any
+
+from sqlalchemy import JSON, BigInteger, Column, Connection, MetaData, SmallInteger, String, Table, Text, text
+
+from sdpipeline.batching import batch_document
+from sdpipeline.db.connection import copy_rows
+from sdpipeline.domain import JobSpec, Json, canonical, to_document
+
+CHUNK = 5000
+
+_temporary = MetaData()
+incoming = Table(
+    "incoming_job",
+    _temporary,
+    Column("position", BigInteger, primary_key=True, autoincrement=False),
+    Column("identity", String(64), nullable=False),
+    Column("edition", String(63), nullable=False),
+    Column("stage", String(63), nullable=False),
+    Column("depth", SmallInteger, nullable=False),
+    Column("row_key", Text, nullable=False),
+    Column("variables", JSON, nullable=False),
+    Column("axes", JSON, nullable=False),
+    Column("seed", BigInteger, nullable=False),
+    Column("fingerprint", String(64), nullable=False),
+    Column("request", JSON, nullable=False),
+    Column("salt", String(32), nullable=False),
+    Column("parents", SmallInteger, nullable=False),
+    Column("group_id", BigInteger, nullable=False),
+    prefixes=["TEMPORARY"],
+)
+incoming_parent = Table(
+    "incoming_parent",
+    _temporary,
+    Column("identity", String(64), nullable=False),
+    Column("parent_identity", String(64), nullable=False),
+    prefixes=["TEMPORARY"],
+)
+changed = Table(
+    "changed_job",
+    _temporary,
+    Column("id", BigInteger, primary_key=True, autoincrement=False),
+    prefixes=["TEMPORARY"],
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Group:
+    """Jobs of one stage that may share a forward pass, before the database knows them."""
+
+    stage: str
+    depth: int
+    batch_key: str
+    checkpoint_digest: str
+    description: Json
+
+
+@dataclass(slots=True, kw_only=True)
+class Prepared:
+    """Checked jobs, ready to be published; expanding them never holds the database up."""
+
+    count: int = 0
+    editions: set[str] = field(default_factory=set)
+    groups: list[Group] = field(default_factory=list)
+    _file: IO[bytes]
+
+    def chunks(self) -> Iterator[tuple[list[tuple[Any, ...]], list[tuple[str, str]]]]:
+        """Rows of :data:`incoming`, the group as its place in ``groups``, and of :data:`incoming_parent`."""
+        self._file.seek(0)
+        for _ in range(0, self.count, CHUNK):
+            yield pickle.load(self._file)  # noqa: S301 -- our own file, which has no name
+
+
+@contextmanager
+def prepared(jobs: Iterable[JobSpec]) -> Iterator[Prepared]:
+    """Run through all jobs, whatever mistakes that shows, into a temporary file."""
+    with tempfile.TemporaryFile() as file:
+        ready = Prepared(_file=file)
+        places: dict[tuple[str, str], int] = {}
+        for chunk in chunked(jobs, CHUNK):
+            rows = [_row(spec, ready.count + n, _place(spec, ready, places)) for n, spec in enumerate(chunk)]
+            pairs = [(spec.identity, parent) for spec in chunk for parent in _distinct_parents(spec)]
+            pickle.dump((rows, pairs), file, protocol=pickle.HIGHEST_PROTOCOL)
+            ready.count += len(chunk)
+            ready.editions.update(spec.edition for spec in chunk)
+        yield ready
+
+
+@contextmanager
+def temporary_tables(connection: Connection) -> Iterator[None]:
+    """Made and dropped inside the transaction, so that a failure leaves nothing behind."""
+    _temporary.create_all(connection, checkfirst=False)
+    yield
+    _temporary.drop_all(connection, checkfirst=False)
+
+
+def load(connection: Connection, ready: Prepared, group_ids: Sequence[int]) -> None:
+    """Fill the temporary tables; ``group_ids`` are the ids of ``ready.groups``."""
+    for rows, pairs in ready.chunks():
+        copy_rows(connection, incoming, [(*row[:-1], group_ids[row[-1]]) for row in rows])
+        copy_rows(connection, incoming_parent, pairs)
+    if connection.dialect.name == "postgresql":
+        # Nobody else does it for temporary tables, and the joins below would be planned for ten rows.
+        for table in (incoming, incoming_parent):
+            connection.execute(text(f"ANALYZE {table.name}"))
+
+
+def chunked(jobs: Iterable[JobSpec], size: int) -> Iterator[list[JobSpec]]:
+    """The jobs in lists of ``size``."""
+    iterator = iter(jobs)
+    while chunk := list(itertools.islice(iterator, size)):
+        yield chunk
+
+
+def _place(spec: JobSpec, ready: Prepared, places: dict[tuple[str, str], int]) -> int:
+    """The number of the job's group, which is added if it is new."""
+    key = (spec.stage, spec.batch_key)
+    if key not in places:
+        places[key] = len(places)
+        ready.groups.append(
+            Group(
+                stage=spec.stage,
+                depth=spec.depth,
+                batch_key=spec.batch_key,
+                checkpoint_digest=spec.request.checkpoint.digest,
+                description=batch_document(spec.request),
+            )
+        )
+    return places[key]
+
+
+def _distinct_parents(spec: JobSpec) -> Iterable[str]:
+    return dict.fromkeys(parent for _, parent in spec.parents)
+
+
+def _row(spec: JobSpec, position: int, group: int) -> tuple[Any, ...]:
+    return (
+        position,
+        spec.identity,
+        spec.edition,
+        spec.stage,
+        spec.depth,
+        spec.row_key,
+        canonical(dict(spec.variables)).decode(),
+        canonical(dict(spec.axes)).decode(),
+        spec.seed,
+        spec.fingerprint,
+        canonical(to_document(spec.request)).decode(),
+        secrets.token_hex(16),
+        len(set(spec.parents)),
+        group,
+    )

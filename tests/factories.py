@@ -1,0 +1,166 @@
+"""Builders of requests and jobs, and the steps of a job's life, for tests: every argument has a value that fits."""
+
+from __future__ import annotations
+
+import json
+import secrets
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from sqlalchemy import select, update
+
+from sdpipeline.batching import batch_key
+from sdpipeline.db import audit as audit_rows
+from sdpipeline.db import queue, staging, tables
+from sdpipeline.db.audit import AuditLog
+from sdpipeline.db.connection import Database
+from sdpipeline.db.queue import Lease, LeasedJob, StoredImage
+from sdpipeline.db.submit import Submitted, submit
+from sdpipeline.domain import (
+    CheckpointRef,
+    GenerationRequest,
+    ImageSource,
+    JobSpec,
+    Json,
+    Status,
+    Task,
+    fingerprint,
+)
+
+CHECKPOINT = CheckpointRef(alias="shapes", digest="c0" * 32)
+
+
+def request(prompt: str = "a red circle", **changes: Any) -> GenerationRequest:
+    """A small text-to-image request."""
+    fields: dict[str, Any] = {
+        "task": Task.TEXT_TO_IMAGE,
+        "checkpoint": CHECKPOINT,
+        "prompt": prompt,
+        "seed": 0,
+        "width": 64,
+        "height": 64,
+        "num_inference_steps": 4,
+        "guidance_scale": 4.0,
+        "scheduler": "dpmpp-2m",
+    }
+    return GenerationRequest(**fields | changes)
+
+
+def job_spec(
+    row_key: str = "", *, stage: str = "draft", parents: tuple[JobSpec, ...] = (), seed: int = 0, **changes: Any
+) -> JobSpec:
+    """One job; ``changes`` go to its request, and its first parent's picture becomes its ``image``."""
+    if parents:
+        source = ImageSource(stage=parents[0].stage, digest=parents[0].fingerprint)
+        changes = {"task": Task.IMAGE_TO_IMAGE, "image": source, "strength": 0.5} | changes
+    prompt = str(changes.pop("prompt", f"a picture of {row_key}"))
+    asked = request(prompt, seed=seed, **changes)
+    return JobSpec(
+        stage=stage,
+        depth=1 + max((parent.depth for parent in parents), default=-1),
+        row_key=row_key,
+        variables=(("sku", row_key),),
+        axes=(),
+        seed=seed,
+        request=asked,
+        fingerprint=fingerprint(asked),
+        batch_key=batch_key(asked),
+        parents=tuple((parent.stage, parent.identity) for parent in parents),
+    )
+
+
+def chains(count: int, *stages: str, **changes: Any) -> Iterator[JobSpec]:
+    """``count`` chains of one job for each stage; ``changes`` go to every request."""
+    for number in range(count):
+        above: tuple[JobSpec, ...] = ()
+        for stage in stages or ("draft",):
+            above = (job_spec(f"row-{number}", stage=stage, parents=above, **changes),)
+            yield above[0]
+
+
+def stored_image(leased: LeasedJob) -> StoredImage:
+    """What a worker would have put into storage for this job."""
+    digest = leased.fingerprint
+    return StoredImage(
+        key=f"default/{leased.campaign}/{leased.stage}/{digest}/{digest}.png",
+        url=f"file:///storage/{digest}.png",
+        sha256=digest,
+        pixels_sha256=digest,
+        size_bytes=100,
+        version_id=None,
+        width=64,
+        height=64,
+        sidecar_key=f"default/{leased.campaign}/{leased.stage}/{digest}/{digest}.json",
+        sidecar_sha256=digest,
+        gpu_seconds=0.25,
+        timings={"generate_s": 0.25},
+    )
+
+
+def published(
+    audit: AuditLog, jobs: Iterable[JobSpec], *, name: str = "spring", source: str | None = None, **options: Any
+) -> Submitted:
+    """Submit these jobs as one version of a campaign; ``source`` is the file's text."""
+    fields: dict[str, Any] = {"team": "default", "priority": 100, "max_attempts": 3}
+    text = secrets.token_hex(8) if source is None else source
+    with staging.prepared(jobs) as ready, audit.transaction() as tx:
+        return submit(tx, ready, name=name, source=text, **fields | options)
+
+
+def leased(audit: AuditLog, *, worker_id: str = "worker-1", limit: int = 8, **options: Any) -> Lease:
+    """A lease, which the test expects to get."""
+    lease = try_lease(audit, worker_id=worker_id, limit=limit, **options)
+    assert lease is not None
+    return lease
+
+
+def try_lease(audit: AuditLog, *, worker_id: str = "worker-1", limit: int = 8, **options: Any) -> Lease | None:
+    """A lease of a minute, or None where nothing is ready."""
+    with audit.transaction() as tx:
+        ttl_s = float(options.pop("ttl_s", 60.0))
+        return queue.take_lease(tx, worker_id=worker_id, limit=limit, ttl_s=ttl_s, **options)
+
+
+def completed(audit: AuditLog, lease: Lease) -> list[bool]:
+    """Complete every job of a lease as a worker would."""
+    done = []
+    for job in lease.jobs:
+        with audit.transaction() as tx:
+            stored = stored_image(job)
+            done.append(queue.complete(tx, lease_id=lease.id, leased=job, stored=stored, worker_id="worker-1"))
+    with audit.database.write() as connection:
+        queue.close_lease(connection, lease.id)
+    return done
+
+
+def failed(audit: AuditLog, lease: Lease, job: LeasedJob, status: Status = Status.FAILED, **options: Any) -> bool:
+    """End one attempt with an error."""
+    with audit.transaction() as tx:
+        about = {"error_kind": "BadPicture", "error": "it is black"}
+        return queue.fail(tx, lease_id=lease.id, leased=job, status=status, **about | options)
+
+
+def expired(audit: AuditLog, *leases: Lease) -> int:
+    """Let these leases pass their time and reap them."""
+    with audit.database.write() as connection:
+        ids = [lease.id for lease in leases]
+        connection.execute(update(tables.lease).where(tables.lease.c.id.in_(ids)).values(expires_at=0.0))
+    with audit.transaction() as tx:
+        return queue.reap(tx)
+
+
+def statuses(database: Database, *columns: str, campaign: int | None = None) -> list[Any]:
+    """The jobs' statuses, or other columns of theirs, in order of id."""
+    wanted = [tables.job.c[name] for name in columns or ("status",)]
+    statement = select(*wanted).order_by(tables.job.c.id)
+    if campaign is not None:
+        statement = statement.where(tables.job.c.campaign_id == campaign)
+    with database.read() as connection:
+        rows = connection.execute(statement).all()
+    return [row[0] if len(wanted) == 1 else tuple(row) for row in rows]
+
+
+def events(database: Database) -> list[Json]:
+    """Every audit event, chain by chain."""
+    with database.read() as connection:
+        return [json.loads(row.body) for row in audit_rows.events(connection)]

@@ -1,0 +1,80 @@
+"""Migrated databases for the suites that run on SQLite and PostgreSQL alike."""
+
+from __future__ import annotations
+
+import shutil
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import sqlalchemy
+
+from sdpipeline.db.audit import AuditLog
+from sdpipeline.db.connection import Database, open_database
+from sdpipeline.db.migrate import upgrade
+from sdpipeline.db.tables import metadata
+
+BACKENDS = ("sqlite", "postgresql")
+
+on_postgresql = pytest.mark.parametrize("database_url", ["postgresql"], indirect=True)
+"""For what cannot happen where there is one writer at a time."""
+
+
+@pytest.fixture(scope="session")
+def migrated_sqlite(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A migrated file to copy: faster than migrating one for each test."""
+    path = tmp_path_factory.mktemp("migrated") / "empty.db"
+    database = open_database(f"sqlite:///{path}")
+    upgrade(database)
+    database.close()
+    return path
+
+
+@pytest.fixture(scope="session")
+def migrated_postgres(postgres_server: str) -> Iterator[str]:
+    """A migrated database that is emptied before each test; its commits do not wait for the disk."""
+    server = sqlalchemy.make_url(postgres_server).set(drivername="postgresql+psycopg")
+    name = f"test_{uuid.uuid4().hex}"
+    engine = sqlalchemy.create_engine(server, isolation_level="AUTOCOMMIT", poolclass=sqlalchemy.NullPool)
+    with engine.connect() as connection:
+        connection.exec_driver_sql(f"CREATE DATABASE {name}")
+        connection.exec_driver_sql(f"ALTER DATABASE {name} SET synchronous_commit = off")
+    url = server.set(database=name).render_as_string(hide_password=False)
+    try:
+        database = open_database(url)
+        upgrade(database)
+        database.close()
+        yield url
+    finally:
+        with engine.connect() as connection:
+            connection.exec_driver_sql(f"DROP DATABASE {name} WITH (FORCE)")
+
+
+@pytest.fixture(params=BACKENDS)
+def database_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """The address of an empty, migrated database of each kind."""
+    if request.param == "sqlite":
+        shutil.copy(request.getfixturevalue("migrated_sqlite"), tmp_path / "queue.db")
+        return f"sqlite:///{tmp_path / 'queue.db'}"
+    url = str(request.getfixturevalue("migrated_postgres"))
+    database = open_database(url)
+    with database.write() as connection:
+        tables = ", ".join(table.name for table in metadata.sorted_tables)
+        connection.exec_driver_sql(f"TRUNCATE {tables} RESTART IDENTITY")
+    database.close()
+    return url
+
+
+@pytest.fixture
+def database(database_url: str) -> Iterator[Database]:
+    """An empty, migrated database of each kind."""
+    opened = open_database(database_url)
+    yield opened
+    opened.close()
+
+
+@pytest.fixture
+def audit(database: Database) -> AuditLog:
+    """This process's chain of events in it."""
+    return AuditLog(database, actor="user:test")
