@@ -119,9 +119,9 @@ def catalog(s: Settings, database: Database | None = None) -> Catalog:
 
 def load_campaign(s: Settings, path: Path, database: Database | None = None) -> tuple[Campaign, InputFolder]:
     """A checked campaign file and the folder its pictures come from; raises CampaignError."""
-    campaign = load_campaign_file(path, catalog(s, database))
     allowed = [Path(root) for root in s.inputs.allowed if "://" not in root]
-    return campaign, InputFolder(campaign.folder, allowed=allowed, max_pixels=s.inputs.max_pixels)
+    inputs = InputFolder(path.absolute().parent, allowed=allowed, max_pixels=s.inputs.max_pixels)
+    return load_campaign_file(path, catalog(s, database), inputs), inputs
 
 
 def build_engine(s: Settings, device: str, database: Database) -> Engine:

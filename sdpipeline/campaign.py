@@ -1,476 +1,275 @@
-"""What a campaign file may say, and every mistake in one, found before anything is written."""
+"""A campaign file, read and checked: every mistake in it is found before anything is written."""
 
 from __future__ import annotations
 
-import difflib
 import math
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import ValidationError
 
-from sdpipeline import yamlfile
-from sdpipeline.domain import Task
-from sdpipeline.engine import conditioning, families
-from sdpipeline.engine.checkpoints import CheckpointFiles
-from sdpipeline.errors import CampaignError, Mistake
-from sdpipeline.templates import TemplateRefusedError, compile_template
-from sdpipeline.yamlfile import KeyPath, Located
+from sdpipeline import stage_faults, yamlfile
+from sdpipeline.domain import canonical
+from sdpipeline.errors import CampaignError, InputImageError, Mistake
+from sdpipeline.inputs import InputFolder
+from sdpipeline.rows import Table
+from sdpipeline.spec import CampaignSpec, Parameters, Rows, Scalar, SeedRange, Stage, nearest, note_faults, parse, shown
+from sdpipeline.stages import Catalog
+from sdpipeline.templates import LONGEST_RESULT, TemplateRefusedError, compile_template
+from sdpipeline.yamlfile import Faults, KeyPath, Located
 
-NAME = r"^[a-z0-9][a-z0-9-]{0,62}$"
-VARIABLE = r"^[A-Za-z_][A-Za-z0-9_]{0,62}$"
-LARGEST_SIDE = 8192
-MOST_SEEDS = 1_000_000
-LARGEST_SEED = 2**63 - 1
+__all__ = ["Campaign", "Catalog", "load"]
 
-Name = Annotated[str, Field(pattern=NAME)]
-Variable = Annotated[str, Field(pattern=VARIABLE)]
-Scalar = bool | int | float | str
-Seed = Annotated[int, Field(ge=0, le=LARGEST_SEED)]
-Number = float | str
-Integer = int | str
+MOST_JOBS = 10_000_000
+MOST_JOBS_OF_A_CHAIN = 10_000
+MAX_PIXELS = 64_000_000
+
+_IN_BRACES = re.compile(r"\{[{%](.*?)[}%]\}", re.DOTALL)
 
 
-class _Part(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
-
-
-class SeedRange(_Part):
-    """``count`` seeds from ``start`` on."""
-
-    start: Seed = 0
-    count: Annotated[int, Field(ge=1, le=MOST_SEEDS)] = 1
-
-
-Seeds = SeedRange | Annotated[list[Seed], Field(min_length=1, max_length=MOST_SEEDS)]
-
-
-class Rows(_Part):
-    """A table whose rows are values: one job chain per row."""
-
-    file: str
-    key: str | None = None
-    columns: dict[Variable, str] | None = None
-
-
-class ImageSpec(_Part):
-    """A picture from an earlier stage or from a file beside the campaign."""
-
-    stage: str | None = None
-    file: str | None = None
-
-
-class ControlNetSpec(_Part):
-    """One ControlNet and what steers it."""
-
-    checkpoint: str
-    image: ImageSpec
-    annotator: str = "none"
-    annotator_parameters: dict[str, Scalar] = Field(default_factory=dict)
-    controlnet_conditioning_scale: Number = 1.0
-    control_guidance_start: Annotated[float, Field(ge=0, le=1)] = 0.0
-    control_guidance_end: Annotated[float, Field(ge=0, le=1)] = 1.0
-
-
-class OutputSpec(_Part):
-    """How pictures are encoded."""
-
-    format: Literal["png", "jpeg", "webp"] = "png"
-    quality: Annotated[int, Field(ge=1, le=100)] | None = None
-    metadata: Literal["embedded+sidecar"] = "embedded+sidecar"
-
-
-class Parameters(_Part):
-    """Generation parameters under diffusers' names; a string is a template."""
-
-    width: Integer | None = None
-    height: Integer | None = None
-    num_inference_steps: Integer | None = None
-    guidance_scale: Number | None = None
-    strength: Number | None = None
-    scheduler: str | None = None
-    negative_prompt: str | None = None
-    clip_skip: Integer | None = None
-    noise_level: Integer | None = None
-    resize: str | None = None
-
-
-class Stage(Parameters):
-    """One step of the chain: one picture per row, variable combination and seed."""
-
-    id: Name
-    task: Task
-    checkpoint: str | None = None
-    prompt: str = ""
-    seed: Literal["same"] | None = None
-    seeds: Seeds | None = None
-    image: ImageSpec | None = None
-    mask_image: ImageSpec | None = None
-    controlnets: list[ControlNetSpec] = Field(default_factory=list)
-    output: OutputSpec | None = None
-
-
-class CampaignSpec(_Part):
-    """A whole campaign file."""
-
-    name: Name
-    checkpoint: str
-    priority: Annotated[int, Field(ge=0, le=1000)] = 100
-    variables: dict[Variable, Any] = Field(default_factory=dict)
-    seeds: Seeds = SeedRange()
-    defaults: Parameters = Parameters()
-    stages: Annotated[list[Stage], Field(min_length=1, max_length=64)]
-    output: OutputSpec = OutputSpec()
-
-
-LIMITS: Mapping[str, tuple[type, float, float]] = {
-    "width": (int, 8, LARGEST_SIDE),
-    "height": (int, 8, LARGEST_SIDE),
-    "num_inference_steps": (int, 1, 1000),
-    "guidance_scale": (float, 0, 100),
-    "strength": (float, 0, 1),
-    "clip_skip": (int, 0, 12),
-    "noise_level": (int, 0, 1000),
-    "controlnet_conditioning_scale": (float, 0, 10),
-}
-"""Numeric parameters: their type and inclusive range."""
-
-Catalog = Mapping[str, CheckpointFiles]
-"""The checkpoints a campaign may name, by alias."""
-
-
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Axes:
     """``variables:`` sorted out: named lists that multiply, lists that advance together, and a table."""
 
-    product: Mapping[str, list[Scalar]]
-    zipped: Mapping[str, list[Scalar]]
-    rows: Rows | None
+    product: Mapping[str, list[Scalar]] = field(default_factory=dict)
+    zipped: Mapping[str, list[Scalar]] = field(default_factory=dict)
+    table: Table | None = None
+    titles: Sequence[str] = ()
+
+    def columns(self) -> Mapping[str, int]:
+        """The table's variables and where they stand in it."""
+        return self.table.variables(list(self.titles)) if self.table else {}
+
+    def combinations(self) -> int:
+        """How many there are, for each row of the table."""
+        together = len(next(iter(self.zipped.values()))) if self.zipped else 1
+        return together * math.prod(len(values) for values in self.product.values())
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Campaign:
     """A checked campaign file, ready to expand."""
 
     spec: CampaignSpec
     axes: Axes
     source: Located
-    text: str
     folder: Path
     catalog: Catalog
 
+    @property
+    def text(self) -> str:
+        """The file as it was read."""
+        return self.source.text
+
     def stage_order(self) -> list[Stage]:
         """Stages with parents before children."""
-        return _ordered(self.spec.stages)
+        return stage_faults.ordered(self.spec.stages)
 
 
-def load(path: Path, catalog: Catalog) -> Campaign:
-    """Read and check a campaign file; raises CampaignError holding all mistakes."""
-    source = yamlfile.load(path)
-    spec = _parse(source)
-    axes, mistakes = _axes(spec, source)
-    mistakes += list(_check_stages(spec, source, catalog))
-    if not mistakes:
-        mistakes += list(_check_variables(spec, axes, source))
-    if mistakes:
-        raise CampaignError(*mistakes)
-    return Campaign(spec, axes, source, path.read_text(encoding="utf-8"), path.resolve().parent, catalog)
+def load(path: Path, catalog: Catalog, inputs: InputFolder | None = None) -> Campaign:
+    """Read and check a campaign file; raises CampaignError holding all mistakes.
+
+    What only the values of a table show is found by :func:`sdpipeline.expand.check`.
+    """
+    folder = path.absolute().parent
+    return check(yamlfile.load(path), catalog, inputs or InputFolder(folder, max_pixels=MAX_PIXELS))
 
 
-def number(name: str, value: Any) -> int | float:
-    """A parameter's value in its own type; ValueError says what is wrong with it."""
-    kind, low, high = LIMITS[name]
-    try:
-        result = math.nan if isinstance(value, bool) else float(value)
-    except (ValueError, OverflowError, TypeError):
-        result = math.nan
-    whole = kind is float or result == int(result) if math.isfinite(result) else False
-    if not whole or not low <= result <= high:
-        wanted = "a whole number" if kind is int else "a number"
-        raise ValueError(f"{value!r} is not {wanted} from {low:g} to {high:g}")
-    return int(result) if kind is int else result
-
-
-def nearest(name: str, known: Iterable[str]) -> str:
-    """``did you mean X?`` or the list of what there is."""
-    names = sorted(known)
-    close = difflib.get_close_matches(name, names, n=1)
-    return f"did you mean {close[0]!r}?" if close else f"there are {', '.join(names) or 'none'}"
-
-
-def parents_of(stage: Stage) -> list[str]:
-    """Stages whose pictures this stage consumes."""
-    specs = [stage.image, stage.mask_image, *(use.image for use in stage.controlnets)]
-    return list(dict.fromkeys(spec.stage for spec in specs if spec is not None and spec.stage))
-
-
-def _parse(source: Located) -> CampaignSpec:
-    if not isinstance(source.data, dict):
-        fix = "write at least name:, checkpoint: and stages:"
-        raise CampaignError(Mistake(file=source.file, message="is not a campaign", fix=fix))
-    try:
-        return CampaignSpec.model_validate(source.data, strict=False)
-    except ValidationError as error:
-        raise CampaignError(*_located_faults(error, source)) from error
-
-
-def _located_faults(error: ValidationError, source: Located) -> list[Mistake]:
-    """Pydantic's faults at their place; a union's several complaints about one value become one."""
-    seen: dict[KeyPath, Mistake] = {}
-    for fault in error.errors():
-        path = _in_file(tuple(fault["loc"]), source)
-        seen.setdefault(path, _fault_as_mistake(fault, path, source))
-    return list(seen.values())
-
-
-def _in_file(loc: KeyPath, source: Located) -> KeyPath:
-    """The fault's place without the parts pydantic adds for unions (type names and the like)."""
-    path: KeyPath = ()
-    for part in loc:
-        here: Any = source.data
-        for step in path:
-            here = here[step]
-        keyed = isinstance(here, dict) and isinstance(part, str) and (part in here or part == loc[-1])
-        indexed = isinstance(here, list) and isinstance(part, int) and part < len(here)
-        if keyed or indexed:
-            path = (*path, part)
-    return path
-
-
-def _fault_as_mistake(fault: Any, path: KeyPath, source: Located) -> Mistake:
-    if fault["type"] == "extra_forbidden":
-        known = _known_keys(path)
-        return source.mistake(path, "unknown key", nearest(str(path[-1]), known))
-    if fault["type"] == "missing":
-        return source.mistake(path, "is missing", "add it")
-    found = fault.get("input")
-    shown = repr(found) if isinstance(found, Scalar) else f"a {type(found).__name__}"
-    message = str(fault["msg"])
-    return source.mistake(path, f"found {shown[:60]}: {message[0].lower()}{message[1:]}")
-
-
-def _known_keys(path: KeyPath) -> Iterable[str]:
-    shape: Any = CampaignSpec
-    inner: Mapping[str, Any] = {
-        "stages": Stage,
-        "defaults": Parameters,
-        "output": OutputSpec,
-        "seeds": SeedRange,
-        "image": ImageSpec,
-        "mask_image": ImageSpec,
-        "controlnets": ControlNetSpec,
-        "rows": Rows,
-    }
-    for part in path[:-1]:
-        shape = inner.get(str(part), shape) if not isinstance(part, int) else shape
-    return list(shape.model_fields)
-
-
-def _axes(spec: CampaignSpec, source: Located) -> tuple[Axes, list[Mistake]]:
-    product: dict[str, list[Scalar]] = {}
-    zipped: dict[str, list[Scalar]] = {}
-    rows: Rows | None = None
-    mistakes: list[Mistake] = []
-    values = TypeAdapter(Annotated[list[Scalar], Field(min_length=1)])
-    for name, value in spec.variables.items():
-        path: KeyPath = ("variables", name)
-        try:
-            if name == "rows":
-                rows = Rows.model_validate(value)
-            elif name == "zip":
-                zipped = TypeAdapter(dict[Variable, Annotated[list[Scalar], Field(min_length=1)]]).validate_python(
-                    value
-                )
-            else:
-                product[name] = values.validate_python(value)
-        except ValidationError as error:
-            for fault in error.errors():
-                place = _in_file((*path, *fault["loc"]), source)
-                mistakes.append(_fault_as_mistake(fault, place, source))
-    lengths = {len(items) for items in zipped.values()}
-    if len(lengths) > 1:
-        mistakes.append(source.mistake(("variables", "zip"), "its lists have different lengths", "make them equal"))
-    taken = [*product, *zipped, *((rows.columns or {}) if rows else {})]
-    twice = sorted({name for name in taken if taken.count(name) > 1})
-    mistakes += [
-        source.mistake(("variables",), f"the variable {name!r} is declared twice", "rename one") for name in twice
-    ]
-    return Axes(product, zipped, rows), mistakes
-
-
-def _check_stages(spec: CampaignSpec, source: Located, catalog: Catalog) -> Iterator[Mistake]:
-    yield from _numbers(spec.defaults, ("defaults",), source)
-    yield from _names_exist(spec, source)
-    if spec.checkpoint not in catalog:
-        yield source.mistake(("checkpoint",), f"no checkpoint {spec.checkpoint!r}", nearest(spec.checkpoint, catalog))
-    for n, stage in enumerate(spec.stages):
-        path: KeyPath = ("stages", n)
-        yield from _numbers(stage, path, source)
-        yield from _check_pictures(stage, path, source)
-        yield from _check_checkpoints(spec, stage, path, source, catalog)
-
-
-def _names_exist(spec: CampaignSpec, source: Located) -> Iterator[Mistake]:
-    ids = [stage.id for stage in spec.stages]
-    for n, stage in enumerate(spec.stages):
-        if stage.id in ids[:n]:
-            yield source.mistake(("stages", n, "id"), f"there are two stages {stage.id!r}", "rename one")
-        for parent in parents_of(stage):
-            if parent not in ids:
-                yield source.mistake(("stages", n), f"no stage {parent!r}", nearest(parent, ids))
-    if all(parent in ids for stage in spec.stages for parent in parents_of(stage)):
-        ordered = [stage.id for stage in _ordered(spec.stages)]
-        for n, stage in enumerate(spec.stages):
-            if stage.id not in ordered:
-                fix = "a stage can only use pictures of stages that do not need its own"
-                yield source.mistake(("stages", n), f"stage {stage.id!r} is part of a cycle", fix)
-
-
-def _ordered(stages: list[Stage]) -> list[Stage]:
-    """Topological order, keeping the file's order among equals; stages of a cycle are left out."""
-    done: list[Stage] = []
-    while ready := [s for s in stages if s not in done and set(parents_of(s)) <= {d.id for d in done}]:
-        done.append(ready[0])
-    return done
-
-
-def _numbers(part: Parameters, path: KeyPath, source: Located) -> Iterator[Mistake]:
-    for name in LIMITS:
-        value = getattr(part, name, None)
-        if value is not None and not _is_template(value):
-            try:
-                number(name, value)
-            except ValueError as error:
-                yield source.mistake((*path, name), str(error))
-    if part.resize is not None and part.resize not in conditioning.RESIZE_MODES:
-        known = conditioning.RESIZE_MODES
-        yield source.mistake((*path, "resize"), f"no mode {part.resize!r}", nearest(part.resize, known))
-
-
-def _is_template(value: Any) -> bool:
-    return isinstance(value, str) and "{" in value
-
-
-def _check_pictures(stage: Stage, path: KeyPath, source: Located) -> Iterator[Mistake]:
-    wanted = {
-        "image": stage.task is not Task.TEXT_TO_IMAGE,
-        "mask_image": stage.task is Task.INPAINTING,
-    }
-    for key, needed in wanted.items():
-        given = getattr(stage, key) is not None
-        if needed and not given:
-            fix = f"add {key}: {{stage: ID}} or {key}: {{file: PATH}}"
-            yield source.mistake((*path, key), f"{stage.task} needs it", fix)
-        if given and not needed:
-            yield source.mistake((*path, key), f"{stage.task} does not take it", "remove it")
-    if stage.task is Task.TEXT_TO_IMAGE and not stage.prompt:
-        yield source.mistake((*path, "prompt"), "text-to-image needs it", "add prompt:")
-    if stage.task is Task.TEXT_TO_IMAGE and stage.strength is not None:
-        yield source.mistake((*path, "strength"), "text-to-image does not take it", "remove it")
-    if stage.seed and stage.seeds:
-        yield source.mistake((*path, "seed"), "says the same seed and other seeds", "keep seed: or seeds:")
-    images: list[tuple[KeyPath, ImageSpec | None]] = [((*path, key), getattr(stage, key)) for key in wanted]
-    images += [((*path, "controlnets", n, "image"), use.image) for n, use in enumerate(stage.controlnets)]
-    for place, image in images:
-        if image is not None and (image.stage is None) == (image.file is None):
-            yield source.mistake(place, "needs exactly one of stage: and file:")
-
-
-def _check_checkpoints(
-    spec: CampaignSpec, stage: Stage, path: KeyPath, source: Located, catalog: Catalog
-) -> Iterator[Mistake]:
-    alias = stage.checkpoint or spec.checkpoint
-    if alias not in catalog:
-        if stage.checkpoint:
-            yield source.mistake((*path, "checkpoint"), f"no checkpoint {alias!r}", nearest(alias, catalog))
-        return
-    base = catalog[alias]
-    place: KeyPath = (*path, "checkpoint") if stage.checkpoint else (*path, "task")
-    if base.kind != "checkpoint":
-        yield source.mistake(place, f"{alias!r} is a {base.kind}, not a checkpoint", "name a checkpoint here")
-        return
-    why = families.refusal(base.family, stage.task, controlnets=len(stage.controlnets))
-    if why:
-        yield source.mistake((*path, "task"), why)
-        return
-    scheduler = stage.scheduler
-    if scheduler and not _is_template(scheduler) and (why := families.scheduler_refusal(base.family, scheduler)):
-        yield source.mistake((*path, "scheduler"), why)
-    for n, use in enumerate(stage.controlnets):
-        yield from _check_controlnet(use, (*path, "controlnets", n), source, catalog, base)
-
-
-def _check_controlnet(
-    use: ControlNetSpec, path: KeyPath, source: Located, catalog: Catalog, base: CheckpointFiles
-) -> Iterator[Mistake]:
-    known = {alias for alias, files in catalog.items() if files.kind == "controlnet"}
-    if use.checkpoint not in known:
-        place: KeyPath = (*path, "checkpoint")
-        yield source.mistake(place, f"no ControlNet {use.checkpoint!r}", nearest(use.checkpoint, known))
-    elif catalog[use.checkpoint].family not in families.family(base.family).controlnets_of:
-        message = f"{use.checkpoint!r} is for {catalog[use.checkpoint].family}, {base.alias!r} is {base.family}"
-        yield source.mistake((*path, "checkpoint"), message, "name a ControlNet of the checkpoint's family")
-    if use.control_guidance_start >= use.control_guidance_end:
-        yield source.mistake((*path, "control_guidance_end"), "is not after control_guidance_start")
-    if use.annotator not in conditioning.ANNOTATORS:
-        yield source.mistake(
-            (*path, "annotator"), f"no annotator {use.annotator!r}", nearest(use.annotator, conditioning.ANNOTATORS)
-        )
-        return
-    ranges = conditioning.ANNOTATORS[use.annotator].parameters
-    for name, value in use.annotator_parameters.items():
-        place = (*path, "annotator_parameters", name)
-        if name not in ranges:
-            yield source.mistake(place, f"{use.annotator} has no parameter {name!r}", nearest(name, ranges))
-        elif isinstance(value, str | bool) or not ranges[name].low <= value <= ranges[name].high:
-            yield source.mistake(place, f"{value!r} is not from {ranges[name].low:g} to {ranges[name].high:g}")
-    scale = use.controlnet_conditioning_scale
-    if not _is_template(scale):
-        try:
-            number("controlnet_conditioning_scale", scale)
-        except ValueError as error:
-            yield source.mistake((*path, "controlnet_conditioning_scale"), str(error))
-
-
-def _check_variables(spec: CampaignSpec, axes: Axes, source: Located) -> Iterator[Mistake]:
-    """Every template compiles and uses declared variables; every declared variable is used."""
-    open_table = axes.rows is not None and axes.rows.columns is None
-    declared = {*axes.product, *axes.zipped, *((axes.rows.columns or {}) if axes.rows else {})}
-    used: set[str] = set()
-    for path, text in template_texts(spec):
-        try:
-            names = compile_template(text).names
-        except TemplateRefusedError as error:
-            yield source.mistake(path, str(error))
-            continue
-        used |= names
-        # Columns of a table without `columns:` are known only when the table is opened.
-        for name in sorted(names - declared) if not open_table else ():
-            yield source.mistake(path, f"the variable {name!r} is not declared", nearest(name, declared))
-    for name in sorted(declared - used):
-        place: KeyPath = ("variables", name) if name in axes.product else ("variables",)
-        yield source.mistake(place, f"the variable {name!r} is used nowhere", "use it in a template or remove it")
+def check(source: Located, catalog: Catalog, inputs: InputFolder) -> Campaign:
+    """The same for a document at hand."""
+    faults = Faults(source)
+    spec = parse(source.data, faults)
+    if spec is None:
+        raise CampaignError(*faults.in_order())
+    axes, columns_known = _axes(spec, faults, inputs)
+    faults.next_phase()
+    stage_faults.check(spec, faults, catalog)
+    _check_variables(spec, axes, faults, columns_known=columns_known)
+    _check_files(spec, faults, inputs)
+    _check_count(spec, axes, faults)
+    if faults.mistakes:
+        raise CampaignError(*faults.in_order())
+    return Campaign(spec=spec, axes=axes, source=source, folder=inputs.folder, catalog=catalog)
 
 
 def template_texts(spec: CampaignSpec) -> Iterator[tuple[KeyPath, str]]:
     """Every string that may be a template, with its place."""
-    names = ("prompt", *Parameters.model_fields)
-    for name in Parameters.model_fields:
-        if isinstance(value := getattr(spec.defaults, name), str):
-            yield ("defaults", name), value
-    for n, stage in enumerate(spec.stages):
-        path: KeyPath = ("stages", n)
-        for name in names:
-            if isinstance(value := getattr(stage, name), str):
+    parts: list[tuple[KeyPath, Parameters]] = [(("defaults",), spec.defaults)]
+    parts += [(("stages", n), stage) for n, stage in enumerate(spec.stages)]
+    for path, part in parts:
+        for name in ("prompt", *Parameters.model_fields):
+            if isinstance(value := getattr(part, name, None), str):
                 yield (*path, name), value
-        for key in ("image", "mask_image"):
-            image: ImageSpec | None = getattr(stage, key)
-            if image is not None and image.file:
-                yield (*path, key, "file"), image.file
+    for n, stage in enumerate(spec.stages):
+        for place, image in stage.images():
+            if image.file:
+                yield ("stages", n, *place, "file"), image.file
         for m, use in enumerate(stage.controlnets):
-            if use.image.file:
-                yield (*path, "controlnets", m, "image", "file"), use.image.file
-            if isinstance(use.controlnet_conditioning_scale, str):
-                yield (*path, "controlnets", m, "controlnet_conditioning_scale"), use.controlnet_conditioning_scale
+            if isinstance(scale := use.controlnet_conditioning_scale, str):
+                yield ("stages", n, "controlnets", m, "controlnet_conditioning_scale"), scale
+
+
+def _axes(spec: CampaignSpec, faults: Faults, inputs: InputFolder) -> tuple[Axes, bool]:
+    """The variables, and whether all their names are known although something may be wrong with them."""
+    product: dict[str, list[Scalar]] = {}
+    zipped: dict[str, list[Scalar]] = {}
+    axes, known = Axes(), True
+    for name, value in spec.variables.items():
+        path: KeyPath = ("variables", name)
+        if name == "rows":
+            axes, known = _table(value, path, faults, inputs)
+        elif name == "zip":
+            if isinstance(value, dict):
+                zipped = {each: _values(items, (*path, each), faults) for each, items in value.items()}
+            else:
+                faults.add(path, f"found {shown(value)}, expected names with lists", "write {colour: [red, blue]}")
+        else:
+            product[name] = _values(value, path, faults)
+            _check_repeats(product[name], path, faults)
+    if len({len(items) for items in zipped.values()}) > 1:
+        lengths = ", ".join(f"{name} has {len(items)}" for name, items in zipped.items())
+        faults.add(("variables", "zip"), f"its lists have different lengths: {lengths}", "make them equal")
+    _check_repeats(list(zip(*zipped.values(), strict=False)), ("variables", "zip"), faults)
+    axes = Axes(product=product, zipped=zipped, table=axes.table, titles=axes.titles)
+    taken = [*product, *zipped, *axes.columns()]
+    for name in sorted({name for name in taken if taken.count(name) > 1}):
+        faults.add(_declaration(name, axes), f"the variable {name!r} is declared twice", "rename one")
+    return axes, known
+
+
+def _values(given: Any, path: KeyPath, faults: Faults) -> list[Scalar]:
+    if not isinstance(given, list) or not given:
+        faults.add(path, f"found {shown(given) if given != [] else 'an empty list'}, expected a list of values")
+        return []
+    for n, value in enumerate(given):
+        if not isinstance(value, Scalar):
+            faults.add((*path, n), f"found {shown(value)}, expected a text, a number, true or false")
+        elif isinstance(value, str) and len(value) > LONGEST_RESULT:
+            faults.add((*path, n), f"is longer than {LONGEST_RESULT:,} characters", "shorten it")
+    return given
+
+
+def _check_repeats(values: Sequence[Any], path: KeyPath, faults: Faults) -> None:
+    """Equal values would ask for the same job twice."""
+    seen = set()
+    for n, value in enumerate(values):
+        text = canonical(value)
+        if text in seen:
+            what = " with ".join(shown(each) for each in value) if isinstance(value, tuple) else shown(value)
+            faults.add(path if isinstance(value, tuple) else (*path, n), f"{what} is there twice", "remove one")
+        seen.add(text)
+
+
+def _table(given: Any, path: KeyPath, faults: Faults, inputs: InputFolder) -> tuple[Axes, bool]:
+    """The table's part of the axes, and whether its columns are known."""
+    try:
+        rows = Rows.model_validate(given)
+    except ValidationError as error:
+        note_faults(error, given, path, faults)
+        return Axes(), False
+    try:
+        table = Table(path=inputs.locate(rows.file), name=rows.file, key=rows.key, columns=rows.columns)
+        titles = table.titles()
+    except InputImageError as error:
+        faults.add((*path, "file"), str(error))
+        return Axes(), False
+    except CampaignError as error:
+        faults.mistakes += error.mistakes
+        return Axes(), False
+    wanted = {(*path, "columns", name): title for name, title in (rows.columns or {}).items()}
+    wanted |= {(*path, "key"): rows.key} if rows.key is not None else {}
+    for place, title in wanted.items():
+        if title not in titles:
+            faults.add(place, f"no column {title!r} in {rows.file}", nearest(title, titles))
+    _check_titles(table, titles, faults)
+    axes = Axes(table=table, titles=titles)
+    return axes, True
+
+
+def _check_titles(table: Table, titles: list[str], faults: Faults) -> None:
+    variables = list(table.variables(titles)) if titles else []
+    asked = [*(table.columns or {}).values(), *([table.key] if table.key else [])]
+    used = [title for title in titles if title in asked] if table.columns is not None else titles
+    if not titles:
+        faults.mistakes.append(Mistake(file=table.name, line=1, message="is empty", fix="give it a line of titles"))
+    elif len(set(used)) < len(used) or (table.columns is None and len(variables) < len(titles)):
+        message, fix = "has two columns of one name", "rename one, or name the columns you need in columns:"
+        faults.mistakes.append(Mistake(file=table.name, line=1, message=message, fix=fix))
+
+
+def _declaration(name: str, axes: Axes) -> KeyPath:
+    if name in axes.product:
+        return "variables", name
+    return ("variables", "zip", name) if name in axes.zipped else ("variables", "rows", "columns", name)
+
+
+def _check_variables(spec: CampaignSpec, axes: Axes, faults: Faults, *, columns_known: bool) -> None:
+    """Every template compiles and uses declared variables; every declared variable is used."""
+    given = faults.source.data.get("variables")
+    declared = {*axes.columns(), *axes.zipped, *(given if isinstance(given, dict) else ())}
+    declared |= set(axes.table.columns or ()) if axes.table else set()
+    declared -= {"rows", "zip"}
+    all_known = columns_known and not any(faults.has(path) for path in (("variables",), ("variables", "zip")))
+    # What is wrong elsewhere may hide a use from us, so then every word in braces counts as one.
+    used = set(_IN_BRACES.findall(faults.source.text)) if faults.mistakes else set()
+    used = {word for text in used for word in re.findall(r"\w+", text)}
+    for path, text in template_texts(spec):
+        try:
+            names = compile_template(text).names
+        except TemplateRefusedError as error:
+            faults.add(path, str(error))
+            used |= set(re.findall(r"\w+", text))
+            continue
+        used |= names
+        for name in sorted(names - declared) if all_known else ():
+            faults.add(path, f"the variable {name!r} is not declared", nearest(name, declared))
+    open_columns = set() if axes.table is None or axes.table.columns is not None else set(axes.columns())
+    for name in sorted(declared - used - open_columns):
+        faults.add(_declaration(name, axes), f"the variable {name!r} is used nowhere", "use it or remove it")
+
+
+def _check_files(spec: CampaignSpec, faults: Faults, inputs: InputFolder) -> None:
+    """Pictures that are named outright; those that a row names are found when its jobs are."""
+    for n, stage in enumerate(spec.stages):
+        for place, image in stage.images():
+            path: KeyPath = ("stages", n, *place, "file")
+            if image.file is None or "{" in image.file or faults.has(path):
+                continue
+            try:
+                inputs.open(image.file)
+            except InputImageError as error:
+                faults.add(path, str(error))
+
+
+def _check_count(spec: CampaignSpec, axes: Axes, faults: Faults) -> None:
+    """A slip in a count would otherwise keep a database busy for days."""
+    if faults.mistakes:
+        return
+    chain = sum(jobs_of_a_chain(spec).values())
+    place: KeyPath = ("stages",)
+    if chain > MOST_JOBS_OF_A_CHAIN:
+        faults.add(place, f"asks for {chain:,} pictures of one row and seed, at most {MOST_JOBS_OF_A_CHAIN:,}")
+    roots = seed_count(spec.seeds)
+    total = chain * roots * axes.combinations()
+    place = ("seeds",) if roots > axes.combinations() else ("variables",)
+    if total > MOST_JOBS:
+        rows = " for each row of its table" if axes.table else ""
+        faults.add(place, f"asks for {total:,} pictures{rows}, at most {MOST_JOBS:,}", "split the campaign")
+
+
+def jobs_of_a_chain(spec: CampaignSpec) -> dict[str, int]:
+    """How many jobs each stage has for one row, combination of variables and root seed."""
+    fanned: dict[str, set[str]] = {}
+    seeds = {stage.id: seed_count(stage.seeds) for stage in spec.stages if stage.seeds is not None}
+    for stage in stage_faults.ordered(spec.stages):
+        own = {stage.id} if stage.id in seeds else set()
+        fanned[stage.id] = own.union(*(fanned[parent] for parent in stage.parents()))
+    return {stage: math.prod(seeds[each] for each in sorted(above)) for stage, above in fanned.items()}
+
+
+def seed_count(seeds: SeedRange | list[int]) -> int:
+    """How many seeds are asked for."""
+    return seeds.count if isinstance(seeds, SeedRange) else len(seeds)

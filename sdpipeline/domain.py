@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass, field, fields, is_dataclass
 from enum import StrEnum
 from typing import Any, Literal
 
@@ -62,7 +62,10 @@ class ImageSource:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ControlNetInput:
-    """One ControlNet, the picture that steers it, and how that picture becomes a control map."""
+    """One ControlNet, the picture that steers it, and how that picture becomes a control map.
+
+    ``annotator_checkpoint`` holds the weights of a learned annotator; the others need none.
+    """
 
     checkpoint: CheckpointRef
     image: ImageSource
@@ -71,6 +74,7 @@ class ControlNetInput:
     controlnet_conditioning_scale: float = 1.0
     control_guidance_start: float = 0.0
     control_guidance_end: float = 1.0
+    annotator_checkpoint: CheckpointRef | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -130,9 +134,11 @@ class GenerationRequest:
 
     def checkpoints(self) -> tuple[CheckpointRef, ...]:
         """Every set of weights this request needs, the base first."""
+        adapters: tuple[ControlNetInput | AdapterInput, ...]
         adapters = (*self.controlnets, *self.loras, *self.textual_inversions, *self.ip_adapters)
         vae = (self.vae,) if self.vae else ()
-        return (self.checkpoint, *(use.checkpoint for use in adapters), *vae)
+        annotators = (use.annotator_checkpoint for use in self.controlnets if use.annotator_checkpoint)
+        return (self.checkpoint, *(use.checkpoint for use in adapters), *vae, *annotators)
 
 
 def to_document(value: Any) -> Any:
@@ -175,6 +181,8 @@ def _source(document: Json | None) -> ImageSource | None:
 def _controlnet(d: Json) -> ControlNetInput:
     parameters = tuple((str(name), value) for name, value in d.get("annotator_parameters", ()))
     own = {"checkpoint": CheckpointRef(**d["checkpoint"]), "image": ImageSource(**d["image"])}
+    if "annotator_checkpoint" in d:
+        own["annotator_checkpoint"] = CheckpointRef(**d["annotator_checkpoint"])
     return ControlNetInput(**d | own | {"annotator_parameters": parameters})
 
 
@@ -189,7 +197,12 @@ def canonical(document: Any) -> bytes:
 
 def digest(document: Any) -> str:
     """SHA-256 of the canonical form, hexadecimal."""
-    return hashlib.sha256(canonical(document)).hexdigest()
+    return hashed(canonical(document))
+
+
+def hashed(data: bytes) -> str:
+    """SHA-256, hexadecimal."""
+    return hashlib.sha256(data).hexdigest()
 
 
 def fingerprint(request: GenerationRequest) -> str:
@@ -197,7 +210,13 @@ def fingerprint(request: GenerationRequest) -> str:
 
     Aliases are only names, so the digests alone count.
     """
-    return digest(_without_aliases(to_document(request)))
+    return digest(fingerprint_document(request))
+
+
+def fingerprint_document(request: GenerationRequest) -> Json:
+    """The values behind :func:`fingerprint`."""
+    document: Json = _without_aliases(to_document(request))
+    return document
 
 
 def _without_aliases(value: Any) -> Any:
@@ -227,11 +246,12 @@ class JobSpec:
     batch_key: str
     edition: str = ""
     parents: tuple[tuple[str, str], ...] = ()
+    identity: str = field(init=False)
+    """What makes this job the same job when its campaign is submitted again."""
 
-    @property
-    def identity(self) -> str:
-        """What makes this job the same job when its campaign is submitted again."""
-        return job_identity(self.edition, self.stage, self.row_key, dict(self.axes), self.seed)
+    def __post_init__(self) -> None:
+        identity = job_identity(self.edition, self.stage, self.row_key, dict(self.axes), self.seed)
+        object.__setattr__(self, "identity", identity)
 
 
 def job_identity(edition: str, stage: str, row_key: str, axes: Json, seed: int) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import stat
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,7 @@ from sdpipeline.errors import InputImageError
 from sdpipeline.provenance import decode
 
 LARGEST_INPUT_BYTES = 256 * 1024 * 1024
+LONGEST_SHOWN = 80
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,7 +37,7 @@ def input_key(sha256: str) -> str:
 
 
 class InputFolder:
-    """Reads each picture once and remembers what it was."""
+    """Reads each picture once and remembers what it was; nothing outside the allowed roots is opened."""
 
     def __init__(self, folder: Path, *, allowed: Sequence[Path] = (), max_pixels: int) -> None:
         self.folder = folder.resolve()
@@ -49,19 +51,31 @@ class InputFolder:
             self.found[name] = self._check(name)
         return self.found[name]
 
-    def _check(self, name: str) -> InputFile:
-        path = (self.folder / name).resolve()
-        if not any(path.is_relative_to(root) for root in self.allowed):
-            raise InputImageError(f"{name!r} lies outside the allowed folders; add its folder to SDP_INPUTS__ALLOWED")
+    def locate(self, name: str) -> Path:
+        """The regular file of that name, links followed; raises InputImageError."""
+        shown = repr(name if len(name) <= LONGEST_SHOWN else name[:LONGEST_SHOWN] + "...")
         try:
-            size = path.stat().st_size
-            if size > LARGEST_INPUT_BYTES:
-                raise InputImageError(f"{name!r} is larger than {LARGEST_INPUT_BYTES >> 20} MiB")
-            data = path.read_bytes()
+            path = (self.folder / name).resolve()
+            if not any(path.is_relative_to(root) for root in self.allowed):
+                raise InputImageError(f"{shown} lies outside the folders in SDP_INPUTS__ALLOWED; add its folder")
+            # A pipe would wait for ever, and a device never ends.
+            if not stat.S_ISREG(path.stat().st_mode):
+                raise InputImageError(f"{shown} is no regular file")
+        except OSError as error:
+            raise InputImageError(f"{shown} cannot be read: {error.strerror}") from error
+        except (ValueError, RuntimeError) as error:  # an embedded NUL; a link that leads to itself
+            raise InputImageError(f"{shown} is no file name") from error
+        return path
+
+    def _check(self, name: str) -> InputFile:
+        path = self.locate(name)
+        try:
+            with path.open("rb") as file:
+                data = file.read(LARGEST_INPUT_BYTES + 1)
         except OSError as error:
             raise InputImageError(f"{name!r} cannot be read: {error.strerror}") from error
-        except ValueError as error:
-            raise InputImageError(f"{name!r} is no file name: {error}") from error
+        if len(data) > LARGEST_INPUT_BYTES:
+            raise InputImageError(f"{name!r} is larger than {LARGEST_INPUT_BYTES >> 20} MiB")
         try:
             pixels = decode(data, max_pixels=self.max_pixels)
         except InputImageError as error:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from sdpipeline import expand
@@ -15,7 +15,7 @@ from sdpipeline.db import submit as publishing
 from sdpipeline.db.audit import AuditLog
 from sdpipeline.db.connection import Database
 from sdpipeline.db.submit import Difference, Submitted
-from sdpipeline.domain import Json
+from sdpipeline.domain import JobSpec, Json
 from sdpipeline.errors import CampaignError, InputImageError, Mistake
 from sdpipeline.inputs import InputFile, InputFolder
 from sdpipeline.storage import ObjectStore
@@ -45,20 +45,30 @@ class Plan:
 
 
 def plan(campaign: Campaign, inputs: InputFolder, database: Database | None, *, team: str, max_batch: int) -> Plan:
-    """Expand without writing; without a database every job is new."""
-    stages: Counter[str] = Counter({stage.id: 0 for stage in campaign.stage_order()})
-    groups: Counter[str] = Counter()
-    for spec in expand.expand(campaign, inputs):
-        stages[spec.stage] += 1
-        groups[spec.batch_key] += 1
-    total = sum(stages.values())
-    difference = Difference(new=total, unchanged=0, removed=0)
-    if database is not None:
+    """Expand once without writing; without a database every job is new."""
+    tally = _Tally(stages=Counter({stage.id: 0 for stage in campaign.stage_order()}))
+    jobs = tally.counted(expand.expand(campaign, inputs))
+    if database is None:
+        difference = Difference(new=sum(1 for _ in jobs), unchanged=0, removed=0)
+    else:
         with database.read() as connection:
-            jobs = expand.expand(campaign, inputs)
             difference = publishing.compare(connection, jobs, team=team, name=campaign.spec.name)
-    batches = sum(len(split(count, max_batch)) for count in groups.values())
-    return Plan(name=campaign.spec.name, stages=dict(stages), batches=batches, difference=difference)
+    batches = sum(len(split(count, max_batch)) for count in tally.groups.values())
+    return Plan(name=campaign.spec.name, stages=dict(tally.stages), batches=batches, difference=difference)
+
+
+@dataclass(slots=True)
+class _Tally:
+    """What went by, by stage and by batch key of a stage."""
+
+    stages: Counter[str]
+    groups: Counter[tuple[str, str]] = field(default_factory=Counter)
+
+    def counted(self, jobs: Iterable[JobSpec]) -> Iterator[JobSpec]:
+        for spec in jobs:
+            self.stages[spec.stage] += 1
+            self.groups[spec.stage, spec.batch_key] += 1
+            yield spec
 
 
 def submit(

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,22 +16,20 @@ from sdpipeline.errors import CampaignError, Mistake
 LARGEST_FILE_BYTES = 4 * 1024 * 1024
 MOST_NODES = 200_000
 DEEPEST = 40
-
-PLAIN_TAGS = {
-    f"tag:yaml.org,2002:{name}"
-    for name in ("null", "bool", "int", "float", "str", "seq", "map", "timestamp", "value", "merge")
-}
+LARGEST_INTEGER = 2**63 - 1
 
 KeyPath = tuple[str | int, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class Located:
-    """A file's data, and where each key path stands in it (line and column from 1)."""
+    """A file's data and text, where each key path stands in it (line and column from 1), and what no value is."""
 
     file: str
     data: Any
-    places: dict[KeyPath, tuple[int, int]]
+    text: str
+    places: Mapping[KeyPath, tuple[int, int]]
+    mistakes: tuple[tuple[KeyPath, Mistake], ...] = ()
 
     def mistake(self, path: KeyPath, message: str, fix: str | None = None) -> Mistake:
         """A mistake at ``path``, or at the nearest enclosing key that the file has."""
@@ -37,6 +38,40 @@ class Located:
             known = known[:-1]
         line, column = self.places.get(known, (1, 1))
         return Mistake(file=self.file, line=line, column=column, key=dotted(path), message=message, fix=fix)
+
+
+@dataclass(slots=True)
+class Faults:
+    """Mistakes as they are found. One that only follows from an earlier phase's, at or above its place, is dropped."""
+
+    source: Located
+    mistakes: list[Mistake] = field(default_factory=list)
+    _found: set[KeyPath] = field(default_factory=set)
+    _settled: set[KeyPath] = field(default_factory=set)
+
+    def __post_init__(self) -> None:
+        for path, mistake in self.source.mistakes:
+            self.mistakes.append(mistake)
+            self._found.add(path)
+        self.next_phase()
+
+    def next_phase(self) -> None:
+        """From here on, what has been found hides what follows from it."""
+        self._settled |= self._found
+
+    def add(self, path: KeyPath, message: str, fix: str | None = None) -> None:
+        """Note a mistake at that place."""
+        if not self.has(path):
+            self.mistakes.append(self.source.mistake(path, message, fix))
+            self._found.add(path)
+
+    def has(self, path: KeyPath) -> bool:
+        """Whether an earlier phase found something wrong at ``path`` or around it."""
+        return any(path[:n] in self._settled for n in range(len(path) + 1))
+
+    def in_order(self) -> list[Mistake]:
+        """All of them, each once, as the file has them."""
+        return sorted(dict.fromkeys(self.mistakes), key=lambda mistake: (mistake.line or 0, mistake.column or 0))
 
 
 def dotted(path: KeyPath) -> str:
@@ -48,32 +83,99 @@ def dotted(path: KeyPath) -> str:
 def load(path: Path) -> Located:
     """Read one document; raises CampaignError for anything that is not plain, small YAML."""
     try:
-        if path.stat().st_size > LARGEST_FILE_BYTES:
-            raise CampaignError(Mistake(file=str(path), message="is larger than 4 MiB", fix="put the rows in a table"))
-        text = path.read_text(encoding="utf-8")
+        with path.open("rb") as file:
+            data = file.read(LARGEST_FILE_BYTES + 1)
     except OSError as error:
         raise CampaignError(Mistake(file=str(path), message=f"cannot be read: {error.strerror}")) from error
+    except ValueError as error:
+        raise CampaignError(Mistake(file=str(path), message=f"is no file name: {error}")) from error
+    if len(data) > LARGEST_FILE_BYTES:
+        raise CampaignError(Mistake(file=str(path), message="is larger than 4 MiB", fix="put the rows in a table"))
+    try:
+        text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise CampaignError(Mistake(file=str(path), message="is not UTF-8 text")) from error
+        line = data.count(b"\n", 0, error.start) + 1
+        raise CampaignError(Mistake(file=str(path), line=line, message="is not UTF-8 text")) from error
     return parse(text, file=str(path))
 
 
 def parse(text: str, *, file: str) -> Located:
     """The same for a document at hand."""
     try:
-        node = yaml.compose(text, Loader=yaml.SafeLoader)
+        loader = _Loader(text, file)
+        node = loader.get_single_node()
     except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark
+        mark = error.problem_mark or error.context_mark
         line, column = (mark.line + 1, mark.column + 1) if mark else (None, None)
-        message = f"is not YAML: {error.problem}"
+        message = f"is not YAML: {', '.join(filter(None, (error.context, error.problem)))}"
         raise CampaignError(Mistake(file=file, line=line, column=column, message=message)) from error
-    except (yaml.YAMLError, RecursionError, ValueError) as error:
-        raise CampaignError(Mistake(file=file, message=f"is not YAML: {str(error).splitlines()[0]}")) from error
+    except yaml.reader.ReaderError as error:
+        line = text.count("\n", 0, error.position) + 1
+        message = f"is not YAML: the character U+{error.character:04X} is not allowed"
+        raise CampaignError(Mistake(file=file, line=line, message=message)) from error
+    except RecursionError as error:
+        raise CampaignError(Mistake(file=file, message="is not YAML: nested too deeply")) from error
     builder = _Builder(file)
     data = builder.build(node, ()) if node is not None else None
-    if builder.mistakes:
-        raise CampaignError(*builder.mistakes)
-    return Located(file, data, builder.places)
+    return Located(file, data, text, builder.places, tuple(builder.mistakes))
+
+
+class _Loader(yaml.SafeLoader):
+    """PyYAML's parser, bounded while it reads, with the plain scalars of YAML 1.2.
+
+    By YAML 1.1 ``no`` would be false, ``16:9`` 969 and ``0123`` 83; in a prompt or an article number
+    they are words. What looks like a number but starts with a zero stays text.
+    """
+
+    yaml_implicit_resolvers: dict[str, Any] = {}  # noqa: RUF012 -- replaces PyYAML's own, whose type this is
+
+    def __init__(self, text: str, file: str) -> None:
+        super().__init__(text)
+        self._file = file
+        self._nodes = 0
+        self._depth = 0
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        self._nodes += 1
+        self._depth += 1
+        if self._nodes > MOST_NODES or self._depth > DEEPEST:
+            line, column = _start(self.peek_event())  # type: ignore[no-untyped-call]
+            message = "is nested too deeply" if self._depth > DEEPEST else "has too many values"
+            raise CampaignError(
+                Mistake(file=self._file, line=line, column=column, message=message, fix="put the rows in a table")
+            )
+        node: yaml.Node | None = super().compose_node(parent, index)
+        self._depth -= 1
+        return node
+
+
+_NULL = re.compile(r"~|null|Null|NULL|")
+_BOOLEAN = re.compile(r"true|True|TRUE|false|False|FALSE")
+_INTEGER = re.compile(r"[-+]?(0|[1-9][0-9]*)")
+_FLOAT = re.compile(
+    r"[-+]?(\.[0-9]+|(0|[1-9][0-9]*)(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)"
+)
+
+_TAG = "tag:yaml.org,2002:"
+for _name, _pattern in (("null", _NULL), ("bool", _BOOLEAN), ("int", _INTEGER), ("float", _FLOAT)):
+    _Loader.add_implicit_resolver(_TAG + _name, re.compile(f"(?:{_pattern.pattern})$"), None)
+
+_SCALARS: Mapping[str, tuple[re.Pattern[str], Callable[[str], Any]]] = {
+    _TAG + "null": (_NULL, lambda _: None),
+    _TAG + "bool": (_BOOLEAN, lambda text: text.lower() == "true"),
+    _TAG + "int": (_INTEGER, int),
+    _TAG + "float": (_FLOAT, lambda text: float(re.sub(r"\.(?=[iInN])", "", text))),
+    _TAG + "str": (re.compile(r"(?s).*"), str),
+}
+
+# Tab, line feed and carriage return are text; the rest of C0 and C1, and halves of a surrogate pair, are not.
+_CONTROL = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]")
+
+
+def control_character(text: str) -> str | None:
+    """The first character that cannot be part of a text, as ``U+0000``; no database or picture could keep it."""
+    found = _CONTROL.search(text)
+    return f"U+{ord(found.group()):04X}" if found else None
 
 
 class _Builder:
@@ -82,52 +184,66 @@ class _Builder:
     def __init__(self, file: str) -> None:
         self.file = file
         self.places: dict[KeyPath, tuple[int, int]] = {}
-        self.mistakes: list[Mistake] = []
+        self.mistakes: list[tuple[KeyPath, Mistake]] = []
         self._nodes = 0
-        self._constructor = yaml.constructor.SafeConstructor()
 
     def build(self, node: yaml.Node, path: KeyPath) -> Any:
         self._nodes += 1
-        self.places[path] = (node.start_mark.line + 1, node.start_mark.column + 1)
+        self.places[path] = _start(node)
         if self._nodes > MOST_NODES or len(path) > DEEPEST:
             # Aliases of aliases end here, long before memory does.
-            raise CampaignError(self._mistake(node, path, "expands to too many values", "write fewer aliases"))
-        if node.tag not in PLAIN_TAGS:
-            self.mistakes.append(self._mistake(node, path, f"the tag {_short(node.tag)} is not allowed", "remove it"))
-            return None
-        if isinstance(node, yaml.SequenceNode):
-            return [self.build(item, (*path, n)) for n, item in enumerate(node.value)]
-        if isinstance(node, yaml.MappingNode):
-            return self._mapping(node, path)
-        return self._scalar(node, path)
+            self._refuse(node, path, "expands to too many values", "write fewer aliases")
+            raise CampaignError(self.mistakes[-1][1])
+        match node:
+            case yaml.SequenceNode(tag="tag:yaml.org,2002:seq"):
+                return [self.build(item, (*path, n)) for n, item in enumerate(node.value)]
+            case yaml.MappingNode(tag="tag:yaml.org,2002:map"):
+                return self._mapping(node, path)
+            case yaml.ScalarNode() if node.tag in _SCALARS:
+                return self._scalar(node, path)
+        self._refuse(node, path, f"the tag {node.tag.replace(_TAG, '!!')} is not allowed here", "remove it")
+        return None
 
     def _mapping(self, node: yaml.MappingNode, path: KeyPath) -> dict[str, Any]:
         data: dict[str, Any] = {}
         for key_node, value_node in node.value:
-            key = key_node.value if isinstance(key_node, yaml.ScalarNode) else None
-            if not isinstance(key, str) or key_node.tag == "tag:yaml.org,2002:merge":
-                self.mistakes.append(self._mistake(key_node, path, "keys must be plain words", "use `defaults:`"))
+            key = key_node.value
+            if not isinstance(key_node, yaml.ScalarNode) or key == "<<" or control_character(key):
+                self._refuse(key_node, path, "a key must be a plain word", "write out what is merged")
                 continue
             if key in data:
-                self.mistakes.append(self._mistake(key_node, (*path, key), "is written twice", "keep one of them"))
+                self._refuse(key_node, (*path, key), "is written twice", "keep one of them")
                 continue
             data[key] = self.build(value_node, (*path, key))
-            self.places[(*path, key)] = (key_node.start_mark.line + 1, key_node.start_mark.column + 1)
+            self.places[(*path, key)] = _start(key_node)
         return data
 
-    def _scalar(self, node: yaml.Node, path: KeyPath) -> Any:
-        if node.tag == "tag:yaml.org,2002:timestamp":
-            return node.value
-        try:
-            return self._constructor.construct_object(node)
-        except (yaml.YAMLError, ValueError, OverflowError):
-            self.mistakes.append(self._mistake(node, path, f"{node.value!r} is not a value", "put it in quotes"))
+    def _scalar(self, node: yaml.ScalarNode, path: KeyPath) -> Any:
+        pattern, convert = _SCALARS[node.tag]
+        shown = node.value if len(node.value) <= 40 else node.value[:40] + "..."
+        if not pattern.fullmatch(node.value):
+            self._refuse(node, path, f"{shown!r} is no {node.tag.removeprefix(_TAG)}", "remove the tag")
             return None
+        if character := control_character(node.value):
+            self._refuse(node, path, f"holds the character {character}", "remove it")
+            return None
+        if node.tag == _TAG + "int" and len(node.value) > 20:
+            self._refuse(node, path, f"{shown} is too large a number", "put it in quotes if it is a text")
+            return None
+        value = convert(node.value)
+        if isinstance(value, float) and not math.isfinite(value):
+            self._refuse(node, path, f"{shown} is not a finite number", "write a number")
+            return None
+        if isinstance(value, int) and abs(value) > LARGEST_INTEGER:
+            self._refuse(node, path, f"{shown} is too large a number", "put it in quotes if it is a text")
+            return None
+        return value
 
-    def _mistake(self, node: yaml.Node, path: KeyPath, message: str, fix: str) -> Mistake:
-        line, column = node.start_mark.line + 1, node.start_mark.column + 1
-        return Mistake(file=self.file, line=line, column=column, key=dotted(path), message=message, fix=fix)
+    def _refuse(self, node: yaml.Node, path: KeyPath, message: str, fix: str) -> None:
+        line, column = _start(node)
+        mistake = Mistake(file=self.file, line=line, column=column, key=dotted(path), message=message, fix=fix)
+        self.mistakes.append((path, mistake))
 
 
-def _short(tag: str) -> str:
-    return tag.replace("tag:yaml.org,2002:", "!!")
+def _start(part: Any) -> tuple[int, int]:
+    return part.start_mark.line + 1, part.start_mark.column + 1
