@@ -1,0 +1,313 @@
+"""What a campaign file may say, as the shapes its text is read into."""
+
+from __future__ import annotations
+
+import copy
+import difflib
+import math
+from collections.abc import Iterable, Mapping
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError
+
+from sdpipeline.domain import Task
+from sdpipeline.yamlfile import Faults, KeyPath
+
+NAME = r"^[a-z0-9][a-z0-9-]{0,62}$"
+VARIABLE = r"^[A-Za-z_][A-Za-z0-9_]{0,62}$"
+LARGEST_SIDE = 8192
+MOST_SEEDS = 1_000_000
+LARGEST_SEED = 2**63 - 1
+
+Name = Annotated[str, Field(pattern=NAME)]
+Variable = Annotated[str, Field(pattern=VARIABLE)]
+Scalar = bool | int | float | str
+Seed = Annotated[int, Field(ge=0, le=LARGEST_SEED)]
+Number = float | str
+Integer = int | str
+
+
+class _Part(BaseModel):
+    # Strict, so that `true` is no 1 and "4" no 4: what a file says is refused or meant.
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+
+class SeedRange(_Part):
+    """``count`` seeds from ``start`` on."""
+
+    start: Seed = 0
+    count: Annotated[int, Field(ge=1, le=MOST_SEEDS)] = 1
+
+
+Seeds = Annotated[
+    Annotated[SeedRange, Tag("range")] | Annotated[list[Seed], Field(min_length=1, max_length=MOST_SEEDS), Tag("list")],
+    Discriminator(lambda value: "list" if isinstance(value, list) else "range"),
+]
+
+
+class Rows(_Part):
+    """A table whose rows are values: one job chain per row."""
+
+    file: str
+    key: str | None = None
+    columns: dict[Variable, str] | None = None
+
+
+class ImageSpec(_Part):
+    """A picture from an earlier stage or from a file beside the campaign."""
+
+    stage: str | None = None
+    file: str | None = None
+
+
+class ControlNetSpec(_Part):
+    """One ControlNet and what steers it."""
+
+    checkpoint: str
+    image: ImageSpec
+    annotator: str = "none"
+    annotator_parameters: dict[str, Scalar] = Field(default_factory=dict)
+    controlnet_conditioning_scale: Number = 1.0
+    control_guidance_start: Annotated[float, Field(ge=0, le=1)] = 0.0
+    control_guidance_end: Annotated[float, Field(ge=0, le=1)] = 1.0
+
+
+class OutputSpec(_Part):
+    """How pictures are encoded."""
+
+    format: Literal["png", "jpeg", "webp"] = "png"
+    quality: Annotated[int, Field(ge=1, le=100)] | None = None
+    metadata: Literal["embedded+sidecar"] = "embedded+sidecar"
+
+
+class Parameters(_Part):
+    """Generation parameters under diffusers' names; a string is a template."""
+
+    width: Integer | None = None
+    height: Integer | None = None
+    num_inference_steps: Integer | None = None
+    guidance_scale: Number | None = None
+    strength: Number | None = None
+    scheduler: str | None = None
+    negative_prompt: str | None = None
+    clip_skip: Integer | None = None
+    noise_level: Integer | None = None
+    resize: str | None = None
+
+
+class Stage(Parameters):
+    """One step of the chain: one picture per row, variable combination and seed."""
+
+    id: Name
+    task: Annotated[Task, Field(strict=False)]
+    checkpoint: str | None = None
+    prompt: str = ""
+    seed: Literal["same"] | None = None
+    seeds: Seeds | None = None
+    image: ImageSpec | None = None
+    mask_image: ImageSpec | None = None
+    controlnets: list[ControlNetSpec] = Field(default_factory=list)
+    output: OutputSpec | None = None
+
+    def images(self) -> list[tuple[KeyPath, ImageSpec]]:
+        """Every picture the stage consumes, with its place inside the stage."""
+        named: list[tuple[KeyPath, ImageSpec | None]] = [(("image",), self.image), (("mask_image",), self.mask_image)]
+        named += [(("controlnets", n, "image"), use.image) for n, use in enumerate(self.controlnets)]
+        return [(place, image) for place, image in named if image is not None]
+
+    def parents(self) -> list[str]:
+        """Stages whose pictures this stage consumes, each once."""
+        return list(dict.fromkeys(image.stage for _, image in self.images() if image.stage))
+
+
+class CampaignSpec(_Part):
+    """A whole campaign file."""
+
+    name: Name
+    checkpoint: str
+    priority: Annotated[int, Field(ge=0, le=1000)] = 100
+    variables: dict[Variable, Any] = Field(default_factory=dict)
+    seeds: Seeds = SeedRange()
+    defaults: Parameters = Parameters()
+    stages: Annotated[list[Stage], Field(min_length=1, max_length=64)]
+    output: OutputSpec = OutputSpec()
+
+
+LIMITS: Mapping[str, tuple[type, float, float]] = {
+    "width": (int, 8, LARGEST_SIDE),
+    "height": (int, 8, LARGEST_SIDE),
+    "num_inference_steps": (int, 1, 1000),
+    "guidance_scale": (float, 0, 100),
+    "strength": (float, 0, 1),
+    "clip_skip": (int, 1, 12),
+    "noise_level": (int, 0, 1000),
+    "controlnet_conditioning_scale": (float, 0, 10),
+}
+"""Numeric parameters: their type and inclusive range."""
+
+
+def number(name: str, value: Any) -> int | float:
+    """A parameter's value in its own type; ValueError says what is wrong with it."""
+    kind, low, high = LIMITS[name]
+    try:
+        result = math.nan if isinstance(value, bool) else float(value)
+    except (ValueError, OverflowError, TypeError):
+        result = math.nan
+    if not low <= result <= high or (kind is int and result != int(result)):
+        wanted = "a whole number" if kind is int else "a number"
+        raise ValueError(f"{shown(value)} is not {wanted} from {low:g} to {high:g}")
+    return int(result) if kind is int else result
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """``did you mean X?`` or the list of what there is."""
+    names = sorted(known)
+    close = difflib.get_close_matches(name[:100], names, n=1)
+    if close:
+        return f"did you mean {close[0]!r}?"
+    some = ", ".join(names[:30]) + (", ..." if len(names) > 30 else "")
+    return f"there are {some}" if len(names) > 1 else f"there is only {some}" if names else "there are none"
+
+
+def shown(value: Any) -> str:
+    """A value from a file as a mistake quotes it."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    if value is None:
+        return "nothing"
+    if isinstance(value, list | dict):
+        return "a list" if isinstance(value, list) else "keys with values"
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..." + text[-1]
+
+
+def parse(data: Any, faults: Faults) -> CampaignSpec | None:
+    """The file's shape. What is wrong goes to ``faults`` and is left out or stood in for, so that the rest
+    can be checked too; ``None`` where nothing can."""
+    if not isinstance(data, dict):
+        faults.add((), "is not a campaign", "write at least name:, checkpoint: and stages:")
+        return None
+    data = copy.deepcopy(data)
+    # A stand-in never fails itself, so the second round only sees what the first uncovered.
+    for _ in range(3):
+        try:
+            return CampaignSpec.model_validate(data)
+        except ValidationError as error:
+            places = note_faults(error, data, (), faults)
+            faults.next_phase()
+        if any(path[:1] == ("stages",) and len(path) == 1 for path in places):
+            return None
+        for path in places:
+            _mend(data, path)
+    return None
+
+
+def note_faults(error: ValidationError, data: Any, at: KeyPath, faults: Faults) -> list[KeyPath]:
+    """Pydantic's faults about the value ``at`` a place; a union's several complaints about one value become one."""
+    grouped: dict[KeyPath, list[Any]] = {}
+    for fault in error.errors():
+        grouped.setdefault(_in_file(tuple(fault["loc"]), data), []).append(fault)
+    for path, about in grouped.items():
+        faults.add((*at, *path), *_in_words(about, (*at, *path)))
+    return list(grouped)
+
+
+def _in_file(loc: KeyPath, data: Any) -> KeyPath:
+    """The fault's place without the parts pydantic adds for unions (type names and the like)."""
+    path: KeyPath = ()
+    here = data
+    for n, part in enumerate(loc):
+        last = n == len(loc) - 1
+        keyed = isinstance(here, dict) and isinstance(part, str) and (part in here or (last and part != "[key]"))
+        indexed = isinstance(here, list) and isinstance(part, int) and part < len(here)
+        if keyed or indexed:
+            path = (*path, part)
+            here = here.get(part) if isinstance(here, dict) else here[part]
+    return path
+
+
+def _in_words(about: list[Any], path: KeyPath) -> tuple[str, str | None]:
+    kinds = [fault["type"] for fault in about]
+    if "extra_forbidden" in kinds:
+        return "unknown key", nearest(str(path[-1]), _known_keys(path))
+    if "missing" in kinds:
+        return "is missing", "add it"
+    fault = about[0]
+    if any(fault["loc"][-1:] == ("[key]",) for fault in about):
+        return "is no name for a variable", "a letter or _ first, then letters, digits and _, at most 63"
+    found, expected = shown(fault["input"]), _expected(fault)
+    if "string_type" in kinds and len(kinds) > 1:
+        expected += " or a template"
+    if fault["type"] in ("enum", "literal_error"):
+        options = [option.strip("' ") for option in fault["ctx"]["expected"].replace(" or ", ", ").split(",")]
+        return f"found {found}", nearest(str(fault["input"]), options)
+    return f"found {found}, expected {expected}", None
+
+
+def _expected(fault: Any) -> str:
+    limits = fault.get("ctx", {})
+    match fault["type"]:
+        case "string_pattern_mismatch" if limits["pattern"] == NAME:
+            return "a name of a-z, 0-9 and -, at most 63, that does not start with -"
+        case "greater_than_equal":
+            return f"at least {limits['ge']:g}"
+        case "less_than_equal":
+            return f"at most {limits['le']:,}"
+        case "too_short":
+            return "at least one entry"
+        case "too_long":
+            return f"at most {limits['max_length']:,} entries"
+    words = {"int": "a whole number", "float": "a number", "string": "a text", "bool": "true or false"}
+    words |= {"list": "a list", "dict": "keys with values", "model": "keys with values", "finite": "a finite number"}
+    return words.get(str(fault["type"]).split("_")[0], str(fault["msg"]).lower())
+
+
+def _known_keys(path: KeyPath) -> Iterable[str]:
+    shape: type[BaseModel] = CampaignSpec
+    inner: Mapping[str, type[BaseModel]] = {
+        "stages": Stage,
+        "defaults": Parameters,
+        "output": OutputSpec,
+        "seeds": SeedRange,
+        "image": ImageSpec,
+        "mask_image": ImageSpec,
+        "controlnets": ControlNetSpec,
+        "rows": Rows,
+    }
+    for part in path[:-1]:
+        shape = inner.get(part, shape) if isinstance(part, str) else shape
+    return list(shape.model_fields)
+
+
+def _mend(data: Any, path: KeyPath) -> None:
+    """Leave out what is wrong at ``path``, or put something in its place where it is required."""
+    holder = data
+    for part in path[:-1]:
+        holder = holder[part]
+    stand_in = _stand_in(path)
+    if stand_in is not None:
+        holder[path[-1]] = stand_in
+    elif isinstance(holder, dict):
+        holder.pop(path[-1], None)
+    else:
+        _mend(data, path[:-1])
+
+
+def _stand_in(path: KeyPath) -> Any:
+    picture = {"file": "-"}
+    match path:
+        case ("name",):
+            return "unnamed"
+        case ("checkpoint",) | ("stages", int(), "controlnets", int(), "checkpoint"):
+            return ""
+        case ("stages", int(n)):
+            return {"id": f"unnamed-{n}", "task": "text-to-image", "prompt": "-"}
+        case ("stages", int(n), "id"):
+            return f"unnamed-{n}"
+        case ("stages", int(), "task"):
+            return "text-to-image"
+        case ("stages", int(), "controlnets", int()):
+            return {"checkpoint": "", "image": picture}
+        case ("stages", int(), "controlnets", int(), "image"):
+            return picture
+    return None

@@ -1,0 +1,237 @@
+"""What is wrong with a campaign's stages: their order, their pictures, and what their checkpoint cannot do."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from sdpipeline.domain import Task
+from sdpipeline.engine import conditioning, families
+from sdpipeline.engine.checkpoints import CheckpointFiles
+from sdpipeline.engine.families import Family
+from sdpipeline.spec import LIMITS, CampaignSpec, Parameters, Seeds, Stage, nearest, number
+from sdpipeline.stages import WrongValueError, checked, not_taken
+from sdpipeline.yamlfile import Faults, KeyPath
+
+Catalog = Mapping[str, CheckpointFiles]
+
+
+def check(spec: CampaignSpec, faults: Faults, catalog: Catalog) -> None:
+    """Note every fault that shows without a variable's value."""
+    if spec.checkpoint not in catalog:
+        faults.add(("checkpoint",), f"no checkpoint {spec.checkpoint!r}", nearest(spec.checkpoint, _bases(catalog)))
+    _check_seeds(spec.seeds, ("seeds",), faults)
+    _check_defaults(spec.defaults, faults)
+    _check_names(spec, faults)
+    for n, stage in enumerate(spec.stages):
+        path: KeyPath = ("stages", n)
+        _check_seeds(stage.seeds, (*path, "seeds"), faults)
+        if stage.seed and stage.seeds:
+            faults.add((*path, "seed"), "says the same seed and other seeds", "keep seed: or seeds:")
+        for place, image in stage.images():
+            if (image.stage is None) == (image.file is None):
+                faults.add((*path, *place), "needs stage: or file:, and not both")
+        if not faults.has((*path, "task")):
+            _check_pictures(stage, path, faults)
+            _check_checkpoint(spec, stage, path, faults, catalog)
+
+
+def ordered(stages: list[Stage]) -> list[Stage]:
+    """Parents before children, else in the file's order; stages of a cycle are left out."""
+    rest, done = list(stages), list[Stage]()
+    known: set[str] = set()
+    while ready := next((stage for stage in rest if known.issuperset(stage.parents())), None):
+        rest = [stage for stage in rest if stage is not ready]
+        done.append(ready)
+        known.add(ready.id)
+    return done
+
+
+def _bases(catalog: Catalog) -> list[str]:
+    return [alias for alias, files in catalog.items() if files.kind == "checkpoint"]
+
+
+def _check_seeds(seeds: Seeds | None, path: KeyPath, faults: Faults) -> None:
+    if isinstance(seeds, list):
+        for n, seed in enumerate(seeds):
+            if seed in seeds[:n]:
+                faults.add((*path, n), f"the seed {seed} is there twice", "remove one")
+    elif seeds is not None and seeds.start + seeds.count - 1 > 2**63 - 1:
+        faults.add(path, "goes beyond the largest seed, 9223372036854775807")
+
+
+def _check_defaults(defaults: Parameters, faults: Faults) -> None:
+    for name in Parameters.model_fields:
+        value = getattr(defaults, name)
+        path: KeyPath = ("defaults", name)
+        if value is None or _is_template(value):
+            continue
+        if name == "scheduler" and value not in families.SCHEDULERS:
+            faults.add(path, f"no scheduler {value!r}", nearest(value, families.SCHEDULERS))
+        elif name == "resize" and value not in conditioning.RESIZE_MODES:
+            faults.add(path, f"no mode {value!r}", nearest(value, conditioning.RESIZE_MODES))
+        elif name in LIMITS:
+            _check_number(name, value, path, faults)
+
+
+def _check_number(name: str, value: Any, path: KeyPath, faults: Faults) -> None:
+    try:
+        number(name, value)
+    except ValueError as error:
+        faults.add(path, str(error))
+
+
+def _check_names(spec: CampaignSpec, faults: Faults) -> None:
+    ids = [stage.id for stage in spec.stages]
+    written = [stage.get("id") for stage in faults.source.data["stages"] if isinstance(stage, dict)]
+    known = {*ids, *(each for each in written if isinstance(each, str))}
+    for n, stage in enumerate(spec.stages):
+        if stage.id in ids[:n]:
+            faults.add(("stages", n, "id"), f"there are two stages {stage.id!r}", "rename one")
+        for place, image in stage.images():
+            if image.stage and image.stage not in known:
+                path = ("stages", n, *place, "stage")
+                faults.add(path, f"no stage {image.stage!r}", nearest(image.stage, set(ids) - {stage.id}))
+            elif image.stage == stage.id:
+                faults.add(("stages", n, *place, "stage"), f"{stage.id!r} cannot use its own picture", "name another")
+    _check_cycles(spec, faults)
+
+
+def _check_cycles(spec: CampaignSpec, faults: Faults) -> None:
+    """Each cycle once, named in full, at its first stage in the file."""
+    parents = {stage.id: [parent for parent in stage.parents() if parent != stage.id] for stage in spec.stages}
+    told: set[str] = set()
+    for n, stage in enumerate(spec.stages):
+        cycle = _cycle(stage.id, parents)
+        if cycle and not told.intersection(cycle):
+            told.update(cycle)
+            way = " needs ".join(f"{each!r}" for each in [*cycle, stage.id])
+            faults.add(("stages", n), f"is part of a cycle: {way}", "let one of them use another picture")
+
+
+def _cycle(start: str, parents: Mapping[str, list[str]]) -> list[str] | None:
+    """The shortest way from a stage through its parents back to itself."""
+    ways, seen = [[start]], set()
+    for way in ways:
+        for parent in parents.get(way[-1], ()):
+            if parent == start:
+                return way
+            if parent not in seen:
+                seen.add(parent)
+                ways.append([*way, parent])
+    return None
+
+
+def _is_template(value: Any) -> bool:
+    return isinstance(value, str) and "{" in value
+
+
+def _check_pictures(stage: Stage, path: KeyPath, faults: Faults) -> None:
+    wanted = {"image": stage.task is not Task.TEXT_TO_IMAGE, "mask_image": stage.task is Task.INPAINTING}
+    for key, needed in wanted.items():
+        given = getattr(stage, key) is not None
+        if needed and not given:
+            fix = f"add {key}: {{stage: ID}} or {key}: {{file: PATH}}"
+            faults.add((*path, key), f"{stage.task} needs it", fix)
+        if given and not needed:
+            faults.add((*path, key), f"{stage.task} does not take it", "remove it")
+    if stage.task is Task.TEXT_TO_IMAGE and not stage.prompt:
+        faults.add((*path, "prompt"), "text-to-image needs it", "add prompt:")
+
+
+def _check_checkpoint(spec: CampaignSpec, stage: Stage, path: KeyPath, faults: Faults, catalog: Catalog) -> None:
+    alias = stage.checkpoint if stage.checkpoint is not None else spec.checkpoint
+    place: KeyPath = (*path, "checkpoint") if stage.checkpoint is not None else ("checkpoint",)
+    if alias not in catalog:
+        if stage.checkpoint is not None:
+            faults.add(place, f"no checkpoint {alias!r}", nearest(alias, _bases(catalog)))
+        return
+    base = catalog[alias]
+    if base.kind != "checkpoint":
+        message = f"{alias!r} is a {base.kind}, which makes no pictures by itself"
+        faults.add(place, message, nearest("", _bases(catalog)))
+        return
+    why = families.refusal(base.family, stage.task, controlnets=len(stage.controlnets))
+    if why:
+        faults.add((*path, "task"), why)
+        return
+    row = families.family(base.family)
+    _check_parameters(spec, stage, path, faults, row)
+    for n in range(len(stage.controlnets)):
+        _check_controlnet(stage, n, path, faults, catalog, base=base)
+
+
+def _check_parameters(spec: CampaignSpec, stage: Stage, path: KeyPath, faults: Faults, row: Family) -> None:
+    cell = row.cell(stage.task, controlnets=len(stage.controlnets))
+    assert cell is not None
+    if row.text == "none" and stage.prompt:
+        faults.add((*path, "prompt"), f"{row.title} does not take it", "remove it")
+    for name in Parameters.model_fields:
+        own, default = getattr(stage, name), getattr(spec.defaults, name)
+        refused = not_taken(name, stage, row, cell)
+        place: KeyPath = (*path, name) if own is not None else ("defaults", name)
+        value = own if own is not None else default
+        if own is not None and refused:
+            faults.add(place, refused, "remove it")
+        if value is None or refused or _is_template(value) or (own is None and _spared(name, value, stage)):
+            continue
+        try:
+            checked(name, value, row)
+        except WrongValueError as wrong:
+            faults.add(place, str(wrong), wrong.fix)
+    if cell.strength is not None:
+        _check_steps(spec, stage, path, faults, row)
+
+
+def _spared(name: str, value: Any, stage: Stage) -> bool:
+    """Whether a default is not for this stage, or was refused already."""
+    if name in ("scheduler", "resize"):
+        return True
+    try:
+        number(name, value)
+    except ValueError:
+        return True
+    return stage.task is Task.SUPER_RESOLUTION and name in ("width", "height")
+
+
+def _check_steps(spec: CampaignSpec, stage: Stage, path: KeyPath, faults: Faults, row: Family) -> None:
+    steps: Any = row.num_inference_steps
+    strength: Any = None
+    for part in (spec.defaults, stage):
+        steps = part.num_inference_steps if part.num_inference_steps is not None else steps
+        strength = part.strength if part.strength is not None else strength
+    literal = isinstance(steps, int) and isinstance(strength, float | int)
+    if literal and 0 <= strength <= 1 and int(steps * strength) < 1:
+        place: KeyPath = (*path, "strength") if stage.strength is not None else ("defaults", "strength")
+        faults.add(place, f"{strength:g} of {steps} steps is no step", "raise strength or num_inference_steps")
+
+
+def _check_controlnet(
+    stage: Stage, n: int, path: KeyPath, faults: Faults, catalog: Catalog, *, base: CheckpointFiles
+) -> None:
+    use = stage.controlnets[n]
+    path = (*path, "controlnets", n)
+    known = {alias: files for alias, files in catalog.items() if files.kind == "controlnet"}
+    place: KeyPath = (*path, "checkpoint")
+    if use.checkpoint not in known:
+        faults.add(place, f"no ControlNet {use.checkpoint!r}", nearest(use.checkpoint, known))
+    elif not families.family(base.family).accepts_controlnet(stage.task, known[use.checkpoint].family):
+        family = known[use.checkpoint].family
+        message = f"{use.checkpoint!r} is for {family} and cannot steer {stage.task} of {base.alias!r} ({base.family})"
+        faults.add(place, message, "name a ControlNet of the checkpoint's family")
+    if use.control_guidance_start >= use.control_guidance_end:
+        faults.add((*path, "control_guidance_end"), "is not after control_guidance_start", "raise it")
+    if not _is_template(use.controlnet_conditioning_scale):
+        scale: KeyPath = (*path, "controlnet_conditioning_scale")
+        _check_number("controlnet_conditioning_scale", use.controlnet_conditioning_scale, scale, faults)
+    annotator = conditioning.ANNOTATORS.get(use.annotator)
+    if annotator is None:
+        message = f"no annotator {use.annotator!r}"
+        faults.add((*path, "annotator"), message, nearest(use.annotator, conditioning.ANNOTATORS))
+        return
+    for name, value in use.annotator_parameters.items():
+        if name not in annotator.parameters:
+            message, fix = f"{use.annotator!r} does not take it", nearest(name, annotator.parameters)
+            faults.add((*path, "annotator_parameters", name), message, fix)
+        elif why := annotator.refusal(use.annotator, name, value):
+            faults.add((*path, "annotator_parameters", name), why)
