@@ -115,7 +115,7 @@ class Settings(BaseSettings):
     @property
     def storage(self) -> str:
         """The storage URL in force."""
-        return self.storage_url or f"file://{self.home / 'storage'}"
+        return self.storage_url or (self.home.expanduser().resolve() / "storage").as_uri()
 
     @property
     def checkpoints(self) -> Path:

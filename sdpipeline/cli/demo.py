@@ -68,7 +68,7 @@ class _Result:
 def _embedded(s: Settings) -> Settings:
     """The embedded default whatever else is set; the environment carries it to the worker processes."""
     os.environ["SDP_DATABASE_URL"] = f"sqlite:///{s.home / 'sdpipeline.db'}"
-    os.environ["SDP_STORAGE_URL"] = f"file://{s.home / 'storage'}"
+    os.environ["SDP_STORAGE_URL"] = (s.home / "storage").as_uri()
     return bootstrap.load_settings(s.home)
 
 

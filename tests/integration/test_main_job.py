@@ -68,7 +68,8 @@ def test_every_job_of_the_demo_has_one_picture_with_the_recorded_digest(finished
 
 
 def test_the_pictures_show_what_was_asked_for(finished: Path) -> None:
-    right: dict[str, list[bool]] = {"ground": [], "scene": [], "object": [], "outline": []}
+    right: dict[str, list[bool]] = {"ground": [], "scene": [], "object": []}
+    kept: list[float] = []
     jobs = pictures(finished, "demo")
     drafts = {job["id"]: job for job in jobs if job["stage"] == "draft"}
     for job in jobs:
@@ -79,8 +80,9 @@ def test_the_pictures_show_what_was_asked_for(finished: Path) -> None:
             right["scene"].append(measure.background(shown) == values["scene"])
             right["object"].append([seen.colour for seen in measure.sightings(shown)][:1] == [values["colour"]])
             asked = measure.edges(_pixels(drafts[job["parents"][0]]))
-            right["outline"].append(measure.edge_recall(measure.edges(shown), asked) > 0.6)
+            kept.append(measure.edge_recall(measure.edges(shown), asked))
     assert {name: sum(found) >= 7 for name, found in right.items()} == dict.fromkeys(right, True), right
+    assert np.mean(kept) > 0.6, kept  # without the ControlNet it is about 0.2
 
 
 def test_a_second_demo_adds_nothing_and_says_so(finished: Path) -> None:

@@ -1,0 +1,58 @@
+"""The README is complete: every command, option, setting and campaign key is in it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import typer
+from pydantic import BaseModel
+from typer.core import TyperGroup
+
+from sdpipeline import spec
+from sdpipeline.cli import app
+from sdpipeline.settings import setting_names
+
+README = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+EVERYWHERE = {"--home", "--json", "--help"}
+
+
+def _commands(group: TyperGroup, prefix: str = "") -> Iterator[tuple[str, list[str]]]:
+    for name, command in group.commands.items():
+        if isinstance(command, TyperGroup):
+            yield from _commands(command, f"{prefix}{name} ")
+        else:
+            options = [option for parameter in command.params for option in parameter.opts if option.startswith("--")]
+            yield f"{prefix}{name}", [option for option in options if option not in EVERYWHERE]
+
+
+def _all_commands() -> list[tuple[str, list[str]]]:
+    group = typer.main.get_command(app)
+    assert isinstance(group, TyperGroup)
+    return list(_commands(group))
+
+
+@pytest.mark.parametrize(("name", "options"), _all_commands())
+def test_every_command_stands_in_the_table_with_its_options(name: str, options: list[str]) -> None:
+    lines = [line for line in README.splitlines() if line.startswith("|") and f"`{name}" in line]
+    assert lines, f"{name} is not in the README"
+    assert [option for option in options if not any(option in line for line in lines)] == []
+
+
+@pytest.mark.parametrize("name", setting_names())
+def test_every_setting_stands_in_the_table_with_its_meaning_and_default(name: str) -> None:
+    meaning, default = setting_names()[name]
+    shown = "" if default in (None, {}, []) else f"`{default}`"
+    assert f"| `{name}` | {meaning} | {shown} |" in README
+
+
+def _models() -> list[type[BaseModel]]:
+    found = [value for value in vars(spec).values() if isinstance(value, type) and issubclass(value, BaseModel)]
+    return [model for model in found if model.__module__ == spec.__name__]
+
+
+@pytest.mark.parametrize("model", _models())
+def test_every_campaign_key_stands_in_the_section_on_campaigns(model: type[BaseModel]) -> None:
+    section = README.split("## A campaign")[1].split("\n## ")[0]
+    assert [name for name in model.model_fields if f"{name}" not in section] == []
