@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import platform
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 
-from sdpipeline.domain import CheckpointRef, GenerationRequest, Json
-from sdpipeline.engine import Batch, GeneratedImage, GenerationFailure, PreparedRequest
+from sdpipeline.domain import CheckpointRef, ControlNetInput, GenerationRequest, Json
+from sdpipeline.engine import Batch, GeneratedImage, GenerationFailure, Pixels, PreparedRequest
 from sdpipeline.engine.adapters import Wardrobe, outfit, reference, refuse_unused, words
 from sdpipeline.engine.checkpoints import CheckpointFiles
+from sdpipeline.engine.conditioning import known_annotator
 from sdpipeline.engine.developing import Developed, develop
 from sdpipeline.engine.families import FAMILIES, family
+from sdpipeline.engine.gan import upscale
 from sdpipeline.engine.ladder import Ladder, Result, Rung
-from sdpipeline.engine.passes import Latents, Member, PassSettings, Weights, denoise, settings_of
+from sdpipeline.engine.learned import annotate_with
+from sdpipeline.engine.passes import Member, PassSettings, Weights, denoise, settings_of
 from sdpipeline.engine.pictures import paste_back
 from sdpipeline.engine.preparing import annotator_parameters, check, given, pictures
 from sdpipeline.engine.record import Setting, library_versions, ran
@@ -57,11 +61,15 @@ class DiffusersEngine:
         broken: dict[str, SdpError] = {}
         for index, prepared in enumerate(batch.requests):
             try:
-                member, settings = self._member(index, prepared, broken)
+                weights = self._checked_weights(prepared.request, broken)
+                if weights.row.text == "none":
+                    results[index] = self._upscaled(prepared, weights)
+                    continue
+                member = self._member(index, prepared, weights)
             except SdpError as error:
                 results[index] = GenerationFailure(error=error)
             else:
-                groups[settings].append(member)
+                groups[settings_of(member, weights)].append(member)
         # Requests of one batch key make one group, unless their prompts differ in length by a whole chunk.
         for settings, members in groups.items():
             for member, result in self._ladder.run(settings, members, batch.bucket):
@@ -89,22 +97,34 @@ class DiffusersEngine:
         row = FAMILIES.get(files.family)
         return getattr(torch, row.cuda_dtype if row and self._device.type == "cuda" else "float32")  # type: ignore[no-any-return]
 
-    def _member(
-        self, index: int, prepared: PreparedRequest, broken: dict[str, SdpError]
-    ) -> tuple[Member, PassSettings]:
-        """A request ready to run; raises what is wrong with it. ``broken`` saves loading a bad checkpoint twice."""
-        request = prepared.request
+    def _checked_weights(self, request: GenerationRequest, broken: dict[str, SdpError]) -> Weights:
+        """What the request runs on; raises what is wrong with it. ``broken`` saves loading a bad checkpoint twice."""
         check(request, self.residency.files)
-        weights = self._weights(request, broken)
-        seen = pictures(prepared, weights.cell)
+        return self._weights(request, broken)
+
+    def _member(self, index: int, prepared: PreparedRequest, weights: Weights) -> Member:
+        """A request ready to run; raises what is wrong with its pictures and prompts."""
+        request = prepared.request
+        seen = pictures(prepared, weights.cell, lambda use, pixels: self._control_map(request, use, pixels))
         prompt, negative = self._embeddings(request, weights)
         references = tuple(
             reference(loaded, given(prepared, f"ip_adapters.{n}")) for n, (loaded, _) in enumerate(weights.ip_adapters)
         )
-        member = Member(
+        return Member(
             index=index, request=request, pictures=seen, prompt=prompt, negative=negative, references=references
         )
-        return member, settings_of(member, weights)
+
+    def _upscaled(self, prepared: PreparedRequest, weights: Weights) -> Result:
+        """A picture through a GAN, alone: its tiles fill the device."""
+        request, files = prepared.request, weights.base.files
+        image = pictures(prepared, weights.cell, _no_annotator).image
+        assert image is not None
+        network = weights.base.parts["upscaler"]
+        pixels, fallbacks = upscale(network, image, files.scale, free=lambda: release(self._device))
+        dtype = next(network.parameters()).dtype
+        setting = self._setting(weights, {"name": "none"}, dtype, bucket=1)
+        record = ran(request, setting, slot=0, fallbacks=fallbacks, details={"prompt": "not used"})
+        return GeneratedImage(pixels=pixels, ran=record)
 
     def _weights(self, request: GenerationRequest, broken: dict[str, SdpError] | None = None) -> Weights:
         """The resident parts this request runs on, loaded where they are not."""
@@ -135,6 +155,14 @@ class DiffusersEngine:
             loras=tuple((self.residency.files(use.checkpoint), use.weight) for use in request.loras),
             ip_adapters=tuple((get(use.checkpoint), use.weight) for use in request.ip_adapters),
         )
+
+    def _control_map(self, request: GenerationRequest, use: ControlNetInput, pixels: Pixels) -> Pixels:
+        """The map of an annotator with weights."""
+        learned = known_annotator(use.annotator).learned
+        assert learned is not None
+        assert use.annotator_checkpoint is not None
+        loaded = self.residency.get(use.annotator_checkpoint, keep=_digests(request))
+        return annotate_with(loaded, learned, pixels, annotator_parameters(use))
 
     def _embeddings(self, request: GenerationRequest, weights: Weights) -> tuple[Embedding, Embedding | None]:
         """Prompt and negative prompt of equal length; the second only where guidance is on."""
@@ -170,13 +198,30 @@ class DiffusersEngine:
         weights = self._weights(members[0].request)
         self._wardrobe.dress(weights)
         padded = [*members, *[members[-1]] * (rung.bucket - len(members))]
-        latents = denoise(weights, settings, padded)
-        developed = develop(weights, latents)
-        setting = self._setting(weights, latents, rung)
+        with self._means(weights, rung) as offload_to:
+            latents = denoise(weights, settings, padded, offload_to=offload_to)
+            weights.autoencoder.to(self._device)
+            developed = develop(weights, latents)
+        setting = self._setting(weights, latents.scheduler, latents.values.dtype, bucket=rung.bucket)
         return [
             self._result(member, picture, setting, slot=slot, rung=rung)
             for slot, (member, picture) in enumerate(zip(members, developed, strict=False))
         ]
+
+    @contextmanager
+    def _means(self, weights: Weights, rung: Rung) -> Iterator[torch.device | None]:
+        """The means of this rung that cost time and save memory, for one pass; gives the device to offload to."""
+        if rung.offload:
+            self.residency.drop(keep={loaded.files.digest for loaded in weights.loaded()})
+        if rung.tiling:
+            weights.autoencoder.enable_tiling()
+        try:
+            yield self._device if rung.offload and self._device.type == "cuda" else None
+        finally:
+            if rung.tiling:
+                weights.autoencoder.disable_tiling()
+            for network in weights.networks():
+                network.to(self._device)
 
     def _result(self, member: Member, picture: Developed, setting: Setting, *, slot: int, rung: Rung) -> Result:
         request, seen = member.request, member.pictures
@@ -191,17 +236,21 @@ class DiffusersEngine:
         record = ran(request, setting, slot=slot, fallbacks=fallbacks, details=details)
         return GeneratedImage(pixels=pixels, ran=record, control_maps=seen.control_maps)
 
-    def _setting(self, weights: Weights, latents: Latents, rung: Rung) -> Setting:
+    def _setting(self, weights: Weights, scheduler: Json, dtype: torch.dtype, *, bucket: int) -> Setting:
         return Setting(
             engine="diffusers",
             family=weights.row.name,
             pipeline=weights.cell.pipeline,
-            scheduler=latents.scheduler,
+            scheduler=scheduler,
             device=self._device.type,
-            dtype=str(latents.values.dtype).removeprefix("torch."),
-            bucket=rung.bucket,
+            dtype=str(dtype).removeprefix("torch."),
+            bucket=bucket,
             libraries=self._libraries,
         )
+
+
+def _no_annotator(use: ControlNetInput, _: Pixels) -> Pixels:
+    raise RequestRefusedError(f"controlnets: annotator {use.annotator!r} has nothing to steer here")
 
 
 def _check_latents(base: Loaded, vae: Loaded | None) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from sdpipeline.domain import CheckpointRef, GenerationRequest, Task
+from sdpipeline.domain import CheckpointRef, GenerationRequest, Json, Task
 from sdpipeline.engine import Pixels
 from sdpipeline.engine.checkpoints import CheckpointFiles
 from sdpipeline.engine.families import SCHEDULERS, Cell, Family
@@ -85,6 +85,15 @@ class Weights:
         """The checkpoint's own, or the one the request put in its place."""
         return self.vae.module if self.vae else self.base.parts["vae"]
 
+    def loaded(self) -> list[Loaded]:
+        """Everything resident that takes part."""
+        adapters = [loaded for loaded, _ in self.ip_adapters]
+        return [self.base, *self.controlnets, *adapters, *([self.vae] if self.vae else [])]
+
+    def networks(self) -> list[torch.nn.Module]:
+        """Every network that takes part."""
+        return [network for loaded in self.loaded() for network in loaded.networks()]
+
     @property
     def denoiser(self) -> Any:
         """The network that runs once per step."""
@@ -96,7 +105,7 @@ class Latents:
     """What a pipeline returned, still to be decoded, with the scheduler that made it."""
 
     values: torch.Tensor
-    scheduler: Mapping[str, Any]
+    scheduler: Json
 
     def finite(self) -> list[bool]:
         """For each picture, whether every value of its latents is a number."""
@@ -128,11 +137,16 @@ def settings_of(member: Member, weights: Weights) -> PassSettings:
     )
 
 
-def denoise(weights: Weights, settings: PassSettings, members: Sequence[Member]) -> Latents:
-    """The latents of these members, in order; every one has its own noise from its own CPU generator."""
+def denoise(
+    weights: Weights, settings: PassSettings, members: Sequence[Member], *, offload_to: torch.device | None = None
+) -> Latents:
+    """The latents of these members, in order; every one has its own noise from its own CPU generator.
+
+    With ``offload_to``, only the network that is at work lies on that device.
+    """
     scheduler = make_scheduler(settings.scheduler, weights)
     pipe = assemble(weights, scheduler)
-    with _per_image(weights, members), torch.no_grad():
+    with _per_image(weights, members), _offloaded(pipe, offload_to), torch.no_grad():
         values = pipe(**_arguments(weights, settings, members), **_references(pipe, members)).images
     if weights.row.text == "flux":
         values = pipe._unpack_latents(values, settings.height, settings.width, pipe.vae_scale_factor)  # noqa: SLF001
@@ -181,6 +195,18 @@ def assemble(weights: Weights, scheduler: Any) -> Any:
     pipe = pipeline_class(**given)
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+@contextmanager
+def _offloaded(pipe: Any, device: torch.device | None) -> Iterator[None]:
+    if device is None:
+        yield
+        return
+    pipe.enable_model_cpu_offload(device=device)
+    try:
+        yield
+    finally:
+        pipe.remove_all_hooks()
 
 
 def _controlnet(weights: Weights) -> Any:

@@ -14,6 +14,8 @@ from sdpipeline.engine.conditioning import annotate, known_annotator, resize
 from sdpipeline.engine.families import Cell, Family, family, refusal, scheduler_refusal
 from sdpipeline.errors import InputImageError, RequestRefusedError
 
+Learned = Callable[[ControlNetInput, Pixels], Pixels]
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Pictures:
@@ -41,6 +43,8 @@ def check(request: GenerationRequest, locate: Callable[[CheckpointRef], Checkpoi
             reason = reason or _own_control_picture(request, cell)
     for controlnet in controlnets:
         reason = reason or misfit(request.task, base, controlnet)
+    for n, control in enumerate(request.controlnets):
+        reason = reason or _annotator(n, control, locate)
     for field, kind, uses in _adapters(request):
         for use in uses:
             reason = reason or adapter_misfit(field, kind, base, locate(use.checkpoint))
@@ -48,13 +52,18 @@ def check(request: GenerationRequest, locate: Callable[[CheckpointRef], Checkpoi
         raise RequestRefusedError(reason)
 
 
-def pictures(prepared: PreparedRequest, cell: Cell) -> Pictures:
-    """The pictures this request consumes, resized only as it says, and its control maps."""
+def pictures(prepared: PreparedRequest, cell: Cell, learned: Learned) -> Pictures:
+    """The pictures this request consumes, resized only as it says, and its control maps.
+
+    ``learned`` draws the maps of annotators with weights.
+    """
     request = prepared.request
     image = _sized(prepared, "image") if cell.image else None
     mask_image = _sized(prepared, "mask_image") if cell.mask_image else None
     maps = (
-        tuple(_control_map(prepared, n, use) for n, use in enumerate(request.controlnets)) if cell.control_image else ()
+        tuple(_control_map(prepared, n, use, learned) for n, use in enumerate(request.controlnets))
+        if cell.control_image
+        else ()
     )
     if mask_image is not None and mask_image.max() < 128:
         raise InputImageError("mask_image: nothing is white, so nothing would be painted")
@@ -72,6 +81,20 @@ def _adapters(request: GenerationRequest) -> list[tuple[str, str, tuple[AdapterI
         ("textual_inversions", "textual-inversion", request.textual_inversions),
         ("ip_adapters", "ip-adapter", request.ip_adapters),
     ]
+
+
+def _annotator(n: int, use: ControlNetInput, locate: Callable[[CheckpointRef], CheckpointFiles]) -> str | None:
+    """Whether the annotator's weights are there if it needs any, and for what it does."""
+    wanted, ref = known_annotator(use.annotator).learned, use.annotator_checkpoint
+    field = f"controlnets.{n}.annotator_checkpoint"
+    if wanted is None:
+        return f"{field}: annotator {use.annotator!r} takes none; leave it out" if ref else None
+    if ref is None:
+        return f"{field}: annotator {use.annotator!r} needs a checkpoint for {wanted}"
+    files = locate(ref)
+    if (files.kind, files.family) != ("annotator", wanted):
+        return f"{field}: {files.alias!r} is a {files.kind} for {files.family}, not an annotator for {wanted}"
+    return None
 
 
 def _size(request: GenerationRequest, row: Family) -> str | None:
@@ -144,6 +167,8 @@ def given(prepared: PreparedRequest, role: str) -> Pixels:
     return found
 
 
-def _control_map(prepared: PreparedRequest, n: int, use: ControlNetInput) -> Pixels:
+def _control_map(prepared: PreparedRequest, n: int, use: ControlNetInput, learned: Learned) -> Pixels:
     source = _sized(prepared, f"controlnets.{n}")
+    if known_annotator(use.annotator).learned:
+        return learned(use, source)
     return annotate(use.annotator, source, dict(use.annotator_parameters))

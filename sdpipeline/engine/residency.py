@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 
 from sdpipeline.domain import CheckpointRef
 from sdpipeline.engine.checkpoints import WEIGHTS, CheckpointFiles, header, verify
+from sdpipeline.engine.gan import load_upscaler
 from sdpipeline.errors import CheckpointError, DeviceExhaustedError
 
 _LOADING = threading.Lock()
@@ -159,11 +160,24 @@ def _read(files: CheckpointFiles, dtype: torch.dtype) -> Loaded:
         return Loaded(files=files, parts={files.kind: network})
     if files.kind == "textual-inversion":
         return Loaded(files=files, parts={"tensors": load_file(_single_file(files))})
+    if files.kind == "annotator":
+        return _annotator(files, dtype)
     if files.kind == "ip-adapter":
         return _ip_adapter(files, dtype)
     if files.kind != "checkpoint":
         raise CheckpointError(f"checkpoint {files.alias!r} is a {files.kind}, which does not stand by itself")
+    if files.family == "gan-upscale":
+        return Loaded(files=files, parts={"upscaler": load_upscaler(files, dtype)})
     return _pipeline(files, dtype)
+
+
+def _annotator(files: CheckpointFiles, dtype: torch.dtype) -> Loaded:
+    config = json.loads((files.directory / "config.json").read_text(encoding="utf-8"))
+    network = _network(files, files.directory, _class(files, ["transformers", config["architectures"][0]]), dtype)
+    processor = transformers.AutoImageProcessor.from_pretrained(
+        files.directory, local_files_only=True, trust_remote_code=False
+    )
+    return Loaded(files=files, parts={"annotator": network, "processor": processor})
 
 
 def _ip_adapter(files: CheckpointFiles, dtype: torch.dtype) -> Loaded:

@@ -125,19 +125,36 @@ def test_out_of_memory_for_one_picture_fails_that_job_alone_as_worth_another_try
     assert equal(images(prepared(request()), on=on)[0], images(prepared(request()))[0])
 
 
-def test_tiling_is_tried_before_giving_up_and_named_in_the_record() -> None:
+@pytest.mark.parametrize(("failures", "fallbacks"), [(1, ["VAE tiling"]), (2, ["VAE tiling", "offload"])])
+def test_tiling_and_offload_are_tried_before_giving_up_and_named_in_the_record(
+    failures: int, fallbacks: list[str]
+) -> None:
     on = new_engine()
     refused: list[torch.Size] = []
 
-    def once_alone(latents: torch.Tensor, _: torch.Tensor) -> None:
-        if not refused:
+    def at_first(latents: torch.Tensor, _: torch.Tensor) -> None:
+        if len(refused) < failures:
             refused.append(latents.shape)
             raise torch.OutOfMemoryError("injected")
 
-    with before_each_step(on, once_alone):
+    with before_each_step(on, at_first):
         made = images(prepared(request()), on=on)
-    assert made[0].ran["fallbacks"] == ["VAE tiling"]
+    assert made[0].ran["fallbacks"] == fallbacks
     assert distance(made[0], images(prepared(request()))[0]) <= 1
+
+
+def test_a_picture_that_half_precision_spoils_is_decoded_once_more_in_float32() -> None:
+    on = new_engine(dtype="bfloat16")
+    images(prepared(request()), on=on)
+    vae = on.residency.get(request().checkpoint).parts["vae"]
+
+    def overflow(_module: Any, _inputs: Any, decoded: torch.Tensor) -> torch.Tensor:
+        return decoded if decoded.dtype == torch.float32 else decoded * torch.nan
+
+    vae.decoder.register_forward_hook(overflow)
+    made = images(prepared(request()), on=on)[0]
+    assert (made.ran["dtype"], made.ran["fallbacks"]) == ("bfloat16", ["float32 decode"])
+    assert vae.dtype == torch.bfloat16
 
 
 def test_an_error_that_no_request_can_cause_ends_the_process() -> None:

@@ -417,6 +417,61 @@ def _ip_adapter(tiny: TinyCheckpoints, directory: Path, base: str) -> None:
     encoder.save_pretrained(directory / "image_encoder")
 
 
+def _depth(directory: Path) -> None:
+    backbone = transformers.Dinov2Config(
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        image_size=56,
+        patch_size=14,
+        out_features=["stage1", "stage2"],
+        apply_layernorm=True,
+        reshape_hidden_states=False,
+    )
+    config = transformers.DepthAnythingConfig(
+        backbone_config=backbone,
+        reassemble_hidden_size=32,
+        patch_size=14,
+        reassemble_factors=[1, 0.5],
+        neck_hidden_sizes=[8, 8],
+        fusion_hidden_size=8,
+        head_hidden_size=8,
+    )
+    network: Any = transformers.DepthAnythingForDepthEstimation(config)
+    network.save_pretrained(directory)
+    transformers.DPTImageProcessor(size={"height": 56, "width": 56}).save_pretrained(directory)
+
+
+def _segmentation(directory: Path) -> None:
+    config = transformers.SegformerConfig(
+        num_encoder_blocks=2,
+        depths=[1, 1],
+        sr_ratios=[2, 1],
+        hidden_sizes=[8, 16],
+        patch_sizes=[7, 3],
+        strides=[4, 2],
+        num_attention_heads=[1, 2],
+        mlp_ratios=[2, 2],
+        decoder_hidden_size=16,
+        num_labels=5,
+    )
+    network: Any = transformers.SegformerForSemanticSegmentation(config)
+    network.save_pretrained(directory)
+    transformers.SegformerImageProcessor(size={"height": 64, "width": 64}).save_pretrained(directory)
+
+
+def _pose(directory: Path) -> None:
+    backbone = transformers.VitPoseBackboneConfig(
+        image_size=[64, 48], patch_size=[16, 16], hidden_size=32, num_hidden_layers=2, num_attention_heads=2
+    )
+    config = transformers.VitPoseConfig(
+        backbone_config=backbone, num_labels=17, id2label={n: str(n) for n in range(17)}, scale_factor=4
+    )
+    network: Any = transformers.VitPoseForPoseEstimation(config)
+    network.save_pretrained(directory)
+    transformers.VitPoseImageProcessor(size={"height": 64, "width": 48}).save_pretrained(directory)
+
+
 BUILDERS: dict[str, Callable[[TinyCheckpoints, Path], None]] = {
     "sd1": lambda _, to: _sd(to),
     "sd2": lambda _, to: _sd(to, width=1024, prediction_type="v_prediction"),
@@ -443,6 +498,9 @@ BUILDERS: dict[str, Callable[[TinyCheckpoints, Path], None]] = {
     "lora-flux": lambda tiny, to: _lora(tiny, to, "flux"),
     "toy": lambda _, to: _inversion(to, {"<cat-toy>": torch.randn(3, 32)}),
     "toy-sdxl": lambda _, to: _inversion(to, {"clip_l": torch.randn(2, 32), "clip_g": torch.randn(2, 32)}),
+    "depth": lambda _, to: _depth(to),
+    "segmentation": lambda _, to: _segmentation(to),
+    "pose": lambda _, to: _pose(to),
     "ip-adapter-sd1": lambda tiny, to: _ip_adapter(tiny, to, "sd1"),
     "ip-adapter-sd1-other": lambda tiny, to: _ip_adapter(tiny, to, "sd1"),
     "ip-adapter-sdxl": lambda tiny, to: _ip_adapter(tiny, to, "sdxl"),

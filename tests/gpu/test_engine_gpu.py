@@ -1,0 +1,140 @@
+"""What only a CUDA device can show of the engine: half precision, real memory, and which bits repeat."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from sdpipeline.domain import Task
+from sdpipeline.engine.checkpoints import inspect
+from sdpipeline.engine.diffusers_engine import DiffusersEngine
+from tests.integration.engine_requests import (
+    adapter,
+    controlnet,
+    distance,
+    equal,
+    images,
+    new_engine,
+    noise,
+    prepared,
+    request,
+)
+from tests.integration.tiny_checkpoints import TinyCheckpoints, tiny_checkpoints
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+    pytest.mark.filterwarnings("default"),  # other releases of the libraries than the pinned ones may run here
+]
+
+
+@pytest.fixture(scope="module")
+def on() -> DiffusersEngine:
+    return new_engine(device="cuda")
+
+
+def mixed(family: str, n: int, **changes: Any) -> Any:
+    return prepared(request(family, prompt=f"a cat {n}", seed=n, guidance_scale=2.0 + n, **changes))
+
+
+@pytest.mark.parametrize("family", ["sd1", "sd2", "sdxl", "sd3", "flux"])
+def test_the_same_bucket_gives_the_same_bits_whoever_the_neighbours_are(on: DiffusersEngine, family: str) -> None:
+    together = images(*[mixed(family, n) for n in range(8)], bucket=8, on=on)
+    others = images(*[mixed(family, n) for n in (5, 2, 7)], bucket=8, on=on)
+    assert all(equal(together[n], other) for n, other in zip((5, 2, 7), others, strict=True))
+
+
+@pytest.mark.parametrize("family", ["sd1", "sdxl", "sd3", "flux"])
+def test_half_precision_stays_near_float32_on_the_cpu(on: DiffusersEngine, family: str) -> None:
+    made = images(mixed(family, 1), on=on)[0]
+    assert made.ran["dtype"] == ("bfloat16" if family == "flux" else "float16")
+    assert made.ran["device"] == "cuda"
+    assert distance(made, images(mixed(family, 1))[0]) < 64
+
+
+def test_float32_on_the_device_equals_the_cpu_within_a_few_grey_levels() -> None:
+    made = images(mixed("sd1", 3), on=new_engine(device="cuda", dtype="float32"))[0]
+    assert distance(made, images(mixed("sd1", 3))[0]) <= 8
+
+
+def test_controlnet_and_adapters_run_in_half_precision(on: DiffusersEngine) -> None:
+    worn: dict[str, Any] = {
+        "controlnets": (controlnet("controlnet-sd1", annotator="canny"),),
+        "loras": (adapter("lora-sd1"),),
+        "ip_adapters": (adapter("ip-adapter-sd1"),),
+    }
+    asked = prepared(request(**worn), controlnets_0=noise(1), ip_adapters_0=noise(2))
+    assert distance(images(asked, on=on)[0], images(prepared(request()), on=on)[0]) > 2
+
+
+def test_offload_gives_the_same_picture_and_puts_everything_back(on: DiffusersEngine) -> None:
+    asked = prepared(request("sdxl", seed=5))
+    plain = images(asked, on=on)[0]
+    unet = on.residency.get(asked.request.checkpoint).parts["unet"]
+    refusals = iter([True, True])
+
+    def refuse(*_: Any) -> None:
+        if next(refusals, False):
+            raise torch.OutOfMemoryError("injected")
+
+    handle = unet.register_forward_pre_hook(refuse)
+    made = images(asked, on=on)[0]
+    handle.remove()
+    assert made.ran["fallbacks"] == ["VAE tiling", "offload"]
+    assert distance(made, plain) <= 2
+    assert next(unet.parameters()).device.type == "cuda"
+
+
+@pytest.fixture
+def little_memory() -> Iterator[None]:
+    torch.cuda.empty_cache()
+    total = torch.cuda.get_device_properties(0).total_memory
+    torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_allocated() + 1.0 * 2**30) / total)
+    yield
+    torch.cuda.set_per_process_memory_fraction(1.0)
+
+
+def test_real_exhaustion_makes_smaller_buckets_and_no_failure(little_memory: None) -> None:
+    large: dict[str, Any] = {"width": 1024, "height": 1024, "num_inference_steps": 1}
+    asked = [prepared(request(seed=n, **large)) for n in range(8)]
+    made = images(*asked, on=new_engine(device="cuda"))
+    assert made[0].ran["bucket"] < 8
+    assert made[0].ran["fallbacks"][0].endswith("instead of 8: out of memory")
+
+
+def test_fifty_switches_leave_the_devices_memory_as_it_was(on: DiffusersEngine) -> None:
+    worn = [request(loras=(adapter(name),), num_inference_steps=1) for name in ("lora-sd1", "lora-sd1-other")]
+    for asked in (*worn, *worn):
+        images(prepared(asked), on=on)
+    before = torch.cuda.memory_allocated()
+    for n in range(50):
+        images(prepared(worn[n % 2]), on=on)
+    assert torch.cuda.memory_allocated() <= before * 1.05
+
+
+def test_a_gan_upscaler_enlarges(tmp_path: Path) -> None:
+    esrgan = pytest.importorskip("spandrel.architectures.ESRGAN", reason="needs sdpipeline[upscalers]")
+    network = esrgan.ESRGAN(in_nc=3, out_nc=3, num_filters=8, num_blocks=1, scale=4)
+    save_file(network.state_dict(), tmp_path / "4x-tiny.safetensors")
+    own = TinyCheckpoints(tmp_path)
+    upscaler = own.add(inspect("tiny", tmp_path))
+    asked = replace(request(task=Task.SUPER_RESOLUTION, width=600, height=40), checkpoint=upscaler)
+    made = images(prepared(asked, image=noise(size=600)[:40]), on=new_engine(own, device="cuda"))[0]
+    assert made.pixels.shape == (160, 2400, 3)
+    assert (made.ran["pipeline"], made.ran["scheduler"]) == ("spandrel", {"name": "none"})
+
+
+def test_checkpoints_are_dropped_from_the_device() -> None:
+    own = new_engine(device="cuda", resident_bytes=tiny_checkpoints().files("sdxl").size_bytes)
+    torch.cuda.empty_cache()
+    before = torch.cuda.memory_allocated()
+    for _ in range(5):
+        for family in ("sd1", "sdxl"):
+            images(prepared(request(family, num_inference_steps=1)), on=own)
+    assert torch.cuda.memory_allocated() - before < 3 * tiny_checkpoints().files("sdxl").size_bytes

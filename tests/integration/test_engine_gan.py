@@ -1,0 +1,78 @@
+"""GAN upscalers: tiles without seams, and a clear refusal where the extra is not installed."""
+
+from __future__ import annotations
+
+import importlib.util
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from sdpipeline.domain import Task
+from sdpipeline.engine.checkpoints import inspect
+from sdpipeline.engine.gan import enlarge, upscale
+from sdpipeline.errors import CheckpointError, DeviceExhaustedError
+from tests.integration.engine_requests import failure_of, new_engine, noise, prepared, request, results
+from tests.integration.tiny_checkpoints import TinyCheckpoints
+
+
+class Doubling(torch.nn.Module):
+    """Enlarges by 2 and blurs over 3 pixels, so that a tile without surroundings would show its seam."""
+
+    def __init__(self, limit: int = 10_000) -> None:
+        super().__init__()
+        self.blur = torch.nn.Conv2d(3, 3, 3, padding=1, groups=3)
+        self.blur.weight.data.fill_(1 / 9)
+        self.limit = limit
+
+    def forward(self, pictures: torch.Tensor) -> torch.Tensor:
+        if max(pictures.shape[2:]) > self.limit:
+            raise torch.OutOfMemoryError("injected")
+        made: torch.Tensor = self.blur(torch.nn.functional.interpolate(pictures, scale_factor=2))
+        return made
+
+
+def test_tiles_join_without_a_seam() -> None:
+    picture = noise(size=150)[:90]
+    network = Doubling()
+    whole = enlarge(network, picture, 2, tile=1000)
+    tiled = enlarge(network, picture, 2, tile=32)
+    assert whole.shape == (180, 300, 3)
+    assert np.abs(whole.astype(int) - tiled.astype(int)).max() <= 1
+
+
+def test_tiles_shrink_until_they_fit_into_memory() -> None:
+    freed: list[bool] = []
+    made, fallbacks = upscale(Doubling(limit=330), noise(size=600), 2, free=lambda: freed.append(True))
+    assert made.shape == (1200, 1200, 3)
+    assert fallbacks == ["tiles of 256 instead of 512: out of memory"]
+    assert freed == [True]
+
+
+def test_a_tile_that_never_fits_is_worth_another_try_elsewhere() -> None:
+    with pytest.raises(DeviceExhaustedError, match="out of memory for a tile of 128 pixels"):
+        upscale(Doubling(limit=1), noise(), 2, free=lambda: None)
+
+
+def test_an_upscaler_is_recognised_by_the_factor_in_its_file_name(tmp_path: Path) -> None:
+    save_file({"conv.weight": torch.zeros(3, 3, 3, 3)}, tmp_path / "4x-sharp.safetensors")
+    files = inspect("sharp", tmp_path)
+    assert (files.kind, files.family, files.scale) == ("checkpoint", "gan-upscale", 4)
+
+
+def test_an_upscaler_without_a_factor_is_refused(tmp_path: Path) -> None:
+    save_file({"conv.weight": torch.zeros(3, 3, 3, 3)}, tmp_path / "sharp.safetensors")
+    with pytest.raises(CheckpointError, match="an upscaler has its factor in its file name"):
+        inspect("sharp", tmp_path)
+
+
+def test_tensors_that_are_no_upscaler_or_a_missing_extra_are_refused(tmp_path: Path) -> None:
+    save_file({"conv.weight": torch.zeros(3, 3, 3, 3)}, tmp_path / "4x-sharp.safetensors")
+    own = TinyCheckpoints(tmp_path)
+    asked = replace(request(task=Task.SUPER_RESOLUTION), checkpoint=own.add(inspect("sharp", tmp_path)))
+    refused = failure_of(results(prepared(asked, image=noise()), on=new_engine(own))[0])
+    missing = "is a GAN upscaler, which needs sdpipeline[upscalers] installed"
+    assert (missing if importlib.util.find_spec("spandrel") is None else "CheckpointError") in refused
