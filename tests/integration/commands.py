@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +28,9 @@ def sdpipeline(*arguments: object, **settings: str) -> subprocess.CompletedProce
     return subprocess.run(words, capture_output=True, text=True, env=environment(**settings), timeout=600, check=False)
 
 
-def document(*arguments: object, exit_code: int = 0, **settings: str) -> Any:
-    """The JSON document of a command that must leave with ``exit_code``."""
-    done = sdpipeline(*arguments, "--json", **settings)
+def document(*arguments: object, exit_code: int = 0, given: Mapping[str, str] | None = None, **settings: str) -> Any:
+    """The JSON document of a command that must leave with ``exit_code``; settings may come as a mapping too."""
+    done = sdpipeline(*arguments, "--json", **{**(given or {}), **settings})
     assert done.returncode == exit_code, done.stderr + done.stdout
     return json.loads(done.stdout)
 

@@ -20,6 +20,7 @@ import boto3
 import pytest
 
 from sdpipeline.storage import S3Options, S3Store
+from tests.integration.commands import sdpipeline
 from tests.integration.databases import (  # noqa: F401 -- fixtures
     audit,
     database,
@@ -131,6 +132,16 @@ def postgres_url(postgres_server: str) -> Iterator[str]:
     finally:
         with engine.connect() as connection:
             connection.exec_driver_sql(f"DROP DATABASE {name} WITH (FORCE)")
+
+
+@pytest.fixture(scope="session")
+def demo_home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A home in which the demo has run to its end, as a user runs it. To look at, not to change."""
+    home = tmp_path_factory.mktemp("demo") / "home"
+    done = sdpipeline("demo", "--home", home)
+    assert done.returncode == 0, done.stderr + done.stdout
+    assert "24 pictures in" in done.stdout
+    return home
 
 
 def new_bucket(endpoint_url: str, **options: Any) -> Bucket:

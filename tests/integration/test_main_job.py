@@ -22,20 +22,10 @@ JOBS, PER_STAGE = 24, 8
 pytestmark = pytest.mark.timeout(300)
 
 
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A home in which the demo has run to its end."""
-    home = tmp_path_factory.mktemp("demo") / "home"
-    done = sdpipeline("demo", "--home", home)
-    assert done.returncode == 0, done.stderr + done.stdout
-    assert "24 pictures in" in done.stdout
-    return home
-
-
 @pytest.fixture
-def tampered(finished: Path, tmp_path: Path) -> Path:
+def tampered(demo_home: Path, tmp_path: Path) -> Path:
     """A copy of that home to change by hand. The pictures' addresses still name the original."""
-    return Path(shutil.copytree(finished, tmp_path / "home"))
+    return Path(shutil.copytree(demo_home, tmp_path / "home"))
 
 
 def _path(url: str) -> Path:
@@ -56,21 +46,21 @@ def _kinds(home: Path) -> set[str]:
     return {fault["kind"] for fault in found["faults"]}
 
 
-def test_every_job_of_the_demo_has_one_picture_with_the_recorded_digest(finished: Path) -> None:
-    jobs = pictures(finished, "demo")
+def test_every_job_of_the_demo_has_one_picture_with_the_recorded_digest(demo_home: Path) -> None:
+    jobs = pictures(demo_home, "demo")
     assert [job["status"] for job in jobs] == ["succeeded"] * JOBS
     paths = [_path(job["image"]["url"]) for job in jobs]
     assert len(set(paths)) == JOBS
     for job, path in zip(jobs, paths, strict=True):
         assert hashlib.sha256(path.read_bytes()).hexdigest() == job["image"]["sha256"]
-    stored = (finished / "storage" / "default" / "demo").rglob("*.png")
+    stored = (demo_home / "storage" / "default" / "demo").rglob("*.png")
     assert sorted(stored) == sorted(paths)
 
 
-def test_the_pictures_show_what_was_asked_for(finished: Path) -> None:
+def test_the_pictures_show_what_was_asked_for(demo_home: Path) -> None:
     right: dict[str, list[bool]] = {"ground": [], "scene": [], "object": []}
     kept: list[float] = []
-    jobs = pictures(finished, "demo")
+    jobs = pictures(demo_home, "demo")
     drafts = {job["id"]: job for job in jobs if job["stage"] == "draft"}
     for job in jobs:
         shown, values = _pixels(job), job["variables"]
@@ -85,15 +75,15 @@ def test_the_pictures_show_what_was_asked_for(finished: Path) -> None:
     assert np.mean(kept) > 0.6, kept  # without the ControlNet it is about 0.2
 
 
-def test_a_second_demo_adds_nothing_and_says_so(finished: Path) -> None:
-    done = sdpipeline("demo", "--home", finished)
+def test_a_second_demo_adds_nothing_and_says_so(demo_home: Path) -> None:
+    done = sdpipeline("demo", "--home", demo_home)
     assert done.returncode == 0, done.stderr
     assert "Nothing to do: all 24 pictures are there already." in done.stdout
     assert "0 jobs added, 24 unchanged" in done.stderr
 
 
-def test_the_audit_of_an_untouched_home_finds_no_fault(finished: Path) -> None:
-    found = document("audit", "verify", "--home", finished)
+def test_the_audit_of_an_untouched_home_finds_no_fault(demo_home: Path) -> None:
+    found = document("audit", "verify", "--home", demo_home)
     assert found["ok"] is True
     assert found["images"] == JOBS
     assert found["seals"] >= 1
@@ -132,8 +122,8 @@ def test_one_changed_job_row_is_found_and_named(tampered: Path, change: str) -> 
     assert ("job-altered", "job:3") in {(fault["kind"], fault["subject"]) for fault in found["faults"]}
 
 
-def test_show_tells_everything_about_one_job(finished: Path) -> None:
-    shown = document("show", "24", "--home", finished)
+def test_show_tells_everything_about_one_job(demo_home: Path) -> None:
+    shown = document("show", "24", "--home", demo_home)
     assert shown["campaign"] == "demo"
     assert shown["request"]["num_inference_steps"] == 20
     assert [event["event"] for event in shown["events"]] == ["job.succeeded"]
