@@ -173,14 +173,7 @@ def _insert_lease(connection: Connection, lease_id: str, worker_id: str, group_i
 def _claim(connection: Connection, group_id: int, lease_id: str, limit: int) -> Sequence[Any]:
     """Neighbours first; a job whose lease once expired only by itself."""
     for alone, count in ((False, limit), (True, 1)):
-        picked = (
-            select(job.c.id)
-            .where(job.c.group_id == group_id, job.c.status == READY, job.c.alone.is_(alone))
-            .order_by(job.c.priority, job.c.id)
-            .limit(count)
-            .with_for_update(skip_locked=True)
-            .cte("picked")
-        )
+        picked = pick(group_id, count, alone=alone).with_for_update(skip_locked=True).cte("picked")
         claim = (
             update(job)
             .where(job.c.id.in_(select(picked.c.id)))
@@ -191,6 +184,12 @@ def _claim(connection: Connection, group_id: int, lease_id: str, limit: int) -> 
         if rows:
             return sorted(rows, key=lambda row: (row.priority, row.id))
     return ()
+
+
+def pick(group_id: int, limit: int, *, alone: bool) -> Select[int]:
+    """The ready jobs of a group that go next, in the order of ``ix_job_ready``."""
+    of_group = select(job.c.id).where(job.c.group_id == group_id, job.c.status == READY, job.c.alone.is_(alone))
+    return of_group.order_by(job.c.priority, job.c.id).limit(limit)
 
 
 def _insert_attempts(connection: Connection, rows: Iterable[Any], lease_id: str, worker_id: str) -> None:
@@ -424,7 +423,7 @@ def promote(connection: Connection) -> int:
         .cte("due")
     )
     ready = update(job).where(job.c.id.in_(select(due.c.id))).values(status=READY, not_before=null())
-    return int(connection.execute(ready).rowcount)
+    return len(connection.execute(ready.returning(job.c.id)).all())
 
 
 def _still_ours(lease_id: str, job_id: int) -> ColumnElement[bool]:
