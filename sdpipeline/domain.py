@@ -190,9 +190,13 @@ def _adapter(d: Json) -> AdapterInput:
     return AdapterInput(**d | {"checkpoint": CheckpointRef(**d["checkpoint"]), "image": _source(d.get("image"))})
 
 
+# Made once: `json.dumps` with options would make one for every job.
+_CANONICAL = json.JSONEncoder(sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+
+
 def canonical(document: Any) -> bytes:
     """One byte string per JSON value: sorted keys, no spaces, no NaN."""
-    return json.dumps(document, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode()
+    return _CANONICAL.encode(document).encode()
 
 
 def digest(document: Any) -> str:

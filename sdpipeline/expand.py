@@ -79,11 +79,10 @@ class _Branch:
     plan: StagePlan
     depth: int
     fanned: Mapping[str, int]
-    parents: tuple[_Branch, ...]
+    parents: tuple[int, ...]
     own_seed: int | None
     derived: str | None
 
-    @property
     def axes(self) -> tuple[tuple[str, int], ...]:
         """The fan-out seeds as axes of the job's identity."""
         return tuple((f"{stage}.seed", seed) for stage, seed in sorted(self.fanned.items()))
@@ -133,11 +132,11 @@ class _Chains:
         found: dict[str, Resolved] = {}
         sizes: dict[str, Size] = {}
         for plan in self._plans:
-            parents = plan.stage.parents()
-            if not all(parent in found for parent in parents):
+            if not all(parent in found for parent in plan.parents):
                 continue
+            above = {parent: sizes[parent] for parent in plan.parents}
             try:
-                resolved = plan.resolve(combination.values, {parent: sizes[parent] for parent in parents}, self.inputs)
+                resolved = plan.resolve(combination.values, above, self.inputs)
             except WrongValueError as wrong:
                 self._note_value(wrong, combination)
                 continue
@@ -153,14 +152,13 @@ class _Chains:
         branches = []
         for branch in self._branches:
             stage = resolved[branch.plan.stage.id]
-            axes = combination.axes + branch.axes
-            variables = tuple(sorted({**dict(axes), **stage.used}.items()))
-            parents = [self._branches.index(parent) for parent in branch.parents]
-            branches.append((branch, stage, axes, variables, parents))
+            axes = combination.axes + branch.axes() if branch.fanned else combination.axes
+            variables = tuple(sorted((dict(axes) | stage.used).items())) if axes else tuple(stage.used.items())
+            branches.append((branch, stage, axes, variables))
         for seed in _seeds(self.campaign.spec.seeds):
             made: list[JobSpec] = []
-            for branch, stage, axes, variables, parents in branches:
-                above = [made[parent] for parent in parents]
+            for branch, stage, axes, variables in branches:
+                above = [made[parent] for parent in branch.parents]
                 request, fingerprint = stage.request(
                     branch.noise_seed(seed), {parent.stage: parent.fingerprint for parent in above}
                 )
@@ -189,12 +187,12 @@ class _Chains:
 def _branches(plan: StagePlan, above: list[_Branch]) -> Iterator[_Branch]:
     """Every agreeing choice of parents' branches, fanned out over the stage's own seeds."""
     stage = plan.stage
-    choices = [[branch for branch in above if branch.plan.stage.id == parent] for parent in stage.parents()]
+    choices = [[n for n, branch in enumerate(above) if branch.plan.stage.id == parent] for parent in plan.parents]
     for parents in itertools.product(*choices):
-        inherited = _agreed(parents)
+        inherited = _agreed([above[parent] for parent in parents])
         if inherited is None:
             continue
-        depth = 1 + max((parent.depth for parent in parents), default=-1)
+        depth = 1 + max((above[parent].depth for parent in parents), default=-1)
         for own in _seeds(stage.seeds) if stage.seeds is not None else (None,):
             fanned = inherited if own is None else {**inherited, stage.id: own}
             same = stage.seed == "same" or depth == 0

@@ -155,7 +155,7 @@ class Resolved:
     form: RequestForm
     prompt: str
     negative_prompt: str
-    used: Mapping[str, Any]
+    used: dict[str, Any]
     quoted: Mapping[str, str]
 
     def request(self, seed: int, digests: Mapping[str, str]) -> tuple[GenerationRequest, str]:
@@ -172,6 +172,7 @@ class StagePlan:
 
     def __init__(self, spec: CampaignSpec, stage: Stage, catalog: Catalog) -> None:
         self.stage = stage
+        self.parents = stage.parents()
         self.path: KeyPath = ("stages", spec.stages.index(stage))
         self.files = catalog[stage.checkpoint or spec.checkpoint]
         self.family = families.family(self.files.family)
