@@ -57,7 +57,7 @@ class InputFolder:
         try:
             path = (self.folder / name).resolve()
             if not any(path.is_relative_to(root) for root in self.allowed):
-                raise InputImageError(f"{shown} lies outside the folders in SDP_INPUTS__ALLOWED; add its folder")
+                raise InputImageError(f"{shown} lies outside the allowed folders: see SDP_INPUTS__ALLOWED")
             # A pipe would wait for ever, and a device never ends.
             if not stat.S_ISREG(path.stat().st_mode):
                 raise InputImageError(f"{shown} is no regular file")

@@ -153,9 +153,11 @@ def number(name: str, value: Any) -> int | float:
         result = math.nan if isinstance(value, bool) else float(value)
     except (ValueError, OverflowError, TypeError):
         result = math.nan
-    if not low <= result <= high or (kind is int and result != int(result)):
+    if not math.isfinite(result) or (kind is int and result != int(result)):
         wanted = "a whole number" if kind is int else "a number"
         raise ValueError(f"{shown(value)} is not {wanted} from {low:g} to {high:g}")
+    if not low <= result <= high:
+        raise ValueError(f"{shown(value)} is not from {low:g} to {high:g}")
     return int(result) if kind is int else result
 
 

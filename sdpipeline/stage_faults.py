@@ -9,7 +9,7 @@ from sdpipeline.domain import Task
 from sdpipeline.engine import conditioning, families
 from sdpipeline.engine.checkpoints import CheckpointFiles
 from sdpipeline.engine.families import Family
-from sdpipeline.spec import LIMITS, CampaignSpec, Parameters, Seeds, Stage, nearest, number
+from sdpipeline.spec import LIMITS, CampaignSpec, ControlNetSpec, Parameters, Seeds, Stage, nearest, number
 from sdpipeline.stages import WrongValueError, checked, not_taken
 from sdpipeline.yamlfile import Faults, KeyPath
 
@@ -21,7 +21,7 @@ def check(spec: CampaignSpec, faults: Faults, catalog: Catalog) -> None:
     if spec.checkpoint not in catalog:
         faults.add(("checkpoint",), f"no checkpoint {spec.checkpoint!r}", nearest(spec.checkpoint, _bases(catalog)))
     _check_seeds(spec.seeds, ("seeds",), faults)
-    _check_defaults(spec.defaults, faults)
+    _check_values(spec.defaults, ("defaults",), faults)
     _check_names(spec, faults)
     for n, stage in enumerate(spec.stages):
         path: KeyPath = ("stages", n)
@@ -31,6 +31,9 @@ def check(spec: CampaignSpec, faults: Faults, catalog: Catalog) -> None:
         for place, image in stage.images():
             if (image.stage is None) == (image.file is None):
                 faults.add((*path, *place), "needs stage: or file:, and not both")
+        _check_values(stage, path, faults)
+        for m, use in enumerate(stage.controlnets):
+            _check_controlnet(use, (*path, "controlnets", m), faults, catalog)
         if not faults.has((*path, "task")):
             _check_pictures(stage, path, faults)
             _check_checkpoint(spec, stage, path, faults, catalog)
@@ -60,25 +63,25 @@ def _check_seeds(seeds: Seeds | None, path: KeyPath, faults: Faults) -> None:
         faults.add(path, "goes beyond the largest seed, 9223372036854775807")
 
 
-def _check_defaults(defaults: Parameters, faults: Faults) -> None:
+def _check_values(part: Parameters, path: KeyPath, faults: Faults) -> None:
+    """What is wrong in any family."""
     for name in Parameters.model_fields:
-        value = getattr(defaults, name)
-        path: KeyPath = ("defaults", name)
-        if value is None or _is_template(value):
-            continue
-        if name == "scheduler" and value not in families.SCHEDULERS:
-            faults.add(path, f"no scheduler {value!r}", nearest(value, families.SCHEDULERS))
-        elif name == "resize" and value not in conditioning.RESIZE_MODES:
-            faults.add(path, f"no mode {value!r}", nearest(value, conditioning.RESIZE_MODES))
-        elif name in LIMITS:
-            _check_number(name, value, path, faults)
+        if wrong := _wrong(name, getattr(part, name)):
+            faults.add((*path, name), *wrong)
 
 
-def _check_number(name: str, value: Any, path: KeyPath, faults: Faults) -> None:
+def _wrong(name: str, value: Any) -> tuple[str, str | None] | None:
+    known = {"scheduler": families.SCHEDULERS, "resize": conditioning.RESIZE_MODES}.get(name)
+    if value is None or _is_template(value):
+        return None
+    if known is not None:
+        return None if value in known else (f"no {name} {value!r}", nearest(value, known))
     try:
-        number(name, value)
+        if name in LIMITS:
+            number(name, value)
     except ValueError as error:
-        faults.add(path, str(error))
+        return str(error), None
+    return None
 
 
 def _check_names(spec: CampaignSpec, faults: Faults) -> None:
@@ -140,25 +143,25 @@ def _check_pictures(stage: Stage, path: KeyPath, faults: Faults) -> None:
 
 
 def _check_checkpoint(spec: CampaignSpec, stage: Stage, path: KeyPath, faults: Faults, catalog: Catalog) -> None:
+    """Whether the stage's checkpoint exists and can do this at all; then, whether everything else fits it."""
+    own = stage.checkpoint is not None
     alias = stage.checkpoint if stage.checkpoint is not None else spec.checkpoint
-    place: KeyPath = (*path, "checkpoint") if stage.checkpoint is not None else ("checkpoint",)
+    place: KeyPath = (*path, "checkpoint") if own else ("checkpoint",)
     if alias not in catalog:
-        if stage.checkpoint is not None:
+        if own:
             faults.add(place, f"no checkpoint {alias!r}", nearest(alias, _bases(catalog)))
         return
     base = catalog[alias]
-    if base.kind != "checkpoint":
+    row = families.FAMILIES.get(base.family)
+    if base.kind != "checkpoint" or row is None:
         message = f"{alias!r} is a {base.kind}, which makes no pictures by itself"
-        faults.add(place, message, nearest("", _bases(catalog)))
-        return
-    why = families.refusal(base.family, stage.task, controlnets=len(stage.controlnets))
-    if why:
+        faults.add(place, message, nearest(alias, _bases(catalog)))
+    elif why := families.refusal(base.family, stage.task, controlnets=len(stage.controlnets)):
         faults.add((*path, "task"), why)
-        return
-    row = families.family(base.family)
-    _check_parameters(spec, stage, path, faults, row)
-    for n in range(len(stage.controlnets)):
-        _check_controlnet(stage, n, path, faults, catalog, base=base)
+    else:
+        _check_parameters(spec, stage, path, faults, row)
+        for n in range(len(stage.controlnets)):
+            _check_fit(stage, n, path, faults, files=(base, catalog.get(stage.controlnets[n].checkpoint)))
 
 
 def _check_parameters(spec: CampaignSpec, stage: Stage, path: KeyPath, faults: Faults, row: Family) -> None:
@@ -168,12 +171,13 @@ def _check_parameters(spec: CampaignSpec, stage: Stage, path: KeyPath, faults: F
         faults.add((*path, "prompt"), f"{row.title} does not take it", "remove it")
     for name in Parameters.model_fields:
         own, default = getattr(stage, name), getattr(spec.defaults, name)
-        refused = not_taken(name, stage, row, cell)
         place: KeyPath = (*path, name) if own is not None else ("defaults", name)
         value = own if own is not None else default
-        if own is not None and refused:
-            faults.add(place, refused, "remove it")
-        if value is None or refused or _is_template(value) or (own is None and _spared(name, value, stage)):
+        if refused := not_taken(name, stage, row, cell):
+            if own is not None:
+                faults.add(place, refused, "remove it")
+            continue
+        if value is None or _is_template(value) or _wrong(name, value) or (own is None and _spared(name, stage)):
             continue
         try:
             checked(name, value, row)
@@ -183,15 +187,9 @@ def _check_parameters(spec: CampaignSpec, stage: Stage, path: KeyPath, faults: F
         _check_steps(spec, stage, path, faults, row)
 
 
-def _spared(name: str, value: Any, stage: Stage) -> bool:
-    """Whether a default is not for this stage, or was refused already."""
-    if name in ("scheduler", "resize"):
-        return True
-    try:
-        number(name, value)
-    except ValueError:
-        return True
-    return stage.task is Task.SUPER_RESOLUTION and name in ("width", "height")
+def _spared(name: str, stage: Stage) -> bool:
+    """Defaults that a stage only takes where they fit."""
+    return name == "scheduler" or (stage.task is Task.SUPER_RESOLUTION and name in ("width", "height"))
 
 
 def _check_steps(spec: CampaignSpec, stage: Stage, path: KeyPath, faults: Faults, row: Family) -> None:
@@ -201,37 +199,40 @@ def _check_steps(spec: CampaignSpec, stage: Stage, path: KeyPath, faults: Faults
         steps = part.num_inference_steps if part.num_inference_steps is not None else steps
         strength = part.strength if part.strength is not None else strength
     literal = isinstance(steps, int) and isinstance(strength, float | int)
-    if literal and 0 <= strength <= 1 and int(steps * strength) < 1:
+    if literal and 0 <= strength <= 1 and steps > 0 and int(steps * strength) < 1:
         place: KeyPath = (*path, "strength") if stage.strength is not None else ("defaults", "strength")
         faults.add(place, f"{strength:g} of {steps} steps is no step", "raise strength or num_inference_steps")
 
 
-def _check_controlnet(
-    stage: Stage, n: int, path: KeyPath, faults: Faults, catalog: Catalog, *, base: CheckpointFiles
+def _check_fit(
+    stage: Stage, n: int, path: KeyPath, faults: Faults, *, files: tuple[CheckpointFiles, CheckpointFiles | None]
 ) -> None:
-    use = stage.controlnets[n]
-    path = (*path, "controlnets", n)
-    known = {alias: files for alias, files in catalog.items() if files.kind == "controlnet"}
-    place: KeyPath = (*path, "checkpoint")
+    base, controlnet = files
+    if controlnet is None or controlnet.kind != "controlnet":
+        return
+    if not families.family(base.family).accepts_controlnet(stage.task, controlnet.family):
+        place: KeyPath = (*path, "controlnets", n, "checkpoint")
+        message = f"{controlnet.alias!r} is for {controlnet.family} and cannot steer {stage.task} of {base.alias!r}"
+        faults.add(place, f"{message} ({base.family})", "name a ControlNet of the checkpoint's family")
+
+
+def _check_controlnet(use: ControlNetSpec, path: KeyPath, faults: Faults, catalog: Catalog) -> None:
+    """What is wrong with a ControlNet whatever it steers."""
+    known = [alias for alias, files in catalog.items() if files.kind == "controlnet"]
     if use.checkpoint not in known:
-        faults.add(place, f"no ControlNet {use.checkpoint!r}", nearest(use.checkpoint, known))
-    elif not families.family(base.family).accepts_controlnet(stage.task, known[use.checkpoint].family):
-        family = known[use.checkpoint].family
-        message = f"{use.checkpoint!r} is for {family} and cannot steer {stage.task} of {base.alias!r} ({base.family})"
-        faults.add(place, message, "name a ControlNet of the checkpoint's family")
+        faults.add((*path, "checkpoint"), f"no ControlNet {use.checkpoint!r}", nearest(use.checkpoint, known))
     if use.control_guidance_start >= use.control_guidance_end:
         faults.add((*path, "control_guidance_end"), "is not after control_guidance_start", "raise it")
-    if not _is_template(use.controlnet_conditioning_scale):
-        scale: KeyPath = (*path, "controlnet_conditioning_scale")
-        _check_number("controlnet_conditioning_scale", use.controlnet_conditioning_scale, scale, faults)
+    if wrong := _wrong("controlnet_conditioning_scale", use.controlnet_conditioning_scale):
+        faults.add((*path, "controlnet_conditioning_scale"), *wrong)
     annotator = conditioning.ANNOTATORS.get(use.annotator)
     if annotator is None:
         message = f"no annotator {use.annotator!r}"
         faults.add((*path, "annotator"), message, nearest(use.annotator, conditioning.ANNOTATORS))
         return
     for name, value in use.annotator_parameters.items():
+        place = (*path, "annotator_parameters", name)
         if name not in annotator.parameters:
-            message, fix = f"{use.annotator!r} does not take it", nearest(name, annotator.parameters)
-            faults.add((*path, "annotator_parameters", name), message, fix)
+            faults.add(place, f"{use.annotator!r} does not take it", nearest(name, annotator.parameters))
         elif why := annotator.refusal(use.annotator, name, value):
-            faults.add((*path, "annotator_parameters", name), why)
+            faults.add(place, why)
