@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import secrets
 from collections.abc import Iterable, Iterator
+from pathlib import Path
+from textwrap import dedent
 from typing import Any
 
 from sqlalchemy import select, update
 
+from sdpipeline import campaign, expand, yamlfile
 from sdpipeline.batching import batch_key
+from sdpipeline.campaign import Campaign, Catalog
 from sdpipeline.db import audit as audit_rows
 from sdpipeline.db import queue, staging, tables
 from sdpipeline.db.audit import AuditLog
@@ -26,8 +31,71 @@ from sdpipeline.domain import (
     Task,
     fingerprint,
 )
+from sdpipeline.engine.checkpoints import CheckpointFiles
+from sdpipeline.errors import CampaignError
+from sdpipeline.inputs import InputFolder
+from sdpipeline.storage import ObjectStore
 
 CHECKPOINT = CheckpointRef(alias="shapes", digest="c0" * 32)
+
+
+def checkpoint_files(
+    alias: str, *, kind: str = "checkpoint", family: str = "sd1", scale: int = 1, digest: str = ""
+) -> CheckpointFiles:
+    """Weights that exist by name only."""
+    return CheckpointFiles(
+        alias=alias,
+        digest=digest or (alias.encode().hex() * 64)[:64],
+        kind=kind,
+        family=family,
+        directory=Path("/weights") / alias,
+        scale=scale,
+        manifest={},
+        size_bytes=1,
+    )
+
+
+CATALOG = {
+    files.alias: files
+    for files in (
+        checkpoint_files("shapes"),
+        checkpoint_files("shapes-canny", kind="controlnet"),
+        checkpoint_files("upscaler", family="upscale", scale=4),
+        checkpoint_files("flux", family="flux"),
+    )
+}
+"""What the campaigns of tests may name."""
+
+
+def input_folder(folder: Path, *, max_pixels: int = 10_000_000) -> InputFolder:
+    """Where a test's campaign finds its pictures and tables."""
+    return InputFolder(folder, max_pixels=max_pixels)
+
+
+def campaign_of(text: str, folder: Path = Path("/nowhere"), *, catalog: Catalog = CATALOG) -> Campaign:
+    """A campaign file's text, checked as a file in ``folder`` would be; name and checkpoint are given."""
+    return campaign.check(_located(text), catalog, input_folder(folder))
+
+
+def jobs_of(text: str, folder: Path = Path("/nowhere"), *, catalog: Catalog = CATALOG) -> list[JobSpec]:
+    """Every job such a campaign asks for."""
+    return list(expand.expand(campaign_of(text, folder, catalog=catalog), input_folder(folder)))
+
+
+def mistakes_of(text: str, folder: Path = Path("/nowhere")) -> list[str]:
+    """What is wrong with it, as people read it but for the file's name: ``line:column: key: message (fix)``."""
+    try:
+        found = campaign_of(text, folder)
+        expand.check(found, input_folder(folder))
+    except CampaignError as error:
+        return [str(mistake).removeprefix("spring.yaml:") for mistake in error.mistakes]
+    return []
+
+
+def _located(text: str) -> yamlfile.Located:
+    body = dedent(text).lstrip("\n")
+    head = "" if body.startswith("name:") else "name: spring\ncheckpoint: shapes\n"
+    return yamlfile.parse(head + body, file="spring.yaml")
 
 
 def request(prompt: str = "a red circle", **changes: Any) -> GenerationRequest:
@@ -78,22 +146,28 @@ def chains(count: int, *stages: str, **changes: Any) -> Iterator[JobSpec]:
             yield above[0]
 
 
-def stored_image(leased: LeasedJob) -> StoredImage:
-    """What a worker would have put into storage for this job."""
-    digest = leased.fingerprint
+def stored_image(leased: LeasedJob, store: ObjectStore | None = None) -> StoredImage:
+    """What a worker would have put into storage for this job, and has if there is a ``store``."""
+    folder = f"default/{leased.campaign}/{leased.stage}/{leased.fingerprint}"
+    picture, sidecar = f"picture {leased.fingerprint}".encode(), f"sidecar {leased.fingerprint}".encode()
+    sha256, sidecar_sha256 = hashlib.sha256(picture).hexdigest(), hashlib.sha256(sidecar).hexdigest()
+    key, sidecar_key = f"{folder}/{sha256}.png", f"{folder}/{sha256}.json"
+    if store is not None:
+        store.put(key, picture, content_type="image/png")
+        store.put(sidecar_key, sidecar, content_type="application/json")
     return StoredImage(
-        key=f"default/{leased.campaign}/{leased.stage}/{digest}/{digest}.png",
-        url=f"file:///storage/{digest}.png",
-        sha256=digest,
-        pixels_sha256=digest,
-        size_bytes=100,
+        key=key,
+        url=f"file:///storage/{key}",
+        sha256=sha256,
+        pixels_sha256=sha256,
+        size_bytes=len(picture),
         version_id=None,
         width=64,
         height=64,
-        sidecar_key=f"default/{leased.campaign}/{leased.stage}/{digest}/{digest}.json",
-        sidecar_sha256=digest,
-        gpu_seconds=0.25,
-        timings={"generate_s": 0.25},
+        sidecar_key=sidecar_key,
+        sidecar_sha256=sidecar_sha256,
+        gpu_seconds=0.1,
+        timings={"generate_s": 0.1},
     )
 
 
@@ -121,12 +195,12 @@ def try_lease(audit: AuditLog, *, worker_id: str = "worker-1", limit: int = 8, *
         return queue.take_lease(tx, worker_id=worker_id, limit=limit, ttl_s=ttl_s, **options)
 
 
-def completed(audit: AuditLog, lease: Lease) -> list[bool]:
+def completed(audit: AuditLog, lease: Lease, store: ObjectStore | None = None) -> list[bool]:
     """Complete every job of a lease as a worker would."""
     done = []
     for job in lease.jobs:
         with audit.transaction() as tx:
-            stored = stored_image(job)
+            stored = stored_image(job, store)
             done.append(queue.complete(tx, lease_id=lease.id, leased=job, stored=stored, worker_id="worker-1"))
     with audit.database.write() as connection:
         queue.close_lease(connection, lease.id)
