@@ -20,6 +20,9 @@ BACKENDS = ("sqlite", "postgresql")
 on_postgresql = pytest.mark.parametrize("database_url", ["postgresql"], indirect=True)
 """For what cannot happen where there is one writer at a time."""
 
+on_sqlite = pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
+"""For what Python decides over rows that the other tests show to be the same."""
+
 
 @pytest.fixture(scope="session")
 def migrated_sqlite(tmp_path_factory: pytest.TempPathFactory) -> Path:

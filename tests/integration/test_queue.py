@@ -57,7 +57,7 @@ def test_a_leased_job_says_all_a_worker_needs(audit: AuditLog, database: Databas
     spec = list(chains(1, "draft", "scene"))[1]
     assert (job.request, job.fingerprint, job.identity) == (spec.request, spec.fingerprint, spec.identity)
     assert (job.team, job.campaign, job.stage, job.attempt, job.max_attempts) == ("default", "spring", "scene", 1, 3)
-    assert [(parent.stage, parent.sha256) for parent in job.parents] == [("draft", next(chains(1)).fingerprint)]
+    assert [(parent.stage, parent.fingerprint) for parent in job.parents] == [("draft", next(chains(1)).fingerprint)]
 
 
 def test_a_lower_priority_number_goes_first_whatever_its_batch(audit: AuditLog, database: Database) -> None:
