@@ -10,6 +10,8 @@ from typing import Any
 from jinja2 import StrictUndefined, TemplateError, TemplateSyntaxError, UndefinedError, meta, nodes
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from sdpipeline.yamlfile import control_character
+
 LONGEST_TEMPLATE = 20_000
 LONGEST_RESULT = 20_000
 MOST_EXPRESSIONS = 400
@@ -43,6 +45,7 @@ _WORDS = {
     "Call": "calling something",
     "For": "a loop",
     "Test": "a test with `is`",
+    "Keyword": "naming an argument",
 }
 
 
@@ -138,6 +141,8 @@ def _check(tree: nodes.Node, *, depth: int) -> None:
             raise TemplateRefusedError(f"{_WORDS.get(name, f'`{name.lower()}`')} is not allowed in a template")
         if isinstance(node, nodes.Filter) and node.name not in FILTERS:
             raise TemplateRefusedError(f"the filter {node.name!r} is not known; there are {', '.join(sorted(FILTERS))}")
+        if isinstance(node, nodes.Const) and (character := control_character(str(node.value))):
+            raise TemplateRefusedError(f"holds the character {character}")
         _check(node, depth=depth + 1)
 
 

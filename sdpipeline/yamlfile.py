@@ -14,7 +14,7 @@ import yaml
 from sdpipeline.errors import CampaignError, Mistake
 
 LARGEST_FILE_BYTES = 4 * 1024 * 1024
-MOST_NODES = 200_000
+MOST_NODES = 100_000
 DEEPEST = 40
 LARGEST_INTEGER = 2**63 - 1
 

@@ -231,6 +231,8 @@ def _opened(data: bytes, max_pixels: int | None) -> Iterator[Image.Image]:
                     f"a picture of {image.width} x {image.height} is larger than the {max_pixels:,} pixels allowed"
                 )
             yield image
+    except PIL.UnidentifiedImageError as error:  # its message names an address in memory
+        raise InputImageError("not a whole png, jpeg or webp picture") from error
     except _BOMB as error:
         raise InputImageError(f"the picture is a decompression bomb: {error}") from error
     except _BROKEN as error:
