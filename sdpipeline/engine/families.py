@@ -127,6 +127,23 @@ def size_multiple(name: str) -> int:
     return FAMILIES[name].size_multiple
 
 
+def table() -> str:
+    """The whole table as Markdown, for the README."""
+    lines = ["| family | task | plain | with ControlNets |", "|---|---|---|---|"]
+    for row in FAMILIES.values():
+        for task in Task:
+            plain, controlled = row.cell(task), row.controlled.get(task)
+            if plain or controlled:
+                lines.append(f"| {row.title} (`{row.name}`) | {task} | {_named(plain)} | {_named(controlled)} |")
+    return "\n".join(lines)
+
+
+def _named(cell: Cell | None) -> str:
+    if cell is None:
+        return "-"
+    return f"{cell.pipeline} (one)" if cell.max_controlnets == 1 else cell.pipeline
+
+
 def _with(controlnets: int) -> str:
     return f" with {controlnets} ControlNets" if controlnets > 1 else " with a ControlNet" if controlnets else ""
 

@@ -30,7 +30,10 @@ def load_upscaler(files: CheckpointFiles, dtype: torch.dtype) -> torch.nn.Module
             f"checkpoint {files.alias!r} is a GAN upscaler, which needs sdpipeline[upscalers] installed"
         ) from error
     tensors = load_file(files.directory / next(name for name in files.manifest if name.endswith(".safetensors")))
-    descriptor = spandrel.ModelLoader(device="cpu").load_from_state_dict(tensors)
+    try:
+        descriptor = spandrel.ModelLoader(device="cpu").load_from_state_dict(tensors)
+    except spandrel.UnsupportedModelError as error:
+        raise CheckpointError(f"checkpoint {files.alias!r} is no upscaler that spandrel knows") from error
     if descriptor.scale != files.scale:
         raise CheckpointError(
             f"checkpoint {files.alias!r} enlarges by {descriptor.scale}, not by {files.scale} as its file name says"

@@ -17,7 +17,13 @@ from sdpipeline.domain import CheckpointRef, GenerationRequest, Json, Task
 from sdpipeline.engine import Pixels
 from sdpipeline.engine.checkpoints import CheckpointFiles
 from sdpipeline.engine.families import SCHEDULERS, Cell, Family
-from sdpipeline.engine.per_image import PerImageScale, controlnet_scales, distilled_guidance, no_global_randomness
+from sdpipeline.engine.per_image import (
+    PerImageScale,
+    controlnet_scales,
+    distilled_guidance,
+    float32_noise,
+    no_global_randomness,
+)
 from sdpipeline.engine.pictures import to_pil
 from sdpipeline.engine.preparing import Pictures
 from sdpipeline.engine.residency import Loaded
@@ -224,6 +230,7 @@ def _per_image(weights: Weights, members: Sequence[Member]) -> Iterator[None]:
     with ExitStack() as active:
         active.enter_context(controlnet_scales(modules, scales))
         active.enter_context(no_global_randomness(weights.autoencoder))
+        active.enter_context(float32_noise())
         if weights.row.text == "flux":
             guidance = [member.request.guidance_scale for member in members]
             active.enter_context(distilled_guidance(weights.denoiser, guidance))
@@ -332,8 +339,9 @@ def _in_dtype(network: Any, dtype: torch.dtype) -> Iterator[None]:
     if dtype == own:
         yield
         return
-    network.to(dtype)
+    # diffusers' own `to` warns about a list of exceptions that is empty here.
+    torch.nn.Module.to(network, dtype)
     try:
         yield
     finally:
-        network.to(own)
+        torch.nn.Module.to(network, own)

@@ -8,6 +8,7 @@ from contextlib import ExitStack, contextmanager
 from itertools import cycle
 from typing import Any
 
+import diffusers.utils.torch_utils
 import torch
 
 
@@ -57,6 +58,31 @@ def _scaled_output(controlnet: torch.nn.Module, turns: list[torch.Tensor]) -> It
         yield
     finally:
         handle.remove()
+
+
+@contextmanager
+def float32_noise() -> Iterator[None]:
+    """Draw noise in float32 and round it: torch draws other numbers for other dtypes from the same seed.
+
+    So that a seed means the same picture in half precision as in full. All of diffusers' noise comes
+    from one module, whose view of torch is exchanged; a torch function mode would cost every call.
+    """
+    torch_utils: Any = diffusers.utils.torch_utils
+    torch_utils.torch = _TorchWithFloat32Noise()
+    try:
+        yield
+    finally:
+        torch_utils.torch = torch
+
+
+class _TorchWithFloat32Noise:
+    def __getattr__(self, name: str) -> Any:
+        return getattr(torch, name)
+
+    def randn(self, *size: Any, dtype: torch.dtype | None = None, **options: Any) -> torch.Tensor:
+        drawn = torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
+        noise = torch.randn(*size, dtype=drawn, **options)
+        return noise if dtype is None else noise.to(dtype)
 
 
 @contextmanager

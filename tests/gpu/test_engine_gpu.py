@@ -95,7 +95,7 @@ def test_offload_gives_the_same_picture_and_puts_everything_back(on: DiffusersEn
 def little_memory() -> Iterator[None]:
     torch.cuda.empty_cache()
     total = torch.cuda.get_device_properties(0).total_memory
-    torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_allocated() + 1.0 * 2**30) / total)
+    torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_allocated() + 0.25 * 2**30) / total)
     yield
     torch.cuda.set_per_process_memory_fraction(1.0)
 

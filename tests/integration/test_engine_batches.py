@@ -16,6 +16,7 @@ from tests.integration.engine_requests import (
     equal,
     image_of,
     images,
+    new_engine,
     noise,
     prepared,
     request,
@@ -142,3 +143,10 @@ def test_what_is_loaded_is_known_by_its_digest() -> None:
     images(prepared(request()))
     assert request().checkpoint.digest in engine().resident()
     assert np.ndim(images(prepared(request()))[0].pixels) == 3
+
+
+def test_half_precision_starts_from_the_same_noise_as_full_precision() -> None:
+    full, half = request(guidance_scale=1.5), request(guidance_scale=1.5)
+    made = images(prepared(half), on=new_engine(dtype="bfloat16"))[0]
+    assert distance(made, images(prepared(full))[0]) < 40
+    assert distance(made, images(prepared(request(seed=1, guidance_scale=1.5)))[0]) > 100

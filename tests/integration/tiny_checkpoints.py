@@ -366,8 +366,8 @@ def _lora(tiny: TinyCheckpoints, directory: Path, base: str) -> None:
     """A LoRA of rank 4 on attention, in the denoiser and where there is one in the first text encoder."""
     pipeline: Any = diffusers.DiffusionPipeline.from_pretrained(tiny.directory(base))
     denoiser = "transformer" if hasattr(pipeline, "transformer") else "unet"
-    layers = {denoiser: _lora_state(getattr(pipeline, denoiser), ["to_q", "to_k", "to_v", "to_out.0"])}
-    layers["text_encoder"] = _lora_state(pipeline.text_encoder, ["q_proj", "k_proj", "v_proj", "out_proj"])
+    layers = {denoiser: _lora_state(getattr(pipeline, denoiser), ["to_k", "to_v"])}
+    layers["text_encoder"] = _lora_state(pipeline.text_encoder, ["q_proj", "v_proj"])
     tensors = {f"{part}.{name}": tensor for part, state in layers.items() for name, tensor in state.items()}
     directory.mkdir(parents=True)
     save_file(tensors, directory / "pytorch_lora_weights.safetensors")

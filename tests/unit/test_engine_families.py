@@ -5,7 +5,7 @@ from itertools import product
 import pytest
 
 from sdpipeline.domain import Task
-from sdpipeline.engine.families import FAMILIES, SCHEDULERS, refusal, scheduler_refusal, size_multiple
+from sdpipeline.engine.families import FAMILIES, SCHEDULERS, refusal, scheduler_refusal, size_multiple, table
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -42,6 +42,12 @@ def test_flow_and_noise_schedulers_do_not_mix() -> None:
 @pytest.mark.parametrize("name", FAMILIES)
 def test_a_default_scheduler_suits_its_family(name: str) -> None:
     assert scheduler_refusal(name, FAMILIES[name].scheduler) is None
+
+
+def test_the_table_in_words_has_a_line_for_each_family_and_task() -> None:
+    cells = sum(len(row.plain.keys() | row.controlled.keys()) for row in FAMILIES.values())
+    assert len(table().splitlines()) == cells + 2
+    assert "| Flux (`flux`) | inpainting | FluxInpaintPipeline | FluxControlNetInpaintPipeline |" in table()
 
 
 def test_the_usual_schedulers_are_there() -> None:
