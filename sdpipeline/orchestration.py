@@ -25,8 +25,14 @@ import structlog
 from sdpipeline import bootstrap, crew
 from sdpipeline.bootstrap import Progress, WorkerSummary
 from sdpipeline.db import registry, reports
-from sdpipeline.errors import DatabaseUnavailableError, Mistake, SettingsError, TransientError
-from sdpipeline.prefect_server import ServerHandle, own_server
+from sdpipeline.errors import (
+    DatabaseUnavailableError,
+    Mistake,
+    OrchestratorUnavailableError,
+    SettingsError,
+    TransientError,
+)
+from sdpipeline.prefect_server import ServerHandle, answers, own_server
 from sdpipeline.settings import Settings
 
 if TYPE_CHECKING:
@@ -42,6 +48,7 @@ CHUNK_S = 45.0
 SHOW_EVERY_S = 5.0
 POLL_S = 1.0
 FINISH_GRACE_S = 30.0
+DISPATCHER_RETRIES = 2  # waits 1 and 2 seconds; Prefect's own five would hold a Ctrl-C up for a minute
 ANSWER_TIMEOUT_S = 4.0
 SIGTERM_EXIT_CODE = 143
 
@@ -100,6 +107,7 @@ def _prefect_environment(api_url: str) -> dict[str, str]:
         "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
         # Prefect's log lines would tear the progress bar and the JSON; the UI and the log files have them.
         "PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL": "CRITICAL",
+        "PREFECT_LOGGING_INTERNAL_LEVEL": "CRITICAL",
         "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": os.environ.get("PREFECT_FLOWS_HEARTBEAT_FREQUENCY", "30"),
     }
 
@@ -168,25 +176,52 @@ def _sigterm_exits() -> Iterator[None]:
 
 
 def _run_flow(settings: Settings, campaign: str) -> None:
+    import httpx
     from prefect.client.orchestration import get_client
     from prefect.flow_engine import run_flow
     from prefect.flows import load_flow_from_entrypoint
-    from prefect.states import Cancelled
+    from prefect.settings import PREFECT_CLIENT_MAX_RETRIES, temporary_settings
 
     flow: Flow[..., Any] = load_flow_from_entrypoint(CAMPAIGN_FLOW)
     parameters = {"name": campaign, "home": str(settings.home)}
-    try:
+    with temporary_settings({PREFECT_CLIENT_MAX_RETRIES: DISPATCHER_RETRIES}):
         with get_client(sync_client=True) as client:
             flow_run = client.create_flow_run(flow, parameters=parameters)
         try:
             run_flow(flow, flow_run=flow_run, parameters=parameters)
         except (KeyboardInterrupt, SystemExit):
-            # Prefect calls this a crash; it was somebody's wish.
-            with _shown(), get_client(sync_client=True) as client:
-                client.set_flow_run_state(flow_run.id, Cancelled(message="stopped by a signal"), force=True)
+            _cancel(flow_run.id)
             raise
-    finally:
-        _flush()
+        except httpx.HTTPError as error:
+            _pass_on_interruption(error)
+            if bootstrap.campaign_progress(settings, campaign).remaining:
+                raise OrchestratorUnavailableError(
+                    f"the Prefect server was lost: {error!r}; run again to go on"
+                ) from error
+            log.warning("prefect.unreachable", error=repr(error))  # the work is done, only nobody could be told
+        finally:
+            _flush()
+
+
+def _pass_on_interruption(error: BaseException) -> None:
+    """Prefect fails to report an interruption to a server that is away, and raises that instead."""
+    from prefect.exceptions import TerminationSignal
+
+    while error.__context__ is not None:
+        error = error.__context__
+        if isinstance(error, KeyboardInterrupt):
+            raise KeyboardInterrupt from error
+        if isinstance(error, TerminationSignal):
+            raise SystemExit(SIGTERM_EXIT_CODE) from error
+
+
+def _cancel(flow_run_id: UUID) -> None:
+    """Prefect calls a signal a crash; it was somebody's wish."""
+    from prefect.client.orchestration import get_client
+    from prefect.states import Cancelled
+
+    with _shown(), get_client(sync_client=True) as client:
+        client.set_flow_run_state(flow_run_id, Cancelled(message="stopped by a signal"), force=True)
 
 
 def _flush() -> None:
@@ -194,8 +229,9 @@ def _flush() -> None:
     from prefect.events.worker import EventsWorker
     from prefect.logging.handlers import APILogHandler
 
-    APILogHandler().flush()
-    EventsWorker.drain_all(timeout=5)
+    if answers(os.environ["PREFECT_API_URL"]):
+        APILogHandler().flush()
+        EventsWorker.drain_all(timeout=5)
 
 
 @contextmanager
@@ -306,7 +342,8 @@ def _spawn(settings: Settings, campaign: str, worker_flow: Flow[..., Any], slot:
             "device": slot.device,
             "log_file": str(settings.home / "logs" / f"worker-{slot.index}.log"),
         },
-        env=dict(slot.environment),
+        # A worker that starts while the server restarts waits for it longer than the dispatcher may.
+        env={**slot.environment, "PREFECT_CLIENT_MAX_RETRIES": "5"},
     )
 
 
@@ -375,9 +412,11 @@ def _tags(settings: Settings, progress: Progress) -> Sequence[str]:
 def _shown() -> Iterator[None]:
     """Showing is not working: a Prefect server that is away costs the picture of the work, not the work."""
     import httpx
+    from prefect.settings import PREFECT_CLIENT_MAX_RETRIES, temporary_settings
 
     try:
-        yield
+        with temporary_settings({PREFECT_CLIENT_MAX_RETRIES: 0}):  # five would hold the watch up for a minute
+            yield
     except httpx.HTTPError as error:
         log.warning("prefect.unreachable", error=repr(error))
 

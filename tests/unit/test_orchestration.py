@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import signal
 import threading
 from collections.abc import Callable
 
 import pytest
+from prefect.exceptions import TerminationSignal
 
 from sdpipeline import orchestration
 from sdpipeline.bootstrap import Progress, WorkerSummary
@@ -43,3 +45,21 @@ def test_a_worker_that_must_end_begins_no_other_chunk() -> None:
 def test_a_run_closes_with_what_became_of_its_jobs(counts: dict[str, int], said: str) -> None:
     progress = Progress(id=1, name="spring", version=3, status="finished", counts=counts, images=0, gpu_seconds=0.0)
     assert orchestration._describe(progress) == said
+
+
+@pytest.mark.parametrize(
+    ("interruption", "leaves_as"),
+    [(KeyboardInterrupt(), KeyboardInterrupt), (TerminationSignal(signal.SIGTERM), SystemExit)],
+)
+def test_an_interruption_outlives_a_server_that_cannot_hear_of_it(
+    interruption: BaseException, leaves_as: type[BaseException]
+) -> None:
+    unreachable = ConnectionError("no server")
+    unreachable.__context__ = OSError("refused")
+    unreachable.__context__.__context__ = interruption
+    with pytest.raises(leaves_as):
+        orchestration._pass_on_interruption(unreachable)
+
+
+def test_a_lost_server_alone_is_no_interruption() -> None:
+    orchestration._pass_on_interruption(ConnectionError("no server"))
