@@ -187,6 +187,7 @@ class OpenWorker:
 def open_worker(s: Settings, *, device: str | None = None) -> Iterator[OpenWorker]:
     """A worker on one device, registered while it lives; its checkpoints stay warm between runs."""
     with services(s) as have:
+        have.store.check()
         chosen = device or devices(s)[0]
         engine = build_engine(s, chosen, have.database)
         worker_id = secrets.token_hex(16)

@@ -210,6 +210,7 @@ def submit_file(s: Settings, file: Path, *, prune: bool = False) -> tuple[str, S
     """Submit a campaign file; the whole of it is checked before the embedded database is even made."""
     if not bootstrap.database_exists(s):
         expand.check(*bootstrap.load_campaign(s, file))
+    bootstrap.open_storage(s).check()
     with bootstrap.services(s) as have:
         campaign, inputs = bootstrap.load_campaign(s, file, have.database)
         done = submission.submit(

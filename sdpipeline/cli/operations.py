@@ -64,6 +64,7 @@ def verify(
     """Check every event, seal, job row and picture; exit 3 names what is wrong."""
     s = settings(home)
     with bootstrap.services(s, create=False) as have:
+        have.store.check()
         found = auditing.verify(have.database, have.store, bootstrap.seal_key(s), sample=None if full else sample)
     if as_json:
         print_json(found.document())

@@ -8,7 +8,7 @@ import secrets
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from sdpipeline.errors import ObjectConflictError, ObjectMissingError, SettingsError, StorageUnavailableError
+from sdpipeline.errors import Mistake, ObjectConflictError, ObjectMissingError, SettingsError, StorageUnavailableError
 from sdpipeline.storage.contract import Capability, ObjectVersion, StoredObject, check_key, check_prefix
 
 
@@ -82,7 +82,9 @@ class LocalStore:
         try:
             _make_directory(self._incoming)
         except OSError as error:
-            raise SettingsError(f"storage {self._root} cannot be written: {error.strerror or error}") from error
+            message = f"{self._root} cannot be written: {error.strerror or error}"
+            fix = "name a directory that this user may write, and that has room"
+            raise SettingsError(Mistake(key="SDP_STORAGE_URL", message=message, fix=fix)) from error
 
     def probe(self) -> Sequence[Capability]:
         """See ObjectStore."""

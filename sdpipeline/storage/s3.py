@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from urllib.parse import urlencode
 
 from sdpipeline import __version__
-from sdpipeline.errors import ObjectConflictError, ObjectMissingError, SettingsError, StorageUnavailableError
+from sdpipeline.errors import Mistake, ObjectConflictError, ObjectMissingError, SettingsError, StorageUnavailableError
 from sdpipeline.storage.contract import Capability, ObjectVersion, StoredObject, check_key, check_prefix
 from sdpipeline.storage.s3_errors import ALREADY_THERE, UnsupportedError, error_code, translated
 from sdpipeline.storage.s3_trial import Trial, checksums
@@ -142,7 +142,8 @@ class S3Store:
             with translated(f"s3://{self._bucket}"):
                 client.list_objects_v2(Bucket=self._bucket, Prefix=self._prefix, MaxKeys=1)
         except (StorageUnavailableError, ObjectMissingError) as error:
-            raise SettingsError(f"storage {error}") from error
+            fix = "check the endpoint, the bucket's name and the credentials (see boto3's own chain)"
+            raise SettingsError(Mistake(key="SDP_STORAGE_URL", message=str(error), fix=fix)) from error
 
     def probe(self) -> Sequence[Capability]:
         """See ObjectStore."""

@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from sqlalchemy import create_engine, text
+from sqlalchemy import NullPool, create_engine, text
 
+from sdpipeline.audit import load_key
 from tests.integration.commands import document, environment, pictures, sdpipeline
 from tests.integration.conftest import Bucket, free_port, served
 
@@ -80,7 +81,8 @@ def test_the_demo_campaign_makes_the_same_pixels_on_real_parts_set_up_as_the_rea
     made = document("jobs", "demo", given=settings)["jobs"]
     assert {job["status"] for job in made} == {"succeeded"}
     assert all(job["image"]["url"].startswith(real_parts["SDP_STORAGE_URL"]) for job in made)
-    with create_engine(real_parts["SDP_DATABASE_URL"]).connect() as connection:
+    engine = create_engine(real_parts["SDP_DATABASE_URL"], poolclass=NullPool)
+    with engine.connect() as connection:
         rows = connection.execute(text("SELECT fingerprint, pixels_sha256 FROM image")).all()
     there = {row.fingerprint: row.pixels_sha256 for row in rows}
     embedded = [document("show", job["id"], "--home", demo_home) for job in pictures(demo_home, "demo")]
@@ -115,7 +117,13 @@ def test_a_part_that_does_not_answer_is_refused_in_time_naming_its_setting(
     name: str, address: str, silent_port: int, tmp_path: Path, s3_credentials: None
 ) -> None:
     address = address.replace("SILENT", str(silent_port))
-    settings: dict[str, str] = {name: address, "SDP_S3__ENDPOINT_URL": "http://127.0.0.1:9"}
+    seal_key = tmp_path / "seal.pem"
+    load_key(seal_key, create=True)
+    settings = {
+        "SDP_SIGNING__SEAL_KEY_FILE": str(seal_key),
+        "SDP_S3__ENDPOINT_URL": "http://127.0.0.1:9",
+        name: address,
+    }
     started = time.monotonic()
     done = sdpipeline("run", ROOT / "sdpipeline/demo/campaign.yaml", "--home", tmp_path / "home", "--json", **settings)
     assert time.monotonic() - started < 25  # 15 seconds by its own clock, and this machine is shared
