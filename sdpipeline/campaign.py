@@ -209,9 +209,9 @@ def _declaration(name: str, axes: Axes) -> KeyPath:
 def _check_variables(spec: CampaignSpec, axes: Axes, faults: Faults, *, columns_known: bool) -> None:
     """Every template compiles and uses declared variables; every declared variable is used."""
     given = faults.source.data.get("variables")
-    declared = {*axes.columns(), *axes.zipped, *(given if isinstance(given, dict) else ())}
+    declared = {*axes.columns(), *axes.zipped, *axes.product}
     declared |= set(axes.table.columns or ()) if axes.table else set()
-    declared -= {"rows", "zip"}
+    known = declared | set(given if isinstance(given, dict) else ())
     all_known = columns_known and not any(faults.has(path) for path in (("variables",), ("variables", "zip")))
     # What is wrong elsewhere may hide a use from us, so then every word in braces counts as one.
     used = set(_IN_BRACES.findall(faults.source.text)) if faults.mistakes else set()
@@ -224,7 +224,7 @@ def _check_variables(spec: CampaignSpec, axes: Axes, faults: Faults, *, columns_
             used |= set(re.findall(r"\w+", text))
             continue
         used |= names
-        for name in sorted(names - declared) if all_known else ():
+        for name in sorted(names - known) if all_known else ():
             faults.add(path, f"the variable {name!r} is not declared", nearest(name, declared))
     open_columns = set() if axes.table is None or axes.table.columns is not None else set(axes.columns())
     for name in sorted(declared - used - open_columns):
@@ -236,7 +236,7 @@ def _check_files(spec: CampaignSpec, faults: Faults, inputs: InputFolder) -> Non
     for n, stage in enumerate(spec.stages):
         for place, image in stage.images():
             path: KeyPath = ("stages", n, *place, "file")
-            if image.file is None or "{" in image.file or faults.has(path):
+            if image.file is None or image.stage or "{" in image.file or faults.has(path):
                 continue
             try:
                 inputs.open(image.file)

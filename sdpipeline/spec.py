@@ -179,7 +179,7 @@ def shown(value: Any) -> str:
         return "nothing"
     if isinstance(value, list | dict):
         return "a list" if isinstance(value, list) else "keys with values"
-    text = repr(value)
+    text = repr(value).removesuffix(".0")
     return text if len(text) <= 60 else text[:57] + "..." + text[-1]
 
 
@@ -209,7 +209,12 @@ def note_faults(error: ValidationError, data: Any, at: KeyPath, faults: Faults) 
     grouped: dict[KeyPath, list[Any]] = {}
     for fault in error.errors():
         grouped.setdefault(_in_file(tuple(fault["loc"]), data), []).append(fault)
+    unknown = {path for path, about in grouped.items() if about[0]["type"] == "extra_forbidden"}
     for path, about in grouped.items():
+        beside = [str(other[-1]) for other in unknown if other[:-1] == path[:-1]]
+        if about[0]["type"] == "missing" and difflib.get_close_matches(str(path[-1]), beside, n=1):
+            faults.hide((*at, *path))  # it is there, misspelt
+            continue
         faults.add((*at, *path), *_in_words(about, (*at, *path)))
     return list(grouped)
 

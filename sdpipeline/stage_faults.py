@@ -29,7 +29,7 @@ def check(spec: CampaignSpec, faults: Faults, catalog: Catalog) -> None:
         if stage.seed and stage.seeds:
             faults.add((*path, "seed"), "says the same seed and other seeds", "keep seed: or seeds:")
         for place, image in stage.images():
-            if (image.stage is None) == (image.file is None):
+            if (image.stage is None) == (image.file is None) and not faults.within((*path, *place)):
                 faults.add((*path, *place), "needs stage: or file:, and not both")
         _check_values(stage, path, faults)
         for m, use in enumerate(stage.controlnets):
@@ -95,7 +95,7 @@ def _check_names(spec: CampaignSpec, faults: Faults) -> None:
             if image.stage and image.stage not in known:
                 path = ("stages", n, *place, "stage")
                 faults.add(path, f"no stage {image.stage!r}", nearest(image.stage, set(ids) - {stage.id}))
-            elif image.stage == stage.id:
+            elif image.stage == stage.id and ids.count(stage.id) == 1:
                 faults.add(("stages", n, *place, "stage"), f"{stage.id!r} cannot use its own picture", "name another")
     _check_cycles(spec, faults)
 

@@ -65,9 +65,17 @@ class Faults:
             self.mistakes.append(self.source.mistake(path, message, fix))
             self._found.add(path)
 
+    def hide(self, path: KeyPath) -> None:
+        """Let nothing more be said about that place in later phases."""
+        self._found.add(path)
+
     def has(self, path: KeyPath) -> bool:
         """Whether an earlier phase found something wrong at ``path`` or around it."""
         return any(path[:n] in self._settled for n in range(len(path) + 1))
+
+    def within(self, path: KeyPath) -> bool:
+        """Whether an earlier phase found something wrong somewhere in what stands at ``path``."""
+        return any(found[: len(path)] == path for found in self._settled)
 
     def in_order(self) -> list[Mistake]:
         """All of them, each once, as the file has them."""
@@ -172,6 +180,14 @@ _SCALARS: Mapping[str, tuple[re.Pattern[str], Callable[[str], Any]]] = {
 _CONTROL = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]")
 
 
+# JSON writes what lies beyond U+FFFF as two escapes, which PyYAML leaves apart.
+_SURROGATES = re.compile("[\ud800-\udbff][\udc00-\udfff]")
+
+
+def _joined_pair(pair: re.Match[str]) -> str:
+    return pair.group().encode("utf-16", "surrogatepass").decode("utf-16")
+
+
 def control_character(text: str) -> str | None:
     """The first character that cannot be part of a text, as ``U+0000``; no database or picture could keep it."""
     found = _CONTROL.search(text)
@@ -220,6 +236,7 @@ class _Builder:
 
     def _scalar(self, node: yaml.ScalarNode, path: KeyPath) -> Any:
         pattern, convert = _SCALARS[node.tag]
+        node.value = _SURROGATES.sub(_joined_pair, node.value)
         shown = node.value if len(node.value) <= 40 else node.value[:40] + "..."
         if not pattern.fullmatch(node.value):
             self._refuse(node, path, f"{shown!r} is no {node.tag.removeprefix(_TAG)}", "remove the tag")
