@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass, field, fields, is_dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields
 from enum import StrEnum
+from functools import cache
 from typing import Any, Literal
 
 # JSON values; recursive aliases need Python 3.12's `type` statement, so this names only the outermost layer.
@@ -144,13 +146,29 @@ class GenerationRequest:
 def to_document(value: Any) -> Any:
     """A frozen value as JSON. Fields at their default are left out, so that a field added later
     does not change the fingerprint of a request that does not use it."""
-    if is_dataclass(value) and not isinstance(value, type):
-        return {
-            f.name: to_document(getattr(value, f.name)) for f in fields(value) if getattr(value, f.name) != f.default
-        }
+    if type(value) in _PLAIN:
+        return value
+    if isinstance(value, StrEnum):
+        return value.value
     if isinstance(value, tuple | list):
         return [to_document(item) for item in value]
-    return str(value) if isinstance(value, StrEnum) else value
+    document = {}
+    for name, default in _fields_of(type(value)):
+        item = getattr(value, name)
+        if item is not default and item != default:
+            document[name] = item if type(item) in _PLAIN else to_document(item)
+    return document
+
+
+_PLAIN = frozenset({str, int, float, bool, type(None)})
+
+
+def _read_fields(kind: type) -> tuple[tuple[str, Any], ...]:
+    return tuple((f.name, f.default) for f in fields(kind))
+
+
+# mypy holds a class for no key of a cache.
+_fields_of: Callable[[type], tuple[tuple[str, Any], ...]] = cache(_read_fields)
 
 
 def request_from_document(document: Json) -> GenerationRequest:

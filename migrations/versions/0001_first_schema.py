@@ -176,10 +176,8 @@ def upgrade() -> None:
         sa.Column("error", sa.Text(), nullable=True),
         sa.Column("created_at", sa.Double(), nullable=False),
         sa.Column("finished_at", sa.Double(), nullable=True),
-        sa.ForeignKeyConstraint(["campaign_id"], ["campaign.id"], name=op.f("fk_job_campaign_id")),
         sa.ForeignKeyConstraint(["group_id"], ["work_group.id"], name=op.f("fk_job_group_id")),
         sa.ForeignKeyConstraint(["lease_id"], ["lease.id"], name=op.f("fk_job_lease_id")),
-        sa.ForeignKeyConstraint(["version_id"], ["campaign_version.id"], name=op.f("fk_job_version_id")),
         sa.PrimaryKeyConstraint("id", name=op.f("pk_job")),
         sa.UniqueConstraint("campaign_id", "identity", name=op.f("uq_job_campaign_id_identity")),
     )

@@ -11,10 +11,26 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import IO, Any
 
-from sqlalchemy import JSON, BigInteger, Column, Connection, MetaData, SmallInteger, String, Table, Text, text
+from sqlalchemy import (
+    JSON,
+    BigInteger,
+    Boolean,
+    Column,
+    Connection,
+    MetaData,
+    SmallInteger,
+    String,
+    Table,
+    Text,
+    and_,
+    insert,
+    select,
+    text,
+)
 
 from sdpipeline.batching import batch_document
 from sdpipeline.db.connection import copy_rows
+from sdpipeline.db.tables import job
 from sdpipeline.domain import JobSpec, Json, canonical, to_document
 
 CHUNK = 5000
@@ -23,6 +39,8 @@ _temporary = MetaData()
 incoming = Table(
     "incoming_job",
     _temporary,
+    # Joins name both columns of the unique key: a campaign given as a value would be planned as having one job.
+    Column("campaign_id", BigInteger, nullable=False),
     Column("position", BigInteger, primary_key=True, autoincrement=False),
     Column("identity", String(64), nullable=False),
     Column("edition", String(63), nullable=False),
@@ -42,14 +60,18 @@ incoming = Table(
 incoming_parent = Table(
     "incoming_parent",
     _temporary,
+    Column("campaign_id", BigInteger, nullable=False),
     Column("identity", String(64), nullable=False),
     Column("parent_identity", String(64), nullable=False),
     prefixes=["TEMPORARY"],
 )
-changed = Table(
-    "changed_job",
+# Incoming jobs that the campaign has already; ``same`` are those whose pixels and status need no change.
+known = Table(
+    "known_job",
     _temporary,
     Column("id", BigInteger, primary_key=True, autoincrement=False),
+    Column("identity", String(64), nullable=False),
+    Column("same", Boolean, nullable=False),
     prefixes=["TEMPORARY"],
 )
 
@@ -104,15 +126,28 @@ def temporary_tables(connection: Connection) -> Iterator[None]:
     _temporary.drop_all(connection, checkfirst=False)
 
 
-def load(connection: Connection, ready: Prepared, group_ids: Sequence[int]) -> None:
-    """Fill the temporary tables; ``group_ids`` are the ids of ``ready.groups``."""
+def load(connection: Connection, ready: Prepared, campaign_id: int, group_ids: Sequence[int]) -> None:
+    """Fill the tables of what comes in; ``group_ids`` are the ids of ``ready.groups``."""
     for rows, pairs in ready.chunks():
-        copy_rows(connection, incoming, [(*row[:-1], group_ids[row[-1]]) for row in rows])
-        copy_rows(connection, incoming_parent, pairs)
+        copy_rows(connection, incoming, [(campaign_id, *row[:-1], group_ids[row[-1]]) for row in rows])
+        copy_rows(connection, incoming_parent, [(campaign_id, *pair) for pair in pairs])
+    analyze(connection, incoming, incoming_parent)
+
+
+def match(connection: Connection) -> None:
+    """Find the incoming jobs that are there already."""
+    there = and_(job.c.campaign_id == incoming.c.campaign_id, job.c.identity == incoming.c.identity)
+    same = and_(job.c.fingerprint == incoming.c.fingerprint, job.c.status != "cancelled")
+    found = select(job.c.id, job.c.identity, same).select_from(incoming.join(job, there))
+    connection.execute(insert(known).from_select(["id", "identity", "same"], found))
+    analyze(connection, known)
+
+
+def analyze(connection: Connection, *tables: Table) -> None:
+    """Nobody else does it for temporary tables, and joins would be planned for a handful of rows."""
     if connection.dialect.name == "postgresql":
-        # Nobody else does it for temporary tables, and the joins below would be planned for ten rows.
-        for table in (incoming, incoming_parent):
-            connection.execute(text(f"ANALYZE {table.name}"))
+        for table in tables:
+            connection.execute(text(f"ANALYZE {table.name} (identity)"))
 
 
 def chunked(jobs: Iterable[JobSpec], size: int) -> Iterator[list[JobSpec]]:

@@ -18,7 +18,6 @@ from sqlalchemy import (
     func,
     insert,
     literal,
-    or_,
     select,
     update,
 )
@@ -27,7 +26,17 @@ from sdpipeline.db import control
 from sdpipeline.db.audit import Event, Transaction
 from sdpipeline.db.connection import insert_ignoring, now_s
 from sdpipeline.db.locks import have_campaign
-from sdpipeline.db.staging import Group, Prepared, changed, chunked, incoming, incoming_parent, load, temporary_tables
+from sdpipeline.db.staging import (
+    Group,
+    Prepared,
+    chunked,
+    incoming,
+    incoming_parent,
+    known,
+    load,
+    match,
+    temporary_tables,
+)
 from sdpipeline.db.tables import campaign, campaign_version, job, job_parent, work_group
 from sdpipeline.domain import JobSpec
 from sdpipeline.merkle import root
@@ -71,22 +80,27 @@ def submit(
     campaign_id = _campaign_id(connection, team, name, priority)
     groups = [_group_id(connection, campaign_id, group) for group in ready.groups]
     with temporary_tables(connection):
-        load(connection, ready, groups)
+        load(connection, ready, campaign_id, groups)
         have_campaign(connection, campaign_id)
         connection.execute(update(campaign).where(campaign.c.id == campaign_id).values(priority=priority))
-        unchanged = _count(connection, _same(campaign_id))
-        gone = _removed(campaign_id, ready.editions) if prune else None
-        if unchanged == ready.count and not (gone is not None and _any(connection, gone)):
-            known = _present_version(connection, campaign_id, source, unchanged)
-            if known is not None:
-                return Submitted(campaign_id=campaign_id, version=known, added=0, unchanged=unchanged, cancelled=0)
+        match(connection)
+        unchanged = _count(connection, select(func.count()).where(known.c.same))
+        present = _asked_before(campaign_id, ready.editions)
+        gone = prune and _any(connection, and_(present, ~exists().where(known.c.id == job.c.id)))
+        if unchanged == ready.count and not gone:
+            number = _present_version(connection, campaign_id, source, unchanged)
+            if number is not None:
+                return Submitted(campaign_id=campaign_id, version=number, added=0, unchanged=unchanged, cancelled=0)
         version_id, number = _insert_version(tx, campaign_id, source)
         reopened = _change(tx, campaign_id, version_id)
-        added = reopened + _insert_new(connection, campaign_id, version_id, max_attempts)
-        _link_parents(connection, campaign_id, version_id)
-        _keep_unchanged(connection, campaign_id, version_id)
+        added = reopened + _insert_new(connection, version_id, max_attempts)
+        _link_parents(connection)
+        older = job.c.id.in_(select(known.c.id).where(known.c.same))
+        connection.execute(update(job).where(older).values(version_id=version_id))
         control.settle(tx, campaign_id=campaign_id)
-        cancelled = control.cancel(tx, campaign_id=campaign_id, chosen=gone) if gone is not None else 0
+        # Everything asked for is of this version now.
+        chosen = and_(present, job.c.version_id != version_id)
+        cancelled = control.cancel(tx, campaign_id=campaign_id, chosen=chosen) if gone else 0
     asked = jobs_root(connection, version_id)
     result = {"jobs_added": added, "jobs_root": asked}
     connection.execute(update(campaign_version).where(campaign_version.c.id == version_id).values(**result))
@@ -141,9 +155,12 @@ def _campaign_id(connection: Connection, team: str, name: str, priority: int) ->
 
 def jobs_root(connection: Connection, version_id: int) -> str:
     """Merkle root over the jobs of a version: what the audit log says was asked for."""
-    rows = select(job.c.identity, job.c.fingerprint).where(job.c.version_id == version_id).order_by(job.c.identity)
-    leaves = connection.execute(rows.execution_options(yield_per=CHUNK))
-    return root(f"{row.identity}{row.fingerprint}".encode() for row in leaves).hex()
+    leaf = (job.c.identity + job.c.fingerprint).label("leaf")
+    owner = select(campaign_version.c.campaign_id).where(campaign_version.c.id == version_id).scalar_subquery()
+    mine = and_(job.c.campaign_id == owner, job.c.version_id == version_id)
+    leaves = select(leaf).where(mine).order_by(job.c.identity)
+    rows = connection.execute(leaves.execution_options(yield_per=10 * CHUNK)).scalars()
+    return root(each.encode() for each in rows).hex()
 
 
 def _group_id(connection: Connection, campaign_id: int, group: Group) -> int:
@@ -193,82 +210,63 @@ def _insert_version(tx: Transaction, campaign_id: int, source: str) -> tuple[int
     return int(tx.connection.execute(statement).scalar_one()), int(number)
 
 
-def _same(campaign_id: int) -> Select[int]:
-    return (
-        select(func.count())
-        .select_from(incoming.join(job, job.c.identity == incoming.c.identity))
-        .where(
-            job.c.campaign_id == campaign_id, job.c.fingerprint == incoming.c.fingerprint, job.c.status != "cancelled"
-        )
-    )
-
-
-def _removed(campaign_id: int, editions: set[str]) -> ColumnElement[bool]:
-    """Jobs of the editions at hand that the file no longer asks for."""
-    asked = exists().where(incoming.c.identity == job.c.identity)
-    return and_(job.c.campaign_id == campaign_id, job.c.edition.in_(editions), job.c.status != "cancelled", ~asked)
+def _asked_before(campaign_id: int, editions: set[str]) -> ColumnElement[bool]:
+    return and_(job.c.campaign_id == campaign_id, job.c.edition.in_(editions), job.c.status != "cancelled")
 
 
 def _change(tx: Transaction, campaign_id: int, version_id: int) -> int:
     """Jobs whose pixels would differ now, and cancelled ones that are wanted again, start anew."""
     connection = tx.connection
-    matching = and_(job.c.campaign_id == campaign_id, job.c.identity == incoming.c.identity)
-    differs = or_(job.c.fingerprint != incoming.c.fingerprint, job.c.status == "cancelled")
-    found = select(job.c.id).select_from(incoming.join(job, matching)).where(differs)
-    connection.execute(insert(changed).from_select(["id"], found))
-    these = job.c.id.in_(select(changed.c.id))
-    ids = control.reset(connection, these)
+    differ = select(known.c.id).where(~known.c.same)
+    ids = control.reset(connection, job.c.id.in_(differ))
     if not ids:
         return 0
     tx.record(Event.JOBS_CHANGED, f"campaign:{campaign_id}", jobs=sorted(ids))
-    connection.execute(delete(job_parent).where(job_parent.c.job_id.in_(select(changed.c.id))))
+    connection.execute(delete(job_parent).where(job_parent.c.job_id.in_(differ)))
     fresh = {name: incoming.c[name] for name in ("group_id", "depth", "fingerprint", "variables", "request")}
-    connection.execute(update(job).where(these, matching).values(version_id=version_id, **fresh))
+    these = and_(job.c.id == known.c.id, ~known.c.same, incoming.c.identity == known.c.identity)
+    connection.execute(update(job).where(these).values(version_id=version_id, **fresh))
     return len(ids)
 
 
-def _insert_new(connection: Connection, campaign_id: int, version_id: int, max_attempts: int) -> int:
+def _insert_new(connection: Connection, version_id: int, max_attempts: int) -> int:
     """Jobs nobody asked for before. Only where a parent is older than its child must :func:`control.settle` look."""
-    parent = job.alias("parent")
-    had_parent = (
-        exists()
-        .where(incoming_parent.c.identity == incoming.c.identity)
-        .where(parent.c.campaign_id == campaign_id, parent.c.identity == incoming_parent.c.parent_identity)
-    )
+    older = incoming_parent.join(known, known.c.identity == incoming_parent.c.parent_identity)
+    child_of_older = select(incoming_parent.c.identity).select_from(older).distinct().subquery()
     own = [column for column in incoming.columns if column.name not in ("position", "parents")]
     values: dict[str, ColumnElement[Any]] = {column.name: column for column in own}
     values |= {
-        "campaign_id": literal(campaign_id),
         "version_id": literal(version_id),
         "max_attempts": literal(max_attempts),
         "parents_left": incoming.c.parents,
-        "status": case((incoming.c.parents == 0, "ready"), (had_parent, "new"), else_="waiting"),
+        "status": case(
+            (incoming.c.parents == 0, "ready"), (child_of_older.c.identity.is_not(None), "new"), else_="waiting"
+        ),
         "created_at": now_s(),
     }
-    known = exists().where(job.c.campaign_id == campaign_id, job.c.identity == incoming.c.identity)
-    # In the file's order, so that ids, and with them the order of work, follow the file.
-    rows = select(*values.values()).where(~known).order_by(incoming.c.position)
+    rows = (
+        select(*values.values())
+        .select_from(incoming.outerjoin(child_of_older, child_of_older.c.identity == incoming.c.identity))
+        .where(~exists().where(known.c.identity == incoming.c.identity))
+        # In the file's order, so that ids, and with them the order of work, follow the file.
+        .order_by(incoming.c.position)
+    )
     statement = insert(job).from_select(list(values), rows).execution_options(preserve_rowcount=True)
     return int(connection.execute(statement).rowcount)
 
 
-def _link_parents(connection: Connection, campaign_id: int, version_id: int) -> None:
+def _link_parents(connection: Connection) -> None:
+    """New and changed jobs with those they are made from."""
     child, parent = job.alias("child"), job.alias("parent")
+    pair = incoming_parent.c
     pairs = (
         select(child.c.id, parent.c.id)
         .select_from(incoming_parent)
-        .join(child, and_(child.c.identity == incoming_parent.c.identity, child.c.campaign_id == campaign_id))
-        .join(parent, and_(parent.c.identity == incoming_parent.c.parent_identity, parent.c.campaign_id == campaign_id))
-        # New and changed jobs alone are of this version yet.
-        .where(child.c.version_id == version_id)
+        .join(child, and_(child.c.campaign_id == pair.campaign_id, child.c.identity == pair.identity))
+        .join(parent, and_(parent.c.campaign_id == pair.campaign_id, parent.c.identity == pair.parent_identity))
+        .where(~exists().where(known.c.identity == pair.identity, known.c.same))
     )
     connection.execute(insert(job_parent).from_select(["job_id", "parent_id"], pairs))
-
-
-def _keep_unchanged(connection: Connection, campaign_id: int, version_id: int) -> None:
-    asked = exists().where(incoming.c.identity == job.c.identity)
-    older = and_(job.c.campaign_id == campaign_id, job.c.version_id != version_id)
-    connection.execute(update(job).where(older, asked).values(version_id=version_id))
 
 
 def _count(connection: Connection, statement: Select[int]) -> int:
