@@ -124,7 +124,7 @@ def load_campaign(s: Settings, path: Path, database: Database | None = None) -> 
     return load_campaign_file(path, catalog(s, database), inputs), inputs
 
 
-def build_engine(s: Settings, device: str, database: Database) -> Engine:
+def build_engine(s: Settings, device: str, database: Database | None, *, dtype: str | None = None) -> Engine:
     """The diffusers engine, or its double where the settings ask for it. Imports torch only here."""
     if s.engine.fake_seconds_per_batch is not None:
         from sdpipeline.engine.fake import FakeEngine
@@ -147,7 +147,7 @@ def build_engine(s: Settings, device: str, database: Database) -> Engine:
         return by_digest[ref.digest]
 
     resident = int(s.engine.resident_gib * 2**30) if s.engine.resident_gib else None
-    return DiffusersEngine(device=device, dtype=s.engine.dtype, locate=locate, resident_bytes=resident)
+    return DiffusersEngine(device=device, dtype=dtype or s.engine.dtype, locate=locate, resident_bytes=resident)
 
 
 def devices(s: Settings) -> list[str]:

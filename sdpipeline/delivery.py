@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
 from sdpipeline import provenance
 from sdpipeline.db.queue import LeasedJob, StoredImage
-from sdpipeline.domain import ImageSource, Json, canonical, to_document
+from sdpipeline.domain import ImageSource, Json, OutputFormat, canonical, to_document
 from sdpipeline.engine import GeneratedImage, Pixels, PreparedRequest
 from sdpipeline.errors import InputImageError, ObjectMissingError
 from sdpipeline.inputs import input_key
@@ -18,6 +19,7 @@ from sdpipeline.storage import ObjectStore
 
 RECORD_SCHEMA = "sdpipeline/record/1"
 SIDECAR_SCHEMA = "sdpipeline/sidecar/1"
+CONTROL_MAP_SCHEMA = "sdpipeline/control-map/1"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,24 +32,40 @@ class Attempt:
     gpu_seconds: float
 
 
-def fetch(store: ObjectStore, leased: LeasedJob, *, max_pixels: int) -> PreparedRequest:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Fetched:
+    """A request with its pictures, and what the record will say of each: where it came from and how it was made."""
+
+    prepared: PreparedRequest
+    inputs: Mapping[str, Json]
+
+
+def fetch(store: ObjectStore, leased: LeasedJob, *, max_pixels: int) -> Fetched:
     """The job's request with its pictures decoded; raises InputImageError for one that is missing or altered."""
-    images = {
-        role: _fetch_image(store, leased, source, max_pixels) for role, source in leased.request.sources().items()
-    }
-    return PreparedRequest(request=leased.request, images=images)
+    images: dict[str, Pixels] = {}
+    inputs: dict[str, Json] = {}
+    for role, source in leased.request.sources().items():
+        about = _input(leased, source)
+        data = _verified(store, about["key"], about["sha256"])
+        images[role] = provenance.decode(data, max_pixels=max_pixels)
+        # With its parents' records in it, a picture alone is enough to make its whole chain again.
+        inputs[role] = about | ({"record": provenance.read_record(data)} if source.stage else {})
+    return Fetched(prepared=PreparedRequest(request=leased.request, images=images), inputs=inputs)
 
 
-def deliver(store: ObjectStore, leased: LeasedJob, generated: GeneratedImage, attempt: Attempt) -> StoredImage:
+def deliver(
+    store: ObjectStore, leased: LeasedJob, fetched: Fetched, generated: GeneratedImage, attempt: Attempt
+) -> StoredImage:
     """Freeze the record, encode, store and read back; the picture counts only once the database says so."""
     started = time.perf_counter()
-    frozen = record(leased, generated)
+    frozen = record(leased, fetched, generated)
     output = leased.request.output
     encoded = provenance.encode(generated.pixels, output=output, record=frozen, from_photograph=_from_outside(leased))
     encoded_at = time.perf_counter()
     folder = f"{leased.team}/{leased.campaign}/{leased.stage}/{leased.fingerprint}"
     key = f"{folder}/{encoded.sha256}.{encoded.extension}"
     stored = store.put(key, encoded.data, content_type=encoded.content_type)
+    control_maps = _deliver_control_maps(store, f"{folder}/{encoded.sha256}", leased, generated)
     timings = {
         "generate_s": round(attempt.gpu_seconds, 6),
         "encode_s": round(encoded_at - started, 6),
@@ -59,6 +77,7 @@ def deliver(store: ObjectStore, leased: LeasedJob, generated: GeneratedImage, at
             "schema": SIDECAR_SCHEMA,
             "record": frozen,
             "object": about | {"pixels_sha256": encoded.pixels_sha256},
+            "control_maps": control_maps,
             "timings": timings,
             "attempt": attempt.number,
             "worker": attempt.worker_id,
@@ -83,7 +102,7 @@ def deliver(store: ObjectStore, leased: LeasedJob, generated: GeneratedImage, at
     )
 
 
-def record(leased: LeasedJob, generated: GeneratedImage) -> Json:
+def record(leased: LeasedJob, fetched: Fetched, generated: GeneratedImage) -> Json:
     """What was asked, what ran and what went in: enough to make the picture again and to explain it."""
     return {
         "schema": RECORD_SCHEMA,
@@ -97,21 +116,31 @@ def record(leased: LeasedJob, generated: GeneratedImage) -> Json:
         "fingerprint": leased.fingerprint,
         "asked": to_document(leased.request),
         "ran": generated.ran,
-        "inputs": {role: _input(leased, source) for role, source in leased.request.sources().items()},
+        "inputs": dict(fetched.inputs),
         "encoder": provenance.encoder(leased.request.output),
         "made_at": datetime.now(UTC).isoformat(timespec="seconds"),
     }
 
 
-def _fetch_image(store: ObjectStore, leased: LeasedJob, source: ImageSource, max_pixels: int) -> Pixels:
-    about = _input(leased, source)
+def _deliver_control_maps(store: ObjectStore, stem: str, leased: LeasedJob, generated: GeneratedImage) -> list[Json]:
+    """What steered the picture, kept beside it."""
+    kept = []
+    for n, (use, pixels) in enumerate(zip(leased.request.controlnets, generated.control_maps, strict=False)):
+        about = {"schema": CONTROL_MAP_SCHEMA, "annotator": use.annotator, "fingerprint": leased.fingerprint}
+        encoded = provenance.encode(pixels, output=OutputFormat(), record=about)
+        stored = store.put(f"{stem}.control-{n}.png", encoded.data, content_type=encoded.content_type)
+        kept.append({"key": stored.key, "sha256": stored.sha256, "annotator": use.annotator})
+    return kept
+
+
+def _verified(store: ObjectStore, key: str, sha256: str) -> bytes:
     try:
-        data = store.get(about["key"])
+        data = store.get(key)
     except ObjectMissingError as error:
-        raise InputImageError(f"{about['key']} is not in storage") from error
-    if hashlib.sha256(data).hexdigest() != about["sha256"]:
-        raise InputImageError(f"{about['key']} was altered in storage: its SHA-256 is not {about['sha256']}")
-    return provenance.decode(data, max_pixels=max_pixels)
+        raise InputImageError(f"{key} is not in storage") from error
+    if hashlib.sha256(data).hexdigest() != sha256:
+        raise InputImageError(f"{key} was altered in storage: its SHA-256 is not {sha256}")
+    return data
 
 
 def _input(leased: LeasedJob, source: ImageSource) -> Json:

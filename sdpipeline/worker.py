@@ -21,7 +21,7 @@ from sdpipeline.db import reports, workers
 from sdpipeline.db.audit import AuditLog
 from sdpipeline.db.queue import Lease, LeasedJob
 from sdpipeline.domain import Status
-from sdpipeline.engine import Batch, Engine, GeneratedImage, GenerationFailure, PreparedRequest
+from sdpipeline.engine import Batch, Engine, GeneratedImage, GenerationFailure
 from sdpipeline.errors import DatabaseUnavailableError, SdpError, StorageUnavailableError
 from sdpipeline.retry import backoff_s, next_status
 from sdpipeline.storage import ObjectStore
@@ -85,11 +85,11 @@ class Worker:
 
 @dataclass(slots=True)
 class _Work:
-    """One lease on its way through the stages; ``jobs`` and ``prepared`` stay in step."""
+    """One lease on its way through the stages; ``jobs`` and ``fetched`` stay in step."""
 
     lease: Lease
     jobs: list[LeasedJob] = field(default_factory=list)
-    prepared: list[PreparedRequest] = field(default_factory=list)
+    fetched: list[delivery.Fetched] = field(default_factory=list)
     results: list[GeneratedImage | GenerationFailure] = field(default_factory=list)
     gpu_seconds: float = 0.0
 
@@ -216,15 +216,15 @@ class _Run:
         work = _Work(lease)
         for leased in lease.jobs:
             try:
-                request = self._when_storage_answers(partial(self._fetch_inputs, leased))
+                fetched = self._when_storage_answers(partial(self._fetch_inputs, leased))
             except SdpError as error:
                 self._fail(lease, leased, error)
             else:
                 work.jobs.append(leased)
-                work.prepared.append(request)
+                work.fetched.append(fetched)
         return work
 
-    def _fetch_inputs(self, leased: LeasedJob) -> PreparedRequest:
+    def _fetch_inputs(self, leased: LeasedJob) -> delivery.Fetched:
         return delivery.fetch(self.worker.store, leased, max_pixels=self.worker.limits.max_pixels)
 
     # Generating, on the caller's thread.
@@ -233,9 +233,10 @@ class _Run:
         while (work := self._take(self._fetched)) is not None:
             if self.stop.is_set():
                 continue
-            if work.prepared and work.lease.id not in self._lost:
+            if work.fetched and work.lease.id not in self._lost:
                 started = time.perf_counter()
-                batch = Batch(requests=work.prepared, bucket=bucket_for(len(work.prepared)))
+                requests = [fetched.prepared for fetched in work.fetched]
+                batch = Batch(requests=requests, bucket=bucket_for(len(requests)))
                 work.results = list(self.worker.engine.generate(batch))
                 work.gpu_seconds = time.perf_counter() - started
                 self._gpu_seconds += work.gpu_seconds
@@ -247,16 +248,16 @@ class _Run:
 
     def _store(self) -> None:
         while (work := self._take(self._generated)) is not None:
-            for leased, result in zip(work.jobs, work.results, strict=False):
+            for leased, fetched, result in zip(work.jobs, work.fetched, work.results, strict=False):
                 if work.lease.id in self._lost:
                     break
                 if isinstance(result, GenerationFailure):
                     self._fail(work.lease, leased, result.error)
                 else:
-                    self._deliver(work, leased, result)
+                    self._deliver(work, leased, fetched, result)
             self._close(work.lease)
 
-    def _deliver(self, work: _Work, leased: LeasedJob, generated: GeneratedImage) -> None:
+    def _deliver(self, work: _Work, leased: LeasedJob, fetched: delivery.Fetched, generated: GeneratedImage) -> None:
         attempt = delivery.Attempt(
             number=leased.attempt,
             lease_id=work.lease.id,
@@ -264,7 +265,9 @@ class _Run:
             gpu_seconds=work.gpu_seconds / len(work.jobs),
         )
         try:
-            stored = self._when_storage_answers(lambda: delivery.deliver(self.worker.store, leased, generated, attempt))
+            stored = self._when_storage_answers(
+                partial(delivery.deliver, self.worker.store, leased, fetched, generated, attempt)
+            )
         except SdpError as error:
             self._fail(work.lease, leased, error)
             return

@@ -1,0 +1,103 @@
+"""Commands about pictures: reproduce."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from sdpipeline import bootstrap, provenance, reproduction
+from sdpipeline.cli.output import FOUND_FAULTS, AsJson, Home, print_json, print_records, refuse, settings, stdout
+from sdpipeline.db import reports
+from sdpipeline.domain import Json
+from sdpipeline.engine import Pixels
+from sdpipeline.errors import InputImageError, ObjectMissingError
+from sdpipeline.inputs import input_key
+from sdpipeline.reproduction import LARGEST_PICTURE, checked_record
+from sdpipeline.settings import Settings
+
+
+def add_to(app: typer.Typer) -> None:
+    """Put these commands on the application."""
+    app.command()(reproduce)
+
+
+def reproduce(
+    picture: Annotated[str, typer.Argument(metavar="JOB_OR_IMAGE", help="A job's id, or a picture made here.")],
+    *,
+    out: Annotated[Path | None, typer.Option(help="Write the new picture there.")] = None,
+    inputs: Annotated[Path | None, typer.Option(help="Folder with the outside inputs, where storage is away.")] = None,
+    home: Home = None,
+    as_json: AsJson = False,
+) -> None:
+    """Make a picture again from its record, ancestors first, and compare the pixels; exit 3 where they differ."""
+    s = settings(home)
+    asked = _from_file(Path(picture)) if not picture.isdigit() or Path(picture).exists() else _from_job(s, int(picture))
+    engine = bootstrap.build_engine(s, bootstrap.devices(s)[0], None, dtype=asked.record["ran"].get("dtype"))
+    done = reproduction.reproduce(
+        asked.record,
+        engine,
+        lambda sha256: _input(s, inputs, sha256),
+        original=asked.pixels,
+        pixels_sha256=asked.pixels_sha256,
+    )
+    if out is not None:
+        out.write_bytes(done.data)
+    if as_json:
+        print_json(done.document())
+    else:
+        if done.differences:
+            print_records("What was different then", ("what", "then", "now"), done.differences)
+        verdict = "every pixel is equal" if done.bit_equal else f"pixels differ by up to {done.max_abs_diff} of 255"
+        stdout.print(verdict)
+    if not done.bit_equal:
+        raise typer.Exit(FOUND_FAULTS)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Asked:
+    record: Json
+    pixels: Pixels | None = None
+    pixels_sha256: str | None = None
+
+
+def _from_file(path: Path) -> _Asked:
+    """From a picture alone: its embedded record says how, its own pixels are what to compare with."""
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise refuse(f"{path} cannot be read: {error.strerror}", "give a job's id or a picture") from error
+    record = checked_record(provenance.read_record(data), str(path))
+    return _Asked(record=record, pixels=provenance.decode(data, max_pixels=LARGEST_PICTURE))
+
+
+def _from_job(s: Settings, job_id: int) -> _Asked:
+    """From the database: the sidecar holds the record, the picture in storage the pixels if it is still there."""
+    with bootstrap.services(s, create=False) as have:
+        with have.database.read() as connection:
+            job = reports.show(connection, job_id)
+        if job is None or job["image"] is None:
+            raise refuse(f"job {job_id} has no picture", "sdpipeline jobs CAMPAIGN lists those that have")
+        picture = next(each for each in job["pictures"] if each["fingerprint"] == job["fingerprint"])
+        sidecar = json.loads(have.store.get(picture["sidecar_key"]))
+        record = checked_record(sidecar["record"], picture["sidecar_key"])
+        try:
+            pixels = provenance.decode(have.store.get(picture["key"]), max_pixels=LARGEST_PICTURE)
+        except ObjectMissingError:
+            pixels = None
+        return _Asked(record=record, pixels=pixels, pixels_sha256=picture["pixels_sha256"])
+
+
+def _input(s: Settings, folder: Path | None, sha256: str) -> bytes:
+    """An outside input by its digest: from the folder given, else from storage."""
+    for file in sorted(folder.iterdir()) if folder is not None else ():
+        if file.is_file() and hashlib.sha256(data := file.read_bytes()).hexdigest() == sha256:
+            return data
+    try:
+        return bootstrap.open_storage(s).get(input_key(sha256))
+    except ObjectMissingError as error:
+        raise InputImageError(f"the input {sha256} is neither in storage nor in --inputs") from error

@@ -1,0 +1,109 @@
+"""Making a picture again from its record, ancestors first, and explaining what differs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from sdpipeline import provenance
+from sdpipeline.domain import GenerationRequest, Json, request_from_document
+from sdpipeline.engine import Batch, Engine, GenerationFailure, Pixels, PreparedRequest
+from sdpipeline.errors import BadInputError, InputImageError, Mistake
+
+RECORD_SCHEMAS = ("sdpipeline/record/1",)
+LARGEST_PICTURE = 2**28
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reproduction:
+    """The picture made again. ``max_abs_diff`` is in 0-255; None where the original's pixels are not at hand."""
+
+    data: bytes
+    bit_equal: bool
+    max_abs_diff: int | None
+    differences: list[Json]
+
+    def document(self) -> Json:
+        """The form of ``reproduce --json``."""
+        return {"bit_equal": self.bit_equal, "max_abs_diff": self.max_abs_diff, "differences": self.differences}
+
+
+FindInput = Callable[[str], bytes]
+"""The bytes of an outside input by its SHA-256; raises InputImageError."""
+
+
+def reproduce(
+    record: Json, engine: Engine, find_input: FindInput, *, original: Pixels | None, pixels_sha256: str | None
+) -> Reproduction:
+    """Make the picture of ``record`` in the bucket it was made in and compare; raises BadInputError or SdpError.
+
+    The original is known by its decoded pixels or, where only the record is left, by their digest.
+    """
+    data, ran = _made_again(record, engine, find_input)
+    pixels = provenance.decode(data, max_pixels=LARGEST_PICTURE)
+    if original is None:
+        equal = provenance.pixels_sha256(pixels) == pixels_sha256
+        apart = 0 if equal else None
+    else:
+        apart = int(np.abs(original.astype(np.int16) - pixels).max()) if original.shape == pixels.shape else 255
+        equal = apart == 0
+    return Reproduction(data=data, bit_equal=equal, max_abs_diff=apart, differences=_differences(record, ran))
+
+
+def checked_record(record: Json | None, name: str) -> Json:
+    """The record, if this release can read it."""
+    if record is None:
+        raise BadInputError(Mistake(file=name, message="holds no record of ours", fix="give a picture made here"))
+    if record.get("schema") not in RECORD_SCHEMAS:
+        raise BadInputError(Mistake(file=name, message=f"its record has the unknown schema {record.get('schema')!r}"))
+    return record
+
+
+def _made_again(record: Json, engine: Engine, find_input: FindInput) -> tuple[bytes, Json]:
+    """The file and what ran; encoded as recorded, because children consume the pixels of the final file."""
+    request = request_from_document(record["asked"])
+    images = {role: _image(about, engine, find_input) for role, about in record["inputs"].items()}
+    prepared = PreparedRequest(request=request, images=images)
+    (result,) = engine.generate(Batch(requests=(prepared,), bucket=int(record["ran"]["bucket"])))
+    if isinstance(result, GenerationFailure):
+        raise result.error
+    own = _own_record(record, request, result.ran)
+    return provenance.encode(result.pixels, output=request.output, record=own).data, result.ran
+
+
+def _image(about: Json, engine: Engine, find_input: FindInput) -> Pixels:
+    if "stage" not in about:
+        return provenance.decode(find_input(about["sha256"]), max_pixels=LARGEST_PICTURE)
+    if about.get("record") is None:
+        raise InputImageError(f"the record of the picture of stage {about['stage']!r} is not in this record")
+    data, _ = _made_again(about["record"], engine, find_input)
+    return provenance.decode(data, max_pixels=LARGEST_PICTURE)
+
+
+def _own_record(record: Json, request: GenerationRequest, ran: Json) -> Json:
+    """A reproduction says that it is one."""
+    about = {"identity": record["identity"], "fingerprint": record["fingerprint"], "made_at": record["made_at"]}
+    return record | {"reproduction_of": about, "ran": ran, "encoder": provenance.encoder(request.output)}
+
+
+def _differences(record: Json, ran: Json) -> list[Json]:
+    """What was different when the picture was made: engine, device, dtype, scheduler, fallbacks, libraries, encoder."""
+    then, now = _compared(record["ran"], record["encoder"]), _compared(ran, _encoder_of(record))
+    names = sorted({*then, *now})
+    return [
+        {"what": name, "then": then.get(name), "now": now.get(name)}
+        for name in names
+        if then.get(name) != now.get(name)
+    ]
+
+
+def _encoder_of(record: Json) -> Json:
+    return provenance.encoder(request_from_document(record["asked"]).output)
+
+
+def _compared(ran: Json, encoder: Json) -> Json:
+    names = ("engine", "pipeline", "device", "dtype", "bucket", "scheduler", "fallbacks")
+    libraries = {f"libraries.{name}": version for name, version in ran.get("libraries", {}).items()}
+    return {name: ran.get(name) for name in names} | libraries | {"encoder": encoder}

@@ -1,0 +1,108 @@
+"""Pictures made again: from the file alone, from a job's id, and with what differs explained."""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import skimage
+from PIL import Image
+
+from sdpipeline import bootstrap, provenance, reproduction
+from sdpipeline.engine import Engine
+from sdpipeline.errors import BadInputError, InputImageError
+from tests.integration.commands import document, pictures, sdpipeline
+
+pytestmark = pytest.mark.timeout(300)
+
+
+@pytest.fixture(scope="module")
+def engine(demo_home: Path) -> Engine:
+    return bootstrap.build_engine(bootstrap.load_settings(demo_home), "cpu", None)
+
+
+def _no_input(sha256: str) -> bytes:
+    raise InputImageError(f"no input {sha256}")
+
+
+def _again(data: bytes, engine: Engine) -> reproduction.Reproduction:
+    record = reproduction.checked_record(provenance.read_record(data), "a picture")
+    pixels = provenance.decode(data, max_pixels=2**24)
+    return reproduction.reproduce(record, engine, _no_input, original=pixels, pixels_sha256=None)
+
+
+def _files(home: Path, stage: str) -> list[Path]:
+    jobs = [job for job in pictures(home, "demo") if job["stage"] == stage]
+    return [Path(job["image"]["url"].removeprefix("file://")) for job in jobs]
+
+
+@pytest.mark.parametrize("stage", ["draft", "scene", "final"])
+def test_pictures_of_every_stage_are_made_again_bit_by_bit_from_the_file_alone(
+    stage: str, demo_home: Path, engine: Engine
+) -> None:
+    for file in random.Random(stage).sample(_files(demo_home, stage), 2):
+        done = _again(file.read_bytes(), engine)
+        assert done.bit_equal, done.document()
+        assert done.differences == []
+
+
+def test_a_changed_pixel_is_found(demo_home: Path, engine: Engine) -> None:
+    data = _files(demo_home, "draft")[0].read_bytes()
+    record = reproduction.checked_record(provenance.read_record(data), "a picture")
+    pixels = provenance.decode(data, max_pixels=2**24).copy()
+    pixels[3, 5] ^= 64
+    done = reproduction.reproduce(record, engine, _no_input, original=pixels, pixels_sha256=None)
+    assert (done.bit_equal, done.max_abs_diff) == (False, 64)
+
+
+def test_another_library_then_is_named_as_the_difference(demo_home: Path, engine: Engine) -> None:
+    data = _files(demo_home, "draft")[0].read_bytes()
+    record = reproduction.checked_record(provenance.read_record(data), "a picture")
+    record["ran"]["libraries"]["torch"] = "1.13.1"
+    digest = provenance.pixels_sha256(provenance.decode(data, max_pixels=2**24))
+    done = reproduction.reproduce(record, engine, _no_input, original=None, pixels_sha256=digest)
+    assert done.bit_equal
+    assert [(each["what"], each["then"]) for each in done.differences] == [("libraries.torch", "1.13.1")]
+
+
+def test_a_picture_without_a_record_is_refused() -> None:
+    with pytest.raises(BadInputError, match="holds no record"):
+        reproduction.checked_record(None, "holiday.png")
+
+
+def test_the_command_reproduces_a_job_and_writes_the_picture(demo_home: Path, tmp_path: Path) -> None:
+    out = tmp_path / "again.png"
+    assert document("reproduce", 1, "--home", demo_home, "--out", out) == {
+        "bit_equal": True,
+        "max_abs_diff": 0,
+        "differences": [],
+    }
+    assert (provenance.read_record(out.read_bytes()) or {})["reproduction_of"]["identity"]
+
+
+def test_the_command_takes_outside_inputs_from_a_folder(tmp_path: Path) -> None:
+    photograph = tmp_path / "astronaut.png"
+    Image.fromarray(skimage.data.astronaut()).save(photograph)  # type: ignore[no-untyped-call]
+    file = tmp_path / "photo.yaml"
+    file.write_text(
+        "name: photo\ncheckpoint: shapes\ndefaults: {width: 64, height: 64, num_inference_steps: 4}\nstages:\n"
+        "  - {id: soft, task: image-to-image, prompt: a picture, image: {file: astronaut.png}, resize: crop,\n"
+        "     strength: 0.5}\n"
+    )
+    home = tmp_path / "home"
+    document("submit", file, "--home", home)
+    bootstrap.run_worker(bootstrap.load_settings(home), campaign="photo", until_idle=True, device="cpu")
+    picture = shutil.copy(pictures(home, "photo")[0]["image"]["url"].removeprefix("file://"), tmp_path / "picture.png")
+    elsewhere = ["--home", tmp_path / "elsewhere"]
+    refused = sdpipeline("reproduce", picture, *elsewhere, "--json")
+    assert refused.returncode == 1
+    assert "is neither in storage nor in --inputs" in json.loads(refused.stdout)["errors"][0]["message"]
+    found = tmp_path / "inputs"
+    found.mkdir()
+    shutil.copy(photograph, found)
+    assert document("reproduce", picture, *elsewhere, "--inputs", found)["bit_equal"] is True
+    assert np.asarray(Image.open(picture)).shape == (64, 64, 3)
