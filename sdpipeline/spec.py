@@ -290,6 +290,9 @@ def _mend(data: Any, path: KeyPath) -> None:
     """Leave out what is wrong at ``path``, or put something in its place where it is required."""
     holder = data
     for part in path[:-1]:
+        inside = part in holder if isinstance(holder, dict) else isinstance(part, int) and part < len(holder)
+        if not inside:
+            return  # gone with another fault
         holder = holder[part]
     stand_in = _stand_in(path)
     if stand_in is not None:

@@ -98,7 +98,7 @@ def test_a_bomb_is_refused_long_before_memory_or_time_runs_out(text: str) -> Non
 
 def test_a_long_list_ends_while_it_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(yamlfile, "MOST_NODES", 100)
-    assert refusals(f"a: [{'x, ' * 200}]") == ["f.yaml:1:292: has too many values (put the rows in a table)"]
+    assert refusals(f"a: [{'x, ' * 200}]") == ["f.yaml:1:296: has too many values (put the rows in a table)"]
 
 
 def test_an_empty_file_is_empty_data_for_others_to_refuse() -> None:
