@@ -67,6 +67,7 @@ class ControlNetSpec(_Part):
     image: ImageSpec
     annotator: str = "none"
     annotator_parameters: dict[str, Scalar] = Field(default_factory=dict)
+    annotator_checkpoint: str | None = None
     controlnet_conditioning_scale: Number = 1.0
     control_guidance_start: Annotated[float, Field(ge=0, le=1)] = 0.0
     control_guidance_end: Annotated[float, Field(ge=0, le=1)] = 1.0
@@ -114,6 +115,11 @@ class Stage(Parameters):
         named: list[tuple[KeyPath, ImageSpec | None]] = [(("image",), self.image), (("mask_image",), self.mask_image)]
         named += [(("controlnets", n, "image"), use.image) for n, use in enumerate(self.controlnets)]
         return [(place, image) for place, image in named if image is not None]
+
+    def aliases(self) -> list[str]:
+        """Every checkpoint the stage names itself."""
+        own = [self.checkpoint, *(use.checkpoint for use in self.controlnets)]
+        return [alias for alias in [*own, *(use.annotator_checkpoint for use in self.controlnets)] if alias]
 
     def parents(self) -> list[str]:
         """Stages whose pictures this stage consumes, each once."""

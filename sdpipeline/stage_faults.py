@@ -230,9 +230,24 @@ def _check_controlnet(use: ControlNetSpec, path: KeyPath, faults: Faults, catalo
         message = f"no annotator {use.annotator!r}"
         faults.add((*path, "annotator"), message, nearest(use.annotator, conditioning.ANNOTATORS))
         return
+    _check_annotator_checkpoint(use, annotator.learned, path, faults, catalog)
     for name, value in use.annotator_parameters.items():
         place = (*path, "annotator_parameters", name)
         if name not in annotator.parameters:
             faults.add(place, f"{use.annotator!r} does not take it", nearest(name, annotator.parameters))
         elif why := annotator.refusal(use.annotator, name, value):
             faults.add(place, why)
+
+
+def _check_annotator_checkpoint(
+    use: ControlNetSpec, learned: str | None, path: KeyPath, faults: Faults, catalog: Catalog
+) -> None:
+    place, alias = (*path, "annotator_checkpoint"), use.annotator_checkpoint
+    fitting = [files.alias for files in catalog.values() if (files.kind, files.family) == ("annotator", learned)]
+    if learned is None:
+        if alias is not None:
+            faults.add(place, f"annotator {use.annotator!r} does not take it", "remove it")
+    elif alias is None:
+        faults.add(place, f"annotator {use.annotator!r} needs a checkpoint of its own", nearest("", fitting))
+    elif alias not in fitting:
+        faults.add(place, f"no {learned} annotator {alias!r}", nearest(alias, fitting))

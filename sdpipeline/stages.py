@@ -181,6 +181,7 @@ class StagePlan:
             raise AssertionError(f"{stage.task} was to be refused at load")
         self._cell = cell
         self._controlnets = [catalog[use.checkpoint] for use in stage.controlnets]
+        self._annotators = [catalog.get(use.annotator_checkpoint or "") for use in stage.controlnets]
         output = stage.output or spec.output
         self._output = OutputFormat(format=output.format, quality=output.quality)
         self._parameters = {name: self._parameter(spec, name) for name in Parameters.model_fields}
@@ -331,6 +332,7 @@ class StagePlan:
 
     def _controlnet(self, n: int, image: ImageSource, values: Mapping[str, Any]) -> Mapping[str, Any]:
         use, files = self.stage.controlnets[n], self._controlnets[n]
+        learned = self._annotators[n]
         path: KeyPath = (*self.path, "controlnets", n, "controlnet_conditioning_scale")
         scale = self._scales[n]
         scale = self._filled(path, scale, values, keep_type=True) if isinstance(scale, Template) else scale
@@ -343,6 +345,7 @@ class StagePlan:
             "image": image,
             "annotator": use.annotator,
             "annotator_parameters": tuple(sorted(use.annotator_parameters.items())),
+            "annotator_checkpoint": learned and CheckpointRef(alias=learned.alias, digest=learned.digest),
             "controlnet_conditioning_scale": scale,
             "control_guidance_start": use.control_guidance_start,
             "control_guidance_end": use.control_guidance_end,

@@ -86,8 +86,8 @@ def submit(
         if not ready.count:
             raise CampaignError(Mistake(file=campaign.source.file, message="asks for no picture", fix="give it rows"))
         copy_inputs(inputs.found.values(), store)
-        used = {stage.checkpoint or campaign.spec.checkpoint for stage in campaign.spec.stages}
-        used |= {use.checkpoint for stage in campaign.spec.stages for use in stage.controlnets}
+        used = {alias for stage in campaign.spec.stages for alias in stage.aliases()}
+        used |= {campaign.spec.checkpoint for stage in campaign.spec.stages if not stage.checkpoint}
         with audit.transaction() as tx:
             registry.remember(tx, [campaign.catalog[alias] for alias in sorted(used)])
             return publishing.submit(

@@ -62,6 +62,7 @@ CATALOG = {
         checkpoint_files("shapes-canny", kind="controlnet"),
         checkpoint_files("upscaler", family="upscale", scale=4),
         checkpoint_files("flux", family="flux"),
+        checkpoint_files("depths", kind="annotator", family="depth"),
     )
 }
 """What the campaigns of tests may name."""

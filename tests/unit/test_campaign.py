@@ -226,6 +226,18 @@ def test_a_mistake_is_one_line_that_says_where_what_and_the_way_out(old: str, ne
             "{checkpoint: shapes-canny, image: {stage: draft}, control_guidance_start: 0.5, control_guidance_end: 0.5}",
             "15:98: ...control_guidance_end: is not after control_guidance_start (raise it)",
         ),
+        (
+            "{checkpoint: shapes-canny, image: {stage: draft}, annotator: depth-learned}",
+            "15:19: ...annotator_checkpoint: annotator 'depth-learned' needs a checkpoint of its own (there is only depths)",
+        ),
+        (
+            "{checkpoint: shapes-canny, image: {stage: draft}, annotator: depth-learned, annotator_checkpoint: shapes}",
+            "15:95: ...annotator_checkpoint: no depth annotator 'shapes' (there is only depths)",
+        ),
+        (
+            "{checkpoint: shapes-canny, image: {stage: draft}, annotator_checkpoint: depths}",
+            "15:69: ...annotator_checkpoint: annotator 'none' does not take it (remove it)",
+        ),
         ("nothing", "15:19: ...: found 'nothing', expected keys with values"),
     ],
 )  # fmt: skip

@@ -292,6 +292,18 @@ def test_a_result_too_large_to_read_again_is_refused() -> None:
     assert "makes a picture of 4096x4096, more than 10,000,000 pixels" in found
 
 
+def test_a_learned_annotator_is_part_of_the_picture_by_its_digest() -> None:
+    control = (
+        "{checkpoint: shapes-canny, image: {stage: draft}, annotator: depth-learned, annotator_checkpoint: depths}"
+    )
+    text = CHAIN.replace("{checkpoint: shapes-canny, image: {stage: draft}}", control)
+    altered = {**CATALOG, "depths": checkpoint_files("depths", kind="annotator", family="depth", digest="ab" * 32)}
+    one, two = by_stage(jobs_of(text), "scene")[0], by_stage(jobs_of(text, catalog=altered), "scene")[0]
+    assert one.request.controlnets[0].annotator_checkpoint is not None
+    assert (one.fingerprint, one.batch_key) != (two.fingerprint, two.batch_key)
+    assert one.fingerprint == fingerprint(one.request)
+
+
 def test_templates_fill_numbers_too() -> None:
     jobs = jobs_of("""
         variables: {guidance: [1, 4.5], steps: ["10"]}
