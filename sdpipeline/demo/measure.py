@@ -1,0 +1,148 @@
+"""Picture measures that need no network: nearest palette colour, shape outlines, edges, PSNR."""
+
+from dataclasses import dataclass
+from functools import cache
+
+import cv2
+import numpy as np
+import numpy.typing as npt
+
+from sdpipeline.demo.scenes import COLOUR_NAMES, COLOURS, SHAPES, Item, Picture, draw
+
+Mask = npt.NDArray[np.bool_]
+"""(height, width)."""
+
+CANNY_THRESHOLDS = (60, 140)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sighting:
+    """One connected shape that was found; centre and radius are shares of the picture's side."""
+
+    colour: str
+    shape: str
+    x: float
+    y: float
+    radius: float
+    area: int
+    """Pixels."""
+
+
+def sightings(picture: Picture, *, min_area: int = 90) -> list[Sighting]:
+    """All shapes that stand out from the background, the largest first."""
+    nearest = _nearest_colours(picture)
+    ground = COLOUR_NAMES.index(background(picture))
+    foreground = cv2.morphologyEx((nearest != ground).astype(np.uint8), cv2.MORPH_OPEN, _block(3))
+    _, parts, stats, centres = cv2.connectedComponentsWithStats(foreground, connectivity=4)
+    found = [
+        _sighting(parts == part, nearest, box=stats[part], centre=centres[part])
+        for part in range(1, len(stats))
+        if stats[part][cv2.CC_STAT_AREA] >= min_area
+    ]
+    return sorted(found, key=lambda sighting: -sighting.area)
+
+
+def background(picture: Picture, *, frame: int = 4) -> str:
+    """The colour that most of the picture's outermost `frame` pixels are nearest to."""
+    nearest = _nearest_colours(picture)
+    inside = np.zeros(nearest.shape, bool)
+    inside[frame:-frame, frame:-frame] = True
+    return COLOUR_NAMES[int(np.bincount(nearest[~inside]).argmax())]
+
+
+def edges(picture: Picture) -> Mask:
+    """Canny edges with the thresholds that the ControlNet is trained on."""
+    return np.asarray(cv2.Canny(picture, *CANNY_THRESHOLDS)) > 0
+
+
+def edge_recall(found: Mask, asked: Mask, *, tolerance: int = 2) -> float:
+    """The share of `asked` edge pixels with a `found` one within `tolerance` pixels."""
+    near = cv2.dilate(found.astype(np.uint8), _block(2 * tolerance + 1)) > 0
+    return float((asked & near).sum() / max(1, asked.sum()))
+
+
+def edge_agreement(found: Mask, asked: Mask, *, tolerance: int) -> float:
+    """The harmonic mean of edge recall both ways, 0 to 1."""
+    there = edge_recall(found, asked, tolerance=tolerance)
+    back = edge_recall(asked, found, tolerance=tolerance)
+    return 2 * there * back / max(1e-9, there + back)
+
+
+def outline_overlap(picture: Picture, reference: Picture) -> float:
+    """How much of both pictures' gradients is shared, 0 to 1: edges in place and equally sharp."""
+    ours, theirs = _slopes(picture), _slopes(reference)
+    return float(2 * np.minimum(ours, theirs).sum() / max(1e-9, ours.sum() + theirs.sum()))
+
+
+def psnr(picture: Picture, reference: Picture) -> float:
+    """Peak signal-to-noise ratio in decibels; infinite for equal pictures."""
+    squared = np.square(picture.astype(np.float64) - reference).mean()
+    return float(10 * np.log10(255**2 / squared)) if squared else float("inf")
+
+
+def mean_difference(picture: Picture, reference: Picture, where: Mask | None = None) -> float:
+    """The mean absolute difference in grey levels, over the pixels of `where`."""
+    difference = np.abs(picture.astype(np.int16) - reference)
+    return float(difference.mean() if where is None else difference[where].mean())
+
+
+def _slopes(picture: Picture) -> npt.NDArray[np.float32]:
+    """(height, width): the length of the Sobel gradient over all three channels."""
+    values = picture.astype(np.float32)
+    across, down = cv2.Sobel(values, cv2.CV_32F, 1, 0), cv2.Sobel(values, cv2.CV_32F, 0, 1)
+    return np.asarray(np.sqrt((across**2 + down**2).sum(-1)), np.float32)
+
+
+def _nearest_colours(picture: Picture) -> npt.NDArray[np.intp]:
+    palette = np.array(list(COLOURS.values()), np.float32)
+    distance = np.square(picture[:, :, None].astype(np.float32) - palette).sum(-1)
+    return np.asarray(distance.argmin(-1))
+
+
+def _sighting(
+    part: Mask,
+    nearest: npt.NDArray[np.intp],
+    *,
+    box: npt.NDArray[np.int32],
+    centre: npt.NDArray[np.float64],
+) -> Sighting:
+    height, width = part.shape
+    # The antialiased rim is nearest to colours that are not there: the core decides.
+    core = cv2.erode(part.astype(np.uint8), _block(3)) > 0
+    colour = COLOUR_NAMES[int(np.bincount(nearest[core if core.any() else part]).argmax())]
+    return Sighting(
+        colour=colour,
+        shape=_nearest_shape(part),
+        x=float(centre[0] / width),
+        y=float(centre[1] / height),
+        radius=float(max(box[cv2.CC_STAT_WIDTH] / width, box[cv2.CC_STAT_HEIGHT] / height) / 2),
+        area=int(box[cv2.CC_STAT_AREA]),
+    )
+
+
+def _nearest_shape(part: Mask) -> str:
+    outline = _fitted(part)
+
+    def overlap(shape: str) -> float:
+        template = _template(shape)
+        return float((outline & template).sum() / (outline | template).sum())
+
+    return max(SHAPES, key=overlap)
+
+
+@cache
+def _template(shape: str) -> Mask:
+    item = Item(colour="white", shape=shape, x=0.5, y=0.5, radius=0.3)
+    return _fitted(draw([item], COLOURS, background=(0, 0, 0), side=128)[..., 0] > 127)
+
+
+def _fitted(part: Mask, *, side: int = 32) -> Mask:
+    """The part's bounding box, stretched to a square."""
+    rows, columns = np.nonzero(part)
+    cut = part[rows.min() : rows.max() + 1, columns.min() : columns.max() + 1]
+    stretched = cv2.resize(cut.astype(np.float32), (side, side), interpolation=cv2.INTER_AREA)
+    return np.asarray(stretched) > 0.5
+
+
+def _block(side: int) -> npt.NDArray[np.uint8]:
+    return np.ones((side, side), np.uint8)
