@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from sdpipeline.domain import CheckpointRef, ControlNetInput, GenerationRequest, Json
+from sdpipeline.domain import AdapterInput, CheckpointRef, ControlNetInput, GenerationRequest, Json
 from sdpipeline.engine import Batch, GeneratedImage, GenerationFailure, Pixels, PreparedRequest
 from sdpipeline.engine.adapters import Wardrobe, outfit, reference, refuse_unused, words
 from sdpipeline.engine.checkpoints import CheckpointFiles
@@ -22,7 +22,7 @@ from sdpipeline.engine.ladder import Ladder, Result, Rung
 from sdpipeline.engine.learned import annotate_with
 from sdpipeline.engine.passes import Member, PassSettings, Weights, denoise, settings_of
 from sdpipeline.engine.pictures import paste_back
-from sdpipeline.engine.preparing import annotator_parameters, check, given, pictures
+from sdpipeline.engine.preparing import adapters_of, annotator_parameters, check, given, pictures
 from sdpipeline.engine.record import Setting, library_versions, ran
 from sdpipeline.engine.residency import Loaded, Residency, release
 from sdpipeline.engine.text import Embedding, EmbeddingCache, PromptEncoder
@@ -204,7 +204,7 @@ class DiffusersEngine:
             developed = develop(weights, latents)
         setting = self._setting(weights, latents.scheduler, latents.values.dtype, bucket=rung.bucket)
         return [
-            self._result(member, picture, setting, slot=slot, rung=rung)
+            self._result(member, picture, setting, _details(member, settings), slot=slot, rung=rung)
             for slot, (member, picture) in enumerate(zip(members, developed, strict=False))
         ]
 
@@ -223,12 +223,13 @@ class DiffusersEngine:
             for network in weights.networks():
                 network.to(self._device)
 
-    def _result(self, member: Member, picture: Developed, setting: Setting, *, slot: int, rung: Rung) -> Result:
+    def _result(
+        self, member: Member, picture: Developed, setting: Setting, details: Json, *, slot: int, rung: Rung
+    ) -> Result:
         request, seen = member.request, member.pictures
         if picture.pixels is None:
             return GenerationFailure(error=BadPictureError(f"the engine's picture is refused: {picture.fault}"))
         pixels = picture.pixels
-        details = _details(member)
         if seen.image is not None and seen.mask_image is not None:
             pixels = paste_back(pixels, seen.image, seen.mask_image)
             details["unmasked_pixels"] = "pasted back from the input"
@@ -272,24 +273,37 @@ def _digests(request: GenerationRequest) -> set[str]:
     return {ref.digest for ref in request.checkpoints()}
 
 
-def _details(member: Member) -> Json:
-    """What only some requests have."""
+def _details(member: Member, settings: PassSettings) -> Json:
+    """What only some requests have, with what the family decided where the request said nothing."""
     request = member.request
-    details: Json = {"prompt_tokens": member.prompt.embeds.shape[1]}
-    if request.strength is not None:
-        details["strength"] = request.strength
-    if request.resize:
-        details["resize"] = request.resize
+    details: Json = {"prompt_tokens": settings.prompt_tokens}
+    resolved = {
+        "strength": settings.strength,
+        "noise_level": settings.noise_level,
+        "clip_skip": request.clip_skip,
+        "resize": request.resize,
+    }
+    details |= {name: value for name, value in resolved.items() if value is not None}
+    details |= {name: [_worn(use) for use in uses] for name, _, uses in adapters_of(request) if uses}
     if request.controlnets:
-        details["controlnets"] = [
-            {
-                "checkpoint": use.checkpoint.digest,
-                "annotator": use.annotator,
-                "annotator_parameters": annotator_parameters(use),
-                "controlnet_conditioning_scale": use.controlnet_conditioning_scale,
-                "control_guidance_start": use.control_guidance_start,
-                "control_guidance_end": use.control_guidance_end,
-            }
-            for use in request.controlnets
-        ]
+        details["controlnets"] = [_steered(use) for use in request.controlnets]
     return details
+
+
+def _worn(use: AdapterInput) -> Json:
+    return {"alias": use.checkpoint.alias, "digest": use.checkpoint.digest, "weight": use.weight}
+
+
+def _steered(use: ControlNetInput) -> Json:
+    steered: Json = {
+        "alias": use.checkpoint.alias,
+        "digest": use.checkpoint.digest,
+        "annotator": use.annotator,
+        "annotator_parameters": annotator_parameters(use),
+        "controlnet_conditioning_scale": use.controlnet_conditioning_scale,
+        "control_guidance_start": use.control_guidance_start,
+        "control_guidance_end": use.control_guidance_end,
+    }
+    if use.annotator_checkpoint:
+        steered["annotator_checkpoint"] = use.annotator_checkpoint.digest
+    return steered

@@ -62,10 +62,11 @@ def _scaled_output(controlnet: torch.nn.Module, turns: list[torch.Tensor]) -> It
 
 @contextmanager
 def float32_noise() -> Iterator[None]:
-    """Draw noise in float32 and round it: torch draws other numbers for other dtypes from the same seed.
+    """Draw noise in float32 and round it, so that a seed means the same picture in half precision as in full.
 
-    So that a seed means the same picture in half precision as in full. All of diffusers' noise comes
-    from one module, whose view of torch is exchanged; a torch function mode would cost every call.
+    Some releases of torch (2.11, not 2.13) draw other numbers for other dtypes from the same seed. All of
+    diffusers' noise comes from one module, whose view of torch is exchanged; a torch function mode would
+    cost every call.
     """
     torch_utils: Any = diffusers.utils.torch_utils
     torch_utils.torch = _TorchWithFloat32Noise()

@@ -45,7 +45,7 @@ def check(request: GenerationRequest, locate: Callable[[CheckpointRef], Checkpoi
         reason = reason or misfit(request.task, base, controlnet)
     for n, control in enumerate(request.controlnets):
         reason = reason or _annotator(n, control, locate)
-    for field, kind, uses in _adapters(request):
+    for field, kind, uses in adapters_of(request):
         for use in uses:
             reason = reason or adapter_misfit(field, kind, base, locate(use.checkpoint))
     if reason:
@@ -70,17 +70,18 @@ def pictures(prepared: PreparedRequest, cell: Cell, learned: Learned) -> Picture
     return Pictures(image=image, mask_image=mask_image, control_maps=maps)
 
 
-def annotator_parameters(use: ControlNetInput) -> dict[str, float | int]:
-    """What the annotator ran with, defaults included."""
-    return known_annotator(use.annotator).resolve(use.annotator, dict(use.annotator_parameters))
-
-
-def _adapters(request: GenerationRequest) -> list[tuple[str, str, tuple[AdapterInput, ...]]]:
+def adapters_of(request: GenerationRequest) -> list[tuple[str, str, tuple[AdapterInput, ...]]]:
+    """Field, kind of checkpoint, and what the request wears of it."""
     return [
         ("loras", "lora", request.loras),
         ("textual_inversions", "textual-inversion", request.textual_inversions),
         ("ip_adapters", "ip-adapter", request.ip_adapters),
     ]
+
+
+def annotator_parameters(use: ControlNetInput) -> dict[str, float | int]:
+    """What the annotator ran with, defaults included."""
+    return known_annotator(use.annotator).resolve(use.annotator, dict(use.annotator_parameters))
 
 
 def _annotator(n: int, use: ControlNetInput, locate: Callable[[CheckpointRef], CheckpointFiles]) -> str | None:

@@ -99,6 +99,7 @@ class Residency:
             raise DeviceExhaustedError(
                 f"out of memory while loading checkpoint {ref.alias!r}, with no other one resident"
             )
+        self._make_room(loaded.size_bytes(), keep)  # weights may lie in the file in half their size in memory
         self._held[ref.digest] = loaded
         return loaded
 

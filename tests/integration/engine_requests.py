@@ -37,7 +37,7 @@ def ref(name: str) -> CheckpointRef:
 def request(checkpoint: str = "sd1", **changes: Any) -> GenerationRequest:
     """A request of few steps on a tiny checkpoint, with its family's own scheduler."""
     family = FAMILIES[tiny_checkpoints().files(checkpoint).family]
-    size = max(TINY_SIZE, family.size_multiple)
+    size = 32 if family.name == "upscale" else max(TINY_SIZE, family.size_multiple)
     given: dict[str, Any] = {
         "task": Task.TEXT_TO_IMAGE,
         "checkpoint": ref(checkpoint),

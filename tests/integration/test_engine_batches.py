@@ -128,6 +128,7 @@ def test_super_resolution_enlarges_by_four() -> None:
     asked = request("upscale", task=Task.SUPER_RESOLUTION, width=24, height=16)
     made = images(*[prepared(asked, image=noise(n)[:16, :24]) for n in range(2)])
     assert made[0].pixels.shape == (64, 96, 3)
+    assert made[0].ran["noise_level"] == 20
     assert distance(made[0], made[1]) > 2
 
 

@@ -110,10 +110,15 @@ def test_out_of_memory_at_eight_makes_every_picture_in_smaller_buckets() -> None
 def test_what_the_device_can_take_is_remembered_for_the_next_batch() -> None:
     on = new_engine()
     calls: list[int] = []
-    with before_each_step(on, too_many(4)):
+
+    def refuse(latents: torch.Tensor, prompts: torch.Tensor) -> None:
+        calls.append(latents.shape[0])
+        too_many(4)(latents, prompts)
+
+    with before_each_step(on, refuse):
         images(*eight(), on=on)
-        with before_each_step(on, lambda latents, _: calls.append(latents.shape[0])):
-            images(*eight(), on=on)
+        calls.clear()
+        images(*eight(), on=on)
     assert max(calls) == 8  # four pictures, each with and without its prompt
 
 
