@@ -13,14 +13,15 @@ def gpu_worker(
     campaign: str | None = None, home: str | None = None, device: str | None = None, log_file: str | None = None
 ) -> None:
     """Lease and work batches of a campaign, or of all, until nothing is left. Pictures are committed one by one."""
-    from sdpipeline import bootstrap, orchestration
+    from sdpipeline import bootstrap
+    from sdpipeline.orchestration import worker_process
 
     # The body travels to another process by value, so the task is made here rather than beside it. One task
     # for many batches: a task run costs the server 30 ms.
     @task(name="chunk", task_run_name="chunk {number}", cache_policy=NO_CACHE, persist_result=False)
     def work_chunk(number: int) -> bootstrap.WorkerSummary:  # noqa: ARG001 - names the task run
-        return worker.run(campaign=campaign, until_idle=True, deadline_s=orchestration.CHUNK_S, stop=stop)
+        return worker.run(campaign=campaign, until_idle=True, deadline_s=worker_process.CHUNK_S, stop=stop)
 
     settings = bootstrap.load_settings(Path(home) if home else None)
-    with orchestration.worker_process(log_file) as stop, bootstrap.open_worker(settings, device=device) as worker:
-        orchestration.work_in_chunks(work_chunk, stop)
+    with worker_process.set_up(log_file) as stop, bootstrap.open_worker(settings, device=device) as worker:
+        worker_process.work_in_chunks(work_chunk, stop)

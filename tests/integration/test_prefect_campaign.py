@@ -20,6 +20,8 @@ from sdpipeline import bootstrap
 from sdpipeline.db import reports
 from sdpipeline.prefect_server import own_server
 
+pytestmark = pytest.mark.timeout(300)  # a server and a handful of processes, on a machine that may be busy
+
 JOBS = 64
 CAMPAIGN = f"""\
 name: spring-catalogue
@@ -32,6 +34,8 @@ stages:
     prompt: a red circle
 """
 
+T = TypeVar("T")
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Running:
@@ -43,6 +47,13 @@ class Running:
 
     def progress(self) -> bootstrap.Progress:
         return bootstrap.campaign_progress(bootstrap.load_settings(self.home), "spring-catalogue")
+
+    def until(self, ask: Callable[[], T]) -> T:
+        """The first true answer while the command runs; the suite's time-out bounds the wait."""
+        while not (answer := ask()):
+            assert self.process.poll() is None, (self.home / "output").read_text()
+            time.sleep(0.1)
+        return answer
 
     def succeeded(self) -> int:
         return self.progress().succeeded if self._submitted() else 0
@@ -74,7 +85,6 @@ class Running:
         return [task for task in every if task["flow_run_id"] in ours]
 
 
-T = TypeVar("T")
 Launch = Callable[[Path, int], Running]
 
 
@@ -107,18 +117,11 @@ def launch(prefect_home: Path) -> Iterator[Launch]:
                 running.process.wait()
 
 
-def until(ask: Callable[[], T]) -> T:
-    """The first true answer; the suite's time-out bounds the wait."""
-    while not (answer := ask()):
-        time.sleep(0.1)
-    return answer
-
-
 @pytest.fixture(scope="module")
 def survivor(launch: Launch, tmp_path_factory: pytest.TempPathFactory) -> tuple[Running, int, set[float]]:
     """A finished run one of whose workers was killed, that worker's pid, and every progress the UI ever showed."""
     running = launch(tmp_path_factory.mktemp("survivor"), 2)
-    victim = until(lambda: running.workers() if running.succeeded() else [])[-1]["pid"]
+    victim = running.until(lambda: running.workers() if running.succeeded() else [])[-1]["pid"]
     os.kill(victim, signal.SIGKILL)
     shown = set()
     while running.process.poll() is None:
@@ -173,7 +176,7 @@ def test_an_interrupted_run_gives_its_leases_back(
     launch: Launch, tmp_path: Path, stop: signal.Signals, exit_code: int
 ) -> None:
     running = launch(tmp_path, 1)
-    until(running.workers)
+    running.until(running.workers)
     os.killpg(running.process.pid, stop) if stop is signal.SIGINT else running.process.send_signal(stop)
     assert running.process.wait(60) == exit_code
     assert running.workers() == []

@@ -11,6 +11,8 @@ from prefect.exceptions import TerminationSignal
 
 from sdpipeline import orchestration
 from sdpipeline.bootstrap import Progress, WorkerSummary
+from sdpipeline.orchestration import worker_process
+from sdpipeline.orchestration.board import describe
 
 
 def working(*, idle_after: int, seen: list[int]) -> Callable[[int], WorkerSummary]:
@@ -23,7 +25,7 @@ def working(*, idle_after: int, seen: list[int]) -> Callable[[int], WorkerSummar
 
 def test_chunks_follow_one_another_until_nothing_is_left() -> None:
     seen: list[int] = []
-    orchestration.work_in_chunks(working(idle_after=3, seen=seen), threading.Event())
+    worker_process.work_in_chunks(working(idle_after=3, seen=seen), threading.Event())
     assert seen == [1, 2, 3]
 
 
@@ -31,7 +33,7 @@ def test_a_worker_that_must_end_begins_no_other_chunk() -> None:
     seen: list[int] = []
     stop = threading.Event()
     stop.set()
-    orchestration.work_in_chunks(working(idle_after=3, seen=seen), stop)
+    worker_process.work_in_chunks(working(idle_after=3, seen=seen), stop)
     assert seen == [1]
 
 
@@ -44,7 +46,7 @@ def test_a_worker_that_must_end_begins_no_other_chunk() -> None:
 )
 def test_a_run_closes_with_what_became_of_its_jobs(counts: dict[str, int], said: str) -> None:
     progress = Progress(id=1, name="spring", version=3, status="finished", counts=counts, images=0, gpu_seconds=0.0)
-    assert orchestration._describe(progress) == said
+    assert describe(progress) == said
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,251 @@
+"""Where the pipeline meets Prefect: a server to run under, and a campaign's flow run in this process.
+
+The database decides what is finished; Prefect starts, stops and shows. Prefect is imported where it is
+used, after the environment it reads while being imported is set, so that commands without it stay fast.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from typing import TYPE_CHECKING, Any, NoReturn
+from uuid import UUID
+
+import structlog
+
+from sdpipeline import bootstrap
+from sdpipeline.bootstrap import Progress
+from sdpipeline.errors import DatabaseUnavailableError, Mistake, OrchestratorUnavailableError, SettingsError
+from sdpipeline.orchestration.board import describe, shown
+from sdpipeline.prefect_server import ServerHandle, answers, own_server
+from sdpipeline.settings import Settings
+
+if TYPE_CHECKING:
+    from prefect import Flow
+    from rich.console import Console
+
+CAMPAIGN_FLOW = "sdpipeline.flows.campaign:campaign"
+DRAW_EVERY_S = 1.0
+ANSWER_TIMEOUT_S = 4.0
+DISPATCHER_RETRIES = 2  # waits 1 and 2 seconds; Prefect's own five would hold a Ctrl-C up for a minute
+SIGTERM_EXIT_CODE = 143
+
+log = structlog.get_logger(__name__)
+
+
+def run_campaign(
+    settings: Settings,
+    campaign: str,
+    *,
+    keep_ui: bool = False,
+    console: Console | None = None,
+    always_own: bool = False,
+) -> Progress:
+    """Work a submitted campaign to its end on this machine, under the campaign flow in this process.
+
+    ``always_own`` ignores a Prefect server of one's own. With a console, progress is shown there. Ctrl-C
+    and SIGTERM end the workers at once, give their leases back and leave as KeyboardInterrupt and as
+    SystemExit with code 143.
+    """
+    progress = bootstrap.campaign_progress(settings, campaign)
+    if not progress.remaining and not keep_ui:
+        return progress
+    with _sigterm_exits(), local_server(settings, keep_ui=keep_ui, always_own=always_own) as server:
+        if console is not None:
+            console.print(f"Prefect UI: {server.ui_url}")
+        with _live_progress(settings, campaign, console):
+            _run_flow(settings, campaign)
+        if console is not None and keep_ui and server.pid is not None:
+            console.print(f"Prefect stays at {server.ui_url}; to stop it: kill {server.pid}")
+    return bootstrap.campaign_progress(settings, campaign)
+
+
+@contextmanager
+def local_server(settings: Settings, *, keep_ui: bool = False, always_own: bool = False) -> Iterator[ServerHandle]:
+    """The Prefect server to use, named in this process's environment: PREFECT_API_URL, or the home's own."""
+    url = None if always_own else settings.prefect_api_url
+    if url is not None:
+        with _environment(_prefect_environment(url)):
+            _expect_answer(url)
+            yield ServerHandle(api_url=url, ui_url=url.removesuffix("/api"), started=False)
+        return
+    with own_server(settings.home, keep=keep_ui) as server:
+        own = {"PREFECT_HOME": str(settings.home / "prefect")}
+        with _environment(_prefect_environment(server.api_url) | own):
+            yield server
+
+
+def _prefect_environment(api_url: str) -> dict[str, str]:
+    return {
+        "PREFECT_API_URL": api_url,
+        "DO_NOT_TRACK": "1",
+        "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+        # Prefect's log lines would tear the progress bar and the JSON; the UI and the log files have them.
+        "PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL": "CRITICAL",
+        "PREFECT_LOGGING_INTERNAL_LEVEL": "CRITICAL",
+        "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": os.environ.get("PREFECT_FLOWS_HEARTBEAT_FREQUENCY", "30"),
+    }
+
+
+@contextmanager
+def _environment(values: dict[str, str]) -> Iterator[None]:
+    """These variables for the block, for children, and for a prefect that is already imported."""
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
+    try:
+        from prefect.context import SettingsContext
+        from prefect.settings import Settings as PrefectSettings
+        from prefect.settings import get_current_settings, load_current_profile
+
+        get_current_settings()
+        with SettingsContext(profile=load_current_profile(), settings=PrefectSettings()):
+            yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+
+
+def _expect_answer(url: str) -> None:
+    """Refuse a server that a setting names and that does not answer, within 15 seconds."""
+    import httpx
+    from prefect.client.orchestration import get_client
+    from prefect.settings import PREFECT_CLIENT_MAX_RETRIES, temporary_settings
+
+    def refuse(reason: object, fix: str) -> NoReturn:
+        raise SettingsError(
+            Mistake(key="PREFECT_API_URL", message=f"the Prefect server at {url} does not answer: {reason}", fix=fix)
+        )
+
+    try:
+        with (
+            temporary_settings({PREFECT_CLIENT_MAX_RETRIES: 0}),
+            get_client(httpx_settings={"timeout": ANSWER_TIMEOUT_S}, sync_client=True) as client,
+        ):
+            client.count_flow_runs()
+    except httpx.HTTPStatusError as error:
+        if error.response.status_code in {401, 403}:
+            refuse("it wants credentials", "set PREFECT_API_AUTH_STRING or PREFECT_API_KEY")
+        refuse(error, "check that the address ends in /api and that the server is a Prefect 3 server")
+    except (httpx.HTTPError, httpx.InvalidURL, RuntimeError, ValueError) as error:
+        refuse(repr(error), "check the address and that the server runs, or unset PREFECT_API_URL")
+
+
+@contextmanager
+def _sigterm_exits() -> Iterator[None]:
+    """SIGTERM unwinds the block as Ctrl-C does; without this, a server it started would stay behind."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def leave(*_: object) -> NoReturn:
+        raise SystemExit(SIGTERM_EXIT_CODE)
+
+    before = signal.signal(signal.SIGTERM, leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _run_flow(settings: Settings, campaign: str) -> None:
+    import httpx
+    from prefect.client.orchestration import get_client
+    from prefect.flow_engine import run_flow
+    from prefect.flows import load_flow_from_entrypoint
+    from prefect.settings import PREFECT_CLIENT_MAX_RETRIES, temporary_settings
+
+    flow: Flow[..., Any] = load_flow_from_entrypoint(CAMPAIGN_FLOW)
+    parameters = {"name": campaign, "home": str(settings.home)}
+    with temporary_settings({PREFECT_CLIENT_MAX_RETRIES: DISPATCHER_RETRIES}):
+        with get_client(sync_client=True) as client:
+            flow_run = client.create_flow_run(flow, parameters=parameters)
+        try:
+            run_flow(flow, flow_run=flow_run, parameters=parameters)
+        except (KeyboardInterrupt, SystemExit):
+            _cancel(flow_run.id)
+            raise
+        except httpx.HTTPError as error:
+            _pass_on_interruption(error)
+            if bootstrap.campaign_progress(settings, campaign).remaining:
+                raise OrchestratorUnavailableError(
+                    f"the Prefect server was lost: {error!r}; run again to go on"
+                ) from error
+            log.warning("prefect.unreachable", error=repr(error))  # the work is done, only nobody could be told
+        finally:
+            _flush()
+
+
+def _pass_on_interruption(error: BaseException) -> None:
+    """Prefect fails to report an interruption to a server that is away, and raises that instead."""
+    from prefect.exceptions import TerminationSignal
+
+    while error.__context__ is not None:
+        error = error.__context__
+        if isinstance(error, KeyboardInterrupt):
+            raise KeyboardInterrupt from error
+        if isinstance(error, TerminationSignal):
+            raise SystemExit(SIGTERM_EXIT_CODE) from error
+
+
+def _cancel(flow_run_id: UUID) -> None:
+    """Prefect calls a signal a crash; it was somebody's wish."""
+    from prefect.client.orchestration import get_client
+    from prefect.states import Cancelled
+
+    with shown(), get_client(sync_client=True) as client:
+        client.set_flow_run_state(flow_run_id, Cancelled(message="stopped by a signal"), force=True)
+
+
+def _flush() -> None:
+    """Send what Prefect still buffers while the server is there to take it."""
+    from prefect.events.worker import EventsWorker
+    from prefect.logging.handlers import APILogHandler
+
+    if answers(os.environ["PREFECT_API_URL"]):
+        APILogHandler().flush()
+        EventsWorker.drain_all(timeout=5)
+
+
+@contextmanager
+def _live_progress(settings: Settings, campaign: str, console: Console | None) -> Iterator[None]:
+    """A progress bar for people, drawn from the database by a thread of its own."""
+    if console is None:
+        yield
+        return
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    stop = threading.Event()
+    with Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=console) as bar:
+        line = bar.add_task(campaign, total=None)
+
+        def draw() -> None:
+            with suppress(DatabaseUnavailableError):
+                now = bootstrap.campaign_progress(settings, campaign)
+                bar.update(line, completed=now.finished, total=now.total, description=describe(now))
+
+        def keep_drawing() -> None:
+            while not stop.wait(DRAW_EVERY_S):
+                draw()
+
+        thread = threading.Thread(target=keep_drawing, name="progress", daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            stop.set()
+            thread.join()
+            draw()

@@ -1,0 +1,151 @@
+"""What the campaign flow does: start a worker per device, watch them, restart the dead, end them together."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+from uuid import UUID
+
+import structlog
+
+from sdpipeline import bootstrap, crew
+from sdpipeline.bootstrap import Progress
+from sdpipeline.db import registry, reports
+from sdpipeline.errors import TransientError
+from sdpipeline.orchestration.board import Board, describe, shown
+from sdpipeline.settings import Settings
+
+if TYPE_CHECKING:
+    from multiprocessing.process import BaseProcess
+
+    from prefect import Flow
+    from prefect.client.orchestration import SyncPrefectClient
+    from prefect.client.schemas.objects import State
+
+POLL_S = 1.0
+FINISH_GRACE_S = 30.0
+
+log = structlog.get_logger(__name__)
+
+
+def work_off(settings: Settings, campaign: str, *, worker_flow: Flow[..., Any]) -> State[None]:
+    """Start a worker per device, watch them until the database says finished or paused, and show it all.
+
+    Returns the state the flow run ends in. Called inside the campaign flow's run.
+    """
+    from prefect import tags
+
+    progress = bootstrap.campaign_progress(settings, campaign)
+    board = Board(campaign)
+    labels = _tags(settings, progress)
+    board.open(progress, labels)
+    with tags(*labels):
+        workers = crew.Crew(
+            slots=crew.slots(settings),
+            spawn=lambda slot, name: _spawn(settings, campaign, worker_flow, slot, name),
+            bury=lambda death: _bury(settings, campaign, death),
+        )
+        progress = _watch(settings, campaign, workers, board)
+    try:
+        bootstrap.seal(settings)
+    except TransientError as error:
+        log.warning("audit.unsealed", error=str(error))  # the next seal covers these events too
+    board.close(settings, progress)
+    return _closing_state(progress)
+
+
+def _watch(settings: Settings, campaign: str, workers: crew.Crew, board: Board) -> Progress:
+    try:
+        workers.start()
+        while True:
+            progress = bootstrap.campaign_progress(settings, campaign)
+            board.show(progress)
+            if not progress.remaining or (progress.status == "paused" and not progress.leased):
+                break
+            workers.tend(ready=progress.ready, finished=progress.finished)
+            workers.wait(POLL_S)
+        workers.finish(FINISH_GRACE_S)
+    except BaseException:  # a Ctrl-C above all: whatever ends the watch ends the watched
+        _end(settings, campaign, workers)
+        raise
+    return bootstrap.campaign_progress(settings, campaign)
+
+
+def _end(settings: Settings, campaign: str, workers: crew.Crew) -> None:
+    from prefect.states import Cancelled
+
+    for stopped in workers.stop():
+        # A worker that was told to end gave its leases back; one that had to be killed could not.
+        returned = bootstrap.release_worker_leases(settings, stopped.pid)
+        log.info("worker.stopped", name=stopped.name, pid=stopped.pid, leases_returned=returned)
+        with shown():
+            _close_run(f"{campaign} · {stopped.name}", Cancelled(message="the campaign's run was stopped"))
+
+
+def _spawn(settings: Settings, campaign: str, worker_flow: Flow[..., Any], slot: crew.Slot, name: str) -> BaseProcess:
+    from prefect.flow_engine import run_flow_in_subprocess
+
+    (settings.home / "logs").mkdir(parents=True, exist_ok=True)
+    return run_flow_in_subprocess(
+        worker_flow.with_options(flow_run_name=f"{campaign} · {name}"),
+        parameters={
+            "campaign": campaign,
+            "home": str(settings.home),
+            "device": slot.device,
+            "log_file": str(settings.home / "logs" / f"worker-{slot.index}.log"),
+        },
+        # A worker that starts while the server restarts waits for it longer than the dispatcher may.
+        env={**slot.environment, "PREFECT_CLIENT_MAX_RETRIES": "5"},
+    )
+
+
+def _bury(settings: Settings, campaign: str, death: crew.Death) -> None:
+    """A worker died: its leases go back to the queue, and its run stops looking alive."""
+    from prefect.states import Crashed
+
+    returned = bootstrap.release_worker_leases(settings, death.pid)
+    log.warning("worker.died", name=death.name, pid=death.pid, exit_code=death.exit_code, leases_returned=returned)
+    with shown():
+        _close_run(f"{campaign} · {death.name}", Crashed(message=str(death)))
+
+
+def _close_run(name: str, state: State[Any]) -> None:
+    """Put this run's child of that name, and its tasks, into that state, whatever it says itself unless it is done."""
+    from prefect.client.orchestration import get_client
+    from prefect.client.schemas import filters
+    from prefect.runtime import flow_run
+
+    child = filters.FlowRunFilter(
+        parent_flow_run_id=filters.FlowRunFilterParentFlowRunId(any_=[UUID(flow_run.get_id())]),
+        name=filters.FlowRunFilterName(any_=[name]),
+    )
+    with get_client(sync_client=True) as client:
+        for run in client.read_flow_runs(flow_run_filter=child):
+            if run.state is None or not run.state.is_completed():
+                _close_tasks(client, run.id, state)
+                client.set_flow_run_state(run.id, state, force=True)
+
+
+def _close_tasks(client: SyncPrefectClient, run_id: UUID, state: State[Any]) -> None:
+    from prefect.client.schemas import filters
+
+    of_run = filters.FlowRunFilter(id=filters.FlowRunFilterId(any_=[run_id]))
+    for task_run in client.read_task_runs(flow_run_filter=of_run):
+        if task_run.state is None or not task_run.state.is_final():
+            client.set_task_run_state(task_run.id, state, force=True)
+
+
+def _closing_state(progress: Progress) -> State[None]:
+    from prefect.states import Completed
+
+    if progress.status == "paused" and progress.remaining:
+        return Completed(name="Paused", message=f"paused with {progress.remaining} of {progress.total} jobs to do")
+    return Completed(message=describe(progress))
+
+
+def _tags(settings: Settings, progress: Progress) -> Sequence[str]:
+    """The campaign and its checkpoints, by the names people use."""
+    with bootstrap.services(settings) as have, have.database.read() as connection:
+        used = set(reports.checkpoints_of(connection, progress.id))
+        aliases = {files.alias for files in registry.known(connection) if {files.alias, files.digest} & used}
+    return [f"campaign:{progress.name}", *(f"checkpoint:{alias}" for alias in sorted(aliases))]
