@@ -16,12 +16,24 @@ from sdpipeline.domain import canonical
 from sdpipeline.errors import CampaignError, InputImageError, Mistake
 from sdpipeline.inputs import InputFolder
 from sdpipeline.rows import Table
-from sdpipeline.spec import CampaignSpec, Parameters, Rows, Scalar, SeedRange, Stage, nearest, note_faults, parse, shown
+from sdpipeline.spec import (
+    NAME,
+    CampaignSpec,
+    Parameters,
+    Rows,
+    Scalar,
+    SeedRange,
+    Stage,
+    nearest,
+    note_faults,
+    parse,
+    shown,
+)
 from sdpipeline.stages import Catalog
 from sdpipeline.templates import LONGEST_RESULT, TemplateRefusedError, compile_template
 from sdpipeline.yamlfile import Faults, KeyPath, Located
 
-__all__ = ["Campaign", "Catalog", "load"]
+__all__ = ["NAME", "Campaign", "Catalog", "load", "nearest"]
 
 MOST_JOBS = 10_000_000
 MOST_JOBS_OF_A_CHAIN = 10_000
