@@ -215,10 +215,15 @@ _ALLOWED: Mapping[str | None, tuple[str, ...]] = {
     Event.JOB_DEFERRED: ("waiting", "ready"),
     Event.JOBS_SKIPPED: ("skipped",),
     Event.JOBS_CANCELLED: ("cancelled",),
+    Event.JOBS_BLOCKED: ("blocked",),
     Event.JOBS_RETRIED: ("waiting", "ready", "succeeded"),
     Event.JOBS_CHANGED: ("waiting", "ready", "succeeded"),
 }
 """What a job's status may be after the last event that names it."""
+
+_LISTING = frozenset(
+    {Event.JOBS_SKIPPED, Event.JOBS_CANCELLED, Event.JOBS_BLOCKED, Event.JOBS_RETRIED, Event.JOBS_CHANGED}
+)
 
 
 @dataclass(slots=True)
@@ -243,7 +248,7 @@ class _Told:
             self._note(job_id, at, kind, event["attempt"])
             if kind == Event.JOB_SUCCEEDED:
                 self.succeeded[job_id, event["fingerprint"]] = event
-        elif kind in (Event.JOBS_SKIPPED, Event.JOBS_CANCELLED, Event.JOBS_RETRIED, Event.JOBS_CHANGED):
+        elif kind in _LISTING:
             afresh = kind in (Event.JOBS_RETRIED, Event.JOBS_CHANGED)
             for job_id in event["jobs"]:
                 self._note(job_id, at, kind, 0 if afresh else None)

@@ -7,7 +7,7 @@ import os
 import secrets
 import socket
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -81,6 +81,15 @@ def database_exists(s: Settings) -> bool:
     return path is None or path.is_file()
 
 
+def existing_database(s: Settings) -> Database | None:
+    """The database at this release's schema, or None where the embedded one was not made yet."""
+    if not database_exists(s):
+        return None
+    database = open_database(s.database)
+    ensure_schema(s, database)
+    return database
+
+
 def open_storage(s: Settings) -> ObjectStore:
     """The store the settings name."""
     fields = s.s3.model_dump(exclude={"presigned_expiry_s"})
@@ -104,14 +113,22 @@ def development_seal_key(s: Settings) -> Path:
 def catalog(s: Settings, database: Database | None = None) -> Catalog:
     """Every checkpoint a campaign may name: the shipped ones, those of the folder, those already registered."""
     known: dict[str, CheckpointFiles] = {}
+    withdrawn: frozenset[str] = frozenset()
     if database is not None:
         with database.read() as connection:
             known = {files.alias: files for files in registry.known(connection)}
-    found = dict(known)
-    for folder in (BUILTIN_CHECKPOINTS, s.checkpoints):
-        for directory in sorted(folder.iterdir()) if folder.is_dir() else ():
-            if not directory.is_dir() or (directory.name in known and known[directory.name].directory == directory):
-                continue
+            withdrawn = registry.withdrawn(connection)
+    # The shipped weights are small and change with the package; the folder's own are hashed once, when first seen.
+    found = known | _inspected(BUILTIN_CHECKPOINTS)
+    found |= _inspected(s.checkpoints, but={files.directory for files in known.values()})
+    return {alias: files for alias, files in found.items() if files.digest not in withdrawn}
+
+
+def _inspected(folder: Path, *, but: Collection[Path] = ()) -> dict[str, CheckpointFiles]:
+    """The checkpoints that lie in a folder, by the names of their own; what may not run is left out."""
+    found = {}
+    for directory in sorted(folder.iterdir()) if folder.is_dir() else ():
+        if directory.is_dir() and directory not in but:
             with suppress(CheckpointError):
                 found[directory.name] = inspect(directory.name, directory)
     return found

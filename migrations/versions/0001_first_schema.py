@@ -54,10 +54,15 @@ def upgrade() -> None:
         sa.Column("scale", sa.SmallInteger(), server_default="1", nullable=False),
         sa.Column("size_bytes", sa.BigInteger(), nullable=False),
         sa.Column("manifest", sa.JSON(), nullable=False),
+        sa.Column("source", sa.Text(), nullable=True),
+        sa.Column("licence", sa.Text(), nullable=True),
+        sa.Column("purposes", sa.JSON(), nullable=False),
+        sa.Column("approved_by", sa.String(length=200), nullable=False),
         sa.Column("created_at", sa.Double(), nullable=False),
+        sa.Column("expires_at", sa.Double(), nullable=True),
         sa.Column("revoked_at", sa.Double(), nullable=True),
-        sa.PrimaryKeyConstraint("digest", name=op.f("pk_checkpoint")),
-        sa.UniqueConstraint("alias", name=op.f("uq_checkpoint_alias")),
+        sa.Column("revoked_because", sa.Text(), nullable=True),
+        sa.PrimaryKeyConstraint("digest", "alias", name=op.f("pk_checkpoint")),
     )
     op.create_table(
         "input_image",
@@ -126,6 +131,14 @@ def upgrade() -> None:
             "campaign_id", "stage", "batch_key", name=op.f("uq_work_group_campaign_id_stage_batch_key")
         ),
     )
+    op.create_table(
+        "group_checkpoint",
+        sa.Column("group_id", sa.BigInteger().with_variant(sa.Integer(), "sqlite"), nullable=False),
+        sa.Column("digest", sa.String(length=64), nullable=False),
+        sa.ForeignKeyConstraint(["group_id"], ["work_group.id"], name=op.f("fk_group_checkpoint_group_id")),
+        sa.PrimaryKeyConstraint("group_id", "digest", name=op.f("pk_group_checkpoint")),
+    )
+    op.create_index("ix_group_checkpoint_digest", "group_checkpoint", ["digest"], unique=False)
     op.create_table(
         "lease",
         sa.Column("id", sa.String(length=32), nullable=False),
@@ -304,6 +317,8 @@ def downgrade() -> None:
         sqlite_where=sa.text("closed_at IS NULL"),
     )
     op.drop_table("lease")
+    op.drop_index("ix_group_checkpoint_digest", table_name="group_checkpoint")
+    op.drop_table("group_checkpoint")
     op.drop_table("work_group")
     op.drop_table("campaign_version")
     op.drop_table("audit_seal_range")

@@ -26,7 +26,6 @@ from sdpipeline.cli.output import (
     stdout,
 )
 from sdpipeline.db import control, reports
-from sdpipeline.db.connection import open_database
 from sdpipeline.db.reports import Progress
 from sdpipeline.db.submit import Submitted
 from sdpipeline.domain import Status
@@ -44,9 +43,7 @@ def add_to(app: typer.Typer) -> None:
 def plan(file: CampaignFile, *, home: Home = None, as_json: AsJson = False) -> None:
     """Check a campaign and count its jobs against the database, writing nothing."""
     s = settings(home)
-    database = open_database(s.database) if bootstrap.database_exists(s) else None
-    if database is not None:
-        bootstrap.ensure_schema(s, database)
+    database = bootstrap.existing_database(s)
     campaign, inputs = bootstrap.load_campaign(s, file, database)
     planned = submission.plan(campaign, inputs, database, team=s.team, max_batch=s.engine.max_batch).document()
     if as_json:
@@ -121,6 +118,7 @@ def jobs(
     campaign: CampaignName,
     *,
     with_status: Annotated[Status | None, typer.Option("--status", help="Only jobs of this status.")] = None,
+    checkpoint: Annotated[str | None, typer.Option(help="Only jobs made with these weights: a digest's start.")] = None,
     after: Annotated[int, typer.Option(help="Only jobs with a greater id: the next page.")] = 0,
     limit: Annotated[int | None, typer.Option(min=1, help="At most so many jobs.")] = None,
     jsonl: Annotated[bool, typer.Option("--jsonl", help="One JSON document per line, streamed.")] = False,
@@ -133,7 +131,9 @@ def jobs(
         campaign_id = bootstrap.known_campaign(have.database, s.team, campaign)
         wanted = str(with_status) if with_status else None
         with have.database.read() as connection:
-            found = reports.jobs(connection, campaign_id, status=wanted, after=after, limit=limit)
+            found = reports.jobs(
+                connection, campaign_id, status=wanted, checkpoint=checkpoint, after=after, limit=limit
+            )
             if jsonl:
                 for job in found:
                     sys.stdout.write(json.dumps(job, ensure_ascii=False) + "\n")

@@ -30,6 +30,7 @@ class Event(StrEnum):
     CAMPAIGN_PAUSED = "campaign.paused"
     CAMPAIGN_RESUMED = "campaign.resumed"
     JOBS_CHANGED = "jobs.changed"
+    JOBS_BLOCKED = "jobs.blocked"
     JOBS_CANCELLED = "jobs.cancelled"
     JOBS_RETRIED = "jobs.retried"
     JOBS_SKIPPED = "jobs.skipped"

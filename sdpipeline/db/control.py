@@ -6,6 +6,7 @@ from collections.abc import Collection
 
 from sqlalchemy import ColumnElement, Connection, and_, case, false, func, null, or_, select, update
 
+from sdpipeline.db import registry
 from sdpipeline.db.audit import Event, Transaction
 from sdpipeline.db.connection import now_s
 from sdpipeline.db.locks import have_campaign
@@ -62,7 +63,7 @@ def _abandon_attempts(connection: Connection, chosen: ColumnElement[bool]) -> No
 
 
 def settle(tx: Transaction, *, campaign_id: int) -> None:
-    """Give every ``new`` job of a campaign its status: succeeded, ready, waiting or skipped.
+    """Give every ``new`` job of a campaign its status: succeeded, ready, waiting, skipped or blocked.
 
     A picture that was already made for the same fingerprint is kept. Stage by stage, because a
     job's status depends on its parents'. The caller has the campaign.
@@ -79,15 +80,19 @@ def settle(tx: Transaction, *, campaign_id: int) -> None:
     is_new = and_(job.c.campaign_id == campaign_id, job.c.status == "new")
     depths = tx.connection.execute(select(job.c.depth).where(is_new).distinct().order_by(job.c.depth)).scalars().all()
     skipped: list[int] = []
+    blocked: list[int] = []
     for depth in depths:
         here = and_(is_new, job.c.depth == depth)
         kept = update(job).where(here, image.c.job_id == job.c.id, image.c.fingerprint == job.c.fingerprint)
         own = {"attempt": image.c.attempt, "finished_at": image.c.created_at}
         tx.connection.execute(kept.values(status="succeeded", parents_left=0, **own))
+        blocked += registry.block(tx.connection, here)
         lost = update(job).where(here, dead > 0).values(status="skipped", **SKIPPED).returning(job.c.id)
         skipped += tx.connection.execute(lost).scalars()
         status = case((unfinished > 0, "waiting"), else_="ready")
         tx.connection.execute(update(job).where(here).values(parents_left=unfinished, status=status))
+    if blocked:
+        tx.record(Event.JOBS_BLOCKED, f"campaign:{campaign_id}", jobs=sorted(blocked), rule=registry.REVOKED)
     if skipped:
         tx.record(Event.JOBS_SKIPPED, f"campaign:{campaign_id}", jobs=sorted(skipped))
         dead_ends = and_(job.c.campaign_id == campaign_id, job.c.status == "skipped")

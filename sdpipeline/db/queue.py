@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import secrets
+import time
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from sqlalchemy import (
@@ -22,6 +23,7 @@ from sqlalchemy import (
     null,
     select,
     true,
+    tuple_,
     update,
 )
 
@@ -39,6 +41,10 @@ WAITING: ColumnElement[str] = literal_column("'waiting'")
 MOST_REAPED = 100
 MOST_PROMOTED = 1000
 """In one transaction; the next call takes the rest."""
+
+BEFORE_ALL = -(2**15) - 1
+LONGEST_HINT_S = 10.0
+SHORT_HINT_S = 1.0
 
 SKIPPED: Mapping[str, Any] = {
     "finished_at": now_s(),
@@ -106,6 +112,27 @@ class StoredImage:
     timings: Json
 
 
+@dataclass(slots=True)
+class Cursor:
+    """Where one worker last found ready jobs of each group: a hint that keeps the index scan short.
+
+    While someone holds an old snapshot, the index entries of leased jobs stay and would be read again by
+    every lease. Jobs that become ready behind the cursor are seen when it is forgotten: after
+    ``LONGEST_HINT_S``, or after ``SHORT_HINT_S`` if it finds no full batch.
+    """
+
+    after: dict[int, tuple[int, int]] = field(default_factory=dict)
+    since: float = field(default_factory=time.monotonic)
+
+    def forget(self, *, older_than_s: float) -> bool:
+        """Look at everything again, unless that was done just now."""
+        if not self.after or time.monotonic() - self.since < older_than_s:
+            return False
+        self.after.clear()
+        self.since = time.monotonic()
+        return True
+
+
 def take_lease(
     tx: Transaction,
     *,
@@ -115,6 +142,7 @@ def take_lease(
     campaign_id: int | None = None,
     resident: Collection[str] = (),
     full_only: bool = False,
+    cursor: Cursor | None = None,
 ) -> Lease | None:
     """Lease up to ``limit`` ready jobs of one group, or ``None`` if there are none.
 
@@ -122,10 +150,15 @@ def take_lease(
     equals the checkpoints in ``resident`` win. With ``full_only`` a part of a batch is left alone:
     the caller still has work in flight that may fill it.
     """
-    for group_id, checkpoint_digest, _ in _groups(tx.connection, limit, campaign_id, resident, full_only=full_only):
+    cursor = cursor or Cursor()
+    cursor.forget(older_than_s=LONGEST_HINT_S)
+    groups = _groups(tx.connection, limit, campaign_id, resident, cursor, full_only=full_only)
+    if not (groups and groups[0].ready >= limit) and cursor.forget(older_than_s=SHORT_HINT_S):
+        groups = _groups(tx.connection, limit, campaign_id, resident, cursor, full_only=full_only)
+    for group_id, checkpoint_digest, _ in groups:
         lease_id = secrets.token_hex(16)
         _insert_lease(tx.connection, lease_id, worker_id, group_id, ttl_s)
-        rows = _claim(tx.connection, group_id, lease_id, limit)
+        rows = _claim(tx.connection, group_id, lease_id, limit, cursor)
         if rows:
             _insert_attempts(tx.connection, rows, lease_id, worker_id)
             tx.record(Event.LEASE_TAKEN, f"lease:{lease_id}", worker=worker_id, jobs=[[r.id, r.attempt] for r in rows])
@@ -136,16 +169,23 @@ def take_lease(
 
 
 def _groups(
-    connection: Connection, limit: int, campaign_id: int | None, resident: Collection[str], *, full_only: bool
+    connection: Connection,
+    limit: int,
+    campaign_id: int | None,
+    resident: Collection[str],
+    cursor: Cursor,
+    *,
+    full_only: bool,
 ) -> Sequence[Any]:
     """Groups with ready jobs, best first. Counting stops at ``limit``, so depth does not matter."""
-    first_few = (
-        select(literal(1).label("one"))
-        .where(job.c.group_id == work_group.c.id, job.c.status == READY)
-        .correlate(work_group)
-        .limit(limit)
-        .subquery()
-    )
+    of_group = and_(job.c.group_id == work_group.c.id, job.c.status == READY)
+    if cursor.after:
+        # A value for each group, in the order of the index.
+        after = [
+            case({n: at[k] for n, at in cursor.after.items()}, value=work_group.c.id, else_=BEFORE_ALL) for k in (0, 1)
+        ]
+        of_group = and_(of_group, tuple_(job.c.priority, job.c.id) > tuple_(*after))
+    first_few = select(literal(1).label("one")).where(of_group).correlate(work_group).limit(limit).subquery()
     ready = select(func.count()).select_from(first_few).scalar_subquery()
     loaded = case((work_group.c.checkpoint_digest.in_(list(resident)), 0), else_=1) if resident else literal(1)
     filled = select(
@@ -170,25 +210,30 @@ def _insert_lease(connection: Connection, lease_id: str, worker_id: str, group_i
     connection.execute(insert(lease).values(id=lease_id, worker_id=worker_id, group_id=group_id, **times))
 
 
-def _claim(connection: Connection, group_id: int, lease_id: str, limit: int) -> Sequence[Any]:
+def _claim(connection: Connection, group_id: int, lease_id: str, limit: int, cursor: Cursor) -> Sequence[Any]:
     """Neighbours first; a job whose lease once expired only by itself."""
     for alone, count in ((False, limit), (True, 1)):
-        picked = pick(group_id, count, alone=alone).with_for_update(skip_locked=True).cte("picked")
+        after = None if alone else cursor.after.get(group_id)
+        picked = pick(group_id, count, alone=alone, after=after).with_for_update(skip_locked=True).cte("picked")
         claim = (
             update(job)
             .where(job.c.id.in_(select(picked.c.id)))
             .values(status=LEASED, lease_id=lease_id, attempt=job.c.attempt + 1)
             .returning(job)
         )
-        rows = connection.execute(claim).all()
+        rows = sorted(connection.execute(claim).all(), key=lambda row: (row.priority, row.id))
         if rows:
-            return sorted(rows, key=lambda row: (row.priority, row.id))
+            if not alone:
+                cursor.after[group_id] = (rows[-1].priority, rows[-1].id)
+            return rows
     return ()
 
 
-def pick(group_id: int, limit: int, *, alone: bool) -> Select[int]:
+def pick(group_id: int, limit: int, *, alone: bool, after: tuple[int, int] | None = None) -> Select[int]:
     """The ready jobs of a group that go next, in the order of ``ix_job_ready``."""
     of_group = select(job.c.id).where(job.c.group_id == group_id, job.c.status == READY, job.c.alone.is_(alone))
+    if after is not None:
+        of_group = of_group.where(tuple_(job.c.priority, job.c.id) > tuple_(*after))
     return of_group.order_by(job.c.priority, job.c.id).limit(limit)
 
 

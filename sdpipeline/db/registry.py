@@ -1,39 +1,115 @@
-"""Checkpoints that have been used: alias, digest and where the weights lie."""
+"""The checkpoints allowed to run: what each alias means, who approved it, and what was revoked."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import Connection, select, update
+from sqlalchemy import ColumnElement, Connection, null, or_, select, update
 
 from sdpipeline.db.audit import Event, Transaction
 from sdpipeline.db.connection import now_s
-from sdpipeline.db.tables import checkpoint
+from sdpipeline.db.queue import skip_descendants
+from sdpipeline.db.tables import attempt, checkpoint, group_checkpoint, job
+from sdpipeline.domain import Json
 from sdpipeline.engine.checkpoints import CheckpointFiles
+
+REVOKED = "checkpoint-revoked"
+"""The rule that blocks a job whose weights may not run any more."""
+
+_UNFINISHED = ("waiting", "ready", "leased")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Approval:
+    """Under which terms weights may run. ``expires_at`` is in seconds since 1970."""
+
+    approved_by: str
+    source: str | None = None
+    licence: str | None = None
+    purposes: Sequence[str] = ()
+    expires_at: float | None = None
 
 
 def known(connection: Connection) -> list[CheckpointFiles]:
-    """Every checkpoint that was not revoked."""
-    rows = connection.execute(select(checkpoint).where(checkpoint.c.revoked_at.is_(None)).order_by(checkpoint.c.alias))
+    """What may run, oldest first: of two rows for one alias the later one counts."""
+    in_force = (
+        checkpoint.c.revoked_at.is_(None),
+        or_(checkpoint.c.expires_at.is_(None), checkpoint.c.expires_at > now_s()),
+    )
+    rows = connection.execute(select(checkpoint).where(*in_force).order_by(checkpoint.c.created_at))
     return [_files(row) for row in rows]
 
 
+def withdrawn(connection: Connection) -> frozenset[str]:
+    """Digests that may not run: revoked, or approved until a day that is over."""
+    gone = or_(checkpoint.c.revoked_at.is_not(None), checkpoint.c.expires_at <= now_s())
+    return frozenset(connection.execute(select(checkpoint.c.digest).where(gone)).scalars())
+
+
+def documents(connection: Connection) -> list[Json]:
+    """Every row, as ``checkpoints list --json`` shows it."""
+    columns = [column for column in checkpoint.columns if column.name != "manifest"]
+    rows = connection.execute(select(*columns).order_by(checkpoint.c.alias, checkpoint.c.created_at)).mappings()
+    return [dict(row) for row in rows]
+
+
 def remember(tx: Transaction, used: Iterable[CheckpointFiles]) -> None:
-    """Write down checkpoints; an alias whose weights changed now means the new ones."""
-    present = {row.alias: row.digest for row in tx.connection.execute(select(checkpoint.c.alias, checkpoint.c.digest))}
+    """Write down the checkpoints a campaign uses, shipped ones and those of the deployment's folder too."""
+    present = set(tx.connection.execute(select(checkpoint.c.digest, checkpoint.c.alias)).tuples())
     for files in used:
-        if present.get(files.alias) == files.digest:
-            continue
-        row = {name: getattr(files, name) for name in ("digest", "kind", "family", "scale", "size_bytes")}
-        row |= {"location": str(files.directory), "manifest": dict(files.manifest)}
-        if files.alias in present:
-            statement = update(checkpoint).where(checkpoint.c.alias == files.alias).values(**row)
-            tx.connection.execute(statement.values(created_at=now_s()))
-        else:
-            tx.connection.execute(checkpoint.insert().values(alias=files.alias, created_at=now_s(), **row))
-        tx.record(Event.CHECKPOINT_ADDED, f"checkpoint:{files.digest[:16]}", alias=files.alias, digest=files.digest)
+        if (files.digest, files.alias) not in present:
+            _insert(tx, files, Approval(approved_by=tx.actor))
+
+
+def add(tx: Transaction, files: CheckpointFiles, approval: Approval) -> None:
+    """Approve weights under an alias, from now on what that alias means; also approves revoked ones again."""
+    same = (checkpoint.c.digest == files.digest, checkpoint.c.alias == files.alias)
+    tx.connection.execute(checkpoint.delete().where(*same))
+    again = {"revoked_at": null(), "revoked_because": null()}
+    tx.connection.execute(update(checkpoint).where(checkpoint.c.digest == files.digest).values(**again))
+    _insert(tx, files, approval)
+
+
+def revoke(tx: Transaction, digest: str, *, because: str) -> int:
+    """Withdraw weights everywhere: nothing made with them is leased any more. Returns how many jobs are blocked."""
+    rows = update(checkpoint).where(checkpoint.c.digest == digest)
+    tx.connection.execute(rows.values(revoked_at=now_s(), revoked_because=because))
+    tx.record(Event.CHECKPOINT_REVOKED, f"checkpoint:{digest[:16]}", digest=digest)
+    blocked = block(tx.connection, job.c.status.in_(_UNFINISHED))
+    if blocked:
+        subject = f"checkpoint:{digest[:16]}"
+        tx.record(Event.JOBS_BLOCKED, subject, jobs=sorted(blocked), rule=REVOKED)
+        skip_descendants(tx, blocked, subject)
+    return len(blocked)
+
+
+def block(connection: Connection, chosen: ColumnElement[bool]) -> list[int]:
+    """Block those of the chosen jobs that need revoked weights; a worker that has one will find its lease gone."""
+    bad = (
+        select(group_checkpoint.c.group_id)
+        .join(checkpoint, checkpoint.c.digest == group_checkpoint.c.digest)
+        .where(checkpoint.c.revoked_at.is_not(None))
+    )
+    mine = (chosen, job.c.group_id.in_(bad))
+    still_open = (attempt.c.outcome.is_(None), attempt.c.job_id.in_(select(job.c.id).where(*mine)))
+    connection.execute(update(attempt).where(*still_open).values(finished_at=now_s(), outcome="abandoned"))
+    ended = {"status": "blocked", "lease_id": null(), "not_before": null(), "finished_at": now_s()}
+    why = {"error_kind": REVOKED, "error": "a checkpoint it needs was revoked: see sdpipeline checkpoints list"}
+    statement = update(job).where(*mine).values(**ended, **why).returning(job.c.id)
+    return list(connection.execute(statement).scalars())
+
+
+def _insert(tx: Transaction, files: CheckpointFiles, approval: Approval) -> None:
+    row: dict[str, Any] = {
+        name: getattr(files, name) for name in ("digest", "alias", "kind", "family", "scale", "size_bytes")
+    }
+    row |= {name: getattr(approval, name) for name in ("approved_by", "source", "licence", "expires_at")}
+    row |= {"location": str(files.directory), "manifest": dict(files.manifest), "purposes": list(approval.purposes)}
+    tx.connection.execute(checkpoint.insert().values(created_at=now_s(), **row))
+    tx.record(Event.CHECKPOINT_ADDED, f"checkpoint:{files.digest[:16]}", alias=files.alias, digest=files.digest)
 
 
 def _files(row: Any) -> CheckpointFiles:

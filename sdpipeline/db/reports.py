@@ -13,6 +13,7 @@ from sdpipeline.db.tables import (
     audit_event,
     campaign,
     campaign_version,
+    group_checkpoint,
     image,
     job,
     job_parent,
@@ -115,7 +116,13 @@ def work_left(connection: Connection, campaign_id: int | None) -> bool:
 
 
 def jobs(
-    connection: Connection, campaign_id: int, *, status: str | None = None, after: int = 0, limit: int | None = None
+    connection: Connection,
+    campaign_id: int,
+    *,
+    status: str | None = None,
+    checkpoint: str | None = None,
+    after: int = 0,
+    limit: int | None = None,
 ) -> Iterator[Json]:
     """Jobs in order of their id, as ``jobs --json`` shows them."""
     statement = (
@@ -127,6 +134,9 @@ def jobs(
     )
     if status is not None:
         statement = statement.where(job.c.status == status)
+    if checkpoint is not None:
+        with_it = select(group_checkpoint.c.group_id).where(group_checkpoint.c.digest.startswith(checkpoint))
+        statement = statement.where(job.c.group_id.in_(with_it))
     for chunk in connection.execute(statement.execution_options(yield_per=500)).partitions():
         parents = _parents(connection, [row.id for row in chunk])
         for row in chunk:

@@ -37,7 +37,7 @@ from sdpipeline.db.staging import (
     match,
     temporary_tables,
 )
-from sdpipeline.db.tables import campaign, campaign_version, job, job_parent, work_group
+from sdpipeline.db.tables import campaign, campaign_version, group_checkpoint, job, job_parent, work_group
 from sdpipeline.domain import JobSpec
 from sdpipeline.merkle import root
 
@@ -172,7 +172,18 @@ def _group_id(connection: Connection, campaign_id: int, group: Group) -> int:
         work_group.c.stage == group.stage,
         work_group.c.batch_key == group.batch_key,
     )
-    return int(connection.execute(found).scalar_one())
+    group_id = int(connection.execute(found).scalar_one())
+    needed = [{"group_id": group_id, "digest": digest} for digest in sorted(_digests(group.description))]
+    connection.execute(insert_ignoring(connection, group_checkpoint), needed)
+    return group_id
+
+
+def _digests(description: Any) -> set[str]:
+    """The digests of all weights in a batch document; its pictures are not in it."""
+    if isinstance(description, dict):
+        own = {description["digest"]} if "digest" in description else set()
+        return own.union(*(_digests(value) for value in description.values()))
+    return set[str]().union(*(_digests(item) for item in description)) if isinstance(description, list) else set()
 
 
 def _present_version(connection: Connection, campaign_id: int, source: str, count: int) -> int | None:

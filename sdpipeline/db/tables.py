@@ -205,19 +205,35 @@ image = Table(
     Index("ix_image_fingerprint", "fingerprint"),
 )
 
+# The newest row of an alias is what it means now; older ones say what it meant. A digest is revoked as a whole.
 checkpoint = Table(
     "checkpoint",
     metadata,
     Column("digest", _Hash, primary_key=True),
-    Column("alias", String(63), nullable=False, unique=True),
+    Column("alias", String(63), primary_key=True),
     Column("kind", String(31), nullable=False),
     Column("family", String(31), nullable=False),
     Column("location", Text, nullable=False),
     Column("scale", SmallInteger, nullable=False, server_default="1"),
     Column("size_bytes", BigInteger, nullable=False),
     Column("manifest", JSON, nullable=False),
+    Column("source", Text),
+    Column("licence", Text),
+    Column("purposes", JSON, nullable=False),
+    Column("approved_by", String(200), nullable=False),
     Column("created_at", Double, nullable=False),
+    Column("expires_at", Double),
     Column("revoked_at", Double),
+    Column("revoked_because", Text),
+)
+
+# Every set of weights a group's pictures are made with: the base, ControlNets, adapters.
+group_checkpoint = Table(
+    "group_checkpoint",
+    metadata,
+    Column("group_id", ForeignKey("work_group.id"), primary_key=True),
+    Column("digest", _Hash, primary_key=True),
+    Index("ix_group_checkpoint_digest", "digest"),
 )
 
 worker = Table(

@@ -12,6 +12,7 @@ from typer.core import TyperGroup
 
 from sdpipeline import spec
 from sdpipeline.cli import app
+from sdpipeline.engine import conditioning, families
 from sdpipeline.settings import setting_names
 
 README = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
@@ -56,3 +57,12 @@ def _models() -> list[type[BaseModel]]:
 def test_every_campaign_key_stands_in_the_section_on_campaigns(model: type[BaseModel]) -> None:
     section = README.split("## A campaign")[1].split("\n## ")[0]
     assert [name for name in model.model_fields if f"{name}" not in section] == []
+
+
+def test_the_table_of_families_is_the_one_the_engine_runs_by() -> None:
+    assert families.table().strip() in README
+
+
+@pytest.mark.parametrize("name", [*families.SCHEDULERS, *conditioning.ANNOTATORS])
+def test_every_scheduler_and_annotator_is_named(name: str) -> None:
+    assert f"`{name}`" in README

@@ -1,0 +1,160 @@
+"""Commands about weights: checkpoints list, add, verify, revoke."""
+
+from __future__ import annotations
+
+import re
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from sdpipeline import bootstrap
+from sdpipeline.cli.output import FOUND_FAULTS, AsJson, Home, print_json, print_records, refuse, settings, stdout
+from sdpipeline.db import registry
+from sdpipeline.domain import Json
+from sdpipeline.engine.checkpoints import CheckpointFiles, inspect, verify
+from sdpipeline.engine.hub import REPOSITORY, fetch
+from sdpipeline.errors import CheckpointError
+from sdpipeline.settings import Settings
+from sdpipeline.spec import NAME, nearest
+
+_GROUP = typer.Typer(help="The registry of checkpoints allowed to run.", no_args_is_help=True)
+Alias = Annotated[str, typer.Argument(metavar="ALIAS", help="The name campaigns use.")]
+
+
+def add_to(app: typer.Typer) -> None:
+    """Put these commands on the application."""
+    for name, command in (("list", list_all), ("add", add), ("verify", verify_all), ("revoke", revoke)):
+        _GROUP.command(name)(command)
+    app.add_typer(_GROUP, name="checkpoints")
+
+
+def list_all(*, home: Home = None, as_json: AsJson = False) -> None:
+    """List every checkpoint: what may run, and what was revoked."""
+    s = settings(home)
+    rows = _documents(s)
+    if as_json:
+        print_json({"checkpoints": rows})
+        return
+    for row in rows:
+        row["MB"] = round(row["size_bytes"] / 1e6, 1)
+        row["digest"] = row["digest"][:16]
+    columns = ("alias", "kind", "family", "MB", "digest", "status", "licence", "approved_by", "location")
+    print_records("", columns, rows)
+
+
+def add(
+    alias: Alias,
+    source: Annotated[str, typer.Argument(metavar="DIR_OR_REPO", help="A directory, or a hub repository.")],
+    *,
+    revision: Annotated[str | None, typer.Option(help="The repository's commit, 40 digits.")] = None,
+    licence: Annotated[str | None, typer.Option(help="Under which licence the weights may be used.")] = None,
+    purpose: Annotated[list[str] | None, typer.Option(help="What they were approved for; may be repeated.")] = None,
+    expires: Annotated[datetime | None, typer.Option(formats=["%Y-%m-%d"], help="Last day of the approval.")] = None,
+    approved_by: Annotated[str | None, typer.Option(help="Who approved them; default you.")] = None,
+    home: Home = None,
+    as_json: AsJson = False,
+) -> None:
+    """Approve weights under an alias; from now on that is what the alias means. Jobs keep what they were pinned to."""
+    s = settings(home)
+    if not re.fullmatch(NAME, alias):
+        raise refuse(f"{alias!r} is no alias", "lower-case letters, digits and -")
+    directory = Path(source).expanduser().resolve()
+    if not directory.is_dir() and REPOSITORY.fullmatch(source):
+        if revision is None:
+            raise refuse(f"{source} is no directory, and as a repository it needs --revision", "pin its commit")
+        directory = fetch(source, revision, s.checkpoints / f".{alias}-{revision[:12]}")
+    try:
+        files = inspect(alias, directory)
+    except CheckpointError as error:
+        raise refuse(str(error)) from error
+    with bootstrap.services(s) as have, have.audit.transaction() as tx:
+        day_after = expires.replace(tzinfo=UTC).timestamp() + 86400 if expires else None
+        origin = f"{source}@{revision}" if revision else str(directory)
+        approval = registry.Approval(
+            approved_by=approved_by or have.audit.actor,
+            source=origin,
+            licence=licence,
+            purposes=tuple(purpose or ()),
+            expires_at=day_after,
+        )
+        registry.add(tx, files, approval)
+    document = {"alias": alias, "digest": files.digest, "kind": files.kind, "family": files.family}
+    if as_json:
+        print_json(document)
+    else:
+        stdout.print(f"{alias}: {files.kind}, {files.family}, digest {files.digest[:16]}")
+
+
+def verify_all(
+    alias: Annotated[str | None, typer.Argument(metavar="[ALIAS]", help="One checkpoint; default all.")] = None,
+    *,
+    home: Home = None,
+    as_json: AsJson = False,
+) -> None:
+    """Hash every file of the weights again and compare with what was approved."""
+    s = settings(home)
+    known = bootstrap.catalog(s, bootstrap.existing_database(s))
+    if alias is not None and alias not in known:
+        raise refuse(f"no checkpoint {alias!r}", nearest(alias, known))
+    checked = [_verified(files) for name, files in sorted(known.items()) if alias in (None, name)]
+    if as_json:
+        print_json({"ok": all(row["ok"] for row in checked), "checkpoints": checked})
+    else:
+        print_records("", ("alias", "ok", "detail"), checked)
+    if not all(row["ok"] for row in checked):
+        raise typer.Exit(FOUND_FAULTS)
+
+
+def revoke(
+    alias: Annotated[str, typer.Argument(metavar="ALIAS_OR_DIGEST", help="An alias, or at least 8 digits.")],
+    *,
+    because: Annotated[str, typer.Option(help="Why; it stands in the registry for ever.")],
+    home: Home = None,
+    as_json: AsJson = False,
+) -> None:
+    """Withdraw weights: nothing made with them is leased any more, and no campaign may name them."""
+    s = settings(home)
+    with bootstrap.services(s) as have:
+        known = bootstrap.catalog(s, have.database)
+        found = [f for name, f in known.items() if alias == name or (len(alias) >= 8 and f.digest.startswith(alias))]
+        if len({files.digest for files in found}) != 1:
+            raise refuse(f"no checkpoint {alias!r}", nearest(alias, known))
+        with have.audit.transaction() as tx:
+            registry.remember(tx, found)
+            blocked = registry.revoke(tx, found[0].digest, because=because)
+    if as_json:
+        print_json({"digest": found[0].digest, "blocked": blocked})
+    else:
+        stdout.print(f"{alias} revoked, {blocked} jobs blocked; jobs CAMPAIGN --checkpoint lists what it made")
+
+
+def _documents(s: Settings) -> list[Json]:
+    """The registry's rows, and what may run without ever having been used."""
+    database = bootstrap.existing_database(s)
+    rows: list[Json] = []
+    if database is not None:
+        with database.read() as connection:
+            rows = registry.documents(connection)
+    known = bootstrap.catalog(s, database)
+    running = {(files.digest, alias) for alias, files in known.items()}
+    seen = {(row["digest"], row["alias"]) for row in rows}
+    for row in rows:
+        row["status"] = "revoked" if row["revoked_at"] else "ok" if (row["digest"], row["alias"]) in running else "old"
+    return rows + [_unused(files) for alias, files in known.items() if (files.digest, alias) not in seen]
+
+
+def _unused(files: CheckpointFiles) -> Json:
+    names = ("alias", "digest", "kind", "family", "scale", "size_bytes")
+    terms = dict.fromkeys(("licence", "approved_by", "source", "expires_at", "revoked_at", "revoked_because"))
+    own = {name: getattr(files, name) for name in names}
+    return own | terms | {"location": str(files.directory), "purposes": [], "status": "ok"}
+
+
+def _verified(files: CheckpointFiles) -> Json:
+    try:
+        verify(files)
+    except CheckpointError as error:
+        return {"alias": files.alias, "digest": files.digest, "ok": False, "detail": str(error)}
+    return {"alias": files.alias, "digest": files.digest, "ok": True, "detail": f"{len(files.manifest)} files"}

@@ -1,0 +1,133 @@
+"""The registry of checkpoints: approved, verified, pinned by jobs, and withdrawn."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from sdpipeline import bootstrap
+from tests.integration.commands import FAKE_ENGINE, document, pictures, sdpipeline
+
+CAMPAIGN = """\
+name: two-bases
+checkpoint: {base}
+defaults: {{width: 64, height: 64, num_inference_steps: 2}}
+seeds: {{count: 3}}
+stages:
+  - {{id: draft, task: text-to-image, prompt: a red circle}}
+  - {{id: scene, task: text-to-image, prompt: a red circle,
+     controlnets: [{{checkpoint: shapes-canny, image: {{stage: draft}}, annotator: canny}}]}}
+"""
+
+
+@pytest.fixture
+def home(tmp_path: Path) -> Path:
+    return tmp_path / "home"
+
+
+@pytest.fixture
+def weights(tmp_path: Path) -> Path:
+    """A checkpoint of one's own: the shipped one, with one letter of a configuration changed."""
+    folder = Path(shutil.copytree(bootstrap.BUILTIN_CHECKPOINTS / "shapes", tmp_path / "weights"))
+    index = folder / "model_index.json"
+    index.write_text(index.read_text() + " ")
+    return folder
+
+
+def _campaign(tmp_path: Path, base: str) -> Path:
+    file = tmp_path / "campaign.yaml"
+    file.write_text(CAMPAIGN.format(base=base))
+    return file
+
+
+def test_the_shipped_checkpoints_are_listed_and_verify_without_a_database(home: Path) -> None:
+    listed = document("checkpoints", "list", "--home", home)["checkpoints"]
+    assert {"shapes", "shapes-canny"} <= {row["alias"] for row in listed}
+    assert {row["status"] for row in listed} == {"ok"}
+    assert document("checkpoints", "verify", "--home", home)["ok"] is True
+    assert not home.exists()
+
+
+def test_an_added_checkpoint_can_be_named_and_keeps_its_terms(tmp_path: Path, home: Path, weights: Path) -> None:
+    added = document(
+        "checkpoints", "add", "mine", weights, "--licence", "Apache-2.0", "--purpose", "catalogue",
+        "--expires", "2099-12-31", "--approved-by", "legal", "--home", home,
+    )  # fmt: skip
+    row = next(r for r in document("checkpoints", "list", "--home", home)["checkpoints"] if r["alias"] == "mine")
+    assert (row["digest"], row["licence"], row["purposes"]) == (added["digest"], "Apache-2.0", ["catalogue"])
+    assert row["approved_by"] == "legal"
+    assert document("submit", _campaign(tmp_path, "mine"), "--home", home)["added"] == 6
+    assert document("show", 1, "--home", home)["request"]["checkpoint"]["digest"] == added["digest"]
+
+
+def test_an_approval_that_is_over_does_not_run(tmp_path: Path, home: Path, weights: Path) -> None:
+    document("checkpoints", "add", "mine", weights, "--expires", "2020-01-01", "--home", home)
+    refused = sdpipeline("submit", _campaign(tmp_path, "mine"), "--home", home)
+    assert refused.returncode == 2
+    assert "no checkpoint 'mine'" in refused.stderr
+
+
+def test_a_changed_file_of_an_added_checkpoint_is_found_by_name(home: Path, weights: Path) -> None:
+    document("checkpoints", "add", "mine", weights, "--home", home)
+    file = weights / "unet" / "diffusion_pytorch_model.safetensors"
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.write_bytes(bytes(data))
+    checked = document("checkpoints", "verify", "mine", "--home", home, exit_code=3)["checkpoints"]
+    assert "unet/diffusion_pytorch_model.safetensors" in checked[0]["detail"]
+
+
+def test_revoking_blocks_what_is_not_made_lists_what_was_and_refuses_new_campaigns(tmp_path: Path, home: Path) -> None:
+    file = _campaign(tmp_path, "shapes")
+    document("submit", file, "--home", home)
+    document("worker", "--until-idle", "--home", home, given={FAKE_ENGINE: "0"})
+    file.write_text(file.read_text().replace("count: 3", "count: 5"))
+    assert document("submit", file, "--home", home)["added"] == 4
+    revoked = document("checkpoints", "revoke", "shapes-canny", "--because", "licence withdrawn", "--home", home)
+    assert revoked["blocked"] == 2
+    document("worker", "--until-idle", "--home", home, given={FAKE_ENGINE: "0"})
+    jobs = pictures(home, "two-bases")
+    assert {(j["stage"], j["status"]) for j in jobs if j["seed"] >= 3} == {("draft", "succeeded"), ("scene", "blocked")}
+    made = document("jobs", "two-bases", "--checkpoint", revoked["digest"], "--home", home)["jobs"]
+    assert {job["stage"] for job in made} == {"scene"}
+    assert len(made) == 5
+    refused = sdpipeline("plan", file, "--home", home)
+    assert (refused.returncode, "no ControlNet 'shapes-canny'" in refused.stderr) == (2, True)
+    assert document("audit", "verify", "--home", home)["ok"] is True
+
+
+def test_blocked_jobs_run_once_their_checkpoint_is_approved_again(tmp_path: Path, home: Path) -> None:
+    document("submit", _campaign(tmp_path, "shapes"), "--home", home)
+    document("checkpoints", "revoke", "shapes-canny", "--because", "a doubt", "--home", home)
+    assert document("retry", "two-bases", "--status", "blocked", "--home", home)["retried"] == 3
+    counts = document("status", "--home", home)["campaigns"][0]["jobs"]
+    assert counts["blocked"] == 3
+    shipped = bootstrap.BUILTIN_CHECKPOINTS / "shapes-canny"
+    document("checkpoints", "add", "shapes-canny", shipped, "--home", home)
+    document("retry", "two-bases", "--status", "blocked", "--home", home)
+    document("worker", "--until-idle", "--home", home, given={FAKE_ENGINE: "0"})
+    assert document("status", "--home", home)["campaigns"][0]["jobs"]["succeeded"] == 6
+    assert document("audit", "verify", "--home", home)["ok"] is True
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["Big Name", "."], "is no alias"),
+        (["mine", "nowhere/here"], "needs --revision"),
+        (["mine", "nowhere/here", "--revision", "main"], "is not a full commit hash"),
+        (["mine", "nowhere/here", "--revision", "0" * 40], "cannot be fetched"),
+        (["mine", "."], "holds no .safetensors"),
+    ],
+)
+def test_what_cannot_be_added_is_refused_with_its_reason(
+    arguments: list[str], message: str, home: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "empty").mkdir()
+    words = [str(tmp_path / "empty") if word == "." else word for word in arguments]
+    refused = sdpipeline("checkpoints", "add", *words, "--home", home)
+    assert refused.returncode in (1, 2)
+    assert message in refused.stderr
+    assert len(refused.stderr.splitlines()) == 1
