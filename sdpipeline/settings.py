@@ -3,16 +3,25 @@
 from __future__ import annotations
 
 import difflib
+import json
 import os
+import re
 import tomllib
+from dataclasses import dataclass, field
+from io import StringIO
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
+from urllib.parse import urlsplit
 
 from dotenv import dotenv_values
-from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, field_validator
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, TomlConfigSettingsSource
+from pydantic_settings.exceptions import SettingsError as UnreadableValueError
 
 from sdpipeline.errors import Mistake, SettingsError
+
+if TYPE_CHECKING:
+    from pydantic.fields import FieldInfo
 
 PREFIX = "SDP_"
 TEST_PREFIX = "SDP_TEST_"
@@ -20,7 +29,7 @@ TOML_NAME = "sdpipeline.toml"
 
 
 class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class S3Settings(_Section):
@@ -69,7 +78,13 @@ class Settings(BaseSettings):
     """One immutable value, read once per process by ``bootstrap``."""
 
     model_config = SettingsConfigDict(
-        env_prefix=PREFIX, env_nested_delimiter="__", extra="ignore", frozen=True, env_file=".env"
+        env_prefix=PREFIX,
+        env_nested_delimiter="__",
+        env_file=".env",
+        env_ignore_empty=True,  # `SDP_DEVICE=` in a compose file means that there is none
+        extra="ignore",  # a .env may hold other programs' names; ours are checked one by one
+        frozen=True,
+        allow_inf_nan=False,
     )
 
     home: Path = Field(Path("sdp-home"), description="folder of the embedded default: database, pictures, logs, keys")
@@ -102,8 +117,26 @@ class Settings(BaseSettings):
         file_secret_settings: PydanticBaseSettingsSource,  # noqa: ARG003 -- the signature is pydantic's
     ) -> tuple[PydanticBaseSettingsSource, ...]:
         """Command line, environment, ``.env``, then the nearest ``sdpipeline.toml``."""
-        toml = TomlConfigSettingsSource(settings_cls, toml_file=find_toml(Path.cwd()))
-        return init_settings, env_settings, dotenv_settings, toml
+        return init_settings, env_settings, dotenv_settings, _TomlSource(settings_cls)
+
+    @field_validator("database_url")
+    @classmethod
+    def _known_database(cls, url: SecretStr | None) -> SecretStr | None:
+        if url is not None and not _is_database_url(url.get_secret_value()):
+            raise ValueError("expected sqlite:///FILE or postgresql://USER:PASSWORD@HOST/NAME")
+        return url
+
+    @field_validator("storage_url")
+    @classmethod
+    def _known_storage(cls, url: str | None) -> str | None:
+        if url is not None and not url.startswith(("file://", "s3://")):
+            raise ValueError("expected file:///FOLDER or s3://BUCKET/PREFIX")
+        return url
+
+    @field_validator("home", "checkpoints_dir")
+    @classmethod
+    def _expanded(cls, path: Path | None) -> Path | None:
+        return path and path.expanduser()
 
     @property
     def database(self) -> str:
@@ -133,16 +166,27 @@ class Settings(BaseSettings):
         return os.environ.get("PREFECT_API_URL") or None
 
 
-def load(*, home: Path | None = None, cwd: Path | None = None) -> Settings:
+def load(*, home: Path | None = None) -> Settings:
     """Read all sources; raises SettingsError naming every wrong or unknown setting at once."""
-    mistakes = unknown_names(cwd or Path.cwd())
-    if mistakes:
-        raise SettingsError(*mistakes)
+    found = _written(Path.cwd())
+    mistakes = _unknown(found)
     try:
         settings = Settings() if home is None else Settings(home=home)
     except ValidationError as error:
-        raise SettingsError(*(_mistake(fault) for fault in error.errors())) from error
-    return settings.model_copy(update={"home": settings.home.expanduser().resolve()})
+        raise SettingsError(*mistakes, *_mistakes(error, found)) from error
+    except UnreadableValueError as error:
+        raise SettingsError(*mistakes, *(_not_json(found) or [Mistake(message=str(error))])) from error
+    if mistakes:
+        raise SettingsError(*mistakes)
+    return settings.model_copy(update={"home": settings.home.resolve()})
+
+
+def _is_database_url(url: str) -> bool:
+    try:
+        port = urlsplit(url).port
+    except ValueError:
+        return False
+    return port != 0 and re.match(r"(sqlite|postgresql)(\+\w+)?://", url) is not None
 
 
 def find_toml(start: Path) -> Path | None:
@@ -152,54 +196,111 @@ def find_toml(start: Path) -> Path | None:
 
 def setting_names() -> dict[str, tuple[str, Any]]:
     """Every ``SDP_`` name with its description and default, for the README, ``init`` and suggestions."""
-    return dict(_names(Settings, PREFIX))
+    return {name: (info.description or "", default) for name, (info, default) in _fields(Settings, PREFIX).items()}
 
 
-def unknown_names(cwd: Path) -> list[Mistake]:
-    """``SDP_`` names in the environment, ``.env`` or ``sdpipeline.toml`` that are no setting."""
-    known = setting_names()
-    tables = {name for name, (_, default) in known.items() if isinstance(default, dict)}
-    places: list[tuple[str, str]] = [(name, "the environment") for name in os.environ]
-    places += [(name, ".env") for name in dotenv_values(cwd / ".env")] if (cwd / ".env").is_file() else []
-    mistakes = []
-    for name, place in places:
-        upper = name.upper()
-        if not upper.startswith(PREFIX) or upper.startswith(TEST_PREFIX) or upper in known:
-            continue
-        if upper in _sections() or any(upper.startswith(table + "__") for table in tables):
-            continue
-        mistakes.append(Mistake(file=place, key=name, message="no such setting", fix=_nearest(upper, list(known))))
-    return mistakes + _unknown_in_toml(find_toml(cwd), known)
+class _TomlSource(TomlConfigSettingsSource):
+    """The nearest ``sdpipeline.toml``; a path in it is relative to it, as it may lie far above the working folder."""
+
+    def __init__(self, settings_cls: type[BaseSettings]) -> None:
+        self._path = find_toml(Path.cwd())
+        super().__init__(settings_cls, toml_file=self._path)
+
+    def __call__(self) -> dict[str, Any]:
+        document = super().__call__()
+        if self._path is not None:
+            for name, (info, _) in _fields(Settings, PREFIX).items():
+                if Path in (info.annotation, *get_args(info.annotation)):
+                    _rebase(document, name.removeprefix(PREFIX).lower().split("__"), self._path.parent)
+        return document
 
 
-def _unknown_in_toml(path: Path | None, known: dict[str, tuple[str, Any]]) -> list[Mistake]:
-    if path is None:
+def _rebase(document: dict[str, Any], keys: list[str], folder: Path) -> None:
+    *outer, last = keys
+    for key in outer:
+        inner = document.get(key)
+        if not isinstance(inner, dict):
+            return
+        document = inner
+    if isinstance(document.get(last), str):
+        document[last] = folder / Path(document[last]).expanduser()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Written:
+    """A setting's name as somebody wrote it: where, and the ``SDP_`` name that it stands for."""
+
+    file: str
+    line: int | None
+    written: str
+    name: str
+    value: str | None = field(default=None, repr=False)
+
+
+def _written(cwd: Path) -> list[_Written]:
+    """Every ``SDP_`` name in force, the strongest source first."""
+    found = [
+        _Written(file="the environment", line=None, written=name, name=name.upper(), value=value)
+        for name, value in os.environ.items()
+    ]
+    found += _in_dotenv(cwd / ".env")
+    found = [each for each in found if each.name.startswith(PREFIX) and not each.name.startswith(TEST_PREFIX)]
+    path = find_toml(cwd)
+    return found + (_in_toml(path) if path else [])
+
+
+def _in_dotenv(path: Path) -> list[_Written]:
+    if not path.is_file():
         return []
     try:
-        document = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError) as error:
-        return [Mistake(file=str(path), message=f"cannot be read: {error}")]
-    lines = path.read_text(encoding="utf-8").splitlines()
-    mistakes = []
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise SettingsError(Mistake(file=".env", message=f"cannot be read: {error}")) from error
+    lines = {}
+    for n, line in enumerate(text.splitlines(), 1):
+        lines[line.partition("=")[0].strip().removeprefix("export ").strip().strip("'\"")] = n
+    values = dotenv_values(stream=StringIO(text))
+    return [
+        _Written(file=".env", line=lines.get(name), written=name, name=name.upper(), value=value)
+        for name, value in values.items()
+    ]
+
+
+def _in_toml(path: Path) -> list[_Written]:
+    try:
+        text = path.read_text(encoding="utf-8")
+        document = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        place = re.search(r" \(at line (\d+), column (\d+)\)", str(error))
+        line, column = (int(place[1]), int(place[2])) if place else (None, None)
+        message = f"is not TOML: {str(error)[: place.start()] if place else error}"
+        raise SettingsError(Mistake(file=str(path), line=line, column=column, message=message)) from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise SettingsError(Mistake(file=str(path), message=f"cannot be read: {error}")) from error
+    lines = _toml_lines(text)
+    found = []
     for key in _toml_keys(document):
-        if PREFIX + "__".join(key).upper() in known or (len(key) > 1 and _is_table_entry(key, known)):
-            continue
-        line = next((n for n, text in enumerate(lines, 1) if text.split("=")[0].strip().strip("[]") == key[-1]), None)
-        plain = {name.removeprefix(PREFIX).lower().replace("__", "."): name for name in known}
-        mistakes.append(
-            Mistake(
-                file=str(path),
-                line=line,
-                key=".".join(key),
-                message="no such setting",
-                fix=_nearest(".".join(key), list(plain)),
-            )
-        )
-    return mistakes
+        line = next((lines[key[:n]] for n in range(len(key), 0, -1) if key[:n] in lines), None)
+        name = PREFIX + "__".join(key).upper()
+        found.append(_Written(file=str(path), line=line, written=".".join(key), name=name))
+    return found
 
 
-def _is_table_entry(key: tuple[str, ...], known: dict[str, tuple[str, Any]]) -> bool:
-    return isinstance(known.get(PREFIX + "__".join(key[:-1]).upper(), ("", None))[1], dict)
+def _toml_lines(text: str) -> dict[tuple[str, ...], int]:
+    """Where each key of a right TOML text stands; one inside a value stands with the value's own."""
+    lines: dict[tuple[str, ...], int] = {}
+    table: tuple[str, ...] = ()
+    for n, line in enumerate(text.splitlines(), 1):
+        if heading := re.match(r"\s*\[+\s*([^\]]+?)\s*\]", line):
+            table = _dotted_key(heading[1])
+            lines.setdefault(table, n)
+        elif "=" in line:
+            lines.setdefault((*table, *_dotted_key(line.partition("=")[0])), n)
+    return lines
+
+
+def _dotted_key(text: str) -> tuple[str, ...]:
+    return tuple(part.strip().strip("'\"") for part in text.split("."))
 
 
 def _toml_keys(document: dict[str, Any], prefix: tuple[str, ...] = ()) -> list[tuple[str, ...]]:
@@ -209,14 +310,30 @@ def _toml_keys(document: dict[str, Any], prefix: tuple[str, ...] = ()) -> list[t
     return keys
 
 
-def _names(model: type[BaseModel], prefix: str) -> list[tuple[str, tuple[str, Any]]]:
-    found: list[tuple[str, tuple[str, Any]]] = []
-    for name, field in model.model_fields.items():
-        default = field.get_default(call_default_factory=True)
+def _unknown(found: list[_Written]) -> list[Mistake]:
+    """Names that are no setting, with the nearest that is, written as it would be there."""
+    known = setting_names()
+    tables = {name for name, (_, default) in known.items() if isinstance(default, dict)}
+    mistakes = []
+    for each in found:
+        if each.name in known or each.name in _sections() or any(each.name.startswith(f"{t}__") for t in tables):
+            continue
+        in_toml = not each.written.upper().startswith(PREFIX)
+        names = {name: name.removeprefix(PREFIX).lower().replace("__", ".") if in_toml else name for name in known}
+        fix = _nearest(each.written if in_toml else each.name, list(names.values()))
+        mistakes.append(Mistake(file=each.file, line=each.line, key=each.written, message="no such setting", fix=fix))
+    return mistakes
+
+
+def _fields(model: type[BaseModel], prefix: str) -> dict[str, tuple[FieldInfo, Any]]:
+    """Every setting's field and default by its ``SDP_`` name."""
+    found: dict[str, tuple[FieldInfo, Any]] = {}
+    for name, info in model.model_fields.items():
+        default = info.get_default(call_default_factory=True)
         if isinstance(default, BaseModel):
-            found += _names(type(default), f"{prefix}{name.upper()}__")
+            found |= _fields(type(default), f"{prefix}{name.upper()}__")
         else:
-            found.append((f"{prefix}{name.upper()}", (field.description or "", default)))
+            found[f"{prefix}{name.upper()}"] = (info, default)
     return found
 
 
@@ -230,6 +347,52 @@ def _nearest(name: str, known: list[str]) -> str:
     return f"did you mean {close[0]}?" if close else "see the settings table in the README"
 
 
-def _mistake(fault: Any) -> Mistake:
-    name = PREFIX + "__".join(str(part).upper() for part in fault["loc"])
-    return Mistake(key=name, message=fault["msg"])
+def _not_json(found: list[_Written]) -> list[Mistake]:
+    """Lists and tables that a variable holds in another form."""
+    known = setting_names()
+    examples = {name: '["/data"]' if isinstance(known[name][1], list) else '{"team": "web"}' for name in known}
+    lists = {name for name, (_, default) in known.items() if isinstance(default, list | dict)} | _sections()
+    mistakes = []
+    for each in found:
+        if each.name in lists and each.value is not None:
+            try:
+                json.loads(each.value)
+            except ValueError:
+                fix = f"write {examples.get(each.name, '{...}')}"
+                mistakes.append(
+                    Mistake(file=each.file, line=each.line, key=each.written, message="is not JSON", fix=fix)
+                )
+    return mistakes
+
+
+def _mistakes(error: ValidationError, found: list[_Written]) -> list[Mistake]:
+    names = {each.name for each in found}
+    faults = [(fault, PREFIX + "__".join(str(part).upper() for part in fault["loc"])) for fault in error.errors()]
+    # An unknown name that somebody wrote as such has been told; one inside a JSON value has not.
+    return [
+        _mistake(fault, name, found)
+        for fault, name in faults
+        if fault["type"] != "extra_forbidden" or name not in names
+    ]
+
+
+def _mistake(fault: Any, name: str, found: list[_Written]) -> Mistake:
+    """A wrong value where it was written; a secret's is not shown."""
+    full = name
+    while name not in setting_names() and "__" in name and name not in _sections():
+        name = name.rpartition("__")[0]
+    place = next((each for each in found if each.name == name or name.startswith(f"{each.name}__")), None)
+    known = _fields(Settings, PREFIX).get(name)
+    secret = known is not None and SecretStr in (known[0].annotation, *get_args(known[0].annotation))
+    message = str(fault["msg"]).removeprefix("Value error, ")
+    if fault["type"] == "extra_forbidden":
+        message = f"no such setting: {full}"
+    elif str(fault["type"]).startswith("model_"):
+        message = (
+            f"holds settings, as in {name}__{next(n for n in setting_names() if n.startswith(name)).split('__')[1]}"
+        )
+    elif not secret and isinstance(fault["input"], str | int | float):
+        message = f"found {str(fault['input'])[:60]!r}: {message[0].lower()}{message[1:]}"
+    if place is None:
+        return Mistake(key=name, message=message)
+    return Mistake(file=place.file, line=place.line, key=place.written, message=message)
