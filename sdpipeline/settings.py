@@ -85,6 +85,7 @@ class Settings(BaseSettings):
         extra="ignore",  # a .env may hold other programs' names; ours are checked one by one
         frozen=True,
         allow_inf_nan=False,
+        hide_input_in_errors=True,
     )
 
     home: Path = Field(Path("sdp-home"), description="folder of the embedded default: database, pictures, logs, keys")

@@ -1,0 +1,96 @@
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sdpipeline.batching import BUCKETS, batch_document, batch_key, bucket_for, parent_stages, split
+from sdpipeline.domain import CheckpointRef, ControlNetInput, GenerationRequest, ImageSource, OutputFormat, Task
+from tests.factories import CHECKPOINT, request
+
+CANNY = ControlNetInput(
+    checkpoint=CheckpointRef(alias="shapes-canny", digest="ca" * 32), image=ImageSource(digest="11" * 32)
+)
+EDIT: dict[str, Any] = {
+    "task": Task.IMAGE_TO_IMAGE,
+    "strength": 0.5,
+    "image": ImageSource(digest="22" * 32),
+    "controlnets": (CANNY,),
+}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"prompt": "another"},
+        {"negative_prompt": "blurry"},
+        {"seed": 99},
+        {"guidance_scale": 9.0},
+        {"image": ImageSource(digest="33" * 32)},
+        {"image": ImageSource(digest="33" * 32, stage="draft")},
+        {"controlnets": (replace(CANNY, image=ImageSource(digest="44" * 32)),)},
+        {"controlnets": (replace(CANNY, controlnet_conditioning_scale=0.3),)},
+        {"output": OutputFormat(format="jpeg", quality=80)},
+        {"checkpoint": CheckpointRef(alias="another-name", digest=CHECKPOINT.digest)},
+    ],
+)
+def test_pictures_may_share_a_pass_although_they_differ_in(changes: dict[str, Any]) -> None:
+    assert batch_key(request(**EDIT)) == batch_key(request(**EDIT | changes))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"checkpoint": CheckpointRef(alias="shapes", digest="dd" * 32)},
+        {"width": 128},
+        {"height": 128},
+        {"num_inference_steps": 5},
+        {"scheduler": "euler"},
+        {"strength": 0.6},
+        {"guidance_scale": 1.0},
+        {"clip_skip": 2},
+        {"resize": "crop"},
+        {"controlnets": ()},
+        {"controlnets": (CANNY, CANNY)},
+        {"controlnets": (replace(CANNY, annotator="canny"),)},
+        {"controlnets": (replace(CANNY, control_guidance_end=0.5),)},
+        {"controlnets": (replace(CANNY, checkpoint=CheckpointRef(alias="shapes-canny", digest="cb" * 32)),)},
+    ],
+)
+def test_pictures_cannot_share_a_pass_if_they_differ_in(changes: dict[str, Any]) -> None:
+    assert batch_key(request(**EDIT)) != batch_key(request(**EDIT | changes))
+
+
+def test_a_task_with_pictures_is_no_batch_with_one_without() -> None:
+    assert batch_key(request()) != batch_key(request(image=ImageSource(digest="33" * 32)))
+
+
+def test_what_a_batch_has_in_common_can_be_read() -> None:
+    document = batch_document(request(**EDIT))
+    assert document["scheduler"] == "dpmpp-2m"
+    assert document["images"] == ["controlnets.0", "image"]
+    assert "prompt" not in document
+
+
+def test_parents_are_named_once_in_order_of_use() -> None:
+    sources = {stage: ImageSource(stage=stage, digest="55" * 32) for stage in ("a", "b")}
+    asked: GenerationRequest = request(
+        **EDIT | {"image": sources["b"], "controlnets": tuple(replace(CANNY, image=sources[s]) for s in "aab")}
+    )
+    assert list(parent_stages(asked)) == ["b", "a"]
+
+
+@given(st.integers(1, max(BUCKETS)))
+def test_a_bucket_holds_its_pictures_and_is_less_than_twice_as_large(count: int) -> None:
+    assert count <= bucket_for(count) < 2 * count
+
+
+@given(st.integers(0, 5000), st.integers(1, 100))
+def test_a_split_keeps_every_job_and_the_cap(count: int, cap: int) -> None:
+    sizes = split(count, cap)
+    assert sum(sizes) == count
+    assert all(0 < size <= cap for size in sizes)
+    assert all(size in BUCKETS for size in sizes[:-1])
