@@ -1,7 +1,7 @@
 """The demo's checkpoints behind diffusers' stock pipelines, for evaluation and tests."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -60,9 +60,11 @@ class Studio:
         return self._make(self._inpaint, prompts, seed=seed, image=images, mask_image=masks, strength=1.0)
 
     def upscale(self, prompts: Sequence[str], pictures: Sequence[Picture], *, seed: int) -> list[Picture]:
-        """Super-resolution by four."""
+        """Super-resolution by four, in four steps and unguided: more change nothing."""
         images = [to_image(picture) for picture in pictures]
-        return self._make(self._upscaler, prompts, seed=seed, image=images)
+        return replace(self, num_inference_steps=4, guidance_scale=1.0)._make(
+            self._upscaler, prompts, seed=seed, image=images
+        )
 
     def round_trip(self, pictures: Sequence[Picture]) -> list[Picture]:
         """Through the autoencoder and back."""

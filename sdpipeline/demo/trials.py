@@ -169,12 +169,12 @@ def inpainting(studio: Studio, *, count: int = 80) -> list[Score]:
     rng = np.random.default_rng(52)
     first = [replace(scene, items=scene.items[:1]) for scene in scenes]
     sources = [render(rng, scene, side=SIDE) for scene in first]
-    holes = [_hole_around(scene.items[1]) for scene in scenes]
+    holes = [hole_around(scene.items[1]) for scene in scenes]
     made = studio.fill([caption(scene) for scene in scenes], sources, holes, seed=50_000)
     plain = studio.fill([silent_caption(scene) for scene in scenes], sources, holes, seed=51_000)
     inside, plainly = (look_at(_only_inside(pictures, sources, holes)) for pictures in (made, plain))
     changed = [_in_place_of_the_first(scene) for scene in scenes]
-    around = [_hole_around(scene.items[0]) for scene in scenes]
+    around = [hole_around(scene.items[0]) for scene in scenes]
     replaced = studio.fill([silent_caption(scene) for scene in changed], sources, around, seed=52_000)
     outside = [
         mean_difference(picture, source, ~hole)
@@ -265,6 +265,15 @@ def held_out_scenes(kind: str, count: int, *, seed: int, placed: bool = False) -
         if not placed or all(group.place for group in scene.groups):
             found.setdefault(caption(scene), scene)
     return list(found.values())
+
+
+def hole_around(item: Item) -> Mask:
+    """A square with room around the item, at most the half of the picture it lies in."""
+    rows, columns = (
+        (np.arange(SIDE) / SIDE > centre - 0.25) & (np.arange(SIDE) / SIDE < centre + 0.25)
+        for centre in (item.y, item.x)
+    )
+    return np.outer(rows, columns)
 
 
 def look_at(pictures: Iterable[Picture]) -> list[Seen]:
@@ -373,15 +382,6 @@ def _in_place_of_the_first(scene: Scene) -> Scene:
 
 def _yellow(group: Group) -> Group:
     return replace(group, colour="yellow")
-
-
-def _hole_around(item: Item) -> Mask:
-    """A square with room around the item, at most the half of the picture it lies in."""
-    rows, columns = (
-        (np.arange(SIDE) / SIDE > centre - 0.25) & (np.arange(SIDE) / SIDE < centre + 0.25)
-        for centre in (item.y, item.x)
-    )
-    return np.outer(rows, columns)
 
 
 def _only_inside(pictures: Sequence[Picture], sources: Sequence[Picture], holes: Sequence[Mask]) -> list[Picture]:
