@@ -102,12 +102,12 @@ class Crew:
             if isinstance(sentinel, int):
                 processes[sentinel].join(1.0)  # its pipe closes a moment before it can be reaped
 
-    def finish(self, timeout_s: float) -> None:
-        """Let workers that find nothing more to do end by themselves; whoever lingers is stopped."""
+    def finish(self, timeout_s: float) -> list[Death]:
+        """Let workers that find nothing more to do end by themselves; returns those that lingered and were ended."""
         for member in self._members:
             if member.process is not None:
                 member.process.join(timeout_s)
-        self.stop()
+        return self.stop()
 
     def stop(self, grace_s: float = STOP_GRACE_S) -> list[Death]:
         """End every worker now, politely and after ``grace_s`` not; returns those that had to be ended."""

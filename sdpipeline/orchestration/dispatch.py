@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from prefect.client.schemas.objects import State
 
 POLL_S = 1.0
-FINISH_GRACE_S = 30.0
+FINISH_GRACE_S = 60.0  # a replacement that still starts ends as soon as it sees that nothing is left
 
 log = structlog.get_logger(__name__)
 
@@ -64,22 +64,22 @@ def _watch(settings: Settings, campaign: str, workers: crew.Crew, board: Board) 
                 break
             workers.tend(ready=progress.ready, finished=progress.finished)
             workers.wait(POLL_S)
-        workers.finish(FINISH_GRACE_S)
+        _close(settings, campaign, workers.finish(FINISH_GRACE_S))
     except BaseException:  # a Ctrl-C above all: whatever ends the watch ends the watched
-        _end(settings, campaign, workers)
+        _close(settings, campaign, workers.stop())
         raise
     return bootstrap.campaign_progress(settings, campaign)
 
 
-def _end(settings: Settings, campaign: str, workers: crew.Crew) -> None:
+def _close(settings: Settings, campaign: str, stopped: Sequence[crew.Death]) -> None:
+    """Account for workers that were ended: one that was told to gave its leases back, one that was killed could not."""
     from prefect.states import Cancelled
 
-    for stopped in workers.stop():
-        # A worker that was told to end gave its leases back; one that had to be killed could not.
-        returned = bootstrap.release_worker_leases(settings, stopped.pid)
-        log.info("worker.stopped", name=stopped.name, pid=stopped.pid, leases_returned=returned)
+    for worker in stopped:
+        returned = bootstrap.release_worker_leases(settings, worker.pid)
+        log.info("worker.stopped", name=worker.name, pid=worker.pid, leases_returned=returned)
         with shown():
-            _close_run(f"{campaign} · {stopped.name}", Cancelled(message="the campaign's run was stopped"))
+            _close_run(f"{campaign} · {worker.name}", Cancelled(message="the campaign's run ended"))
 
 
 def _spawn(settings: Settings, campaign: str, worker_flow: Flow[..., Any], slot: crew.Slot, name: str) -> BaseProcess:
