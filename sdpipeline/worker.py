@@ -121,6 +121,7 @@ class _Run:
         self._generated: queue.Queue[_Work | None] = queue.Queue(maxsize=2)
         self._leases: dict[str, Lease] = {}
         self._lost: set[str] = set()
+        self._cursor = jobs.Cursor()
         self._succeeded = self._failed = self._batches = 0
         self._gpu_seconds = 0.0
         self._idle = False
@@ -202,6 +203,7 @@ class _Run:
                 campaign_id=self.bounds.campaign_id,
                 resident=self.worker.engine.resident(),
                 full_only=bool(self._leases),
+                cursor=self._cursor,
             )
         if lease is not None:
             self._leases[lease.id] = lease

@@ -43,8 +43,9 @@ MOST_PROMOTED = 1000
 """In one transaction; the next call takes the rest."""
 
 BEFORE_ALL = -(2**15) - 1
-LONGEST_HINT_S = 10.0
+LONGEST_HINT_S = 30.0
 SHORT_HINT_S = 1.0
+LOOKING_SHARE = 0.02
 
 SKIPPED: Mapping[str, Any] = {
     "finished_at": now_s(),
@@ -118,18 +119,19 @@ class Cursor:
 
     While someone holds an old snapshot, the index entries of leased jobs stay and would be read again by
     every lease. Jobs that become ready behind the cursor are seen when it is forgotten: after
-    ``LONGEST_HINT_S``, or after ``SHORT_HINT_S`` if it finds no full batch.
+    ``LONGEST_HINT_S``, or after ``SHORT_HINT_S`` if it finds no full batch, and later where looking at
+    everything took so long that it would be more than ``LOOKING_SHARE`` of the time.
     """
 
     after: dict[int, tuple[int, int]] = field(default_factory=dict)
     since: float = field(default_factory=time.monotonic)
+    took_s: float = 0.0
 
     def forget(self, *, older_than_s: float) -> bool:
         """Look at everything again, unless that was done just now."""
-        if not self.after or time.monotonic() - self.since < older_than_s:
+        if not self.after or time.monotonic() - self.since < max(older_than_s, self.took_s / LOOKING_SHARE):
             return False
         self.after.clear()
-        self.since = time.monotonic()
         return True
 
 
@@ -202,7 +204,12 @@ def _groups(
     g = filled.subquery()
     statement = select(g.c.id, g.c.checkpoint_digest, g.c.ready).where(g.c.ready >= (limit if full_only else 1))
     order = (g.c.priority, case((g.c.ready >= limit, 0), else_=1), g.c.depth.desc(), g.c.loaded, g.c.ready.desc())
-    return connection.execute(statement.order_by(*order, g.c.id)).all()
+    started = time.monotonic()
+    found = connection.execute(statement.order_by(*order, g.c.id)).all()
+    if not cursor.after:
+        cursor.since = time.monotonic()
+        cursor.took_s = cursor.since - started
+    return found
 
 
 def _insert_lease(connection: Connection, lease_id: str, worker_id: str, group_id: int, ttl_s: float) -> None:

@@ -120,9 +120,16 @@ def postgres_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 @pytest.fixture
 def postgres_url(postgres_server: str) -> Iterator[str]:
     """The SQLAlchemy address of an empty database that is dropped after the test."""
+    with new_postgres_database(postgres_server) as url:
+        yield url
+
+
+@contextmanager
+def new_postgres_database(server_url: str) -> Iterator[str]:
+    """An empty database while the block lasts."""
     import sqlalchemy
 
-    server = sqlalchemy.make_url(postgres_server).set(drivername="postgresql+psycopg")
+    server = sqlalchemy.make_url(server_url).set(drivername="postgresql+psycopg")
     name = f"test_{uuid.uuid4().hex}"
     engine = sqlalchemy.create_engine(server, isolation_level="AUTOCOMMIT", poolclass=sqlalchemy.NullPool)
     with engine.connect() as connection:
@@ -132,16 +139,6 @@ def postgres_url(postgres_server: str) -> Iterator[str]:
     finally:
         with engine.connect() as connection:
             connection.exec_driver_sql(f"DROP DATABASE {name} WITH (FORCE)")
-
-
-@pytest.fixture(scope="session")
-def demo_home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A home in which the demo has run to its end, as a user runs it. To look at, not to change."""
-    home = tmp_path_factory.mktemp("demo") / "home"
-    done = sdpipeline("demo", "--home", home)
-    assert done.returncode == 0, done.stderr + done.stdout
-    assert "24 pictures in" in done.stdout
-    return home
 
 
 def new_bucket(endpoint_url: str, **options: Any) -> Bucket:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -37,21 +36,16 @@ def migrated_sqlite(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def migrated_postgres(postgres_server: str) -> Iterator[str]:
     """A migrated database that is emptied before each test; its commits do not wait for the disk."""
-    server = sqlalchemy.make_url(postgres_server).set(drivername="postgresql+psycopg")
-    name = f"test_{uuid.uuid4().hex}"
-    engine = sqlalchemy.create_engine(server, isolation_level="AUTOCOMMIT", poolclass=sqlalchemy.NullPool)
-    with engine.connect() as connection:
-        connection.exec_driver_sql(f"CREATE DATABASE {name}")
-        connection.exec_driver_sql(f"ALTER DATABASE {name} SET synchronous_commit = off")
-    url = server.set(database=name).render_as_string(hide_password=False)
-    try:
+    from tests.integration.conftest import new_postgres_database
+
+    with new_postgres_database(postgres_server) as url:
         database = open_database(url)
+        with database.write() as connection:
+            name = sqlalchemy.make_url(url).database
+            connection.exec_driver_sql(f"ALTER DATABASE {name} SET synchronous_commit = off")
         upgrade(database)
         database.close()
         yield url
-    finally:
-        with engine.connect() as connection:
-            connection.exec_driver_sql(f"DROP DATABASE {name} WITH (FORCE)")
 
 
 @pytest.fixture(params=BACKENDS)

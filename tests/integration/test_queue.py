@@ -109,6 +109,30 @@ def test_nothing_is_leased_from_a_paused_campaign_until_it_goes_on(audit: AuditL
     assert ids(try_lease(audit)) == [1]
 
 
+def test_a_cursor_goes_on_where_it_was_and_looks_back_when_there_is_no_full_batch(
+    audit: AuditLog, database: Database
+) -> None:
+    published(audit, chains(5))
+    cursor = queue.Cursor()
+    returned = leased(audit, limit=2, cursor=cursor)
+    with audit.transaction() as tx:
+        queue.release(tx, lease_id=returned.id)
+    assert ids(leased(audit, limit=2, cursor=cursor)) == [3, 4]
+    cursor.since -= queue.SHORT_HINT_S
+    assert ids(leased(audit, limit=2, cursor=cursor)) == [1, 2]
+    assert ids(try_lease(audit, limit=2, cursor=cursor)) == [5]
+
+
+def test_a_cursor_is_forgotten_in_time_whatever_it_finds(audit: AuditLog, database: Database) -> None:
+    published(audit, chains(9))
+    cursor = queue.Cursor()
+    returned = leased(audit, limit=2, cursor=cursor)
+    with audit.transaction() as tx:
+        queue.release(tx, lease_id=returned.id)
+    cursor.since -= queue.LONGEST_HINT_S
+    assert ids(leased(audit, limit=2, cursor=cursor)) == [1, 2]
+
+
 # Finishing, and the fence.
 
 
@@ -379,7 +403,7 @@ def test_a_job_someone_is_changing_is_promoted_later(audit: AuditLog, database: 
 
 def test_a_lease_asks_the_database_through_the_index_of_ready_jobs(audit: AuditLog, database: Database) -> None:
     published(audit, chains(50))
-    statement = queue.pick(1, 8, alone=False)
+    statement = queue.pick(1, 8, alone=False, after=(100, 7))
     with database.write() as connection:
         sql = str(statement.compile(database.writer, compile_kwargs={"literal_binds": True}))
         if database.is_sqlite:
