@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -238,6 +239,8 @@ def _check_variables(spec: CampaignSpec, axes: Axes, faults: Faults, *, columns_
         used |= names
         for name in sorted(names - known) if all_known else ():
             faults.add(path, f"the variable {name!r} is not declared", nearest(name, declared))
+            # What it may have meant is not unused besides.
+            used |= set(difflib.get_close_matches(name, declared, n=1))
     open_columns = set() if axes.table is None or axes.table.columns is not None else set(axes.columns())
     for name in sorted(declared - used - open_columns):
         faults.add(_declaration(name, axes), f"the variable {name!r} is used nowhere", "use it or remove it")

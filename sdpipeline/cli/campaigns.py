@@ -84,7 +84,8 @@ def run(
     from sdpipeline import orchestration
 
     s = settings(home)
-    bootstrap.seal_key(s)  # a missing key is found before any work is done
+    if not s.embedded:
+        bootstrap.seal_key(s)  # a missing key is found before any work is done; the embedded default makes its own
     name, done = submit_file(s, file)
     if not as_json:
         stderr.print(_submitted(name, done))

@@ -58,7 +58,9 @@ def documents(connection: Connection) -> list[Json]:
 
 def remember(tx: Transaction, used: Iterable[CheckpointFiles]) -> None:
     """Write down the checkpoints a campaign uses, shipped ones and those of the deployment's folder too."""
-    present = set(tx.connection.execute(select(checkpoint.c.digest, checkpoint.c.alias)).tuples())
+    present = {
+        (row.digest, row.alias) for row in tx.connection.execute(select(checkpoint.c.digest, checkpoint.c.alias))
+    }
     for files in used:
         if (files.digest, files.alias) not in present:
             _insert(tx, files, Approval(approved_by=tx.actor))
