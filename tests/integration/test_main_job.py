@@ -58,7 +58,7 @@ def test_every_job_of_the_demo_has_one_picture_with_the_recorded_digest(demo_hom
 
 
 def test_the_pictures_show_what_was_asked_for(demo_home: Path) -> None:
-    right: dict[str, list[bool]] = {"ground": [], "scene": [], "object": []}
+    right: dict[str, list[bool]] = {"ground": [], "scene": [], "object": [], "final": []}
     kept: list[float] = []
     jobs = pictures(demo_home, "demo")
     drafts = {job["id"]: job for job in jobs if job["stage"] == "draft"}
@@ -71,6 +71,9 @@ def test_the_pictures_show_what_was_asked_for(demo_home: Path) -> None:
             right["object"].append([seen.colour for seen in measure.sightings(shown)][:1] == [values["colour"]])
             asked = measure.edges(_pixels(drafts[job["parents"][0]]))
             kept.append(measure.edge_recall(measure.edges(shown), asked))
+        if job["stage"] == "final":
+            assert shown.shape == (512, 512, 3)
+            right["final"].append(measure.background(shown) == values["scene"])
     assert {name: sum(found) >= 7 for name, found in right.items()} == dict.fromkeys(right, True), right
     assert np.mean(kept) > 0.6, kept  # without the ControlNet it is about 0.2
 
