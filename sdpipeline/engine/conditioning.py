@@ -135,7 +135,8 @@ def _none(pixels: Pixels) -> Pixels:
 
 
 def _canny(pixels: Pixels, *, low_threshold: float, high_threshold: float) -> Pixels:
-    return _three(cv2.Canny(_gray(pixels), low_threshold, high_threshold))
+    # In colour: OpenCV takes the strongest channel's gradient, so that two colours of one brightness have an edge.
+    return _three(cv2.Canny(pixels, low_threshold, high_threshold))
 
 
 def _scribble(pixels: Pixels, *, threshold: float) -> Pixels:

@@ -76,3 +76,10 @@ def test_crop_keeps_the_middle_and_pad_keeps_everything() -> None:
     padded = resize(photograph(), 96, 96, "pad")
     assert (padded[16:80] == photograph()).all()
     assert padded[:16].max() == 0
+
+
+def test_canny_sees_the_edge_between_two_colours_of_one_brightness() -> None:
+    picture = np.full((64, 64, 3), (140, 60, 185), dtype=np.uint8)
+    picture[16:48, 16:48] = (220, 38, 38)
+    edges = annotate("canny", picture, {"low_threshold": 60, "high_threshold": 140})
+    assert edges.max() == 255
