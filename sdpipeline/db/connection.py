@@ -107,7 +107,9 @@ def open_database(url: str) -> Database:
         return _open_sqlite(parsed)
     if backend != "postgresql":
         raise SettingsError(_wrong_url(f"names the database {backend!r}"))
-    return _open_postgresql(parsed)
+    if parsed.get_driver_name() not in ("", "psycopg", "psycopg2"):
+        raise SettingsError(_wrong_url(f"names the driver {parsed.get_driver_name()!r}"))
+    return _open_postgresql(parsed.set(drivername="postgresql+psycopg"))
 
 
 def sqlite_path(url: str) -> Path | None:
@@ -163,8 +165,6 @@ def _open_sqlite(url: URL) -> Database:
 
 
 def _open_postgresql(url: URL) -> Database:
-    if url.get_driver_name() in ("", "psycopg2"):
-        url = url.set(drivername="postgresql+psycopg")
     # What the URL says itself wins.
     arguments = {name: value for name, value in _POSTGRES_CONNECTION.items() if name not in url.query}
     try:

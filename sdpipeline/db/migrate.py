@@ -16,12 +16,15 @@ from sdpipeline.db.tables import metadata
 _ADVISORY_LOCK = 7_305_011_948
 """Any number that no one else uses: only one process migrates at a time."""
 
+LOCK_TIMEOUT_S = 10
+"""A migration that waits longer for a busy table would make everybody behind it wait: it gives up."""
+
 
 def upgrade(database: Database) -> tuple[str | None, str]:
     """Run what is missing, alone; returns the revision before and after."""
     with database.write() as connection:
         if not database.is_sqlite:
-            connection.execute(text("SET LOCAL lock_timeout = '10s'"))
+            connection.execute(text(f"SET LOCAL lock_timeout = '{LOCK_TIMEOUT_S}s'"))
             connection.execute(text(f"SELECT pg_advisory_xact_lock({_ADVISORY_LOCK})"))
         before = _revision(connection)
         with as_file(files("sdpipeline") / "migrations") as folder:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import sys
 from collections.abc import Mapping
@@ -16,17 +15,15 @@ from sqlalchemy.dialects import postgresql, sqlite
 from sdpipeline import bootstrap
 from sdpipeline.db import queue
 from sdpipeline.db.tables import image, job
+from tests.integration.databases import processes
 
 if TYPE_CHECKING:
     from sqlalchemy import Table
 
-_forkserver = multiprocessing.get_context("forkserver")
-_forkserver.set_forkserver_preload([__name__])
-
 
 def start(environment: Mapping[str, str], *, fencing: bool = True) -> ForkServerProcess:
     """One worker that works until nothing is left; its output goes to a file in SDP_HOME."""
-    process = _forkserver.Process(target=_work, args=(dict(environment), fencing), daemon=True)
+    process = processes.Process(target=_work, args=(dict(environment), fencing), daemon=True)
     process.start()
     return process
 

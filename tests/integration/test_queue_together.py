@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import threading
 from collections import Counter
@@ -15,8 +14,7 @@ from sdpipeline.db.audit import AuditLog
 from sdpipeline.db.connection import Database, open_database
 from sdpipeline.domain import JobSpec
 from tests.factories import chains, completed, events, failed, job_spec, published, statuses, try_lease
-
-spawned = multiprocessing.get_context("spawn")
+from tests.integration.databases import processes
 
 
 def work(audit: AuditLog, worker_id: str, *, fail_every: int = 0) -> list[int]:
@@ -52,7 +50,7 @@ def diamonds(count: int) -> list[JobSpec]:
 
 def test_eight_processes_never_finish_one_job_twice(audit: AuditLog, database: Database, database_url: str) -> None:
     published(audit, chains(60, "draft", "scene"))
-    with ProcessPoolExecutor(8, mp_context=spawned) as pool:
+    with ProcessPoolExecutor(8, mp_context=processes) as pool:
         done = [pool.submit(work_in_process, database_url, f"worker-{n}") for n in range(8)]
         finished = Counter(job_id for each in done for job_id in each.result())
     assert set(finished.values()) == {1}
@@ -104,7 +102,7 @@ def test_each_job_and_fingerprint_succeeds_once_in_the_audit_log(
     audit: AuditLog, database: Database, database_url: str
 ) -> None:
     published(audit, chains(40))
-    with ProcessPoolExecutor(3, mp_context=spawned) as pool:
+    with ProcessPoolExecutor(3, mp_context=processes) as pool:
         list(pool.map(work_in_process, [database_url] * 3, ["a", "b", "c"]))
     told = [event for event in events(database) if event["event"] == "job.succeeded"]
     assert Counter(event["subject"] for event in told) == dict.fromkeys([f"job:{n}" for n in range(1, 41)], 1)
