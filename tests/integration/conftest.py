@@ -141,6 +141,16 @@ def new_postgres_database(server_url: str) -> Iterator[str]:
             connection.exec_driver_sql(f"DROP DATABASE {name} WITH (FORCE)")
 
 
+@pytest.fixture(scope="session")
+def demo_home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A home in which the demo has run to its end, as a user runs it. To look at, not to change."""
+    home = tmp_path_factory.mktemp("demo") / "home"
+    done = sdpipeline("demo", "--home", home)
+    assert done.returncode == 0, done.stderr + done.stdout
+    assert "24 pictures in" in done.stdout
+    return home
+
+
 def new_bucket(endpoint_url: str, **options: Any) -> Bucket:
     client = _client(endpoint_url)
     name = f"test-{uuid.uuid4().hex}"
