@@ -13,6 +13,11 @@ from enum import StrEnum
 from functools import cache
 from typing import Any, Literal
 
+Reproducibility = Literal["strict", "tolerant", "fast"]
+"""How exactly a picture must come out again. ``strict``: alone in its batch, in float32, by deterministic
+algorithms, and failed rather than made by a fallback. ``tolerant``: in the deployment's dtype and batches; fallbacks
+are taken and recorded. ``fast``: what gains speed for small differences may be used."""
+
 # JSON values; recursive aliases need Python 3.12's `type` statement, so this names only the outermost layer.
 Json = dict[str, Any]
 
@@ -125,7 +130,13 @@ class GenerationRequest:
     clip_skip: int | None = None
     noise_level: int | None = None
     resize: str | None = None
+    reproducibility: Reproducibility = "tolerant"
     output: OutputFormat = OutputFormat()
+
+    @property
+    def exact(self) -> bool:
+        """Whether nothing may run that would change a bit of the picture."""
+        return self.reproducibility == "strict"
 
     def sources(self) -> dict[str, ImageSource]:
         """Every picture this request consumes, by role: ``image``, ``mask_image``, ``controlnets.0``, ..."""

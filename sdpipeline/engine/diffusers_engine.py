@@ -6,6 +6,7 @@ import platform
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from sdpipeline.engine.adapters import Wardrobe, outfit, reference, refuse_unuse
 from sdpipeline.engine.checkpoints import CheckpointFiles
 from sdpipeline.engine.conditioning import known_annotator
 from sdpipeline.engine.developing import Developed, develop
+from sdpipeline.engine.exactness import allow_exactness, exactly
 from sdpipeline.engine.families import FAMILIES, family
 from sdpipeline.engine.gan import upscale
 from sdpipeline.engine.ladder import Ladder, Result, Rung
@@ -44,6 +46,7 @@ class DiffusersEngine:
         locate: Callable[[CheckpointRef], CheckpointFiles],
         resident_bytes: int | None = None,
     ) -> None:
+        allow_exactness()
         self._device = torch.device(device)
         self._dtype = dtype
         self._libraries = library_versions()
@@ -61,19 +64,21 @@ class DiffusersEngine:
         broken: dict[str, SdpError] = {}
         for index, prepared in enumerate(batch.requests):
             try:
-                weights = self._checked_weights(prepared.request, broken)
-                if weights.row.text == "none":
-                    results[index] = self._upscaled(prepared, weights)
-                    continue
-                member = self._member(index, prepared, weights)
+                with exactly(wanted=prepared.request.exact):
+                    weights = self._checked_weights(prepared.request, broken)
+                    if weights.row.text == "none":
+                        results[index] = self._upscaled(prepared, weights)
+                        continue
+                    member = self._member(index, prepared, weights)
             except SdpError as error:
                 results[index] = GenerationFailure(error=error)
             else:
                 groups[settings_of(member, weights)].append(member)
         # Requests of one batch key make one group, unless their prompts differ in length by a whole chunk.
         for settings, members in groups.items():
-            for member, result in self._ladder.run(settings, members, batch.bucket):
-                results[member.index] = result
+            with exactly(wanted=settings.exact):
+                for member, result in self._ladder.run(settings, members, batch.bucket):
+                    results[member.index] = result
         return [results[index] for index in range(len(batch.requests))]
 
     def resident(self) -> frozenset[str]:
@@ -120,7 +125,8 @@ class DiffusersEngine:
         image = pictures(prepared, weights.cell, _no_annotator).image
         assert image is not None
         network = weights.base.parts["upscaler"]
-        pixels, fallbacks = upscale(network, image, files.scale, free=lambda: release(self._device))
+        free = partial(release, self._device)
+        pixels, fallbacks = upscale(network, image, files.scale, free=free, exact=request.exact)
         dtype = next(network.parameters()).dtype
         setting = self._setting(weights, {"name": "none"}, dtype, bucket=1)
         record = ran(request, setting, slot=0, fallbacks=fallbacks, details={"prompt": "not used"})
@@ -134,7 +140,7 @@ class DiffusersEngine:
             if broken and ref.digest in broken:
                 raise broken[ref.digest]
             try:
-                return self.residency.get(ref, keep=keep)
+                return self.residency.get(ref, keep=keep, exact=request.exact)
             except (CheckpointError, DeviceExhaustedError) as error:
                 if broken is not None:
                     broken[ref.digest] = error
@@ -161,12 +167,15 @@ class DiffusersEngine:
         learned = known_annotator(use.annotator).learned
         assert learned is not None
         assert use.annotator_checkpoint is not None
-        loaded = self.residency.get(use.annotator_checkpoint, keep=_digests(request))
+        loaded = self.residency.get(use.annotator_checkpoint, keep=_digests(request), exact=request.exact)
         return annotate_with(loaded, learned, pixels, annotator_parameters(use))
 
     def _embeddings(self, request: GenerationRequest, weights: Weights) -> tuple[Embedding, Embedding | None]:
         """Prompt and negative prompt of equal length; the second only where guidance is on."""
-        inversions = [self.residency.get(use.checkpoint, keep=_digests(request)) for use in request.textual_inversions]
+        keep = _digests(request)
+        inversions = [
+            self.residency.get(use.checkpoint, keep=keep, exact=request.exact) for use in request.textual_inversions
+        ]
         refuse_unused(inversions, request.prompt, request.negative_prompt)
         encoder = PromptEncoder(
             kind=weights.row.text, parts=weights.base.parts, words=words(inversions, weights.base.parts)
@@ -185,7 +194,8 @@ class DiffusersEngine:
     ) -> Embedding:
         inversions = tuple(use.checkpoint for use in request.textual_inversions)
         worn = outfit(weights).loras
-        key = (request.checkpoint.digest, worn, inversions, text, length, request.clip_skip)
+        dtype = weights.base.dtype
+        key = (request.checkpoint.digest, dtype, worn, inversions, text, length, request.clip_skip)
         held = self._prompts.get(key)
         if held is None:
             self._wardrobe.dress(weights)

@@ -58,10 +58,11 @@ class Upscaler(torch.nn.Module):
 
 
 def upscale(
-    network: torch.nn.Module, pixels: Pixels, scale: int, *, free: Callable[[], None]
+    network: torch.nn.Module, pixels: Pixels, scale: int, *, free: Callable[[], None], exact: bool = False
 ) -> tuple[Pixels, list[str]]:
-    """The picture enlarged, and the fallbacks that were taken to fit it into memory."""
-    for tile in TILES:
+    """The picture enlarged, and the fallbacks that were taken to fit it into memory; none if it must be ``exact``."""
+    tiles = TILES[:1] if exact else TILES
+    for tile in tiles:
         try:
             made = enlarge(network, pixels, scale, tile=tile)
         except torch.OutOfMemoryError:
@@ -69,7 +70,7 @@ def upscale(
         if made is not None:
             return made, [] if tile == TILES[0] else [f"tiles of {tile} instead of {TILES[0]}: out of memory"]
         free()
-    raise DeviceExhaustedError(f"out of memory for a tile of {TILES[-1]} pixels")
+    raise DeviceExhaustedError(f"out of memory for a tile of {tiles[-1]} pixels")
 
 
 def enlarge(network: torch.nn.Module, pixels: Pixels, scale: int, *, tile: int) -> Pixels:

@@ -52,6 +52,7 @@ class PassSettings:
     guided: bool
     noise_level: int | None
     prompt_tokens: int
+    exact: bool
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -140,6 +141,7 @@ def settings_of(member: Member, weights: Weights) -> PassSettings:
         guided=member.negative is not None,
         noise_level=noise_level,
         prompt_tokens=member.prompt.embeds.shape[1],
+        exact=request.exact,
     )
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
-from sdpipeline.domain import GenerationRequest, Json
+from sdpipeline.domain import GenerationRequest, Json, Reproducibility
 
 LIBRARIES = ("torch", "diffusers", "transformers", "peft", "numpy", "opencv-python-headless", "sdpipeline")
 
@@ -48,12 +48,18 @@ def ran(
         "guidance_scale": request.guidance_scale,
         "device": setting.device,
         "dtype": setting.dtype,
+        "reproducibility": held(request),
         "bucket": setting.bucket,
         "slot": slot,
         "fallbacks": list(fallbacks),
         "libraries": dict(setting.libraries),
         **(details or {}),
     }
+
+
+def held(request: GenerationRequest) -> Reproducibility:
+    """What held for this picture: no engine here trades exactness for speed yet, so ``fast`` got ``tolerant``."""
+    return "strict" if request.exact else "tolerant"
 
 
 def library_versions() -> dict[str, str]:

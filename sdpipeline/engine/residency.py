@@ -36,6 +36,7 @@ class Loaded:
 
     files: CheckpointFiles
     parts: Mapping[str, Any]
+    dtype: torch.dtype
     scheduler_configs: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     options: Mapping[str, Any] = field(default_factory=dict)
 
@@ -87,14 +88,22 @@ class Residency:
             )
         return files
 
-    def get(self, ref: CheckpointRef, *, keep: Collection[str] = ()) -> Loaded:
-        """The checkpoint, loaded if it is not; those in ``keep`` are not dropped to make room for it."""
-        if ref.digest in self._held:
-            self._held.move_to_end(ref.digest)
-            return self._held[ref.digest]
+    def get(self, ref: CheckpointRef, *, keep: Collection[str] = (), exact: bool = False) -> Loaded:
+        """The checkpoint, loaded if it is not; those in ``keep`` are not dropped to make room for it.
+
+        ``exact`` wants it in float32. It is held in one dtype at a time: twice would fit into less devices.
+        """
         files = self.files(ref)
+        dtype = torch.float32 if exact else self._dtype(files)
+        held = self._held.get(ref.digest)
+        if held is not None and held.dtype == dtype:
+            self._held.move_to_end(ref.digest)
+            return held
+        if held is not None:
+            del held
+            self.drop(keep=self._held.keys() - {ref.digest})
         self._make_room(files.size_bytes, keep)
-        loaded = self._loaded(files) or self._loaded(files, instead_of_all_but=keep)
+        loaded = self._loaded(files, dtype) or self._loaded(files, dtype, instead_of_all_but=keep)
         if loaded is None:
             raise DeviceExhaustedError(
                 f"out of memory while loading checkpoint {ref.alias!r}, with no other one resident"
@@ -103,12 +112,14 @@ class Residency:
         self._held[ref.digest] = loaded
         return loaded
 
-    def _loaded(self, files: CheckpointFiles, *, instead_of_all_but: Collection[str] | None = None) -> Loaded | None:
+    def _loaded(
+        self, files: CheckpointFiles, dtype: torch.dtype, *, instead_of_all_but: Collection[str] | None = None
+    ) -> Loaded | None:
         """``None`` if the device has no room; the second try drops every checkpoint that is not needed now."""
         if instead_of_all_but is not None:
             self.drop(keep=instead_of_all_but)
         try:
-            return load(files, device=self._device, dtype=self._dtype(files))
+            return load(files, device=self._device, dtype=dtype)
         except torch.OutOfMemoryError:
             return None
 
@@ -158,9 +169,9 @@ def _read(files: CheckpointFiles, dtype: torch.dtype) -> Loaded:
     if files.kind in ("controlnet", "vae"):
         config = json.loads((files.directory / "config.json").read_text(encoding="utf-8"))
         network = _network(files, files.directory, getattr(diffusers, config["_class_name"]), dtype)
-        return Loaded(files=files, parts={files.kind: network})
+        return Loaded(files=files, dtype=dtype, parts={files.kind: network})
     if files.kind == "textual-inversion":
-        return Loaded(files=files, parts={"tensors": load_file(_single_file(files))})
+        return Loaded(files=files, dtype=dtype, parts={"tensors": load_file(_single_file(files))})
     if files.kind == "annotator":
         return _annotator(files, dtype)
     if files.kind == "ip-adapter":
@@ -168,7 +179,7 @@ def _read(files: CheckpointFiles, dtype: torch.dtype) -> Loaded:
     if files.kind != "checkpoint":
         raise CheckpointError(f"checkpoint {files.alias!r} is a {files.kind}, which does not stand by itself")
     if files.family == "gan-upscale":
-        return Loaded(files=files, parts={"upscaler": load_upscaler(files, dtype)})
+        return Loaded(files=files, dtype=dtype, parts={"upscaler": load_upscaler(files, dtype)})
     return _pipeline(files, dtype)
 
 
@@ -178,7 +189,7 @@ def _annotator(files: CheckpointFiles, dtype: torch.dtype) -> Loaded:
     processor = transformers.AutoImageProcessor.from_pretrained(
         files.directory, local_files_only=True, trust_remote_code=False
     )
-    return Loaded(files=files, parts={"annotator": network, "processor": processor})
+    return Loaded(files=files, dtype=dtype, parts={"annotator": network, "processor": processor})
 
 
 def _ip_adapter(files: CheckpointFiles, dtype: torch.dtype) -> Loaded:
@@ -189,7 +200,7 @@ def _ip_adapter(files: CheckpointFiles, dtype: torch.dtype) -> Loaded:
     encoder = _network(files, directory, transformers.CLIPVisionModelWithProjection, dtype)
     # Plain adapters project one embedding; all others read the encoder's hidden states.
     plain = "image_proj.proj.weight" in header(files.alias, _single_file(files))
-    return Loaded(files=files, parts={"image_encoder": encoder}, options={"hidden_states": not plain})
+    return Loaded(files=files, dtype=dtype, parts={"image_encoder": encoder}, options={"hidden_states": not plain})
 
 
 def _single_file(files: CheckpointFiles) -> Path:
@@ -212,7 +223,7 @@ def _pipeline(files: CheckpointFiles, dtype: torch.dtype) -> Loaded:
         else:
             parts[name] = _network(files, directory, _class(files, entry), dtype)
     options = {name: value for name, value in index.items() if not name.startswith("_") and not isinstance(value, list)}
-    return Loaded(files=files, parts=parts, scheduler_configs=schedulers, options=options)
+    return Loaded(files=files, dtype=dtype, parts=parts, scheduler_configs=schedulers, options=options)
 
 
 def _class(files: CheckpointFiles, entry: list[str]) -> Any:

@@ -8,11 +8,23 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sdpipeline.batching import BUCKETS, batch_document, batch_key, bucket_for, parent_stages, split
-from sdpipeline.domain import CheckpointRef, ControlNetInput, GenerationRequest, ImageSource, OutputFormat, Task
+from sdpipeline.domain import (
+    AdapterInput,
+    CheckpointRef,
+    ControlNetInput,
+    GenerationRequest,
+    ImageSource,
+    OutputFormat,
+    Task,
+)
 from tests.factories import CHECKPOINT, request
 
 CANNY = ControlNetInput(
     checkpoint=CheckpointRef(alias="shapes-canny", digest="ca" * 32), image=ImageSource(digest="11" * 32)
+)
+LORA = AdapterInput(checkpoint=CheckpointRef(alias="style", digest="10" * 32))
+REFERENCE = AdapterInput(
+    checkpoint=CheckpointRef(alias="face", digest="1b" * 32), image=ImageSource(stage="draft", digest="66" * 32)
 )
 EDIT: dict[str, Any] = {
     "task": Task.IMAGE_TO_IMAGE,
@@ -53,6 +65,13 @@ def test_pictures_may_share_a_pass_although_they_differ_in(changes: dict[str, An
         {"guidance_scale": 1.0},
         {"clip_skip": 2},
         {"resize": "crop"},
+        {"reproducibility": "strict"},
+        {"vae": CheckpointRef(alias="vae", digest="ae" * 32)},
+        {"loras": (LORA,)},
+        {"loras": (LORA, replace(LORA, weight=0.5))},
+        {"textual_inversions": (LORA,)},
+        {"ip_adapters": (REFERENCE,)},
+        {"ip_adapters": (replace(REFERENCE, weight=0.5),)},
         {"controlnets": ()},
         {"controlnets": (CANNY, CANNY)},
         {"controlnets": (replace(CANNY, annotator="canny"),)},
@@ -62,6 +81,17 @@ def test_pictures_may_share_a_pass_although_they_differ_in(changes: dict[str, An
 )
 def test_pictures_cannot_share_a_pass_if_they_differ_in(changes: dict[str, Any]) -> None:
     assert batch_key(request(**EDIT)) != batch_key(request(**EDIT | changes))
+
+
+@pytest.mark.parametrize("field", ["loras", "textual_inversions", "ip_adapters"])
+def test_the_weight_of_an_adapter_is_one_for_a_whole_pass(field: str) -> None:
+    worn = replace(REFERENCE, image=REFERENCE.image if field == "ip_adapters" else None)
+    assert batch_key(request(**{field: (worn,)})) != batch_key(request(**{field: (replace(worn, weight=0.5),)}))
+
+
+def test_the_reference_picture_of_an_ip_adapter_is_another_one_for_each_picture_of_a_pass() -> None:
+    other = replace(REFERENCE, image=ImageSource(digest="77" * 32))
+    assert batch_key(request(ip_adapters=(REFERENCE,))) == batch_key(request(ip_adapters=(other,)))
 
 
 def test_a_task_with_pictures_is_no_batch_with_one_without() -> None:
