@@ -322,6 +322,14 @@ def test_values_that_are_equal_but_written_differently_are_kept_apart() -> None:
     assert len({job.identity for job in jobs}) == 4
 
 
+def test_a_value_that_equals_a_right_one_is_not_taken_for_it() -> None:
+    found = mistakes_of("""
+        variables: {v: [1, true]}
+        stages: [{id: a, task: text-to-image, prompt: x, guidance_scale: "{{ v }}"}]
+    """)
+    assert found == ["4:50: stages[0].guidance_scale: true is not a number from 0 to 100"]
+
+
 def test_an_empty_prompt_is_a_mistake_of_its_row(folder: Path) -> None:
     (folder / "products.tsv").write_text("sku\tcolour\nA\tred\nB\t\n")
     (found,) = mistakes_of(rows_campaign(prompt="{{ colour }}"), folder)

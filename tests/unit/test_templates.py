@@ -80,9 +80,10 @@ def test_what_could_reach_out_loop_or_grow_is_refused(text: str, why: str) -> No
 
 
 @pytest.mark.parametrize("name", ["range", "dict", "lipsum", "cycler", "joiner", "namespace", "self", "loop", "caller"])
-def test_jinjas_own_names_are_no_variables(name: str) -> None:
+@pytest.mark.parametrize("text", ["{{ NAME }}", "{{ NAME }}!", "{{ NAME|string }}"])
+def test_jinjas_own_names_are_no_variables(name: str, text: str) -> None:
     with pytest.raises(TemplateRefusedError):
-        render(f"{{{{ {name} }}}}!")
+        render(text.replace("NAME", name))
 
 
 def test_an_undefined_variable_in_an_expression_is_named() -> None:
