@@ -133,7 +133,7 @@ def jobs(
         wanted = str(with_status) if with_status else None
         with have.database.read() as connection:
             found = reports.jobs(
-                connection, campaign_id, status=wanted, checkpoint=checkpoint, after=after, limit=limit
+                connection, campaign_id, status=wanted, made_with=checkpoint, after=after, limit=limit
             )
             if jsonl:
                 for job in found:

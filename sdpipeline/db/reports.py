@@ -13,6 +13,7 @@ from sdpipeline.db.tables import (
     audit_event,
     campaign,
     campaign_version,
+    checkpoint,
     group_checkpoint,
     image,
     job,
@@ -120,7 +121,7 @@ def jobs(
     campaign_id: int,
     *,
     status: str | None = None,
-    checkpoint: str | None = None,
+    made_with: str | None = None,
     after: int = 0,
     limit: int | None = None,
 ) -> Iterator[Json]:
@@ -134,8 +135,8 @@ def jobs(
     )
     if status is not None:
         statement = statement.where(job.c.status == status)
-    if checkpoint is not None:
-        with_it = select(group_checkpoint.c.group_id).where(group_checkpoint.c.digest.startswith(checkpoint))
+    if made_with is not None:
+        with_it = select(group_checkpoint.c.group_id).where(group_checkpoint.c.digest.startswith(made_with))
         statement = statement.where(job.c.group_id.in_(with_it))
     for chunk in connection.execute(statement.execution_options(yield_per=500)).partitions():
         parents = _parents(connection, [row.id for row in chunk])
@@ -214,17 +215,7 @@ def failures(connection: Connection, campaign_id: int, limit: int) -> list[Json]
         .order_by(job.c.id)
         .limit(limit)
     )
-    return [
-        {
-            "job_id": r.id,
-            "stage": r.stage,
-            "row": r.row_key,
-            "attempts": r.attempt,
-            "kind": r.error_kind,
-            "error": r.error,
-        }
-        for r in connection.execute(statement)
-    ]
+    return [dict(row) for row in connection.execute(statement).mappings()]
 
 
 def newest_images(connection: Connection, campaign_id: int, limit: int) -> list[Json]:
@@ -265,9 +256,10 @@ def timings(connection: Connection, campaign_id: int) -> Iterator[Json]:
 
 
 def checkpoints_of(connection: Connection, campaign_id: int) -> list[str]:
-    """Aliases of the checkpoints a campaign's jobs are made with."""
-    described = select(work_group.c.checkpoint_digest).where(work_group.c.campaign_id == campaign_id).distinct()
-    return list(connection.execute(described).scalars())
+    """Aliases of the base checkpoints a campaign's jobs are made with, by name."""
+    used = select(work_group.c.checkpoint_digest).where(work_group.c.campaign_id == campaign_id)
+    aliases = select(checkpoint.c.alias).where(checkpoint.c.digest.in_(used)).distinct().order_by(checkpoint.c.alias)
+    return list(connection.execute(aliases).scalars())
 
 
 def live_workers(connection: Connection) -> list[Json]:
