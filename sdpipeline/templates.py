@@ -141,6 +141,8 @@ def _check(tree: nodes.Node, *, depth: int) -> None:
             raise TemplateRefusedError(f"{_WORDS.get(name, f'`{name.lower()}`')} is not allowed in a template")
         if isinstance(node, nodes.Filter) and node.name not in FILTERS:
             raise TemplateRefusedError(f"the filter {node.name!r} is not known; there are {', '.join(sorted(FILTERS))}")
+        if isinstance(node, nodes.Name) and node.name in ("self", "super"):
+            raise TemplateRefusedError(f"{node.name!r} is a word of Jinja's and no variable")
         if isinstance(node, nodes.Const) and (character := control_character(str(node.value))):
             raise TemplateRefusedError(f"holds the character {character}")
         _check(node, depth=depth + 1)
