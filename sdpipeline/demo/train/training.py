@@ -2,7 +2,6 @@
 
 import argparse
 import os
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -49,7 +48,7 @@ def main(arguments: list[str] | None = None) -> None:
         steps=options.steps,
     )
     for stage in STAGES if "all" in options.stages else options.stages:
-        training.stage(stage)()
+        training.train(stage)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,18 +62,19 @@ class Training:
     seconds: float | None = None
     steps: int | None = None
 
-    def stage(self, name: str) -> Callable[[], object]:
-        """What carries out the stage of that name."""
+    def train(self, stage: str) -> list[float]:
+        """Carry out one stage; its losses, none for `assemble`."""
+        torch.manual_seed(self.run.seed)  # the networks' first weights
         return {
-            "autoencoder": self.autoencoder,
-            "words": self.words,
-            "unet": self.unet,
-            "controlnet": self.controlnet,
-            "upscale": self.upscale,
-            "assemble": lambda: assemble(self.run),
-        }[name]
+            "autoencoder": self._autoencoder,
+            "words": self._words,
+            "unet": self._unet,
+            "controlnet": self._controlnet,
+            "upscale": self._upscale,
+            "assemble": self._assemble,
+        }[stage]()
 
-    def autoencoder(self) -> list[float]:
+    def _autoencoder(self) -> list[float]:
         """Pixels to designed latents and back."""
         autoencoder = build_autoencoder()
         self._warm_start(autoencoder, "shapes/vae")
@@ -85,7 +85,7 @@ class Training:
         autoencoder.save_pretrained(self.run.network_dir("autoencoder"))
         return losses
 
-    def words(self) -> list[float]:
+    def _words(self) -> list[float]:
         """The text encoder's start."""
         networks = TextToLatents.build(build_tokenizer())
         self._warm_start(networks.text_encoder, "shapes/text_encoder")
@@ -94,7 +94,7 @@ class Training:
         networks.save(self.run)
         return losses
 
-    def unet(self) -> list[float]:
+    def _unet(self) -> list[float]:
         """Text encoder and U-Net."""
         networks = TextToLatents.load(self.run)
         decay = self.recipe.unet_ema_decay
@@ -102,7 +102,7 @@ class Training:
         networks.save(self.run)
         return losses
 
-    def controlnet(self) -> list[float]:
+    def _controlnet(self) -> list[float]:
         """Edges."""
         networks = TextToLatents.load(self.run)
         controlnet = build_controlnet(networks.unet)
@@ -111,7 +111,7 @@ class Training:
         controlnet.save_pretrained(self.run.network_dir("controlnet"))
         return losses
 
-    def upscale(self) -> list[float]:
+    def _upscale(self) -> list[float]:
         """Its autoencoder, then its U-Net; the losses are the U-Net's."""
         autoencoder, unet = build_upscale_autoencoder(), build_upscale_unet()
         autoencoder.register_to_config(scaling_factor=UPSCALE_SCALING)
@@ -127,6 +127,11 @@ class Training:
         losses = train_upscale_unet(unet, shapes_autoencoder, self._pictures, **self._fitting("upscale"))
         unet.save_pretrained(self.run.network_dir("upscale_unet"))
         return losses
+
+    def _assemble(self) -> list[float]:
+        """The three checkpoint directories."""
+        assemble(self.run)
+        return []
 
     @cached_property
     def _corpus(self) -> Corpus:
