@@ -125,11 +125,11 @@ def insert_ignoring(connection: Connection, table: Table) -> postgresql.Insert |
     return sqlite.insert(table).on_conflict_do_nothing()
 
 
-def copy_rows(connection: Connection, table: Table, rows: Sequence[tuple[Any, ...]]) -> None:
+def copy_rows(connection: Connection, table: Table, columns: Sequence[str], rows: Sequence[tuple[Any, ...]]) -> None:
     """Add many rows of values as the driver takes them (JSON as text), in this transaction: COPY where there is one."""
-    names = ", ".join(table.columns.keys())
+    names = ", ".join(columns)
     if connection.dialect.name == "sqlite":
-        marks = ", ".join("?" * len(table.columns))
+        marks = ", ".join("?" * len(columns))
         if rows:
             connection.exec_driver_sql(f"INSERT INTO {table.name} ({names}) VALUES ({marks})", list(rows))  # noqa: S608
         return

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-import pickle
+import marshal
 import secrets
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
@@ -76,6 +76,22 @@ known = Table(
 )
 
 
+ROW = (
+    "identity",
+    "edition",
+    "stage",
+    "depth",
+    "row_key",
+    "variables",
+    "axes",
+    "seed",
+    "fingerprint",
+    "request",
+    "salt",
+)
+"""The columns of a job's own, in the order of a prepared row, between its group and its number of parents."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Group:
     """Jobs of one stage that may share a forward pass, before the database knows them."""
@@ -97,10 +113,10 @@ class Prepared:
     _file: IO[bytes]
 
     def chunks(self) -> Iterator[tuple[list[tuple[Any, ...]], list[tuple[str, str]]]]:
-        """Rows of :data:`incoming`, the group as its place in ``groups``, and of :data:`incoming_parent`."""
+        """Rows of place in the file, place in ``groups``, :data:`ROW` and number of parents; and pairs with parents."""
         self._file.seek(0)
         for _ in range(0, self.count, CHUNK):
-            yield pickle.load(self._file)  # noqa: S301 -- our own file, which has no name
+            yield marshal.load(self._file)  # noqa: S302 -- our own file, which has no name
 
 
 @contextmanager
@@ -112,7 +128,7 @@ def prepared(jobs: Iterable[JobSpec]) -> Iterator[Prepared]:
         for chunk in chunked(jobs, CHUNK):
             rows = [_row(spec, ready.count + n, _place(spec, ready, places)) for n, spec in enumerate(chunk)]
             pairs = [(spec.identity, parent) for spec in chunk for parent in _distinct_parents(spec)]
-            pickle.dump((rows, pairs), file, protocol=pickle.HIGHEST_PROTOCOL)
+            marshal.dump((rows, pairs), file)
             ready.count += len(chunk)
             ready.editions.update(spec.edition for spec in chunk)
         yield ready
@@ -128,10 +144,30 @@ def temporary_tables(connection: Connection) -> Iterator[None]:
 
 def load(connection: Connection, ready: Prepared, campaign_id: int, group_ids: Sequence[int]) -> None:
     """Fill the tables of what comes in; ``group_ids`` are the ids of ``ready.groups``."""
+    names = ["campaign_id", "position", *ROW, "parents", "group_id"]
     for rows, pairs in ready.chunks():
-        copy_rows(connection, incoming, [(campaign_id, *row[:-1], group_ids[row[-1]]) for row in rows])
-        copy_rows(connection, incoming_parent, [(campaign_id, *pair) for pair in pairs])
+        filled = [(campaign_id, position, *row, group_ids[group]) for position, group, *row in rows]
+        copy_rows(connection, incoming, names, filled)
+        _load_parents(connection, campaign_id, pairs)
     analyze(connection, incoming, incoming_parent)
+
+
+def load_first(
+    connection: Connection, ready: Prepared, group_ids: Sequence[int], *, created_at: float, **constants: int
+) -> None:
+    """Fill a campaign that has no jobs yet: there is nothing to compare with, so they go where they belong at once."""
+    names = ["created_at", *constants, "status", "group_id", *ROW, "parents_left"]
+    fixed = (created_at, *constants.values())
+    for rows, pairs in ready.chunks():
+        filled = [(*fixed, "waiting" if row[-1] else "ready", group_ids[group], *row) for _, group, *row in rows]
+        copy_rows(connection, job, names, filled)
+        _load_parents(connection, constants["campaign_id"], pairs)
+    analyze(connection, incoming_parent)
+
+
+def _load_parents(connection: Connection, campaign_id: int, pairs: Sequence[tuple[str, str]]) -> None:
+    names = ["campaign_id", "identity", "parent_identity"]
+    copy_rows(connection, incoming_parent, names, [(campaign_id, *pair) for pair in pairs])
 
 
 def match(connection: Connection) -> None:
@@ -181,17 +217,17 @@ def _distinct_parents(spec: JobSpec) -> Iterable[str]:
 def _row(spec: JobSpec, position: int, group: int) -> tuple[Any, ...]:
     return (
         position,
+        group,
         spec.identity,
         spec.edition,
         spec.stage,
         spec.depth,
         spec.row_key,
         canonical(dict(spec.variables)).decode(),
-        canonical(dict(spec.axes)).decode(),
+        canonical(dict(spec.axes)).decode() if spec.axes else "{}",
         spec.seed,
         spec.fingerprint,
         canonical(to_document(spec.request)).decode(),
         secrets.token_hex(16),
         len(set(spec.parents)),
-        group,
     )

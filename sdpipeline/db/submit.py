@@ -34,6 +34,7 @@ from sdpipeline.db.staging import (
     incoming_parent,
     known,
     load,
+    load_first,
     match,
     temporary_tables,
 )
@@ -80,27 +81,35 @@ def submit(
     campaign_id = _campaign_id(connection, team, name, priority)
     groups = [_group_id(connection, campaign_id, group) for group in ready.groups]
     with temporary_tables(connection):
-        load(connection, ready, campaign_id, groups)
         have_campaign(connection, campaign_id)
         connection.execute(update(campaign).where(campaign.c.id == campaign_id).values(priority=priority))
-        match(connection)
-        unchanged = _count(connection, select(func.count()).where(known.c.same))
-        present = _asked_before(campaign_id, ready.editions)
-        gone = prune and _any(connection, and_(present, ~exists().where(known.c.id == job.c.id)))
-        if unchanged == ready.count and not gone:
-            number = _present_version(connection, campaign_id, source, unchanged)
-            if number is not None:
-                return Submitted(campaign_id=campaign_id, version=number, added=0, unchanged=unchanged, cancelled=0)
-        version_id, number = _insert_version(tx, campaign_id, source)
-        reopened = _change(tx, campaign_id, version_id)
-        added = reopened + _insert_new(connection, version_id, max_attempts)
-        _link_parents(connection)
-        older = job.c.id.in_(select(known.c.id).where(known.c.same))
-        connection.execute(update(job).where(older).values(version_id=version_id))
-        control.settle(tx, campaign_id=campaign_id)
-        # Everything asked for is of this version now.
-        chosen = and_(present, job.c.version_id != version_id)
-        cancelled = control.cancel(tx, campaign_id=campaign_id, chosen=chosen) if gone else 0
+        if not _any(connection, job.c.campaign_id == campaign_id):
+            version_id, number = _insert_version(tx, campaign_id, source)
+            constants = {"campaign_id": campaign_id, "version_id": version_id, "max_attempts": max_attempts}
+            created_at = connection.execute(select(now_s())).scalar_one()
+            load_first(connection, ready, groups, created_at=created_at, **constants)
+            _link_parents(connection)
+            added, unchanged, cancelled = ready.count, 0, 0
+        else:
+            load(connection, ready, campaign_id, groups)
+            match(connection)
+            unchanged = _count(connection, select(func.count()).where(known.c.same))
+            present = _asked_before(campaign_id, ready.editions)
+            gone = prune and _any(connection, and_(present, ~exists().where(known.c.id == job.c.id)))
+            same = (
+                None if gone or unchanged < ready.count else _same_version(connection, campaign_id, source, unchanged)
+            )
+            if same is not None:
+                return Submitted(campaign_id=campaign_id, version=same, added=0, unchanged=unchanged, cancelled=0)
+            version_id, number = _insert_version(tx, campaign_id, source)
+            added = _change(tx, campaign_id, version_id) + _insert_new(connection, version_id, max_attempts)
+            _link_parents(connection)
+            older = job.c.id.in_(select(known.c.id).where(known.c.same))
+            connection.execute(update(job).where(older).values(version_id=version_id))
+            control.settle(tx, campaign_id=campaign_id)
+            # Everything asked for is of this version now.
+            chosen = and_(present, job.c.version_id != version_id)
+            cancelled = control.cancel(tx, campaign_id=campaign_id, chosen=chosen) if gone else 0
     asked = jobs_root(connection, version_id)
     result = {"jobs_added": added, "jobs_root": asked}
     connection.execute(update(campaign_version).where(campaign_version.c.id == version_id).values(**result))
@@ -186,7 +195,7 @@ def _digests(description: Any) -> set[str]:
     return set[str]().union(*(_digests(item) for item in description)) if isinstance(description, list) else set()
 
 
-def _present_version(connection: Connection, campaign_id: int, source: str, count: int) -> int | None:
+def _same_version(connection: Connection, campaign_id: int, source: str, count: int) -> int | None:
     """The number of the campaign's version if it already says exactly this."""
     present = connection.execute(
         select(campaign_version.c.id, campaign_version.c.number)
