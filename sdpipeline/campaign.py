@@ -123,6 +123,9 @@ def template_texts(spec: CampaignSpec) -> Iterator[tuple[KeyPath, str]]:
         for m, use in enumerate(stage.controlnets):
             if isinstance(scale := use.controlnet_conditioning_scale, str):
                 yield ("stages", n, "controlnets", m, "controlnet_conditioning_scale"), scale
+        for place, adapter in stage.adapters():
+            if isinstance(weight := getattr(adapter, "weight", None), str):
+                yield ("stages", n, *place, "weight"), weight
 
 
 def _axes(spec: CampaignSpec, faults: Faults, inputs: InputFolder) -> tuple[Axes, bool]:

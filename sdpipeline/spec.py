@@ -5,12 +5,12 @@ from __future__ import annotations
 import copy
 import difflib
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError
 
-from sdpipeline.domain import Task
+from sdpipeline.domain import Reproducibility, Task
 from sdpipeline.yamlfile import Faults, KeyPath
 
 NAME = r"^[a-z0-9][a-z0-9-]{0,62}$"
@@ -73,6 +73,30 @@ class ControlNetSpec(_Part):
     control_guidance_end: Annotated[float, Field(ge=0, le=1)] = 1.0
 
 
+class LoraSpec(_Part):
+    """A LoRA and how strongly it is felt."""
+
+    checkpoint: str
+    weight: Number = 1.0
+
+
+class TextualInversionSpec(_Part):
+    """A word of one's own, which prompts write as ``<alias>``."""
+
+    checkpoint: str
+
+
+class IPAdapterSpec(_Part):
+    """An IP-Adapter, the picture it takes its likeness from, and how strongly that is felt."""
+
+    checkpoint: str
+    image: ImageSpec
+    weight: Number = 1.0
+
+
+AdapterSpec = LoraSpec | TextualInversionSpec | IPAdapterSpec
+
+
 class OutputSpec(_Part):
     """How pictures are encoded."""
 
@@ -108,17 +132,37 @@ class Stage(Parameters):
     image: ImageSpec | None = None
     mask_image: ImageSpec | None = None
     controlnets: list[ControlNetSpec] = Field(default_factory=list)
+    loras: list[LoraSpec] = Field(default_factory=list)
+    textual_inversions: list[TextualInversionSpec] = Field(default_factory=list)
+    ip_adapters: list[IPAdapterSpec] = Field(default_factory=list)
+    vae: str | None = None
+    reproducibility: Reproducibility | None = None
     output: OutputSpec | None = None
 
     def images(self) -> list[tuple[KeyPath, ImageSpec]]:
         """Every picture the stage consumes, with its place inside the stage."""
         named: list[tuple[KeyPath, ImageSpec | None]] = [(("image",), self.image), (("mask_image",), self.mask_image)]
         named += [(("controlnets", n, "image"), use.image) for n, use in enumerate(self.controlnets)]
+        named += [(("ip_adapters", n, "image"), use.image) for n, use in enumerate(self.ip_adapters)]
         return [(place, image) for place, image in named if image is not None]
+
+    def sized_images(self) -> list[KeyPath]:
+        """Places of those that have to be of the stage's size; an IP-Adapter looks at any."""
+        return [place for place, _ in self.images() if place[0] != "ip_adapters"]
+
+    def adapters(self) -> list[tuple[KeyPath, AdapterSpec]]:
+        """Everything the checkpoint wears, with its place inside the stage."""
+        worn: dict[str, Sequence[AdapterSpec]] = {
+            "loras": self.loras,
+            "textual_inversions": self.textual_inversions,
+            "ip_adapters": self.ip_adapters,
+        }
+        return [((key, n), use) for key, uses in worn.items() for n, use in enumerate(uses)]
 
     def aliases(self) -> list[str]:
         """Every checkpoint the stage names itself."""
-        own = [self.checkpoint, *(use.checkpoint for use in self.controlnets)]
+        own = [self.checkpoint, self.vae, *(use.checkpoint for use in self.controlnets)]
+        own += [use.checkpoint for _, use in self.adapters()]
         return [alias for alias in [*own, *(use.annotator_checkpoint for use in self.controlnets)] if alias]
 
     def parents(self) -> list[str]:
@@ -136,6 +180,7 @@ class CampaignSpec(_Part):
     seeds: Seeds = SeedRange()
     defaults: Parameters = Parameters()
     stages: Annotated[list[Stage], Field(min_length=1, max_length=64)]
+    reproducibility: Reproducibility = "tolerant"
     output: OutputSpec = OutputSpec()
 
 
@@ -148,6 +193,7 @@ LIMITS: Mapping[str, tuple[type, float, float]] = {
     "clip_skip": (int, 1, 12),
     "noise_level": (int, 0, 1000),
     "controlnet_conditioning_scale": (float, 0, 10),
+    "weight": (float, -10, 10),
 }
 """Numeric parameters: their type and inclusive range."""
 
@@ -285,6 +331,9 @@ def _known_keys(path: KeyPath) -> Iterable[str]:
         "image": ImageSpec,
         "mask_image": ImageSpec,
         "controlnets": ControlNetSpec,
+        "loras": LoraSpec,
+        "textual_inversions": TextualInversionSpec,
+        "ip_adapters": IPAdapterSpec,
         "rows": Rows,
     }
     for part in path[:-1]:
@@ -314,7 +363,7 @@ def _stand_in(path: KeyPath) -> Any:
     match path:
         case ("name",):
             return "unnamed"
-        case ("checkpoint",) | ("stages", int(), "controlnets", int(), "checkpoint"):
+        case ("checkpoint",) | ("stages", int(), str(), int(), "checkpoint"):
             return ""
         case ("stages", int(n)):
             return {"id": f"unnamed-{n}", "task": "text-to-image", "prompt": "-"}
@@ -324,6 +373,10 @@ def _stand_in(path: KeyPath) -> Any:
             return "text-to-image"
         case ("stages", int(), "controlnets", int()):
             return {"checkpoint": "", "image": picture}
-        case ("stages", int(), "controlnets", int(), "image"):
+        case ("stages", int(), "ip_adapters", int()):
+            return {"checkpoint": "", "image": picture}
+        case ("stages", int(), "loras" | "textual_inversions", int()):
+            return {"checkpoint": ""}
+        case ("stages", int(), "controlnets" | "ip_adapters", int(), "image"):
             return picture
     return None

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from sdpipeline import adapter_faults
 from sdpipeline.domain import Task
 from sdpipeline.engine import conditioning, families
 from sdpipeline.engine.checkpoints import CheckpointFiles
@@ -34,6 +35,10 @@ def check(spec: CampaignSpec, faults: Faults, catalog: Catalog) -> None:
         _check_values(stage, path, faults)
         for m, use in enumerate(stage.controlnets):
             _check_controlnet(use, (*path, "controlnets", m), faults, catalog)
+        for place, adapter in stage.adapters():
+            if wrong := _wrong("weight", getattr(adapter, "weight", None)):
+                faults.add((*path, *place, "weight"), *wrong)
+        adapter_faults.check(stage, path, faults, catalog)
         if not faults.has((*path, "task")):
             _check_pictures(stage, path, faults)
             _check_checkpoint(spec, stage, path, faults, catalog)
@@ -162,6 +167,7 @@ def _check_checkpoint(spec: CampaignSpec, stage: Stage, path: KeyPath, faults: F
         _check_parameters(spec, stage, path, faults, row)
         for n in range(len(stage.controlnets)):
             _check_fit(stage, n, path, faults, files=(base, catalog.get(stage.controlnets[n].checkpoint)))
+        adapter_faults.check_fit(stage, path, faults, catalog, base=base, row=row)
 
 
 def _check_parameters(spec: CampaignSpec, stage: Stage, path: KeyPath, faults: Faults, row: Family) -> None:

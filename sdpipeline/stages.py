@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from json.encoder import encode_basestring
 from typing import Any
 
 from sdpipeline.batching import batch_key
 from sdpipeline.domain import (
+    AdapterInput,
     CheckpointRef,
     ControlNetInput,
     GenerationRequest,
@@ -21,7 +22,7 @@ from sdpipeline.domain import (
     hashed,
 )
 from sdpipeline.engine import conditioning, families
-from sdpipeline.engine.checkpoints import CheckpointFiles
+from sdpipeline.engine.checkpoints import CheckpointFiles, inversion_words
 from sdpipeline.engine.families import Cell, Family
 from sdpipeline.errors import InputImageError
 from sdpipeline.inputs import InputFolder
@@ -61,7 +62,7 @@ def not_taken(name: str, stage: Stage, family: Family, cell: Cell) -> str | None
         "negative_prompt": family.negative_prompt,
         "clip_skip": family.clip_skip,
         "noise_level": family.max_noise_level is not None,
-        "resize": bool(stage.images()),
+        "resize": bool(stage.sized_images()),
     }
     if taken.get(name, True):
         return None
@@ -101,6 +102,7 @@ class Shape:
     fixed: Mapping[str, Any]
     images: Mapping[str, ImageSource]
     controlnets: tuple[Mapping[str, Any], ...]
+    ip_adapters: tuple[AdapterInput, ...]
     result: Size
     forms: dict[bool, RequestForm] = field(default_factory=dict)
 
@@ -111,6 +113,8 @@ class Shape:
             pictures["controlnets"] = tuple(
                 ControlNetInput(**{**use, "image": _of_parent(use["image"], digests)}) for use in self.controlnets
             )
+        if self.ip_adapters:
+            pictures["ip_adapters"] = tuple(_referring(use, digests) for use in self.ip_adapters)
         return GenerationRequest(prompt=prompt, negative_prompt=negative_prompt, seed=seed, **pictures, **self.fixed)
 
     def form(self, *, negative: bool) -> RequestForm:
@@ -118,6 +122,7 @@ class Shape:
         if negative not in self.forms:
             stages = [source.stage for source in self.images.values()]
             stages += [use["image"].stage for use in self.controlnets]
+            stages += [use.image.stage for use in self.ip_adapters if use.image]
             marks = {stage: f"\0{stage}" for stage in stages if stage}
             self.forms[negative] = RequestForm(self.request("\0.prompt", "\0.negative" if negative else "", 0, marks))
         return self.forms[negative]
@@ -125,6 +130,10 @@ class Shape:
 
 def _of_parent(source: ImageSource, digests: Mapping[str, str]) -> ImageSource:
     return source if source.stage is None else ImageSource(stage=source.stage, digest=digests[source.stage])
+
+
+def _referring(use: AdapterInput, digests: Mapping[str, str]) -> AdapterInput:
+    return replace(use, image=use.image and _of_parent(use.image, digests))
 
 
 class RequestForm:
@@ -182,15 +191,21 @@ class StagePlan:
         self._cell = cell
         self._controlnets = [catalog[use.checkpoint] for use in stage.controlnets]
         self._annotators = [catalog.get(use.annotator_checkpoint or "") for use in stage.controlnets]
+        self._adapters = {place: catalog[use.checkpoint] for place, use in stage.adapters()}
+        self._vae = catalog.get(stage.vae or "")
+        self._reproducibility = stage.reproducibility or spec.reproducibility
+        self._words = [inversion_words(catalog[use.checkpoint]) for use in stage.textual_inversions]
         output = stage.output or spec.output
         self._output = OutputFormat(format=output.format, quality=output.quality)
         self._parameters = {name: self._parameter(spec, name) for name in Parameters.model_fields}
         self._prompt = compile_template(stage.prompt)
         negative = self._parameters.pop("negative_prompt")[1]
         self._negative = negative if isinstance(negative, Template) else compile_template("")
-        self._scales = [_compiled(use.controlnet_conditioning_scale) for use in stage.controlnets]
+        scales: dict[KeyPath, Any] = {place: getattr(use, "weight", 1.0) for place, use in stage.adapters()}
+        scales |= {("controlnets", n): use.controlnet_conditioning_scale for n, use in enumerate(stage.controlnets)}
+        self._scales = {place: _compiled(value) for place, value in scales.items()}
         self._files = {place: compile_template(image.file or "") for place, image in stage.images()}
-        shaping = [value for _, value in self._parameters.values()] + [*self._scales, *self._files.values()]
+        shaping = [value for _, value in self._parameters.values()] + [*self._scales.values(), *self._files.values()]
         self._shaping = _names(shaping)
         self._all_names = _names([*shaping, self._prompt, self._negative])
         self._shapes: dict[tuple[str, tuple[Size, ...]], Shape] = {}
@@ -209,6 +224,7 @@ class StagePlan:
         if not prompt and self.stage.task is Task.TEXT_TO_IMAGE:
             raise WrongValueError((*self.path, "prompt"), "is empty with these values")
         negative = self._filled((*self.path, "negative_prompt"), self._negative, values)
+        self._check_words(prompt, negative)
         return Resolved(
             shape=shape,
             form=shape.form(negative=bool(negative)),
@@ -217,6 +233,13 @@ class StagePlan:
             used={name: values[name] for name in self._all_names},
             quoted={".prompt": encode_basestring(prompt), ".negative": encode_basestring(negative)},
         )
+
+    def _check_words(self, *texts: str) -> None:
+        """A textual inversion that no prompt mentions would change nothing, without a word."""
+        for n, words in enumerate(self._words):
+            if words and not any(word in text for word in words for text in texts):
+                path: KeyPath = (*self.path, "textual_inversions", n)
+                raise WrongValueError(path, "no prompt mentions it", f"write {words[0]} where it is meant")
 
     def _parameter(self, spec: CampaignSpec, name: str) -> tuple[KeyPath, Any]:
         """The stage's own value, else the default where the stage takes it, with its place in the file."""
@@ -235,9 +258,10 @@ class StagePlan:
         sources, given = {}, {}
         for place, image in stage.images():
             sources[place], given[place] = self._source(place, image, values, sizes, inputs)
-        width, height = self._size(values, next(iter(given.values()), None))
+        sized = {place: given[place] for place in stage.sized_images()}
+        width, height = self._size(values, next(iter(sized.values()), None))
         resize = self._value("resize", values)
-        for place, size in given.items():
+        for place, size in sized.items():
             if size != (width, height) and resize is None:
                 message = f"the picture is {size[0]}x{size[1]}, the stage works at {width}x{height}"
                 fix = f"add resize: ({', '.join(conditioning.RESIZE_MODES)}) or change width and height"
@@ -245,7 +269,7 @@ class StagePlan:
         steps = self._value("num_inference_steps", values, self.family.num_inference_steps)
         fixed = {
             "task": stage.task,
-            "checkpoint": CheckpointRef(alias=self.files.alias, digest=self.files.digest),
+            "checkpoint": _ref(self.files),
             "width": width,
             "height": height,
             "num_inference_steps": steps,
@@ -255,14 +279,24 @@ class StagePlan:
             "clip_skip": self._value("clip_skip", values),
             "noise_level": self._value("noise_level", values),
             "resize": resize,
+            "loras": tuple(self._adapter(("loras", n), values) for n in range(len(stage.loras))),
+            "textual_inversions": tuple(
+                self._adapter(("textual_inversions", n), values) for n in range(len(stage.textual_inversions))
+            ),
+            "vae": _ref(self._vae) if self._vae else None,
+            "reproducibility": self._reproducibility,
             "output": self._output,
         }
         images = {str(place[0]): source for place, source in sources.items() if len(place) == 1}
         controlnets = tuple(
             self._controlnet(n, sources["controlnets", n, "image"], values) for n in range(len(stage.controlnets))
         )
+        ip_adapters = tuple(
+            self._adapter(("ip_adapters", n), values, sources["ip_adapters", n, "image"])
+            for n in range(len(stage.ip_adapters))
+        )
         result = self._result((width, height), inputs.max_pixels)
-        return Shape(fixed=fixed, images=images, controlnets=controlnets, result=result)
+        return Shape(fixed=fixed, images=images, controlnets=controlnets, ip_adapters=ip_adapters, result=result)
 
     def _value(self, name: str, values: Mapping[str, Any], otherwise: Any = None) -> Any:
         path, value = self._parameters[name]
@@ -333,23 +367,32 @@ class StagePlan:
     def _controlnet(self, n: int, image: ImageSource, values: Mapping[str, Any]) -> Mapping[str, Any]:
         use, files = self.stage.controlnets[n], self._controlnets[n]
         learned = self._annotators[n]
-        path: KeyPath = (*self.path, "controlnets", n, "controlnet_conditioning_scale")
-        scale = self._scales[n]
-        scale = self._filled(path, scale, values, keep_type=True) if isinstance(scale, Template) else scale
-        try:
-            scale = float(number("controlnet_conditioning_scale", scale))
-        except ValueError as error:
-            raise WrongValueError(path, str(error)) from error
         return {
-            "checkpoint": CheckpointRef(alias=files.alias, digest=files.digest),
+            "checkpoint": _ref(files),
             "image": image,
             "annotator": use.annotator,
             "annotator_parameters": tuple(sorted(use.annotator_parameters.items())),
-            "annotator_checkpoint": learned and CheckpointRef(alias=learned.alias, digest=learned.digest),
-            "controlnet_conditioning_scale": scale,
+            "annotator_checkpoint": learned and _ref(learned),
+            "controlnet_conditioning_scale": self._scale(("controlnets", n), "controlnet_conditioning_scale", values),
             "control_guidance_start": use.control_guidance_start,
             "control_guidance_end": use.control_guidance_end,
         }
+
+    def _adapter(self, place: KeyPath, values: Mapping[str, Any], image: ImageSource | None = None) -> AdapterInput:
+        weight = self._scale(place, "weight", values)
+        return AdapterInput(checkpoint=_ref(self._adapters[place]), weight=weight, image=image)
+
+    def _scale(self, place: KeyPath, name: str, values: Mapping[str, Any]) -> float:
+        path, scale = (*self.path, *place, name), self._scales[place]
+        scale = self._filled(path, scale, values, keep_type=True) if isinstance(scale, Template) else scale
+        try:
+            return float(number(name, scale))
+        except ValueError as error:
+            raise WrongValueError(path, str(error)) from error
+
+
+def _ref(files: CheckpointFiles) -> CheckpointRef:
+    return CheckpointRef(alias=files.alias, digest=files.digest)
 
 
 def _compiled(value: Any) -> Any:

@@ -63,6 +63,10 @@ CATALOG = {
         checkpoint_files("upscaler", family="upscale", scale=4),
         checkpoint_files("flux", family="flux"),
         checkpoint_files("depths", kind="annotator", family="depth"),
+        checkpoint_files("style", kind="lora"),
+        checkpoint_files("toy", kind="textual-inversion"),
+        checkpoint_files("face", kind="ip-adapter"),
+        checkpoint_files("sharp", kind="vae"),
     )
 }
 """What the campaigns of tests may name."""

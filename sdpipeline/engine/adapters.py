@@ -13,7 +13,7 @@ import transformers
 from safetensors.torch import load_file
 
 from sdpipeline.engine import Pixels
-from sdpipeline.engine.checkpoints import CheckpointFiles, verify
+from sdpipeline.engine.checkpoints import CheckpointFiles, verify, words_of
 from sdpipeline.engine.passes import Reference, Weights, assemble, make_scheduler
 from sdpipeline.engine.pictures import to_pil
 from sdpipeline.engine.residency import Loaded
@@ -22,8 +22,6 @@ from sdpipeline.errors import CheckpointError, RequestRefusedError
 
 MISFITS = (ValueError, RuntimeError, KeyError, TypeError, AttributeError, IndexError)
 """What diffusers and peft raise for an adapter that does not fit."""
-UNNAMED = frozenset({"emb_params", "clip_l", "clip_g"})
-"""Keys of textual inversions that do not name their token."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,8 +119,7 @@ def reference(loaded: Loaded, pixels: Pixels) -> Reference:
 
 
 def _tokens(loaded: Loaded) -> list[str]:
-    own = [name for name in loaded.parts["tensors"] if name not in UNNAMED]
-    return [f"<{loaded.files.alias}>", *own]
+    return words_of(loaded.files.alias, loaded.parts["tensors"])
 
 
 def _vectors(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

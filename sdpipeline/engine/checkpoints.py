@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,10 @@ ANNOTATORS = {
     "vitpose": "pose",
 }
 """transformers' model_type of the networks that turn a picture into a control map."""
+
+
+UNNAMED = frozenset({"emb_params", "clip_l", "clip_g"})
+"""Tensors of textual inversions that do not name their token."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -97,6 +101,38 @@ def adapter_misfit(field: str, kind: str, base: CheckpointFiles, adapter: Checkp
     if adapter.family not in ("any", *FAMILIES[base.family].adapters_of):
         return f"{field}: {adapter.alias!r} is for {adapter.family}, but {base.alias!r} is {base.family}"
     return None
+
+
+def vae_misfit(base: CheckpointFiles, vae: CheckpointFiles) -> str | None:
+    """Why this autoencoder cannot take the place of the checkpoint's own; ``None`` if it can."""
+    if vae.kind != "vae":
+        return f"vae: {vae.alias!r} is a {vae.kind}, not an autoencoder"
+    own, other = _latents(base.directory / "vae" / "config.json"), _latents(vae.directory / "config.json")
+    fits = own == other if own and other else vae.family == FAMILIES[base.family].latents_of
+    if not fits:
+        return f"vae: {vae.alias!r} is for {vae.family}, whose latents differ from those of {base.alias!r}"
+    return None
+
+
+def _latents(config: Path) -> tuple[Any, ...] | None:
+    """What has to be equal: other latents would decode to a picture, only to a wrong one. ``None`` if not at hand."""
+    if not config.is_file():
+        return None
+    given = _json(str(config.parent), config)
+    return given.get("latent_channels", 4), given.get("scaling_factor", 0.18215), given.get("shift_factor")
+
+
+def inversion_words(files: CheckpointFiles) -> list[str] | None:
+    """What stands for a textual inversion in prompts; ``None`` where its file is on another machine."""
+    for name in files.manifest:
+        if (path := files.directory / name).suffix == WEIGHTS and path.is_file():
+            return words_of(files.alias, header(files.alias, path))
+    return None
+
+
+def words_of(alias: str, tensors: Iterable[str]) -> list[str]:
+    """``<alias>``, and the token that the file itself names if it does."""
+    return [f"<{alias}>", *(name for name in tensors if name not in UNNAMED)]
 
 
 def _files(directory: Path) -> Iterator[str]:
@@ -209,7 +245,9 @@ def _vae_family(config: Mapping[str, Any]) -> str:
     """Autoencoders differ by the range of their latents, which is what has to match."""
     if config.get("latent_channels") == 16:
         return "flux" if abs((config.get("shift_factor") or 0) - 0.1159) < 1e-3 else "sd3"
-    return "sdxl" if abs(config.get("scaling_factor", 0.18215) - 0.13025) < 1e-4 else "sd1"
+    scaling = config.get("scaling_factor", 0.18215)
+    known = {0.13025: "sdxl", 0.08333: "upscale"}
+    return next((family for factor, family in known.items() if abs(scaling - factor) < 1e-4), "sd1")
 
 
 def _bare(alias: str, path: Path) -> tuple[str, str, int]:

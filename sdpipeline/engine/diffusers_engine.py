@@ -150,14 +150,12 @@ class DiffusersEngine:
         row = family(base.files.family)
         cell = row.cell(request.task, controlnets=len(request.controlnets))
         assert cell is not None  # checked before
-        vae = get(request.vae) if request.vae else None
-        _check_latents(base, vae)
         return Weights(
             row=row,
             cell=cell,
             base=base,
             controlnets=tuple(get(use.checkpoint) for use in request.controlnets),
-            vae=vae,
+            vae=get(request.vae) if request.vae else None,
             loras=tuple((self.residency.files(use.checkpoint), use.weight) for use in request.loras),
             ip_adapters=tuple((get(use.checkpoint), use.weight) for use in request.ip_adapters),
         )
@@ -262,21 +260,6 @@ class DiffusersEngine:
 
 def _no_annotator(use: ControlNetInput, _: Pixels) -> Pixels:
     raise RequestRefusedError(f"controlnets: annotator {use.annotator!r} has nothing to steer here")
-
-
-def _check_latents(base: Loaded, vae: Loaded | None) -> None:
-    """Another range of latents would decode to a picture, only to a wrong one."""
-    if vae is None:
-        return
-    if vae.files.kind != "vae":
-        raise RequestRefusedError(f"vae: {vae.files.alias!r} is a {vae.files.kind}, not an autoencoder")
-    names = ("latent_channels", "scaling_factor", "shift_factor")
-    own, other = ([network.config.get(name) for name in names] for network in (base.parts["vae"], vae.module))
-    if own != other:
-        raise RequestRefusedError(
-            f"vae: {vae.files.alias!r} is for {vae.files.family}, "
-            f"whose latents differ from those of {base.files.alias!r}"
-        )
 
 
 def _digests(request: GenerationRequest) -> set[str]:

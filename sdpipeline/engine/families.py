@@ -60,6 +60,7 @@ class Family:
 
     ``signed_control_maps``: its pipelines take control maps from -1 to 1 instead of from 0 to 1.
     ``adapters_of``: the families whose LoRAs, IP-Adapters and textual inversions fit.
+    ``latents_of``: the family of the autoencoders that read its latents.
     ``float32_decode``: its autoencoder overflows in float16 where its configuration says so.
     """
 
@@ -83,6 +84,7 @@ class Family:
     max_noise_level: int | None = None
     controlnets_of: frozenset[str] = frozenset()
     adapters_of: frozenset[str] = frozenset()
+    latents_of: str = ""
     plain: Mapping[Task, Cell] = field(default_factory=dict)
     controlled: Mapping[Task, Cell] = field(default_factory=dict)
 
@@ -234,6 +236,7 @@ FAMILIES: Mapping[str, Family] = {
             textual_inversion=True,
             controlnets_of=frozenset({"sd1"}),
             adapters_of=frozenset({"sd1"}),
+            latents_of="sd1",
             plain=_SD_PLAIN,
             controlled=_SD_CONTROLLED,
         ),
@@ -244,6 +247,7 @@ FAMILIES: Mapping[str, Family] = {
             textual_inversion=True,
             controlnets_of=frozenset({"sd2"}),
             adapters_of=frozenset({"sd2"}),
+            latents_of="sd1",
             plain=_SD_PLAIN,
             controlled=_SD_CONTROLLED,
         ),
@@ -254,6 +258,7 @@ FAMILIES: Mapping[str, Family] = {
             textual_inversion=True,
             controlnets_of=frozenset({"sd1", "sd2"}),
             adapters_of=frozenset({"sd1", "sd2"}),
+            latents_of="sd1",
             plain=_only(Task.INPAINTING, _SD_PLAIN),
             controlled=_only(Task.INPAINTING, _SD_CONTROLLED),
         ),
@@ -269,6 +274,7 @@ FAMILIES: Mapping[str, Family] = {
             textual_inversion=True,
             controlnets_of=frozenset({"sdxl"}),
             adapters_of=frozenset({"sdxl"}),
+            latents_of="sdxl",
             plain=_SDXL_PLAIN,
             controlled=_SDXL_CONTROLLED,
         ),
@@ -283,6 +289,7 @@ FAMILIES: Mapping[str, Family] = {
             textual_inversion=True,
             controlnets_of=frozenset({"sdxl"}),
             adapters_of=frozenset({"sdxl"}),
+            latents_of="sdxl",
             plain=_only(Task.INPAINTING, _SDXL_PLAIN),
             controlled=_only(Task.INPAINTING, _SDXL_CONTROLLED),
         ),
@@ -299,6 +306,7 @@ FAMILIES: Mapping[str, Family] = {
             signed_control_maps=True,
             controlnets_of=frozenset({"sd3"}),
             adapters_of=frozenset({"sd3"}),
+            latents_of="sd3",
             plain=_cells("StableDiffusion3", strength=0.6),
             controlled=_SD3_CONTROLLED,
         ),
@@ -316,6 +324,7 @@ FAMILIES: Mapping[str, Family] = {
             signed_control_maps=True,
             controlnets_of=frozenset({"flux"}),
             adapters_of=frozenset({"flux"}),
+            latents_of="flux",
             plain=_cells("Flux", strength=0.6),
             controlled=_FLUX_CONTROLLED,
         ),
@@ -330,6 +339,7 @@ FAMILIES: Mapping[str, Family] = {
             lora=False,
             noise_level=20,
             max_noise_level=350,
+            latents_of="upscale",
             plain={
                 Task.SUPER_RESOLUTION: Cell(pipeline="StableDiffusionUpscalePipeline", image="image", takes_size=False)
             },
@@ -344,6 +354,7 @@ FAMILIES: Mapping[str, Family] = {
             num_inference_steps=20,
             guidance_scale=1.0,
             lora=False,
+            latents_of="sd1",
             plain={
                 Task.SUPER_RESOLUTION: Cell(
                     pipeline="StableDiffusionLatentUpscalePipeline", image="image", takes_size=False

@@ -9,7 +9,7 @@ import numpy as np
 
 from sdpipeline.domain import AdapterInput, CheckpointRef, ControlNetInput, GenerationRequest
 from sdpipeline.engine import Pixels, PreparedRequest
-from sdpipeline.engine.checkpoints import CheckpointFiles, adapter_misfit, misfit
+from sdpipeline.engine.checkpoints import CheckpointFiles, adapter_misfit, misfit, vae_misfit
 from sdpipeline.engine.conditioning import annotate, known_annotator, resize
 from sdpipeline.engine.families import Cell, Family, family, refusal, scheduler_refusal
 from sdpipeline.errors import InputImageError, RequestRefusedError
@@ -48,6 +48,8 @@ def check(request: GenerationRequest, locate: Callable[[CheckpointRef], Checkpoi
     for field, kind, uses in adapters_of(request):
         for use in uses:
             reason = reason or adapter_misfit(field, kind, base, locate(use.checkpoint))
+    if request.vae:
+        reason = reason or vae_misfit(base, locate(request.vae))
     if reason:
         raise RequestRefusedError(reason)
 
@@ -137,6 +139,7 @@ def _extras(request: GenerationRequest, row: Family) -> str | None:
         "loras": (bool(request.loras), row.lora),
         "textual_inversions": (bool(request.textual_inversions), row.textual_inversion),
         "ip_adapters": (bool(request.ip_adapters), row.ip_adapter),
+        "vae": (request.vae is not None, bool(row.latents_of)),
         "noise_level": (request.noise_level is not None, row.max_noise_level is not None),
     }
     for name, (wanted, possible) in asked.items():

@@ -22,7 +22,17 @@ from sdpipeline import expand, yamlfile
 from sdpipeline.campaign import check
 from sdpipeline.errors import CampaignError
 from sdpipeline.rows import Table, read_rows
-from sdpipeline.spec import CampaignSpec, ControlNetSpec, ImageSpec, OutputSpec, Parameters, Rows, Stage
+from sdpipeline.spec import (
+    CampaignSpec,
+    ControlNetSpec,
+    ImageSpec,
+    IPAdapterSpec,
+    LoraSpec,
+    OutputSpec,
+    Parameters,
+    Rows,
+    Stage,
+)
 from sdpipeline.templates import TemplateRefusedError, compile_template
 from tests.factories import CATALOG, input_folder
 
@@ -40,14 +50,24 @@ fuzzed = settings(
 KEYS = sorted(
     {
         name
-        for part in (CampaignSpec, Stage, Parameters, ControlNetSpec, ImageSpec, OutputSpec, Rows)
+        for part in (
+            CampaignSpec,
+            Stage,
+            Parameters,
+            ControlNetSpec,
+            ImageSpec,
+            IPAdapterSpec,
+            LoraSpec,
+            OutputSpec,
+            Rows,
+        )
         for name in part.model_fields
     }
     | {"start", "count", "zip", "colour", "size", "low_threshold", "<<", "", "x y", "\u202e", "__class__"}
 )
 WORD_LIST = """shapes shapes-canny upscaler flux draft final text-to-image image-to-image inpainting super-resolution
-    canny none euler dpmpp-2m crop png jpeg same red {{colour}} {{size|round(9)}} {{colour.x}} {%if%} {{colour}}.png
-    ../x a.png nan 1e9 -0 0x10 t.csv t.tsv"""
+    style toy face sharp strict canny none euler dpmpp-2m crop png jpeg same red
+    {{colour}} {{size|round(9)}} {{colour.x}} {%if%} {{colour}}.png ../x a.png nan 1e9 -0 0x10 t.csv t.tsv"""
 WORDS = st.sampled_from(WORD_LIST.split())
 NUMBERS = st.one_of(
     st.integers(-2, 600), st.integers(-(2**70), 2**70), st.floats(), st.sampled_from([8, 64, 128, 512, 0.5, 1.0])
@@ -76,6 +96,13 @@ STAGE = st.fixed_dictionaries(
         **dict.fromkeys(Parameters.model_fields, NUMBERS | WORDS | VALUES),
         "seeds": VALUES,
         "checkpoint": WORDS | VALUES,
+        "loras": st.lists(st.fixed_dictionaries({"checkpoint": WORDS}, optional={"weight": NUMBERS | WORDS | VALUES})),
+        "textual_inversions": st.lists(st.fixed_dictionaries({"checkpoint": WORDS})) | VALUES,
+        "ip_adapters": st.lists(
+            st.fixed_dictionaries({"checkpoint": WORDS, "image": st.just({"stage": "draft"}) | VALUES}), max_size=2
+        ),
+        "vae": WORDS | VALUES,
+        "reproducibility": WORDS | VALUES,
         "output": VALUES,
     },
 )
