@@ -8,6 +8,8 @@ while its parent finishes is counted by one of the two. SQLite has one writer an
 
 from __future__ import annotations
 
+from typing import Any
+
 from sqlalchemy import ColumnElement, Connection, Integer, cast, func, select
 
 from sdpipeline.db.tables import job
@@ -22,9 +24,17 @@ def have_campaign(connection: Connection, campaign_id: int) -> None:
         connection.execute(select(func.pg_advisory_xact_lock(_CAMPAIGN, campaign_id)))
 
 
+def have_campaigns(connection: Connection, of_jobs: ColumnElement[bool]) -> None:
+    """As :func:`have_campaign`, for the campaigns of these jobs, in one order for everybody."""
+    _lock_owners(connection, of_jobs, func.pg_advisory_xact_lock)
+
+
 def share_campaigns(connection: Connection, of_jobs: ColumnElement[bool]) -> None:
     """Keep :func:`have_campaign` out of the campaigns of these jobs until the commit."""
+    _lock_owners(connection, of_jobs, func.pg_advisory_xact_lock_shared)
+
+
+def _lock_owners(connection: Connection, of_jobs: ColumnElement[bool], lock: Any) -> None:
     if connection.dialect.name == "postgresql":
         owners = select(job.c.campaign_id).where(of_jobs).distinct().order_by(job.c.campaign_id).subquery()
-        owner = cast(owners.c.campaign_id, Integer)
-        connection.execute(select(func.pg_advisory_xact_lock_shared(_CAMPAIGN, owner)))
+        connection.execute(select(lock(_CAMPAIGN, cast(owners.c.campaign_id, Integer))))

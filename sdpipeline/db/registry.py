@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import ColumnElement, Connection, null, or_, select, update
+from sqlalchemy import ColumnElement, Connection, and_, null, or_, select, update
 
 from sdpipeline.db.audit import Event, Transaction
 from sdpipeline.db.connection import now_s
+from sdpipeline.db.locks import have_campaigns
 from sdpipeline.db.queue import skip_descendants
 from sdpipeline.db.tables import attempt, checkpoint, group_checkpoint, job
 from sdpipeline.domain import Json
@@ -58,9 +59,9 @@ def documents(connection: Connection) -> list[Json]:
 
 def remember(tx: Transaction, used: Iterable[CheckpointFiles]) -> None:
     """Write down the checkpoints a campaign uses, shipped ones and those of the deployment's folder too."""
-    present = {
-        (row.digest, row.alias) for row in tx.connection.execute(select(checkpoint.c.digest, checkpoint.c.alias))
-    }
+    # Held until the commit: whoever revokes one meanwhile waits, and then finds the jobs that use it.
+    rows = select(checkpoint.c.digest, checkpoint.c.alias).order_by(checkpoint.c.digest, checkpoint.c.alias)
+    present = {(row.digest, row.alias) for row in tx.connection.execute(rows.with_for_update(read=True))}
     for files in used:
         if (files.digest, files.alias) not in present:
             _insert(tx, files, Approval(approved_by=tx.actor))
@@ -80,12 +81,23 @@ def revoke(tx: Transaction, digest: str, *, because: str) -> int:
     rows = update(checkpoint).where(checkpoint.c.digest == digest)
     tx.connection.execute(rows.values(revoked_at=now_s(), revoked_because=because))
     tx.record(Event.CHECKPOINT_REVOKED, f"checkpoint:{digest[:16]}", digest=digest)
+    users = select(group_checkpoint.c.group_id).where(group_checkpoint.c.digest == digest)
+    have_campaigns(tx.connection, and_(job.c.group_id.in_(users), job.c.status.in_(_UNFINISHED)))
     blocked = block(tx.connection, job.c.status.in_(_UNFINISHED))
     if blocked:
         subject = f"checkpoint:{digest[:16]}"
         tx.record(Event.JOBS_BLOCKED, subject, jobs=sorted(blocked), rule=REVOKED)
         skip_descendants(tx, blocked, subject)
     return len(blocked)
+
+
+def block_published(tx: Transaction, *, campaign_id: int, version_id: int) -> None:
+    """Of the jobs just published, those whose weights were revoked between the file's check and now."""
+    mine = and_(job.c.campaign_id == campaign_id, job.c.version_id == version_id, job.c.status.in_(_UNFINISHED))
+    blocked = block(tx.connection, mine)
+    if blocked:
+        tx.record(Event.JOBS_BLOCKED, f"campaign:{campaign_id}", jobs=sorted(blocked), rule=REVOKED)
+        skip_descendants(tx, blocked, f"campaign:{campaign_id}")
 
 
 def block(connection: Connection, chosen: ColumnElement[bool]) -> list[int]:

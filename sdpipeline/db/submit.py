@@ -22,7 +22,7 @@ from sqlalchemy import (
     update,
 )
 
-from sdpipeline.db import control
+from sdpipeline.db import control, registry
 from sdpipeline.db.audit import Event, Transaction
 from sdpipeline.db.connection import insert_ignoring, now_s
 from sdpipeline.db.locks import have_campaign
@@ -110,6 +110,7 @@ def submit(
             # Everything asked for is of this version now.
             chosen = and_(present, job.c.version_id != version_id)
             cancelled = control.cancel(tx, campaign_id=campaign_id, chosen=chosen) if gone else 0
+    registry.block_published(tx, campaign_id=campaign_id, version_id=version_id)
     asked = jobs_root(connection, version_id)
     result = {"jobs_added": added, "jobs_root": asked}
     connection.execute(update(campaign_version).where(campaign_version.c.id == version_id).values(**result))

@@ -12,11 +12,9 @@ import pytest
 from sqlalchemy import Table, text
 
 from sdpipeline import expand, submission
-from sdpipeline.db import staging
 from sdpipeline.db.audit import AuditLog
 from sdpipeline.db.connection import Database, open_database
 from sdpipeline.db.migrate import upgrade
-from sdpipeline.db.submit import submit
 from sdpipeline.db.tables import job, job_parent
 from sdpipeline.storage import LocalStore
 from tests.factories import campaign_of, input_folder
@@ -24,6 +22,7 @@ from tests.factories import campaign_of, input_folder
 pytestmark = [pytest.mark.bench, pytest.mark.timeout(1200)]
 
 JOBS = 100_000
+ROUNDS = 3
 CHAINS = f"""
     name: spring
     checkpoint: shapes
@@ -75,46 +74,46 @@ def _copy(database: Database, table: Table, rows: list[tuple[Any, ...]]) -> None
                 copy.write_row(row)
 
 
-def measured(database: Database, tmp_path: Path, source: str) -> dict[str, float]:
-    """Seconds of the whole submit, and of the database's half from ready jobs into another campaign."""
+def submits(database: Database, tmp_path: Path, source: str, name: str) -> dict[str, float]:
+    """Seconds of the whole submit of a new campaign, of the same again, and of what expanding it takes of each."""
     audit, store, inputs = AuditLog(database, actor="bench"), LocalStore(tmp_path / "store"), input_folder(tmp_path)
-    campaign = campaign_of(source, tmp_path)
-    specs = list(expand.expand(campaign_of(source.replace("spring", "autumn"), tmp_path), inputs))
-    assert len(specs) == JOBS
+    campaign = campaign_of(source.replace("spring", name), tmp_path)
 
     def publish() -> None:
-        with staging.prepared(specs) as ready, audit.transaction() as tx:
-            submit(tx, ready, team="t", name="autumn", source=source, priority=1, max_attempts=3)
+        submission.submit(campaign, inputs, audit, store, team="t", max_attempts=3)
 
-    found = {"expansion": seconds(lambda: list(expand.expand(campaign, inputs)))}
-    found["whole submit"] = seconds(lambda: submission.submit(campaign, inputs, audit, store, team="t", max_attempts=3))
-    found["again, unchanged"] = seconds(
-        lambda: submission.submit(campaign, inputs, audit, store, team="t", max_attempts=3)
-    )
+    expansion = seconds(lambda: sum(1 for _ in expand.expand(campaign, inputs)))
+    return {"expansion alone": expansion, "submit": seconds(publish), "again, unchanged": seconds(publish)}
+
+
+def emptied(database: Database) -> None:
+    """No round finds larger indexes than the one before."""
     with database.write() as connection:
-        database.is_sqlite or connection.execute(text("TRUNCATE job, job_parent, attempt, image"))
-    found["database's half"] = seconds(publish)
-    return found
+        connection.execute(text("TRUNCATE job, job_parent, attempt, image"))
 
 
 @pytest.mark.parametrize("source", [ALONE, CHAINS], ids=["one stage", "chains of two"])
 def test_a_submit_takes_at_most_three_bare_copies(postgres_url: str, tmp_path: Path, source: str) -> None:
     database = open_database(postgres_url)
     upgrade(database)
-    found = measured(database, tmp_path, source)
-    bare, checked = bare_copy(database, checked=False), bare_copy(database, checked=True)
-    for name, took in found.items():
-        print(
-            f"{name:18} {took:6.2f} s, x{took / checked:.2f} of a COPY, x{took / bare:.2f} of one without foreign keys"
-        )
-    print(f"COPY {checked:.2f} s, {bare:.2f} s without foreign keys")
+    rounds: list[dict[str, float]] = []
+    for number in range(ROUNDS):
+        found = submits(database, tmp_path, source, f"spring-{number}")
+        found["COPY"] = bare_copy(database, checked=True)
+        found["COPY without foreign keys"] = bare_copy(database, checked=False)
+        rounds.append(found)
+        emptied(database)
+    # Others' work on the machine only ever adds.
+    least = {name: min(found[name] for found in rounds) for name in rounds[0]}
+    for name, took in least.items():
+        print(f"{name:26} {took:6.2f} s, x{took / least['COPY']:.2f}")
     database.close()
-    assert found["whole submit"] <= 3 * checked
+    assert least["submit"] <= 3 * least["COPY"]
 
 
 def test_what_a_submit_takes_on_sqlite(tmp_path: Path) -> None:
     database = open_database(f"sqlite:///{tmp_path / 'queue.db'}")
     upgrade(database)
-    for name, took in measured(database, tmp_path, CHAINS).items():
-        print(f"{name:18} {took:6.2f} s, {JOBS / took:,.0f} jobs/s")
+    for name, took in submits(database, tmp_path, CHAINS, "spring").items():
+        print(f"{name:26} {took:6.2f} s, {JOBS / took:,.0f} jobs/s")
     database.close()

@@ -8,12 +8,14 @@ from dataclasses import replace
 import pytest
 from sqlalchemy import func, select
 
-from sdpipeline.db import control, queue, staging, tables
+from sdpipeline.db import control, queue, registry, staging, tables
 from sdpipeline.db.audit import AuditLog
 from sdpipeline.db.connection import Database
 from sdpipeline.db.submit import compare, submit
+from sdpipeline.domain import CheckpointRef
 from tests.factories import (
     chains,
+    checkpoint_files,
     completed,
     events,
     failed,
@@ -219,3 +221,14 @@ def test_pruned_jobs_stay_linked_to_what_was_made(audit: AuditLog, database: Dat
     with audit.transaction() as tx:
         assert control.retry(tx, campaign_id=1, statuses=["cancelled"]) == 2
     assert statuses(database) == ["ready", "waiting", "ready", "waiting"]
+
+
+def test_jobs_whose_weights_were_revoked_before_they_are_published_are_blocked(
+    audit: AuditLog, database: Database
+) -> None:
+    with audit.transaction() as tx:
+        registry.remember(tx, [checkpoint_files("shapes")])
+        registry.revoke(tx, checkpoint_files("shapes").digest, because="licence")
+    spec = next(chains(1, checkpoint=CheckpointRef(alias="shapes", digest=checkpoint_files("shapes").digest)))
+    published(audit, [spec, job_spec("b", stage="scene", parents=(spec,)), job_spec("c")])
+    assert statuses(database) == ["blocked", "skipped", "ready"]
