@@ -201,7 +201,10 @@ def verify(
         _verify_stored_seal(store, found, row)
     _verify_newest(database, store, found, len(sealed))
     for stored, sha256 in pictures:
-        _verify_object(store, found, stored, sha256)
+        data = _verify_object(store, found, stored, sha256)
+        if data is not None and stored.endswith(".json"):
+            for control_map in json.loads(data).get("control_maps", ()):
+                _verify_object(store, found, control_map["key"], control_map["sha256"])
     return found
 
 
@@ -404,11 +407,14 @@ def _differs(picture: Json, event: Json) -> bool:
     return any(picture[name] != value for name, value in told.items())
 
 
-def _verify_object(store: ObjectStore, found: Verification, key: str, sha256: str) -> None:
+def _verify_object(store: ObjectStore, found: Verification, key: str, sha256: str) -> bytes | None:
+    """The object's bytes, if they are those that were recorded."""
     try:
         data = store.get(key)
     except ObjectMissingError:
         found.fault("object-missing", key, "storage does not have it")
-        return
+        return None
     if hashlib.sha256(data).hexdigest() != sha256:
         found.fault("object-altered", key, "its bytes do not hash to the recorded SHA-256")
+        return None
+    return data

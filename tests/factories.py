@@ -29,6 +29,7 @@ from sdpipeline.domain import (
     Json,
     Status,
     Task,
+    canonical,
     fingerprint,
 )
 from sdpipeline.engine.checkpoints import CheckpointFiles
@@ -154,7 +155,7 @@ def chains(count: int, *stages: str, **changes: Any) -> Iterator[JobSpec]:
 def stored_image(leased: LeasedJob, store: ObjectStore | None = None) -> StoredImage:
     """What a worker would have put into storage for this job, and has if there is a ``store``."""
     folder = f"default/{leased.campaign}/{leased.stage}/{leased.fingerprint}"
-    picture, sidecar = f"picture {leased.fingerprint}".encode(), f"sidecar {leased.fingerprint}".encode()
+    picture, sidecar = f"picture {leased.fingerprint}".encode(), canonical({"of": leased.fingerprint})
     sha256, sidecar_sha256 = hashlib.sha256(picture).hexdigest(), hashlib.sha256(sidecar).hexdigest()
     key, sidecar_key = f"{folder}/{sha256}.png", f"{folder}/{sha256}.json"
     if store is not None:
