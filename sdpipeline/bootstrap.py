@@ -124,6 +124,15 @@ def catalog(s: Settings, database: Database | None = None) -> Catalog:
     return {alias: files for alias, files in found.items() if files.digest not in withdrawn}
 
 
+def _runnable(s: Settings, database: Database | None) -> dict[str, CheckpointFiles]:
+    """What may run, by digest: jobs keep the weights they were pinned to when an alias has come to mean others."""
+    approved: list[CheckpointFiles] = []
+    if database is not None:
+        with database.read() as connection:
+            approved = registry.known(connection)
+    return {files.digest: files for files in (*approved, *catalog(s, database).values())}
+
+
 def _inspected(folder: Path, *, but: Collection[Path] = ()) -> dict[str, CheckpointFiles]:
     """The checkpoints that lie in a folder, by the names of their own; what may not run is left out."""
     found = {}
@@ -154,11 +163,11 @@ def build_engine(s: Settings, device: str, database: Database | None, *, dtype: 
     except ModuleNotFoundError as error:
         fix = "pip install 'sdpipeline[engine]'"
         raise SettingsError(Mistake(message=f"this machine cannot make pictures: no {error.name}", fix=fix)) from error
-    by_digest = {files.digest: files for files in catalog(s, database).values()}
+    by_digest = _runnable(s, database)
 
     def locate(ref: CheckpointRef) -> CheckpointFiles:
         if ref.digest not in by_digest:
-            by_digest.update({files.digest: files for files in catalog(s, database).values()})
+            by_digest.update(_runnable(s, database))
         if ref.digest not in by_digest:
             raise CheckpointError(f"checkpoint {ref.alias!r} with digest {ref.digest[:16]} is not on this machine")
         return by_digest[ref.digest]

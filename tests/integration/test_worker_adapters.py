@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -133,6 +134,17 @@ def test_a_textual_inversion_answers_to_its_alias_or_to_its_files_token_in_any_p
 
 def test_an_autoencoder_of_other_latents_is_refused_by_its_configuration(place: Workplace) -> None:
     assert "vae: 'vae-sdxl' is for sdxl, whose latents differ from those of 'sd1'" in _refused(place, vae="vae-sdxl")
+
+
+def test_jobs_keep_the_weights_they_were_pinned_to_when_the_alias_comes_to_mean_others(tmp_path: Path) -> None:
+    with workplace(tmp_path) as before:
+        before.add(replace(tiny_checkpoints().files("sd1"), alias="base"))
+        before.submit(campaign("pinned", "base", DRAFT))
+        before.add(replace(tiny_checkpoints().files("sdxl"), alias="base"))
+    with workplace(tmp_path) as place:
+        (job,) = place.work("pinned")
+        assert (job["status"], job["error"]) == ("succeeded", None)
+        assert place.ran(job)["checkpoints"][0]["digest"] == tiny_checkpoints().files("sd1").digest
 
 
 @pytest.fixture
