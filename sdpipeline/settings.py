@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from io import StringIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
-from urllib.parse import urlsplit
+from urllib.parse import quote, urlsplit
 
 from dotenv import dotenv_values
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, field_validator
@@ -144,12 +144,12 @@ class Settings(BaseSettings):
         """The database URL in force, password included: never print it."""
         if self.database_url is not None:
             return self.database_url.get_secret_value()
-        return f"sqlite:///{self.home / 'sdpipeline.db'}"
+        return embedded_database(self.home)
 
     @property
     def storage(self) -> str:
         """The storage URL in force."""
-        return self.storage_url or (self.home.expanduser().resolve() / "storage").as_uri()
+        return self.storage_url or embedded_storage(self.home)
 
     @property
     def checkpoints(self) -> Path:
@@ -165,6 +165,16 @@ class Settings(BaseSettings):
     def prefect_api_url(self) -> str | None:
         """A Prefect server of one's own, by Prefect's own variable."""
         return os.environ.get("PREFECT_API_URL") or None
+
+
+def embedded_database(home: Path) -> str:
+    """The database URL of the embedded default; SQLAlchemy decodes what is quoted here."""
+    return f"sqlite:///{quote(str(home.expanduser().resolve() / 'sdpipeline.db'))}"
+
+
+def embedded_storage(home: Path) -> str:
+    """The storage URL of the embedded default."""
+    return (home.expanduser().resolve() / "storage").as_uri()
 
 
 def load(*, home: Path | None = None) -> Settings:

@@ -14,7 +14,7 @@ from sdpipeline import bootstrap, report
 from sdpipeline.cli import campaigns
 from sdpipeline.cli.output import AsJson, Home, print_json, print_table, settings, stderr, stdout
 from sdpipeline.db import reports
-from sdpipeline.settings import Settings
+from sdpipeline.settings import Settings, embedded_database, embedded_storage
 
 BUNDLED_CAMPAIGN = Path(bootstrap.__file__).parent / "demo" / "campaign.yaml"
 
@@ -67,8 +67,8 @@ class _Result:
 
 def _embedded(s: Settings) -> Settings:
     """The embedded default whatever else is set; the environment carries it to the worker processes."""
-    os.environ["SDP_DATABASE_URL"] = f"sqlite:///{s.home / 'sdpipeline.db'}"
-    os.environ["SDP_STORAGE_URL"] = (s.home / "storage").as_uri()
+    os.environ["SDP_DATABASE_URL"] = embedded_database(s.home)
+    os.environ["SDP_STORAGE_URL"] = embedded_storage(s.home)
     return bootstrap.load_settings(s.home)
 
 

@@ -70,3 +70,16 @@ def test_retry_makes_the_failed_job_and_what_was_skipped_because_of_it(home: Pat
     assert set(_statuses(home).values()) == {"succeeded"}
     done = sdpipeline("run", home.parent / "campaign.yaml", "--home", home, **FAKE)
     assert (done.returncode, "4 unchanged" in done.stderr) == (0, True)
+
+
+def test_a_home_whose_name_holds_spaces_and_signs_works(tmp_path: Path) -> None:
+    home = tmp_path / "50% of my pictures? #1"
+    file = tmp_path / "one.yaml"
+    file.write_text(
+        "name: one\ncheckpoint: shapes\ndefaults: {width: 64, height: 64}\n"
+        "stages: [{id: only, task: text-to-image, prompt: x}]\n"
+    )
+    document("submit", file, "--home", home)
+    assert document("worker", "--until-idle", "--home", home, given=FAKE)["succeeded"] == 1
+    assert document("audit", "verify", "--home", home)["images"] == 1
+    assert sorted(path.name for path in home.iterdir() if path.is_dir()) == ["keys", "storage"]
