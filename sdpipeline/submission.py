@@ -53,21 +53,21 @@ def plan(campaign: Campaign, inputs: InputFolder, database: Database | None, *, 
     else:
         with database.read() as connection:
             difference = publishing.compare(connection, jobs, team=team, name=campaign.spec.name)
-    batches = sum(len(split(count, max_batch)) for count in tally.groups.values())
+    batches = sum(len(split(count, 1 if exact else max_batch)) for (_, _, exact), count in tally.groups.items())
     return Plan(name=campaign.spec.name, stages=dict(tally.stages), batches=batches, difference=difference)
 
 
 @dataclass(slots=True)
 class _Tally:
-    """What went by, by stage and by batch key of a stage."""
+    """What went by, by stage and by batch key of a stage; exact pictures are made one by one."""
 
     stages: Counter[str]
-    groups: Counter[tuple[str, str]] = field(default_factory=Counter)
+    groups: Counter[tuple[str, str, bool]] = field(default_factory=Counter)
 
     def counted(self, jobs: Iterable[JobSpec]) -> Iterator[JobSpec]:
         for spec in jobs:
             self.stages[spec.stage] += 1
-            self.groups[spec.stage, spec.batch_key] += 1
+            self.groups[spec.stage, spec.batch_key, spec.request.exact] += 1
             yield spec
 
 

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from sdpipeline.domain import CheckpointRef
-from sdpipeline.engine.checkpoints import CheckpointFiles, inspect, verify
+from sdpipeline.engine.checkpoints import CheckpointFiles, inspect, vae_misfit, verify
 from sdpipeline.errors import CheckpointError
 from tests.integration.engine_requests import failure_of, image_of, new_engine, prepared, ref, request, results
 from tests.integration.tiny_checkpoints import TinyCheckpoints, tiny_checkpoints
@@ -146,3 +146,15 @@ def test_a_checkpoint_that_was_dropped_makes_the_same_picture_again() -> None:
     on.residency.get(ref("sd-inpaint"))
     assert ref("sd1").digest not in on.resident()
     assert (image_of(results(prepared(request()), on=on)[0]).pixels == first.pixels).all()
+
+
+@pytest.mark.parametrize(("scaling", "fits"), [(0.5, True), (0.18215, False)])
+def test_an_autoencoder_fits_by_its_configuration_whatever_its_family_is_called(
+    scaling: float, fits: bool, tmp_path: Path
+) -> None:
+    base = replace(tiny_checkpoints().files("sdxl"), directory=tmp_path / "base")
+    vae = replace(tiny_checkpoints().files("vae"), directory=tmp_path / "other")
+    for folder, factor in ((tmp_path / "base" / "vae", 0.5), (tmp_path / "other", scaling)):
+        folder.mkdir(parents=True)
+        (folder / "config.json").write_text(json.dumps({"scaling_factor": factor}))
+    assert (vae_misfit(base, vae) is None) is fits

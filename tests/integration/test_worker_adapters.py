@@ -112,6 +112,14 @@ def test_everything_at_once_comes_again_bit_by_bit_from_the_file_alone(place: Wo
     assert (again.bit_equal, again.differences) == (True, [])
 
 
+@pytest.mark.parametrize(("reproducibility", "batches"), [("strict", 5), ("tolerant", 2)])
+def test_a_plan_counts_strict_pictures_as_batches_of_their_own(
+    reproducibility: str, batches: int, place: Workplace
+) -> None:
+    asked = campaign("planned", "sd1", DRAFT, seeds={"count": 5}, reproducibility=reproducibility)
+    assert place.plan(asked, max_batch=4).batches == batches
+
+
 def test_a_weight_may_be_another_for_each_row(place: Workplace) -> None:
     worn = {"loras": [{"checkpoint": "lora-sd1", "weight": "{{ felt }}"}]}
     jobs = place.made(campaign("felt", "sd1", DRAFT | worn, variables={"felt": [0.25, 0.75]}))

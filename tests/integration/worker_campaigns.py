@@ -59,12 +59,21 @@ class Workplace:
 
     def submit(self, campaign: Mapping[str, Any]) -> int:
         """Submit a campaign; returns how many jobs are new."""
-        file = self.folder / f"{campaign['name']}.yaml"
-        file.write_text(yaml.safe_dump(dict(campaign)))
+        file = self._written(campaign)
         with bootstrap.services(self.settings) as have:
             checked, inputs = bootstrap.load_campaign(self.settings, file, have.database)
             team, attempts = self.settings.team, self.settings.max_attempts
             return submission.submit(checked, inputs, have.audit, have.store, team=team, max_attempts=attempts).added
+
+    def plan(self, campaign: Mapping[str, Any], *, max_batch: int) -> submission.Plan:
+        with bootstrap.services(self.settings) as have:
+            checked, inputs = bootstrap.load_campaign(self.settings, self._written(campaign), have.database)
+        return submission.plan(checked, inputs, None, team=self.settings.team, max_batch=max_batch)
+
+    def _written(self, campaign: Mapping[str, Any]) -> Path:
+        file = self.folder / f"{campaign['name']}.yaml"
+        file.write_text(yaml.safe_dump(dict(campaign)))
+        return file
 
     def work(self, campaign: str) -> list[Json]:
         """Work it until nothing is left; its jobs."""
