@@ -15,6 +15,7 @@ from sdpipeline.domain import Task
 from sdpipeline.engine.checkpoints import inspect
 from sdpipeline.engine.diffusers_engine import DiffusersEngine
 from tests.integration.engine_requests import (
+    SOURCE,
     adapter,
     controlnet,
     distance,
@@ -23,8 +24,11 @@ from tests.integration.engine_requests import (
     new_engine,
     noise,
     prepared,
+    ref,
     request,
 )
+from tests.integration.test_engine_families import CELLS
+from tests.integration.test_engine_families import asked as asked_for
 from tests.integration.tiny_checkpoints import TinyCheckpoints, tiny_checkpoints
 
 pytestmark = [
@@ -138,3 +142,33 @@ def test_checkpoints_are_dropped_from_the_device() -> None:
         for family in ("sd1", "sdxl"):
             images(prepared(request(family, num_inference_steps=1)), on=own)
     assert torch.cuda.memory_allocated() - before < 3 * tiny_checkpoints().files("sdxl").size_bytes
+
+
+@pytest.mark.parametrize(("name", "task", "controlnets"), CELLS)
+def test_every_cell_can_be_made_exactly(name: str, task: Task, controlnets: int, on: DiffusersEngine) -> None:
+    given = asked_for(name, task, controlnets)
+    exact = replace(given, request=replace(given.request, reproducibility="strict"))
+    first, second = (images(exact, bucket=bucket, on=on)[0] for bucket in (1, 8))
+    assert equal(first, second)
+    assert [first.ran[key] for key in ("reproducibility", "dtype", "bucket", "fallbacks")] == [
+        "strict",
+        "float32",
+        1,
+        [],
+    ]
+
+
+@pytest.mark.parametrize("annotator", ["depth", "segmentation", "pose"])
+def test_learned_annotators_and_adapters_can_run_exactly(annotator: str, on: DiffusersEngine) -> None:
+    use = controlnet("controlnet-sd1", annotator=f"{annotator}-learned", annotator_checkpoint=ref(annotator))
+    worn: dict[str, Any] = {
+        "controlnets": (use,),
+        "loras": (adapter("lora-sd1"),),
+        "ip_adapters": (adapter("ip-adapter-sd1", image=SOURCE),),
+        "textual_inversions": (adapter("toy"),),
+        "vae": ref("vae"),
+    }
+    exact = prepared(
+        request(prompt="a <toy>", reproducibility="strict", **worn), controlnets_0=noise(1), ip_adapters_0=noise(2)
+    )
+    assert equal(*(images(exact, on=on)[0] for _ in range(2)))
