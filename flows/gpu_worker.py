@@ -13,7 +13,7 @@ def gpu_worker(
     campaign: str | None = None, home: str | None = None, device: str | None = None, log_file: str | None = None
 ) -> None:
     """Lease and work batches of a campaign, or of all, until nothing is left. Pictures are committed one by one."""
-    from sdpipeline import bootstrap
+    from sdpipeline import bootstrap, telemetry
     from sdpipeline.orchestration import worker_process
 
     # The body travels to another process by value, so the task is made here rather than beside it. One task
@@ -23,5 +23,6 @@ def gpu_worker(
         return worker.run(campaign=campaign, until_idle=True, deadline_s=worker_process.CHUNK_S, stop=stop)
 
     settings = bootstrap.load_settings(Path(home) if home else None)
+    telemetry.configure_logging(settings)
     with worker_process.set_up(log_file) as stop, bootstrap.open_worker(settings, device=device) as worker:
         worker_process.work_in_chunks(work_chunk, stop)

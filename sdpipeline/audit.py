@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import rfc8785
-from cryptography.exceptions import InvalidSignature
+from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from filelock import FileLock
@@ -55,7 +55,12 @@ def load_key(path: Path, *, create: bool) -> SealKey:
             fix = "write an Ed25519 key there: openssl genpkey -algorithm ed25519"
             raise SettingsError(Mistake(key="SDP_SIGNING__SEAL_KEY_FILE", message=f"no key at {path}", fix=fix))
         _create_key(path)
-    key = serialization.load_pem_private_key(path.read_bytes(), password=None)
+    try:
+        key = serialization.load_pem_private_key(path.read_bytes(), password=None)
+    except (ValueError, TypeError, UnsupportedAlgorithm, OSError) as error:
+        fix = "openssl genpkey -algorithm ed25519, without a pass phrase"
+        message = f"{path} cannot be used: {str(error).splitlines()[0] if str(error) else type(error).__name__}"
+        raise SettingsError(Mistake(key="SDP_SIGNING__SEAL_KEY_FILE", message=message, fix=fix)) from error
     if not isinstance(key, Ed25519PrivateKey):
         message = f"{path} is no Ed25519 key"
         fix = "openssl genpkey -algorithm ed25519"
@@ -71,8 +76,11 @@ def _create_key(path: Path) -> None:
         pem = Ed25519PrivateKey.generate().private_bytes(
             serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
         )
-        path.touch(mode=0o600)
-        path.write_bytes(pem)
+        # Under another name first: whoever looks for the key finds all of it or nothing.
+        unfinished = path.with_suffix(".new")
+        unfinished.touch(mode=0o600)
+        unfinished.write_bytes(pem)
+        unfinished.replace(path)
 
 
 def seal(database: Database, store: ObjectStore, key: SealKey) -> int:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
-from sdpipeline.domain import GenerationRequest, ImageSource, Json, digest, to_document
+from sdpipeline.domain import GenerationRequest, Json, digest, to_document
 
 BUCKETS = (1, 2, 4, 8, 16, 32, 64)
 """Batches run padded to one of these sizes, because only equal shapes give bit-equal pictures."""
@@ -29,7 +28,8 @@ def batch_document(request: GenerationRequest) -> Json:
     for name in ("ip_adapters",):
         if name in document:
             document[name] = [_shared_part(use) for use in document[name]]
-    return _digests_only(document)
+    shared: Json = _digests_only(document)
+    return shared
 
 
 def bucket_for(count: int) -> int:
@@ -52,9 +52,3 @@ def _digests_only(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _digests_only(item) for key, item in value.items() if key != "alias"}
     return [_digests_only(item) for item in value] if isinstance(value, list) else value
-
-
-def parent_stages(request: GenerationRequest) -> Sequence[str]:
-    """Stages whose pictures the request consumes, each once, in order of first use."""
-    sources: list[ImageSource] = list(request.sources().values())
-    return list(dict.fromkeys(source.stage for source in sources if source.stage))

@@ -66,12 +66,13 @@ def services(s: Settings, *, create: bool = True) -> Iterator[Services]:
 
 def ensure_schema(s: Settings, database: Database) -> None:
     """Migrate the embedded database; any other must have been migrated by ``db upgrade``."""
-    newest = migrate.newest()
+    revision = migrate.current(database) if database_exists(s) else None
+    if migrate.suits(revision):
+        return
     if s.embedded:
-        if not database_exists(s) or migrate.current(database) != newest:
-            migrate.upgrade(database)
-    elif (revision := migrate.current(database)) != newest:
-        message = f"the database's schema is at {revision or 'nothing'}, this release needs {newest}"
+        migrate.upgrade(database)
+    else:
+        message = f"the database's schema is at {revision or 'nothing'}, this release needs {migrate.newest()}"
         raise SettingsError(Mistake(key="SDP_DATABASE_URL", message=message, fix="sdpipeline db upgrade"))
 
 
@@ -92,7 +93,7 @@ def existing_database(s: Settings) -> Database | None:
 
 def open_storage(s: Settings) -> ObjectStore:
     """The store the settings name."""
-    fields = s.s3.model_dump(exclude={"presigned_expiry_s"})
+    fields = s.s3.model_dump()
     return open_store(s.storage, S3Options(**fields))
 
 
@@ -118,9 +119,10 @@ def catalog(s: Settings, database: Database | None = None) -> Catalog:
         with database.read() as connection:
             known = {files.alias: files for files in registry.known(connection)}
             withdrawn = registry.withdrawn(connection)
-    # The shipped weights are small and change with the package; the folder's own are hashed once, when first seen.
-    found = known | _inspected(BUILTIN_CHECKPOINTS)
-    found |= _inspected(s.checkpoints, but={files.directory for files in known.values()})
+    # The shipped weights are small and change with the package; what else was approved stands as it was approved.
+    approved = {alias: files for alias, files in known.items() if files.directory.parent != BUILTIN_CHECKPOINTS}
+    found = _inspected(BUILTIN_CHECKPOINTS)
+    found |= _inspected(s.checkpoints, but={files.directory for files in known.values()}) | approved
     return {alias: files for alias, files in found.items() if files.digest not in withdrawn}
 
 

@@ -92,7 +92,7 @@ def _engine(s: Settings) -> Iterator[Check]:
 
 
 def _checkpoints(s: Settings) -> Iterator[Check]:
-    for files in bootstrap.catalog(s).values():
+    for files in bootstrap.catalog(s, bootstrap.existing_database(s)).values():
         verify(files)
         detail = f"{files.kind}, {files.family}, {files.size_bytes / 1e6:.1f} MB, digest {files.digest[:16]}"
         yield Check(name=f"checkpoint {files.alias}", ok=True, detail=detail)

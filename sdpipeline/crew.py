@@ -77,7 +77,7 @@ class Crew:
         for member in self._members:
             self._start(member, finished=0)
 
-    def tend(self, *, ready: int, finished: int) -> None:
+    def tend(self, *, ready: int, finished: int, remaining: int = 0) -> None:
         """Report who died and start again whom there is work for; raises WorkersLostError when nobody is left.
 
         A worker that ends well found nothing to do. It is started again when work appears; should it end
@@ -90,7 +90,9 @@ class Crew:
                 member.deaths += 1
             member.process = None
         for member in self._members:
-            if member.process is None and ready and member.deaths <= self.max_restarts:
+            # With nobody left, what waits for a back-off or behind a dead lease would wait for ever: workers end it.
+            wanted = ready or (remaining and not any(each.running for each in self._members))
+            if member.process is None and wanted and member.deaths <= self.max_restarts:
                 self._start(member, finished=finished)
         if all(member.deaths > self.max_restarts for member in self._members):
             raise WorkersLostError("; ".join(str(m.last_death or f"{m.name} found no work") for m in self._members))

@@ -54,11 +54,11 @@ def fetch(store: ObjectStore, leased: LeasedJob, *, max_pixels: int) -> Fetched:
 
 
 def deliver(
-    store: ObjectStore, leased: LeasedJob, fetched: Fetched, generated: GeneratedImage, attempt: Attempt
+    store: ObjectStore, leased: LeasedJob, inputs: Mapping[str, Json], generated: GeneratedImage, attempt: Attempt
 ) -> StoredImage:
     """Freeze the record, encode, store and read back; the picture counts only once the database says so."""
     started = time.perf_counter()
-    frozen = record(leased, fetched, generated)
+    frozen = record(leased, inputs, generated)
     output = leased.request.output
     encoded = provenance.encode(generated.pixels, output=output, record=frozen, from_photograph=_from_outside(leased))
     encoded_at = time.perf_counter()
@@ -102,7 +102,7 @@ def deliver(
     )
 
 
-def record(leased: LeasedJob, fetched: Fetched, generated: GeneratedImage) -> Json:
+def record(leased: LeasedJob, inputs: Mapping[str, Json], generated: GeneratedImage) -> Json:
     """What was asked, what ran and what went in: enough to make the picture again and to explain it."""
     return {
         "schema": RECORD_SCHEMA,
@@ -116,7 +116,7 @@ def record(leased: LeasedJob, fetched: Fetched, generated: GeneratedImage) -> Js
         "fingerprint": leased.fingerprint,
         "asked": to_document(leased.request),
         "ran": generated.ran,
-        "inputs": dict(fetched.inputs),
+        "inputs": dict(inputs),
         "encoder": provenance.encoder(leased.request.output),
         "made_at": datetime.now(UTC).isoformat(timespec="seconds"),
     }

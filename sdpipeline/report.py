@@ -13,7 +13,7 @@ from sdpipeline import provenance
 from sdpipeline.db import reports
 from sdpipeline.db.connection import Database
 from sdpipeline.domain import Json
-from sdpipeline.engine import Pixels
+from sdpipeline.errors import InputImageError, ObjectMissingError
 from sdpipeline.storage import ObjectStore
 
 THUMBNAIL = 128
@@ -26,10 +26,10 @@ def contact_sheet(
     """The newest pictures side by side as a JPEG of at most ``max_bytes``, or None before the first."""
     with database.read() as connection:
         newest = reports.newest_images(connection, campaign_id, count)
-    pictures = [provenance.decode(store.get(each["key"]), max_pixels=10**9) for each in newest]
-    if not pictures:
+    thumbnails = [shown for each in newest if (shown := _thumbnail(store, each["key"])) is not None]
+    if not thumbnails:
         return None
-    sheet = tiled(pictures)
+    sheet = tiled(thumbnails)
     for quality in (90, 75, 60, 45, 30, 15):
         file = io.BytesIO()
         sheet.save(file, format="JPEG", quality=quality)
@@ -39,14 +39,22 @@ def contact_sheet(
     return contact_sheet(database, store, campaign_id, max_bytes=max_bytes, count=count // 2) if count > 1 else None
 
 
-def tiled(pictures: Sequence[Pixels]) -> Image.Image:
+def _thumbnail(store: ObjectStore, key: str) -> Image.Image | None:
+    """The picture, small; None where it is gone or damaged: that is for the audit to say."""
+    try:
+        thumbnail = Image.fromarray(provenance.decode(store.get(key), max_pixels=2**28), "RGB")
+    except (ObjectMissingError, InputImageError):
+        return None
+    thumbnail.thumbnail((THUMBNAIL, THUMBNAIL), Image.Resampling.LANCZOS)
+    return thumbnail
+
+
+def tiled(pictures: Sequence[Image.Image]) -> Image.Image:
     """Thumbnails in a grid about twice as wide as high."""
     columns = min(len(pictures), max(1, math.ceil(math.sqrt(2 * len(pictures)))))
     lines = math.ceil(len(pictures) / columns)
     sheet = np.full((lines * THUMBNAIL, columns * THUMBNAIL, 3), 255, dtype=np.uint8)
-    for n, picture in enumerate(pictures):
-        thumbnail = Image.fromarray(picture, "RGB")
-        thumbnail.thumbnail((THUMBNAIL, THUMBNAIL), Image.Resampling.LANCZOS)
+    for n, thumbnail in enumerate(pictures):
         top, left = n // columns * THUMBNAIL, n % columns * THUMBNAIL
         sheet[top : top + thumbnail.height, left : left + thumbnail.width] = np.asarray(thumbnail)
     return Image.fromarray(sheet, "RGB")

@@ -42,7 +42,6 @@ class S3Settings(_Section):
     tags: dict[str, str] = Field(default_factory=dict, description="tags put on every object, as JSON")
     object_lock_mode: Literal["GOVERNANCE", "COMPLIANCE"] | None = Field(None, description="lock seals and exports")
     object_lock_days: int = Field(365, ge=1, description="days a locked seal or export is retained")
-    presigned_expiry_s: int = Field(3600, ge=1, le=604800, description="seconds a presigned link works")
 
 
 class InputSettings(_Section):
@@ -50,7 +49,7 @@ class InputSettings(_Section):
 
     allowed: list[str] = Field(
         default_factory=list,
-        description="folders or s3:// prefixes inputs may come from, as JSON; default: the campaign file's folder",
+        description="folders inputs may come from, as JSON; default: the campaign file's folder",
     )
     max_pixels: int = Field(64_000_000, ge=1, description="largest input picture, in pixels")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -106,6 +107,6 @@ def copy_inputs(found: Iterable[InputFile], store: ObjectStore) -> None:
     """Put local pictures into storage under their digest, so that workers elsewhere find them."""
     for each in found:
         data = Path(each.path).read_bytes()
-        stored = store.put(each.key, data, content_type="application/octet-stream")
-        if stored.sha256 != each.sha256:
+        if hashlib.sha256(data).hexdigest() != each.sha256:
             raise InputImageError(f"{each.path.name} changed while it was read; submit again")
+        store.put(each.key, data, content_type="application/octet-stream")

@@ -6,7 +6,7 @@ import queue
 import random
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
@@ -20,15 +20,15 @@ from sdpipeline.db import queue as jobs
 from sdpipeline.db import reports, workers
 from sdpipeline.db.audit import AuditLog
 from sdpipeline.db.queue import Lease, LeasedJob
-from sdpipeline.domain import Status
-from sdpipeline.engine import Batch, Engine, GeneratedImage, GenerationFailure
-from sdpipeline.errors import DatabaseUnavailableError, SdpError, StorageUnavailableError
+from sdpipeline.domain import Json, Status
+from sdpipeline.engine import Batch, Engine, GeneratedImage, GenerationFailure, PreparedRequest
+from sdpipeline.errors import DatabaseUnavailableError, LeaseLostError, SdpError, StorageUnavailableError
 from sdpipeline.retry import backoff_s, next_status
 from sdpipeline.storage import ObjectStore
 
 POLL_S = 0.25
 LONGEST_POLL_S = 2.0
-LONGEST_STORAGE_WAIT_S = 30.0
+LONGEST_OUTAGE_PAUSE_S = 30.0
 
 _T = TypeVar("_T")
 _log = structlog.get_logger(__name__)
@@ -85,11 +85,12 @@ class Worker:
 
 @dataclass(slots=True)
 class _Work:
-    """One lease on its way through the stages; ``jobs`` and ``fetched`` stay in step."""
+    """One lease on its way through the stages; ``jobs`` and ``inputs`` stay in step."""
 
     lease: Lease
     jobs: list[LeasedJob] = field(default_factory=list)
-    fetched: list[delivery.Fetched] = field(default_factory=list)
+    requests: list[PreparedRequest] = field(default_factory=list)
+    inputs: list[Mapping[str, Json]] = field(default_factory=list)
     results: list[GeneratedImage | GenerationFailure] = field(default_factory=list)
     gpu_seconds: float = 0.0
 
@@ -128,15 +129,15 @@ class _Run:
 
     def execute(self) -> WorkerSummary:
         """Run all stages to their end; the first error of any of them is raised."""
-        with ThreadPoolExecutor(3, thread_name_prefix="sdp-worker") as pool:
-            fetcher, storer = (pool.submit(self._ending_all, stage) for stage in (self._fetch, self._store))
-            heart = pool.submit(self._ending_all, self._beat)
-            try:
-                self._ending_all(self._generate)
-                _first_error(fetcher, storer)
-            finally:
-                self._ended.set()
         try:
+            with ThreadPoolExecutor(3, thread_name_prefix="sdp-worker") as pool:
+                fetcher, storer = (pool.submit(self._ending_all, stage) for stage in (self._fetch, self._store))
+                heart = pool.submit(self._ending_all, self._beat)
+                try:
+                    self._ending_all(self._generate)
+                    _first_error(fetcher, storer)
+                finally:
+                    self._ended.set()
             _first_error(heart)
         finally:
             self._give_back()
@@ -163,11 +164,14 @@ class _Run:
         if not self._leases:
             return
         crashed = not self.stop.is_set()
-        with self.worker.audit.transaction() as tx:
-            if crashed:
-                jobs.reap(tx, lease_ids=list(self._leases))
-            for lease_id in () if crashed else tuple(self._leases):
-                jobs.release(tx, lease_id=lease_id)
+        try:
+            with self.worker.audit.transaction() as tx:
+                if crashed:
+                    jobs.reap(tx, lease_ids=list(self._leases))
+                for lease_id in () if crashed else tuple(self._leases):
+                    jobs.release(tx, lease_id=lease_id)
+        except DatabaseUnavailableError as error:
+            _log.warning("leases_left_to_expire", error=str(error), leases=len(self._leases))
 
     # Leasing and fetching, one batch ahead of the device.
 
@@ -192,10 +196,16 @@ class _Run:
         return late or self.stop.is_set() or self._ended.is_set()
 
     def _lease(self) -> Lease | None:
+        lease = self._when_database_answers(self._take_lease)
+        if lease is not None:
+            self._leases[lease.id] = lease
+        return lease
+
+    def _take_lease(self) -> Lease | None:
         with self.worker.audit.transaction() as tx:
             jobs.reap(tx)
             jobs.promote(tx.connection)
-            lease = jobs.take_lease(
+            return jobs.take_lease(
                 tx,
                 worker_id=self.worker.worker_id,
                 limit=self.worker.limits.max_batch,
@@ -205,25 +215,26 @@ class _Run:
                 full_only=bool(self._leases),
                 cursor=self._cursor,
             )
-        if lease is not None:
-            self._leases[lease.id] = lease
-        return lease
 
     def _work_left(self) -> bool:
-        with self.worker.audit.database.read() as connection:
-            return reports.work_left(connection, self.bounds.campaign_id)
+        def ask() -> bool:
+            with self.worker.audit.database.read() as connection:
+                return reports.work_left(connection, self.bounds.campaign_id)
+
+        return self._when_database_answers(ask)
 
     def _prepared(self, lease: Lease) -> _Work:
         """Fetch and decode what the jobs consume; a job whose input is wrong fails here, alone."""
         work = _Work(lease)
         for leased in lease.jobs:
             try:
-                fetched = self._when_storage_answers(partial(self._fetch_inputs, leased))
+                fetched = self._when_storage_answers(lease, partial(self._fetch_inputs, leased))
             except SdpError as error:
                 self._fail(lease, leased, error)
             else:
                 work.jobs.append(leased)
-                work.fetched.append(fetched)
+                work.requests.append(fetched.prepared)
+                work.inputs.append(fetched.inputs)
         return work
 
     def _fetch_inputs(self, leased: LeasedJob) -> delivery.Fetched:
@@ -235,31 +246,37 @@ class _Run:
         while (work := self._take(self._fetched)) is not None:
             if self.stop.is_set():
                 continue
-            if work.fetched and work.lease.id not in self._lost:
+            if work.requests and self._still_ours(work.lease):
                 started = time.perf_counter()
-                requests = [fetched.prepared for fetched in work.fetched]
-                batch = Batch(requests=requests, bucket=bucket_for(len(requests)))
+                batch = Batch(requests=work.requests, bucket=bucket_for(len(work.requests)))
                 work.results = list(self.worker.engine.generate(batch))
+                work.requests = []  # decoded inputs are large, and the record needs them no more
                 work.gpu_seconds = time.perf_counter() - started
                 self._gpu_seconds += work.gpu_seconds
                 self._batches += 1
             self._hand_on(self._generated, work)
         self._hand_on(self._generated, None)
 
+    def _still_ours(self, lease: Lease) -> bool:
+        """Asked before each forward pass, so that a cancelled batch is not begun."""
+        if not self._when_database_answers(partial(self._heartbeat, (lease.id,))):
+            self._lost.add(lease.id)
+        return lease.id not in self._lost
+
     # Encoding, storing and completing, behind the device.
 
     def _store(self) -> None:
         while (work := self._take(self._generated)) is not None:
-            for leased, fetched, result in zip(work.jobs, work.fetched, work.results, strict=False):
+            for leased, inputs, result in zip(work.jobs, work.inputs, work.results, strict=False):
                 if work.lease.id in self._lost:
                     break
                 if isinstance(result, GenerationFailure):
                     self._fail(work.lease, leased, result.error)
                 else:
-                    self._deliver(work, leased, fetched, result)
+                    self._deliver(work, leased, inputs, result)
             self._close(work.lease)
 
-    def _deliver(self, work: _Work, leased: LeasedJob, fetched: delivery.Fetched, generated: GeneratedImage) -> None:
+    def _deliver(self, work: _Work, leased: LeasedJob, inputs: Mapping[str, Json], generated: GeneratedImage) -> None:
         attempt = delivery.Attempt(
             number=leased.attempt,
             lease_id=work.lease.id,
@@ -268,16 +285,19 @@ class _Run:
         )
         try:
             stored = self._when_storage_answers(
-                partial(delivery.deliver, self.worker.store, leased, fetched, generated, attempt)
+                work.lease, partial(delivery.deliver, self.worker.store, leased, inputs, generated, attempt)
             )
         except SdpError as error:
             self._fail(work.lease, leased, error)
             return
-        with self.worker.audit.transaction() as tx:
-            done = jobs.complete(
-                tx, lease_id=work.lease.id, leased=leased, stored=stored, worker_id=self.worker.worker_id
-            )
-        if done:
+
+        def complete() -> bool:
+            with self.worker.audit.transaction() as tx:
+                return jobs.complete(
+                    tx, lease_id=work.lease.id, leased=leased, stored=stored, worker_id=self.worker.worker_id
+                )
+
+        if self._when_database_answers(complete):
             self._succeeded += 1
             self._progressed(1)
         else:
@@ -285,24 +305,32 @@ class _Run:
 
     def _fail(self, lease: Lease, leased: LeasedJob, error: SdpError) -> None:
         status = next_status(error, attempt=leased.attempt, max_attempts=leased.max_attempts)
-        with self.worker.audit.transaction() as tx:
-            done = jobs.fail(
-                tx,
-                lease_id=lease.id,
-                leased=leased,
-                status=status,
-                error_kind=type(error).__name__.removesuffix("Error"),
-                error=str(error),
-                backoff_s=backoff_s(leased.attempt, random.Random()),  # noqa: S311
-            )
+        backoff = backoff_s(leased.attempt, random.Random())  # noqa: S311
+
+        def fail() -> bool:
+            with self.worker.audit.transaction() as tx:
+                return jobs.fail(
+                    tx,
+                    lease_id=lease.id,
+                    leased=leased,
+                    status=status,
+                    error_kind=type(error).__name__.removesuffix("Error"),
+                    error=str(error),
+                    backoff_s=backoff,
+                )
+
+        done = self._when_database_answers(fail)
         _log.warning("attempt_failed", job_id=leased.id, attempt=leased.attempt, status=str(status), error=str(error))
         if done and status is Status.FAILED:
             self._failed += 1
             self._progressed(1)
 
     def _close(self, lease: Lease) -> None:
-        with self.worker.audit.database.write() as connection:
-            jobs.close_lease(connection, lease.id)
+        def close() -> None:
+            with self.worker.audit.database.write() as connection:
+                jobs.close_lease(connection, lease.id)
+
+        self._when_database_answers(close)
         self._leases.pop(lease.id, None)
 
     def _progressed(self, count: int) -> None:
@@ -313,35 +341,60 @@ class _Run:
 
     def _beat(self) -> None:
         """Extend open leases four times in their life; a lease that is not there any more is lost."""
-        database, ttl_s = self.worker.audit.database, self.worker.limits.lease_ttl_s
-        while not self._ended.wait(ttl_s / 4):
+        while not self._ended.wait(self.worker.limits.lease_ttl_s / 4):
             held = tuple(self._leases)
             try:
-                with database.write() as connection:
-                    alive = jobs.heartbeat(connection, held, ttl_s=ttl_s) if held else frozenset()
-                    workers.seen(connection, self.worker.worker_id)
+                alive = self._heartbeat(held)
             except DatabaseUnavailableError as error:
                 _log.warning("heartbeat_failed", error=str(error))
                 continue
             # One that was closed in order meanwhile is no longer held.
             self._lost |= {lease_id for lease_id in held if lease_id not in alive and lease_id in self._leases}
 
-    def _when_storage_answers(self, ask: Callable[[], _T]) -> _T:
+    def _heartbeat(self, lease_ids: Collection[str]) -> frozenset[str]:
+        with self.worker.audit.database.write() as connection:
+            workers.seen(connection, self.worker.worker_id)
+            return jobs.heartbeat(connection, lease_ids, ttl_s=self.worker.limits.lease_ttl_s)
+
+    def _when_storage_answers(self, lease: Lease, ask: Callable[[], _T]) -> _T:
         """Wait out a storage outage while the lease lives: its jobs are not to blame."""
         pause_s = 1.0
         while True:
             try:
-                return ask()
+                answer = ask()
             except StorageUnavailableError as error:
                 _log.warning("storage_unavailable", error=str(error), retry_in_s=pause_s)
                 self._note(f"waits for storage: {error}")
-                if self._ended.wait(pause_s) or self.stop.is_set():
-                    raise _Ended from error
-                pause_s = min(LONGEST_STORAGE_WAIT_S, pause_s * 2)
+                self._pause(pause_s, error)
+                if lease.id in self._lost:
+                    raise LeaseLostError("storage did not answer while the lease lived") from error
+                pause_s = min(LONGEST_OUTAGE_PAUSE_S, pause_s * 2)
+            else:
+                if pause_s > 1.0:
+                    self._note(None)
+                return answer
 
-    def _note(self, note: str) -> None:
-        with self.worker.audit.database.write() as connection:
-            workers.seen(connection, self.worker.worker_id, note=note)
+    def _when_database_answers(self, ask: Callable[[], _T]) -> _T:
+        """Wait out a database outage. Every transition is fenced, so asking twice does no harm."""
+        pause_s = 0.5
+        while True:
+            try:
+                return ask()
+            except DatabaseUnavailableError as error:
+                _log.warning("database_unavailable", error=str(error), retry_in_s=pause_s)
+                self._pause(pause_s, error)
+                pause_s = min(LONGEST_OUTAGE_PAUSE_S, pause_s * 2)
+
+    def _pause(self, pause_s: float, error: SdpError) -> None:
+        if self._ended.wait(pause_s) or self.stop.is_set():
+            raise _Ended from error
+
+    def _note(self, note: str | None) -> None:
+        def write() -> None:
+            with self.worker.audit.database.write() as connection:
+                workers.note(connection, self.worker.worker_id, note)
+
+        self._when_database_answers(write)
 
     def _hand_on(self, to: queue.Queue[_Work | None], work: _Work | None) -> None:
         while True:

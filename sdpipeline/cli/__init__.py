@@ -86,7 +86,7 @@ def run(arguments: Sequence[str]) -> int:
         print_mistakes(error.mistakes, as_json=as_json)
         return BAD_INPUT
     except (DatabaseUnavailableError, StorageUnavailableError, OrchestratorUnavailableError) as error:
-        key, fix = _UNREACHABLE[type(error)]
+        key, fix = next(advice for kind, advice in _UNREACHABLE.items() if kind in type(error).mro())
         print_mistakes([Mistake(key=key, message=str(error), fix=fix)], as_json=as_json)
         return BAD_INPUT
     except SdpError as error:

@@ -132,9 +132,7 @@ def jobs(
         campaign_id = bootstrap.known_campaign(have.database, s.team, campaign)
         wanted = str(with_status) if with_status else None
         with have.database.read() as connection:
-            found = reports.jobs(
-                connection, campaign_id, status=wanted, made_with=checkpoint, after=after, limit=limit
-            )
+            found = reports.jobs(connection, campaign_id, status=wanted, made_with=checkpoint, after=after, limit=limit)
             if jsonl:
                 for job in found:
                     sys.stdout.write(json.dumps(job, ensure_ascii=False) + "\n")

@@ -36,8 +36,12 @@ def reproduce(
 ) -> None:
     """Make a picture again from its record, ancestors first, and compare the pixels; exit 3 where they differ."""
     s = settings(home)
+    if out is not None and not out.parent.is_dir():
+        raise refuse(f"--out {out}: no folder {out.parent}", "make it first")
     asked = _from_file(Path(picture)) if not picture.isdigit() or Path(picture).exists() else _from_job(s, int(picture))
-    engine = bootstrap.build_engine(s, bootstrap.devices(s)[0], None, dtype=asked.record["ran"].get("dtype"))
+    engine = bootstrap.build_engine(
+        s, bootstrap.devices(s)[0], bootstrap.existing_database(s), dtype=asked.record["ran"].get("dtype")
+    )
     done = reproduction.reproduce(
         asked.record,
         engine,

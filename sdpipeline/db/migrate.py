@@ -40,6 +40,15 @@ def current(database: Database) -> str | None:
         return _revision(connection)
 
 
+def suits(revision: str | None) -> bool:
+    """Whether this release's code works on that schema: its own, or a newer one, which must work with its code too."""
+    if revision is None or revision == newest():
+        return revision is not None
+    with as_file(files("sdpipeline") / "migrations") as folder:
+        known = {script.revision for script in ScriptDirectory.from_config(_config(str(folder))).walk_revisions()}
+    return revision not in known
+
+
 def newest() -> str:
     """The revision this release's code was written for."""
     with as_file(files("sdpipeline") / "migrations") as folder:

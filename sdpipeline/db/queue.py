@@ -535,6 +535,19 @@ def descendants(of: Collection[int] | Select[int]) -> CTE:
     return below.union(deeper)
 
 
+def leases_of(connection: Connection, chosen: ColumnElement[bool]) -> list[str]:
+    """The leases under which the chosen jobs are being made."""
+    held = select(job.c.lease_id).where(chosen, job.c.status == LEASED).distinct()
+    return [lease_id for lease_id in connection.execute(held).scalars() if lease_id is not None]
+
+
+def close_empty(connection: Connection, lease_ids: Collection[str]) -> None:
+    """Close those leases that hold no job any more: their worker hears of it before its next forward pass."""
+    holding = select(job.c.lease_id).where(job.c.lease_id.in_(lease_ids), job.c.status == LEASED)
+    empty = and_(lease.c.id.in_(lease_ids), lease.c.closed_at.is_(None), lease.c.id.not_in(holding))
+    connection.execute(update(lease).where(empty).values(closed_at=now_s()))
+
+
 def open_leases(connection: Connection, worker_ids: Collection[str]) -> list[str]:
     """Leases the given workers still hold."""
     held = select(lease.c.id).where(lease.c.closed_at.is_(None), lease.c.worker_id.in_(worker_ids))

@@ -10,9 +10,9 @@ from typing import Any
 from sqlalchemy import ColumnElement, Connection, and_, null, or_, select, update
 
 from sdpipeline.db.audit import Event, Transaction
-from sdpipeline.db.connection import now_s
+from sdpipeline.db.connection import insert_ignoring, now_s
 from sdpipeline.db.locks import have_campaigns
-from sdpipeline.db.queue import skip_descendants
+from sdpipeline.db.queue import close_empty, leases_of, skip_descendants
 from sdpipeline.db.tables import attempt, checkpoint, group_checkpoint, job
 from sdpipeline.domain import Json
 from sdpipeline.engine.checkpoints import CheckpointFiles
@@ -108,12 +108,15 @@ def block(connection: Connection, chosen: ColumnElement[bool]) -> list[int]:
         .where(checkpoint.c.revoked_at.is_not(None))
     )
     mine = (chosen, job.c.group_id.in_(bad))
+    held = leases_of(connection, and_(*mine))
     still_open = (attempt.c.outcome.is_(None), attempt.c.job_id.in_(select(job.c.id).where(*mine)))
     connection.execute(update(attempt).where(*still_open).values(finished_at=now_s(), outcome="abandoned"))
     ended = {"status": "blocked", "lease_id": null(), "not_before": null(), "finished_at": now_s()}
     why = {"error_kind": REVOKED, "error": "a checkpoint it needs was revoked: see sdpipeline checkpoints list"}
     statement = update(job).where(*mine).values(**ended, **why).returning(job.c.id)
-    return list(connection.execute(statement).scalars())
+    blocked = list(connection.execute(statement).scalars())
+    close_empty(connection, held)
+    return blocked
 
 
 def _insert(tx: Transaction, files: CheckpointFiles, approval: Approval) -> None:
@@ -122,7 +125,9 @@ def _insert(tx: Transaction, files: CheckpointFiles, approval: Approval) -> None
     }
     row |= {name: getattr(approval, name) for name in ("approved_by", "source", "licence", "expires_at")}
     row |= {"location": str(files.directory), "manifest": dict(files.manifest), "purposes": list(approval.purposes)}
-    tx.connection.execute(checkpoint.insert().values(created_at=now_s(), **row))
+    statement = insert_ignoring(tx.connection, checkpoint).values(created_at=now_s(), **row)
+    if tx.connection.execute(statement.returning(checkpoint.c.digest)).first() is None:
+        return  # another submit was first
     tx.record(Event.CHECKPOINT_ADDED, f"checkpoint:{files.digest[:16]}", alias=files.alias, digest=files.digest)
 
 

@@ -275,5 +275,6 @@ def live_workers(connection: Connection) -> list[Json]:
 
 
 def worker_ids_of(connection: Connection, *, host: str, pid: int) -> list[str]:
-    """Workers that ran as this process."""
-    return list(connection.execute(select(worker.c.id).where(worker.c.host == host, worker.c.pid == pid)).scalars())
+    """Workers that run as this process and have not said goodbye."""
+    mine = (worker.c.host == host, worker.c.pid == pid, worker.c.stopped_at.is_(None))
+    return list(connection.execute(select(worker.c.id).where(*mine)).scalars())

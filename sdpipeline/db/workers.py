@@ -19,9 +19,14 @@ def register(tx: Transaction, *, worker_id: str, host: str, pid: int, device: st
     tx.record(Event.WORKER_STARTED, f"worker:{worker_id}", device=device, software=digest(description))
 
 
-def seen(connection: Connection, worker_id: str, note: str | None = None) -> None:
-    """A worker is alive; ``note`` says what it waits for, if anything."""
-    connection.execute(update(worker).where(worker.c.id == worker_id).values(seen_at=now_s(), note=note))
+def seen(connection: Connection, worker_id: str) -> None:
+    """A worker is alive."""
+    connection.execute(update(worker).where(worker.c.id == worker_id).values(seen_at=now_s()))
+
+
+def note(connection: Connection, worker_id: str, text: str | None) -> None:
+    """What a worker waits for, shown by ``status``; None when it waits no more."""
+    connection.execute(update(worker).where(worker.c.id == worker_id).values(seen_at=now_s(), note=text))
 
 
 def stop(tx: Transaction, *, worker_id: str) -> None:

@@ -11,7 +11,7 @@ import structlog
 from sdpipeline import bootstrap, crew
 from sdpipeline.bootstrap import Progress
 from sdpipeline.db import registry, reports
-from sdpipeline.errors import TransientError
+from sdpipeline.errors import DatabaseUnavailableError, TransientError
 from sdpipeline.orchestration.board import Board, describe, shown
 from sdpipeline.settings import Settings
 
@@ -58,11 +58,16 @@ def _watch(settings: Settings, campaign: str, workers: crew.Crew, board: Board) 
     try:
         workers.start()
         while True:
-            progress = bootstrap.campaign_progress(settings, campaign)
+            try:
+                progress = bootstrap.campaign_progress(settings, campaign)
+            except DatabaseUnavailableError as error:
+                log.warning("database.unavailable", error=str(error))  # the workers wait for it too
+                workers.wait(POLL_S)
+                continue
             board.show(progress)
             if not progress.remaining or (progress.status == "paused" and not progress.leased):
                 break
-            workers.tend(ready=progress.ready, finished=progress.finished)
+            workers.tend(ready=progress.ready, finished=progress.finished, remaining=progress.remaining)
             workers.wait(POLL_S)
         _close(settings, campaign, workers.finish(FINISH_GRACE_S))
     except BaseException:  # a Ctrl-C above all: whatever ends the watch ends the watched

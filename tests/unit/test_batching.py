@@ -4,15 +4,12 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
-from sdpipeline.batching import BUCKETS, batch_document, batch_key, bucket_for, parent_stages, split
+from sdpipeline.batching import batch_document, batch_key
 from sdpipeline.domain import (
     AdapterInput,
     CheckpointRef,
     ControlNetInput,
-    GenerationRequest,
     ImageSource,
     OutputFormat,
     Task,
@@ -103,24 +100,3 @@ def test_what_a_batch_has_in_common_can_be_read() -> None:
     assert document["scheduler"] == "dpmpp-2m"
     assert document["images"] == ["controlnets.0", "image"]
     assert "prompt" not in document
-
-
-def test_parents_are_named_once_in_order_of_use() -> None:
-    sources = {stage: ImageSource(stage=stage, digest="55" * 32) for stage in ("a", "b")}
-    asked: GenerationRequest = request(
-        **EDIT | {"image": sources["b"], "controlnets": tuple(replace(CANNY, image=sources[s]) for s in "aab")}
-    )
-    assert list(parent_stages(asked)) == ["b", "a"]
-
-
-@given(st.integers(1, max(BUCKETS)))
-def test_a_bucket_holds_its_pictures_and_is_less_than_twice_as_large(count: int) -> None:
-    assert count <= bucket_for(count) < 2 * count
-
-
-@given(st.integers(0, 5000), st.integers(1, 100))
-def test_a_split_keeps_every_job_and_the_cap(count: int, cap: int) -> None:
-    sizes = split(count, cap)
-    assert sum(sizes) == count
-    assert all(0 < size <= cap for size in sizes)
-    assert all(size in BUCKETS for size in sizes[:-1])
