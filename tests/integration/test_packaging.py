@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -47,8 +48,8 @@ def project_of_a_user(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def run(*command: object, cwd: Path | None = None) -> str:
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+def run(*command: object, cwd: Path | None = None, **settings: str) -> str:
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | settings
     done = subprocess.run(
         [str(part) for part in command], cwd=cwd, env=environment, capture_output=True, text=True, check=False
     )
@@ -80,6 +81,21 @@ def test_an_installed_wheel_migrates_a_database(installed: Path, project_of_a_us
     for command in ([installed / "sdpipeline"], [installed / "python", "-m", "sdpipeline"]):
         run(*command, "db", "upgrade", "--home", home, cwd=project_of_a_user)
     assert list(home.glob("*.sqlite*")) or list(home.glob("*.db"))
+
+
+@pytest.mark.timeout(240)
+def test_an_installed_wheel_submits_and_runs_a_campaign_under_prefect(installed: Path, project_of_a_user: Path) -> None:
+    home = project_of_a_user / "home"
+    (project_of_a_user / "spring.yaml").write_text(
+        "name: spring\ncheckpoint: shapes\nseeds: {count: 3}\ndefaults: {width: 64, height: 64}\n"
+        "stages: [{id: only, task: text-to-image, prompt: a red circle}]\n"
+    )
+    arguments = ("spring.yaml", "--home", home, "--json")
+    submitted = json.loads(run(installed / "sdpipeline", "submit", *arguments, cwd=project_of_a_user))
+    assert submitted["added"] == 3
+    fake = {"SDP_ENGINE__FAKE_SECONDS_PER_BATCH": "0"}
+    ran = json.loads(run(installed / "sdpipeline", "run", *arguments, cwd=project_of_a_user, **fake))
+    assert ran["campaigns"][0]["jobs"]["succeeded"] == 3
 
 
 def test_the_command_line_starts_without_what_only_some_commands_need(installed: Path, tmp_path: Path) -> None:

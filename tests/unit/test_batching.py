@@ -83,7 +83,9 @@ def test_pictures_cannot_share_a_pass_if_they_differ_in(changes: dict[str, Any])
 @pytest.mark.parametrize("field", ["loras", "textual_inversions", "ip_adapters"])
 def test_the_weight_of_an_adapter_is_one_for_a_whole_pass(field: str) -> None:
     worn = replace(REFERENCE, image=REFERENCE.image if field == "ip_adapters" else None)
-    assert batch_key(request(**{field: (worn,)})) != batch_key(request(**{field: (replace(worn, weight=0.5),)}))
+    one: dict[str, Any] = {field: (worn,)}
+    other: dict[str, Any] = {field: (replace(worn, weight=0.5),)}
+    assert batch_key(request(**one)) != batch_key(request(**other))
 
 
 def test_the_reference_picture_of_an_ip_adapter_is_another_one_for_each_picture_of_a_pass() -> None:
