@@ -376,15 +376,17 @@ def _job_faults(job: Json, told: _Told) -> Iterator[str]:
     if job["status"] not in _ALLOWED[last]:
         yield f"it is {job['status']}, the audit log says {last or 'nothing of it'}"
     attempts = told.attempts.get(job["id"], (0, 0))[1]
+    event = told.succeeded.get((job["id"], job["fingerprint"]))
+    # A job that was cancelled, wanted again and found its old picture counts that picture's attempts.
+    kept = event["attempt"] if event is not None and job["status"] == "cancelled" else attempts
     if job["status"] == "succeeded":
-        event = told.succeeded.get((job["id"], job["fingerprint"]))
         if event is None:
             yield "the audit log does not know that it succeeded"
             return
-        attempts = event["attempt"]
+        attempts = kept = event["attempt"]
         if event["commitment"] != commitment(job["salt"], job["request"]):
             yield "its request is not the one its picture was made from"
-    if job["attempt"] != attempts:
+    if job["attempt"] not in (attempts, kept):
         yield f"it counts {job['attempt']} attempts, the audit log {attempts}"
 
 

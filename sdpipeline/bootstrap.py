@@ -114,16 +114,21 @@ def development_seal_key(s: Settings) -> Path:
 def catalog(s: Settings, database: Database | None = None) -> Catalog:
     """Every checkpoint a campaign may name: the shipped ones, those of the folder, those already registered."""
     known: dict[str, CheckpointFiles] = {}
-    withdrawn: frozenset[str] = frozenset()
+    revoked: frozenset[str] = frozenset()
+    expired: frozenset[tuple[str, str]] = frozenset()
     if database is not None:
         with database.read() as connection:
             known = {files.alias: files for files in registry.known(connection)}
-            withdrawn = registry.withdrawn(connection)
+            revoked, expired = registry.withdrawn(connection)
     # The shipped weights are small and change with the package; what else was approved stands as it was approved.
     approved = {alias: files for alias, files in known.items() if files.directory.parent != BUILTIN_CHECKPOINTS}
     found = _inspected(BUILTIN_CHECKPOINTS)
     found |= _inspected(s.checkpoints, but={files.directory for files in known.values()}) | approved
-    return {alias: files for alias, files in found.items() if files.digest not in withdrawn}
+    return {
+        alias: files
+        for alias, files in found.items()
+        if files.digest not in revoked and (files.digest, alias) not in expired
+    }
 
 
 def _runnable(s: Settings, database: Database | None) -> dict[str, CheckpointFiles]:

@@ -228,7 +228,7 @@ def show_status(campaigns: list[Progress], *, as_json: bool, workers: list[dict[
     if as_json:
         print_json({"campaigns": documents} | ({"workers": living} if workers is not None else {}))
         return
-    columns = ("total", "ready", "waiting", "leased", "succeeded", "failed", "skipped", "cancelled")
+    columns = ("total", "ready", "waiting", "leased", "succeeded", "failed", "blocked", "skipped", "cancelled")
     rows = [
         (d["name"], d["version"], d["status"], *(d["jobs"][name] for name in columns), d["images"], d["gpu_seconds"])
         for d in documents
@@ -241,7 +241,11 @@ def show_status(campaigns: list[Progress], *, as_json: bool, workers: list[dict[
 
 
 def leave(progress: Progress) -> None:
-    """Exit 3 where jobs did not succeed."""
+    """Exit 3 where jobs did not succeed, saying what to type next."""
+    if progress.failed:
+        stderr.print(f"why: sdpipeline jobs {progress.name} --status failed; again: sdpipeline retry {progress.name}")
+    if progress.remaining and progress.status == "paused":
+        stderr.print(f"{progress.name} is paused: sdpipeline resume {progress.name}, and run it again")
     if progress.failed or progress.blocked or progress.skipped or progress.remaining:
         raise typer.Exit(FOUND_FAULTS)
 

@@ -50,6 +50,8 @@ def worker(
         print_json(document)
     else:
         print_table("Worker", ("what", "value"), document.items())
+    if done.failed and not received:
+        raise typer.Exit(FOUND_FAULTS)
     if received:
         raise typer.Exit(SIGTERM_EXIT_CODE if received[0] == signal.SIGTERM else SIGINT_EXIT_CODE)
 

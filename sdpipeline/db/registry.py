@@ -44,10 +44,12 @@ def known(connection: Connection) -> list[CheckpointFiles]:
     return [_files(row) for row in rows]
 
 
-def withdrawn(connection: Connection) -> frozenset[str]:
-    """Digests that may not run: revoked, or approved until a day that is over."""
-    gone = or_(checkpoint.c.revoked_at.is_not(None), checkpoint.c.expires_at <= now_s())
-    return frozenset(connection.execute(select(checkpoint.c.digest).where(gone)).scalars())
+def withdrawn(connection: Connection) -> tuple[frozenset[str], frozenset[tuple[str, str]]]:
+    """What may not run: revoked digests, whatever their alias, and (digest, alias) whose approval is over."""
+    revoked = select(checkpoint.c.digest).where(checkpoint.c.revoked_at.is_not(None))
+    over = select(checkpoint.c.digest, checkpoint.c.alias).where(checkpoint.c.expires_at <= now_s())
+    expired = frozenset((row.digest, row.alias) for row in connection.execute(over))
+    return frozenset(connection.execute(revoked).scalars()), expired
 
 
 def documents(connection: Connection) -> list[Json]:

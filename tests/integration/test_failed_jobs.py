@@ -45,7 +45,7 @@ def _statuses(home: Path) -> dict[tuple[str, str], str]:
 
 
 def test_a_damaged_input_fails_its_own_job_skips_what_needs_it_and_leaves_exit_code_three(home: Path) -> None:
-    document("worker", "--until-idle", "--home", home, given=FAKE)
+    document("worker", "--until-idle", "--home", home, exit_code=3, given=FAKE)
     assert _statuses(home) == {
         ("good", "first"): "succeeded",
         ("good", "second"): "succeeded",
@@ -63,7 +63,7 @@ def test_a_damaged_input_fails_its_own_job_skips_what_needs_it_and_leaves_exit_c
 
 
 def test_retry_makes_the_failed_job_and_what_was_skipped_because_of_it(home: Path) -> None:
-    document("worker", "--until-idle", "--home", home, given=FAKE)
+    document("worker", "--until-idle", "--home", home, exit_code=3, given=FAKE)
     _input_of(home, "bad").write_bytes((home.parent / "bad.png").read_bytes())
     assert document("retry", "two", "--home", home)["retried"] == 1
     document("worker", "--until-idle", "--home", home, given=FAKE)
@@ -83,3 +83,20 @@ def test_a_home_whose_name_holds_spaces_and_signs_works(tmp_path: Path) -> None:
     assert document("worker", "--until-idle", "--home", home, given=FAKE)["succeeded"] == 1
     assert document("audit", "verify", "--home", home)["images"] == 1
     assert sorted(path.name for path in home.iterdir() if path.is_dir()) == ["keys", "storage"]
+
+
+def test_a_value_pruned_put_back_and_pruned_again_is_made_once_and_leaves_the_audit_clean(
+    tmp_path: Path,
+) -> None:
+    home, file = tmp_path / "home", tmp_path / "pair.yaml"
+    text = (
+        "name: pair\ncheckpoint: shapes\nvariables: {{colour: [{}]}}\ndefaults: {{width: 64, height: 64}}\n"
+        "stages: [{{id: only, task: text-to-image, prompt: 'a {{{{ colour }}}} circle'}}]\n"
+    )
+    for colours in ("red, green", "red", "red, green", "red"):
+        file.write_text(text.format(colours))
+        document("submit", file, "--prune", "--home", home)
+        document("worker", "--until-idle", "--home", home, given=FAKE)
+    shown = document("show", 2, "--home", home)
+    assert (shown["status"], len(shown["pictures"]), len(shown["history"])) == ("cancelled", 1, 1)
+    assert document("audit", "verify", "--home", home)["faults"] == []
