@@ -130,7 +130,7 @@ def test_one_changed_job_row_is_found_and_named(tampered: Path, change: str) -> 
 def test_show_tells_everything_about_one_job(demo_home: Path) -> None:
     shown = document("show", "24", "--home", demo_home)
     assert shown["campaign"] == "demo"
-    assert shown["request"]["num_inference_steps"] == 20
+    assert shown["request"]["num_inference_steps"] == 4
     assert [event["event"] for event in shown["events"]] == ["job.succeeded"]
     assert shown["history"][0]["outcome"] == "succeeded"
 
