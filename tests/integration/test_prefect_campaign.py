@@ -105,6 +105,8 @@ def launch(prefect_home: Path) -> Iterator[Launch]:
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
+                # A suite that a shell started in the background ignores Ctrl-C, and so would what it starts.
+                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
             )
         started.append(Running(home=home, api_url=server.api_url, process=process))
         return started[-1]
