@@ -106,7 +106,7 @@ def launch(prefect_home: Path) -> Iterator[Launch]:
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
                 # A suite that a shell started in the background ignores Ctrl-C, and so would what it starts.
-                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # noqa: PLW1509
             )
         started.append(Running(home=home, api_url=server.api_url, process=process))
         return started[-1]
