@@ -24,8 +24,9 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document in
 CampaignFile = Annotated[Path, typer.Argument(metavar="CAMPAIGN.yaml", help="The campaign file.")]
 CampaignName = Annotated[str, typer.Argument(metavar="CAMPAIGN", help="A submitted campaign's name.")]
 
-stdout = Console(highlight=False, markup=False)
-stderr = Console(stderr=True, highlight=False, markup=False)
+# A sentence is one line however narrow the terminal, or none: scripts look for it.
+stdout = Console(highlight=False, markup=False, soft_wrap=True)
+stderr = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
 
 
 def settings(home: Path | None) -> Settings:
@@ -49,7 +50,7 @@ def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]
         table.add_column(name, justify="right" if numeric else "left", overflow="fold")
     for line in lines:
         table.add_row(*line)
-    stdout.print(table)
+    stdout.print(table, soft_wrap=False)
 
 
 def print_records(title: str, columns: Sequence[str], records: Iterable[Mapping[str, Any]]) -> None:
