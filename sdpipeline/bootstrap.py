@@ -150,11 +150,13 @@ def _inspected(folder: Path, *, but: Collection[Path] = ()) -> dict[str, Checkpo
     return found
 
 
-def load_campaign(s: Settings, path: Path, database: Database | None = None) -> tuple[Campaign, InputFolder]:
+def load_campaign(
+    s: Settings, path: Path, database: Database | None = None, *, edition: str | None = None
+) -> tuple[Campaign, InputFolder]:
     """A checked campaign file and the folder its pictures come from; raises CampaignError."""
     allowed = [Path(root) for root in s.inputs.allowed if "://" not in root]
     inputs = InputFolder(path.absolute().parent, allowed=allowed, max_pixels=s.inputs.max_pixels)
-    return load_campaign_file(path, catalog(s, database), inputs), inputs
+    return load_campaign_file(path, catalog(s, database), inputs, edition=edition), inputs
 
 
 def build_engine(s: Settings, device: str, database: Database | None, *, dtype: str | None = None) -> Engine:
@@ -225,7 +227,12 @@ def open_worker(s: Settings, *, device: str | None = None) -> Iterator[OpenWorke
         engine = build_engine(s, chosen, have.database)
         worker_id = secrets.token_hex(16)
         log = AuditLog(have.database, actor=f"worker:{worker_id} sdpipeline/{__version__}")
-        limits = WorkerLimits(max_batch=s.engine.max_batch, lease_ttl_s=s.lease_ttl_s, max_pixels=s.inputs.max_pixels)
+        limits = WorkerLimits(
+            max_batch=s.engine.max_batch,
+            lease_ttl_s=s.lease_ttl_s,
+            max_pixels=s.inputs.max_pixels,
+            gpu_second_cost=(s.cost_per_gpu_hour or 0.0) / 3600,
+        )
         with log.transaction() as tx:
             host, description = socket.gethostname(), engine.describe()
             workers.register(

@@ -7,12 +7,13 @@ import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
-from sdpipeline import stage_faults, yamlfile
+from sdpipeline import schedule, stage_faults, yamlfile
 from sdpipeline.domain import canonical
 from sdpipeline.errors import CampaignError, InputImageError, Mistake
 from sdpipeline.inputs import InputFolder
@@ -39,6 +40,8 @@ __all__ = ["NAME", "Campaign", "Catalog", "load", "nearest"]
 MOST_JOBS = 10_000_000
 MOST_JOBS_OF_A_CHAIN = 10_000
 MAX_PIXELS = 64_000_000
+EDITION = "edition"
+"""The variable that every template of a campaign made in editions may use."""
 
 _IN_BRACES = re.compile(r"\{[{%](.*?)[}%]\}", re.DOTALL)
 
@@ -71,6 +74,8 @@ class Campaign:
     source: Located
     folder: Path
     catalog: Catalog
+    edition: str = ""
+    """Which making of the campaign this is; empty where a campaign is made once and kept up to date."""
 
     @property
     def text(self) -> str:
@@ -82,30 +87,49 @@ class Campaign:
         return stage_faults.ordered(self.spec.stages)
 
 
-def load(path: Path, catalog: Catalog, inputs: InputFolder | None = None) -> Campaign:
+def load(
+    path: Path,
+    catalog: Catalog,
+    inputs: InputFolder | None = None,
+    *,
+    edition: str | None = None,
+    now: datetime | None = None,
+) -> Campaign:
     """Read and check a campaign file; raises CampaignError holding all mistakes.
 
-    What only the values of a table show is found by :func:`sdpipeline.expand.check`.
+    What only the values of a table show is found by :func:`sdpipeline.expand.check`. ``edition`` names a making of
+    the whole campaign; without it a schedule of editions says which is due at ``now``.
     """
     folder = path.absolute().parent
-    return check(yamlfile.load(path), catalog, inputs or InputFolder(folder, max_pixels=MAX_PIXELS))
+    inputs = inputs or InputFolder(folder, max_pixels=MAX_PIXELS)
+    return check(yamlfile.load(path), catalog, inputs, edition=edition, now=now)
 
 
-def check(source: Located, catalog: Catalog, inputs: InputFolder) -> Campaign:
+def check(
+    source: Located,
+    catalog: Catalog,
+    inputs: InputFolder,
+    *,
+    edition: str | None = None,
+    now: datetime | None = None,
+) -> Campaign:
     """The same for a document at hand."""
     faults = Faults(source)
     spec = parse(source.data, faults)
     if spec is None:
         raise CampaignError(*faults.in_order())
     axes, columns_known = _axes(spec, faults, inputs)
+    _check_schedule(spec, faults)
     faults.next_phase()
     stage_faults.check(spec, faults, catalog)
-    _check_variables(spec, axes, faults, columns_known=columns_known)
+    due = edition if edition is not None else _due(spec, faults, now or datetime.now(UTC))
+    _check_variables(spec, axes, faults, columns_known=columns_known, edition=due)
+    _check_choices(spec, axes, faults, columns_known=columns_known)
     _check_files(spec, faults, inputs)
     _check_count(spec, axes, faults)
     if faults.mistakes:
         raise CampaignError(*faults.in_order())
-    return Campaign(spec=spec, axes=axes, source=source, folder=inputs.folder, catalog=catalog)
+    return Campaign(spec=spec, axes=axes, source=source, folder=inputs.folder, catalog=catalog, edition=due)
 
 
 def template_texts(spec: CampaignSpec) -> Iterator[tuple[KeyPath, str]]:
@@ -187,7 +211,8 @@ def _table(given: Any, path: KeyPath, faults: Faults, inputs: InputFolder) -> tu
         note_faults(error, given, path, faults)
         return Axes(), False
     try:
-        table = Table(path=inputs.locate(rows.file), name=rows.file, key=rows.key, columns=rows.columns)
+        file = rows.file or ""
+        table = Table(path=inputs.locate(file), name=file, key=rows.key, columns=rows.columns)
         titles = table.titles()
     except InputImageError as error:
         faults.add((*path, "file"), str(error))
@@ -222,12 +247,59 @@ def _declaration(name: str, axes: Axes) -> KeyPath:
     return ("variables", "zip", name) if name in axes.zipped else ("variables", "rows", "columns", name)
 
 
-def _check_variables(spec: CampaignSpec, axes: Axes, faults: Faults, *, columns_known: bool) -> None:
+def _check_schedule(spec: CampaignSpec, faults: Faults) -> None:
+    if spec.schedule is None:
+        return
+    try:
+        schedule.check_cron(spec.schedule.cron)
+    except schedule.WrongScheduleError as error:
+        faults.add(("schedule", "cron"), f"{shown(spec.schedule.cron)} {error}", 'write for example "0 3 * * *"')
+    zones = schedule.timezones()
+    if spec.schedule.timezone not in zones:
+        place, name = ("schedule", "timezone"), spec.schedule.timezone
+        faults.add(place, f"no time zone {name!r}", nearest(name, zones))
+
+
+def _due(spec: CampaignSpec, faults: Faults, now: datetime) -> str:
+    """The edition that the campaign's schedule asks for now."""
+    planned = spec.schedule
+    if planned is None or planned.mode != "edition" or faults.within(("schedule",)):
+        return ""
+    return schedule.edition(planned.cron, planned.timezone, now)
+
+
+def _check_choices(spec: CampaignSpec, axes: Axes, faults: Faults, *, columns_known: bool) -> None:
+    """Combinations that are left out name what there is; those that are added name all there is to choose."""
+    lists = {**axes.product, **axes.zipped}
+    known = {*lists, *axes.columns()}
+    for n, choice in enumerate(spec.exclude):
+        for name, value in choice.items():
+            place: KeyPath = ("exclude", n, name)
+            if name not in known:
+                if columns_known and not faults.within(("variables",)):
+                    faults.add(place, f"the variable {name!r} is not declared", nearest(name, known))
+            elif name in lists and all(canonical(value) != canonical(each) for each in lists[name]):
+                wanted = nearest(str(value), [str(each) for each in lists[name]])
+                faults.add(place, f"{name} is never {shown(value)}", wanted)
+    for n, choice in enumerate(spec.include):
+        for name in choice:
+            if name not in lists and not faults.within(("variables",)):
+                fix = "a table's columns come from its rows" if name in known else nearest(name, lists)
+                faults.add(("include", n, name), f"{name!r} is no variable with a list of values", fix)
+        missing = sorted(set(lists) - set(choice))
+        if missing and not faults.within(("variables",)):
+            faults.add(("include", n), f"says no value for {', '.join(missing)}", "name every variable with a list")
+
+
+def _check_variables(spec: CampaignSpec, axes: Axes, faults: Faults, *, columns_known: bool, edition: str) -> None:
     """Every template compiles and uses declared variables; every declared variable is used."""
     given = faults.source.data.get("variables")
     declared = {*axes.columns(), *axes.zipped, *axes.product}
     declared |= set(axes.table.columns or ()) if axes.table else set()
+    if EDITION in declared:
+        faults.add(_declaration(EDITION, axes), f"{EDITION!r} is the name of the campaign's edition", "rename it")
     known = declared | set(given if isinstance(given, dict) else ())
+    known |= {EDITION} if edition or faults.within(("schedule",)) else set()
     all_known = columns_known and not any(faults.has(path) for path in (("variables",), ("variables", "zip")))
     # What is wrong elsewhere may hide a use from us, so then every word in braces counts as one.
     used = set(_IN_BRACES.findall(faults.source.text)) if faults.mistakes else set()
@@ -241,9 +313,11 @@ def _check_variables(spec: CampaignSpec, axes: Axes, faults: Faults, *, columns_
             continue
         used |= names
         for name in sorted(names - known) if all_known else ():
-            faults.add(path, f"the variable {name!r} is not declared", nearest(name, declared))
+            fix = "add schedule: with mode: edition, or submit --edition NAME" if name == EDITION else ""
+            faults.add(path, f"the variable {name!r} is not declared", fix or nearest(name, declared))
             # What it may have meant is not unused besides.
             used |= set(difflib.get_close_matches(name, declared, n=1))
+    used |= {name for choice in spec.exclude for name in choice}
     open_columns = set() if axes.table is None or axes.table.columns is not None else set(axes.columns())
     for name in sorted(declared - used - open_columns):
         faults.add(_declaration(name, axes), f"the variable {name!r} is used nowhere", "use it or remove it")
@@ -271,8 +345,9 @@ def _check_count(spec: CampaignSpec, axes: Axes, faults: Faults) -> None:
     if chain > MOST_JOBS_OF_A_CHAIN:
         faults.add(place, f"asks for {chain:,} pictures of one row and seed, at most {MOST_JOBS_OF_A_CHAIN:,}")
     roots = seed_count(spec.seeds)
-    total = chain * roots * axes.combinations()
-    place = ("seeds",) if roots > axes.combinations() else ("variables",)
+    combinations = axes.combinations() + len(spec.include)
+    total = chain * roots * combinations
+    place = ("seeds",) if roots > combinations else ("variables",)
     if total > MOST_JOBS:
         rows = " for each row of its table" if axes.table else ""
         faults.add(place, f"asks for {total:,} pictures{rows}, at most {MOST_JOBS:,}", "split the campaign")

@@ -60,11 +60,14 @@ class ImageSource:
     """A picture a request consumes.
 
     With ``stage`` it is the picture of this job's parent in that stage and ``digest`` is the parent's
-    fingerprint; without, it is the stored input ``inputs/{digest}`` and ``digest`` its SHA-256.
+    fingerprint; without, it is the stored input ``inputs/{digest}`` and ``digest`` its SHA-256. With ``url``
+    that input stays where it is, ``s3://bucket/key``, and ``version`` pins it: ``version:ID`` or ``etag:TAG``.
     """
 
     digest: str
     stage: str | None = None
+    url: str | None = None
+    version: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -241,21 +244,24 @@ def hashed(data: bytes) -> str:
 def fingerprint(request: GenerationRequest) -> str:
     """What determines the picture: equal fingerprints ask for the same pixels.
 
-    Aliases are only names, so the digests alone count.
+    Aliases and addresses are only names, so the digests alone count.
     """
     return digest(fingerprint_document(request))
 
 
 def fingerprint_document(request: GenerationRequest) -> Json:
     """The values behind :func:`fingerprint`."""
-    document: Json = _without_aliases(to_document(request))
+    document: Json = _without_names(to_document(request))
     return document
 
 
-def _without_aliases(value: Any) -> Any:
+_NAMES = frozenset({"alias", "url", "version"})
+
+
+def _without_names(value: Any) -> Any:
     if isinstance(value, dict):
-        return {key: _without_aliases(item) for key, item in value.items() if key != "alias"}
-    return [_without_aliases(item) for item in value] if isinstance(value, list) else value
+        return {key: _without_names(item) for key, item in value.items() if key not in _NAMES}
+    return [_without_names(item) for item in value] if isinstance(value, list) else value
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -266,6 +272,8 @@ class JobSpec:
     siblings; a table's row is told by ``row_key`` instead (empty without ``rows:``), so that a corrected
     cell changes a job and does not make another. ``seed`` is the root seed that chains share,
     ``request.seed`` the noise seed of this stage. ``parents`` maps each parent's stage to its identity.
+    ``chain`` counts the chains of a campaign in the file's order: a row, a combination and a root seed.
+    ``blocked`` says which rule of a policy forbids this job.
     """
 
     stage: str
@@ -279,6 +287,8 @@ class JobSpec:
     batch_key: str
     edition: str = ""
     parents: tuple[tuple[str, str], ...] = ()
+    chain: int = field(default=0, compare=False)
+    blocked: str | None = None
     identity: str = field(init=False)
     """What makes this job the same job when its campaign is submitted again."""
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from sdpipeline.campaign import MOST_JOBS, Campaign, jobs_of_a_chain, seed_count
-from sdpipeline.domain import JobSpec, stage_seed
+from sdpipeline.campaign import EDITION, MOST_JOBS, Axes, Campaign, jobs_of_a_chain, seed_count
+from sdpipeline.domain import JobSpec, canonical, stage_seed
 from sdpipeline.errors import CampaignError, Mistake
 from sdpipeline.inputs import InputFolder
 from sdpipeline.rows import OnMistake, Row
@@ -56,17 +56,45 @@ def check(campaign: Campaign, inputs: InputFolder) -> int:
 
 
 def combinations(campaign: Campaign, on_mistake: OnMistake) -> Iterator[Combination]:
-    """Rows x zipped lists x product, in the file's order."""
-    axes = campaign.axes
+    """Rows x (zipped lists x product, less what is excluded, and what is included), in the file's order."""
+    axes, edition = campaign.axes, {EDITION: campaign.edition} if campaign.edition else {}
     table: Iterable[Row | None] = axes.table.rows(on_mistake) if axes.table else (None,)
     together = [tuple(zip(axes.zipped, values, strict=True)) for values in zip(*axes.zipped.values(), strict=True)]
+    left_out = [_matcher(choice, axes) for choice in campaign.spec.exclude]
+    added = [tuple(sorted(choice.items())) for choice in campaign.spec.include]
     for row in table:
-        for pairs in together or [()]:
-            for values in itertools.product(*axes.product.values()):
-                own = (*pairs, *zip(axes.product, values, strict=True))
-                merged = {**(row.values if row else {}), **dict(own)}
-                key, line = (row.key, row.line) if row else ("", None)
-                yield Combination(row_key=key, line=line, axes=tuple(sorted(own)), values=merged)
+        key, line, cells = (row.key, row.line, row.values) if row else ("", None, {})
+        there = set()
+        for own in itertools.chain(_products(axes, together), added):
+            merged = {**cells, **dict(own), **edition}
+            if added:
+                text = canonical(own)
+                included = text not in there and own in added
+                if text in there or (not included and any(matches(merged) for matches in left_out)):
+                    continue
+                there.add(text)
+            elif any(matches(merged) for matches in left_out):
+                continue
+            yield Combination(row_key=key, line=line, axes=own, values=merged)
+
+
+def _products(axes: Axes, together: Sequence[tuple[tuple[str, Any], ...]]) -> Iterator[tuple[tuple[str, Any], ...]]:
+    for pairs in together or [()]:
+        for values in itertools.product(*axes.product.values()):
+            yield tuple(sorted((*pairs, *zip(axes.product, values, strict=True))))
+
+
+def _matcher(choice: Mapping[str, Any], axes: Axes) -> Callable[[Mapping[str, Any]], bool]:
+    """Whether a combination has these values; a table's cells are texts, whatever they look like."""
+    columns = axes.columns()
+    wanted = [(name, _cell(value) if name in columns else canonical(value)) for name, value in choice.items()]
+    return lambda values: all(
+        (values[name] if name in columns else canonical(values[name])) == value for name, value in wanted
+    )
+
+
+def _cell(value: Any) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -101,6 +129,7 @@ class _Chains:
     campaign: Campaign
     inputs: InputFolder
     mistakes: list[Mistake] = field(default_factory=list)
+    _chain: int = 0
     _plans: list[StagePlan] = field(init=False)
     _branches: list[_Branch] = field(init=False, default_factory=list)
 
@@ -156,6 +185,7 @@ class _Chains:
             variables = tuple(sorted((dict(axes) | stage.used).items())) if axes else tuple(stage.used.items())
             branches.append((branch, stage, axes, variables))
         for seed in _seeds(self.campaign.spec.seeds):
+            chain, self._chain = self._chain, self._chain + 1
             made: list[JobSpec] = []
             for branch, stage, axes, variables in branches:
                 above = [made[parent] for parent in branch.parents]
@@ -172,7 +202,10 @@ class _Chains:
                     request=request,
                     fingerprint=fingerprint,
                     batch_key=stage.form.batch_key,
+                    edition=self.campaign.edition,
                     parents=tuple((parent.stage, parent.identity) for parent in above),
+                    chain=chain,
+                    blocked=stage.blocked,
                 )
                 made.append(spec)
                 yield spec

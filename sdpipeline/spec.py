@@ -23,6 +23,7 @@ Name = Annotated[str, Field(pattern=NAME)]
 Variable = Annotated[str, Field(pattern=VARIABLE)]
 Scalar = bool | int | float | str
 Seed = Annotated[int, Field(ge=0, le=LARGEST_SEED)]
+Choice = Annotated[dict[Variable, Scalar], Field(min_length=1)]
 Number = float | str
 Integer = int | str
 
@@ -46,18 +47,20 @@ Seeds = Annotated[
 
 
 class Rows(_Part):
-    """A table whose rows are values: one job chain per row."""
+    """A table whose rows are values, or a folder's files as one: one job chain per row."""
 
-    file: str
+    file: str | None = None
+    files: str | None = None
     key: str | None = None
     columns: dict[Variable, str] | None = None
 
 
 class ImageSpec(_Part):
-    """A picture from an earlier stage or from a file beside the campaign."""
+    """A picture from an earlier stage, from a file beside the campaign, or from a bucket."""
 
     stage: str | None = None
     file: str | None = None
+    url: str | None = None
 
 
 class ControlNetSpec(_Part):
@@ -105,6 +108,40 @@ class OutputSpec(_Part):
     metadata: Literal["embedded+sidecar"] = "embedded+sidecar"
 
 
+class Budget(_Part):
+    """What a campaign may spend before it pauses itself."""
+
+    max_gpu_seconds: Annotated[float, Field(gt=0)] | None = None
+    max_images: Annotated[int, Field(ge=1)] | None = None
+    max_cost: Annotated[float, Field(gt=0)] | None = None
+
+
+class Schedule(_Part):
+    """When a campaign is made, and whether as the same campaign or as a new edition each time."""
+
+    cron: str
+    timezone: str = "UTC"
+    mode: Literal["incremental", "edition"] = "incremental"
+    on_overlap: Literal["skip", "queue"] = "skip"
+
+
+class Quality(_Part):
+    """Scores a picture must reach; what is always refused (black, flat, not finite) needs no threshold."""
+
+    min_sharpness: Annotated[float, Field(ge=0)] | None = None
+    min_edge_agreement: Annotated[float, Field(ge=0, le=1)] | None = None
+
+
+class Policy(_Part):
+    """What a campaign may ask for at all."""
+
+    checkpoints: list[str] | None = None
+    max_width: Annotated[int, Field(ge=8, le=LARGEST_SIDE)] | None = None
+    max_height: Annotated[int, Field(ge=8, le=LARGEST_SIDE)] | None = None
+    deny: list[Annotated[str, Field(min_length=1, max_length=1000)]] = Field(default_factory=list)
+    allow: list[Annotated[str, Field(min_length=1, max_length=1000)]] = Field(default_factory=list)
+
+
 class Parameters(_Part):
     """Generation parameters under diffusers' names; a string is a template."""
 
@@ -138,6 +175,7 @@ class Stage(Parameters):
     vae: str | None = None
     reproducibility: Reproducibility | None = None
     output: OutputSpec | None = None
+    quality: Quality | None = None
 
     def images(self) -> list[tuple[KeyPath, ImageSpec]]:
         """Every picture the stage consumes, with its place inside the stage."""
@@ -176,11 +214,18 @@ class CampaignSpec(_Part):
     name: Name
     checkpoint: str
     priority: Annotated[int, Field(ge=0, le=1000)] = 100
+    budget: Budget = Budget()
+    schedule: Schedule | None = None
+    reuse: bool = True
+    policy: Policy = Policy()
     variables: dict[Variable, Any] = Field(default_factory=dict)
+    exclude: list[Choice] = Field(default_factory=list)
+    include: list[Choice] = Field(default_factory=list)
     seeds: Seeds = SeedRange()
     defaults: Parameters = Parameters()
     stages: Annotated[list[Stage], Field(min_length=1, max_length=64)]
     reproducibility: Reproducibility = "tolerant"
+    quality: Quality = Quality()
     output: OutputSpec = OutputSpec()
 
 
@@ -327,6 +372,10 @@ def _known_keys(path: KeyPath) -> Iterable[str]:
         "stages": Stage,
         "defaults": Parameters,
         "output": OutputSpec,
+        "budget": Budget,
+        "schedule": Schedule,
+        "quality": Quality,
+        "policy": Policy,
         "seeds": SeedRange,
         "image": ImageSpec,
         "mask_image": ImageSpec,

@@ -158,7 +158,10 @@ class RequestForm:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Resolved:
-    """A stage for one combination: all but seeds and parents' fingerprints. ``used`` are its variables."""
+    """A stage for one combination: all but seeds and parents' fingerprints. ``used`` are its variables.
+
+    ``blocked`` says which rule of a policy forbids it.
+    """
 
     shape: Shape
     form: RequestForm
@@ -166,6 +169,7 @@ class Resolved:
     negative_prompt: str
     used: dict[str, Any]
     quoted: Mapping[str, str]
+    blocked: str | None = None
 
     def request(self, seed: int, digests: Mapping[str, str]) -> tuple[GenerationRequest, str]:
         """One job's request and its fingerprint."""

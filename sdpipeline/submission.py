@@ -11,14 +11,15 @@ from pathlib import Path
 from sdpipeline import expand
 from sdpipeline.batching import split
 from sdpipeline.campaign import Campaign
-from sdpipeline.db import registry, staging
+from sdpipeline.db import registry, reports, staging
 from sdpipeline.db import submit as publishing
 from sdpipeline.db.audit import AuditLog
 from sdpipeline.db.connection import Database
-from sdpipeline.db.submit import Difference, Submitted
+from sdpipeline.db.submit import Difference, Publication, Submitted
 from sdpipeline.domain import JobSpec, Json
 from sdpipeline.errors import CampaignError, InputImageError, Mistake
 from sdpipeline.inputs import InputFile, InputFolder
+from sdpipeline.spec import CampaignSpec
 from sdpipeline.storage import ObjectStore
 
 
@@ -83,7 +84,11 @@ def submit(
     prune: bool = False,
 ) -> Submitted:
     """Check everything, copy the inputs, then publish in one transaction: workers see all of it or nothing."""
-    with staging.prepared(expand.expand(campaign, inputs)) as ready:
+    if waiting := _overlap(campaign, audit.database, team):
+        return waiting
+    budget = campaign.spec.budget.model_dump(exclude_none=True) or None
+    jobs = expand.expand(campaign, inputs)
+    with staging.prepared(jobs, rules=delivery_rules(campaign.spec), held=budget is not None) as ready:
         if not ready.count:
             raise CampaignError(Mistake(file=campaign.source.file, message="asks for no picture", fix="give it rows"))
         copy_inputs(inputs.found.values(), store)
@@ -91,16 +96,41 @@ def submit(
         used |= {campaign.spec.checkpoint for stage in campaign.spec.stages if not stage.checkpoint}
         with audit.transaction() as tx:
             registry.remember(tx, [campaign.catalog[alias] for alias in sorted(used)])
-            return publishing.submit(
-                tx,
-                ready,
+            asked = Publication(
                 team=team,
                 name=campaign.spec.name,
                 source=campaign.text,
                 priority=campaign.spec.priority,
                 max_attempts=max_attempts,
-                prune=prune,
+                budget=budget,
             )
+            return publishing.submit(tx, ready, asked, prune=prune)
+
+
+def delivery_rules(spec: CampaignSpec) -> dict[str, Json]:
+    """What the delivery of each stage's pictures obeys; none of it changes a pixel."""
+    rules = {}
+    for stage in spec.stages:
+        quality = (stage.quality or spec.quality).model_dump(exclude_none=True)
+        rules[stage.id] = {"reuse": spec.reuse, "quality": quality}
+    return rules
+
+
+def _overlap(campaign: Campaign, database: Database, team: str) -> Submitted | None:
+    """A new edition is left out while an older one is being made, if the schedule says so."""
+    planned = campaign.spec.schedule
+    if planned is None or planned.mode != "edition" or planned.on_overlap != "skip":
+        return None
+    with database.read() as connection:
+        campaign_id = reports.campaign_id(connection, team=team, name=campaign.spec.name)
+        if campaign_id is None:
+            return None
+        older = reports.unfinished_editions(connection, campaign_id) - {campaign.edition}
+        if not older or reports.has_edition(connection, campaign_id, campaign.edition):
+            return None
+        version = reports.progress(connection, campaign_id).version
+    why = f"edition {campaign.edition} is left out: {', '.join(sorted(older))} is still being made"
+    return Submitted(campaign_id=campaign_id, version=version, added=0, unchanged=0, cancelled=0, left_out=why)
 
 
 def copy_inputs(found: Iterable[InputFile], store: ObjectStore) -> None:

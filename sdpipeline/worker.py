@@ -16,8 +16,8 @@ import structlog
 
 from sdpipeline import delivery
 from sdpipeline.batching import bucket_for
+from sdpipeline.db import budgets, reports, workers
 from sdpipeline.db import queue as jobs
-from sdpipeline.db import reports, workers
 from sdpipeline.db.audit import AuditLog
 from sdpipeline.db.queue import Lease, LeasedJob
 from sdpipeline.domain import Json, Status
@@ -47,11 +47,13 @@ class WorkerSummary:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WorkerLimits:
-    """``max_batch`` pictures per forward pass, leases of ``lease_ttl_s`` seconds, inputs up to ``max_pixels``."""
+    """``max_batch`` pictures per forward pass, leases of ``lease_ttl_s`` seconds, inputs up to ``max_pixels``, and
+    what a second of the device costs."""
 
     max_batch: int
     lease_ttl_s: float
     max_pixels: int
+    gpu_second_cost: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,6 +95,11 @@ class _Work:
     inputs: list[Mapping[str, Json]] = field(default_factory=list)
     results: list[GeneratedImage | GenerationFailure] = field(default_factory=list)
     gpu_seconds: float = 0.0
+
+    @property
+    def share_s(self) -> float:
+        """One job's share of the device's time."""
+        return self.gpu_seconds / len(self.jobs)
 
 
 @dataclass(frozen=True, slots=True)
@@ -205,11 +212,18 @@ class _Run:
         with self.worker.audit.transaction() as tx:
             jobs.reap(tx)
             jobs.promote(tx.connection)
+            limits = self.worker.limits
+            budgets.admit(
+                tx,
+                wave=limits.max_batch,
+                gpu_second_cost=limits.gpu_second_cost,
+                campaign_id=self.bounds.campaign_id,
+            )
             return jobs.take_lease(
                 tx,
                 worker_id=self.worker.worker_id,
-                limit=self.worker.limits.max_batch,
-                ttl_s=self.worker.limits.lease_ttl_s,
+                limit=limits.max_batch,
+                ttl_s=limits.lease_ttl_s,
                 campaign_id=self.bounds.campaign_id,
                 resident=self.worker.engine.resident(),
                 full_only=bool(self._leases),
@@ -271,7 +285,7 @@ class _Run:
                 if work.lease.id in self._lost:
                     break
                 if isinstance(result, GenerationFailure):
-                    self._fail(work.lease, leased, result.error)
+                    self._fail(work.lease, leased, result.error, gpu_seconds=work.share_s)
                 else:
                     self._deliver(work, leased, inputs, result)
             self._close(work.lease)
@@ -281,20 +295,24 @@ class _Run:
             number=leased.attempt,
             lease_id=work.lease.id,
             worker_id=self.worker.worker_id,
-            gpu_seconds=work.gpu_seconds / len(work.jobs),
+            gpu_seconds=work.share_s,
         )
         try:
             stored = self._when_storage_answers(
                 work.lease, partial(delivery.deliver, self.worker.store, leased, inputs, generated, attempt)
             )
         except SdpError as error:
-            self._fail(work.lease, leased, error)
+            self._fail(work.lease, leased, error, gpu_seconds=work.share_s)
             return
 
         def complete() -> bool:
             with self.worker.audit.transaction() as tx:
                 return jobs.complete(
-                    tx, lease_id=work.lease.id, leased=leased, stored=stored, worker_id=self.worker.worker_id
+                    tx,
+                    lease_id=work.lease.id,
+                    leased=leased,
+                    stored=stored,
+                    charge=self._charge(stored.gpu_seconds),
                 )
 
         if self._when_database_answers(complete):
@@ -303,7 +321,7 @@ class _Run:
         else:
             _log.warning("lease_lost", job_id=leased.id, attempt=leased.attempt)
 
-    def _fail(self, lease: Lease, leased: LeasedJob, error: SdpError) -> None:
+    def _fail(self, lease: Lease, leased: LeasedJob, error: SdpError, *, gpu_seconds: float = 0.0) -> None:
         status = next_status(error, attempt=leased.attempt, max_attempts=leased.max_attempts)
         backoff = backoff_s(leased.attempt, random.Random())  # noqa: S311
 
@@ -316,6 +334,7 @@ class _Run:
                     status=status,
                     error_kind=type(error).__name__.removesuffix("Error"),
                     error=str(error),
+                    charge=self._charge(gpu_seconds),
                     backoff_s=backoff,
                 )
 
@@ -324,6 +343,10 @@ class _Run:
         if done and status is Status.FAILED:
             self._failed += 1
             self._progressed(1)
+
+    def _charge(self, gpu_seconds: float) -> budgets.Charge:
+        cost = gpu_seconds * self.worker.limits.gpu_second_cost
+        return budgets.Charge(worker_id=self.worker.worker_id, gpu_seconds=gpu_seconds, cost=cost)
 
     def _close(self, lease: Lease) -> None:
         def close() -> None:

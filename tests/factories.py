@@ -18,9 +18,10 @@ from sdpipeline.campaign import Campaign, Catalog
 from sdpipeline.db import audit as audit_rows
 from sdpipeline.db import queue, staging, tables
 from sdpipeline.db.audit import AuditLog
+from sdpipeline.db.budgets import Charge
 from sdpipeline.db.connection import Database
 from sdpipeline.db.queue import Lease, LeasedJob, StoredImage
-from sdpipeline.db.submit import Submitted, submit
+from sdpipeline.db.submit import Publication, Submitted, submit
 from sdpipeline.domain import (
     CheckpointRef,
     GenerationRequest,
@@ -177,14 +178,17 @@ def stored_image(leased: LeasedJob, store: ObjectStore | None = None) -> StoredI
     )
 
 
-def published(
-    audit: AuditLog, jobs: Iterable[JobSpec], *, name: str = "spring", source: str | None = None, **options: Any
-) -> Submitted:
-    """Submit these jobs as one version of a campaign; ``source`` is the file's text."""
-    fields: dict[str, Any] = {"team": "default", "priority": 100, "max_attempts": 3}
-    text = secrets.token_hex(8) if source is None else source
-    with staging.prepared(jobs) as ready, audit.transaction() as tx:
-        return submit(tx, ready, name=name, source=text, **fields | options)
+def publication(**changes: Any) -> Publication:
+    """A version of the campaign ``spring``; ``source`` is the file's text."""
+    fields: dict[str, Any] = {"team": "default", "name": "spring", "priority": 100, "max_attempts": 3}
+    return Publication(**{"source": secrets.token_hex(8)} | fields | changes)
+
+
+def published(audit: AuditLog, jobs: Iterable[JobSpec], *, prune: bool = False, **changes: Any) -> Submitted:
+    """Submit these jobs as one version of a campaign."""
+    asked = publication(**changes)
+    with staging.prepared(jobs, held=asked.budget is not None) as ready, audit.transaction() as tx:
+        return submit(tx, ready, asked, prune=prune)
 
 
 def leased(audit: AuditLog, *, worker_id: str = "worker-1", limit: int = 8, **options: Any) -> Lease:
@@ -207,7 +211,8 @@ def completed(audit: AuditLog, lease: Lease, store: ObjectStore | None = None) -
     for job in lease.jobs:
         with audit.transaction() as tx:
             stored = stored_image(job, store)
-            done.append(queue.complete(tx, lease_id=lease.id, leased=job, stored=stored, worker_id="worker-1"))
+            charge = Charge(worker_id="worker-1", gpu_seconds=stored.gpu_seconds)
+            done.append(queue.complete(tx, lease_id=lease.id, leased=job, stored=stored, charge=charge))
     with audit.database.write() as connection:
         queue.close_lease(connection, lease.id)
     return done
@@ -216,7 +221,7 @@ def completed(audit: AuditLog, lease: Lease, store: ObjectStore | None = None) -
 def failed(audit: AuditLog, lease: Lease, job: LeasedJob, status: Status = Status.FAILED, **options: Any) -> bool:
     """End one attempt with an error."""
     with audit.transaction() as tx:
-        about = {"error_kind": "BadPicture", "error": "it is black"}
+        about = {"error_kind": "BadPicture", "error": "it is black", "charge": Charge(worker_id="worker-1")}
         return queue.fail(tx, lease_id=lease.id, leased=job, status=status, **about | options)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from datetime import UTC, datetime
 from pathlib import Path
@@ -32,6 +33,11 @@ from sdpipeline.domain import Status
 from sdpipeline.settings import Settings
 
 RETRYABLE = ("failed", "blocked", "cancelled")
+EDITION_NAME = re.compile(r"[a-z0-9][a-z0-9-]{0,62}")
+
+Edition = Annotated[
+    str | None, typer.Option(help="Make the whole campaign as this edition; default what its schedule says.")
+]
 
 
 def add_to(app: typer.Typer) -> None:
@@ -61,14 +67,15 @@ def submit(
     file: CampaignFile,
     *,
     prune: Annotated[bool, typer.Option("--prune", help="Cancel what the file no longer asks for.")] = False,
+    edition: Edition = None,
     home: Home = None,
     as_json: AsJson = False,
 ) -> None:
     """Publish a campaign file as the campaign's newest version; unchanged jobs are left alone."""
-    name, done = submit_file(settings(home), file, prune=prune)
+    name, done = submit_file(settings(home), file, prune=prune, edition=edition)
     if as_json:
         counts = {"added": done.added, "unchanged": done.unchanged, "cancelled": done.cancelled}
-        print_json({"campaign": name, "version": done.version} | counts)
+        print_json({"campaign": name, "version": done.version} | counts | {"left_out": done.left_out})
         return
     stdout.print(_submitted(name, done))
 
@@ -76,6 +83,7 @@ def submit(
 def run(
     file: CampaignFile,
     *,
+    edition: Edition = None,
     keep_ui: Annotated[bool, typer.Option("--keep-ui", help="Leave the local Prefect server running.")] = False,
     home: Home = None,
     as_json: AsJson = False,
@@ -86,7 +94,7 @@ def run(
     s = settings(home)
     if not s.embedded:
         bootstrap.seal_key(s)  # a missing key is found before any work is done; the embedded default makes its own
-    name, done = submit_file(s, file)
+    name, done = submit_file(s, file, edition=edition)
     if not as_json:
         stderr.print(_submitted(name, done))
     progress = orchestration.run_campaign(s, name, keep_ui=keep_ui, console=None if as_json else stderr)
@@ -205,13 +213,15 @@ def resume(campaign: CampaignName, *, home: Home = None, as_json: AsJson = False
     _set_status(campaign, "active", home, as_json=as_json)
 
 
-def submit_file(s: Settings, file: Path, *, prune: bool = False) -> tuple[str, Submitted]:
+def submit_file(s: Settings, file: Path, *, prune: bool = False, edition: str | None = None) -> tuple[str, Submitted]:
     """Submit a campaign file; the whole of it is checked before the embedded database is even made."""
+    if edition is not None and not EDITION_NAME.fullmatch(edition):
+        raise refuse(f"--edition {edition!r} is no name", "write at most 63 of a-z, 0-9 and -, as in 2026-11-25")
     if not bootstrap.database_exists(s):
-        expand.check(*bootstrap.load_campaign(s, file))
+        expand.check(*bootstrap.load_campaign(s, file, edition=edition))
     bootstrap.open_storage(s).check()
     with bootstrap.services(s) as have:
-        campaign, inputs = bootstrap.load_campaign(s, file, have.database)
+        campaign, inputs = bootstrap.load_campaign(s, file, have.database, edition=edition)
         done = submission.submit(
             campaign, inputs, have.audit, have.store, team=s.team, max_attempts=s.max_attempts, prune=prune
         )
@@ -244,7 +254,9 @@ def leave(progress: Progress) -> None:
     """Exit 3 where jobs did not succeed, saying what to type next."""
     if progress.failed:
         stderr.print(f"why: sdpipeline jobs {progress.name} --status failed; again: sdpipeline retry {progress.name}")
-    if progress.remaining and progress.status == "paused":
+    if progress.paused_because:
+        stderr.print(f"{progress.name} is paused: {progress.paused_because}; raise it in the file and run it again")
+    elif progress.remaining and progress.status == "paused":
         stderr.print(f"{progress.name} is paused: sdpipeline resume {progress.name}, and run it again")
     if progress.failed or progress.blocked or progress.skipped or progress.remaining:
         raise typer.Exit(FOUND_FAULTS)
@@ -260,6 +272,8 @@ def _set_status(campaign: str, status: str, home: Path | None, *, as_json: bool)
 
 
 def _submitted(name: str, done: Submitted) -> str:
+    if done.left_out:
+        return f"{name}: {done.left_out}"
     cancelled = f", {done.cancelled} cancelled" if done.cancelled else ""
     return f"{name} version {done.version}: {done.added} jobs added, {done.unchanged} unchanged{cancelled}"
 

@@ -6,7 +6,7 @@ from collections.abc import Collection
 
 from sqlalchemy import ColumnElement, Connection, and_, case, false, func, null, or_, select, update
 
-from sdpipeline.db import registry
+from sdpipeline.db import budgets, registry
 from sdpipeline.db.audit import Event, Transaction
 from sdpipeline.db.connection import now_s
 from sdpipeline.db.locks import have_campaign
@@ -41,7 +41,7 @@ def retry(tx: Transaction, *, campaign_id: int, statuses: Collection[str]) -> in
 
 def reset(connection: Connection, chosen: ColumnElement[bool]) -> list[int]:
     """Back to the start: no attempts, no error, status ``new`` until :func:`settle` decides. Returns their ids."""
-    _abandon_attempts(connection, chosen)
+    abandon_attempts(connection, chosen)
     start = {
         "status": "new",
         "attempt": 0,
@@ -55,7 +55,7 @@ def reset(connection: Connection, chosen: ColumnElement[bool]) -> list[int]:
     return list(connection.execute(update(job).where(chosen).values(**start).returning(job.c.id)).scalars())
 
 
-def _abandon_attempts(connection: Connection, chosen: ColumnElement[bool]) -> None:
+def abandon_attempts(connection: Connection, chosen: ColumnElement[bool]) -> None:
     """What is being made for these jobs will not be recorded."""
     leased = select(job.c.id).where(chosen, job.c.status == LEASED)
     still_open = and_(attempt.c.outcome.is_(None), attempt.c.job_id.in_(leased))
@@ -79,6 +79,7 @@ def settle(tx: Transaction, *, campaign_id: int) -> None:
     dead = of_this.where(parent.c.status.in_(_DEAD_ENDS)).scalar_subquery()
     is_new = and_(job.c.campaign_id == campaign_id, job.c.status == "new")
     depths = tx.connection.execute(select(job.c.depth).where(is_new).distinct().order_by(job.c.depth)).scalars().all()
+    budgets.start_over(tx.connection, campaign_id)
     skipped: list[int] = []
     blocked: list[int] = []
     for depth in depths:
@@ -89,7 +90,8 @@ def settle(tx: Transaction, *, campaign_id: int) -> None:
         blocked += registry.block(tx.connection, here)
         lost = update(job).where(here, dead > 0).values(status="skipped", **SKIPPED).returning(job.c.id)
         skipped += tx.connection.execute(lost).scalars()
-        status = case((unfinished > 0, "waiting"), else_="ready")
+        held = and_(job.c.chain.is_not(None), job.c.depth == 0)
+        status = case((unfinished > 0, "waiting"), (held, "waiting"), else_="ready")
         tx.connection.execute(update(job).where(here).values(parents_left=unfinished, status=status))
     if blocked:
         tx.record(Event.JOBS_BLOCKED, f"campaign:{campaign_id}", jobs=sorted(blocked), rule=registry.REVOKED)
@@ -105,7 +107,7 @@ def cancel(tx: Transaction, *, campaign_id: int, chosen: ColumnElement[bool] | N
     unfinished = or_(job.c.status == WAITING, job.c.status == READY, job.c.status == LEASED)
     mine = and_(job.c.campaign_id == campaign_id, chosen if chosen is not None else unfinished)
     held = leases_of(tx.connection, mine)
-    _abandon_attempts(tx.connection, mine)
+    abandon_attempts(tx.connection, mine)
     ended = {"status": "cancelled", "lease_id": null(), "not_before": null(), "finished_at": now_s()}
     rows = list(tx.connection.execute(update(job).where(mine).values(**ended).returning(job.c.id)).scalars())
     close_empty(tx.connection, held)
@@ -116,6 +118,7 @@ def cancel(tx: Transaction, *, campaign_id: int, chosen: ColumnElement[bool] | N
 
 def set_campaign_status(tx: Transaction, *, campaign_id: int, status: str) -> None:
     """Pause or resume: workers lease nothing from a campaign that is not active."""
-    tx.connection.execute(update(campaign).where(campaign.c.id == campaign_id).values(status=status))
+    own = {"status": status, "paused_because": null()}
+    tx.connection.execute(update(campaign).where(campaign.c.id == campaign_id).values(**own))
     event = Event.CAMPAIGN_PAUSED if status == "paused" else Event.CAMPAIGN_RESUMED
     tx.record(event, f"campaign:{campaign_id}")

@@ -27,7 +27,9 @@ from sqlalchemy import (
     update,
 )
 
+from sdpipeline.db import budgets
 from sdpipeline.db.audit import Event, Transaction
+from sdpipeline.db.budgets import Charge
 from sdpipeline.db.connection import now_s
 from sdpipeline.db.locks import share_campaigns
 from sdpipeline.db.tables import attempt, campaign, image, job, job_parent, lease, work_group
@@ -313,14 +315,14 @@ def close_lease(connection: Connection, lease_id: str) -> None:
     connection.execute(update(lease).where(mine, ~unfinished).values(closed_at=now_s()))
 
 
-def complete(tx: Transaction, *, lease_id: str, leased: LeasedJob, stored: StoredImage, worker_id: str) -> bool:
+def complete(tx: Transaction, *, lease_id: str, leased: LeasedJob, stored: StoredImage, charge: Charge) -> bool:
     """Record the picture, unless the lease was lost meanwhile: then nothing is written and False returned."""
     share_campaigns(tx.connection, job.c.id == leased.id)
     row = tx.connection.execute(
         update(job)
         .where(_still_ours(lease_id, leased.id), job.c.fingerprint == leased.fingerprint)
         .values(status="succeeded", lease_id=null(), error_kind=null(), error=null(), finished_at=now_s())
-        .returning(job.c.id, job.c.salt, job.c.identity, job.c.request)
+        .returning(job.c.campaign_id, job.c.salt, job.c.identity, job.c.request)
     ).first()
     if row is None:
         return False
@@ -330,12 +332,13 @@ def complete(tx: Transaction, *, lease_id: str, leased: LeasedJob, stored: Store
             job_id=leased.id,
             attempt=leased.attempt,
             fingerprint=leased.fingerprint,
-            worker_id=worker_id,
+            worker_id=charge.worker_id,
             created_at=now_s(),
             **fields,
         )
     )
-    _end_attempt(tx.connection, leased.id, lease_id, "succeeded")
+    _end_attempt(tx.connection, leased.id, lease_id, "succeeded", gpu_seconds=charge.gpu_seconds, cost=charge.cost)
+    budgets.spend(tx.connection, row.campaign_id, leased.stage, charge, images=1)
     _count_down_children(tx.connection, leased.id)
     tx.record(
         Event.JOB_SUCCEEDED,
@@ -345,7 +348,7 @@ def complete(tx: Transaction, *, lease_id: str, leased: LeasedJob, stored: Store
         identity=row.identity,
         fingerprint=leased.fingerprint,
         commitment=commitment(row.salt, row.request),
-        worker=worker_id,
+        worker=charge.worker_id,
         image=fields,
     )
     return True
@@ -359,6 +362,7 @@ def fail(
     status: Status,
     error_kind: str,
     error: str,
+    charge: Charge,
     backoff_s: float = 0.0,
 ) -> bool:
     """End an attempt with an error: ``failed`` for good, or ``waiting`` to be tried after ``backoff_s``."""
@@ -375,11 +379,15 @@ def fail(
             not_before=(now_s() + backoff_s) if again else null(),
             finished_at=null() if again else now_s(),
         )
-        .returning(job.c.id)
+        .returning(job.c.campaign_id)
     ).first()
     if row is None:
         return False
-    _end_attempt(tx.connection, leased.id, lease_id, "failed", error_kind=error_kind, error=error)
+    wrong = {"error_kind": error_kind, "error": error}
+    spent = {"gpu_seconds": charge.gpu_seconds, "cost": charge.cost}
+    _end_attempt(tx.connection, leased.id, lease_id, "failed", **wrong, **spent)
+    if charge.gpu_seconds:
+        budgets.spend(tx.connection, row.campaign_id, leased.stage, charge, images=0)
     event = Event.JOB_DEFERRED if again else Event.JOB_FAILED
     about = {"lease": lease_id, "attempt": leased.attempt, "fingerprint": leased.fingerprint}
     tx.record(event, f"job:{leased.id}", error_kind=error_kind, **about)
@@ -483,9 +491,9 @@ def _still_ours(lease_id: str, job_id: int) -> ColumnElement[bool]:
     return and_(job.c.id == job_id, job.c.lease_id == lease_id, job.c.status == LEASED)
 
 
-def _end_attempt(connection: Connection, job_id: int, lease_id: str, outcome: str, **error: str) -> None:
+def _end_attempt(connection: Connection, job_id: int, lease_id: str, outcome: str, **more: Any) -> None:
     mine = and_(attempt.c.job_id == job_id, attempt.c.lease_id == lease_id)
-    connection.execute(update(attempt).where(mine).values(finished_at=now_s(), outcome=outcome, **error))
+    connection.execute(update(attempt).where(mine).values(finished_at=now_s(), outcome=outcome, **more))
 
 
 def _end_attempts(connection: Connection, lease_ids: Collection[str], outcome: str) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 from sqlalchemy import Connection, and_, case, exists, func, select
 
+from sdpipeline.db import budgets
 from sdpipeline.db.tables import (
     attempt,
     audit_event,
@@ -39,6 +40,9 @@ class Progress:
     counts: dict[str, int]
     images: int
     gpu_seconds: float
+    cost: float
+    budget: Json | None
+    paused_because: str | None
 
     def __getattr__(self, name: str) -> int:
         """``progress.succeeded`` and the like, by status."""
@@ -65,7 +69,8 @@ class Progress:
         """The form of ``status --json``."""
         jobs = {"total": self.total} | {str(s): self.counts.get(s, 0) for s in Status}
         own = {"name": self.name, "version": self.version, "status": self.status}
-        return own | {"jobs": jobs, "images": self.images, "gpu_seconds": round(self.gpu_seconds, 3)}
+        spent = {"images": self.images, "gpu_seconds": round(self.gpu_seconds, 3), "cost": round(self.cost, 4)}
+        return own | {"jobs": jobs} | spent | {"budget": self.budget, "paused_because": self.paused_because}
 
 
 def campaign_id(connection: Connection, *, team: str, name: str) -> int | None:
@@ -81,19 +86,21 @@ def campaign_names(connection: Connection, *, team: str) -> list[str]:
 
 
 def progress(connection: Connection, campaign_id: int) -> Progress:
-    """Counts by status, pictures and GPU-seconds of one campaign."""
+    """Counts by status, pictures, GPU-seconds (failed attempts' too) and cost of one campaign."""
     about = connection.execute(
-        select(campaign.c.name, campaign.c.status, func.coalesce(campaign_version.c.number, 0).label("version"))
+        select(
+            campaign.c.name,
+            campaign.c.status,
+            campaign.c.budget,
+            campaign.c.paused_because,
+            func.coalesce(campaign_version.c.number, 0).label("version"),
+        )
         .outerjoin(campaign_version, campaign_version.c.id == campaign.c.version_id)
         .where(campaign.c.id == campaign_id)
     ).one()
     counted = select(job.c.status, func.count()).where(job.c.campaign_id == campaign_id).group_by(job.c.status)
     counts = {str(status): int(count) for status, count in connection.execute(counted)}
-    made = connection.execute(
-        select(func.count(), func.coalesce(func.sum(image.c.gpu_seconds), 0.0))
-        .select_from(image.join(job, _OWN_IMAGE))
-        .where(job.c.campaign_id == campaign_id, job.c.status == "succeeded")
-    ).one()
+    spent = budgets.spent(connection, campaign_id)
     unfinished = any(counts.get(name) for name in _UNFINISHED)
     status = about.status if unfinished or about.status != "active" else "finished"
     return Progress(
@@ -102,9 +109,25 @@ def progress(connection: Connection, campaign_id: int) -> Progress:
         version=about.version,
         status=status,
         counts=counts,
-        images=int(made[0]),
-        gpu_seconds=float(made[1]),
+        # Each succeeded job has exactly one picture; counting them again would read a table as long.
+        images=counts.get("succeeded", 0),
+        gpu_seconds=spent["gpu_seconds"],
+        cost=spent["cost"],
+        budget=about.budget,
+        paused_because=about.paused_because,
     )
+
+
+def unfinished_editions(connection: Connection, campaign_id: int) -> set[str]:
+    """Editions of which something is still to be made."""
+    mine = (job.c.campaign_id == campaign_id, job.c.status.in_(_UNFINISHED))
+    return set(connection.execute(select(job.c.edition).where(*mine).distinct()).scalars())
+
+
+def has_edition(connection: Connection, campaign_id: int, edition: str) -> bool:
+    """Whether that edition was submitted before."""
+    mine = (job.c.campaign_id == campaign_id, job.c.edition == edition)
+    return connection.execute(select(job.c.id).where(*mine).limit(1)).first() is not None
 
 
 def work_left(connection: Connection, campaign_id: int | None) -> bool:

@@ -6,7 +6,7 @@ import itertools
 import marshal
 import secrets
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import IO, Any
@@ -23,9 +23,12 @@ from sqlalchemy import (
     Table,
     Text,
     and_,
+    case,
+    false,
     insert,
     select,
     text,
+    true,
 )
 
 from sdpipeline.batching import batch_document
@@ -53,6 +56,9 @@ incoming = Table(
     Column("fingerprint", String(64), nullable=False),
     Column("request", JSON, nullable=False),
     Column("salt", String(32), nullable=False),
+    Column("chain", BigInteger),
+    Column("error_kind", String(63)),
+    Column("error", Text),
     Column("parents", SmallInteger, nullable=False),
     Column("group_id", BigInteger, nullable=False),
     prefixes=["TEMPORARY"],
@@ -88,8 +94,16 @@ ROW = (
     "fingerprint",
     "request",
     "salt",
+    "chain",
+    "error_kind",
+    "error",
 )
 """The columns of a job's own, in the order of a prepared row, between its group and its number of parents."""
+
+_ERROR_KIND = ROW.index("error_kind")
+
+POLICY = "policy"
+"""The kind of error of a job that a policy forbids."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -101,13 +115,19 @@ class Group:
     batch_key: str
     checkpoint_digest: str
     description: Json
+    rules: Json
 
 
 @dataclass(slots=True, kw_only=True)
 class Prepared:
-    """Checked jobs, ready to be published; expanding them never holds the database up."""
+    """Checked jobs, ready to be published; expanding them never holds the database up.
 
+    ``held`` says that chains are begun only as a budget allows; ``blocked`` counts what a policy forbids.
+    """
+
+    held: bool = False
     count: int = 0
+    blocked: int = 0
     editions: set[str] = field(default_factory=set)
     groups: list[Group] = field(default_factory=list)
     _file: IO[bytes]
@@ -120,13 +140,19 @@ class Prepared:
 
 
 @contextmanager
-def prepared(jobs: Iterable[JobSpec]) -> Iterator[Prepared]:
-    """Run through all jobs, whatever mistakes that shows, into a temporary file."""
+def prepared(
+    jobs: Iterable[JobSpec], *, rules: Mapping[str, Json] | None = None, held: bool = False
+) -> Iterator[Prepared]:
+    """Run through all jobs, whatever mistakes that shows, into a temporary file. ``rules`` are by stage."""
     with tempfile.TemporaryFile() as file:
-        ready = Prepared(_file=file)
+        ready = Prepared(_file=file, held=held)
         places: dict[tuple[str, str], int] = {}
         for chunk in chunked(jobs, CHUNK):
-            rows = [_row(spec, ready.count + n, _place(spec, ready, places)) for n, spec in enumerate(chunk)]
+            rows = [
+                _row(spec, ready.count + n, _place(spec, ready, places, rules or {}), held=held)
+                for n, spec in enumerate(chunk)
+            ]
+            ready.blocked += sum(spec.blocked is not None for spec in chunk)
             pairs = [(spec.identity, parent) for spec in chunk for parent in _distinct_parents(spec)]
             marshal.dump((rows, pairs), file)
             ready.count += len(chunk)
@@ -158,8 +184,13 @@ def load_first(
     """Fill a campaign that has no jobs yet: there is nothing to compare with, so they go where they belong at once."""
     names = ["created_at", *constants, "status", "group_id", *ROW, "parents_left"]
     fixed = (created_at, *constants.values())
+    root = "waiting" if ready.held else "ready"
+
+    def status(row: list[Any]) -> str:
+        return "blocked" if row[_ERROR_KIND] else "waiting" if row[-1] else root
+
     for rows, pairs in ready.chunks():
-        filled = [(*fixed, "waiting" if row[-1] else "ready", group_ids[group], *row) for _, group, *row in rows]
+        filled = [(*fixed, status(row), group_ids[group], *row) for _, group, *row in rows]
         copy_rows(connection, job, names, filled)
         _load_parents(connection, constants["campaign_id"], pairs)
     analyze(connection, incoming_parent)
@@ -171,9 +202,14 @@ def _load_parents(connection: Connection, campaign_id: int, pairs: Sequence[tupl
 
 
 def match(connection: Connection) -> None:
-    """Find the incoming jobs that are there already."""
+    """Find the incoming jobs that are there already. What a policy forbade and now allows is to be made anew."""
     there = and_(job.c.campaign_id == incoming.c.campaign_id, job.c.identity == incoming.c.identity)
-    same = and_(job.c.fingerprint == incoming.c.fingerprint, job.c.status != "cancelled")
+    allowed = and_(job.c.status == "blocked", job.c.error_kind == POLICY, incoming.c.error_kind.is_(None))
+    same = and_(
+        job.c.fingerprint == incoming.c.fingerprint,
+        job.c.status != "cancelled",
+        case((allowed, false()), else_=true()),
+    )
     found = select(job.c.id, job.c.identity, same).select_from(incoming.join(job, there))
     connection.execute(insert(known).from_select(["id", "identity", "same"], found))
     analyze(connection, known)
@@ -193,7 +229,7 @@ def chunked(jobs: Iterable[JobSpec], size: int) -> Iterator[list[JobSpec]]:
         yield chunk
 
 
-def _place(spec: JobSpec, ready: Prepared, places: dict[tuple[str, str], int]) -> int:
+def _place(spec: JobSpec, ready: Prepared, places: dict[tuple[str, str], int], rules: Mapping[str, Json]) -> int:
     """The number of the job's group, which is added if it is new."""
     key = (spec.stage, spec.batch_key)
     if key not in places:
@@ -205,6 +241,7 @@ def _place(spec: JobSpec, ready: Prepared, places: dict[tuple[str, str], int]) -
                 batch_key=spec.batch_key,
                 checkpoint_digest=spec.request.checkpoint.digest,
                 description=batch_document(spec.request),
+                rules=rules.get(spec.stage, {}),
             )
         )
     return places[key]
@@ -214,7 +251,7 @@ def _distinct_parents(spec: JobSpec) -> Iterable[str]:
     return dict.fromkeys(parent for _, parent in spec.parents)
 
 
-def _row(spec: JobSpec, position: int, group: int) -> tuple[Any, ...]:
+def _row(spec: JobSpec, position: int, group: int, *, held: bool) -> tuple[Any, ...]:
     return (
         position,
         group,
@@ -229,5 +266,8 @@ def _row(spec: JobSpec, position: int, group: int) -> tuple[Any, ...]:
         spec.fingerprint,
         canonical(to_document(spec.request)).decode(),
         secrets.token_hex(16),
+        spec.chain if held else None,
+        spec.blocked and POLICY,
+        spec.blocked,
         len(set(spec.parents)),
     )

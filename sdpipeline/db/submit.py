@@ -18,15 +18,18 @@ from sqlalchemy import (
     func,
     insert,
     literal,
+    null,
     select,
     update,
 )
 
-from sdpipeline.db import control, registry
+from sdpipeline.db import budgets, control, registry
 from sdpipeline.db.audit import Event, Transaction
 from sdpipeline.db.connection import insert_ignoring, now_s
 from sdpipeline.db.locks import have_campaign
+from sdpipeline.db.queue import close_empty, leases_of, skip_descendants
 from sdpipeline.db.staging import (
+    POLICY,
     Group,
     Prepared,
     chunked,
@@ -39,7 +42,7 @@ from sdpipeline.db.staging import (
     temporary_tables,
 )
 from sdpipeline.db.tables import campaign, campaign_version, group_checkpoint, job, job_parent, work_group
-from sdpipeline.domain import JobSpec
+from sdpipeline.domain import JobSpec, Json
 from sdpipeline.merkle import root
 
 CHUNK = 1000
@@ -47,13 +50,14 @@ CHUNK = 1000
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Submitted:
-    """What a submit did. ``added`` counts new, changed and revived jobs."""
+    """What a submit did. ``added`` counts new, changed and revived jobs; ``left_out`` says why nothing was done."""
 
     campaign_id: int
     version: int
     added: int
     unchanged: int
     cancelled: int
+    left_out: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,31 +69,36 @@ class Difference:
     removed: int
 
 
-def submit(
-    tx: Transaction,
-    ready: Prepared,
-    *,
-    team: str,
-    name: str,
-    source: str,
-    priority: int,
-    max_attempts: int,
-    prune: bool = False,
-) -> Submitted:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Publication:
+    """A campaign's newest version beside its jobs: whose it is, its file's text, and what holds for all of it."""
+
+    team: str
+    name: str
+    source: str
+    priority: int
+    max_attempts: int
+    budget: Json | None = None
+
+
+def submit(tx: Transaction, ready: Prepared, asked: Publication, *, prune: bool = False) -> Submitted:
     """Make the campaign's newest version what ``ready`` says; workers see all of it or nothing."""
-    connection = tx.connection
-    campaign_id = _campaign_id(connection, team, name, priority)
+    connection, source = tx.connection, asked.source
+    campaign_id = _campaign_id(connection, asked.team, asked.name, asked.priority)
     groups = [_group_id(connection, campaign_id, group) for group in ready.groups]
     with temporary_tables(connection):
         have_campaign(connection, campaign_id)
-        connection.execute(update(campaign).where(campaign.c.id == campaign_id).values(priority=priority))
+        connection.execute(update(campaign).where(campaign.c.id == campaign_id).values(priority=asked.priority))
+        budgets.set_budget(connection, campaign_id, asked.budget)
         if not _any(connection, job.c.campaign_id == campaign_id):
             version_id, number = _insert_version(tx, campaign_id, source)
-            constants = {"campaign_id": campaign_id, "version_id": version_id, "max_attempts": max_attempts}
+            constants = {"campaign_id": campaign_id, "version_id": version_id, "max_attempts": asked.max_attempts}
             created_at = connection.execute(select(now_s())).scalar_one()
             load_first(connection, ready, groups, created_at=created_at, **constants)
             _link_parents(connection)
             added, unchanged, cancelled = ready.count, 0, 0
+            if ready.blocked:
+                _tell_blocked(tx, campaign_id)
         else:
             load(connection, ready, campaign_id, groups)
             match(connection)
@@ -102,17 +111,22 @@ def submit(
             if same is not None:
                 return Submitted(campaign_id=campaign_id, version=same, added=0, unchanged=unchanged, cancelled=0)
             version_id, number = _insert_version(tx, campaign_id, source)
-            added = _change(tx, campaign_id, version_id) + _insert_new(connection, version_id, max_attempts)
+            added = _change(tx, campaign_id, version_id) + _insert_new(connection, version_id, asked.max_attempts)
             _link_parents(connection)
-            older = job.c.id.in_(select(known.c.id).where(known.c.same))
-            connection.execute(update(job).where(older).values(version_id=version_id))
+            _keep(connection, version_id)
+            if ready.blocked:
+                _block_known(connection)
             control.settle(tx, campaign_id=campaign_id)
+            if ready.blocked:
+                _tell_blocked(tx, campaign_id)
+            if not ready.held:
+                budgets.let_go(connection, campaign_id)
             # Everything asked for is of this version now.
             chosen = and_(present, job.c.version_id != version_id)
             cancelled = control.cancel(tx, campaign_id=campaign_id, chosen=chosen) if gone else 0
     registry.block_published(tx, campaign_id=campaign_id, version_id=version_id)
-    asked = jobs_root(connection, version_id)
-    result = {"jobs_added": added, "jobs_root": asked}
+    jobs = jobs_root(connection, version_id)
+    result = {"jobs_added": added, "jobs_root": jobs}
     connection.execute(update(campaign_version).where(campaign_version.c.id == version_id).values(**result))
     connection.execute(update(campaign).where(campaign.c.id == campaign_id).values(version_id=version_id))
     tx.record(
@@ -121,7 +135,7 @@ def submit(
         version=number,
         source_sha256=_sha256(source),
         version_id=version_id,
-        jobs_root=asked,
+        jobs_root=jobs,
         added=added,
         unchanged=unchanged,
         cancelled=cancelled,
@@ -175,7 +189,7 @@ def jobs_root(connection: Connection, version_id: int) -> str:
 
 def _group_id(connection: Connection, campaign_id: int, group: Group) -> int:
     values = {"campaign_id": campaign_id, "stage": group.stage, "depth": group.depth, "batch_key": group.batch_key}
-    about = {"checkpoint_digest": group.checkpoint_digest, "description": group.description}
+    about = {"checkpoint_digest": group.checkpoint_digest, "description": group.description, "rules": group.rules}
     connection.execute(insert_ignoring(connection, work_group).values(**values | about))
     found = select(work_group.c.id).where(
         work_group.c.campaign_id == campaign_id,
@@ -183,6 +197,7 @@ def _group_id(connection: Connection, campaign_id: int, group: Group) -> int:
         work_group.c.batch_key == group.batch_key,
     )
     group_id = int(connection.execute(found).scalar_one())
+    connection.execute(update(work_group).where(work_group.c.id == group_id).values(rules=group.rules))
     needed = [{"group_id": group_id, "digest": digest} for digest in sorted(_digests(group.description))]
     connection.execute(insert_ignoring(connection, group_checkpoint), needed)
     return group_id
@@ -244,10 +259,40 @@ def _change(tx: Transaction, campaign_id: int, version_id: int) -> int:
         return 0
     tx.record(Event.JOBS_CHANGED, f"campaign:{campaign_id}", jobs=sorted(ids))
     connection.execute(delete(job_parent).where(job_parent.c.job_id.in_(differ)))
-    fresh = {name: incoming.c[name] for name in ("group_id", "depth", "fingerprint", "variables", "request")}
+    names = ("group_id", "depth", "fingerprint", "variables", "request", "chain", "error_kind", "error")
+    fresh = {name: incoming.c[name] for name in names}
     these = and_(job.c.id == known.c.id, ~known.c.same, incoming.c.identity == known.c.identity)
     connection.execute(update(job).where(these).values(version_id=version_id, **fresh))
     return len(ids)
+
+
+def _keep(connection: Connection, version_id: int) -> None:
+    """Jobs that need no change belong to the new version too, at the place their chain has in it."""
+    these = and_(job.c.id == known.c.id, known.c.same, incoming.c.identity == known.c.identity)
+    connection.execute(update(job).where(these).values(version_id=version_id, chain=incoming.c.chain))
+
+
+def _block_known(connection: Connection) -> None:
+    """What the newest policy forbids of the jobs that were there already and have not ended."""
+    forbidden = select(known.c.id).join(incoming, incoming.c.identity == known.c.identity)
+    forbidden = forbidden.where(incoming.c.error_kind.is_not(None))
+    unfinished = and_(job.c.id.in_(forbidden), job.c.status.in_(("new", "waiting", "ready", "leased")))
+    held = leases_of(connection, unfinished)
+    control.abandon_attempts(connection, unfinished)
+    these = and_(job.c.id == known.c.id, incoming.c.identity == known.c.identity, unfinished)
+    why = {"error_kind": incoming.c.error_kind, "error": incoming.c.error}
+    ended = {"status": "blocked", "lease_id": null(), "not_before": null(), "finished_at": now_s()}
+    connection.execute(update(job).where(these).values(**ended, **why))
+    close_empty(connection, held)
+
+
+def _tell_blocked(tx: Transaction, campaign_id: int) -> None:
+    """The audit log hears of what a policy forbids, and what would be made from it is skipped."""
+    mine = and_(job.c.campaign_id == campaign_id, job.c.status == "blocked", job.c.error_kind == POLICY)
+    blocked = select(job.c.id).where(mine)
+    jobs = list(tx.connection.execute(blocked.order_by(job.c.id)).scalars())
+    tx.record(Event.JOBS_BLOCKED, f"campaign:{campaign_id}", jobs=jobs, rule=POLICY)
+    skip_descendants(tx, blocked, f"campaign:{campaign_id}")
 
 
 def _insert_new(connection: Connection, version_id: int, max_attempts: int) -> int:
@@ -261,7 +306,10 @@ def _insert_new(connection: Connection, version_id: int, max_attempts: int) -> i
         "max_attempts": literal(max_attempts),
         "parents_left": incoming.c.parents,
         "status": case(
-            (incoming.c.parents == 0, "ready"), (child_of_older.c.identity.is_not(None), "new"), else_="waiting"
+            (incoming.c.error_kind.is_not(None), "blocked"),
+            (and_(incoming.c.parents == 0, incoming.c.chain.is_(None)), "ready"),
+            (child_of_older.c.identity.is_not(None), "new"),
+            else_="waiting",
         ),
         "created_at": now_s(),
     }

@@ -49,6 +49,11 @@ campaign = Table(
     Column("priority", SmallInteger, nullable=False, server_default="100"),
     # The one pointer whose update publishes a version: workers see all of it or nothing.
     Column("version_id", _Big),
+    # What may be spent (max_images, max_gpu_seconds, max_cost), and the chains below this number may be begun.
+    Column("budget", JSON),
+    Column("admitted", BigInteger, nullable=False, server_default="0"),
+    # Why it paused itself; empty where a person paused it.
+    Column("paused_because", Text),
     Column("created_at", Double, nullable=False),
     UniqueConstraint("team", "name"),
 )
@@ -79,7 +84,22 @@ work_group = Table(
     Column("batch_key", _Hash, nullable=False),
     Column("checkpoint_digest", _Hash, nullable=False),
     Column("description", JSON, nullable=False),
+    # How its pictures are delivered: {"reuse": bool, "quality": thresholds}. Changes no pixel.
+    Column("rules", JSON, nullable=False, server_default="{}"),
     UniqueConstraint("campaign_id", "stage", "batch_key"),
+)
+
+# What a campaign's attempts have cost, failed ones too; a row for each worker, so that completions do not wait for
+# one another.
+spending = Table(
+    "spending",
+    metadata,
+    Column("campaign_id", ForeignKey("campaign.id"), primary_key=True),
+    Column("stage", String(63), primary_key=True),
+    Column("worker_id", String(32), primary_key=True),
+    Column("images", BigInteger, nullable=False),
+    Column("gpu_seconds", Double, nullable=False),
+    Column("cost", Double, nullable=False),
 )
 
 lease = Table(
@@ -128,6 +148,9 @@ job = Table(
     # Set after a lease expired with this job in it: it is leased alone, so that a poison job burns no neighbours.
     Column("alone", Boolean, nullable=False, server_default=text("false")),
     Column("parents_left", SmallInteger, nullable=False, server_default="0"),
+    # The number of its chain where the campaign has a budget: a job without parents that waits for no time is held
+    # until its chain may be begun.
+    Column("chain", BigInteger),
     Column("not_before", Double),
     Column("lease_id", ForeignKey("lease.id")),
     Column("error_kind", String(63)),
@@ -143,6 +166,11 @@ for _name, _columns, _where in (
     ("ix_job_ready", (job.c.group_id, job.c.priority, job.c.id), "status = 'ready'"),
     ("ix_job_leased", (job.c.lease_id,), "status = 'leased'"),
     ("ix_job_waiting", (job.c.not_before,), "status = 'waiting' AND not_before IS NOT NULL"),
+    (
+        "ix_job_chain",
+        (job.c.campaign_id, job.c.chain),
+        "chain IS NOT NULL AND status IN ('waiting', 'ready', 'leased')",
+    ),
 ):
     Index(_name, *_columns, postgresql_where=text(_where), sqlite_where=text(_where))
 
@@ -166,19 +194,10 @@ attempt = Table(
     Column("outcome", String(12)),
     Column("error_kind", String(63)),
     Column("error", Text),
+    # What the attempt took of the device, and that at the deployment's price.
+    Column("gpu_seconds", Double),
+    Column("cost", Double),
     Index("ix_attempt_lease_id", "lease_id"),
-)
-
-input_image = Table(
-    "input_image",
-    metadata,
-    Column("sha256", _Hash, primary_key=True),
-    Column("key", Text, nullable=False),
-    Column("name", Text, nullable=False),
-    Column("size_bytes", BigInteger, nullable=False),
-    Column("width", Integer, nullable=False),
-    Column("height", Integer, nullable=False),
-    Column("created_at", Double, nullable=False),
 )
 
 # A job's picture is the one with the job's present fingerprint; older ones are kept for when a file is changed back.
@@ -200,6 +219,10 @@ image = Table(
     Column("sidecar_sha256", _Hash, nullable=False),
     Column("gpu_seconds", Double, nullable=False),
     Column("timings", JSON, nullable=False),
+    # sharpness, perceptual_hash, edge_agreement: what was measured of the picture.
+    Column("scores", JSON, nullable=False, server_default="{}"),
+    # The picture this one is a byte copy of: its key.
+    Column("reused_from", Text),
     Column("worker_id", String(32), nullable=False),
     Column("created_at", Double, nullable=False),
     Index("ix_image_fingerprint", "fingerprint"),

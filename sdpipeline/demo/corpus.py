@@ -1,9 +1,9 @@
 """The training data: scenes drawn, described and measured once, then held on the device."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, fields
-from functools import cache
+from functools import cache, partial
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, Self
@@ -60,9 +60,10 @@ class Corpus:
         return bits.view(-1, 1, SIDE, SIDE).float().expand(-1, 3, -1, -1)
 
 
-def save_corpus(path: Path, *, scenes: int, seed: int, workers: int) -> None:
-    """Draw and describe `scenes` scenes, none of them held out."""
-    parts = list(_render_chunks(_describe_chunk, scenes, seed=seed, workers=workers, title="scenes"))
+def save_corpus(path: Path, *, scenes: int, kinds: Mapping[str, float], seed: int, workers: int) -> None:
+    """Draw and describe `scenes` scenes of these kinds, none of them held out."""
+    describe_chunk = partial(_describe_chunk, kinds=kinds)
+    parts = list(_render_chunks(describe_chunk, scenes, seed=seed, workers=workers, title="scenes"))
     path.parent.mkdir(parents=True, exist_ok=True)
     columns: Any = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
     np.savez(path, **columns)
@@ -105,9 +106,9 @@ def _tokenizer() -> CLIPTokenizer:
     return build_tokenizer()
 
 
-def _describe_chunk(count: int, seed: np.random.SeedSequence) -> Arrays:
+def _describe_chunk(count: int, seed: np.random.SeedSequence, *, kinds: Mapping[str, float]) -> Arrays:
     rng = np.random.default_rng(seed)
-    scenes = [sample_scene(rng) for _ in range(count)]
+    scenes = [sample_scene(rng, kinds=kinds) for _ in range(count)]
     pictures = [render(rng, scene, side=SIDE) for scene in scenes]
     captions = [
         [describe(rng, scene, silent=wording == WORDINGS - 1) for wording in range(WORDINGS)] for scene in scenes

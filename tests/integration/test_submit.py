@@ -10,6 +10,7 @@ from sqlalchemy import func, select
 
 from sdpipeline.db import control, queue, registry, staging, tables
 from sdpipeline.db.audit import AuditLog
+from sdpipeline.db.budgets import Charge
 from sdpipeline.db.connection import Database
 from sdpipeline.db.submit import compare, submit
 from sdpipeline.domain import CheckpointRef
@@ -21,6 +22,7 @@ from tests.factories import (
     failed,
     job_spec,
     leased,
+    publication,
     published,
     statuses,
     stored_image,
@@ -134,9 +136,8 @@ def test_a_stage_added_later_takes_up_where_its_parents_are(audit: AuditLog, dat
     lease = leased(audit)
     failed(audit, lease, lease.jobs[1])
     with audit.transaction() as tx:
-        queue.complete(
-            tx, lease_id=lease.id, leased=lease.jobs[0], stored=stored_image(lease.jobs[0]), worker_id="worker-1"
-        )
+        charge = Charge(worker_id="worker-1")
+        queue.complete(tx, lease_id=lease.id, leased=lease.jobs[0], stored=stored_image(lease.jobs[0]), charge=charge)
     published(audit, chains(3, "draft", "scene", "final"))
     assert statuses(database, "stage", "status", "parents_left")[3:] == [
         ("scene", "ready", 0),
@@ -151,7 +152,7 @@ def test_a_stage_added_later_takes_up_where_its_parents_are(audit: AuditLog, dat
 def test_an_exception_in_the_middle_leaves_nothing(audit: AuditLog, database: Database) -> None:
     def submitted_and_cut() -> None:
         with staging.prepared(chains(2)) as ready, audit.transaction() as tx:
-            submit(tx, ready, team="default", name="spring", source="", priority=1, max_attempts=3)
+            submit(tx, ready, publication(source=""))
             raise RuntimeError("cut")
 
     with pytest.raises(RuntimeError, match="cut"):
@@ -165,7 +166,7 @@ def test_an_exception_in_the_middle_leaves_nothing(audit: AuditLog, database: Da
 def test_workers_see_nothing_of_a_version_until_it_is_published(audit: AuditLog, database: Database) -> None:
     other = AuditLog(database, actor="worker:other")
     with staging.prepared(chains(2)) as ready, audit.transaction() as tx:
-        submit(tx, ready, team="default", name="spring", source="", priority=1, max_attempts=3)
+        submit(tx, ready, publication(source=""))
         if not database.is_sqlite:  # where no one else can write meanwhile
             assert try_lease(other) is None
         assert statuses(database) == []
@@ -208,7 +209,7 @@ def test_a_child_published_while_its_parent_finishes_is_not_forgotten(audit: Aud
     other = AuditLog(database, actor="worker:other")
     finishing = threading.Thread(target=completed, args=(other, lease))
     with staging.prepared(chains(1, "draft", "scene")) as ready, audit.transaction() as tx:
-        submit(tx, ready, team="default", name="spring", source="v2", priority=1, max_attempts=3)
+        submit(tx, ready, publication(source="v2"))
         finishing.start()
         finishing.join(0.5)
     finishing.join()

@@ -2,6 +2,7 @@
 
 import torch
 from diffusers import ControlNetModel
+from diffusers.models.attention_processor import AttnProcessor
 from torch import Tensor
 
 from sdpipeline.demo.corpus import WORDINGS, Corpus
@@ -22,6 +23,9 @@ def train_controlnet(
     """Half of the captions say nothing of the layout, so that the edges have to tell it."""
     signal = noise_schedule().alphas_cumprod.to(run.device)
     networks.to(run.device).eval().requires_grad_(False)
+    if run.device.type == "cpu":
+        networks.attend_plainly()
+        controlnet.set_attn_processor(AttnProcessor())
 
     def loss(_progress: float) -> Tensor:
         chosen = torch.randint(len(corpus), (batch,), device=run.device)

@@ -6,6 +6,7 @@ from typing import Self
 
 import torch
 from diffusers import UNet2DConditionModel
+from diffusers.models.attention_processor import AttnProcessor
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional
@@ -31,6 +32,11 @@ class TextToLatents(nn.Module):
     def build(cls, tokenizer: CLIPTokenizer) -> Self:
         """Untrained."""
         return cls(build_text_encoder(tokenizer), build_unet())
+
+    def attend_plainly(self) -> None:
+        """Attention as two matrix products: torch's fused kernel for CPUs takes several times as long backwards."""
+        self.text_encoder.set_attn_implementation("eager")
+        self.unet.set_attn_processor(AttnProcessor())
 
     @classmethod
     def load(cls, run: Run) -> Self:
@@ -60,6 +66,8 @@ class TextToLatents(nn.Module):
 
 def train_words(networks: TextToLatents, corpus: Corpus, *, run: Run, budget: Budget, batch: int) -> list[float]:
     """Text encoder and pooling learn what captions say, before any picture is at stake."""
+    if run.device.type == "cpu":
+        networks.attend_plainly()
 
     def loss(_progress: float) -> Tensor:
         chosen = torch.randint(len(corpus), (batch,), device=run.device)
@@ -76,6 +84,8 @@ def train_unet(
 ) -> list[float]:
     """Everything together: predict the velocity of noised latents from the caption."""
     signal = noise_schedule().alphas_cumprod.to(run.device)
+    if run.device.type == "cpu":
+        networks.attend_plainly()
 
     def loss(_progress: float) -> Tensor:
         chosen = torch.randint(len(corpus), (batch,), device=run.device)

@@ -140,6 +140,7 @@ class Training:
             save_corpus(
                 path,
                 scenes=self.recipe.scenes,
+                kinds=self.recipe.kinds,
                 seed=self.run.seed,
                 workers=_cores(),
             )

@@ -1,0 +1,71 @@
+"""Budgets, delivery rules, scores and reuse; a table nothing wrote is gone."""
+
+from __future__ import annotations
+
+import sqlalchemy as sa
+from alembic import op
+
+revision = "0002"
+down_revision = "0001"
+
+_UNFINISHED = "chain IS NOT NULL AND status IN ('waiting', 'ready', 'leased')"
+
+
+def upgrade() -> None:
+    op.add_column("campaign", sa.Column("budget", sa.JSON(), nullable=True))
+    op.add_column("campaign", sa.Column("admitted", sa.BigInteger(), server_default="0", nullable=False))
+    op.add_column("campaign", sa.Column("paused_because", sa.Text(), nullable=True))
+    op.add_column("work_group", sa.Column("rules", sa.JSON(), server_default="{}", nullable=False))
+    op.add_column("job", sa.Column("chain", sa.BigInteger(), nullable=True))
+    op.add_column("attempt", sa.Column("gpu_seconds", sa.Double(), nullable=True))
+    op.add_column("attempt", sa.Column("cost", sa.Double(), nullable=True))
+    op.add_column("image", sa.Column("scores", sa.JSON(), server_default="{}", nullable=False))
+    op.add_column("image", sa.Column("reused_from", sa.Text(), nullable=True))
+    op.create_table(
+        "spending",
+        sa.Column("campaign_id", sa.BigInteger().with_variant(sa.Integer(), "sqlite"), nullable=False),
+        sa.Column("stage", sa.String(length=63), nullable=False),
+        sa.Column("worker_id", sa.String(length=32), nullable=False),
+        sa.Column("images", sa.BigInteger(), nullable=False),
+        sa.Column("gpu_seconds", sa.Double(), nullable=False),
+        sa.Column("cost", sa.Double(), nullable=False),
+        sa.ForeignKeyConstraint(["campaign_id"], ["campaign.id"], name=op.f("fk_spending_campaign_id")),
+        sa.PrimaryKeyConstraint("campaign_id", "stage", "worker_id", name=op.f("pk_spending")),
+    )
+    op.create_index(
+        "ix_job_chain",
+        "job",
+        ["campaign_id", "chain"],
+        unique=False,
+        postgresql_where=sa.text(_UNFINISHED),
+        sqlite_where=sa.text(_UNFINISHED),
+    )
+    op.drop_table("input_image")
+
+
+def downgrade() -> None:
+    op.create_table(
+        "input_image",
+        sa.Column("sha256", sa.String(length=64), nullable=False),
+        sa.Column("key", sa.Text(), nullable=False),
+        sa.Column("name", sa.Text(), nullable=False),
+        sa.Column("size_bytes", sa.BigInteger(), nullable=False),
+        sa.Column("width", sa.Integer(), nullable=False),
+        sa.Column("height", sa.Integer(), nullable=False),
+        sa.Column("created_at", sa.Double(), nullable=False),
+        sa.PrimaryKeyConstraint("sha256", name=op.f("pk_input_image")),
+    )
+    op.drop_index("ix_job_chain", table_name="job")
+    op.drop_table("spending")
+    for table, column in (
+        ("image", "reused_from"),
+        ("image", "scores"),
+        ("attempt", "cost"),
+        ("attempt", "gpu_seconds"),
+        ("job", "chain"),
+        ("work_group", "rules"),
+        ("campaign", "paused_because"),
+        ("campaign", "admitted"),
+        ("campaign", "budget"),
+    ):
+        op.drop_column(table, column)

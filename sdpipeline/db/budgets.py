@@ -1,0 +1,185 @@
+"""What a campaign may spend and has spent: its chains are begun as the budget allows, then it pauses itself."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from sqlalchemy import ColumnElement, Connection, and_, func, null, select, update
+from sqlalchemy.dialects import postgresql, sqlite
+
+from sdpipeline.db.audit import Event, Transaction
+from sdpipeline.db.tables import campaign, image, job, spending, work_group
+from sdpipeline.domain import Json
+
+# Literals, because a bound value cannot match a partial index under a generic plan.
+_UNFINISHED = and_(job.c.chain.is_not(None), job.c.status.in_(("waiting", "ready", "leased")))
+LIMITS = {"max_images": "images", "max_gpu_seconds": "gpu_seconds", "max_cost": "cost"}
+"""A budget's keys and what each of them limits."""
+
+NEWEST = 200
+"""How many of a batch key's newest pictures tell what the next will cost."""
+
+Amounts = Mapping[str, float]
+"""Pictures, GPU-seconds and cost, by the names of ``spending``'s columns."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Charge:
+    """Which worker made an attempt, and what it took: seconds of the device, and their price."""
+
+    worker_id: str
+    gpu_seconds: float = 0.0
+    cost: float = 0.0
+
+
+def set_budget(connection: Connection, campaign_id: int, budget: Json | None) -> None:
+    """The newest version's budget; a campaign that paused itself goes on if it may."""
+    this = campaign.c.id == campaign_id
+    values = {"budget": budget if budget is not None else null()}
+    connection.execute(update(campaign).where(this).values(**values))
+    paused = and_(this, campaign.c.paused_because.is_not(None))
+    connection.execute(update(campaign).where(paused).values(status="active", paused_because=null()))
+
+
+def start_over(connection: Connection, campaign_id: int) -> None:
+    """Look at every chain again: some are to be made anew."""
+    connection.execute(update(campaign).where(campaign.c.id == campaign_id).values(admitted=0))
+
+
+def let_go(connection: Connection, campaign_id: int) -> None:
+    """No budget, or none any more: nothing is held."""
+    connection.execute(update(job).where(job.c.campaign_id == campaign_id, _held()).values(status="ready"))
+
+
+def spend(connection: Connection, campaign_id: int, stage: str, charge: Charge, *, images: int) -> None:
+    """Add an attempt to what a campaign's stage has cost."""
+    amounts = {"images": images, "gpu_seconds": charge.gpu_seconds, "cost": charge.cost}
+    row = {"campaign_id": campaign_id, "stage": stage, "worker_id": charge.worker_id} | amounts
+    dialect = postgresql if connection.dialect.name == "postgresql" else sqlite
+    add = {name: spending.c[name] + value for name, value in amounts.items()}
+    keys = [spending.c.campaign_id, spending.c.stage, spending.c.worker_id]
+    connection.execute(dialect.insert(spending).values(**row).on_conflict_do_update(index_elements=keys, set_=add))
+
+
+def spent(connection: Connection, campaign_id: int) -> Amounts:
+    """What a campaign has cost so far, failed attempts too."""
+    sums = [func.coalesce(func.sum(spending.c[name]), 0).label(name) for name in LIMITS.values()]
+    row = connection.execute(select(*sums).where(spending.c.campaign_id == campaign_id)).one()
+    return {name: float(getattr(row, name)) for name in LIMITS.values()}
+
+
+def admit(tx: Transaction, *, wave: int, gpu_second_cost: float = 0.0, campaign_id: int | None = None) -> None:
+    """Begin chains of campaigns with a budget, at most ``wave`` ahead of what is leased; pause those that spent it.
+
+    A chain is begun only if the budget also covers the rest of all chains begun before, so that it buys finished
+    pictures and not only drafts. Stages without any picture yet are learned from one wave.
+    ``gpu_second_cost`` is the deployment's price.
+    """
+    mine = (campaign.c.budget.is_not(None), campaign.c.status == "active")
+    chosen = select(campaign.c.id, campaign.c.budget, campaign.c.admitted).where(*mine)
+    if campaign_id is not None:
+        chosen = chosen.where(campaign.c.id == campaign_id)
+    for row in tx.connection.execute(chosen.order_by(campaign.c.id).with_for_update(skip_locked=True)).all():
+        if row.budget is not None:  # JSON's null is no NULL everywhere
+            _admit(tx, row, wave, gpu_second_cost)
+
+
+def _admit(tx: Transaction, row: Any, wave: int, gpu_second_cost: float) -> None:
+    connection, budget = tx.connection, row.budget
+    of_this = and_(job.c.campaign_id == row.id, _UNFINISHED)
+    begun = connection.execute(
+        select(job.c.stage, func.count(), func.min(job.c.depth))
+        .where(of_this, job.c.chain < row.admitted)
+        .group_by(job.c.stage)
+    ).all()
+    if sum(count for _, count, depth in begun if depth == 0) >= wave:
+        return
+    chains = _next_chains(connection, and_(of_this, job.c.chain >= row.admitted), wave)
+    if not chains:
+        return
+    stages = {stage for counts in chains.values() for stage in counts} | {stage for stage, _, _ in begun}
+    seconds = {stage: _seconds(connection, row.id, stage) for stage in sorted(stages)}
+    if begun and None in seconds.values() and not budget.keys() <= {"max_images"}:
+        return
+    prices = {stage: _price_of_one(each or 0.0, gpu_second_cost) for stage, each in seconds.items()}
+    used = _sum(spent(connection, row.id), *(_times(prices[stage], count) for stage, count, _ in begun))
+    upto = None
+    for chain, counts in chains.items():
+        used = _sum(used, *(_times(prices[stage], count) for stage, count in counts.items()))
+        if any(used[LIMITS[name]] > limit for name, limit in budget.items()):
+            break
+        upto = chain + 1
+    if upto is not None:
+        connection.execute(update(campaign).where(campaign.c.id == row.id).values(admitted=upto))
+        window = job.c.chain.between(row.admitted, upto - 1)
+        connection.execute(update(job).where(of_this, window, _held()).values(status="ready"))
+    elif not begun:
+        _pause(tx, row.id, budget)
+
+
+def _next_chains(connection: Connection, held: ColumnElement[bool], wave: int) -> dict[int, dict[str, int]]:
+    """How many jobs of each stage the next chains still ask for."""
+    numbers = select(job.c.chain).where(held).distinct().order_by(job.c.chain).limit(wave).subquery()
+    counted = (
+        select(job.c.chain, job.c.stage, func.count())
+        .where(held, job.c.chain.in_(select(numbers.c.chain)))
+        .group_by(job.c.chain, job.c.stage)
+        .order_by(job.c.chain)
+    )
+    chains: dict[int, dict[str, int]] = {}
+    for chain, stage, count in connection.execute(counted):
+        chains.setdefault(chain, {})[stage] = count
+    return chains
+
+
+def _seconds(connection: Connection, campaign_id: int, stage: str) -> float | None:
+    """GPU-seconds of one picture of a stage: from this campaign, else from such pictures of others."""
+    own = select(func.sum(spending.c.gpu_seconds), func.sum(spending.c.images))
+    mine = (spending.c.campaign_id == campaign_id, spending.c.stage == stage)
+    gpu_seconds, images = connection.execute(own.where(*mine)).one()
+    if images:
+        return float(gpu_seconds) / float(images)
+    keys = select(work_group.c.batch_key).where(work_group.c.campaign_id == campaign_id, work_group.c.stage == stage)
+    return seconds_of(connection, work_group.c.batch_key.in_(keys))
+
+
+def seconds_of(connection: Connection, groups: ColumnElement[bool]) -> float | None:
+    """Mean GPU-seconds of the newest pictures of such groups; None where there is none."""
+    newest = (
+        select(image.c.gpu_seconds)
+        .join(job, and_(job.c.id == image.c.job_id, job.c.fingerprint == image.c.fingerprint))
+        .join(work_group, work_group.c.id == job.c.group_id)
+        .where(groups, image.c.reused_from.is_(None))
+        .order_by(image.c.created_at.desc())
+        .limit(NEWEST)
+        .subquery()
+    )
+    found = connection.execute(select(func.avg(newest.c.gpu_seconds))).scalar()
+    return None if found is None else float(found)
+
+
+def _price_of_one(gpu_seconds: float, gpu_second_cost: float) -> Amounts:
+    return {"images": 1.0, "gpu_seconds": gpu_seconds, "cost": gpu_seconds * gpu_second_cost}
+
+
+def _times(amounts: Amounts, count: int) -> Amounts:
+    return {name: count * value for name, value in amounts.items()}
+
+
+def _sum(*parts: Amounts) -> Amounts:
+    return {name: sum(part[name] for part in parts) for name in LIMITS.values()}
+
+
+def _pause(tx: Transaction, campaign_id: int, budget: Json) -> None:
+    limits = ", ".join(f"{name} {limit:g}" for name, limit in budget.items())
+    why = f"budget: what is left of {limits} does not cover another chain"
+    own = {"status": "paused", "paused_because": why}
+    tx.connection.execute(update(campaign).where(campaign.c.id == campaign_id).values(**own))
+    tx.record(Event.CAMPAIGN_PAUSED, f"campaign:{campaign_id}", reason="budget")
+
+
+def _held() -> ColumnElement[bool]:
+    """Jobs that wait for neither parents nor time."""
+    return and_(job.c.status == "waiting", job.c.parents_left == 0, job.c.not_before.is_(None))
