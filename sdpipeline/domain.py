@@ -264,6 +264,33 @@ def _without_names(value: Any) -> Any:
     return [_without_names(item) for item in value] if isinstance(value, list) else value
 
 
+def changed_keys(was: Json, now: Json) -> dict[str, tuple[Any, Any]]:
+    """Where two requests' documents ask for different pixels: dotted key to both values, None where there is none.
+
+    A picture of another stage that will be another one shows as ``image (stage draft)``.
+    """
+    changed: dict[str, tuple[Any, Any]] = {}
+    _compare(_without_names(was), _without_names(now), "", changed)
+    return changed
+
+
+def _compare(was: Any, now: Any, key: str, changed: dict[str, tuple[Any, Any]]) -> None:
+    if was == now:
+        return
+    if isinstance(was, dict) and isinstance(now, dict):
+        stage = now.get("stage")
+        if stage is not None and was.get("stage") == stage:
+            changed[f"{key} (stage {stage})"] = (was.get("digest"), now.get("digest"))
+            return
+        for name in sorted({*was, *now}):
+            _compare(was.get(name), now.get(name), f"{key}.{name}".removeprefix("."), changed)
+    elif isinstance(was, list) and isinstance(now, list) and len(was) == len(now):
+        for n, (before, after) in enumerate(zip(was, now, strict=True)):
+            _compare(before, after, f"{key}[{n}]", changed)
+    else:
+        changed[key] = (was, now)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class JobSpec:
     """One job as a campaign file asks for it, before the database knows it.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -14,8 +15,9 @@ from sdpipeline.campaign import Campaign
 from sdpipeline.db import registry, reports, staging
 from sdpipeline.db import submit as publishing
 from sdpipeline.db.audit import AuditLog
-from sdpipeline.db.connection import Database
-from sdpipeline.db.submit import Difference, Publication, Submitted
+from sdpipeline.db.connection import Connection, Database
+from sdpipeline.db.difference import Difference, compare, usual
+from sdpipeline.db.submit import Publication, Submitted
 from sdpipeline.domain import JobSpec, Json
 from sdpipeline.errors import CampaignError, InputImageError, Mistake
 from sdpipeline.inputs import InputFile, InputFolder
@@ -24,39 +26,98 @@ from sdpipeline.storage import ObjectStore
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Estimate:
+    """What making everything that has no picture yet will take; None where nothing like it was made here before.
+
+    ``unknown`` counts the jobs without such a history, ``cost`` needs a price as well.
+    """
+
+    gpu_seconds: float | None
+    size_bytes: float | None
+    cost: float | None
+    unknown: int
+
+    def document(self) -> Json:
+        """The form of ``plan --json``."""
+        size_bytes = None if self.size_bytes is None else round(self.size_bytes)
+        seconds = None if self.gpu_seconds is None else round(self.gpu_seconds, 3)
+        cost = None if self.cost is None else round(self.cost, 4)
+        return {"gpu_seconds": seconds, "cost": cost, "bytes": size_bytes, "jobs_without_history": self.unknown}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
     """What a campaign file asks for, and what of that is new here."""
 
     name: str
+    edition: str
     stages: dict[str, int]
     batches: int
     difference: Difference
+    estimate: Estimate
 
     def document(self) -> Json:
-        """The form of ``plan --json``; estimates need a history that later releases keep."""
+        """The form of ``plan --json``."""
         d = self.difference
-        jobs = {"total": sum(self.stages.values()), "new": d.new, "unchanged": d.unchanged, "removed": d.removed}
-        estimate = {"gpu_seconds": None, "cost": None}
+        counts = {"new": d.new, "unchanged": d.unchanged, "removed": d.removed}
+        jobs = {"total": sum(self.stages.values())} | {name: sum(each.values()) for name, each in counts.items()}
+        known = [*self.stages, *sorted(stage for stage, gone in d.removed.items() if gone and stage not in self.stages)]
         return {
             "campaign": self.name,
+            "edition": self.edition,
             "jobs": jobs,
             "stages": self.stages,
+            "by_stage": {stage: {name: each[stage] for name, each in counts.items()} for stage in known},
             "batches": self.batches,
-            "estimate": estimate,
+            "estimate": self.estimate.document(),
+            "diff": [change.document() for change in d.changes.values()],
         }
 
 
-def plan(campaign: Campaign, inputs: InputFolder, database: Database | None, *, team: str, max_batch: int) -> Plan:
-    """Expand once without writing; without a database every job is new."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Planning:
+    """How a deployment works jobs: whose they are, pictures in a batch, the price of a second of a device."""
+
+    team: str
+    max_batch: int
+    gpu_second_cost: float | None = None
+
+
+def plan(
+    campaign: Campaign, inputs: InputFolder, database: Database | None, planning: Planning, *, explain: bool = False
+) -> Plan:
+    """Expand once without writing; without a database every job is new. ``explain`` finds what made jobs new."""
     tally = _Tally(stages=Counter({stage.id: 0 for stage in campaign.stage_order()}))
     jobs = tally.counted(expand.expand(campaign, inputs))
-    if database is None:
-        difference = Difference(new=sum(1 for _ in jobs), unchanged=0, removed=0)
-    else:
-        with database.read() as connection:
-            difference = publishing.compare(connection, jobs, team=team, name=campaign.spec.name)
-    batches = sum(len(split(count, 1 if exact else max_batch)) for (_, _, exact), count in tally.groups.items())
-    return Plan(name=campaign.spec.name, stages=dict(tally.stages), batches=batches, difference=difference)
+    with database.read() if database is not None else nullcontext() as connection:
+        difference = compare(connection, jobs, team=planning.team, name=campaign.spec.name, explain=explain)
+        estimate = _estimate(connection, difference, planning.gpu_second_cost)
+    groups = tally.groups.items()
+    batches = sum(len(split(count, 1 if exact else planning.max_batch)) for (_, _, exact), count in groups)
+    return Plan(
+        name=campaign.spec.name,
+        edition=campaign.edition,
+        stages=dict(tally.stages),
+        batches=batches,
+        difference=difference,
+        estimate=estimate,
+    )
+
+
+def _estimate(connection: Connection | None, difference: Difference, gpu_second_cost: float | None) -> Estimate:
+    gpu_seconds = size_bytes = 0.0
+    unknown = 0
+    for (_, batch_key), count in difference.to_make.items():
+        each = usual(connection, batch_key) if connection is not None else None
+        if each is None:
+            unknown += count
+        else:
+            gpu_seconds += count * each.gpu_seconds
+            size_bytes += count * each.size_bytes
+    if unknown:
+        return Estimate(gpu_seconds=None, size_bytes=None, cost=None, unknown=unknown)
+    cost = None if gpu_second_cost is None else gpu_seconds * gpu_second_cost
+    return Estimate(gpu_seconds=gpu_seconds, size_bytes=size_bytes, cost=cost, unknown=0)
 
 
 @dataclass(slots=True)

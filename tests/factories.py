@@ -221,7 +221,8 @@ def completed(audit: AuditLog, lease: Lease, store: ObjectStore | None = None) -
 def failed(audit: AuditLog, lease: Lease, job: LeasedJob, status: Status = Status.FAILED, **options: Any) -> bool:
     """End one attempt with an error."""
     with audit.transaction() as tx:
-        about = {"error_kind": "BadPicture", "error": "it is black", "charge": Charge(worker_id="worker-1")}
+        about: dict[str, Any] = {"error_kind": "BadPicture", "error": "it is black"}
+        about["charge"] = Charge(worker_id="worker-1")
         return queue.fail(tx, lease_id=lease.id, leased=job, status=status, **about | options)
 
 

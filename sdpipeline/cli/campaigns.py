@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
-from sdpipeline import bootstrap, expand, submission
+from sdpipeline import bootstrap, expand, schedule, submission
 from sdpipeline.cli.output import (
     FOUND_FAULTS,
     AsJson,
@@ -32,6 +32,7 @@ from sdpipeline.db.submit import Submitted
 from sdpipeline.domain import Status
 from sdpipeline.settings import Settings
 
+LONGEST_SHOWN = 60
 RETRYABLE = ("failed", "blocked", "cancelled")
 EDITION_NAME = re.compile(r"[a-z0-9][a-z0-9-]{0,62}")
 
@@ -46,21 +47,36 @@ def add_to(app: typer.Typer) -> None:
         app.command()(command)
 
 
-def plan(file: CampaignFile, *, home: Home = None, as_json: AsJson = False) -> None:
+def plan(
+    file: CampaignFile,
+    *,
+    diff: Annotated[bool, typer.Option("--diff", help="Name the keys that made jobs new.")] = False,
+    edition: Edition = None,
+    home: Home = None,
+    as_json: AsJson = False,
+) -> None:
     """Check a campaign and count its jobs against the database, writing nothing."""
     s = settings(home)
+    _check_edition(edition)
     database = bootstrap.existing_database(s)
-    campaign, inputs = bootstrap.load_campaign(s, file, database)
-    planned = submission.plan(campaign, inputs, database, team=s.team, max_batch=s.engine.max_batch).document()
+    campaign, inputs = bootstrap.load_campaign(s, file, database, edition=edition)
+    cost = None if s.cost_per_gpu_hour is None else s.cost_per_gpu_hour / 3600
+    planning = submission.Planning(team=s.team, max_batch=s.engine.max_batch, gpu_second_cost=cost)
+    planned = submission.plan(campaign, inputs, database, planning, explain=diff).document()
     if as_json:
         print_json(planned)
         return
-    counts = planned["jobs"]
-    print_table(f"Plan of {planned['campaign']}", ("stage", "jobs"), planned["stages"].items())
-    stdout.print(
-        f"{counts['total']} jobs in {planned['batches']} batches: {counts['new']} new, "
-        f"{counts['unchanged']} unchanged, {counts['removed']} no longer asked for"
-    )
+    named = f"{planned['campaign']}, edition {planned['edition']}" if planned["edition"] else planned["campaign"]
+    rows = [(stage, planned["stages"].get(stage, 0), *counts.values()) for stage, counts in planned["by_stage"].items()]
+    print_table(f"Plan of {named}", ("stage", "jobs", "new", "unchanged", "removed"), rows)
+    stdout.print(f"{planned['jobs']['total']} jobs in {planned['batches']} batches; {_estimated(planned['estimate'])}")
+    if campaign.spec.schedule is not None:
+        when = campaign.spec.schedule
+        nights = schedule.upcoming(when.cron, when.timezone, datetime.now(UTC), 3)
+        stdout.print(f"scheduled {when.cron} {when.timezone}: " + ", ".join(f"{at:%Y-%m-%d %H:%M %Z}" for at in nights))
+    if diff:
+        changes = [{name: _short(value) for name, value in change.items()} for change in planned["diff"]]
+        print_records("What made jobs new", ("stage", "key", "jobs", "was", "now"), changes)
 
 
 def submit(
@@ -215,8 +231,7 @@ def resume(campaign: CampaignName, *, home: Home = None, as_json: AsJson = False
 
 def submit_file(s: Settings, file: Path, *, prune: bool = False, edition: str | None = None) -> tuple[str, Submitted]:
     """Submit a campaign file; the whole of it is checked before the embedded database is even made."""
-    if edition is not None and not EDITION_NAME.fullmatch(edition):
-        raise refuse(f"--edition {edition!r} is no name", "write at most 63 of a-z, 0-9 and -, as in 2026-11-25")
+    _check_edition(edition)
     if not bootstrap.database_exists(s):
         expand.check(*bootstrap.load_campaign(s, file, edition=edition))
     bootstrap.open_storage(s).check()
@@ -260,6 +275,24 @@ def leave(progress: Progress) -> None:
         stderr.print(f"{progress.name} is paused: sdpipeline resume {progress.name}, and run it again")
     if progress.failed or progress.blocked or progress.skipped or progress.remaining:
         raise typer.Exit(FOUND_FAULTS)
+
+
+def _check_edition(edition: str | None) -> None:
+    if edition is not None and not EDITION_NAME.fullmatch(edition):
+        raise refuse(f"--edition {edition!r} is no name", "write at most 63 of a-z, 0-9 and -, as in 2026-11-25")
+
+
+def _estimated(estimate: dict[str, Any]) -> str:
+    """What is still to be made, in words."""
+    if estimate["gpu_seconds"] is None:
+        return f"no estimate: nothing like {estimate['jobs_without_history']} of them was made here before"
+    cost = f", cost {estimate['cost']:.2f}" if estimate["cost"] is not None else ""
+    return f"still to make: {estimate['gpu_seconds']:.1f} GPU-seconds{cost}, {estimate['bytes'] / 1e6:.1f} MB"
+
+
+def _short(value: Any) -> Any:
+    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    return "" if value is None else text if len(text) <= LONGEST_SHOWN else text[: LONGEST_SHOWN - 3] + "..."
 
 
 def _set_status(campaign: str, status: str, home: Path | None, *, as_json: bool) -> None:

@@ -10,7 +10,8 @@ from sqlalchemy import ColumnElement, Connection, and_, func, null, select, upda
 from sqlalchemy.dialects import postgresql, sqlite
 
 from sdpipeline.db.audit import Event, Transaction
-from sdpipeline.db.tables import campaign, image, job, spending, work_group
+from sdpipeline.db.difference import usual
+from sdpipeline.db.tables import campaign, job, spending, work_group
 from sdpipeline.domain import Json
 
 # Literals, because a bound value cannot match a partial index under a generic plan.
@@ -18,8 +19,8 @@ _UNFINISHED = and_(job.c.chain.is_not(None), job.c.status.in_(("waiting", "ready
 LIMITS = {"max_images": "images", "max_gpu_seconds": "gpu_seconds", "max_cost": "cost"}
 """A budget's keys and what each of them limits."""
 
-NEWEST = 200
-"""How many of a batch key's newest pictures tell what the next will cost."""
+MOST_KEYS = 20
+"""How many batch keys of a stage are looked up elsewhere."""
 
 Amounts = Mapping[str, float]
 """Pictures, GPU-seconds and cost, by the names of ``spending``'s columns."""
@@ -142,22 +143,9 @@ def _seconds(connection: Connection, campaign_id: int, stage: str) -> float | No
     if images:
         return float(gpu_seconds) / float(images)
     keys = select(work_group.c.batch_key).where(work_group.c.campaign_id == campaign_id, work_group.c.stage == stage)
-    return seconds_of(connection, work_group.c.batch_key.in_(keys))
-
-
-def seconds_of(connection: Connection, groups: ColumnElement[bool]) -> float | None:
-    """Mean GPU-seconds of the newest pictures of such groups; None where there is none."""
-    newest = (
-        select(image.c.gpu_seconds)
-        .join(job, and_(job.c.id == image.c.job_id, job.c.fingerprint == image.c.fingerprint))
-        .join(work_group, work_group.c.id == job.c.group_id)
-        .where(groups, image.c.reused_from.is_(None))
-        .order_by(image.c.created_at.desc())
-        .limit(NEWEST)
-        .subquery()
-    )
-    found = connection.execute(select(func.avg(newest.c.gpu_seconds))).scalar()
-    return None if found is None else float(found)
+    elsewhere = [usual(connection, key) for key in connection.execute(keys.limit(MOST_KEYS)).scalars().all()]
+    known = [each.gpu_seconds for each in elsewhere if each is not None]
+    return sum(known) / len(known) if known else None
 
 
 def _price_of_one(gpu_seconds: float, gpu_second_cost: float) -> Amounts:

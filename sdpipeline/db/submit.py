@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,7 +31,6 @@ from sdpipeline.db.staging import (
     POLICY,
     Group,
     Prepared,
-    chunked,
     incoming,
     incoming_parent,
     known,
@@ -42,7 +40,7 @@ from sdpipeline.db.staging import (
     temporary_tables,
 )
 from sdpipeline.db.tables import campaign, campaign_version, group_checkpoint, job, job_parent, work_group
-from sdpipeline.domain import JobSpec, Json
+from sdpipeline.domain import Json
 from sdpipeline.merkle import root
 
 CHUNK = 1000
@@ -58,15 +56,6 @@ class Submitted:
     unchanged: int
     cancelled: int
     left_out: str | None = None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Difference:
-    """What a submit would do."""
-
-    new: int
-    unchanged: int
-    removed: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -141,33 +130,6 @@ def submit(tx: Transaction, ready: Prepared, asked: Publication, *, prune: bool 
         cancelled=cancelled,
     )
     return Submitted(campaign_id=campaign_id, version=number, added=added, unchanged=unchanged, cancelled=cancelled)
-
-
-def compare(connection: Connection, jobs: Iterable[JobSpec], *, team: str, name: str) -> Difference:
-    """What :func:`submit` would do, without writing: identities are looked up in chunks."""
-    campaign_id = connection.execute(
-        select(campaign.c.id).where(campaign.c.team == team, campaign.c.name == name)
-    ).scalar()
-    new = unchanged = present = 0
-    editions: set[str] = set()
-    for chunk in chunked(jobs, CHUNK):
-        wanted = {spec.identity: spec.fingerprint for spec in chunk}
-        editions |= {spec.edition for spec in chunk}
-        rows = connection.execute(
-            select(job.c.identity, job.c.fingerprint).where(
-                job.c.campaign_id == campaign_id, job.c.identity.in_(wanted), job.c.status != "cancelled"
-            )
-        ).all()
-        same = sum(wanted[row.identity] == row.fingerprint for row in rows)
-        unchanged += same
-        new += len(wanted) - same
-        present -= len(rows)
-    present += connection.execute(
-        select(func.count()).where(
-            job.c.campaign_id == campaign_id, job.c.edition.in_(editions), job.c.status != "cancelled"
-        )
-    ).scalar_one()
-    return Difference(new=new, unchanged=unchanged, removed=present)
 
 
 def _campaign_id(connection: Connection, team: str, name: str, priority: int) -> int:

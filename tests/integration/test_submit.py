@@ -12,7 +12,7 @@ from sdpipeline.db import control, queue, registry, staging, tables
 from sdpipeline.db.audit import AuditLog
 from sdpipeline.db.budgets import Charge
 from sdpipeline.db.connection import Database
-from sdpipeline.db.submit import compare, submit
+from sdpipeline.db.submit import submit
 from sdpipeline.domain import CheckpointRef
 from tests.factories import (
     chains,
@@ -171,17 +171,6 @@ def test_workers_see_nothing_of_a_version_until_it_is_published(audit: AuditLog,
             assert try_lease(other) is None
         assert statuses(database) == []
     assert len(leased(other).jobs) == 2
-
-
-def test_comparing_says_what_a_submit_would_do(audit: AuditLog, database: Database) -> None:
-    published(audit, chains(3))
-    asked = [*list(chains(3))[1:], job_spec("row-3"), job_spec("row-4")]
-    asked[0] = job_spec("row-1", prompt="changed")
-    with database.read() as connection:
-        found = compare(connection, asked, team="default", name="spring")
-        nothing = compare(connection, asked, team="default", name="autumn")
-    assert (found.new, found.unchanged, found.removed) == (3, 1, 1)
-    assert (nothing.new, nothing.unchanged, nothing.removed) == (4, 0, 0)
 
 
 def test_campaigns_of_two_teams_may_share_a_name(audit: AuditLog, database: Database) -> None:

@@ -68,7 +68,8 @@ class Workplace:
     def plan(self, campaign: Mapping[str, Any], *, max_batch: int) -> submission.Plan:
         with bootstrap.services(self.settings) as have:
             checked, inputs = bootstrap.load_campaign(self.settings, self._written(campaign), have.database)
-        return submission.plan(checked, inputs, None, team=self.settings.team, max_batch=max_batch)
+        planning = submission.Planning(team=self.settings.team, max_batch=max_batch)
+        return submission.plan(checked, inputs, None, planning)
 
     def _written(self, campaign: Mapping[str, Any]) -> Path:
         file = self.folder / f"{campaign['name']}.yaml"

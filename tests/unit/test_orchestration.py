@@ -45,7 +45,18 @@ def test_a_worker_that_must_end_begins_no_other_chunk() -> None:
     ],
 )
 def test_a_run_closes_with_what_became_of_its_jobs(counts: dict[str, int], said: str) -> None:
-    progress = Progress(id=1, name="spring", version=3, status="finished", counts=counts, images=0, gpu_seconds=0.0)
+    progress = Progress(
+        id=1,
+        name="spring",
+        version=3,
+        status="finished",
+        counts=counts,
+        images=0,
+        gpu_seconds=0.0,
+        cost=0.0,
+        budget=None,
+        paused_because=None,
+    )
     assert describe(progress) == said
 
 
