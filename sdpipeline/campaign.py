@@ -273,6 +273,8 @@ def _check_choices(spec: CampaignSpec, axes: Axes, faults: Faults, *, columns_kn
     lists = {**axes.product, **axes.zipped}
     known = {*lists, *axes.columns()}
     for n, choice in enumerate(spec.exclude):
+        if not choice and not faults.within(("exclude", n)):
+            faults.add(("exclude", n), "names no variable", "write {colour: red}")
         for name, value in choice.items():
             place: KeyPath = ("exclude", n, name)
             if name not in known:

@@ -23,7 +23,7 @@ Name = Annotated[str, Field(pattern=NAME)]
 Variable = Annotated[str, Field(pattern=VARIABLE)]
 Scalar = bool | int | float | str
 Seed = Annotated[int, Field(ge=0, le=LARGEST_SEED)]
-Choice = Annotated[dict[Variable, Scalar], Field(min_length=1)]
+Choice = dict[Variable, Scalar]
 Number = float | str
 Integer = int | str
 
@@ -340,7 +340,9 @@ def _in_words(about: list[Any], path: KeyPath) -> tuple[str, str | None]:
     if any(fault["loc"][-1:] == ("[key]",) for fault in about):
         return "is no name for a variable", "a letter or _ first, then letters, digits and _, at most 63"
     found, expected = shown(fault["input"]), _expected(fault)
-    if "string_type" in kinds and len(kinds) > 1:
+    if {"bool_type", "string_type"} <= set(kinds):
+        expected = "a text, a number, true or false"
+    elif "string_type" in kinds and len(kinds) > 1:
         expected += " or a template"
     if fault["type"] in ("enum", "literal_error"):
         options = [option.strip("' ") for option in fault["ctx"]["expected"].replace(" or ", ", ").split(",")]

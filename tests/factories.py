@@ -205,13 +205,16 @@ def try_lease(audit: AuditLog, *, worker_id: str = "worker-1", limit: int = 8, *
         return queue.take_lease(tx, worker_id=worker_id, limit=limit, ttl_s=ttl_s, **options)
 
 
-def completed(audit: AuditLog, lease: Lease, store: ObjectStore | None = None) -> list[bool]:
+def completed(
+    audit: AuditLog, lease: Lease, store: ObjectStore | None = None, *, gpu_second_cost: float = 0.0
+) -> list[bool]:
     """Complete every job of a lease as a worker would."""
     done = []
     for job in lease.jobs:
         with audit.transaction() as tx:
             stored = stored_image(job, store)
-            charge = Charge(worker_id="worker-1", gpu_seconds=stored.gpu_seconds)
+            cost = stored.gpu_seconds * gpu_second_cost
+            charge = Charge(worker_id="worker-1", gpu_seconds=stored.gpu_seconds, cost=cost)
             done.append(queue.complete(tx, lease_id=lease.id, leased=job, stored=stored, charge=charge))
     with audit.database.write() as connection:
         queue.close_lease(connection, lease.id)

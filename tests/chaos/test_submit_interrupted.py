@@ -17,14 +17,15 @@ from tests.integration.databases import processes
 
 pytestmark = pytest.mark.chaos
 
-CHAINS = 1500
-KILLS = 8
+CHAINS = 600
+KILLS = 6
 STAGES = ("draft", "final")
 
 
 def _publish(url: str, changes: dict[str, Any]) -> None:
-    audit = AuditLog(open_database(url), actor="user:test")
-    published(audit, chains(CHAINS, *STAGES, **changes), source=str(changes))
+    database = open_database(url)
+    published(AuditLog(database, actor="user:test"), chains(CHAINS, *STAGES, **changes), source=str(changes))
+    database.close()
 
 
 def test_a_submit_killed_anywhere_leaves_all_of_a_version_or_none(database_url: str) -> None:

@@ -38,7 +38,7 @@ def worked(audit: AuditLog, *, wave: int = 8, price: float = 0.0) -> list[str]:
         if lease is None:
             return order
         order.append(lease.jobs[0].stage)
-        completed(audit, lease)
+        completed(audit, lease, gpu_second_cost=price)
 
 
 def made(database: Database) -> Counter[str]:
@@ -127,8 +127,8 @@ def test_failed_attempts_are_paid_for_too(audit: AuditLog, database: Database) -
     failed(audit, lease, lease.jobs[0], charge=charge)
     with database.read() as connection:
         assert budgets.spent(connection, campaign_id) == {"images": 0, "gpu_seconds": 2.5, "cost": 0.5}
-        attempt = connection.execute(select(tables.attempt.c.gpu_seconds, tables.attempt.c.cost)).first()
-    assert attempt == (2.5, 0.5)
+        paid = select(tables.attempt.c.gpu_seconds, tables.attempt.c.cost).where(tables.attempt.c.outcome == "failed")
+        assert connection.execute(paid).all() == [(2.5, 0.5)]
 
 
 def test_failed_roots_retried_are_held_until_the_budget_allows(audit: AuditLog, database: Database) -> None:

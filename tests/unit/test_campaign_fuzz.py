@@ -23,6 +23,7 @@ from sdpipeline.campaign import check
 from sdpipeline.errors import CampaignError
 from sdpipeline.rows import Table, read_rows
 from sdpipeline.spec import (
+    Budget,
     CampaignSpec,
     ControlNetSpec,
     ImageSpec,
@@ -30,7 +31,10 @@ from sdpipeline.spec import (
     LoraSpec,
     OutputSpec,
     Parameters,
+    Policy,
+    Quality,
     Rows,
+    Schedule,
     Stage,
 )
 from sdpipeline.templates import TemplateRefusedError, compile_template
@@ -60,6 +64,10 @@ KEYS = sorted(
             LoraSpec,
             OutputSpec,
             Rows,
+            Budget,
+            Schedule,
+            Quality,
+            Policy,
         )
         for name in part.model_fields
     }
@@ -106,6 +114,10 @@ STAGE = st.fixed_dictionaries(
         "output": VALUES,
     },
 )
+CRONS = st.sampled_from(
+    ["0 3 * * *", "* * * * *", "0 0 30 2 *", "0 0 29 2 1", "5 4 * * 8", "1-0 * * * *", "@daily", ""]
+)
+CHOICES = st.dictionaries(st.sampled_from(["colour", "size", "edition"]), WORDS | NUMBERS, max_size=3)
 CAMPAIGN = st.fixed_dictionaries(
     {
         "name": st.just("spring") | VALUES,
@@ -119,6 +131,21 @@ CAMPAIGN = st.fixed_dictionaries(
         | VALUES,
         "output": VALUES,
         "priority": NUMBERS | VALUES,
+        "budget": st.dictionaries(st.sampled_from(list(Budget.model_fields)), NUMBERS) | VALUES,
+        "schedule": st.fixed_dictionaries(
+            {"cron": CRONS | VALUES},
+            optional={
+                "timezone": st.sampled_from(["Europe/Berlin", "UTC", "Mars/Base"]) | VALUES,
+                "mode": st.sampled_from(["incremental", "edition"]) | VALUES,
+                "on_overlap": WORDS | VALUES,
+            },
+        )
+        | VALUES,
+        "exclude": st.lists(CHOICES, max_size=2) | VALUES,
+        "include": st.lists(CHOICES, max_size=2) | VALUES,
+        "quality": st.dictionaries(st.sampled_from(list(Quality.model_fields)), NUMBERS) | VALUES,
+        "policy": st.dictionaries(st.sampled_from(list(Policy.model_fields)), st.lists(WORDS) | NUMBERS) | VALUES,
+        "reuse": st.booleans() | VALUES,
         "extra": VALUES,
     },
 )

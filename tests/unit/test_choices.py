@@ -75,8 +75,8 @@ def test_one_and_true_and_a_text_are_different_values() -> None:
         ("exclude: [{color: red}]", "exclude[0].color: the variable 'color' is not declared (did you mean 'colour'?)"),
         ("exclude: [{colour: rod}]", "exclude[0].colour: colour is never 'rod' (did you mean 'red'?)"),
         ("exclude: [{size: '8'}]", "exclude[0].size: size is never '8' (did you mean '8'?)"),
-        ("exclude: [{}]", "exclude[0]: found keys with values, expected at least one entry"),
-        ("exclude: [{colour: [red]}]", "exclude[0].colour: found a list"),
+        ("exclude: [{}]", "exclude[0]: names no variable (write {colour: red})"),
+        ("exclude: [{colour: [red]}]", "exclude[0].colour: found a list, expected a text, a number, true or false"),
         ("include: [{colour: green}]", "include[0]: says no value for ground, size, word"),
         (
             "include: [{colour: green, ground: white, size: 9, word: x, form: y}]",
