@@ -184,10 +184,12 @@ def publication(**changes: Any) -> Publication:
     return Publication(**{"source": secrets.token_hex(8)} | fields | changes)
 
 
-def published(audit: AuditLog, jobs: Iterable[JobSpec], *, prune: bool = False, **changes: Any) -> Submitted:
-    """Submit these jobs as one version of a campaign."""
+def published(
+    audit: AuditLog, jobs: Iterable[JobSpec], *, prune: bool = False, rules: Json | None = None, **changes: Any
+) -> Submitted:
+    """Submit these jobs as one version of a campaign; ``rules`` are by stage."""
     asked = publication(**changes)
-    with staging.prepared(jobs, held=asked.budget is not None) as ready, audit.transaction() as tx:
+    with staging.prepared(jobs, rules=rules, held=asked.budget is not None) as ready, audit.transaction() as tx:
         return submit(tx, ready, asked, prune=prune)
 
 
@@ -221,7 +223,11 @@ def completed(audit: AuditLog, lease: Lease, store: ObjectStore | None = None) -
 def failed(audit: AuditLog, lease: Lease, job: LeasedJob, status: Status = Status.FAILED, **options: Any) -> bool:
     """End one attempt with an error."""
     with audit.transaction() as tx:
-        about = {"error_kind": "BadPicture", "error": "it is black", "charge": Charge(worker_id="worker-1")}
+        about: dict[str, Any] = {
+            "error_kind": "BadPicture",
+            "error": "it is black",
+            "charge": Charge(worker_id="worker-1"),
+        }
         return queue.fail(tx, lease_id=lease.id, leased=job, status=status, **about | options)
 
 
