@@ -36,6 +36,7 @@ class Plan:
         """The form of ``plan --json``; estimates need a history that later releases keep."""
         d = self.difference
         jobs = {"total": sum(self.stages.values()), "new": d.new, "unchanged": d.unchanged, "removed": d.removed}
+        jobs |= {"reused": d.reused}
         estimate = {"gpu_seconds": None, "cost": None}
         return {
             "campaign": self.name,
@@ -54,7 +55,8 @@ def plan(campaign: Campaign, inputs: InputFolder, database: Database | None, *, 
         difference = Difference(new=sum(1 for _ in jobs), unchanged=0, removed=0)
     else:
         with database.read() as connection:
-            difference = publishing.compare(connection, jobs, team=team, name=campaign.spec.name)
+            name, reuse = campaign.spec.name, campaign.spec.reuse
+            difference = publishing.compare(connection, jobs, team=team, name=name, reuse=reuse)
     batches = sum(len(split(count, 1 if exact else max_batch)) for (_, _, exact), count in tally.groups.items())
     return Plan(name=campaign.spec.name, stages=dict(tally.stages), batches=batches, difference=difference)
 

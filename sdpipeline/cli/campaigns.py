@@ -58,8 +58,9 @@ def plan(file: CampaignFile, *, home: Home = None, as_json: AsJson = False) -> N
     counts = planned["jobs"]
     print_table(f"Plan of {planned['campaign']}", ("stage", "jobs"), planned["stages"].items())
     stdout.print(
-        f"{counts['total']} jobs in {planned['batches']} batches: {counts['new']} new, "
-        f"{counts['unchanged']} unchanged, {counts['removed']} no longer asked for"
+        f"{counts['total']} jobs in {planned['batches']} batches: {counts['new']} new "
+        f"({counts['reused']} of them there already), {counts['unchanged']} unchanged, "
+        f"{counts['removed']} no longer asked for"
     )
 
 

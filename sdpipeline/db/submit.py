@@ -23,7 +23,7 @@ from sqlalchemy import (
     update,
 )
 
-from sdpipeline.db import budgets, control, registry
+from sdpipeline.db import budgets, control, originals, registry
 from sdpipeline.db.audit import Event, Transaction
 from sdpipeline.db.connection import insert_ignoring, now_s
 from sdpipeline.db.locks import have_campaign
@@ -62,11 +62,12 @@ class Submitted:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Difference:
-    """What a submit would do."""
+    """What a submit would do. ``reused`` counts those of the new jobs whose picture the team has already."""
 
     new: int
     unchanged: int
     removed: int
+    reused: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -143,12 +144,12 @@ def submit(tx: Transaction, ready: Prepared, asked: Publication, *, prune: bool 
     return Submitted(campaign_id=campaign_id, version=number, added=added, unchanged=unchanged, cancelled=cancelled)
 
 
-def compare(connection: Connection, jobs: Iterable[JobSpec], *, team: str, name: str) -> Difference:
+def compare(connection: Connection, jobs: Iterable[JobSpec], *, team: str, name: str, reuse: bool = True) -> Difference:
     """What :func:`submit` would do, without writing: identities are looked up in chunks."""
     campaign_id = connection.execute(
         select(campaign.c.id).where(campaign.c.team == team, campaign.c.name == name)
     ).scalar()
-    new = unchanged = present = 0
+    new = unchanged = present = reused = 0
     editions: set[str] = set()
     for chunk in chunked(jobs, CHUNK):
         wanted = {spec.identity: spec.fingerprint for spec in chunk}
@@ -158,16 +159,20 @@ def compare(connection: Connection, jobs: Iterable[JobSpec], *, team: str, name:
                 job.c.campaign_id == campaign_id, job.c.identity.in_(wanted), job.c.status != "cancelled"
             )
         ).all()
-        same = sum(wanted[row.identity] == row.fingerprint for row in rows)
-        unchanged += same
-        new += len(wanted) - same
+        same = {row.identity for row in rows if wanted[row.identity] == row.fingerprint}
+        unchanged += len(same)
+        new += len(wanted) - len(same)
         present -= len(rows)
+        if reuse:
+            fresh = [spec.fingerprint for spec in chunk if spec.identity not in same and spec.blocked is None]
+            there = originals.known(connection, team=team, fingerprints=set(fresh))
+            reused += sum(fingerprint in there for fingerprint in fresh)
     present += connection.execute(
         select(func.count()).where(
             job.c.campaign_id == campaign_id, job.c.edition.in_(editions), job.c.status != "cancelled"
         )
     ).scalar_one()
-    return Difference(new=new, unchanged=unchanged, removed=present)
+    return Difference(new=new, unchanged=unchanged, removed=present, reused=reused)
 
 
 def _campaign_id(connection: Connection, team: str, name: str, priority: int) -> int:

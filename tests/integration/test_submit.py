@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from dataclasses import replace
+from typing import Any
 
 import pytest
 from sqlalchemy import func, select
@@ -182,6 +183,18 @@ def test_comparing_says_what_a_submit_would_do(audit: AuditLog, database: Databa
         nothing = compare(connection, asked, team="default", name="autumn")
     assert (found.new, found.unchanged, found.removed) == (3, 1, 1)
     assert (nothing.new, nothing.unchanged, nothing.removed) == (4, 0, 0)
+
+
+def test_comparing_counts_the_new_jobs_whose_picture_the_team_has(audit: AuditLog, database: Database) -> None:
+    published(audit, chains(3))
+    completed(audit, leased(audit, limit=2))
+    asked = [*chains(3), job_spec("double", prompt="a picture of row-0"), job_spec("row-9")]
+
+    def reused(**changes: Any) -> int:
+        with database.read() as connection:
+            return compare(connection, asked, **{"team": "default", "name": "autumn"} | changes).reused
+
+    assert (reused(), reused(name="spring"), reused(team="other"), reused(reuse=False)) == (3, 1, 0, 0)
 
 
 def test_campaigns_of_two_teams_may_share_a_name(audit: AuditLog, database: Database) -> None:
