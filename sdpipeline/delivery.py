@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
+from pathlib import PurePosixPath
 from typing import Any
 
 from sdpipeline import provenance
+from sdpipeline.db.originals import Original
 from sdpipeline.db.queue import LeasedJob, StoredImage
 from sdpipeline.domain import ImageSource, Json, OutputFormat, canonical, to_document
 from sdpipeline.engine import GeneratedImage, Pixels, PreparedRequest
@@ -62,7 +65,7 @@ def deliver(
     output = leased.request.output
     encoded = provenance.encode(generated.pixels, output=output, record=frozen, from_photograph=_from_outside(leased))
     encoded_at = time.perf_counter()
-    folder = f"{leased.team}/{leased.campaign}/{leased.stage}/{leased.fingerprint}"
+    folder = _folder(leased)
     key = f"{folder}/{encoded.sha256}.{encoded.extension}"
     stored = store.put(key, encoded.data, content_type=encoded.content_type)
     control_maps = _deliver_control_maps(store, f"{folder}/{encoded.sha256}", leased, generated)
@@ -102,6 +105,45 @@ def deliver(
     )
 
 
+def reuse(store: ObjectStore, leased: LeasedJob, original: Original, attempt: Attempt, *, engine: str) -> StoredImage:
+    """Copy a picture made for the same fingerprint, byte by byte: its record stays the one of the job it was made for.
+
+    Raises InputImageError where it is not what was recorded of it, or not what ``engine`` would make.
+    """
+    started, made = time.perf_counter(), original.stored
+    data, told = _verified(store, made.key, made.sha256), _verified_sidecar(store, made)
+    if wrong := _unfit(leased, told["record"]["ran"], engine):
+        raise InputImageError(f"{made.key} {wrong}")
+    # The jobs of one stage that ask for the same picture share its folder, and each has a picture of its own.
+    folder = f"{_folder(leased)}/{leased.identity[:16]}"
+    key = f"{folder}/{PurePosixPath(made.key).name}"
+    stored = store.put(key, data, content_type=provenance.content_type(data))
+    control_maps = _copy_control_maps(store, folder, told["control_maps"])
+    timings = {"generate_s": 0.0, "encode_s": 0.0, "store_s": round(time.perf_counter() - started, 6)}
+    own = {
+        "object": told["object"] | {"key": key, "version_id": stored.version_id},
+        "control_maps": control_maps,
+        "timings": timings,
+        "attempt": attempt.number,
+        "worker": attempt.worker_id,
+        "reused_from": {"key": made.key, "sha256": made.sha256, "job": original.job_id}
+        | {"fingerprint": leased.fingerprint},
+    }
+    sidecar, sidecar_key = canonical(told | own), f"{folder}/{made.sha256}.{attempt.lease_id[:8]}.json"
+    store.put(sidecar_key, sidecar, content_type="application/json")
+    return replace(
+        made,
+        key=key,
+        url=store.url(key),
+        version_id=stored.version_id,
+        sidecar_key=sidecar_key,
+        sidecar_sha256=hashlib.sha256(sidecar).hexdigest(),
+        gpu_seconds=0.0,
+        timings=timings,
+        reused_from=made.key,
+    )
+
+
 def record(leased: LeasedJob, inputs: Mapping[str, Json], generated: GeneratedImage) -> Json:
     """What was asked, what ran and what went in: enough to make the picture again and to explain it."""
     return {
@@ -131,6 +173,33 @@ def _deliver_control_maps(store: ObjectStore, stem: str, leased: LeasedJob, gene
         stored = store.put(f"{stem}.control-{n}.png", encoded.data, content_type=encoded.content_type)
         kept.append({"key": stored.key, "sha256": stored.sha256, "annotator": use.annotator})
     return kept
+
+
+def _copy_control_maps(store: ObjectStore, folder: str, made: Sequence[Json]) -> list[Json]:
+    kept = []
+    for about in made:
+        data, key = _verified(store, about["key"], about["sha256"]), f"{folder}/{PurePosixPath(about['key']).name}"
+        store.put(key, data, content_type=provenance.content_type(data))
+        kept.append(about | {"key": key})
+    return kept
+
+
+def _verified_sidecar(store: ObjectStore, made: StoredImage) -> Json:
+    told: Json = json.loads(_verified(store, made.sidecar_key, made.sidecar_sha256))
+    return told
+
+
+def _unfit(leased: LeasedJob, ran: Json, engine: str) -> str | None:
+    """Why a picture of the same fingerprint will not do: it is a load test's, or was not made strictly."""
+    if ran["engine"] != engine:
+        return f"was made by the engine {ran['engine']!r}, which is not {engine!r}"
+    if leased.request.exact and ran.get("reproducibility") != "strict":
+        return "was not made strictly"
+    return None
+
+
+def _folder(leased: LeasedJob) -> str:
+    return f"{leased.team}/{leased.campaign}/{leased.stage}/{leased.fingerprint}"
 
 
 def _verified(store: ObjectStore, key: str, sha256: str) -> bytes:

@@ -16,7 +16,8 @@ from sdpipeline.db import registry, reports, staging
 from sdpipeline.db import submit as publishing
 from sdpipeline.db.audit import AuditLog
 from sdpipeline.db.connection import Connection, Database
-from sdpipeline.db.difference import Difference, compare, usual
+from sdpipeline.db.difference import Difference, compare
+from sdpipeline.db.history import usual
 from sdpipeline.db.submit import Publication, Submitted
 from sdpipeline.domain import JobSpec, Json
 from sdpipeline.errors import CampaignError, InputImageError, Mistake
@@ -59,7 +60,7 @@ class Plan:
     def document(self) -> Json:
         """The form of ``plan --json``."""
         d = self.difference
-        counts = {"new": d.new, "unchanged": d.unchanged, "removed": d.removed}
+        counts = {"new": d.new, "reused": d.reused, "unchanged": d.unchanged, "removed": d.removed}
         jobs = {"total": sum(self.stages.values())} | {name: sum(each.values()) for name, each in counts.items()}
         known = [*self.stages, *sorted(stage for stage, gone in d.removed.items() if gone and stage not in self.stages)]
         return {
@@ -90,7 +91,8 @@ def plan(
     tally = _Tally(stages=Counter({stage.id: 0 for stage in campaign.stage_order()}))
     jobs = tally.counted(expand.expand(campaign, inputs))
     with database.read() if database is not None else nullcontext() as connection:
-        difference = compare(connection, jobs, team=planning.team, name=campaign.spec.name, explain=explain)
+        about = {"team": planning.team, "name": campaign.spec.name}
+        difference = compare(connection, jobs, **about, reuse=campaign.spec.reuse, explain=explain)
         estimate = _estimate(connection, difference, planning.gpu_second_cost)
     groups = tally.groups.items()
     batches = sum(len(split(count, 1 if exact else planning.max_batch)) for (_, _, exact), count in groups)

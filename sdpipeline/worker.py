@@ -6,7 +6,8 @@ import queue
 import random
 import threading
 import time
-from collections.abc import Callable, Collection, Mapping
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
@@ -16,13 +17,21 @@ import structlog
 
 from sdpipeline import delivery
 from sdpipeline.batching import bucket_for
-from sdpipeline.db import budgets, reports, workers
+from sdpipeline.db import budgets, originals, reports, workers
 from sdpipeline.db import queue as jobs
 from sdpipeline.db.audit import AuditLog
-from sdpipeline.db.queue import Lease, LeasedJob
+from sdpipeline.db.originals import Original
+from sdpipeline.db.queue import Lease, LeasedJob, StoredImage
 from sdpipeline.domain import Json, Status
 from sdpipeline.engine import Batch, Engine, GeneratedImage, GenerationFailure, PreparedRequest
-from sdpipeline.errors import DatabaseUnavailableError, LeaseLostError, SdpError, StorageUnavailableError
+from sdpipeline.errors import (
+    DatabaseUnavailableError,
+    InputImageError,
+    LeaseLostError,
+    ObjectConflictError,
+    SdpError,
+    StorageUnavailableError,
+)
 from sdpipeline.retry import backoff_s, next_status
 from sdpipeline.storage import ObjectStore
 
@@ -36,9 +45,13 @@ _log = structlog.get_logger(__name__)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WorkerSummary:
-    """What one run of a worker did; ``idle`` says that no work was left when it ended."""
+    """What one run of a worker did; ``idle`` says that no work was left when it ended.
+
+    ``reused`` counts those of ``succeeded`` whose picture was there already.
+    """
 
     succeeded: int = 0
+    reused: int = 0
     failed: int = 0
     batches: int = 0
     gpu_seconds: float = 0.0
@@ -87,10 +100,16 @@ class Worker:
 
 @dataclass(slots=True)
 class _Work:
-    """One lease on its way through the stages; ``jobs`` and ``inputs`` stay in step."""
+    """One lease on its way through the stages; ``jobs`` and ``inputs`` stay in step.
+
+    ``making`` are the fingerprints that others may wait for; ``waiting`` are jobs whose picture is being made for
+    another job, here or in the lease before.
+    """
 
     lease: Lease
     jobs: list[LeasedJob] = field(default_factory=list)
+    making: set[str] = field(default_factory=set)
+    waiting: list[LeasedJob] = field(default_factory=list)
     requests: list[PreparedRequest] = field(default_factory=list)
     inputs: list[Mapping[str, Json]] = field(default_factory=list)
     results: list[GeneratedImage | GenerationFailure] = field(default_factory=list)
@@ -129,8 +148,12 @@ class _Run:
         self._generated: queue.Queue[_Work | None] = queue.Queue(maxsize=2)
         self._leases: dict[str, Lease] = {}
         self._lost: set[str] = set()
+        self._engine = str(worker.engine.describe()["engine"])
+        self._on_the_way: set[str] = set()
         self._cursor = jobs.Cursor()
-        self._succeeded = self._failed = self._batches = 0
+        self._counting = threading.Lock()
+        self._ended_as = Counter[str]()
+        self._batches = 0
         self._gpu_seconds = 0.0
         self._idle = False
 
@@ -149,8 +172,9 @@ class _Run:
         finally:
             self._give_back()
         return WorkerSummary(
-            succeeded=self._succeeded,
-            failed=self._failed,
+            succeeded=self._ended_as["succeeded"],
+            reused=self._ended_as["reused"],
+            failed=self._ended_as["failed"],
             batches=self._batches,
             gpu_seconds=self._gpu_seconds,
             idle=self._idle,
@@ -188,7 +212,11 @@ class _Run:
             lease = self._lease()
             if lease is not None:
                 poll_s = POLL_S
-                self._hand_on(self._fetched, self._prepared(lease))
+                work = self._prepared(lease)
+                if work.jobs or work.waiting:
+                    self._hand_on(self._fetched, work)
+                else:
+                    self._finish(work)
             elif not self._leases and self.bounds.until_idle and not self._work_left():
                 self._idle = True
                 break
@@ -240,7 +268,7 @@ class _Run:
     def _prepared(self, lease: Lease) -> _Work:
         """Fetch and decode what the jobs consume; a job whose input is wrong fails here, alone."""
         work = _Work(lease)
-        for leased in lease.jobs:
+        for leased in self._to_make(work):
             try:
                 fetched = self._when_storage_answers(lease, partial(self._fetch_inputs, leased))
             except SdpError as error:
@@ -253,6 +281,57 @@ class _Run:
 
     def _fetch_inputs(self, leased: LeasedJob) -> delivery.Fetched:
         return delivery.fetch(self.worker.store, leased, max_pixels=self.worker.limits.max_pixels)
+
+    # Delivering what was made before.
+
+    def _to_make(self, work: _Work) -> Iterator[LeasedJob]:
+        """The lease's jobs but those whose picture is there, which are delivered, or on its way, which wait for it.
+
+        Equal jobs that two workers lease at the same time are made by both.
+        """
+        lease = work.lease
+        # Asked before the pictures are looked up: what is finished in between is then found later, not made again.
+        ahead = set(self._on_the_way)
+        there = self._originals([leased for leased in lease.jobs if leased.fingerprint not in ahead])
+        for leased in lease.jobs:
+            if not _may_reuse(leased):
+                yield leased
+            elif leased.fingerprint in ahead:
+                work.waiting.append(leased)
+            elif not self._reused(lease, leased, there):
+                ahead.add(leased.fingerprint)
+                work.making.add(leased.fingerprint)
+                self._on_the_way.add(leased.fingerprint)
+                yield leased
+
+    def _originals(self, wanted: Sequence[LeasedJob]) -> Mapping[str, Original]:
+        """Pictures that were made for such jobs, by fingerprint."""
+        fingerprints = {leased.fingerprint for leased in wanted if _may_reuse(leased)}
+
+        def ask() -> Mapping[str, Original]:
+            with self.worker.audit.database.read() as connection:
+                return originals.newest(connection, team=wanted[0].team, fingerprints=fingerprints)
+
+        return self._when_database_answers(ask) if fingerprints else {}
+
+    def _reused(self, lease: Lease, leased: LeasedJob, there: Mapping[str, Original]) -> bool:
+        """Deliver a copy of a picture; False where there is none, or not as it was recorded: then it must be made."""
+        original = there.get(leased.fingerprint)
+        if original is None:
+            return False
+        attempt = self._attempt(lease, leased, gpu_seconds=0.0)
+        try:
+            stored = self._when_storage_answers(
+                lease, partial(delivery.reuse, self.worker.store, leased, original, attempt, engine=self._engine)
+            )
+        except (InputImageError, ObjectConflictError) as error:
+            _log.warning("picture_not_reused", job_id=leased.id, key=original.stored.key, error=str(error))
+            return False
+        except SdpError as error:
+            self._fail(lease, leased, error)
+        else:
+            self._complete(lease, leased, stored)
+        return True
 
     # Generating, on the caller's thread.
 
@@ -288,36 +367,50 @@ class _Run:
                     self._fail(work.lease, leased, result.error, gpu_seconds=work.share_s)
                 else:
                     self._deliver(work, leased, inputs, result)
-            self._close(work.lease)
+            self._finish(work)
+
+    def _finish(self, work: _Work) -> None:
+        self._on_the_way -= work.making
+        if work.waiting and work.lease.id not in self._lost:
+            self._deliver_waiting(work)
+        self._close(work.lease)
 
     def _deliver(self, work: _Work, leased: LeasedJob, inputs: Mapping[str, Json], generated: GeneratedImage) -> None:
-        attempt = delivery.Attempt(
-            number=leased.attempt,
-            lease_id=work.lease.id,
-            worker_id=self.worker.worker_id,
-            gpu_seconds=work.share_s,
-        )
+        attempt = self._attempt(work.lease, leased, gpu_seconds=work.share_s)
         try:
             stored = self._when_storage_answers(
                 work.lease, partial(delivery.deliver, self.worker.store, leased, inputs, generated, attempt)
             )
         except SdpError as error:
             self._fail(work.lease, leased, error, gpu_seconds=work.share_s)
-            return
+        else:
+            self._complete(work.lease, leased, stored)
 
+    def _deliver_waiting(self, work: _Work) -> None:
+        """Copies of what was made meanwhile; jobs whose picture was not made after all are given back."""
+        there = self._originals(work.waiting)
+        left = [leased for leased in work.waiting if not self._reused(work.lease, leased, there)]
+
+        def give_back() -> None:
+            with self.worker.audit.transaction() as tx:
+                jobs.release(tx, lease_id=work.lease.id)
+
+        if left:
+            self._when_database_answers(give_back)
+
+    def _attempt(self, lease: Lease, leased: LeasedJob, *, gpu_seconds: float) -> delivery.Attempt:
+        return delivery.Attempt(
+            number=leased.attempt, lease_id=lease.id, worker_id=self.worker.worker_id, gpu_seconds=gpu_seconds
+        )
+
+    def _complete(self, lease: Lease, leased: LeasedJob, stored: StoredImage) -> None:
         def complete() -> bool:
             with self.worker.audit.transaction() as tx:
-                return jobs.complete(
-                    tx,
-                    lease_id=work.lease.id,
-                    leased=leased,
-                    stored=stored,
-                    charge=self._charge(stored.gpu_seconds),
-                )
+                charge = self._charge(stored.gpu_seconds)
+                return jobs.complete(tx, lease_id=lease.id, leased=leased, stored=stored, charge=charge)
 
         if self._when_database_answers(complete):
-            self._succeeded += 1
-            self._progressed(1)
+            self._count(*(("succeeded",) if stored.reused_from is None else ("succeeded", "reused")))
         else:
             _log.warning("lease_lost", job_id=leased.id, attempt=leased.attempt)
 
@@ -341,8 +434,7 @@ class _Run:
         done = self._when_database_answers(fail)
         _log.warning("attempt_failed", job_id=leased.id, attempt=leased.attempt, status=str(status), error=str(error))
         if done and status is Status.FAILED:
-            self._failed += 1
-            self._progressed(1)
+            self._count("failed")
 
     def _charge(self, gpu_seconds: float) -> budgets.Charge:
         cost = gpu_seconds * self.worker.limits.gpu_second_cost
@@ -356,9 +448,12 @@ class _Run:
         self._when_database_answers(close)
         self._leases.pop(lease.id, None)
 
-    def _progressed(self, count: int) -> None:
+    def _count(self, *outcomes: str) -> None:
+        """One job ended; jobs end where pictures are fetched and where they are stored, on two threads."""
+        with self._counting:
+            self._ended_as.update(outcomes)
         if self.on_progress is not None:
-            self.on_progress(count)
+            self.on_progress(1)
 
     # Staying alive.
 
@@ -435,6 +530,10 @@ class _Run:
             except queue.Empty:
                 if self._ended.is_set():
                     raise _Ended from None
+
+
+def _may_reuse(leased: LeasedJob) -> bool:
+    return bool(leased.rules.get("reuse", True))
 
 
 def _first_error(*stages: Future[None]) -> None:

@@ -184,10 +184,12 @@ def publication(**changes: Any) -> Publication:
     return Publication(**{"source": secrets.token_hex(8)} | fields | changes)
 
 
-def published(audit: AuditLog, jobs: Iterable[JobSpec], *, prune: bool = False, **changes: Any) -> Submitted:
-    """Submit these jobs as one version of a campaign."""
+def published(
+    audit: AuditLog, jobs: Iterable[JobSpec], *, prune: bool = False, rules: Json | None = None, **changes: Any
+) -> Submitted:
+    """Submit these jobs as one version of a campaign; ``rules`` are by stage."""
     asked = publication(**changes)
-    with staging.prepared(jobs, held=asked.budget is not None) as ready, audit.transaction() as tx:
+    with staging.prepared(jobs, rules=rules, held=asked.budget is not None) as ready, audit.transaction() as tx:
         return submit(tx, ready, asked, prune=prune)
 
 

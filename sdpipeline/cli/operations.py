@@ -45,7 +45,8 @@ def worker(
     s = settings(home)
     with _stopping() as (stop, received):
         done = bootstrap.run_worker(s, campaign=None, until_idle=until_idle, device=device, stop=stop)
-    document = {name: getattr(done, name) for name in ("succeeded", "failed", "batches", "gpu_seconds", "idle")}
+    names = ("succeeded", "reused", "failed", "batches", "gpu_seconds", "idle")
+    document = {name: getattr(done, name) for name in names}
     if as_json:
         print_json(document)
     else:

@@ -10,7 +10,7 @@ from sqlalchemy import ColumnElement, Connection, and_, func, null, select, upda
 from sqlalchemy.dialects import postgresql, sqlite
 
 from sdpipeline.db.audit import Event, Transaction
-from sdpipeline.db.difference import usual
+from sdpipeline.db.history import usual
 from sdpipeline.db.tables import campaign, job, spending, work_group
 from sdpipeline.domain import Json
 

@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
-from sqlalchemy import Connection, and_, func, select
+from sqlalchemy import Connection, func, select
 
+from sdpipeline.db import originals
 from sdpipeline.db.staging import chunked
-from sdpipeline.db.tables import campaign, image, job, work_group
+from sdpipeline.db.tables import campaign, job
 from sdpipeline.domain import JobSpec, Json, changed_keys, to_document
 
 CHUNK = 1000
-NEWEST = 200
-"""How many of a batch key's newest pictures tell what the next will take."""
-
 NOT_THERE_BEFORE = "identity"
 """The key in a difference that stands for a row, combination or seed nobody asked for before."""
 
@@ -38,9 +36,11 @@ class Change:
 
 @dataclass(slots=True, kw_only=True)
 class Difference:
-    """What a submit would do, by stage; ``to_make`` counts jobs without a picture by stage and batch key."""
+    """What a submit would do, by stage. ``reused`` counts those of the new jobs whose picture the team has already,
+    ``to_make`` the jobs without a picture, by stage and batch key."""
 
     new: Counter[str] = field(default_factory=Counter)
+    reused: Counter[str] = field(default_factory=Counter)
     unchanged: Counter[str] = field(default_factory=Counter)
     removed: Counter[str] = field(default_factory=Counter)
     to_make: Counter[tuple[str, str]] = field(default_factory=Counter)
@@ -61,16 +61,23 @@ class Difference:
 
 
 def compare(
-    connection: Connection | None, jobs: Iterable[JobSpec], *, team: str, name: str, explain: bool = False
+    connection: Connection | None,
+    jobs: Iterable[JobSpec],
+    *,
+    team: str,
+    name: str,
+    reuse: bool = True,
+    explain: bool = False,
 ) -> Difference:
     """What :func:`sdpipeline.db.submit.submit` would do; identities are looked up in chunks.
 
-    ``explain`` also finds the keys that make jobs new. Without a database every job is new.
+    ``reuse`` looks for pictures that need not be made again, ``explain`` for the keys that make jobs new. Without a
+    database every job is new.
     """
     found = Difference()
     if connection is None:
         for spec in jobs:
-            _add(found, spec, None, explain=explain)
+            _add(found, spec, None, there=frozenset(), explain=explain)
         return found
     owner = select(campaign.c.id).where(campaign.c.team == team, campaign.c.name == name)
     campaign_id = connection.execute(owner).scalar()
@@ -78,9 +85,11 @@ def compare(
     for chunk in chunked(jobs, CHUNK):
         stored = _stored(connection, campaign_id, [spec.identity for spec in chunk], explain=explain)
         editions |= {spec.edition for spec in chunk}
+        fresh = {spec.fingerprint for spec in chunk if reuse and spec.blocked is None}
+        there = originals.known(connection, team=team, fingerprints=fresh)
         for spec in chunk:
             row = stored.get(spec.identity)
-            _add(found, spec, row, explain=explain)
+            _add(found, spec, row, there=there, explain=explain)
             found.removed[spec.stage] -= row is not None
     asked = (job.c.campaign_id == campaign_id, job.c.edition.in_(editions), job.c.status != "cancelled")
     for stage, count in connection.execute(select(job.c.stage, func.count()).where(*asked).group_by(job.c.stage)):
@@ -94,33 +103,12 @@ def _stored(connection: Connection, campaign_id: int | None, identities: list[st
     return {row.identity: row for row in connection.execute(select(*columns).where(*mine))}
 
 
-def _add(found: Difference, spec: JobSpec, row: Any | None, *, explain: bool) -> None:
+def _add(found: Difference, spec: JobSpec, row: Any | None, *, there: Collection[str], explain: bool) -> None:
     same = row is not None and row.fingerprint == spec.fingerprint
     (found.unchanged if same else found.new)[spec.stage] += 1
-    if not same or (row is not None and row.status != "succeeded"):
+    if not same and spec.fingerprint in there:
+        found.reused[spec.stage] += 1
+    elif not same or (row is not None and row.status != "succeeded"):
         found.to_make[spec.stage, spec.batch_key] += 1
     if explain and not same:
         found.note_new(spec, row.request if row is not None else None)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Usual:
-    """What one picture took, on average."""
-
-    gpu_seconds: float
-    size_bytes: float
-
-
-def usual(connection: Connection, batch_key: str) -> Usual | None:
-    """What the newest pictures of this batch key took in this deployment; None where there are none."""
-    newest = (
-        select(image.c.gpu_seconds, image.c.size_bytes)
-        .join(job, and_(job.c.id == image.c.job_id, job.c.fingerprint == image.c.fingerprint))
-        .join(work_group, work_group.c.id == job.c.group_id)
-        .where(work_group.c.batch_key == batch_key, image.c.reused_from.is_(None))
-        .order_by(image.c.created_at.desc())
-        .limit(NEWEST)
-        .subquery()
-    )
-    row = connection.execute(select(func.avg(newest.c.gpu_seconds), func.avg(newest.c.size_bytes))).one()
-    return None if row[0] is None else Usual(gpu_seconds=float(row[0]), size_bytes=float(row[1]))

@@ -58,7 +58,10 @@ SKIPPED: Mapping[str, Any] = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LeasedJob:
-    """One job a worker may finish, with what it needs to know about it."""
+    """One job a worker may finish, with what it needs to know about it.
+
+    ``rules`` say how its picture is delivered and change no pixel.
+    """
 
     id: int
     attempt: int
@@ -74,6 +77,7 @@ class LeasedJob:
     fingerprint: str
     request: GenerationRequest
     parents: tuple[ParentImage, ...]
+    rules: Json
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -99,7 +103,7 @@ class Lease:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StoredImage:
-    """A picture that is in storage, was read back, and may be recorded."""
+    """A picture that is in storage, was read back, and may be recorded; a copy says of which key."""
 
     key: str
     url: str
@@ -113,6 +117,7 @@ class StoredImage:
     sidecar_sha256: str
     gpu_seconds: float
     timings: Json
+    reused_from: str | None = None
 
 
 @dataclass(slots=True)
@@ -256,7 +261,9 @@ def _insert_attempts(connection: Connection, rows: Iterable[Any], lease_id: str,
 def _leased_jobs(connection: Connection, rows: Sequence[Any]) -> tuple[LeasedJob, ...]:
     parents = _parent_images(connection, [row.id for row in rows])
     owner = connection.execute(
-        select(campaign.c.team, campaign.c.name).where(campaign.c.id == rows[0].campaign_id)
+        select(campaign.c.team, campaign.c.name, work_group.c.rules)
+        .join(campaign, campaign.c.id == work_group.c.campaign_id)
+        .where(work_group.c.id == rows[0].group_id)
     ).one()
     return tuple(
         LeasedJob(
@@ -274,6 +281,7 @@ def _leased_jobs(connection: Connection, rows: Sequence[Any]) -> tuple[LeasedJob
             fingerprint=row.fingerprint,
             request=request_from_document(row.request),
             parents=parents.get(row.id, ()),
+            rules=owner.rules,
         )
         for row in rows
     )
@@ -338,7 +346,8 @@ def complete(tx: Transaction, *, lease_id: str, leased: LeasedJob, stored: Store
         )
     )
     _end_attempt(tx.connection, leased.id, lease_id, "succeeded", gpu_seconds=charge.gpu_seconds, cost=charge.cost)
-    budgets.spend(tx.connection, row.campaign_id, leased.stage, charge, images=1)
+    if stored.reused_from is None:
+        budgets.spend(tx.connection, row.campaign_id, leased.stage, charge, images=1)
     _count_down_children(tx.connection, leased.id)
     tx.record(
         Event.JOB_SUCCEEDED,

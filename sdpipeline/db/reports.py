@@ -27,6 +27,7 @@ from sdpipeline.domain import Json, Status
 
 _UNFINISHED = ("waiting", "ready", "leased")
 _OWN_IMAGE = and_(image.c.job_id == job.c.id, image.c.fingerprint == job.c.fingerprint)
+_PICTURE = (image.c.url, image.c.sha256, image.c.size_bytes, image.c.width, image.c.height)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -150,7 +151,7 @@ def jobs(
 ) -> Iterator[Json]:
     """Jobs in order of their id, as ``jobs --json`` shows them."""
     statement = (
-        select(job, image.c.url, image.c.sha256, image.c.size_bytes, image.c.width, image.c.height)
+        select(job, *_PICTURE, image.c.reused_from)
         .outerjoin(image, _OWN_IMAGE)
         .where(job.c.campaign_id == campaign_id, job.c.id > after)
         .order_by(job.c.id)
@@ -176,7 +177,9 @@ def _parents(connection: Connection, job_ids: list[int]) -> dict[int, list[int]]
 
 
 def _job_document(row: Any, parents: list[int]) -> Json:
-    picture = {name: getattr(row, name) for name in ("url", "sha256", "size_bytes", "width", "height")}
+    picture = {column.name: getattr(row, column.name) for column in _PICTURE}
+    # An older picture of a job that is being made again is not its picture.
+    has_picture = row.url is not None and row.status == "succeeded"
     return {
         "id": row.id,
         "stage": row.stage,
@@ -188,17 +191,15 @@ def _job_document(row: Any, parents: list[int]) -> Json:
         "fingerprint": row.fingerprint,
         "attempts": row.attempt,
         "error": row.error,
-        # An older picture of a job that is being made again is not its picture.
-        "image": picture if row.url is not None and row.status == "succeeded" else None,
+        "image": picture if has_picture else None,
+        "reused_from": row.reused_from if has_picture else None,
     }
 
 
 def show(connection: Connection, job_id: int) -> Json | None:
     """Everything known about one job."""
     row = connection.execute(
-        select(job, image.c.url, image.c.sha256, image.c.size_bytes, image.c.width, image.c.height)
-        .outerjoin(image, _OWN_IMAGE)
-        .where(job.c.id == job_id)
+        select(job, *_PICTURE, image.c.reused_from).outerjoin(image, _OWN_IMAGE).where(job.c.id == job_id)
     ).first()
     if row is None:
         return None

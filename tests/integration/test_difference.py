@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from sdpipeline.db.audit import AuditLog
 from sdpipeline.db.connection import Database
-from sdpipeline.db.difference import NOT_THERE_BEFORE, compare, usual
+from sdpipeline.db.difference import NOT_THERE_BEFORE, compare
+from sdpipeline.db.history import usual
 from tests.factories import chains, completed, job_spec, leased, published
 
 
@@ -47,6 +50,22 @@ def test_jobs_without_a_picture_are_still_to_make(audit: AuditLog, database: Dat
     with database.read() as connection:
         found = compare(connection, chains(4), team="default", name="spring")
     assert sum(found.to_make.values()) == 2
+
+
+def test_the_new_jobs_whose_picture_the_team_has_are_counted_and_not_to_make(
+    audit: AuditLog, database: Database
+) -> None:
+    published(audit, chains(3))
+    completed(audit, leased(audit, limit=2))
+    asked = [*chains(3), job_spec("double", prompt="a picture of row-0"), job_spec("row-9")]
+
+    def reused(**changes: Any) -> tuple[int, int]:
+        with database.read() as connection:
+            found = compare(connection, asked, **{"team": "default", "name": "autumn"} | changes)
+        return sum(found.reused.values()), sum(found.to_make.values())
+
+    assert (reused(), reused(name="spring")) == ((3, 2), (1, 2))
+    assert (reused(team="other"), reused(reuse=False)) == ((0, 5), (0, 5))
 
 
 def test_what_pictures_of_a_batch_key_took_is_known_from_any_campaign(audit: AuditLog, database: Database) -> None:

@@ -63,6 +63,7 @@ def test_the_file_that_the_mistakes_below_are_made_in_is_right() -> None:
             "11:5: stages[1].id: found 'a/b', expected a name of a-z, 0-9 and -, at most 63, that does not start with -",
         ),
         ("name: spring", "name: 7", "1:1: name: found 7, expected a text"),
+        ("name: spring", "name: spring\nreuse: at times", "2:1: reuse: found 'at times', expected true or false"),
         ("count: 2}", "count: many}", "5:19: seeds.count: found 'many', expected a whole number"),
         ("count: 2}", "count: true}", "5:19: seeds.count: found true, expected a whole number"),
         ("count: 2}", 'count: "2"}', "5:19: seeds.count: found '2', expected a whole number"),
