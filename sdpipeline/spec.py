@@ -30,14 +30,19 @@ Integer = int | str
 
 class _Part(BaseModel):
     # Strict, so that `true` is no 1 and "4" no 4: what a file says is refused or meant.
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+    # What stands below a key is its description, in the editor too.
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, strict=True, allow_inf_nan=False, use_attribute_docstrings=True
+    )
 
 
 class SeedRange(_Part):
     """``count`` seeds from ``start`` on."""
 
     start: Seed = 0
+    """The first seed."""
     count: Annotated[int, Field(ge=1, le=MOST_SEEDS)] = 1
+    """How many seeds: one picture of each row and combination for each."""
 
 
 Seeds = Annotated[
@@ -50,51 +55,72 @@ class Rows(_Part):
     """A table whose rows are values, or a folder's files as one: one job chain per row."""
 
     file: str | None = None
+    """A .csv or .tsv beside this file, read as a stream."""
     files: str | None = None
+    """Pictures beside this file, one a row, as in `pictures/*.png`."""
     key: str | None = None
+    """The title of the column that names a row for ever; without it a row is known by its content."""
     columns: dict[Variable, str] | None = None
+    """Variables with the titles of their columns; without it every column is a variable in lower case."""
 
 
 class ImageSpec(_Part):
     """A picture from an earlier stage, from a file beside the campaign, or from a bucket."""
 
     stage: str | None = None
+    """The id of an earlier stage, whose picture of the same row, combination and seed is taken."""
     file: str | None = None
+    """A picture beside this file; a template."""
     url: str | None = None
+    """A picture in a bucket, as in `s3://bucket/key`; a template."""
 
 
 class ControlNetSpec(_Part):
     """One ControlNet and what steers it."""
 
     checkpoint: str
+    """Alias of a ControlNet."""
     image: ImageSpec
+    """The picture that steers it."""
     annotator: str = "none"
+    """What turns that picture into a control map; `none` takes it as the map it is."""
     annotator_parameters: dict[str, Scalar] = Field(default_factory=dict)
+    """The annotator's own numbers."""
     annotator_checkpoint: str | None = None
+    """Alias of the weights of a learned annotator."""
     controlnet_conditioning_scale: Number = 1.0
+    """How strongly it steers."""
     control_guidance_start: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """The share of the steps after which it begins."""
     control_guidance_end: Annotated[float, Field(ge=0, le=1)] = 1.0
+    """The share of the steps after which it ends."""
 
 
 class LoraSpec(_Part):
     """A LoRA and how strongly it is felt."""
 
     checkpoint: str
+    """Alias of a LoRA."""
     weight: Number = 1.0
+    """How strongly it is felt."""
 
 
 class TextualInversionSpec(_Part):
     """A word of one's own, which prompts write as ``<alias>``."""
 
     checkpoint: str
+    """Alias of a textual inversion; prompts write `<alias>`."""
 
 
 class IPAdapterSpec(_Part):
     """An IP-Adapter, the picture it takes its likeness from, and how strongly that is felt."""
 
     checkpoint: str
+    """Alias of an IP-Adapter."""
     image: ImageSpec
+    """The picture it takes its likeness from, of any size."""
     weight: Number = 1.0
+    """How strongly it is felt."""
 
 
 AdapterSpec = LoraSpec | TextualInversionSpec | IPAdapterSpec
@@ -104,78 +130,120 @@ class OutputSpec(_Part):
     """How pictures are encoded."""
 
     format: Literal["png", "jpeg", "webp"] = "png"
+    """png is lossless."""
     quality: Annotated[int, Field(ge=1, le=100)] | None = None
+    """Of a jpeg or webp."""
     metadata: Literal["embedded+sidecar"] = "embedded+sidecar"
+    """Where the record of what made a picture is kept."""
 
 
 class Budget(_Part):
     """What a campaign may spend before it pauses itself."""
 
     max_gpu_seconds: Annotated[float, Field(gt=0)] | None = None
+    """Seconds on devices, failed attempts included."""
     max_images: Annotated[int, Field(ge=1)] | None = None
+    """Pictures of any stage."""
     max_cost: Annotated[float, Field(gt=0)] | None = None
+    """In the currency of SDP_COST_PER_GPU_HOUR."""
 
 
 class Schedule(_Part):
     """When a campaign is made, and whether as the same campaign or as a new edition each time."""
 
     cron: str
+    """Minute, hour, day of month, month and day of week, as in "0 3 * * *"."""
     timezone: str = "UTC"
+    """The zone of those hours, as in Europe/Berlin."""
     mode: Literal["incremental", "edition"] = "incremental"
+    """`incremental` makes what is new or changed; `edition` makes all of it again, with the date as `{{ edition }}`."""
     on_overlap: Literal["skip", "queue"] = "skip"
+    """What becomes of an edition that is due while an older one is being made."""
 
 
 class Quality(_Part):
     """Scores a picture must reach; what is always refused (black, flat, not finite) needs no threshold."""
 
     min_sharpness: Annotated[float, Field(ge=0)] | None = None
+    """The least sharpness."""
     min_edge_agreement: Annotated[float, Field(ge=0, le=1)] | None = None
+    """The least share of a control map's edges that the picture has."""
 
 
 class Policy(_Part):
     """What a campaign may ask for at all."""
 
     checkpoints: list[str] | None = None
+    """The only aliases that may be used."""
     max_width: Annotated[int, Field(ge=8, le=LARGEST_SIDE)] | None = None
+    """The widest picture, in pixels."""
     max_height: Annotated[int, Field(ge=8, le=LARGEST_SIDE)] | None = None
+    """The highest picture, in pixels."""
     deny: list[Annotated[str, Field(min_length=1, max_length=1000)]] = Field(default_factory=list)
+    """Texts that no prompt may hold."""
     allow: list[Annotated[str, Field(min_length=1, max_length=1000)]] = Field(default_factory=list)
+    """Texts that a prompt may hold although a denied one is in them."""
 
 
 class Parameters(_Part):
     """Generation parameters under diffusers' names; a string is a template."""
 
     width: Integer | None = None
+    """Pixels; for super-resolution the input decides."""
     height: Integer | None = None
+    """Pixels; for super-resolution the input decides."""
     num_inference_steps: Integer | None = None
+    """Denoising steps."""
     guidance_scale: Number | None = None
+    """How closely the prompt is followed; 1 is without guidance."""
     strength: Number | None = None
+    """How much of the input picture is made anew: 0 keeps it, 1 forgets it."""
     scheduler: str | None = None
+    """How the steps are taken."""
     negative_prompt: str | None = None
+    """What is not wanted; a template."""
     clip_skip: Integer | None = None
+    """How many last layers of the text encoder are left out."""
     noise_level: Integer | None = None
+    """How much noise an upscaler adds to its input."""
     resize: str | None = None
+    """What to do with an input of another size; without it that is refused."""
 
 
 class Stage(Parameters):
     """One step of the chain: one picture per row, variable combination and seed."""
 
     id: Name
+    """A name that later stages refer to."""
     task: Annotated[Task, Field(strict=False)]
     checkpoint: str | None = None
+    """Alias of this stage's weights; without it the campaign's."""
     prompt: str = ""
+    """What is wanted; a template. Values from a table are data, never templates."""
     seed: Literal["same"] | None = None
+    """`same` uses the root seed instead of one derived for this stage."""
     seeds: Seeds | None = None
+    """Noise seeds of this stage's own: one picture for each."""
     image: ImageSpec | None = None
+    """The picture that is edited or enlarged."""
     mask_image: ImageSpec | None = None
+    """White where the picture is painted anew."""
     controlnets: list[ControlNetSpec] = Field(default_factory=list)
+    """ControlNets that steer this stage together."""
     loras: list[LoraSpec] = Field(default_factory=list)
+    """LoRAs worn together."""
     textual_inversions: list[TextualInversionSpec] = Field(default_factory=list)
+    """Words of your own."""
     ip_adapters: list[IPAdapterSpec] = Field(default_factory=list)
+    """Pictures whose likeness is taken."""
     vae: str | None = None
+    """Alias of an autoencoder to decode with instead of the checkpoint's own."""
     reproducibility: Reproducibility | None = None
+    """How exactly this stage's pictures must come out again; without it as the campaign says."""
     output: OutputSpec | None = None
+    """How this stage's pictures are encoded; without it as the campaign says."""
     quality: Quality | None = None
+    """Scores this stage's pictures must reach; without it those of the campaign."""
 
     def images(self) -> list[tuple[KeyPath, ImageSpec]]:
         """Every picture the stage consumes, with its place inside the stage."""
@@ -212,21 +280,37 @@ class CampaignSpec(_Part):
     """A whole campaign file."""
 
     name: Name
+    """Lower-case letters, digits and `-`; the same name again is the next version of the campaign."""
     checkpoint: str
+    """Alias of the weights; a stage may name its own."""
     priority: Annotated[int, Field(ge=0, le=1000)] = 100
+    """Lower runs first."""
     budget: Budget = Budget()
+    """What may be spent before the campaign pauses itself."""
     schedule: Schedule | None = None
+    """When it is made without being asked."""
     reuse: bool = True
+    """Whether a picture that was made before is copied instead of made again."""
     policy: Policy = Policy()
+    """What may be asked for at all."""
     variables: dict[Variable, Any] = Field(default_factory=dict)
+    """Lists of values by name, multiplied; `zip:` lists that advance together; `rows:` a table."""
     exclude: list[Choice] = Field(default_factory=list)
+    """Combinations that are left out."""
     include: list[Choice] = Field(default_factory=list)
+    """Combinations that are added to the product of the lists."""
     seeds: Seeds = SeedRange()
+    """Root seeds, as a range or a list: one chain of pictures for each."""
     defaults: Parameters = Parameters()
+    """Parameters for every stage whose task takes them."""
     stages: Annotated[list[Stage], Field(min_length=1, max_length=64)]
+    """The steps of the chain: each makes one picture per row, combination and seed."""
     reproducibility: Reproducibility = "tolerant"
+    """How exactly pictures must come out again."""
     quality: Quality = Quality()
+    """Scores every picture must reach."""
     output: OutputSpec = OutputSpec()
+    """How pictures are encoded."""
 
 
 LIMITS: Mapping[str, tuple[type, float, float]] = {

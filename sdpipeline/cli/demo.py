@@ -107,7 +107,8 @@ def _print(result: _Result, *, nothing_new: bool) -> None:
             ("see every job", "sdpipeline jobs demo"),
             ("know all about one", "sdpipeline show 1"),
             ("check that nothing was changed", "sdpipeline audit verify"),
-            ("write your own", "copy the campaign file, change its name, and: sdpipeline run FILE"),
+            ("have the pictures under readable names", "sdpipeline export demo --to DIR"),
+            ("write your own", "sdpipeline init DIR, and there: sdpipeline run catalogue.yaml"),
             ("check this installation", "sdpipeline doctor"),
         ),
     )

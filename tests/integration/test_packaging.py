@@ -57,9 +57,9 @@ def run(*command: object, cwd: Path | None = None, **settings: str) -> str:
     return done.stdout
 
 
-def test_the_wheel_holds_flows_migrations_and_the_demo(wheel: Path) -> None:
+def test_the_wheel_holds_flows_migrations_the_demo_and_the_examples(wheel: Path) -> None:
     names = zipfile.ZipFile(wheel).namelist()
-    for folder in ("flows", "migrations", "demo"):
+    for folder in ("flows", "migrations", "demo", "examples"):
         ours = [p for p in (ROOT / "sdpipeline" / folder).rglob("*") if p.is_file() and "__pycache__" not in p.parts]
         assert ours
         assert {p.relative_to(ROOT).as_posix() for p in ours} <= set(names)

@@ -82,7 +82,8 @@ def train_together(
         difference = autoencoder.decode(predicted).sample.float() - pixels
         slopes = sum(difference.diff(dim=axis).abs().mean() for axis in (2, 3))
         off = ((predicted - latents).square() * visible).mean()
-        return difference.abs().mean() + 4 * difference.square().mean() + 0.6 * slopes + off
+        total: Tensor = difference.abs().mean() + 4 * difference.square().mean() + 0.6 * slopes + off
+        return total
 
     both = nn.ModuleList([unet, autoencoder])
     pace = Pace(learning_rate=6e-4, ema_decay=0.998, half_precision=False)

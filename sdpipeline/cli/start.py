@@ -1,0 +1,63 @@
+"""Commands to begin with: init and schema."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from sdpipeline import schema as campaign_schema
+from sdpipeline import starter
+from sdpipeline.cli.output import AsJson, Home, print_json, print_table
+from sdpipeline.settings import TOML_NAME
+
+
+def add_to(app: typer.Typer) -> None:
+    """Put these commands on the application."""
+    app.command()(init)
+    app.command()(schema)
+
+
+def init(
+    directory: Annotated[Path, typer.Argument(metavar="[DIR]", help="The folder to begin in; it may be new.")] = Path(),
+    *,
+    force: Annotated[bool, typer.Option("--force", help="Overwrite files that are there already.")] = False,
+    home: Home = None,
+    as_json: AsJson = False,
+) -> None:
+    """Write a commented settings file and example campaigns to start from."""
+    del home  # a new folder has none yet; taken because every command takes it
+    written = starter.write(directory, force=force)
+    if as_json:
+        print_json({"directory": str(directory.absolute()), "written": written, "campaigns": list(starter.CAMPAIGNS)})
+        return
+    about = starter.CAMPAIGNS | {
+        TOML_NAME: "every setting, commented out",
+        starter.SCHEMA_NAME: "what editors complete and check campaign files by",
+    }
+    print_table(
+        f"Written to {directory.absolute()}",
+        ("file", "what"),
+        [(name, about.get(name, "what an example reads")) for name in written],
+    )
+    there = [] if directory.resolve() == Path.cwd() else [("go there", f"cd {directory}")]
+    first = next(iter(starter.CAMPAIGNS))
+    print_table(
+        "What to type next",
+        ("to", "type"),
+        [
+            *there,
+            ("check a campaign and count its pictures", f"sdpipeline plan {first}"),
+            ("make them", f"sdpipeline run {first}"),
+            ("have them under names of yours", f"sdpipeline export {first.removesuffix('.yaml')} --to DIR"),
+            ("check this installation", "sdpipeline doctor"),
+        ],
+    )
+
+
+def schema(*, home: Home = None) -> None:
+    """Print the JSON Schema of the campaign file."""
+    del home  # the schema is the same everywhere; taken because every command takes it
+    sys.stdout.write(campaign_schema.text())
