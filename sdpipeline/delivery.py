@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
-from sdpipeline import provenance
+from sdpipeline import provenance, scores
 from sdpipeline.db.queue import LeasedJob, StoredImage
 from sdpipeline.domain import ImageSource, Json, OutputFormat, canonical, to_document
 from sdpipeline.engine import GeneratedImage, Pixels, PreparedRequest
@@ -56,7 +56,13 @@ def fetch(store: ObjectStore, leased: LeasedJob, *, max_pixels: int) -> Fetched:
 def deliver(
     store: ObjectStore, leased: LeasedJob, inputs: Mapping[str, Json], generated: GeneratedImage, attempt: Attempt
 ) -> StoredImage:
-    """Freeze the record, encode, store and read back; the picture counts only once the database says so."""
+    """Measure, freeze the record, encode, store and read back; the picture counts only once the database says so.
+
+    Raises BadPictureError for a picture that scores less than the campaign asks for.
+    """
+    begun = time.perf_counter()
+    measured = scores.measure(generated.pixels, zip(leased.request.controlnets, generated.control_maps, strict=False))
+    scores.check(measured, leased.rules.get("quality", {}))
     started = time.perf_counter()
     frozen = record(leased, inputs, generated)
     output = leased.request.output
@@ -68,6 +74,7 @@ def deliver(
     control_maps = _deliver_control_maps(store, f"{folder}/{encoded.sha256}", leased, generated)
     timings = {
         "generate_s": round(attempt.gpu_seconds, 6),
+        "measure_s": round(started - begun, 6),
         "encode_s": round(encoded_at - started, 6),
         "store_s": round(time.perf_counter() - encoded_at, 6),
     }
@@ -78,6 +85,7 @@ def deliver(
             "record": frozen,
             "object": about | {"pixels_sha256": encoded.pixels_sha256},
             "control_maps": control_maps,
+            "scores": measured,
             "timings": timings,
             "attempt": attempt.number,
             "worker": attempt.worker_id,
@@ -99,6 +107,7 @@ def deliver(
         sidecar_sha256=hashlib.sha256(sidecar).hexdigest(),
         gpu_seconds=attempt.gpu_seconds,
         timings=timings,
+        scores=measured,
     )
 
 

@@ -58,7 +58,10 @@ SKIPPED: Mapping[str, Any] = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LeasedJob:
-    """One job a worker may finish, with what it needs to know about it."""
+    """One job a worker may finish, with what it needs to know about it.
+
+    ``rules`` say how its picture is delivered and change no pixel.
+    """
 
     id: int
     attempt: int
@@ -74,6 +77,7 @@ class LeasedJob:
     fingerprint: str
     request: GenerationRequest
     parents: tuple[ParentImage, ...]
+    rules: Json
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -113,6 +117,7 @@ class StoredImage:
     sidecar_sha256: str
     gpu_seconds: float
     timings: Json
+    scores: Json = field(default_factory=dict)
 
 
 @dataclass(slots=True)
@@ -256,7 +261,9 @@ def _insert_attempts(connection: Connection, rows: Iterable[Any], lease_id: str,
 def _leased_jobs(connection: Connection, rows: Sequence[Any]) -> tuple[LeasedJob, ...]:
     parents = _parent_images(connection, [row.id for row in rows])
     owner = connection.execute(
-        select(campaign.c.team, campaign.c.name).where(campaign.c.id == rows[0].campaign_id)
+        select(campaign.c.team, campaign.c.name, work_group.c.rules)
+        .join(campaign, campaign.c.id == work_group.c.campaign_id)
+        .where(work_group.c.id == rows[0].group_id)
     ).one()
     return tuple(
         LeasedJob(
@@ -274,6 +281,7 @@ def _leased_jobs(connection: Connection, rows: Sequence[Any]) -> tuple[LeasedJob
             fingerprint=row.fingerprint,
             request=request_from_document(row.request),
             parents=parents.get(row.id, ()),
+            rules=owner.rules,
         )
         for row in rows
     )

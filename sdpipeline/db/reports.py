@@ -27,6 +27,7 @@ from sdpipeline.domain import Json, Status
 
 _UNFINISHED = ("waiting", "ready", "leased")
 _OWN_IMAGE = and_(image.c.job_id == job.c.id, image.c.fingerprint == job.c.fingerprint)
+_PICTURE = (image.c.url, image.c.sha256, image.c.size_bytes, image.c.width, image.c.height, image.c.scores)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -150,7 +151,7 @@ def jobs(
 ) -> Iterator[Json]:
     """Jobs in order of their id, as ``jobs --json`` shows them."""
     statement = (
-        select(job, image.c.url, image.c.sha256, image.c.size_bytes, image.c.width, image.c.height)
+        select(job, *_PICTURE)
         .outerjoin(image, _OWN_IMAGE)
         .where(job.c.campaign_id == campaign_id, job.c.id > after)
         .order_by(job.c.id)
@@ -176,7 +177,7 @@ def _parents(connection: Connection, job_ids: list[int]) -> dict[int, list[int]]
 
 
 def _job_document(row: Any, parents: list[int]) -> Json:
-    picture = {name: getattr(row, name) for name in ("url", "sha256", "size_bytes", "width", "height")}
+    picture = {column.name: getattr(row, column.name) for column in _PICTURE}
     return {
         "id": row.id,
         "stage": row.stage,
@@ -195,11 +196,7 @@ def _job_document(row: Any, parents: list[int]) -> Json:
 
 def show(connection: Connection, job_id: int) -> Json | None:
     """Everything known about one job."""
-    row = connection.execute(
-        select(job, image.c.url, image.c.sha256, image.c.size_bytes, image.c.width, image.c.height)
-        .outerjoin(image, _OWN_IMAGE)
-        .where(job.c.id == job_id)
-    ).first()
+    row = connection.execute(select(job, *_PICTURE).outerjoin(image, _OWN_IMAGE).where(job.c.id == job_id)).first()
     if row is None:
         return None
     document = _job_document(row, _parents(connection, [job_id]).get(job_id, []))
