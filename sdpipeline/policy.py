@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import unicodedata
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import lru_cache
 from pathlib import Path
 
 from pydantic import ValidationError
@@ -111,11 +112,16 @@ def check_checkpoints(
 def words(text: str) -> list[str]:
     """A text as it is compared: by NFKC and without case, invisible characters, accents drawn over letters and
     punctuation. A pictograph is a word of its own."""
-    if not text.isascii():
-        text = unicodedata.normalize("NFKC", _INVISIBLE.sub("", text))
-        text = unicodedata.normalize("NFKC", text.casefold())
-        text = _DRAWN_OVER.sub("", text)
-    return text.casefold().translate(_SPACED).split()
+    if text.isascii():
+        return text.lower().translate(_SPACED).split()
+    return [word for token in text.split() for word in _compared(token)]
+
+
+@lru_cache(maxsize=100_000)  # a million prompts are made of few words
+def _compared(token: str) -> Words:
+    composed = unicodedata.normalize("NFKC", _INVISIBLE.sub("", token))
+    folded = unicodedata.normalize("NFKC", composed.casefold())
+    return tuple(_DRAWN_OVER.sub("", folded).translate(_SPACED).split())
 
 
 class _Spaced(dict[int, str]):
