@@ -12,7 +12,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from sdpipeline import __version__, audit, report, settings
+from sdpipeline import __version__, audit, policy, report, settings
 from sdpipeline.campaign import Campaign, Catalog
 from sdpipeline.campaign import load as load_campaign_file
 from sdpipeline.db import migrate, registry, reports, workers
@@ -153,10 +153,12 @@ def _inspected(folder: Path, *, but: Collection[Path] = ()) -> dict[str, Checkpo
 def load_campaign(
     s: Settings, path: Path, database: Database | None = None, *, edition: str | None = None
 ) -> tuple[Campaign, InputFolder]:
-    """A checked campaign file and the folder its pictures come from; raises CampaignError."""
+    """A checked campaign file and the folder its pictures come from; raises CampaignError, or SettingsError where the
+    deployment's policy is wrong."""
     allowed = [Path(root) for root in s.inputs.allowed if "://" not in root]
     inputs = InputFolder(path.absolute().parent, allowed=allowed, max_pixels=s.inputs.max_pixels)
-    return load_campaign_file(path, catalog(s, database), inputs, edition=edition), inputs
+    rules = policy.load(s.policy_file) if s.policy_file else None
+    return load_campaign_file(path, catalog(s, database), inputs, edition=edition, deployment=rules), inputs
 
 
 def build_engine(s: Settings, device: str, database: Database | None, *, dtype: str | None = None) -> Engine:

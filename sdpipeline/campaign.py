@@ -17,6 +17,7 @@ from sdpipeline import schedule, stage_faults, yamlfile
 from sdpipeline.domain import canonical
 from sdpipeline.errors import CampaignError, InputImageError, Mistake
 from sdpipeline.inputs import InputFolder
+from sdpipeline.policy import Rules
 from sdpipeline.rows import Table
 from sdpipeline.spec import (
     NAME,
@@ -76,6 +77,8 @@ class Campaign:
     catalog: Catalog
     edition: str = ""
     """Which making of the campaign this is; empty where a campaign is made once and kept up to date."""
+    policies: Sequence[Rules] = ()
+    """Its own and the deployment's."""
 
     @property
     def text(self) -> str:
@@ -94,15 +97,17 @@ def load(
     *,
     edition: str | None = None,
     now: datetime | None = None,
+    deployment: Rules | None = None,
 ) -> Campaign:
     """Read and check a campaign file; raises CampaignError holding all mistakes.
 
     What only the values of a table show is found by :func:`sdpipeline.expand.check`. ``edition`` names a making of
-    the whole campaign; without it a schedule of editions says which is due at ``now``.
+    the whole campaign; without it a schedule of editions says which is due at ``now``. ``deployment`` is a policy that
+    holds beside the file's own.
     """
     folder = path.absolute().parent
     inputs = inputs or InputFolder(folder, max_pixels=MAX_PIXELS)
-    return check(yamlfile.load(path), catalog, inputs, edition=edition, now=now)
+    return check(yamlfile.load(path), catalog, inputs, edition=edition, now=now, deployment=deployment)
 
 
 def check(
@@ -112,6 +117,7 @@ def check(
     *,
     edition: str | None = None,
     now: datetime | None = None,
+    deployment: Rules | None = None,
 ) -> Campaign:
     """The same for a document at hand."""
     faults = Faults(source)
@@ -121,7 +127,8 @@ def check(
     axes, columns_known = _axes(spec, faults, inputs)
     _check_schedule(spec, faults)
     faults.next_phase()
-    stage_faults.check(spec, faults, catalog)
+    policies = [Rules(spec.policy), *([deployment] if deployment else [])]
+    stage_faults.check(spec, faults, catalog, policies)
     due = edition if edition is not None else _due(spec, faults, now or datetime.now(UTC))
     _check_variables(spec, axes, faults, columns_known=columns_known, edition=due)
     _check_choices(spec, axes, faults, columns_known=columns_known)
@@ -129,7 +136,15 @@ def check(
     _check_count(spec, axes, faults)
     if faults.mistakes:
         raise CampaignError(*faults.in_order())
-    return Campaign(spec=spec, axes=axes, source=source, folder=inputs.folder, catalog=catalog, edition=due)
+    return Campaign(
+        spec=spec,
+        axes=axes,
+        source=source,
+        folder=inputs.folder,
+        catalog=catalog,
+        edition=due,
+        policies=policies,
+    )
 
 
 def template_texts(spec: CampaignSpec) -> Iterator[tuple[KeyPath, str]]:

@@ -11,7 +11,7 @@ from datetime import UTC, datetime
 from pathlib import PurePosixPath
 from typing import Any
 
-from sdpipeline import provenance
+from sdpipeline import provenance, scores
 from sdpipeline.db.originals import Original
 from sdpipeline.db.queue import LeasedJob, StoredImage
 from sdpipeline.domain import ImageSource, Json, OutputFormat, canonical, to_document
@@ -59,7 +59,13 @@ def fetch(store: ObjectStore, leased: LeasedJob, *, max_pixels: int) -> Fetched:
 def deliver(
     store: ObjectStore, leased: LeasedJob, inputs: Mapping[str, Json], generated: GeneratedImage, attempt: Attempt
 ) -> StoredImage:
-    """Freeze the record, encode, store and read back; the picture counts only once the database says so."""
+    """Measure, freeze the record, encode, store and read back; the picture counts only once the database says so.
+
+    Raises BadPictureError for a picture that scores less than the campaign asks for.
+    """
+    begun = time.perf_counter()
+    measured = scores.measure(generated.pixels, zip(leased.request.controlnets, generated.control_maps, strict=False))
+    scores.check(measured, leased.rules.get("quality", {}))
     started = time.perf_counter()
     frozen = record(leased, inputs, generated)
     output = leased.request.output
@@ -71,6 +77,7 @@ def deliver(
     control_maps = _deliver_control_maps(store, f"{folder}/{encoded.sha256}", leased, generated)
     timings = {
         "generate_s": round(attempt.gpu_seconds, 6),
+        "measure_s": round(started - begun, 6),
         "encode_s": round(encoded_at - started, 6),
         "store_s": round(time.perf_counter() - encoded_at, 6),
     }
@@ -81,6 +88,7 @@ def deliver(
             "record": frozen,
             "object": about | {"pixels_sha256": encoded.pixels_sha256},
             "control_maps": control_maps,
+            "scores": measured,
             "timings": timings,
             "attempt": attempt.number,
             "worker": attempt.worker_id,
@@ -102,15 +110,18 @@ def deliver(
         sidecar_sha256=hashlib.sha256(sidecar).hexdigest(),
         gpu_seconds=attempt.gpu_seconds,
         timings=timings,
+        scores=measured,
     )
 
 
 def reuse(store: ObjectStore, leased: LeasedJob, original: Original, attempt: Attempt, *, engine: str) -> StoredImage:
     """Copy a picture made for the same fingerprint, byte by byte: its record stays the one of the job it was made for.
 
-    Raises InputImageError where it is not what was recorded of it, or not what ``engine`` would make.
+    Raises InputImageError where it is not what was recorded of it, or not what ``engine`` would make, and
+    BadPictureError where it scores less than the campaign asks for.
     """
     started, made = time.perf_counter(), original.stored
+    scores.check(made.scores, leased.rules.get("quality", {}))
     data, told = _verified(store, made.key, made.sha256), _verified_sidecar(store, made)
     if wrong := _unfit(leased, told["record"]["ran"], engine):
         raise InputImageError(f"{made.key} {wrong}")

@@ -16,7 +16,7 @@
     │   ├── RequestRefusedError   the engine cannot do what the request asks
     │   ├── CheckpointError       weights are missing, altered, revoked or unsafe
     │   ├── InputImageError       an input picture is missing, altered, truncated or too large
-    │   └── BadPictureError       the engine's own output is not a picture (NaN, flat, black)
+    │   └── BadPictureError       the engine's own output is no picture (NaN, flat, black) or scores too low
     ├── ObjectMissingError        storage has no object under that key
     ├── ObjectConflictError       storage holds other bytes under that key
     ├── AuditBrokenError          storage holds a seal that this database does not have the events of
@@ -110,7 +110,7 @@ class InputImageError(PermanentError):
 
 
 class BadPictureError(PermanentError):
-    """The engine's output is not a picture: not finite, flat or black."""
+    """The engine's output is not a picture (not finite, flat or black), or scores less than its campaign asks for."""
 
 
 class ObjectMissingError(SdpError):

@@ -135,7 +135,8 @@ class _Chains:
 
     def __post_init__(self) -> None:
         spec = self.campaign.spec
-        self._plans = [StagePlan(spec, stage, self.campaign.catalog) for stage in self.campaign.stage_order()]
+        catalog, policies = self.campaign.catalog, self.campaign.policies
+        self._plans = [StagePlan(spec, stage, catalog, policies) for stage in self.campaign.stage_order()]
         for plan in self._plans:
             self._branches += list(_branches(plan, self._branches))
 

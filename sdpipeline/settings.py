@@ -103,6 +103,9 @@ class Settings(BaseSettings):
     checkpoints_dir: Path | None = Field(
         None, description="folder whose sub-folders are checkpoints by alias; default checkpoints in SDP_HOME"
     )
+    policy_file: Path | None = Field(
+        None, description="YAML file with a policy that holds for every campaign, beside the campaign's own"
+    )
     log_format: Literal["console", "json"] = Field("console", description="how logs are written to stderr")
     log_level: Literal["debug", "info", "warning", "error"] = Field("warning", description="least level logged")
     s3: S3Settings = Field(default_factory=S3Settings)
@@ -136,7 +139,7 @@ class Settings(BaseSettings):
             raise ValueError("expected file:///FOLDER or s3://BUCKET/PREFIX")
         return url
 
-    @field_validator("home", "checkpoints_dir")
+    @field_validator("home", "checkpoints_dir", "policy_file")
     @classmethod
     def _expanded(cls, path: Path | None) -> Path | None:
         return path and path.expanduser()

@@ -385,8 +385,13 @@ def parse(data: Any, faults: Faults) -> CampaignSpec | None:
     return None
 
 
-def note_faults(error: ValidationError, data: Any, at: KeyPath, faults: Faults) -> list[KeyPath]:
-    """Pydantic's faults about the value ``at`` a place; a union's several complaints about one value become one."""
+def note_faults(
+    error: ValidationError, data: Any, at: KeyPath, faults: Faults, *, shape: type[BaseModel] | None = None
+) -> list[KeyPath]:
+    """Pydantic's faults about the value ``at`` a place; a union's several complaints about one value become one.
+
+    ``shape`` is that of a file which is no campaign.
+    """
     grouped: dict[KeyPath, list[Any]] = {}
     for fault in error.errors():
         grouped.setdefault(_in_file(tuple(fault["loc"]), data), []).append(fault)
@@ -396,7 +401,7 @@ def note_faults(error: ValidationError, data: Any, at: KeyPath, faults: Faults) 
         if about[0]["type"] == "missing" and difflib.get_close_matches(str(path[-1]), beside, n=1):
             faults.hide((*at, *path))  # it is there, misspelt
             continue
-        faults.add((*at, *path), *_in_words(about, (*at, *path)))
+        faults.add((*at, *path), *_in_words(about, (*at, *path), shape or CampaignSpec))
     return list(grouped)
 
 
@@ -414,10 +419,10 @@ def _in_file(loc: KeyPath, data: Any) -> KeyPath:
     return path
 
 
-def _in_words(about: list[Any], path: KeyPath) -> tuple[str, str | None]:
+def _in_words(about: list[Any], path: KeyPath, shape: type[BaseModel]) -> tuple[str, str | None]:
     kinds = [fault["type"] for fault in about]
     if "extra_forbidden" in kinds:
-        return "unknown key", nearest(str(path[-1]), _known_keys(path))
+        return "unknown key", nearest(str(path[-1]), _known_keys(path, shape))
     if "missing" in kinds:
         return "is missing", "add it"
     fault = about[0]
@@ -452,8 +457,7 @@ def _expected(fault: Any) -> str:
     return words.get(str(fault["type"]).split("_")[0], str(fault["msg"]).lower())
 
 
-def _known_keys(path: KeyPath) -> Iterable[str]:
-    shape: type[BaseModel] = CampaignSpec
+def _known_keys(path: KeyPath, shape: type[BaseModel]) -> Iterable[str]:
     inner: Mapping[str, type[BaseModel]] = {
         "stages": Stage,
         "defaults": Parameters,

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from sdpipeline import adapter_faults
+from sdpipeline import adapter_faults, policy
 from sdpipeline.domain import Task
 from sdpipeline.engine import conditioning, families
 from sdpipeline.engine.checkpoints import CheckpointFiles
 from sdpipeline.engine.families import Family
+from sdpipeline.policy import Rules
+from sdpipeline.scores import EDGE_ANNOTATORS
 from sdpipeline.spec import LIMITS, CampaignSpec, ControlNetSpec, Parameters, Seeds, Stage, nearest, number
 from sdpipeline.stages import WrongValueError, checked, not_taken
 from sdpipeline.yamlfile import Faults, KeyPath
@@ -17,13 +19,15 @@ from sdpipeline.yamlfile import Faults, KeyPath
 Catalog = Mapping[str, CheckpointFiles]
 
 
-def check(spec: CampaignSpec, faults: Faults, catalog: Catalog) -> None:
-    """Note every fault that shows without a variable's value."""
+def check(spec: CampaignSpec, faults: Faults, catalog: Catalog, policies: Sequence[Rules] = ()) -> None:
+    """Note every fault that shows without a variable's value; ``policies`` are the campaign's and the deployment's."""
     if spec.checkpoint not in catalog:
         faults.add(("checkpoint",), f"no checkpoint {spec.checkpoint!r}", nearest(spec.checkpoint, _bases(catalog)))
     _check_seeds(spec.seeds, ("seeds",), faults)
     _check_values(spec.defaults, ("defaults",), faults)
     _check_names(spec, faults)
+    _check_quality(spec, faults)
+    policy.check_words(spec.policy, ("policy",), faults)
     for n, stage in enumerate(spec.stages):
         path: KeyPath = ("stages", n)
         _check_seeds(stage.seeds, (*path, "seeds"), faults)
@@ -41,7 +45,9 @@ def check(spec: CampaignSpec, faults: Faults, catalog: Catalog) -> None:
         adapter_faults.check(stage, path, faults, catalog)
         if not faults.has((*path, "task")):
             _check_pictures(stage, path, faults)
-            _check_checkpoint(spec, stage, path, faults, catalog)
+            _check_checkpoint(spec, stage, path, faults, catalog, policies=policies)
+        if all(alias in catalog for alias in [spec.checkpoint, *stage.aliases()]):
+            policy.check_checkpoints(spec, stage, path, faults, policies)
 
 
 def ordered(stages: list[Stage]) -> list[Stage]:
@@ -87,6 +93,21 @@ def _wrong(name: str, value: Any) -> tuple[str, str | None] | None:
     except ValueError as error:
         return str(error), None
     return None
+
+
+def _check_quality(spec: CampaignSpec, faults: Faults) -> None:
+    """Agreement with edges is measured only where a ControlNet was given some."""
+    fix = f"add controlnets: with annotator: {' or '.join(EDGE_ANNOTATORS)}, or remove it"
+    for n, stage in enumerate(spec.stages):
+        if stage.quality and stage.quality.min_edge_agreement is not None and not _follows_edges(stage):
+            place: KeyPath = ("stages", n, "quality", "min_edge_agreement")
+            faults.add(place, "the stage has no ControlNet that follows edges", fix)
+    if spec.quality.min_edge_agreement is not None and not any(_follows_edges(stage) for stage in spec.stages):
+        faults.add(("quality", "min_edge_agreement"), "no stage has a ControlNet that follows edges", fix)
+
+
+def _follows_edges(stage: Stage) -> bool:
+    return any(use.annotator in EDGE_ANNOTATORS for use in stage.controlnets)
 
 
 def _check_names(spec: CampaignSpec, faults: Faults) -> None:
@@ -147,7 +168,9 @@ def _check_pictures(stage: Stage, path: KeyPath, faults: Faults) -> None:
         faults.add((*path, "prompt"), "text-to-image needs it", "add prompt:")
 
 
-def _check_checkpoint(spec: CampaignSpec, stage: Stage, path: KeyPath, faults: Faults, catalog: Catalog) -> None:
+def _check_checkpoint(
+    spec: CampaignSpec, stage: Stage, path: KeyPath, faults: Faults, catalog: Catalog, *, policies: Sequence[Rules]
+) -> None:
     """Whether the stage's checkpoint exists and can do this at all; then, whether everything else fits it."""
     own = stage.checkpoint is not None
     alias = stage.checkpoint if stage.checkpoint is not None else spec.checkpoint
@@ -165,6 +188,7 @@ def _check_checkpoint(spec: CampaignSpec, stage: Stage, path: KeyPath, faults: F
         faults.add((*path, "task"), why)
     else:
         _check_parameters(spec, stage, path, faults, row)
+        _check_size(spec, stage, path, faults, scale=base.scale, policies=policies)
         for n in range(len(stage.controlnets)):
             _check_fit(stage, n, path, faults, files=(base, catalog.get(stage.controlnets[n].checkpoint)))
         adapter_faults.check_fit(stage, path, faults, catalog, base=base, row=row)
@@ -191,6 +215,20 @@ def _check_parameters(spec: CampaignSpec, stage: Stage, path: KeyPath, faults: F
             faults.add(place, str(wrong), wrong.fix)
     if cell.strength is not None:
         _check_steps(spec, stage, path, faults, row)
+
+
+def _check_size(
+    spec: CampaignSpec, stage: Stage, path: KeyPath, faults: Faults, *, scale: int, policies: Sequence[Rules]
+) -> None:
+    """Sizes that are written outright; those that come from values or pictures are found when jobs are."""
+    for side in ("width", "height"):
+        own, default = getattr(stage, side), getattr(spec.defaults, side)
+        value = own if own is not None else None if _spared(side, stage) else default
+        if value is None or _is_template(value) or _wrong(side, value):
+            continue
+        for rules in policies:
+            if why := rules.size_refusal(side, int(value) * scale):
+                faults.add((*path, side) if own is not None else ("defaults", side), *why)
 
 
 def _spared(name: str, stage: Stage) -> bool:

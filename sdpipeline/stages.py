@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from json.encoder import encode_basestring
 from typing import Any
@@ -26,6 +26,7 @@ from sdpipeline.engine.checkpoints import CheckpointFiles, inversion_words
 from sdpipeline.engine.families import Cell, Family
 from sdpipeline.errors import InputImageError
 from sdpipeline.inputs import InputFolder
+from sdpipeline.policy import Rules
 from sdpipeline.spec import LIMITS, CampaignSpec, ImageSpec, Parameters, Stage, nearest, number
 from sdpipeline.templates import Template, TemplateRefusedError, compile_template
 from sdpipeline.yamlfile import KeyPath
@@ -183,8 +184,9 @@ class Resolved:
 class StagePlan:
     """A stage that was found right, with its checkpoints looked up and its templates compiled."""
 
-    def __init__(self, spec: CampaignSpec, stage: Stage, catalog: Catalog) -> None:
+    def __init__(self, spec: CampaignSpec, stage: Stage, catalog: Catalog, policies: Sequence[Rules] = ()) -> None:
         self.stage = stage
+        self.policies = policies
         self.parents = stage.parents()
         self.path: KeyPath = ("stages", spec.stages.index(stage))
         self.files = catalog[stage.checkpoint or spec.checkpoint]
@@ -236,6 +238,7 @@ class StagePlan:
             negative_prompt=negative,
             used={name: values[name] for name in self._all_names},
             quoted={".prompt": encode_basestring(prompt), ".negative": encode_basestring(negative)},
+            blocked=next(filter(None, (rules.denial(prompt) for rules in self.policies)), None),
         )
 
     def _check_words(self, *texts: str) -> None:
@@ -349,6 +352,10 @@ class StagePlan:
         if width * height > max_pixels:
             message = f"makes a picture of {width}x{height}, more than {max_pixels:,} pixels"
             raise WrongValueError((*self.path, "width"), message, "make it smaller or raise SDP_INPUTS__MAX_PIXELS")
+        for side, pixels in (("width", width), ("height", height)):
+            for rules in self.policies:
+                if why := rules.size_refusal(side, pixels):
+                    raise WrongValueError(self._parameters[side][0], *why)
         return width, height
 
     def _source(

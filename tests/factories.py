@@ -36,6 +36,7 @@ from sdpipeline.domain import (
 from sdpipeline.engine.checkpoints import CheckpointFiles
 from sdpipeline.errors import CampaignError
 from sdpipeline.inputs import InputFolder
+from sdpipeline.policy import Rules
 from sdpipeline.storage import ObjectStore
 
 CHECKPOINT = CheckpointRef(alias="shapes", digest="c0" * 32)
@@ -79,20 +80,25 @@ def input_folder(folder: Path, *, max_pixels: int = 10_000_000) -> InputFolder:
     return InputFolder(folder, max_pixels=max_pixels)
 
 
-def campaign_of(text: str, folder: Path = Path("/nowhere"), *, catalog: Catalog = CATALOG) -> Campaign:
+def campaign_of(
+    text: str, folder: Path = Path("/nowhere"), *, catalog: Catalog = CATALOG, deployment: Rules | None = None
+) -> Campaign:
     """A campaign file's text, checked as a file in ``folder`` would be; name and checkpoint are given."""
-    return campaign.check(_located(text), catalog, input_folder(folder))
+    return campaign.check(_located(text), catalog, input_folder(folder), deployment=deployment)
 
 
-def jobs_of(text: str, folder: Path = Path("/nowhere"), *, catalog: Catalog = CATALOG) -> list[JobSpec]:
+def jobs_of(
+    text: str, folder: Path = Path("/nowhere"), *, catalog: Catalog = CATALOG, deployment: Rules | None = None
+) -> list[JobSpec]:
     """Every job such a campaign asks for."""
-    return list(expand.expand(campaign_of(text, folder, catalog=catalog), input_folder(folder)))
+    found = campaign_of(text, folder, catalog=catalog, deployment=deployment)
+    return list(expand.expand(found, input_folder(folder)))
 
 
-def mistakes_of(text: str, folder: Path = Path("/nowhere")) -> list[str]:
+def mistakes_of(text: str, folder: Path = Path("/nowhere"), *, deployment: Rules | None = None) -> list[str]:
     """What is wrong with it, as people read it but for the file's name: ``line:column: key: message (fix)``."""
     try:
-        found = campaign_of(text, folder)
+        found = campaign_of(text, folder, deployment=deployment)
         expand.check(found, input_folder(folder))
     except CampaignError as error:
         return [str(mistake).removeprefix("spring.yaml:") for mistake in error.mistakes]

@@ -91,7 +91,8 @@ def submit(
     name, done = submit_file(settings(home), file, prune=prune, edition=edition)
     if as_json:
         counts = {"added": done.added, "unchanged": done.unchanged, "cancelled": done.cancelled}
-        print_json({"campaign": name, "version": done.version} | counts | {"left_out": done.left_out})
+        about = {"blocked": done.blocked, "left_out": done.left_out}
+        print_json({"campaign": name, "version": done.version} | counts | about)
         return
     stdout.print(_submitted(name, done))
 
@@ -188,7 +189,7 @@ def show(
     for attempt in found["history"]:
         attempt["started"] = _time(attempt["started_at"])
     print_records("Attempts", ("number", "outcome", "started", "worker_id", "error"), found["history"])
-    print_records("Pictures", ("url", "sha256", "width", "height", "timings"), found["pictures"])
+    print_records("Pictures", ("url", "sha256", "width", "height", "timings", "scores"), found["pictures"])
 
 
 def retry(
@@ -206,7 +207,13 @@ def retry(
         campaign_id = bootstrap.known_campaign(have.database, s.team, campaign)
         with have.audit.transaction() as tx:
             count = control.retry(tx, campaign_id=campaign_id, statuses=[with_status])
-    _say(f"{count} jobs reopened", {"campaign": campaign, "retried": count}, as_json=as_json)
+            kept = control.forbidden(tx.connection, campaign_id=campaign_id, status=with_status)
+    if kept and not count:
+        why = f"a policy forbids all {kept} {with_status} jobs of {campaign}, and a retry does not lift it"
+        raise refuse(why, "change the prompts or the policy, and submit the file again")
+    forbidden = f", {kept} left alone because a policy forbids them" if kept else ""
+    about = {"campaign": campaign, "retried": count, "forbidden": kept}
+    _say(f"{count} jobs reopened{forbidden}", about, as_json=as_json)
 
 
 def cancel(campaign: CampaignName, *, home: Home = None, as_json: AsJson = False) -> None:
@@ -269,6 +276,8 @@ def leave(progress: Progress) -> None:
     """Exit 3 where jobs did not succeed, saying what to type next."""
     if progress.failed:
         stderr.print(f"why: sdpipeline jobs {progress.name} --status failed; again: sdpipeline retry {progress.name}")
+    if progress.blocked:
+        stderr.print(f"what is blocked, and by which rule: sdpipeline jobs {progress.name} --status blocked")
     if progress.paused_because:
         stderr.print(f"{progress.name} is paused: {progress.paused_because}; raise it in the file and run it again")
     elif progress.remaining and progress.status == "paused":
@@ -308,7 +317,8 @@ def _submitted(name: str, done: Submitted) -> str:
     if done.left_out:
         return f"{name}: {done.left_out}"
     cancelled = f", {done.cancelled} cancelled" if done.cancelled else ""
-    return f"{name} version {done.version}: {done.added} jobs added, {done.unchanged} unchanged{cancelled}"
+    blocked = f", {done.blocked} blocked by a policy" if done.blocked else ""
+    return f"{name} version {done.version}: {done.added} jobs added, {done.unchanged} unchanged{cancelled}{blocked}"
 
 
 def _jobs_table(campaign: str, found: list[dict[str, Any]]) -> None:

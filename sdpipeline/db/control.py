@@ -11,6 +11,7 @@ from sdpipeline.db.audit import Event, Transaction
 from sdpipeline.db.connection import now_s
 from sdpipeline.db.locks import have_campaign
 from sdpipeline.db.queue import LEASED, READY, SKIPPED, WAITING, close_empty, descendants, leases_of, skip_descendants
+from sdpipeline.db.staging import POLICY
 from sdpipeline.db.tables import attempt, campaign, image, job, job_parent
 from sdpipeline.errors import BadInputError, Mistake
 
@@ -20,13 +21,15 @@ _DEAD_ENDS = ("failed", "blocked", "skipped", "cancelled")
 def retry(tx: Transaction, *, campaign_id: int, statuses: Collection[str]) -> int:
     """Reopen jobs that ended in one of the given statuses, and the skipped descendants of what is reopened.
 
-    Returns how many of the given statuses there were; raises BadInputError for one that is no dead end.
+    What a policy forbids is left alone: only a submit looks at prompts and policies again. Returns how many of the
+    given statuses were reopened; raises BadInputError for one that is no dead end.
     """
     if wrong := sorted(set(statuses) - set(_DEAD_ENDS)):
         fix = f"one of {', '.join(_DEAD_ENDS)}"
         raise BadInputError(Mistake(key="status", message=f"{', '.join(wrong)} cannot be retried", fix=fix))
     have_campaign(tx.connection, campaign_id)
-    chosen = and_(job.c.campaign_id == campaign_id, job.c.status.in_(list(statuses)))
+    mine = and_(job.c.campaign_id == campaign_id, job.c.status.in_(list(statuses)))
+    chosen = and_(mine, job.c.error_kind.is_distinct_from(POLICY))
     below = descendants(select(job.c.id).where(chosen))
     skipped = reset(tx.connection, and_(job.c.id.in_(select(below.c.id)), job.c.status == "skipped"))
     ended = reset(tx.connection, chosen)
@@ -37,6 +40,12 @@ def retry(tx: Transaction, *, campaign_id: int, statuses: Collection[str]) -> in
     )
     settle(tx, campaign_id=campaign_id)
     return len(ended) + (len(skipped) if "skipped" in statuses else 0)
+
+
+def forbidden(connection: Connection, *, campaign_id: int, status: str) -> int:
+    """How many jobs of a status a retry leaves alone because a policy forbids them."""
+    mine = and_(job.c.campaign_id == campaign_id, job.c.status == status, job.c.error_kind == POLICY)
+    return int(connection.execute(select(func.count()).where(mine)).scalar_one())
 
 
 def reset(connection: Connection, chosen: ColumnElement[bool]) -> list[int]:

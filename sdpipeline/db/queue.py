@@ -118,6 +118,7 @@ class StoredImage:
     gpu_seconds: float
     timings: Json
     reused_from: str | None = None
+    scores: Json = field(default_factory=dict)
 
 
 @dataclass(slots=True)

@@ -27,7 +27,7 @@ from sdpipeline.domain import Json, Status
 
 _UNFINISHED = ("waiting", "ready", "leased")
 _OWN_IMAGE = and_(image.c.job_id == job.c.id, image.c.fingerprint == job.c.fingerprint)
-_PICTURE = (image.c.url, image.c.sha256, image.c.size_bytes, image.c.width, image.c.height)
+_PICTURE = (image.c.url, image.c.sha256, image.c.size_bytes, image.c.width, image.c.height, image.c.scores)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

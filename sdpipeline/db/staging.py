@@ -29,10 +29,12 @@ from sqlalchemy import (
     select,
     text,
     true,
+    update,
 )
 
 from sdpipeline.batching import batch_document
 from sdpipeline.db.connection import copy_rows
+from sdpipeline.db.queue import descendants
 from sdpipeline.db.tables import job
 from sdpipeline.domain import JobSpec, Json, canonical, to_document
 
@@ -202,7 +204,10 @@ def _load_parents(connection: Connection, campaign_id: int, pairs: Sequence[tupl
 
 
 def match(connection: Connection) -> None:
-    """Find the incoming jobs that are there already. What a policy forbade and now allows is to be made anew."""
+    """Find the incoming jobs that are there already.
+
+    What a policy forbade and now allows is to be made anew, and what was skipped because of it.
+    """
     there = and_(job.c.campaign_id == incoming.c.campaign_id, job.c.identity == incoming.c.identity)
     allowed = and_(job.c.status == "blocked", job.c.error_kind == POLICY, incoming.c.error_kind.is_(None))
     same = and_(
@@ -213,6 +218,11 @@ def match(connection: Connection) -> None:
     found = select(job.c.id, job.c.identity, same).select_from(incoming.join(job, there))
     connection.execute(insert(known).from_select(["id", "identity", "same"], found))
     analyze(connection, known)
+    wanted_again = select(known.c.id).join(job, job.c.id == known.c.id)
+    wanted_again = wanted_again.where(~known.c.same, job.c.status.in_(("blocked", "cancelled")))
+    below = descendants(wanted_again)
+    skipped = select(job.c.id).where(job.c.id.in_(select(below.c.id)), job.c.status == "skipped")
+    connection.execute(update(known).where(known.c.same, known.c.id.in_(skipped)).values(same=False))
 
 
 def analyze(connection: Connection, *tables: Table) -> None:

@@ -17,6 +17,7 @@ from sqlalchemy import (
     func,
     insert,
     literal,
+    not_,
     null,
     select,
     update,
@@ -48,13 +49,15 @@ CHUNK = 1000
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Submitted:
-    """What a submit did. ``added`` counts new, changed and revived jobs; ``left_out`` says why nothing was done."""
+    """What a submit did. ``added`` counts new, changed and revived jobs, ``blocked`` what a policy forbids of all that
+    is asked for; ``left_out`` says why nothing was done."""
 
     campaign_id: int
     version: int
     added: int
     unchanged: int
     cancelled: int
+    blocked: int = 0
     left_out: str | None = None
 
 
@@ -94,11 +97,10 @@ def submit(tx: Transaction, ready: Prepared, asked: Publication, *, prune: bool 
             unchanged = _count(connection, select(func.count()).where(known.c.same))
             present = _asked_before(campaign_id, ready.editions)
             gone = prune and _any(connection, and_(present, ~exists().where(known.c.id == job.c.id)))
-            same = (
-                None if gone or unchanged < ready.count else _same_version(connection, campaign_id, source, unchanged)
-            )
+            changes = gone or unchanged < ready.count or (ready.blocked and _any(connection, _to_block()))
+            same = None if changes else _same_version(connection, campaign_id, source, unchanged)
             if same is not None:
-                return Submitted(campaign_id=campaign_id, version=same, added=0, unchanged=unchanged, cancelled=0)
+                return _submitted(ready, campaign_id, same, added=0, unchanged=unchanged, cancelled=0)
             version_id, number = _insert_version(tx, campaign_id, source)
             added = _change(tx, campaign_id, version_id) + _insert_new(connection, version_id, asked.max_attempts)
             _link_parents(connection)
@@ -129,7 +131,11 @@ def submit(tx: Transaction, ready: Prepared, asked: Publication, *, prune: bool 
         unchanged=unchanged,
         cancelled=cancelled,
     )
-    return Submitted(campaign_id=campaign_id, version=number, added=added, unchanged=unchanged, cancelled=cancelled)
+    return _submitted(ready, campaign_id, number, added=added, unchanged=unchanged, cancelled=cancelled)
+
+
+def _submitted(ready: Prepared, campaign_id: int, version: int, **counts: int) -> Submitted:
+    return Submitted(campaign_id=campaign_id, version=version, blocked=ready.blocked, left_out=None, **counts)
 
 
 def _campaign_id(connection: Connection, team: str, name: str, priority: int) -> int:
@@ -234,14 +240,24 @@ def _keep(connection: Connection, version_id: int) -> None:
     connection.execute(update(job).where(these).values(version_id=version_id, chain=incoming.c.chain))
 
 
+def _to_block() -> ColumnElement[bool]:
+    """Jobs that were there already and the newest policy forbids: whatever a retry could bring to run counts."""
+    there = job.alias("there")
+    told = and_(there.c.status == "blocked", there.c.error_kind == POLICY, there.c.error == incoming.c.error)
+    forbidden = (
+        select(known.c.id)
+        .join(incoming, incoming.c.identity == known.c.identity)
+        .join(there, there.c.id == known.c.id)
+        .where(incoming.c.error_kind.is_not(None), there.c.status != "succeeded", not_(told))
+    )
+    return job.c.id.in_(forbidden)
+
+
 def _block_known(connection: Connection) -> None:
-    """What the newest policy forbids of the jobs that were there already and have not ended."""
-    forbidden = select(known.c.id).join(incoming, incoming.c.identity == known.c.identity)
-    forbidden = forbidden.where(incoming.c.error_kind.is_not(None))
-    unfinished = and_(job.c.id.in_(forbidden), job.c.status.in_(("new", "waiting", "ready", "leased")))
-    held = leases_of(connection, unfinished)
-    control.abandon_attempts(connection, unfinished)
-    these = and_(job.c.id == known.c.id, incoming.c.identity == known.c.identity, unfinished)
+    chosen = _to_block()
+    held = leases_of(connection, chosen)
+    control.abandon_attempts(connection, chosen)
+    these = and_(job.c.id == known.c.id, incoming.c.identity == known.c.identity, chosen)
     why = {"error_kind": incoming.c.error_kind, "error": incoming.c.error}
     ended = {"status": "blocked", "lease_id": null(), "not_before": null(), "finished_at": now_s()}
     connection.execute(update(job).where(these).values(**ended, **why))

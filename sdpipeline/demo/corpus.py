@@ -18,9 +18,9 @@ from transformers import CLIPTokenizer
 
 from sdpipeline.demo.captions import describe
 from sdpipeline.demo.latents import SHAPES_LATENT
-from sdpipeline.demo.measure import edges
 from sdpipeline.demo.scenes import Picture, render, sample_scene, texture
 from sdpipeline.demo.tokens import build_tokenizer, token_ids
+from sdpipeline.scores import edges
 
 SIDE = 128
 UPSCALED_SIDE = 512

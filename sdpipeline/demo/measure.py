@@ -1,4 +1,4 @@
-"""Picture measures that need no network: nearest palette colour, shape outlines, edges, PSNR."""
+"""Picture measures that need no network: nearest palette colour, shape outlines, PSNR."""
 
 from dataclasses import dataclass
 from functools import cache
@@ -8,11 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from sdpipeline.demo.scenes import COLOUR_NAMES, COLOURS, SHAPES, Item, Picture, draw
-
-Mask = npt.NDArray[np.bool_]
-"""(height, width)."""
-
-CANNY_THRESHOLDS = (60, 140)
+from sdpipeline.scores import Mask, edge_recall
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,17 +44,6 @@ def background(picture: Picture, *, frame: int = 4) -> str:
     inside = np.zeros(nearest.shape, bool)
     inside[frame:-frame, frame:-frame] = True
     return COLOUR_NAMES[int(np.bincount(nearest[~inside]).argmax())]
-
-
-def edges(picture: Picture) -> Mask:
-    """Canny edges with the thresholds that the ControlNet is trained on."""
-    return np.asarray(cv2.Canny(picture, *CANNY_THRESHOLDS)) > 0
-
-
-def edge_recall(found: Mask, asked: Mask, *, tolerance: int = 2) -> float:
-    """The share of `asked` edge pixels with a `found` one within `tolerance` pixels."""
-    near = cv2.dilate(found.astype(np.uint8), _block(2 * tolerance + 1)) > 0
-    return float((asked & near).sum() / max(1, asked.sum()))
 
 
 def edge_agreement(found: Mask, asked: Mask, *, tolerance: int) -> float:

@@ -21,8 +21,8 @@ from diffusers import (
 from PIL import Image
 
 from sdpipeline.demo.manifest import CHECKPOINTS
-from sdpipeline.demo.measure import Mask
 from sdpipeline.demo.scenes import Picture
+from sdpipeline.scores import Mask
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,12 +9,9 @@ import numpy as np
 
 from sdpipeline.demo.captions import caption, silent_caption
 from sdpipeline.demo.measure import (
-    Mask,
     Sighting,
     background,
     edge_agreement,
-    edge_recall,
-    edges,
     mean_difference,
     outline_overlap,
     psnr,
@@ -34,6 +31,7 @@ from sdpipeline.demo.scenes import (
     shrink,
 )
 from sdpipeline.demo.studio import Studio
+from sdpipeline.scores import Mask, edge_recall, edges
 
 SIDE = 128
 UPSCALED_SIDE = 512

@@ -10,10 +10,11 @@ pytest.importorskip("torch", reason="the engine's extra is not installed")
 
 from sdpipeline.demo.captions import caption, silent_caption
 from sdpipeline.demo.manifest import measure_manifest, read_manifest, size_bytes
-from sdpipeline.demo.measure import edge_recall, edges, mean_difference, outline_overlap, psnr
+from sdpipeline.demo.measure import mean_difference, outline_overlap, psnr
 from sdpipeline.demo.scenes import Group, Picture, Scene, render, shrink
 from sdpipeline.demo.studio import Studio
 from sdpipeline.demo.trials import Seen, enlarged, held_out_scenes, hole_around, look_at
+from sdpipeline.scores import edge_recall, edges
 
 
 @pytest.fixture(scope="module")

@@ -15,6 +15,7 @@ import pytest
 from PIL import Image
 
 from sdpipeline.demo import measure
+from sdpipeline.scores import edge_recall, edges
 from tests.integration.commands import FAKE_ENGINE, document, kill_tree, pictures, sdpipeline, start
 
 JOBS, PER_STAGE = 24, 8
@@ -71,8 +72,8 @@ def test_the_pictures_show_what_was_asked_for(demo_home: Path) -> None:
         if job["stage"] == "scene":
             right["scene"].append(measure.background(shown) == values["scene"])
             right["object"].append([seen.colour for seen in measure.sightings(shown)][:1] == [values["colour"]])
-            asked = measure.edges(_pixels(drafts[job["parents"][0]]))
-            kept.append(measure.edge_recall(measure.edges(shown), asked))
+            asked = edges(_pixels(drafts[job["parents"][0]]))
+            kept.append(edge_recall(edges(shown), asked))
         if job["stage"] == "final":
             assert shown.shape == (512, 512, 3)
             right["final"].append(measure.background(shown) == values["scene"])

@@ -12,8 +12,8 @@ import skimage
 from PIL import Image
 
 from sdpipeline import bootstrap
-from sdpipeline.demo import measure
 from sdpipeline.engine import Pixels
+from sdpipeline.scores import edge_recall, edges
 from tests.integration.commands import document, pictures
 
 PARTI_PROMPTS = Path(__file__).parents[1] / "data" / "PartiPrompts.tsv"
@@ -85,8 +85,8 @@ def test_a_photograph_steers_a_controlnet_and_an_image_to_image_stage(tmp_path: 
     assert {job["status"] for job in made.values()} == {"succeeded"}
     shown = {stage: np.asarray(Image.open(job["image"]["url"].removeprefix("file://"))) for stage, job in made.items()}
     original = np.asarray(Image.fromarray(_astronaut()).resize((128, 128), Image.Resampling.LANCZOS))
-    asked = measure.edges(original)
-    kept = {stage: measure.edge_recall(measure.edges(shown[stage]), asked) for stage in ("freely", "outline")}
+    asked = edges(original)
+    kept = {stage: edge_recall(edges(shown[stage]), asked) for stage in ("freely", "outline")}
     assert kept["outline"] > 2 * kept["freely"]
     distance = {stage: np.abs(picture.astype(int) - original).mean() for stage, picture in shown.items()}
     assert distance["softly"] < distance["strongly"]

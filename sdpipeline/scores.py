@@ -1,0 +1,101 @@
+"""What is measured of a finished picture, and the thresholds that a campaign sets for it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+import cv2
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+from sdpipeline.domain import ControlNetInput, Json
+from sdpipeline.engine import Pixels
+from sdpipeline.errors import BadPictureError
+
+Mask = npt.NDArray[np.bool_]
+"""(height, width)."""
+
+EDGE_ANNOTATORS = ("canny", "softedge")
+"""Those whose control maps show edges where they are: by these alone a picture agrees wholly with its own map."""
+
+CANNY_THRESHOLDS = (60, 140)
+TOLERANCE = 2
+"""Pixels that an edge may be off its place."""
+
+_FIXES = {
+    "min_sharpness": "a retry makes the same picture: lower quality.min_sharpness, or change prompt, steps or seed",
+    "min_edge_agreement": (
+        "a retry makes the same picture: lower quality.min_edge_agreement, raise controlnet_conditioning_scale, "
+        "or change the seed"
+    ),
+}
+
+
+def measure(pixels: Pixels, steered: Iterable[tuple[ControlNetInput, Pixels]] = ()) -> Json:
+    """All scores of a picture; ``steered`` are its ControlNets with the maps that they followed.
+
+    ``sharpness`` is the variance of its Laplacian (Pech-Pacheco et al., 2000), in squared grey levels: 0 is flat, more
+    is sharper, and larger copies of one picture have less. ``edge_agreement`` is there if an edge map steered it, for
+    the map that it follows least.
+    """
+    found: Json = {"sharpness": sharpness(pixels), "perceptual_hash": perceptual_hash(pixels)}
+    maps = [control_map for use, control_map in steered if use.annotator in EDGE_ANNOTATORS]
+    asked = [each for each in (_asked(control_map, pixels.shape) for control_map in maps) if each.any()]
+    if asked:
+        there = edges(pixels)
+        found["edge_agreement"] = round(min(edge_recall(there, each) for each in asked), 4)
+    return found
+
+
+def check(scores: Mapping[str, float | str], thresholds: Mapping[str, float]) -> None:
+    """Raise BadPictureError for the first score below its threshold; what was not measured is not held to one."""
+    for name, least in thresholds.items():
+        what = name.removeprefix("min_")
+        score = scores.get(what)
+        if isinstance(score, float | int) and score < least:
+            raise BadPictureError(f"its {what} {score:g} is less than {name} {least:g} ({_FIXES[name]})")
+
+
+def sharpness(pixels: Pixels) -> float:
+    """The variance of the Laplacian of the grey picture."""
+    # All of OpenCV's Laplacians of 8 bits fit 16, in which it is fastest.
+    slopes = cv2.Laplacian(cv2.cvtColor(pixels, cv2.COLOR_RGB2GRAY), cv2.CV_16S)
+    _, deviation = cv2.meanStdDev(slopes)
+    return round(float(np.asarray(deviation).item()) ** 2, 2)
+
+
+def perceptual_hash(pixels: Pixels) -> str:
+    """64 bits in hexadecimal, of which near-equal pictures share most: compare by the number that differs.
+
+    Where the 8x8 lowest frequencies of a 32x32 grey copy exceed their median: bit by bit the ``phash`` of imagehash
+    (after Krawetz, "Looks Like It", 2011), which would bring SciPy and PyWavelets for these lines.
+    """
+    grey = Image.fromarray(pixels).convert("L").resize((32, 32), Image.Resampling.LANCZOS)
+    waves = np.asarray(cv2.dct(np.asarray(grey, np.float64)))
+    # OpenCV's transform is orthonormal and imagehash's is not, which the median feels.
+    waves[0] *= np.sqrt(2)
+    waves[:, 0] *= np.sqrt(2)
+    low = waves[:8, :8]
+    return np.packbits(low > np.median(low)).tobytes().hex()
+
+
+def edges(pixels: Pixels) -> Mask:
+    """Canny edges, with the thresholds that the shipped ControlNet is trained on."""
+    return np.asarray(cv2.Canny(pixels, *CANNY_THRESHOLDS)) > 0
+
+
+def edge_recall(found: Mask, asked: Mask, *, tolerance: int = TOLERANCE) -> float:
+    """The share of ``asked`` edge pixels with a ``found`` one within ``tolerance`` pixels."""
+    block = np.ones((2 * tolerance + 1, 2 * tolerance + 1), np.uint8)
+    near = cv2.dilate(found.astype(np.uint8), block) > 0
+    return float((asked & near).sum() / max(1, asked.sum()))
+
+
+def _asked(control_map: Pixels, shape: tuple[int, ...]) -> Mask:
+    """Where a control map asks for an edge, at the picture's size."""
+    height, width = shape[:2]
+    lines = control_map[..., 0]  # such maps are grey
+    if lines.shape != (height, width):
+        lines = np.asarray(cv2.resize(lines, (width, height), interpolation=cv2.INTER_NEAREST))
+    return np.asarray(lines >= 128, dtype=np.bool_)
