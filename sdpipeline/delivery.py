@@ -55,7 +55,7 @@ def fetch(store: ObjectStore, foreign: ForeignObjects, leased: LeasedJob, *, max
 
 def pinned(foreign: ForeignObjects, about: Json) -> bytes:
     """What a record's ``url``, ``version`` and ``sha256`` name; raises InputImageError where it is that no more."""
-    url, fix = about["url"], "put it back, or submit the campaign again"
+    url, fix = about["url"], "put it back, or submit it again"
     try:
         found = foreign.read(url, most_bytes=LARGEST_INPUT_BYTES, version=about["version"])
     except ObjectMissingError as error:

@@ -167,17 +167,16 @@ def _parquet(path: Path, name: str, wanted: Collection[str] | None) -> Iterator[
             for column in columns:
                 if pa.types.is_nested(column.type):
                     message = f"the column {column.name!r} holds {column.type}, no single values"
-                    raise CampaignError(
-                        Mistake(file=name, message=message, fix="name the columns you need in columns:")
-                    )
-            row = 1
-            for batch in file.iter_batches(batch_size=PARQUET_BATCH, columns=titles):
-                texts = [column.cast(pa.string()).fill_null("").to_pylist() for column in batch.columns]
-                for cells in zip(*texts, strict=True):
-                    too_long = any(len(cell) > LARGEST_CELL for cell in cells)
-                    wrong = f"has a value of more than {LARGEST_CELL:,} characters" if too_long else None
-                    yield row, list(cells), wrong
-                    row += 1
+                    fix = "name the columns you need in columns:"
+                    raise CampaignError(Mistake(file=name, message=message, fix=fix))
+            batches = file.iter_batches(batch_size=PARQUET_BATCH, columns=titles)
+            texts = (
+                [column.cast(pa.string()).fill_null("").to_pylist() for column in batch.columns] for batch in batches
+            )
+            rows = (list(cells) for columns_of_batch in texts for cells in zip(*columns_of_batch, strict=True))
+            for row, cells in enumerate(rows, start=1):
+                too_long = any(len(cell) > LARGEST_CELL for cell in cells)
+                yield row, cells, f"has a value of more than {LARGEST_CELL:,} characters" if too_long else None
     except (pa.ArrowException, OSError) as error:
         message = f"cannot be read as parquet: {str(error).splitlines()[0].rstrip('.')}"
         raise CampaignError(Mistake(file=name, message=message)) from error
