@@ -9,7 +9,7 @@ import socket
 import threading
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from sdpipeline import __version__, audit, policy, report, settings
@@ -27,7 +27,7 @@ from sdpipeline.engine.devices import gpu_count
 from sdpipeline.errors import BadInputError, CheckpointError, Mistake, SettingsError
 from sdpipeline.inputs import InputFolder
 from sdpipeline.settings import Settings
-from sdpipeline.storage import ObjectStore, S3Options, open_store
+from sdpipeline.storage import ForeignObjects, ObjectStore, S3Options, is_bucket_url, open_store
 from sdpipeline.worker import Worker, WorkerLimits, WorkerSummary
 
 BUILTIN_CHECKPOINTS = Path(__file__).parent / "demo" / "checkpoints"
@@ -93,8 +93,12 @@ def existing_database(s: Settings) -> Database | None:
 
 def open_storage(s: Settings) -> ObjectStore:
     """The store the settings name."""
-    fields = s.s3.model_dump()
-    return open_store(s.storage, S3Options(**fields))
+    return open_store(s.storage, s3_options(s))
+
+
+def s3_options(s: Settings) -> S3Options:
+    """How to reach S3, for our own storage and for what lies in other buckets."""
+    return S3Options(**s.s3.model_dump())
 
 
 def seal_key(s: Settings) -> audit.SealKey:
@@ -155,8 +159,15 @@ def load_campaign(
 ) -> tuple[Campaign, InputFolder]:
     """A checked campaign file and the folder its pictures come from; raises CampaignError, or SettingsError where the
     deployment's policy is wrong."""
-    allowed = [Path(root) for root in s.inputs.allowed if "://" not in root]
-    inputs = InputFolder(path.absolute().parent, allowed=allowed, max_pixels=s.inputs.max_pixels)
+    # Whoever waits for a plan is told within 15 seconds that a bucket does not answer.
+    patience = replace(s3_options(s), connect_timeout_s=2, read_timeout_s=5, total_max_attempts=2)
+    inputs = InputFolder(
+        path.absolute().parent,
+        allowed=[Path(root) for root in s.inputs.allowed if not is_bucket_url(root)],
+        buckets=[root for root in s.inputs.allowed if is_bucket_url(root)],
+        foreign=ForeignObjects(patience),
+        max_pixels=s.inputs.max_pixels,
+    )
     rules = policy.load(s.policy_file) if s.policy_file else None
     return load_campaign_file(path, catalog(s, database), inputs, edition=edition, deployment=rules), inputs
 
@@ -241,7 +252,7 @@ def open_worker(s: Settings, *, device: str | None = None) -> Iterator[OpenWorke
                 tx, worker_id=worker_id, host=host, pid=os.getpid(), device=chosen, description=description
             )
         try:
-            yield OpenWorker(Worker(worker_id, log, have.store, engine, limits), s.team)
+            yield OpenWorker(Worker(worker_id, log, have.store, engine, limits, ForeignObjects(s3_options(s))), s.team)
         finally:
             with log.transaction() as tx:
                 workers.stop(tx, worker_id=worker_id)

@@ -8,6 +8,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ from sdpipeline.spec import (
     shown,
 )
 from sdpipeline.stages import Catalog
+from sdpipeline.storage import is_bucket_url
 from sdpipeline.templates import LONGEST_RESULT, TemplateRefusedError, compile_template
 from sdpipeline.yamlfile import Faults, KeyPath, Located
 
@@ -119,20 +121,44 @@ def check(
     now: datetime | None = None,
     deployment: Rules | None = None,
 ) -> Campaign:
-    """The same for a document at hand."""
+    """The same for a document at hand. No bucket is asked before everything else in the file is known to be right."""
+    now = now or datetime.now(UTC)
+    look = partial(_checked, source, catalog, inputs, edition=edition, now=now, deployment=deployment)
+    found = look(online=False)
+    return look(online=True) if _in_buckets(found.spec) else found
+
+
+def _in_buckets(spec: CampaignSpec) -> bool:
+    """Whether a table or a picture that is named outright has to be looked for in a bucket."""
+    rows = spec.variables.get("rows")
+    table = rows.get("file") if isinstance(rows, dict) else None
+    urls = [image.url for stage in spec.stages for _, image in stage.images() if image.url and "{" not in image.url]
+    return bool(urls) or (table is not None and is_bucket_url(table))
+
+
+def _checked(
+    source: Located,
+    catalog: Catalog,
+    inputs: InputFolder,
+    *,
+    edition: str | None,
+    now: datetime,
+    deployment: Rules | None,
+    online: bool,
+) -> Campaign:
     faults = Faults(source)
     spec = parse(source.data, faults)
     if spec is None:
         raise CampaignError(*faults.in_order())
-    axes, columns_known = _axes(spec, faults, inputs)
+    axes, columns_known = _axes(spec, faults, inputs, online=online)
     _check_schedule(spec, faults)
     faults.next_phase()
     policies = [Rules(spec.policy), *([deployment] if deployment else [])]
     stage_faults.check(spec, faults, catalog, policies)
-    due = edition if edition is not None else _due(spec, faults, now or datetime.now(UTC))
+    due = edition if edition is not None else _due(spec, faults, now)
     _check_variables(spec, axes, faults, columns_known=columns_known, edition=due)
     _check_choices(spec, axes, faults, columns_known=columns_known)
-    _check_files(spec, faults, inputs)
+    _check_files(spec, faults, inputs, online=online)
     _check_count(spec, axes, faults)
     if faults.mistakes:
         raise CampaignError(*faults.in_order())
@@ -157,8 +183,9 @@ def template_texts(spec: CampaignSpec) -> Iterator[tuple[KeyPath, str]]:
                 yield (*path, name), value
     for n, stage in enumerate(spec.stages):
         for place, image in stage.images():
-            if image.file:
-                yield ("stages", n, *place, "file"), image.file
+            for key, text in (("file", image.file), ("url", image.url)):
+                if text:
+                    yield ("stages", n, *place, key), text
         for m, use in enumerate(stage.controlnets):
             if isinstance(scale := use.controlnet_conditioning_scale, str):
                 yield ("stages", n, "controlnets", m, "controlnet_conditioning_scale"), scale
@@ -167,7 +194,7 @@ def template_texts(spec: CampaignSpec) -> Iterator[tuple[KeyPath, str]]:
                 yield ("stages", n, *place, "weight"), weight
 
 
-def _axes(spec: CampaignSpec, faults: Faults, inputs: InputFolder) -> tuple[Axes, bool]:
+def _axes(spec: CampaignSpec, faults: Faults, inputs: InputFolder, *, online: bool) -> tuple[Axes, bool]:
     """The variables, and whether all their names are known although something may be wrong with them."""
     product: dict[str, list[Scalar]] = {}
     zipped: dict[str, list[Scalar]] = {}
@@ -175,7 +202,7 @@ def _axes(spec: CampaignSpec, faults: Faults, inputs: InputFolder) -> tuple[Axes
     for name, value in spec.variables.items():
         path: KeyPath = ("variables", name)
         if name == "rows":
-            axes, known = _table(value, path, faults, inputs)
+            axes, known = _table(value, path, faults, inputs, online=online)
         elif name == "zip":
             if isinstance(value, dict):
                 zipped = {each: _values(items, (*path, each), faults) for each, items in value.items()}
@@ -218,19 +245,27 @@ def _check_repeats(values: Sequence[Any], path: KeyPath, faults: Faults) -> None
         seen.add(text)
 
 
-def _table(given: Any, path: KeyPath, faults: Faults, inputs: InputFolder) -> tuple[Axes, bool]:
+def _table(given: Any, path: KeyPath, faults: Faults, inputs: InputFolder, *, online: bool) -> tuple[Axes, bool]:
     """The table's part of the axes, and whether its columns are known."""
     try:
         rows = Rows.model_validate(given)
     except ValidationError as error:
         note_faults(error, given, path, faults)
         return Axes(), False
+    if (rows.file is None) == (rows.files is None):
+        faults.add(path, "needs file: or files:, and not both")
+        return Axes(), False
+    if rows.files is not None and rows.key is not None:
+        faults.add((*path, "key"), "files are known by their path", "remove it")
+        return Axes(), False
     try:
-        file = rows.file or ""
-        table = Table(path=inputs.locate(file), name=file, key=rows.key, columns=rows.columns)
+        if rows.file is not None and is_bucket_url(rows.file) and not online:
+            inputs.admit(rows.file)
+            return Axes(), False
+        table = _opened(rows, inputs)
         titles = table.titles()
     except InputImageError as error:
-        faults.add((*path, "file"), str(error))
+        faults.add((*path, "file" if rows.file is not None else "files"), str(error))
         return Axes(), False
     except CampaignError as error:
         faults.mistakes += error.mistakes
@@ -239,10 +274,18 @@ def _table(given: Any, path: KeyPath, faults: Faults, inputs: InputFolder) -> tu
     wanted |= {(*path, "key"): rows.key} if rows.key is not None else {}
     for place, title in wanted.items():
         if title not in titles:
-            faults.add(place, f"no column {title!r} in {rows.file}", nearest(title, titles))
+            faults.add(place, f"no column {title!r} in {table.name}", nearest(title, titles))
     _check_titles(table, titles, faults)
     axes = Axes(table=table, titles=titles)
     return axes, True
+
+
+def _opened(rows: Rows, inputs: InputFolder) -> Table:
+    if rows.files is not None:
+        files = inputs.matching(rows.files)
+        return Table(path=inputs.folder, name=rows.files, key="path", columns=rows.columns, files=files)
+    name = rows.file or ""
+    return Table(path=inputs.table(name), name=name, key=rows.key, columns=rows.columns)
 
 
 def _check_titles(table: Table, titles: list[str], faults: Faults) -> None:
@@ -340,15 +383,21 @@ def _check_variables(spec: CampaignSpec, axes: Axes, faults: Faults, *, columns_
         faults.add(_declaration(name, axes), f"the variable {name!r} is used nowhere", "use it or remove it")
 
 
-def _check_files(spec: CampaignSpec, faults: Faults, inputs: InputFolder) -> None:
+def _check_files(spec: CampaignSpec, faults: Faults, inputs: InputFolder, *, online: bool) -> None:
     """Pictures that are named outright; those that a row names are found when its jobs are."""
     for n, stage in enumerate(spec.stages):
         for place, image in stage.images():
-            path: KeyPath = ("stages", n, *place, "file")
-            if image.file is None or image.stage or "{" in image.file or faults.has(path):
+            key, name = ("file", image.file) if image.url is None else ("url", image.url)
+            path: KeyPath = ("stages", n, *place, key)
+            if name is None or image.stage or "{" in name or faults.has(path):
                 continue
             try:
-                inputs.open(image.file)
+                if image.url is None:
+                    inputs.open(name)
+                elif online:
+                    inputs.open_object(name)
+                else:
+                    inputs.admit(name)
             except InputImageError as error:
                 faults.add(path, str(error))
 

@@ -16,9 +16,9 @@ from sdpipeline.db.originals import Original
 from sdpipeline.db.queue import LeasedJob, StoredImage
 from sdpipeline.domain import ImageSource, Json, OutputFormat, canonical, to_document
 from sdpipeline.engine import GeneratedImage, Pixels, PreparedRequest
-from sdpipeline.errors import InputImageError, ObjectMissingError
-from sdpipeline.inputs import input_key
-from sdpipeline.storage import ObjectStore
+from sdpipeline.errors import InputImageError, ObjectConflictError, ObjectMissingError
+from sdpipeline.inputs import LARGEST_INPUT_BYTES, input_key
+from sdpipeline.storage import ForeignObjects, ObjectStore
 
 RECORD_SCHEMA = "sdpipeline/record/1"
 SIDECAR_SCHEMA = "sdpipeline/sidecar/1"
@@ -43,17 +43,31 @@ class Fetched:
     inputs: Mapping[str, Json]
 
 
-def fetch(store: ObjectStore, leased: LeasedJob, *, max_pixels: int) -> Fetched:
+def fetch(store: ObjectStore, foreign: ForeignObjects, leased: LeasedJob, *, max_pixels: int) -> Fetched:
     """The job's request with its pictures decoded; raises InputImageError for one that is missing or altered."""
     images: dict[str, Pixels] = {}
     inputs: dict[str, Json] = {}
     for role, source in leased.request.sources().items():
         about = _input(leased, source)
-        data = _verified(store, about["key"], about["sha256"])
+        data = pinned(foreign, about) if "url" in about else _verified(store, about["key"], about["sha256"])
         images[role] = provenance.decode(data, max_pixels=max_pixels)
         # With its parents' records in it, a picture alone is enough to make its whole chain again.
         inputs[role] = about | ({"record": provenance.read_record(data)} if source.stage else {})
     return Fetched(prepared=PreparedRequest(request=leased.request, images=images), inputs=inputs)
+
+
+def pinned(foreign: ForeignObjects, about: Json) -> bytes:
+    """What a record's ``url``, ``version`` and ``sha256`` name; raises InputImageError where it is that no more."""
+    url, fix = about["url"], "put it back, or submit it again"
+    try:
+        found = foreign.read(url, most_bytes=LARGEST_INPUT_BYTES, version=about["version"])
+    except ObjectMissingError as error:
+        raise InputImageError(f"{error}, although it was when the campaign was submitted ({fix})") from error
+    except ObjectConflictError as error:
+        raise InputImageError(f"{url} was changed after the campaign was submitted ({fix})") from error
+    if hashlib.sha256(found.data).hexdigest() != about["sha256"]:
+        raise InputImageError(f"{url} was changed after the campaign was submitted ({fix})")
+    return found.data
 
 
 def deliver(
@@ -224,6 +238,8 @@ def _verified(store: ObjectStore, key: str, sha256: str) -> bytes:
 
 
 def _input(leased: LeasedJob, source: ImageSource) -> Json:
+    if source.url is not None:
+        return {"url": source.url, "version": source.version, "sha256": source.digest}
     if source.stage is None:
         return {"key": input_key(source.digest), "sha256": source.digest}
     found = next((parent for parent in leased.parents if parent.stage == source.stage), None)

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import hashlib
+import shutil
 import stat
-from collections.abc import Sequence
+import tempfile
+import weakref
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
-from sdpipeline.errors import InputImageError
+from sdpipeline.errors import BadInputError, InputImageError, ObjectMissingError, StorageUnavailableError
 from sdpipeline.provenance import decode
+from sdpipeline.storage import ForeignObject, ForeignObjects, is_bucket_url, lies_under, split_url
 
 LARGEST_INPUT_BYTES = 256 * 1024 * 1024
 LONGEST_SHOWN = 80
@@ -31,19 +36,46 @@ class InputFile:
         return input_key(self.sha256)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class InputObject:
+    """A checked picture that stays in its bucket, pinned by ``version``: see ``ImageSource``."""
+
+    url: str
+    version: str
+    sha256: str
+    width: int
+    height: int
+
+
 def input_key(sha256: str) -> str:
     """The storage key of an input."""
     return f"inputs/{sha256}"
 
 
 class InputFolder:
-    """Reads each picture once and remembers what it was; nothing outside the allowed roots is opened."""
+    """Reads each picture and table once and remembers what it was; nothing outside the allowed roots is opened.
 
-    def __init__(self, folder: Path, *, allowed: Sequence[Path] = (), max_pixels: int) -> None:
+    ``allowed`` are folders, by default the campaign's own, and ``buckets`` are ``s3://bucket/prefix``, by default none.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        allowed: Sequence[Path] = (),
+        buckets: Sequence[str] = (),
+        foreign: ForeignObjects | None = None,
+        max_pixels: int,
+    ) -> None:
         self.folder = folder.resolve()
         self.allowed = [root.resolve() for root in allowed] or [self.folder]
+        self.buckets = list(buckets)
         self.max_pixels = max_pixels
         self.found: dict[str, InputFile] = {}
+        self._foreign = foreign or ForeignObjects()
+        self._pinned: dict[str, InputObject] = {}
+        self._tables: dict[str, Path] = {}
+        self._silent: StorageUnavailableError | None = None
 
     def open(self, name: str) -> InputFile:
         """The picture of that name, relative to the campaign's folder; raises InputImageError."""
@@ -51,9 +83,47 @@ class InputFolder:
             self.found[name] = self._check(name)
         return self.found[name]
 
+    def open_object(self, url: str) -> InputObject:
+        """The picture at ``s3://bucket/key``; raises InputImageError."""
+        if url not in self._pinned:
+            self._pinned[url] = self._check_object(url)
+        return self._pinned[url]
+
+    def admit(self, url: str) -> None:
+        """Look at the address alone; raises InputImageError unless ``s3://bucket/key`` is under an allowed prefix."""
+        try:
+            split_url(url)
+        except BadInputError as error:
+            raise InputImageError(f"{_shown(url)} is not s3://bucket/key") from error
+        if not any(lies_under(url, root) for root in self.buckets):
+            raise InputImageError(f"{_shown(url)} lies outside the allowed buckets: see SDP_INPUTS__ALLOWED")
+
+    def table(self, name: str) -> Path:
+        """The table of that name; one in a bucket is fetched once. Raises InputImageError."""
+        if not is_bucket_url(name):
+            return self.locate(name)
+        if name not in self._tables:
+            self._tables[name] = self._fetched(name)
+        return self._tables[name]
+
+    def matching(self, pattern: str) -> list[str]:
+        """Files below the campaign's folder that a glob finds, hidden ones left out, sorted; raises InputImageError."""
+        if pattern.startswith("/") or ".." in PurePosixPath(pattern).parts:
+            raise InputImageError(f"{_shown(pattern)} is no pattern below the campaign's folder")
+        try:
+            paths = [path.relative_to(self.folder) for path in self.folder.glob(pattern) if not path.is_dir()]
+        except (ValueError, OSError, NotImplementedError) as error:
+            raise InputImageError(f"{_shown(pattern)} is no pattern: {error}") from error
+        names = sorted(path.as_posix() for path in paths if not any(part.startswith(".") for part in path.parts))
+        if not names:
+            raise InputImageError(f"{_shown(pattern)} matches no file")
+        for name in names:
+            self.locate(name)
+        return names
+
     def locate(self, name: str) -> Path:
         """The regular file of that name, links followed; raises InputImageError."""
-        shown = repr(name if len(name) <= LONGEST_SHOWN else name[:LONGEST_SHOWN] + "...")
+        shown = _shown(name)
         try:
             path = (self.folder / name).resolve()
             if not any(path.is_relative_to(root) for root in self.allowed):
@@ -76,10 +146,53 @@ class InputFolder:
             raise InputImageError(f"{name!r} cannot be read: {error.strerror}") from error
         if len(data) > LARGEST_INPUT_BYTES:
             raise InputImageError(f"{name!r} is larger than {LARGEST_INPUT_BYTES >> 20} MiB")
+        width, height = self._size(name, data)
+        digest = hashlib.sha256(data).hexdigest()
+        return InputFile(path=path, sha256=digest, size_bytes=len(data), width=width, height=height)
+
+    def _check_object(self, url: str) -> InputObject:
+        self.admit(url)
+        found = self._read(url)
+        if len(found.data) > LARGEST_INPUT_BYTES:
+            raise InputImageError(f"{_shown(url)} is larger than {LARGEST_INPUT_BYTES >> 20} MiB")
+        width, height = self._size(url, found.data)
+        digest = hashlib.sha256(found.data).hexdigest()
+        return InputObject(url=url, version=found.version, sha256=digest, width=width, height=height)
+
+    def _size(self, name: str, data: bytes) -> tuple[int, int]:
         try:
             pixels = decode(data, max_pixels=self.max_pixels)
         except InputImageError as error:
             raise InputImageError(f"{name!r}: {error}") from error
-        digest = hashlib.sha256(data).hexdigest()
         height, width, _ = pixels.shape
-        return InputFile(path=path, sha256=digest, size_bytes=len(data), width=width, height=height)
+        return width, height
+
+    def _read(self, url: str) -> ForeignObject:
+        with self._asking(url):
+            return self._foreign.read(url, most_bytes=LARGEST_INPUT_BYTES)
+
+    def _fetched(self, url: str) -> Path:
+        self.admit(url)
+        folder = Path(tempfile.mkdtemp(prefix="sdpipeline-table-"))
+        weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
+        path = folder / f"table{PurePosixPath(url).suffix}"
+        with self._asking(url):
+            self._foreign.fetch(url, path)
+        return path
+
+    @contextmanager
+    def _asking(self, url: str) -> Iterator[None]:
+        """Turns what a bucket refuses into InputImageError. One that does not answer is not asked again and again."""
+        if self._silent is not None:
+            raise InputImageError(f"{_shown(url)} cannot be read: {self._silent}") from self._silent
+        try:
+            yield
+        except ObjectMissingError as error:
+            raise InputImageError(str(error)) from error
+        except StorageUnavailableError as error:
+            self._silent = error
+            raise InputImageError(f"{_shown(url)} cannot be read: {error}") from error
+
+
+def _shown(name: str) -> str:
+    return repr(name if len(name) <= LONGEST_SHOWN else name[:LONGEST_SHOWN] + "...")

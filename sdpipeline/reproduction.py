@@ -30,8 +30,9 @@ class Reproduction:
         return {"bit_equal": self.bit_equal, "max_abs_diff": self.max_abs_diff, "differences": self.differences}
 
 
-FindInput = Callable[[str], bytes]
-"""The bytes of an outside input by its SHA-256; raises InputImageError."""
+FindInput = Callable[[Json], bytes]
+"""The bytes of an outside input by what the record says of it: its ``sha256``, and its ``url`` if it has one.
+Raises InputImageError."""
 
 
 def reproduce(
@@ -75,7 +76,7 @@ def _made_again(record: Json, engine: Engine, find_input: FindInput) -> tuple[by
 
 def _image(about: Json, engine: Engine, find_input: FindInput) -> Pixels:
     if "stage" not in about:
-        return provenance.decode(find_input(about["sha256"]), max_pixels=LARGEST_PICTURE)
+        return provenance.decode(find_input(about), max_pixels=LARGEST_PICTURE)
     if about.get("record") is None:
         raise InputImageError(f"the record of the picture of stage {about['stage']!r} is not in this record")
     data, _ = _made_again(about["record"], engine, find_input)

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import csv
 import hashlib
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
-from sdpipeline.errors import CampaignError, Mistake
+from sdpipeline import records
+from sdpipeline.errors import Mistake
+from sdpipeline.records import Record
 from sdpipeline.yamlfile import control_character
-
-LARGEST_CELL = 100_000
-DELIMITERS = {".tsv": "\t", ".tab": "\t", ".csv": ","}
 
 OnMistake = Callable[[Mistake], None]
 
@@ -31,22 +29,25 @@ class Row:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Table:
-    """A csv or tsv table. ``name`` is what mistakes call it, ``columns`` maps variables to titles.
+    """A csv, tsv, jsonl or parquet table, or the ``files`` of a folder as one.
 
-    Tab-separated files have no quoting (https://www.iana.org/assignments/media-types/text/tab-separated-values);
-    comma-separated ones follow RFC 4180. Without ``columns`` every column is a variable, named in
-    lower case with underscores. Without ``key`` a row is known by its content.
+    ``name`` is what mistakes call it, ``columns`` maps variables to titles. Tab-separated files have no quoting
+    (https://www.iana.org/assignments/media-types/text/tab-separated-values); comma-separated ones follow RFC 4180.
+    Values are texts in every kind of table, so that a row stays the same row when its table is saved as another
+    kind: numbers as they are written, ``true`` and ``false``, and nothing for null. Without ``columns`` every column
+    is a variable, named in lower case with underscores. Without ``key`` a row is known by its content.
     """
 
     path: Path
     name: str
     key: str | None = None
     columns: Mapping[str, str] | None = None
+    files: Sequence[str] | None = None
 
     def titles(self) -> list[str]:
         """The first line's cells; raises CampaignError for what is no table."""
-        with self._open() as lines:
-            return next(_cells(lines, self.path, self.name), (1, []))[1]
+        with closing(self._records(None)) as found:
+            return next(found, (1, [], None))[1]
 
     def variables(self, titles: list[str]) -> dict[str, int]:
         """Each variable's column. Titles that are not there are left to whoever checks the campaign."""
@@ -54,39 +55,26 @@ class Table:
             return {name: titles.index(title) for name, title in self.columns.items() if title in titles}
         return {variable_name(title): n for n, title in enumerate(titles)}
 
+    def wanted(self) -> list[str] | None:
+        """The titles that are asked for; ``None`` for all."""
+        if self.columns is None:
+            return None
+        return [*self.columns.values(), *([self.key] if self.key is not None else [])]
+
     def rows(self, on_mistake: OnMistake) -> Iterator[Row]:
         """Stream the rows; a row that is wrong goes to ``on_mistake`` instead."""
-        with self._open() as lines:
-            yield from read_rows(self, lines, on_mistake)
+        with closing(self._records(self.wanted())) as found:
+            yield from _rows(self, found, on_mistake)
 
-    @contextmanager
-    def _open(self) -> Iterator[Iterable[str]]:
-        try:
-            with self.path.open(newline="", encoding="utf-8-sig") as file:
-                yield file
-        except OSError as error:
-            raise CampaignError(Mistake(file=self.name, message=f"cannot be read: {error.strerror}")) from error
-        except UnicodeDecodeError as error:
-            fix = "save it as UTF-8"
-            raise CampaignError(Mistake(file=self.name, message="is not UTF-8 text", fix=fix)) from error
+    def _records(self, wanted: list[str] | None) -> Generator[Record]:
+        if self.files is not None:
+            return records.of_files(self.files)
+        return records.read(self.path, self.name, wanted)
 
 
 def read_rows(table: Table, lines: Iterable[str], on_mistake: OnMistake) -> Iterator[Row]:
     """The rows of a table whose lines are at hand."""
-    cells_of_lines = _cells(lines, table.path, table.name)
-    _, titles = next(cells_of_lines, (1, []))
-    columns = table.variables(titles)
-    key_column = titles.index(table.key) if table.key in titles else None
-    known = _Keys()
-    for line, cells in cells_of_lines:
-        if not any(cells):
-            continue
-        key = known.of(cells) if key_column is None else cells[key_column] if key_column < len(cells) else ""
-        wrong = _wrong(cells, titles) or (key_column is not None and known.refusal(key))
-        if wrong:
-            on_mistake(Mistake(file=table.name, line=line, message=wrong))
-            continue
-        yield Row(key=key, line=line, values={name: cells[position] for name, position in columns.items()})
+    return _rows(table, records.parse(lines, table.path.suffix, table.name, table.wanted()), on_mistake)
 
 
 def variable_name(title: str) -> str:
@@ -95,33 +83,24 @@ def variable_name(title: str) -> str:
     return name if name and not name[0].isdigit() else f"column_{name}"
 
 
-def _cells(lines: Iterable[str], path: Path, name: str) -> Iterator[tuple[int, list[str]]]:
-    """Each record with the line it starts on."""
-    delimiter = DELIMITERS.get(path.suffix.lower())
-    if delimiter is None:
-        raise CampaignError(Mistake(file=name, message="is no table", fix="give a .csv or .tsv file"))
-    csv.field_size_limit(LARGEST_CELL)
-    reader = csv.reader(
-        lines,
-        delimiter=delimiter,
-        quoting=csv.QUOTE_NONE if delimiter == "\t" else csv.QUOTE_MINIMAL,
-        strict=True,
-    )
-    line = 1
-    try:
-        for cells in reader:
-            yield line, cells
-            line = reader.line_num + 1
-    except csv.Error as error:
-        raise CampaignError(Mistake(file=name, line=line, message=f"is no table row: {error}")) from error
-
-
-def _wrong(cells: list[str], titles: list[str]) -> str | None:
-    if len(cells) != len(titles):
-        return f"has {len(cells)} cells where the first line has {len(titles)}"
-    if character := control_character("".join(cells)):
-        return f"holds the character {character}"
-    return None
+def _rows(table: Table, found: Iterator[Record], on_mistake: OnMistake) -> Iterator[Row]:
+    _, titles, _ = next(found, (1, [], None))
+    columns = table.variables(titles)
+    key_column = titles.index(table.key) if table.key in titles else None
+    known = _Keys()
+    for line, cells, refused in found:
+        if not any(cells) and not refused:
+            continue
+        wrong = refused
+        if not wrong and (character := control_character("".join(cells))):
+            wrong = f"holds the character {character}"
+        if not wrong:
+            key = known.of(cells) if key_column is None else cells[key_column]
+            wrong = None if key_column is None else known.refusal(key)
+        if wrong:
+            on_mistake(Mistake(file=table.name, line=line, message=wrong))
+            continue
+        yield Row(key=key, line=line, values={name: cells[position] for name, position in columns.items()})
 
 
 class _Keys:

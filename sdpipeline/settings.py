@@ -49,7 +49,7 @@ class InputSettings(_Section):
 
     allowed: list[str] = Field(
         default_factory=list,
-        description="folders inputs may come from, as JSON; default: the campaign file's folder",
+        description="folders and s3://bucket/prefix inputs may come from, as JSON; default: the campaign file's folder",
     )
     max_pixels: int = Field(64_000_000, ge=1, description="largest input picture, in pixels")
 

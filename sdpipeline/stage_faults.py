@@ -34,8 +34,9 @@ def check(spec: CampaignSpec, faults: Faults, catalog: Catalog, policies: Sequen
         if stage.seed and stage.seeds:
             faults.add((*path, "seed"), "says the same seed and other seeds", "keep seed: or seeds:")
         for place, image in stage.images():
-            if (image.stage is None) == (image.file is None) and not faults.within((*path, *place)):
-                faults.add((*path, *place), "needs stage: or file:, and not both")
+            given = [each for each in (image.stage, image.file, image.url) if each is not None]
+            if len(given) != 1 and not faults.within((*path, *place)):
+                faults.add((*path, *place), "needs stage:, file: or url:, and only one of them")
         _check_values(stage, path, faults)
         for m, use in enumerate(stage.controlnets):
             _check_controlnet(use, (*path, "controlnets", m), faults, catalog)
@@ -160,7 +161,7 @@ def _check_pictures(stage: Stage, path: KeyPath, faults: Faults) -> None:
     for key, needed in wanted.items():
         given = getattr(stage, key) is not None
         if needed and not given:
-            fix = f"add {key}: {{stage: ID}} or {key}: {{file: PATH}}"
+            fix = f"add {key}: {{stage: ID}}, {{file: PATH}} or {{url: s3://BUCKET/KEY}}"
             faults.add((*path, key), f"{stage.task} needs it", fix)
         if given and not needed:
             faults.add((*path, key), f"{stage.task} does not take it", "remove it")

@@ -210,7 +210,7 @@ class StagePlan:
         scales: dict[KeyPath, Any] = {place: getattr(use, "weight", 1.0) for place, use in stage.adapters()}
         scales |= {("controlnets", n): use.controlnet_conditioning_scale for n, use in enumerate(stage.controlnets)}
         self._scales = {place: _compiled(value) for place, value in scales.items()}
-        self._files = {place: compile_template(image.file or "") for place, image in stage.images()}
+        self._files = {place: compile_template(image.file or image.url or "") for place, image in stage.images()}
         shaping = [value for _, value in self._parameters.values()] + [*self._scales.values(), *self._files.values()]
         self._shaping = _names(shaping)
         self._all_names = _names([*shaping, self._prompt, self._negative])
@@ -368,12 +368,16 @@ class StagePlan:
     ) -> tuple[ImageSource, Size]:
         if image.stage:
             return ImageSource(stage=image.stage, digest=""), sizes[image.stage]
-        path = (*self.path, *place, "file")
+        path = (*self.path, *place, "file" if image.url is None else "url")
+        name = self._filled(path, self._files[place], values)
         try:
-            found = inputs.open(self._filled(path, self._files[place], values))
+            if image.url is None:
+                file = inputs.open(name)
+                return ImageSource(digest=file.sha256), (file.width, file.height)
+            found = inputs.open_object(name)
         except InputImageError as error:
             raise WrongValueError(path, str(error)) from error
-        return ImageSource(digest=found.sha256), (found.width, found.height)
+        return ImageSource(digest=found.sha256, url=found.url, version=found.version), (found.width, found.height)
 
     def _controlnet(self, n: int, image: ImageSource, values: Mapping[str, Any]) -> Mapping[str, Any]:
         use, files = self.stage.controlnets[n], self._controlnets[n]

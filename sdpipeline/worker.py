@@ -33,7 +33,7 @@ from sdpipeline.errors import (
     StorageUnavailableError,
 )
 from sdpipeline.retry import backoff_s, next_status
-from sdpipeline.storage import ObjectStore
+from sdpipeline.storage import ForeignObjects, ObjectStore
 
 POLL_S = 0.25
 LONGEST_POLL_S = 2.0
@@ -78,6 +78,7 @@ class Worker:
     store: ObjectStore
     engine: Engine
     limits: WorkerLimits
+    foreign: ForeignObjects = field(default_factory=ForeignObjects)
 
     def run(
         self,
@@ -280,7 +281,8 @@ class _Run:
         return work
 
     def _fetch_inputs(self, leased: LeasedJob) -> delivery.Fetched:
-        return delivery.fetch(self.worker.store, leased, max_pixels=self.worker.limits.max_pixels)
+        worker = self.worker
+        return delivery.fetch(worker.store, worker.foreign, leased, max_pixels=worker.limits.max_pixels)
 
     # Delivering what was made before.
 

@@ -13,12 +13,14 @@ import typer
 from sdpipeline import bootstrap, provenance, reproduction
 from sdpipeline.cli.output import FOUND_FAULTS, AsJson, Home, print_json, print_records, refuse, settings, stdout
 from sdpipeline.db import reports
+from sdpipeline.delivery import pinned
 from sdpipeline.domain import Json
 from sdpipeline.engine import Pixels
 from sdpipeline.errors import InputImageError, ObjectMissingError
 from sdpipeline.inputs import input_key
 from sdpipeline.reproduction import LARGEST_PICTURE, checked_record
 from sdpipeline.settings import Settings
+from sdpipeline.storage import ForeignObjects
 
 
 def add_to(app: typer.Typer) -> None:
@@ -45,7 +47,7 @@ def reproduce(
     done = reproduction.reproduce(
         asked.record,
         engine,
-        lambda sha256: _input(s, inputs, sha256),
+        lambda about: _input(s, inputs, about),
         original=asked.pixels,
         pixels_sha256=asked.pixels_sha256,
     )
@@ -96,11 +98,14 @@ def _from_job(s: Settings, job_id: int) -> _Asked:
         return _Asked(record=record, pixels=pixels, pixels_sha256=picture["pixels_sha256"])
 
 
-def _input(s: Settings, folder: Path | None, sha256: str) -> bytes:
-    """An outside input by its digest: from the folder given, else from storage."""
+def _input(s: Settings, folder: Path | None, about: Json) -> bytes:
+    """An outside input by its digest: from the folder given, else from its own bucket, else from storage."""
+    sha256 = about["sha256"]
     for file in sorted(folder.iterdir()) if folder is not None else ():
         if file.is_file() and hashlib.sha256(data := file.read_bytes()).hexdigest() == sha256:
             return data
+    if "url" in about:
+        return pinned(ForeignObjects(bootstrap.s3_options(s)), about)
     try:
         return bootstrap.open_storage(s).get(input_key(sha256))
     except ObjectMissingError as error:

@@ -8,11 +8,14 @@ from urllib.parse import unquote, urlsplit
 
 from sdpipeline.errors import SettingsError
 from sdpipeline.storage.contract import Capability, ObjectStore, ObjectVersion, StoredObject, check_key
+from sdpipeline.storage.foreign import ForeignObject, ForeignObjects, is_bucket_url, lies_under, split_url
 from sdpipeline.storage.local import LocalStore
 from sdpipeline.storage.s3 import S3Options, S3Store
 
 __all__ = [
     "Capability",
+    "ForeignObject",
+    "ForeignObjects",
     "LocalStore",
     "ObjectStore",
     "ObjectVersion",
@@ -20,7 +23,10 @@ __all__ = [
     "S3Store",
     "StoredObject",
     "check_key",
+    "is_bucket_url",
+    "lies_under",
     "open_store",
+    "split_url",
 ]
 
 

@@ -122,8 +122,8 @@ class S3Store:
                     entry
                     for page in pages
                     for entry in (
-                        *((entry["Key"], _version(entry), False) for entry in page.get("Versions", [])),
-                        *((entry["Key"], _version(entry), True) for entry in page.get("DeleteMarkers", [])),
+                        *((entry["Key"], version_of(entry), False) for entry in page.get("Versions", [])),
+                        *((entry["Key"], version_of(entry), True) for entry in page.get("DeleteMarkers", [])),
                     )
                 ]
         except UnsupportedError:
@@ -137,7 +137,7 @@ class S3Store:
     def check(self) -> None:
         """See ObjectStore; asks for one key, which needs no more rights than our own work does."""
         # Two attempts of 3 + 4 seconds stay within 15.
-        client = _connect(replace(self._options, connect_timeout_s=3, read_timeout_s=4, total_max_attempts=2))
+        client = connect(replace(self._options, connect_timeout_s=3, read_timeout_s=4, total_max_attempts=2))
         try:
             with translated(f"s3://{self._bucket}"):
                 client.list_objects_v2(Bucket=self._bucket, Prefix=self._prefix, MaxKeys=1)
@@ -158,7 +158,7 @@ class S3Store:
     def _client(self) -> S3Client:
         # A client's connections must not be shared across fork(), and making one takes a tenth of a second.
         if (client := self._clients.get(os.getpid())) is None:
-            client = self._clients[os.getpid()] = _connect(self._options)
+            client = self._clients[os.getpid()] = connect(self._options)
         return client
 
     def _name(self, key: str) -> str:
@@ -196,7 +196,7 @@ class S3Store:
                     self._condition = {}
                 elif code != "ConditionalRequestConflict":
                     raise
-                _pause(attempt)
+                pause(attempt)
             else:
                 return True
         raise StorageUnavailableError(f"s3://{self._bucket}/{target['Key']}: other writers are in the way")
@@ -253,11 +253,12 @@ class S3Store:
                     with contextlib.closing(answer["Body"]) as body:
                         return body.read(), answer
                 except (HTTPClientError, IncompleteReadError):
-                    _pause(attempt)
+                    pause(attempt)
         raise StorageUnavailableError(f"{self.url(key)}: the connection was cut in every attempt to read it")
 
 
-def _connect(options: S3Options) -> S3Client:
+def connect(options: S3Options) -> S3Client:
+    """A client of one's own: making one takes a tenth of a second."""
     import boto3
     from botocore.config import Config
 
@@ -284,16 +285,18 @@ def _stored(key: str, sha256: str, answer: GetObjectOutputTypeDef | HeadObjectOu
         key=key,
         sha256=sha256,
         size_bytes=answer["ContentLength"],
-        version_id=_version(answer),
+        version_id=version_of(answer),
         retained_until=answer.get("ObjectLockRetainUntilDate"),
     )
 
 
-def _version(answer: Mapping[str, Any]) -> str | None:
+def version_of(answer: Mapping[str, Any]) -> str | None:
+    """The version that an answer is about."""
     # "null" is what a bucket without versions, or from before it had them, calls its one version.
     found = answer.get("VersionId")
     return None if found in (None, "null") else str(found)
 
 
-def _pause(attempt: int) -> None:
+def pause(attempt: int) -> None:
+    """Wait before the next attempt, each time for longer."""
     time.sleep(random.uniform(0, min(0.1 * 2**attempt, 5)))  # noqa: S311 - spreads writers, keeps no secret

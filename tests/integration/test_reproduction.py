@@ -13,6 +13,7 @@ import skimage
 from PIL import Image
 
 from sdpipeline import bootstrap, provenance, reproduction
+from sdpipeline.domain import Json
 from sdpipeline.engine import Engine
 from sdpipeline.errors import BadInputError, InputImageError
 from tests.integration.commands import document, pictures, sdpipeline
@@ -25,8 +26,8 @@ def engine(demo_home: Path) -> Engine:
     return bootstrap.build_engine(bootstrap.load_settings(demo_home), "cpu", None)
 
 
-def _no_input(sha256: str) -> bytes:
-    raise InputImageError(f"no input {sha256}")
+def _no_input(about: Json) -> bytes:
+    raise InputImageError(f"no input {about}")
 
 
 def _again(data: bytes, engine: Engine) -> reproduction.Reproduction:

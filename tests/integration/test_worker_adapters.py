@@ -105,7 +105,7 @@ def test_everything_at_once_comes_again_bit_by_bit_from_the_file_alone(place: Wo
     again = reproduction.reproduce(
         record,
         place.engine,
-        lambda sha256: inputs.get(f"inputs/{sha256}"),
+        lambda about: inputs.get(about["key"]),
         original=provenance.decode(data, max_pixels=2**24),
         pixels_sha256=None,
     )

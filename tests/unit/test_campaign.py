@@ -137,12 +137,12 @@ def test_the_file_that_the_mistakes_below_are_made_in_is_right() -> None:
         ("id: final", "id: draft", "11:5: stages[1].id: there are two stages 'draft' (rename one)"),
         ("{stage: draft}", "{stage: drfat}", "13:13: stages[1].image.stage: no stage 'drfat' (did you mean 'draft'?)"),
         ("{stage: draft}", "{stage: final}", "13:13: stages[1].image.stage: 'final' cannot use its own picture"),
-        ("{stage: draft}", "{}", "13:5: stages[1].image: needs stage: or file:, and not both"),
-        ("{stage: draft}", "{stage: draft, file: x}", "13:5: stages[1].image: needs stage: or file:, and not both"),
+        ("{stage: draft}", "{}", "13:5: stages[1].image: needs stage:, file: or url:, and only one of them"),
+        ("{stage: draft}", "{stage: draft, file: x}", "13:5: stages[1].image: needs stage:, file: or url:, and only one of them"),
         (
             "    image: {stage: draft}\n",
             "",
-            "11:5: stages[1].image: image-to-image needs it (add image: {stage: ID} or image: {file: PATH})",
+            "11:5: stages[1].image: image-to-image needs it (add image: {stage: ID}, {file: PATH} or {url: s3://BUCKET/KEY})",
         ),
         (
             "task: image-to-image\n    image: {stage: draft}",
@@ -152,7 +152,7 @@ def test_the_file_that_the_mistakes_below_are_made_in_is_right() -> None:
         (
             "task: image-to-image",
             "task: inpainting",
-            "11:5: stages[1].mask_image: inpainting needs it (add mask_image: {stage: ID} or mask_image: {file: PATH})",
+            "11:5: stages[1].mask_image: inpainting needs it (add mask_image: {stage: ID}, {file: PATH} or {url: s3://BUCKET/KEY})",
         ),
         (
             "task: image-to-image",

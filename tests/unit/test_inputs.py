@@ -123,3 +123,72 @@ def noise() -> bytes:
 def test_a_decompression_bomb_is_refused_whatever_the_limit(tmp_path: Path) -> None:
     (tmp_path / "bomb.png").write_bytes(bomb(60_000, 60_000))
     assert "bomb" in refusal(InputFolder(tmp_path, max_pixels=10**12), "bomb.png")
+
+
+def listing(folder: InputFolder, pattern: str) -> str:
+    with pytest.raises(InputImageError) as refused:
+        folder.matching(pattern)
+    return str(refused.value)
+
+
+def test_files_that_a_pattern_finds_are_sorted_and_hidden_ones_and_folders_left_out(folder: InputFolder) -> None:
+    for name in ("b.png", "a.png", "sub/c.png", "folder.png/x.txt", ".hidden.png", ".git/d.png", "e.txt"):
+        (folder.folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder.folder / name).write_bytes(b"")
+    assert folder.matching("*.png") == ["a.png", "b.png"]
+    assert folder.matching("**/*.png") == ["a.png", "b.png", "sub/c.png"]
+
+
+@pytest.mark.parametrize(
+    ("pattern", "why"),
+    [
+        ("*.jpg", "'*.jpg' matches no file"),
+        ("../*.png", "'../*.png' is no pattern below the campaign's folder"),
+        ("/etc/*", "'/etc/*' is no pattern below the campaign's folder"),
+        ("", "'' is no pattern"),
+        ("a**b", "'a**b' is no pattern"),
+        ("outside-*.png", "'outside-link.png' lies outside the allowed folders"),
+    ],
+)
+def test_a_pattern_that_finds_nothing_or_leaves_the_folder_is_refused(tmp_path: Path, pattern: str, why: str) -> None:
+    (tmp_path / "a.png").write_bytes(png())
+    inner = tmp_path / "inner"
+    inner.mkdir()
+    (inner / "outside-link.png").symlink_to(tmp_path / "a.png")
+    assert why in listing(InputFolder(inner, max_pixels=10_000), pattern)
+
+
+@pytest.mark.parametrize(
+    ("url", "allowed"),
+    [
+        ("s3://bucket/in/a.png", ["s3://bucket/in"]),
+        ("s3://bucket/in/a.png", ["s3://bucket/in/"]),
+        ("s3://bucket/in/a b%20.png", ["s3://other", "s3://bucket"]),
+    ],
+)
+def test_an_object_under_an_allowed_prefix_is_admitted(tmp_path: Path, url: str, allowed: list[str]) -> None:
+    InputFolder(tmp_path, buckets=allowed, max_pixels=1).admit(url)
+
+
+@pytest.mark.parametrize(
+    ("url", "why"),
+    [
+        ("s3://bucket/inside.png", "lies outside the allowed buckets: see SDP_INPUTS__ALLOWED"),
+        ("s3://bucket/in", "lies outside the allowed buckets"),
+        ("s3://bucket2/in/a.png", "lies outside the allowed buckets"),
+        ("s3://bucket/in/../a.png", "is not s3://bucket/key"),
+        ("s3://bucket/in/a\n.png", "is not s3://bucket/key"),
+        ("s3://bucket", "is not s3://bucket/key"),
+        ("https://bucket/in/a.png", "is not s3://bucket/key"),
+        ("in/a.png", "is not s3://bucket/key"),
+    ],
+)
+def test_any_other_object_is_refused_without_asking_for_it(tmp_path: Path, url: str, why: str) -> None:
+    with pytest.raises(InputImageError) as refused:
+        InputFolder(tmp_path, buckets=["s3://bucket/in"], max_pixels=1).open_object(url)
+    assert why in str(refused.value)
+
+
+def test_no_bucket_is_read_unless_the_settings_allow_it(tmp_path: Path) -> None:
+    with pytest.raises(InputImageError, match="SDP_INPUTS__ALLOWED"):
+        InputFolder(tmp_path, max_pixels=1).open_object("s3://bucket/a.png")

@@ -1,7 +1,10 @@
 from __future__ import annotations
 
+import builtins
+import json
 from io import StringIO
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -119,3 +122,137 @@ def test_a_file_that_stops_being_a_table_is_refused_at_that_line(text: str, expe
 def test_another_kind_of_file_is_no_table() -> None:
     with pytest.raises(CampaignError, match=r"t\.xlsx: is no table"):
         rows("a\n1\n", name="t.xlsx")
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        ('"red"', "red"),
+        ("7", "7"),
+        ("1.50", "1.50"),
+        ("1e400", "1e400"),
+        ("12345678901234567890", "12345678901234567890"),
+        ("true", "true"),
+        ("false", "false"),
+        ("null", ""),
+    ],
+)
+def test_a_json_value_is_the_text_it_is_written_as(value: str, text: str) -> None:
+    assert values(f'{{"a": {value}, "b": "x"}}\n', name="t.jsonl") == [{"a": text, "b": "x"}]
+
+
+def test_a_row_stays_the_same_row_when_its_table_is_saved_as_another_kind() -> None:
+    from_csv, _ = rows("a,b\n1,true\n,x\n")
+    from_json, _ = rows('{"a": 1, "b": true}\n{"b": "x", "a": null}\n', name="t.jsonl")
+    assert [row.key for row in from_csv] == [row.key for row in from_json]
+
+
+@pytest.mark.parametrize(
+    ("line", "why"),
+    [
+        ('{"a": [1]}', "'a' holds a list, no single value"),
+        ('{"a": {"b": 1}}', "'a' holds an object, no single value"),
+        ('{"b": 1}', "has no 'a', which the first line has (null is an empty value)"),
+        ('{"a": 1, "b": 1}', "has 'b', which the first line has not; or name the columns you need in columns:"),
+        ('{"a": 1, "a": 2}', "has a key twice"),
+        ('{"a": NaN}', "holds NaN, which is no JSON"),
+        ("[1]", "is no JSON object; write one {...} with names and values on each line"),
+        ('{"a": 1', "is no JSON: Expecting ',' delimiter at column 8"),
+        ("[" * 100_000, "is nested too deeply"),
+        ('{"a": "\\u0000"}', "holds the character U+0000"),
+        ('{"a": "\\ud800"}', "holds the character U+D800"),
+        (f'{{"a": "{"x" * 100_001}"}}', "'a' is longer than 100,000 characters"),
+    ],
+)
+def test_a_json_line_that_is_no_row_is_named_and_the_others_go_on(line: str, why: str) -> None:
+    found, wrong = rows(f'{{"a": 1}}\n\n{line}\n{{"a": 2}}\n', name="t.jsonl")
+    assert [row.values["a"] for row in found] == ["1", "2"]
+    assert wrong == [f"t.jsonl:3: {why}"]
+
+
+def test_a_first_json_line_that_is_none_refuses_the_table() -> None:
+    with pytest.raises(CampaignError, match=r"t\.jsonl:1: is no JSON"):
+        rows("a,b\n1,2\n", name="t.jsonl")
+
+
+def test_columns_that_are_not_asked_for_may_hold_anything_in_json() -> None:
+    text = '{"a": 1, "tags": ["x"]}\n{"a": 2}\n'
+    found, wrong = rows(text, name="t.jsonl", key="a", columns={"size": "a"})
+    assert ([row.values for row in found], wrong) == ([{"size": "1"}, {"size": "2"}], [])
+
+
+def parquet(path: Path, **columns: Any) -> Path:
+    """A table of those columns, in row groups of two."""
+    arrow = pytest.importorskip("pyarrow", reason="needs sdpipeline[parquet]")
+    pytest.importorskip("pyarrow.parquet").write_table(arrow.table(columns), path, row_group_size=2)
+    return path
+
+
+def read(table: Table) -> tuple[list[Row], list[str]]:
+    wrong: list[Mistake] = []
+    return list(table.rows(wrong.append)), [str(mistake) for mistake in wrong]
+
+
+def test_a_parquet_table_has_the_same_rows_as_the_csv_it_came_from(tmp_path: Path) -> None:
+    path = parquet(
+        tmp_path / "t.parquet", sku=["A", "B", "C"], w=[1, 2, None], f=[0.1, 2.5, 1e-7], b=[True, False, None]
+    )
+    found, wrong = read(Table(path=path, name="t.parquet"))
+    expected, _ = rows("sku,w,f,b\nA,1,0.1,true\nB,2,2.5,false\nC,,1e-7,\n")
+    assert [(row.key, row.values) for row in found] == [(row.key, row.values) for row in expected]
+    assert (wrong, [row.line for row in found]) == ([], [1, 2, 3])
+
+
+def test_only_the_columns_asked_for_are_read_from_parquet(tmp_path: Path) -> None:
+    path = parquet(tmp_path / "t.parquet", tags=[["x"]], colour=["red"])
+    table = Table(path=path, name="t.parquet", columns={"tint": "colour"})
+    assert table.titles() == ["tags", "colour"]
+    assert [row.values for row in read(table)[0]] == [{"tint": "red"}]
+    with pytest.raises(CampaignError, match=r"t\.parquet: the column 'tags' holds list<.*no single values"):
+        read(Table(path=path, name="t.parquet"))
+
+
+def test_keys_of_a_parquet_table_must_be_unique(tmp_path: Path) -> None:
+    path = parquet(tmp_path / "t.parquet", sku=["A", "A", "B", None])
+    found, wrong = read(Table(path=path, name="t.parquet", key="sku"))
+    assert [row.key for row in found] == ["A", "B"]
+    assert wrong == ["t.parquet:2: the key 'A' was there before; keys must be unique"]
+
+
+@pytest.mark.parametrize("data", [b"", b"sku\nA\n", b"PAR1" + bytes(40) + b"PAR1"])
+def test_what_is_no_parquet_is_refused(data: bytes, tmp_path: Path) -> None:
+    (tmp_path / "t.parquet").write_bytes(data)
+    with pytest.raises(CampaignError, match=r"t\.parquet: cannot be read as parquet") as refused:
+        Table(path=tmp_path / "t.parquet", name="t.parquet").titles()
+    assert "\n" not in str(refused.value)
+
+
+def test_without_pyarrow_a_parquet_table_names_the_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = builtins.__import__
+
+    def without(name: str, *rest: Any, **others: Any) -> Any:
+        if name.startswith("pyarrow"):
+            raise ModuleNotFoundError(name)
+        return real(name, *rest, **others)
+
+    monkeypatch.setattr(builtins, "__import__", without)
+    with pytest.raises(CampaignError, match=r"pip install 'sdpipeline\[parquet\]'"):
+        Table(path=tmp_path / "t.parquet", name="t.parquet").titles()
+
+
+def test_files_are_a_table_of_their_paths_and_names() -> None:
+    table = Table(path=Path(), name="*.png", key="path", files=["in/a.b.png", "in/c.png"])
+    found, wrong = read(table)
+    assert table.titles() == ["path", "name"]
+    assert [(row.key, dict(row.values)) for row in found] == [
+        ("in/a.b.png", {"path": "in/a.b.png", "name": "a.b"}),
+        ("in/c.png", {"path": "in/c.png", "name": "c"}),
+    ]
+    assert wrong == []
+
+
+def test_a_line_without_end_is_refused_before_it_fills_the_memory(tmp_path: Path) -> None:
+    with (tmp_path / "t.jsonl").open("w") as file:
+        file.write(json.dumps({"a": 1}) + "\n" + " " * 16 * 2**20 + '{"a": 2}\n')
+    _, wrong = read(Table(path=tmp_path / "t.jsonl", name="t.jsonl"))
+    assert wrong[0] == "t.jsonl:2: is longer than 16,777,216 characters"
