@@ -23,7 +23,7 @@ Name = Annotated[str, Field(pattern=NAME)]
 Variable = Annotated[str, Field(pattern=VARIABLE)]
 Scalar = bool | int | float | str
 Seed = Annotated[int, Field(ge=0, le=LARGEST_SEED)]
-Choice = dict[Variable, Scalar]
+Choice = Annotated[dict[Variable, Scalar], Field(json_schema_extra={"minProperties": 1})]
 Number = float | str
 Integer = int | str
 
