@@ -261,11 +261,16 @@ def show_status(campaigns: list[Progress], *, as_json: bool, workers: list[dict[
         print_json({"campaigns": documents} | ({"workers": living} if workers is not None else {}))
         return
     columns = ("total", "ready", "waiting", "leased", "succeeded", "failed", "blocked", "skipped", "cancelled")
+    spent = ("images", "gpu_seconds", *(["cost"] if any(d["cost"] for d in documents) else []))
+    about = ("name", "version", "status")
     rows = [
-        (d["name"], d["version"], d["status"], *(d["jobs"][name] for name in columns), d["images"], d["gpu_seconds"])
+        (*(d[name] for name in about), *(d["jobs"][name] for name in columns), *(d[name] for name in spent))
         for d in documents
     ]
-    print_table("", ("campaign", "version", "status", *columns, "images", "device s"), rows)
+    print_table("", ("campaign", *about[1:], *columns, *spent), rows)
+    for d in documents:
+        if d["paused_because"]:
+            stdout.print(f"{d['name']} is paused: {d['paused_because']}")
     if living:
         for worker in living:
             worker["last seen"] = _time(worker["seen_at"])

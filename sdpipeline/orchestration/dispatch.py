@@ -144,7 +144,8 @@ def _closing_state(progress: Progress) -> State[None]:
     from prefect.states import Completed
 
     if progress.status == "paused" and progress.remaining:
-        return Completed(name="Paused", message=f"paused with {progress.remaining} of {progress.total} jobs to do")
+        why = f" ({progress.paused_because})" if progress.paused_because else ""
+        return Completed(name="Paused", message=f"paused with {progress.remaining} of {progress.total} jobs to do{why}")
     return Completed(message=describe(progress))
 
 
