@@ -80,6 +80,11 @@ def perceptual_hash(pixels: Pixels) -> str:
     return np.packbits(low > np.median(low)).tobytes().hex()
 
 
+def perceptual_distance(one: str, other: str) -> int:
+    """In how many of 64 bits two perceptual hashes differ; unrelated pictures differ in about 32."""
+    return (int(one, 16) ^ int(other, 16)).bit_count()
+
+
 def edges(pixels: Pixels) -> Mask:
     """Canny edges, with the thresholds that the shipped ControlNet is trained on."""
     return np.asarray(cv2.Canny(pixels, *CANNY_THRESHOLDS)) > 0

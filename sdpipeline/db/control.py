@@ -10,7 +10,7 @@ from sdpipeline.db import budgets, registry
 from sdpipeline.db.audit import Event, Transaction
 from sdpipeline.db.connection import now_s
 from sdpipeline.db.locks import have_campaign
-from sdpipeline.db.queue import LEASED, READY, SKIPPED, WAITING, close_empty, descendants, leases_of, skip_descendants
+from sdpipeline.db.queue import LEASED, READY, SKIPPED, WAITING, close_empty, descendants, leases_in, skip_descendants
 from sdpipeline.db.staging import POLICY
 from sdpipeline.db.tables import attempt, campaign, image, job, job_parent
 from sdpipeline.errors import BadInputError, Mistake
@@ -115,11 +115,10 @@ def cancel(tx: Transaction, *, campaign_id: int, chosen: ColumnElement[bool] | N
     have_campaign(tx.connection, campaign_id)
     unfinished = or_(job.c.status == WAITING, job.c.status == READY, job.c.status == LEASED)
     mine = and_(job.c.campaign_id == campaign_id, chosen if chosen is not None else unfinished)
-    held = leases_of(tx.connection, mine)
     abandon_attempts(tx.connection, mine)
     ended = {"status": "cancelled", "lease_id": null(), "not_before": null(), "finished_at": now_s()}
     rows = list(tx.connection.execute(update(job).where(mine).values(**ended).returning(job.c.id)).scalars())
-    close_empty(tx.connection, held)
+    close_empty(tx.connection, leases_in(tx.connection, campaign_id))
     if rows:
         tx.record(Event.JOBS_CANCELLED, f"campaign:{campaign_id}", jobs=sorted(rows))
     return len(rows)

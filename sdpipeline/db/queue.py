@@ -566,6 +566,13 @@ def close_empty(connection: Connection, lease_ids: Collection[str]) -> None:
     connection.execute(update(lease).where(empty).values(closed_at=now_s()))
 
 
+def leases_in(connection: Connection, campaign_id: int) -> list[str]:
+    """Every open lease on a campaign's jobs, one included that was taken while the caller waited for those jobs."""
+    groups = select(work_group.c.id).where(work_group.c.campaign_id == campaign_id)
+    held = select(lease.c.id).where(lease.c.closed_at.is_(None), lease.c.group_id.in_(groups))
+    return list(connection.execute(held).scalars())
+
+
 def open_leases(connection: Connection, worker_ids: Collection[str]) -> list[str]:
     """Leases the given workers still hold."""
     held = select(lease.c.id).where(lease.c.closed_at.is_(None), lease.c.worker_id.in_(worker_ids))

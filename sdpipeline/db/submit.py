@@ -27,7 +27,7 @@ from sdpipeline.db import budgets, control, registry
 from sdpipeline.db.audit import Event, Transaction
 from sdpipeline.db.connection import insert_ignoring, now_s
 from sdpipeline.db.locks import have_campaign
-from sdpipeline.db.queue import close_empty, leases_of, skip_descendants
+from sdpipeline.db.queue import close_empty, leases_in, skip_descendants
 from sdpipeline.db.staging import (
     POLICY,
     Group,
@@ -106,7 +106,7 @@ def submit(tx: Transaction, ready: Prepared, asked: Publication, *, prune: bool 
             _link_parents(connection)
             _keep(connection, version_id)
             if ready.blocked:
-                _block_known(connection)
+                _block_known(connection, campaign_id)
             control.settle(tx, campaign_id=campaign_id)
             if ready.blocked:
                 _tell_blocked(tx, campaign_id)
@@ -253,15 +253,14 @@ def _to_block() -> ColumnElement[bool]:
     return job.c.id.in_(forbidden)
 
 
-def _block_known(connection: Connection) -> None:
+def _block_known(connection: Connection, campaign_id: int) -> None:
     chosen = _to_block()
-    held = leases_of(connection, chosen)
     control.abandon_attempts(connection, chosen)
     these = and_(job.c.id == known.c.id, incoming.c.identity == known.c.identity, chosen)
     why = {"error_kind": incoming.c.error_kind, "error": incoming.c.error}
     ended = {"status": "blocked", "lease_id": null(), "not_before": null(), "finished_at": now_s()}
     connection.execute(update(job).where(these).values(**ended, **why))
-    close_empty(connection, held)
+    close_empty(connection, leases_in(connection, campaign_id))
 
 
 def _tell_blocked(tx: Transaction, campaign_id: int) -> None:

@@ -9,8 +9,6 @@ from sdpipeline.provenance.encoding import (
     digital_source_type,
     encode,
     encoder,
-    perceptual_distance,
-    perceptual_hash,
     pixels_sha256,
     read_record,
 )
@@ -28,8 +26,6 @@ __all__ = [
     "digital_source_type",
     "encode",
     "encoder",
-    "perceptual_distance",
-    "perceptual_hash",
     "pixels_sha256",
     "read_record",
     "sign",

@@ -83,24 +83,6 @@ def pixels_sha256(pixels: Pixels) -> str:
     return digest.hexdigest()
 
 
-def perceptual_hash(pixels: Pixels) -> str:
-    """64 bits of what a picture looks like, as 16 hexadecimal digits: near again after resizing or re-encoding.
-
-    They are the signs, around their median, of the 8 x 8 lowest frequencies of the picture as 32 x 32 grey.
-    """
-    small = Image.fromarray(pixels, "RGB").convert("L").resize((32, 32), Image.Resampling.LANCZOS)
-    cosines = np.cos(np.pi / 32 * np.outer(np.arange(8), np.arange(32) + 0.5))
-    frequencies = (cosines @ np.asarray(small, dtype=np.float64) @ cosines.T).ravel()
-    # The mean brightness comes first and is far larger than everything else.
-    bits = frequencies > np.median(frequencies[1:])
-    return np.packbits(bits).tobytes().hex()
-
-
-def perceptual_distance(one: str, other: str) -> int:
-    """In how many of 64 bits two perceptual hashes differ; unrelated pictures differ in about 32."""
-    return (int(one, 16) ^ int(other, 16)).bit_count()
-
-
 def decode(data: bytes, *, max_pixels: int) -> Pixels:
     """The picture in a png, jpeg or webp file of anybody's, upright and in sRGB; else InputImageError.
 
