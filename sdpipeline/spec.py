@@ -55,9 +55,9 @@ class Rows(_Part):
     """A table whose rows are values, or a folder's files as one: one job chain per row."""
 
     file: str | None = None
-    """A .csv or .tsv beside this file, read as a stream."""
+    """A table beside this file or in a bucket, read as a stream."""
     files: str | None = None
-    """Pictures beside this file, one a row, as in `pictures/*.png`."""
+    """Pictures beside this file, one a row, as in `pictures/*.png`, instead of a table."""
     key: str | None = None
     """The title of the column that names a row for ever; without it a row is known by its content."""
     columns: dict[Variable, str] | None = None
@@ -174,15 +174,15 @@ class Policy(_Part):
     """What a campaign may ask for at all."""
 
     checkpoints: list[str] | None = None
-    """The only aliases that may be used."""
+    """All aliases that stages may name, ControlNets, adapters and annotators included."""
     max_width: Annotated[int, Field(ge=8, le=LARGEST_SIDE)] | None = None
-    """The widest picture, in pixels."""
+    """The widest finished picture, in pixels."""
     max_height: Annotated[int, Field(ge=8, le=LARGEST_SIDE)] | None = None
-    """The highest picture, in pixels."""
+    """The highest finished picture, in pixels."""
     deny: list[Annotated[str, Field(min_length=1, max_length=1000)]] = Field(default_factory=list)
-    """Texts that no prompt may hold."""
+    """Words and phrases that no prompt may hold, its variables filled in."""
     allow: list[Annotated[str, Field(min_length=1, max_length=1000)]] = Field(default_factory=list)
-    """Texts that a prompt may hold although a denied one is in them."""
+    """Phrases inside which a denied word is fine."""
 
 
 class Parameters(_Part):

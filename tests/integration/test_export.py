@@ -188,12 +188,15 @@ def test_a_folder_is_not_left_through_a_link_in_it(desk: Desk, tmp_path: Path) -
 
 
 def test_a_link_in_a_pictures_place_is_replaced_and_not_followed(desk: Desk, tmp_path: Path) -> None:
-    desk.to.mkdir()
-    (tmp_path / "mine.png").write_bytes(b"mine")
-    (desk.to / FINALS[0]).symlink_to(tmp_path / "mine.png")
-    assert desk.run()["copied"] == 8
-    assert (tmp_path / "mine.png").read_bytes() == b"mine"
-    assert not (desk.to / FINALS[0]).is_symlink()
+    desk.run()
+    same, other = (desk.to / FINALS[0]).rename(tmp_path / "same.png"), tmp_path / "other.png"
+    other.write_bytes(b"mine")
+    (desk.to / FINALS[1]).unlink()
+    (desk.to / FINALS[0]).symlink_to(same)
+    (desk.to / FINALS[1]).symlink_to(other)
+    assert desk.run()["copied"] == 2
+    assert other.read_bytes() == b"mine"
+    assert not any((desk.to / name).is_symlink() for name in FINALS)
 
 
 def test_a_table_of_someone_elses_is_not_overwritten(desk: Desk) -> None:
@@ -237,7 +240,7 @@ def test_a_bucket_is_exported_whole_with_editions_apart_and_lost_characters_told
     assert (waiting["copied"], waiting["without_picture"]) == (0, 8)
     assert sdpipeline("worker", "--until-idle", **settings).returncode == 0
     assert desk.run(campaign="spring")["copied"] == 8
-    assert [name.rpartition("~")[0] for name in desk.files()[:-1]] == [
+    assert [name.rpartition("~")[0] for name in desk.files() if name != "manifest.csv"] == [
         f"{edition}/{colour}-a-b-0" for edition in ("monday", "tuesday") for colour in ("blue", "blue", "red", "red")
     ]
     for row in desk.manifest():
@@ -247,5 +250,6 @@ def test_a_bucket_is_exported_whole_with_editions_apart_and_lost_characters_told
     moto_bucket.client.delete_object(Bucket=moto_bucket.name, Key=f"production/{key}")
     shutil.rmtree(desk.to)
     lost = desk.run(campaign="spring", code=3)
-    # Both editions asked for the same picture, which has one object.
-    assert (lost["copied"], len(lost["faults"])) == (6, 2)
+    # Of two editions that ask for the same, one may be a copy of the other's picture and share its object.
+    assert {fault["url"] for fault in lost["faults"]} == {f"{settings['SDP_STORAGE_URL']}/{key}"}
+    assert lost["copied"] == 8 - len(lost["faults"])
