@@ -407,6 +407,14 @@ def test_a_mistake_about_a_table_stands_where_the_file_names_it(folder: Path, ro
     assert expected in " | ".join(mistakes_of(with_rows(rows), folder))
 
 
+def test_a_table_that_may_not_be_read_is_told_together_with_the_other_mistakes(folder: Path) -> None:
+    text = with_rows("{file: 's3://bucket/t.csv'}").replace("task: image-to-image", "task: inpainting")
+    assert [mistake.split(": ")[1] for mistake in mistakes_of(text, folder)] == [
+        "variables.rows.file",
+        "stages[1].mask_image",
+    ]
+
+
 @pytest.mark.parametrize(
     ("name", "expected"),
     [
