@@ -53,7 +53,7 @@ def input_key(sha256: str) -> str:
 
 
 class InputFolder:
-    """Reads each picture and table once and remembers what it was; nothing outside the allowed roots is opened.
+    """Reads each picture once and remembers what it was; nothing outside the allowed roots is opened.
 
     ``allowed`` are folders, by default the campaign's own, and ``buckets`` are ``s3://bucket/prefix``, by default none.
     """
@@ -74,7 +74,6 @@ class InputFolder:
         self.found: dict[str, InputFile] = {}
         self._foreign = foreign or ForeignObjects()
         self._pinned: dict[str, InputObject] = {}
-        self._tables: dict[str, Path] = {}
         self._silent: StorageUnavailableError | None = None
 
     def open(self, name: str) -> InputFile:
@@ -99,12 +98,8 @@ class InputFolder:
             raise InputImageError(f"{_shown(url)} lies outside the allowed buckets: see SDP_INPUTS__ALLOWED")
 
     def table(self, name: str) -> Path:
-        """The table of that name; one in a bucket is fetched once. Raises InputImageError."""
-        if not is_bucket_url(name):
-            return self.locate(name)
-        if name not in self._tables:
-            self._tables[name] = self._fetched(name)
-        return self._tables[name]
+        """The table of that name, fetched if it is in a bucket; raises InputImageError."""
+        return self._fetched(name) if is_bucket_url(name) else self.locate(name)
 
     def matching(self, pattern: str) -> list[str]:
         """Files below the campaign's folder that a glob finds, hidden ones left out, sorted; raises InputImageError."""

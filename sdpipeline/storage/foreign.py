@@ -143,6 +143,7 @@ def _whole(answer: Any, most_bytes: int) -> bytes | None:
     """The body's first bytes; None where the connection was cut."""
     from botocore.exceptions import HTTPClientError, IncompleteReadError
 
+    # A body that is asked for by the byte may end early without a word.
     wanted = min(most_bytes, answer["ContentLength"])
     try:
         data: bytes = answer["Body"].read(most_bytes)

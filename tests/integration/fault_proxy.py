@@ -23,6 +23,7 @@ class Fault(StrEnum):
     RESET = "the connection is reset before the server sees the request"
     LOST_REPLY = "the server does its work and the reply is lost"
     CUT_BODY = "the reply ends in its middle"
+    SHORT_BODY = "the reply ends early and in order"
     STALL = "no reply ever comes"
 
 
@@ -110,9 +111,12 @@ class _Handler(BaseHTTPRequestHandler):
         headers = [pair for pair in reply.getheaders() if pair[0].lower() not in ("transfer-encoding", "connection")]
         if not any(name.lower() == "content-length" for name, _ in headers):
             headers.append(("Content-Length", str(len(data))))
-        self._send(reply.status, headers, data[: len(data) // 2] if fault is Fault.CUT_BODY else data)
+        half = fault in {Fault.CUT_BODY, Fault.SHORT_BODY}
+        self._send(reply.status, headers, data[: len(data) // 2] if half else data)
         if fault is Fault.CUT_BODY:
             self._reset()
+        elif fault is Fault.SHORT_BODY:
+            self.close_connection = True
 
     def _answer(self, fault: Fault) -> None:
         status, _, code = fault.partition(" ")

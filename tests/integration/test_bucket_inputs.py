@@ -24,7 +24,7 @@ from sdpipeline.errors import CampaignError
 from sdpipeline.settings import Settings
 from tests.integration.commands import FAKE_ENGINE, document, sdpipeline
 from tests.integration.conftest import Bucket, free_port
-from tests.integration.fault_proxy import FaultProxy
+from tests.integration.fault_proxy import Fault, FaultProxy
 
 SOFT = {"id": "soft", "task": "image-to-image", "prompt": "a picture", "strength": 0.5}
 
@@ -292,6 +292,16 @@ def test_an_endpoint_that_does_not_answer_is_told_at_once(
     assert time.monotonic() - started < 15
     assert len(found) == 5
     assert "SDP_S3__ENDPOINT_URL" in found[0]
+
+
+def test_a_server_that_only_fails_is_not_asked_for_every_picture(
+    moto_bucket: Bucket, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with FaultProxy(moto_bucket.endpoint_url, lambda method, path: Fault.INTERNAL_ERROR) as proxy:
+        place = placed(moto_bucket, tmp_path, monkeypatch, proxy.url)
+        stages = [SOFT | {"id": f"s{n}", "image": {"url": place.url(f"in/{n}.png")}} for n in range(5)]
+        assert len(place.mistakes(*stages)) == 5
+    assert len(proxy.seen) == 2
 
 
 def test_files_of_a_folder_are_rows(plain: Place) -> None:

@@ -87,7 +87,7 @@ def test_no_more_is_read_than_was_asked_for(bucket: Bucket) -> None:
     assert len(reader(bucket.endpoint_url).read(url, most_bytes=1000).data) == 1001
 
 
-@pytest.mark.parametrize("fault", [Fault.CUT_BODY, Fault.RESET, Fault.INTERNAL_ERROR])
+@pytest.mark.parametrize("fault", [Fault.CUT_BODY, Fault.SHORT_BODY, Fault.RESET, Fault.INTERNAL_ERROR])
 def test_a_fault_on_the_way_is_tried_again_and_then_an_outage(
     fault: Fault, moto_bucket: Bucket, tmp_path: Path
 ) -> None:

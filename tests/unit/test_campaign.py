@@ -138,6 +138,12 @@ def test_the_file_that_the_mistakes_below_are_made_in_is_right() -> None:
         ("{stage: draft}", "{stage: drfat}", "13:13: stages[1].image.stage: no stage 'drfat' (did you mean 'draft'?)"),
         ("{stage: draft}", "{stage: final}", "13:13: stages[1].image.stage: 'final' cannot use its own picture"),
         ("{stage: draft}", "{}", "13:5: stages[1].image: needs stage:, file: or url:, and only one of them"),
+        (
+            "{stage: draft}",
+            "{url: 's3://b/{{ color }}'}",
+            "13:13: stages[1].image.url: the variable 'color' is not declared (did you mean 'colour'?)",
+        ),
+        ("{stage: draft}", "{url: 's3://b'}", "13:13: stages[1].image.url: 's3://b' is not s3://bucket/key"),
         ("{stage: draft}", "{stage: draft, file: x}", "13:5: stages[1].image: needs stage:, file: or url:, and only one of them"),
         (
             "    image: {stage: draft}\n",
@@ -372,6 +378,18 @@ def with_rows(rows: str) -> str:
         ("{file: product.csv}", "4:10: variables.rows.file: 'product.csv' cannot be read: No such file or directory"),
         ("{file: ../products.csv}", "4:10: variables.rows.file: '../products.csv' lies outside the allowed folders"),
         ("{flie: products.csv}", "4:10: variables.rows.flie: unknown key (did you mean 'file'?)"),
+        ("{}", "4:3: variables.rows: needs file: or files:, and not both"),
+        ("{file: products.csv, files: '*.csv'}", "4:3: variables.rows: needs file: or files:, and not both"),
+        ("{files: '*.csv', key: path}", "4:26: variables.rows.key: files are known by their path (remove it)"),
+        ("{files: '*.gif'}", "4:10: variables.rows.files: '*.gif' matches no file"),
+        (
+            "{files: '*.csv', columns: {colour: stem}}",
+            "4:36: variables.rows.columns.colour: no column 'stem' in *.csv (there are name, path)",
+        ),
+        (
+            "{file: 's3://bucket/t.csv'}",
+            "4:10: variables.rows.file: 's3://bucket/t.csv' lies outside the allowed buckets: see",
+        ),
         (
             "{file: products.csv, columns: {colour: Color}}",
             "4:40: variables.rows.columns.colour: no column 'Color' in products.csv (did you mean 'Colour'?)",
@@ -388,6 +406,14 @@ def with_rows(rows: str) -> str:
 )
 def test_a_mistake_about_a_table_stands_where_the_file_names_it(folder: Path, rows: str, expected: str) -> None:
     assert expected in " | ".join(mistakes_of(with_rows(rows), folder))
+
+
+def test_a_table_that_may_not_be_read_is_told_together_with_the_other_mistakes(folder: Path) -> None:
+    text = with_rows("{file: 's3://bucket/t.csv'}").replace("task: image-to-image", "task: inpainting")
+    assert [mistake.split(": ")[1] for mistake in mistakes_of(text, folder)] == [
+        "variables.rows.file",
+        "stages[1].mask_image",
+    ]
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import builtins
 import json
+import tracemalloc
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -251,8 +252,20 @@ def test_files_are_a_table_of_their_paths_and_names() -> None:
     assert wrong == []
 
 
-def test_a_line_without_end_is_refused_before_it_fills_the_memory(tmp_path: Path) -> None:
-    with (tmp_path / "t.jsonl").open("w") as file:
-        file.write(json.dumps({"a": 1}) + "\n" + " " * 16 * 2**20 + '{"a": 2}\n')
+@pytest.mark.parametrize("name", ["t.csv", "t.jsonl"])
+def test_a_file_without_line_ends_does_not_fill_the_memory(name: str, tmp_path: Path) -> None:
+    with (tmp_path / name).open("wb") as file:
+        file.truncate(400 * 2**20)  # of NULs, which take no room on the disk
+    tracemalloc.start()
+    try:
+        with pytest.raises(CampaignError, match=rf"{name}:1: "):
+            Table(path=tmp_path / name, name=name).titles()
+        assert tracemalloc.get_traced_memory()[1] < 100 * 2**20
+    finally:
+        tracemalloc.stop()
+
+
+def test_a_line_that_is_too_long_is_named(tmp_path: Path) -> None:
+    (tmp_path / "t.jsonl").write_text(json.dumps({"a": 1}) + "\n" + " " * 16 * 2**20 + '{"a": 2}\n')
     _, wrong = read(Table(path=tmp_path / "t.jsonl", name="t.jsonl"))
     assert wrong[0] == "t.jsonl:2: is longer than 16,777,216 characters"
