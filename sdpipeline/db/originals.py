@@ -40,6 +40,7 @@ def known(connection: Connection, *, team: str, fingerprints: Collection[str]) -
 
 def _made(columns: Collection[Any], team: str, fingerprints: Collection[str]) -> Select[Any]:
     """Every picture row stands for a picture that was stored, read back and told to the audit log."""
-    owner = campaign.join(job, job.c.campaign_id == campaign.c.id).join(image, image.c.job_id == job.c.id)
-    mine = (campaign.c.team == team, image.c.fingerprint.in_(fingerprints), image.c.reused_from.is_(None))
-    return select(*columns).select_from(owner).where(*mine)
+    # Not a join: SQLite would begin it at the team and read all of its jobs.
+    owner = select(campaign.c.team).join(job, job.c.campaign_id == campaign.c.id).where(job.c.id == image.c.job_id)
+    mine = (image.c.fingerprint.in_(fingerprints), image.c.reused_from.is_(None))
+    return select(*columns).where(*mine, owner.scalar_subquery() == team)

@@ -372,6 +372,19 @@ def test_jobs_do_not_wait_for_one_whose_input_could_not_be_fetched(place: Place,
     assert statuses(database) == ["failed"] * 3
 
 
+# Whatever the size.
+
+
+@on_sqlite
+def test_looking_pictures_up_begins_at_their_fingerprints_and_not_at_all_jobs_of_the_team(database: Database) -> None:
+    lookup = originals._made((image.c.key,), "default", ["f" * 64]).compile(
+        database.reader, compile_kwargs={"literal_binds": True}
+    )
+    with database.read() as connection:
+        steps = [row.detail for row in connection.exec_driver_sql(f"EXPLAIN QUERY PLAN {lookup}")]
+    assert "ix_image_fingerprint" in steps[0]
+
+
 # Whatever dies.
 
 
