@@ -408,6 +408,7 @@ def test_a_worker_killed_between_copy_and_commit_leaves_nothing_wrong(place: Pla
 # From the command line.
 
 
+@pytest.mark.timeout(300)
 def test_the_commands_show_what_was_reused_and_verify_and_reproduce_it(tmp_path: Path) -> None:
     home, given = tmp_path / "home", {FAKE_ENGINE: "0"}
     file = tmp_path / "spring.yaml"
