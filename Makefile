@@ -7,8 +7,10 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --quiet --constraint constraints.txt
 
-# tests/bench and the long runs are opt-in; `make test PYTEST_ARGS="-k queue"` narrows.
+# tests/bench and the long runs are opt-in; `make test PYTEST_ARGS="-k queue"` narrows. A process per core, four at
+# the most (each has its own PostgreSQL, S3 and Prefect servers); a file's tests stay together and share theirs.
 PYTEST_ARGS ?=
+PYTEST_PROCESSES ?= --numprocesses auto --maxprocesses 4 --dist loadfile
 BENCH_ARGS ?=
 SOAK_S ?= 600
 
@@ -22,7 +24,7 @@ demo: $(VENV)/.installed-run  ## Make the bundled campaign's pictures on this ma
 	$(BIN)/sdpipeline demo
 
 test: check  ## Run the checks, then every test but the benches
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(BIN)/python -m pytest $(PYTEST_PROCESSES) $(PYTEST_ARGS)
 
 check: $(VENV)/.installed-dev  ## Lint, formatting, types and import layers
 	$(BIN)/ruff check .

@@ -60,7 +60,13 @@ class Plan:
     def document(self) -> Json:
         """The form of ``plan --json``."""
         d = self.difference
-        counts = {"new": d.new, "reused": d.reused, "unchanged": d.unchanged, "removed": d.removed}
+        counts = {
+            "new": d.new,
+            "reused": d.reused,
+            "blocked": d.blocked,
+            "unchanged": d.unchanged,
+            "removed": d.removed,
+        }
         jobs = {"total": sum(self.stages.values())} | {name: sum(each.values()) for name, each in counts.items()}
         known = [*self.stages, *sorted(stage for stage, gone in d.removed.items() if gone and stage not in self.stages)]
         return {

@@ -68,7 +68,7 @@ def plan(
         return
     named = f"{planned['campaign']}, edition {planned['edition']}" if planned["edition"] else planned["campaign"]
     rows = [(stage, planned["stages"].get(stage, 0), *counts.values()) for stage, counts in planned["by_stage"].items()]
-    print_table(f"Plan of {named}", ("stage", "jobs", "new", "reused", "unchanged", "removed"), rows)
+    print_table(f"Plan of {named}", ("stage", "jobs", "new", "reused", "blocked", "unchanged", "removed"), rows)
     stdout.print(f"{planned['jobs']['total']} jobs in {planned['batches']} batches; {_estimated(planned['estimate'])}")
     if campaign.spec.schedule is not None:
         when = campaign.spec.schedule

@@ -37,10 +37,11 @@ class Change:
 @dataclass(slots=True, kw_only=True)
 class Difference:
     """What a submit would do, by stage. ``reused`` counts those of the new jobs whose picture the team has already,
-    ``to_make`` the jobs without a picture, by stage and batch key."""
+    ``blocked`` the jobs that a policy forbids, ``to_make`` those without a picture, by stage and batch key."""
 
     new: Counter[str] = field(default_factory=Counter)
     reused: Counter[str] = field(default_factory=Counter)
+    blocked: Counter[str] = field(default_factory=Counter)
     unchanged: Counter[str] = field(default_factory=Counter)
     removed: Counter[str] = field(default_factory=Counter)
     to_make: Counter[tuple[str, str]] = field(default_factory=Counter)
@@ -106,7 +107,9 @@ def _stored(connection: Connection, campaign_id: int | None, identities: list[st
 def _add(found: Difference, spec: JobSpec, row: Any | None, *, there: Collection[str], explain: bool) -> None:
     same = row is not None and row.fingerprint == spec.fingerprint
     (found.unchanged if same else found.new)[spec.stage] += 1
-    if not same and spec.fingerprint in there:
+    if spec.blocked is not None:
+        found.blocked[spec.stage] += 1
+    elif not same and spec.fingerprint in there:
         found.reused[spec.stage] += 1
     elif not same or (row is not None and row.status != "succeeded"):
         found.to_make[spec.stage, spec.batch_key] += 1

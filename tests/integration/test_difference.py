@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -66,6 +67,13 @@ def test_the_new_jobs_whose_picture_the_team_has_are_counted_and_not_to_make(
 
     assert (reused(), reused(name="spring")) == ((3, 2), (1, 2))
     assert (reused(team="other"), reused(reuse=False)) == ((0, 5), (0, 5))
+
+
+def test_what_a_policy_forbids_is_counted_and_not_to_make(audit: AuditLog, database: Database) -> None:
+    forbidden = replace(job_spec("row-0"), blocked="policy.deny: 'row'")
+    with database.read() as connection:
+        found = compare(connection, [forbidden, job_spec("row-1")], team="default", name="spring")
+    assert (found.blocked["draft"], found.new["draft"], sum(found.to_make.values())) == (1, 2, 1)
 
 
 def test_what_pictures_of_a_batch_key_took_is_known_from_any_campaign(audit: AuditLog, database: Database) -> None:
