@@ -87,6 +87,8 @@ def _rows(table: Table, found: Iterator[Record], on_mistake: OnMistake) -> Itera
     _, titles, _ = next(found, (1, [], None))
     columns = table.variables(titles)
     key_column = titles.index(table.key) if table.key in titles else None
+    # Only what is asked for, as a file read by columns has no more: the row stays the same in every kind of table.
+    asked = [n for n, title in enumerate(titles) if (wanted := table.wanted()) is None or title in wanted]
     known = _Keys()
     for line, cells, refused in found:
         if not any(cells) and not refused:
@@ -95,7 +97,7 @@ def _rows(table: Table, found: Iterator[Record], on_mistake: OnMistake) -> Itera
         if not wrong and (character := control_character("".join(cells))):
             wrong = f"holds the character {character}"
         if not wrong:
-            key = known.of(cells) if key_column is None else cells[key_column]
+            key = known.of([cells[n] for n in asked]) if key_column is None else cells[key_column]
             wrong = None if key_column is None else known.refusal(key)
         if wrong:
             on_mistake(Mistake(file=table.name, line=line, message=wrong))

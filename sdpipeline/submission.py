@@ -197,9 +197,11 @@ def _overlap(campaign: Campaign, database: Database, team: str) -> Submitted | N
         older = reports.unfinished_editions(connection, campaign_id) - {campaign.edition}
         if not older or reports.has_edition(connection, campaign_id, campaign.edition):
             return None
-        version = reports.progress(connection, campaign_id).version
+        present = reports.progress(connection, campaign_id)
+    if present.paused_because:
+        return None  # nothing is being made, and a larger budget has to be heard of
     why = f"edition {campaign.edition} is left out: {', '.join(sorted(older))} is still being made"
-    return Submitted(campaign_id=campaign_id, version=version, added=0, unchanged=0, cancelled=0, left_out=why)
+    return Submitted(campaign_id=campaign_id, version=present.version, added=0, unchanged=0, cancelled=0, left_out=why)
 
 
 def copy_inputs(found: Iterable[InputFile], store: ObjectStore) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy import ColumnElement, Connection, and_, func, null, select, update
+from sqlalchemy import ColumnElement, Connection, and_, case, exists, func, literal_column, null, or_, select, update
 from sqlalchemy.dialects import postgresql, sqlite
 
 from sdpipeline.db.audit import Event, Transaction
@@ -15,7 +15,10 @@ from sdpipeline.db.tables import campaign, job, spending, work_group
 from sdpipeline.domain import Json
 
 # Literals, because a bound value cannot match a partial index under a generic plan.
-_UNFINISHED = and_(job.c.chain.is_not(None), job.c.status.in_(("waiting", "ready", "leased")))
+_WAITING: ColumnElement[str] = literal_column("'waiting'")
+_READY: ColumnElement[str] = literal_column("'ready'")
+_LEASED: ColumnElement[str] = literal_column("'leased'")
+_UNFINISHED = and_(job.c.chain.is_not(None), job.c.status.in_((_WAITING, _READY, _LEASED)))
 LIMITS = {"max_images": "images", "max_gpu_seconds": "gpu_seconds", "max_cost": "cost"}
 """A budget's keys and what each of them limits."""
 
@@ -45,13 +48,17 @@ def set_budget(connection: Connection, campaign_id: int, budget: Json | None) ->
 
 
 def start_over(connection: Connection, campaign_id: int) -> None:
-    """Look at every chain again: some are to be made anew."""
+    """Look at every chain again: some are to be made anew. What nobody has leased yet is held again."""
     connection.execute(update(campaign).where(campaign.c.id == campaign_id).values(admitted=0))
+    roots = and_(job.c.campaign_id == campaign_id, job.c.chain.is_not(None), job.c.depth == 0)
+    connection.execute(update(job).where(roots, job.c.status == _READY).values(status="waiting"))
 
 
 def let_go(connection: Connection, campaign_id: int) -> None:
     """No budget, or none any more: nothing is held."""
     connection.execute(update(job).where(job.c.campaign_id == campaign_id, _held()).values(status="ready"))
+    numbered = and_(job.c.campaign_id == campaign_id, job.c.chain.is_not(None))
+    connection.execute(update(job).where(numbered).values(chain=null()))
 
 
 def spend(connection: Connection, campaign_id: int, stage: str, charge: Charge, *, images: int) -> None:
@@ -78,11 +85,14 @@ def admit(tx: Transaction, *, wave: int, gpu_second_cost: float = 0.0, campaign_
     pictures and not only drafts. Stages without any picture yet are learned from one wave.
     ``gpu_second_cost`` is the deployment's price.
     """
-    mine = (campaign.c.budget.is_not(None), campaign.c.status == "active")
+    to_begin = exists().where(job.c.campaign_id == campaign.c.id, _UNFINISHED, job.c.chain >= campaign.c.admitted)
+    mine = (campaign.c.budget.is_not(None), campaign.c.status == "active", to_begin)
     chosen = select(campaign.c.id, campaign.c.budget, campaign.c.admitted).where(*mine)
     if campaign_id is not None:
         chosen = chosen.where(campaign.c.id == campaign_id)
-    for row in tx.connection.execute(chosen.order_by(campaign.c.id).with_for_update(skip_locked=True)).all():
+    # Not in the way of completions, whose first row of spending refers to the campaign.
+    free = chosen.order_by(campaign.c.id).with_for_update(skip_locked=True, key_share=True)
+    for row in tx.connection.execute(free).all():
         if row.budget is not None:  # JSON's null is no NULL everywhere
             _admit(tx, row, wave, gpu_second_cost)
 
@@ -90,14 +100,15 @@ def admit(tx: Transaction, *, wave: int, gpu_second_cost: float = 0.0, campaign_
 def _admit(tx: Transaction, row: Any, wave: int, gpu_second_cost: float) -> None:
     connection, budget = tx.connection, row.budget
     of_this = and_(job.c.campaign_id == row.id, _UNFINISHED)
-    begun = connection.execute(
-        select(job.c.stage, func.count(), func.min(job.c.depth))
-        .where(of_this, job.c.chain < row.admitted)
-        .group_by(job.c.stage)
-    ).all()
-    if sum(count for _, count, depth in begun if depth == 0) >= wave:
+    running = _running(connection, row.id, row.admitted)
+    begun = _left(connection, and_(of_this, job.c.chain < row.admitted))
+    if running:
+        of_running = and_(of_this, job.c.chain.in_(running))
+        connection.execute(update(job).where(of_running, _held()).values(status="ready"))
+        begun += _left(connection, of_running)
+    if sum(roots for _, _, roots in begun) >= wave:
         return
-    chains = _next_chains(connection, and_(of_this, job.c.chain >= row.admitted), wave)
+    chains = _next_chains(connection, and_(of_this, job.c.chain >= row.admitted, job.c.chain.not_in(running)), wave)
     if not chains:
         return
     stages = {stage for counts in chains.values() for stage in counts} | {stage for stage, _, _ in begun}
@@ -118,6 +129,20 @@ def _admit(tx: Transaction, row: Any, wave: int, gpu_second_cost: float) -> None
         connection.execute(update(job).where(of_this, window, _held()).values(status="ready"))
     elif not begun:
         _pause(tx, row.id, budget)
+
+
+def _running(connection: Connection, campaign_id: int, admitted: int) -> list[int]:
+    """Chains on their way that a submit or a retry has put behind others."""
+    there = and_(job.c.campaign_id == campaign_id, or_(job.c.status == _READY, job.c.status == _LEASED))
+    # `+ 0` keeps to the index on the status: few jobs are ready or leased, and any number may be in later chains.
+    return sorted(set(connection.execute(select(job.c.chain).where(there, job.c.chain + 0 >= admitted)).scalars()))
+
+
+def _left(connection: Connection, chosen: ColumnElement[bool]) -> list[tuple[str, int, int]]:
+    """Unfinished jobs by stage, and how many of them are roots that nobody has leased."""
+    roots = func.sum(case((and_(job.c.depth == 0, job.c.status != _LEASED), 1), else_=0))
+    rows = connection.execute(select(job.c.stage, func.count(), roots).where(chosen).group_by(job.c.stage))
+    return [(stage, int(count), int(idle)) for stage, count, idle in rows]
 
 
 def _next_chains(connection: Connection, held: ColumnElement[bool], wave: int) -> dict[int, dict[str, int]]:
@@ -170,4 +195,4 @@ def _pause(tx: Transaction, campaign_id: int, budget: Json) -> None:
 
 def _held() -> ColumnElement[bool]:
     """Jobs that wait for neither parents nor time."""
-    return and_(job.c.status == "waiting", job.c.parents_left == 0, job.c.not_before.is_(None))
+    return and_(job.c.status == _WAITING, job.c.parents_left == 0, job.c.not_before.is_(None))

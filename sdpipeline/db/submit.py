@@ -10,8 +10,10 @@ from sqlalchemy import (
     ColumnElement,
     Connection,
     Select,
+    Text,
     and_,
     case,
+    cast,
     delete,
     exists,
     func,
@@ -98,6 +100,7 @@ def submit(tx: Transaction, ready: Prepared, asked: Publication, *, prune: bool 
             present = _asked_before(campaign_id, ready.editions)
             gone = prune and _any(connection, and_(present, ~exists().where(known.c.id == job.c.id)))
             changes = gone or unchanged < ready.count or (ready.blocked and _any(connection, _to_block()))
+            changes = changes or _any(connection, _asked_elsewhere())
             same = None if changes else _same_version(connection, campaign_id, source, unchanged)
             if same is not None:
                 return _submitted(ready, campaign_id, same, added=0, unchanged=unchanged, cancelled=0)
@@ -237,7 +240,21 @@ def _change(tx: Transaction, campaign_id: int, version_id: int) -> int:
 def _keep(connection: Connection, version_id: int) -> None:
     """Jobs that need no change belong to the new version too, at the place their chain has in it."""
     these = and_(job.c.id == known.c.id, known.c.same, incoming.c.identity == known.c.identity)
+    connection.execute(update(job).where(these, _asked_elsewhere()).values(request=incoming.c.request))
     connection.execute(update(job).where(these).values(version_id=version_id, chain=incoming.c.chain))
+
+
+def _asked_elsewhere() -> ColumnElement[bool]:
+    """Unfinished jobs whose pictures are the same bytes under another address, pin or name now."""
+    there = job.alias("there")
+    differs = cast(there.c.request, Text) != cast(incoming.c.request, Text)
+    moved = (
+        select(known.c.id)
+        .join(incoming, incoming.c.identity == known.c.identity)
+        .join(there, there.c.id == known.c.id)
+        .where(known.c.same, there.c.status != "succeeded", differs)
+    )
+    return job.c.id.in_(moved)
 
 
 def _to_block() -> ColumnElement[bool]:
