@@ -24,7 +24,7 @@ from sdpipeline.domain import CheckpointRef, Json
 from sdpipeline.engine import Engine
 from sdpipeline.engine.checkpoints import CheckpointFiles, inspect
 from sdpipeline.engine.devices import gpu_count
-from sdpipeline.errors import BadInputError, CheckpointError, Mistake, SettingsError
+from sdpipeline.errors import BadInputError, CampaignError, CheckpointError, Mistake, SettingsError
 from sdpipeline.inputs import InputFolder
 from sdpipeline.settings import Settings
 from sdpipeline.storage import ForeignObjects, ObjectStore, S3Options, is_bucket_url, open_store
@@ -154,22 +154,31 @@ def _inspected(folder: Path, *, but: Collection[Path] = ()) -> dict[str, Checkpo
     return found
 
 
-def load_campaign(
-    s: Settings, path: Path, database: Database | None = None, *, edition: str | None = None
-) -> tuple[Campaign, InputFolder]:
-    """A checked campaign file and the folder its pictures come from; raises CampaignError, or SettingsError where the
-    deployment's policy is wrong."""
+def input_folder(s: Settings, folder: Path) -> InputFolder:
+    """Where a campaign's pictures and tables may come from: its folder, and what the settings allow beside it."""
     # Whoever waits for a plan is told within 15 seconds that a bucket does not answer.
     patience = replace(s3_options(s), connect_timeout_s=2, read_timeout_s=5, total_max_attempts=2)
-    inputs = InputFolder(
-        path.absolute().parent,
+    return InputFolder(
+        folder,
         allowed=[Path(root) for root in s.inputs.allowed if not is_bucket_url(root)],
         buckets=[root for root in s.inputs.allowed if is_bucket_url(root)],
         foreign=ForeignObjects(patience),
         max_pixels=s.inputs.max_pixels,
     )
+
+
+def load_campaign(
+    s: Settings, path: Path, database: Database | None = None, *, edition: str | None = None
+) -> tuple[Campaign, InputFolder]:
+    """A checked campaign file and the folder its pictures come from; raises CampaignError, or SettingsError where the
+    deployment's policy is wrong."""
+    inputs = input_folder(s, path.absolute().parent)
     rules = policy.load(s.policy_file) if s.policy_file else None
-    return load_campaign_file(path, catalog(s, database), inputs, edition=edition, deployment=rules), inputs
+    campaign = load_campaign_file(path, catalog(s, database), inputs, edition=edition, deployment=rules)
+    if campaign.spec.budget.max_cost is not None and s.cost_per_gpu_hour is None:
+        place = ("budget", "max_cost")
+        raise CampaignError(campaign.source.mistake(place, "has no price to count by", "set SDP_COST_PER_GPU_HOUR"))
+    return campaign, inputs
 
 
 def build_engine(s: Settings, device: str, database: Database | None, *, dtype: str | None = None) -> Engine:

@@ -134,8 +134,10 @@ def reuse(store: ObjectStore, leased: LeasedJob, original: Original, attempt: At
     Raises InputImageError where it is not what was recorded of it, or not what ``engine`` would make, and
     BadPictureError where it scores less than the campaign asks for.
     """
-    started, made = time.perf_counter(), original.stored
-    scores.check(made.scores, leased.rules.get("quality", {}))
+    started, made, thresholds = time.perf_counter(), original.stored, leased.rules.get("quality", {})
+    if thresholds and not made.scores:
+        raise InputImageError(f"{made.key} was never measured, and the campaign asks for {', '.join(thresholds)}")
+    scores.check(made.scores, thresholds)
     data, told = _verified(store, made.key, made.sha256), _verified_sidecar(store, made)
     if wrong := _unfit(leased, told["record"]["ran"], engine):
         raise InputImageError(f"{made.key} {wrong}")

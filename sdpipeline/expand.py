@@ -62,6 +62,8 @@ def combinations(campaign: Campaign, on_mistake: OnMistake) -> Iterator[Combinat
     together = [tuple(zip(axes.zipped, values, strict=True)) for values in zip(*axes.zipped.values(), strict=True)]
     left_out = [_matcher(choice, axes) for choice in campaign.spec.exclude]
     added = [tuple(sorted(choice.items())) for choice in campaign.spec.include]
+    # One and true compare equal, and are not the same value.
+    texts = {canonical(own) for own in added}
     for row in table:
         key, line, cells = (row.key, row.line, row.values) if row else ("", None, {})
         there = set()
@@ -69,8 +71,7 @@ def combinations(campaign: Campaign, on_mistake: OnMistake) -> Iterator[Combinat
             merged = {**cells, **dict(own), **edition}
             if added:
                 text = canonical(own)
-                included = text not in there and own in added
-                if text in there or (not included and any(matches(merged) for matches in left_out)):
+                if text in there or (text not in texts and any(matches(merged) for matches in left_out)):
                     continue
                 there.add(text)
             elif any(matches(merged) for matches in left_out):

@@ -210,11 +210,18 @@ def _manifest_row(entry: _Entry, name: str) -> list[Any]:
 
 
 def _pages(database: Database, choice: Choice) -> Iterator[list[_Entry]]:
-    after = 0
+    with database.read() as connection:
+        first, last = exports.bounds(connection, choice.campaign_id)
+    after = first - 1
     while True:
         with database.read() as connection:
             rows = exports.page(
-                connection, choice.campaign_id, stages=choice.stages, edition=choice.edition, after=after
+                connection,
+                choice.campaign_id,
+                stages=choice.stages,
+                edition=choice.edition,
+                after=after,
+                last=last,
             )
             above = exports.inherited(connection, [row.id for row in rows])
         if not rows:

@@ -24,14 +24,17 @@ def upgrade() -> None:
     op.create_table(
         "spending",
         sa.Column("campaign_id", sa.BigInteger().with_variant(sa.Integer(), "sqlite"), nullable=False),
-        sa.Column("stage", sa.String(length=63), nullable=False),
+        sa.Column("group_id", sa.BigInteger().with_variant(sa.Integer(), "sqlite"), nullable=False),
         sa.Column("worker_id", sa.String(length=32), nullable=False),
         sa.Column("images", sa.BigInteger(), nullable=False),
+        sa.Column("size_bytes", sa.BigInteger(), nullable=False),
         sa.Column("gpu_seconds", sa.Double(), nullable=False),
         sa.Column("cost", sa.Double(), nullable=False),
         sa.ForeignKeyConstraint(["campaign_id"], ["campaign.id"], name=op.f("fk_spending_campaign_id")),
-        sa.PrimaryKeyConstraint("campaign_id", "stage", "worker_id", name=op.f("pk_spending")),
+        sa.ForeignKeyConstraint(["group_id"], ["work_group.id"], name=op.f("fk_spending_group_id")),
+        sa.PrimaryKeyConstraint("campaign_id", "group_id", "worker_id", name=op.f("pk_spending")),
     )
+    op.create_index("ix_work_group_batch_key", "work_group", ["batch_key"], unique=False)
     op.create_index(
         "ix_job_chain",
         "job",
@@ -56,6 +59,7 @@ def downgrade() -> None:
         sa.PrimaryKeyConstraint("sha256", name=op.f("pk_input_image")),
     )
     op.drop_index("ix_job_chain", table_name="job")
+    op.drop_index("ix_work_group_batch_key", table_name="work_group")
     op.drop_table("spending")
     for table, column in (
         ("image", "reused_from"),

@@ -105,6 +105,7 @@ def _input(s: Settings, folder: Path | None, about: Json) -> bytes:
         if file.is_file() and hashlib.sha256(data := file.read_bytes()).hexdigest() == sha256:
             return data
     if "url" in about:
+        bootstrap.input_folder(s, Path()).admit(about["url"])  # a stranger's record opens no bucket
         return pinned(ForeignObjects(bootstrap.s3_options(s)), about)
     try:
         return bootstrap.open_storage(s).get(input_key(sha256))

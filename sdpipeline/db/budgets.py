@@ -10,7 +10,7 @@ from sqlalchemy import ColumnElement, Connection, and_, case, exists, func, lite
 from sqlalchemy.dialects import postgresql, sqlite
 
 from sdpipeline.db.audit import Event, Transaction
-from sdpipeline.db.history import usual
+from sdpipeline.db.history import average
 from sdpipeline.db.tables import campaign, job, spending, work_group
 from sdpipeline.domain import Json
 
@@ -21,9 +21,6 @@ _LEASED: ColumnElement[str] = literal_column("'leased'")
 _UNFINISHED = and_(job.c.chain.is_not(None), job.c.status.in_((_WAITING, _READY, _LEASED)))
 LIMITS = {"max_images": "images", "max_gpu_seconds": "gpu_seconds", "max_cost": "cost"}
 """A budget's keys and what each of them limits."""
-
-MOST_KEYS = 20
-"""How many batch keys of a stage are looked up elsewhere."""
 
 Amounts = Mapping[str, float]
 """Pictures, GPU-seconds and cost, by the names of ``spending``'s columns."""
@@ -61,13 +58,14 @@ def let_go(connection: Connection, campaign_id: int) -> None:
     connection.execute(update(job).where(numbered).values(chain=null()))
 
 
-def spend(connection: Connection, campaign_id: int, stage: str, charge: Charge, *, images: int) -> None:
-    """Add an attempt to what a campaign's stage has cost."""
-    amounts = {"images": images, "gpu_seconds": charge.gpu_seconds, "cost": charge.cost}
-    row = {"campaign_id": campaign_id, "stage": stage, "worker_id": charge.worker_id} | amounts
+def spend(connection: Connection, campaign_id: int, group_id: int, charge: Charge, *, size_bytes: int | None) -> None:
+    """Add an attempt to what a campaign's group has cost; ``size_bytes`` of its picture, None where it made none."""
+    amounts: dict[str, float] = {"images": int(size_bytes is not None), "size_bytes": size_bytes or 0}
+    amounts |= {"gpu_seconds": charge.gpu_seconds, "cost": charge.cost}
+    row = {"campaign_id": campaign_id, "group_id": group_id, "worker_id": charge.worker_id} | amounts
     dialect = postgresql if connection.dialect.name == "postgresql" else sqlite
     add = {name: spending.c[name] + value for name, value in amounts.items()}
-    keys = [spending.c.campaign_id, spending.c.stage, spending.c.worker_id]
+    keys = [spending.c.campaign_id, spending.c.group_id, spending.c.worker_id]
     connection.execute(dialect.insert(spending).values(**row).on_conflict_do_update(index_elements=keys, set_=add))
 
 
@@ -162,15 +160,10 @@ def _next_chains(connection: Connection, held: ColumnElement[bool], wave: int) -
 
 def _seconds(connection: Connection, campaign_id: int, stage: str) -> float | None:
     """GPU-seconds of one picture of a stage: from this campaign, else from such pictures of others."""
-    own = select(func.sum(spending.c.gpu_seconds), func.sum(spending.c.images))
-    mine = (spending.c.campaign_id == campaign_id, spending.c.stage == stage)
-    gpu_seconds, images = connection.execute(own.where(*mine)).one()
-    if images:
-        return float(gpu_seconds) / float(images)
-    keys = select(work_group.c.batch_key).where(work_group.c.campaign_id == campaign_id, work_group.c.stage == stage)
-    elsewhere = [usual(connection, key) for key in connection.execute(keys.limit(MOST_KEYS)).scalars().all()]
-    known = [each.gpu_seconds for each in elsewhere if each is not None]
-    return sum(known) / len(known) if known else None
+    own = and_(work_group.c.campaign_id == campaign_id, work_group.c.stage == stage)
+    keys = select(work_group.c.batch_key).where(own).scalar_subquery()
+    found = average(connection, own) or average(connection, work_group.c.batch_key.in_(keys))
+    return None if found is None else found.gpu_seconds
 
 
 def _price_of_one(gpu_seconds: float, gpu_second_cost: float) -> Amounts:

@@ -10,7 +10,7 @@ from typing import Any
 from sqlalchemy import Connection, func, select
 
 from sdpipeline.db import originals
-from sdpipeline.db.staging import chunked
+from sdpipeline.db.staging import POLICY, chunked
 from sdpipeline.db.tables import campaign, job
 from sdpipeline.domain import JobSpec, Json, changed_keys, to_document
 
@@ -99,13 +99,14 @@ def compare(
 
 
 def _stored(connection: Connection, campaign_id: int | None, identities: list[str], *, explain: bool) -> dict[str, Any]:
-    columns = [job.c.identity, job.c.fingerprint, job.c.status, *([job.c.request] if explain else [])]
+    columns = [job.c.identity, job.c.fingerprint, job.c.status, job.c.error_kind, *([job.c.request] if explain else [])]
     mine = (job.c.campaign_id == campaign_id, job.c.identity.in_(identities), job.c.status != "cancelled")
     return {row.identity: row for row in connection.execute(select(*columns).where(*mine))}
 
 
 def _add(found: Difference, spec: JobSpec, row: Any | None, *, there: Collection[str], explain: bool) -> None:
-    same = row is not None and row.fingerprint == spec.fingerprint
+    allowed = row is not None and (row.status, row.error_kind) == ("blocked", POLICY) and spec.blocked is None
+    same = row is not None and row.fingerprint == spec.fingerprint and not allowed
     (found.unchanged if same else found.new)[spec.stage] += 1
     if spec.blocked is not None:
         found.blocked[spec.stage] += 1

@@ -46,8 +46,15 @@ def source(connection: Connection, campaign_id: int) -> str:
     return str(connection.execute(newest.where(campaign.c.id == campaign_id)).scalar() or "")
 
 
+def bounds(connection: Connection, campaign_id: int) -> tuple[int, int]:
+    """The first and last id of the campaign's jobs: pages need not look at others before and behind."""
+    ids = select(func.min(job.c.id), func.max(job.c.id)).where(job.c.campaign_id == campaign_id)
+    first, last = connection.execute(ids).one()
+    return int(first or 0), int(last or 0)
+
+
 def page(
-    connection: Connection, campaign_id: int, *, stages: Sequence[str], edition: str | None, after: int
+    connection: Connection, campaign_id: int, *, stages: Sequence[str], edition: str | None, after: int, last: int
 ) -> Sequence[Any]:
     """The next jobs in order of their id, each with its picture if it has one."""
     columns = ("id", "stage", "row_key", "seed", "edition", "axes", "variables", "request")
@@ -58,7 +65,7 @@ def page(
         .outerjoin(image, own)
         # An index on the campaign would have all its jobs sorted for every page; `+ 0` keeps to the order of ids.
         .where(job.c.campaign_id + 0 == campaign_id, job.c.status != "cancelled")
-        .where(job.c.stage.in_(stages), job.c.id > after)
+        .where(job.c.stage.in_(stages), job.c.id > after, job.c.id <= last)
         .order_by(job.c.id)
         .limit(PAGE)
     )

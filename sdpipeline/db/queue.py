@@ -331,7 +331,7 @@ def complete(tx: Transaction, *, lease_id: str, leased: LeasedJob, stored: Store
         update(job)
         .where(_still_ours(lease_id, leased.id), job.c.fingerprint == leased.fingerprint)
         .values(status="succeeded", lease_id=null(), error_kind=null(), error=null(), finished_at=now_s())
-        .returning(job.c.campaign_id, job.c.salt, job.c.identity, job.c.request)
+        .returning(job.c.campaign_id, job.c.group_id, job.c.salt, job.c.identity, job.c.request)
     ).first()
     if row is None:
         return False
@@ -348,7 +348,7 @@ def complete(tx: Transaction, *, lease_id: str, leased: LeasedJob, stored: Store
     )
     _end_attempt(tx.connection, leased.id, lease_id, "succeeded", gpu_seconds=charge.gpu_seconds, cost=charge.cost)
     if stored.reused_from is None:
-        budgets.spend(tx.connection, row.campaign_id, leased.stage, charge, images=1)
+        budgets.spend(tx.connection, row.campaign_id, row.group_id, charge, size_bytes=stored.size_bytes)
     _count_down_children(tx.connection, leased.id)
     tx.record(
         Event.JOB_SUCCEEDED,
@@ -389,7 +389,7 @@ def fail(
             not_before=(now_s() + backoff_s) if again else null(),
             finished_at=null() if again else now_s(),
         )
-        .returning(job.c.campaign_id)
+        .returning(job.c.campaign_id, job.c.group_id)
     ).first()
     if row is None:
         return False
@@ -397,7 +397,7 @@ def fail(
     spent = {"gpu_seconds": charge.gpu_seconds, "cost": charge.cost}
     _end_attempt(tx.connection, leased.id, lease_id, "failed", **wrong, **spent)
     if charge.gpu_seconds:
-        budgets.spend(tx.connection, row.campaign_id, leased.stage, charge, images=0)
+        budgets.spend(tx.connection, row.campaign_id, row.group_id, charge, size_bytes=None)
     event = Event.JOB_DEFERRED if again else Event.JOB_FAILED
     about = {"lease": lease_id, "attempt": leased.attempt, "fingerprint": leased.fingerprint}
     tx.record(event, f"job:{leased.id}", error_kind=error_kind, **about)

@@ -87,6 +87,7 @@ work_group = Table(
     # How its pictures are delivered: {"reuse": bool, "quality": thresholds}. Changes no pixel.
     Column("rules", JSON, nullable=False, server_default="{}"),
     UniqueConstraint("campaign_id", "stage", "batch_key"),
+    Index("ix_work_group_batch_key", "batch_key"),
 )
 
 # What a campaign's attempts have cost, failed ones too; a row for each worker, so that completions do not wait for
@@ -95,9 +96,10 @@ spending = Table(
     "spending",
     metadata,
     Column("campaign_id", ForeignKey("campaign.id"), primary_key=True),
-    Column("stage", String(63), primary_key=True),
+    Column("group_id", ForeignKey("work_group.id"), primary_key=True),
     Column("worker_id", String(32), primary_key=True),
     Column("images", BigInteger, nullable=False),
+    Column("size_bytes", BigInteger, nullable=False),
     Column("gpu_seconds", Double, nullable=False),
     Column("cost", Double, nullable=False),
 )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from typing import Any
 
-from sqlalchemy import select
+from sqlalchemy import event, select
 
 from sdpipeline.db import budgets, control, reports, tables
 from sdpipeline.db.audit import AuditLog
@@ -150,3 +150,58 @@ def test_a_campaign_without_a_budget_is_leased_beside_one_that_spent_it(audit: A
     published(audit, chains(4), name="autumn")
     worked(audit)
     assert made(database) == {"draft": 4}
+
+
+def test_rows_put_in_front_of_what_runs_do_not_overspend(audit: AuditLog, database: Database) -> None:
+    budgeted(audit, 30, max_images=24)
+    with audit.transaction() as tx:
+        budgets.admit(tx, wave=8)
+    completed(audit, leased(audit))
+    jobs = [_numbered(spec, 100 + n // len(STAGES)) for n, spec in enumerate(chains(30, *STAGES))]
+    published(audit, jobs, budget={"max_images": 24})
+    worked(audit)
+    assert made(database) == {"draft": 8, "scene": 8, "final": 8}
+
+
+def test_a_budget_that_comes_later_holds_what_nobody_has_leased(audit: AuditLog, database: Database) -> None:
+    published(audit, chains(30, *STAGES))
+    budgeted(audit, 30, max_images=30)
+    worked(audit)
+    assert made(database) == {"draft": 10, "scene": 10, "final": 10}
+
+
+def test_two_workers_get_a_batch_each_where_the_budget_allows(audit: AuditLog) -> None:
+    jobs = [_numbered(spec, n) for n, spec in enumerate(chains(100))]
+    published(audit, jobs, budget={"max_images": 100})
+    for worker in ("one", "other"):
+        with audit.transaction() as tx:
+            budgets.admit(tx, wave=8)
+        assert len(leased(audit, worker_id=worker).jobs) == 8
+
+
+def test_a_job_retried_after_its_budget_was_removed_is_made(audit: AuditLog, database: Database) -> None:
+    campaign_id = budgeted(audit, 4, max_images=12)
+    with audit.transaction() as tx:
+        budgets.admit(tx, wave=8)
+    lease = leased(audit)
+    for job in lease.jobs:
+        failed(audit, lease, job)
+    published(audit, chains(3, *STAGES))  # the fourth row is gone, and was not pruned
+    with audit.transaction() as tx:
+        control.retry(tx, campaign_id=campaign_id, statuses=["failed"])
+    worked(audit)
+    assert made(database) == {"draft": 4, "scene": 4, "final": 4}
+
+
+def test_a_finished_campaign_costs_a_poll_nothing_more(audit: AuditLog) -> None:
+    budgeted(audit, 2, max_images=100)
+    worked(audit)
+    seen: list[str] = []
+
+    def note(_connection: Any, _cursor: Any, statement: str, *_: Any) -> None:
+        seen.append(statement)
+
+    with audit.transaction() as tx:
+        event.listen(tx.connection, "before_cursor_execute", note)
+        budgets.admit(tx, wave=8)
+    assert len([statement for statement in seen if "campaign" in statement and "audit" not in statement]) == 1

@@ -76,6 +76,13 @@ def test_what_a_policy_forbids_is_counted_and_not_to_make(audit: AuditLog, datab
     assert (found.blocked["draft"], found.new["draft"], sum(found.to_make.values())) == (1, 2, 1)
 
 
+def test_what_a_policy_allows_again_is_new_as_a_submit_says(audit: AuditLog, database: Database) -> None:
+    published(audit, [replace(job_spec("row-0"), blocked="policy.deny: 'row'")])
+    with database.read() as connection:
+        found = compare(connection, chains(1), team="default", name="spring")
+    assert (found.new["draft"], published(audit, chains(1)).added) == (1, 1)
+
+
 def test_what_pictures_of_a_batch_key_took_is_known_from_any_campaign(audit: AuditLog, database: Database) -> None:
     published(audit, chains(2))
     (key,) = {spec.batch_key for spec in chains(1)}

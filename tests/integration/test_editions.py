@@ -12,16 +12,18 @@ import pytest
 from sdpipeline import campaign as campaigns
 from sdpipeline import submission
 from sdpipeline.campaign import Campaign
+from sdpipeline.db import budgets
 from sdpipeline.db.audit import AuditLog
 from sdpipeline.db.connection import Database
 from sdpipeline.storage import LocalStore
-from tests.factories import CATALOG, completed, events, input_folder, leased, mistakes_of, statuses
+from tests.factories import CATALOG, completed, events, input_folder, leased, mistakes_of, statuses, try_lease
 from tests.integration.commands import FAKE_ENGINE, document, sdpipeline
 
 NIGHTLY = """
 name: nightly
 checkpoint: shapes
 variables: {{colour: [red, blue]}}
+budget: {budget}
 schedule: {{cron: "30 2 * * *", timezone: Europe/Berlin, mode: {mode}, on_overlap: {on_overlap}}}
 stages: [{{id: a, task: text-to-image, prompt: "a {{{{ colour }}}} circle{extra}"}}]
 """
@@ -30,9 +32,19 @@ stages: [{{id: a, task: text-to-image, prompt: "a {{{{ colour }}}} circle{extra}
 class Nights:
     """A campaign submitted night after night to one database."""
 
-    def __init__(self, audit: AuditLog, folder: Path, *, mode: str, on_overlap: str = "skip", extra: str = "") -> None:
+    def __init__(
+        self,
+        audit: AuditLog,
+        folder: Path,
+        *,
+        mode: str,
+        on_overlap: str = "skip",
+        extra: str = "",
+        budget: str = "{}",
+    ) -> None:
         self.audit, self.folder = audit, folder
-        (folder / "nightly.yaml").write_text(NIGHTLY.format(mode=mode, on_overlap=on_overlap, extra=extra))
+        text = NIGHTLY.format(mode=mode, on_overlap=on_overlap, extra=extra, budget=budget)
+        (folder / "nightly.yaml").write_text(text)
 
     def campaign(self, now: str) -> Campaign:
         at = datetime.fromisoformat(now).replace(tzinfo=UTC)
@@ -90,6 +102,20 @@ def test_an_edition_may_queue_behind_the_last_one(audit: AuditLog, tmp_path: Pat
     assert nights.submit("2027-03-28T02:00").added == 2
 
 
+def test_a_larger_budget_is_heard_of_although_the_last_edition_paused(audit: AuditLog, tmp_path: Path) -> None:
+    nights = Nights(audit, tmp_path, mode="edition", budget="{max_images: 1}")
+    nights.submit("2027-03-27T02:00")
+    for _ in range(2):
+        with audit.transaction() as tx:
+            budgets.admit(tx, wave=8)
+        if (lease := try_lease(audit)) is not None:
+            completed(audit, lease)
+    Nights(audit, tmp_path, mode="edition", budget="{max_images: 100}").submit("2027-03-28T02:00")
+    with audit.transaction() as tx:
+        budgets.admit(tx, wave=8)
+    assert len(leased(audit).jobs) == 3
+
+
 def test_editions_keep_their_pictures_when_the_file_changes(
     audit: AuditLog, database: Database, tmp_path: Path
 ) -> None:
@@ -123,7 +149,7 @@ def test_the_edition_is_a_variable_only_where_there_are_editions() -> None:
 
 def test_the_command_line_makes_an_edition_by_name_and_the_same_again_makes_nothing(tmp_path: Path) -> None:
     file = tmp_path / "nightly.yaml"
-    file.write_text(NIGHTLY.format(mode="incremental", on_overlap="skip", extra=" of {{ edition }}"))
+    file.write_text(NIGHTLY.format(mode="incremental", on_overlap="skip", budget="{}", extra=" of {{ edition }}"))
     home: dict[str, Any] = {"given": {FAKE_ENGINE: "0"}}
 
     def submitted(edition: str) -> Any:

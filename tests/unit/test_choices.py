@@ -69,6 +69,16 @@ def test_one_and_true_and_a_text_are_different_values() -> None:
     assert [dict(job.variables)["x"] for job in jobs_of(text)] == [1, "1"]
 
 
+def test_including_one_does_not_bring_back_true() -> None:
+    text = """
+        variables: {x: [2, true]}
+        exclude: [{x: true}]
+        include: [{x: 1}]
+        stages: [{id: a, task: text-to-image, prompt: "{{ x }}"}]
+    """
+    assert [dict(job.variables)["x"] for job in jobs_of(text)] == [2, 1]
+
+
 @pytest.mark.parametrize(
     ("choices", "expected"),
     [
