@@ -378,6 +378,9 @@ def _check_variables(spec: CampaignSpec, axes: Axes, faults: Faults, *, columns_
             # What it may have meant is not unused besides.
             used |= set(difflib.get_close_matches(name, declared, n=1))
     used |= {name for choice in spec.exclude for name in choice}
+    if axes.table is not None and axes.table.key is not None:
+        # The key tells the rows apart, whatever uses it besides.
+        used |= {name for name, title in (axes.table.columns or {}).items() if title == axes.table.key}
     open_columns = set() if axes.table is None or axes.table.columns is not None else set(axes.columns())
     for name in sorted(declared - used - open_columns):
         faults.add(_declaration(name, axes), f"the variable {name!r} is used nowhere", "use it or remove it")

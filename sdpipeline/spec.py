@@ -402,6 +402,11 @@ def note_faults(
             faults.hide((*at, *path))  # it is there, misspelt
             continue
         faults.add((*at, *path), *_in_words(about, (*at, *path), shape or CampaignSpec))
+    for path in unknown:
+        # Nor is what it was meant for told to be missing besides.
+        known = _known_keys((*at, *path), shape or CampaignSpec)
+        for meant in difflib.get_close_matches(str(path[-1]), list(known), n=1):
+            faults.hide((*at, *path[:-1], meant))
     return list(grouped)
 
 
@@ -444,6 +449,8 @@ def _expected(fault: Any) -> str:
     match fault["type"]:
         case "string_pattern_mismatch" if limits["pattern"] == NAME:
             return "a name of a-z, 0-9 and -, at most 63, that does not start with -"
+        case "greater_than":
+            return f"more than {limits['gt']:g}"
         case "greater_than_equal":
             return f"at least {limits['ge']:g}"
         case "less_than_equal":

@@ -125,7 +125,9 @@ def compile_template(text: str) -> Template:
         names = frozenset(meta.find_undeclared_variables(tree))
         return Template(text=text, names=names, _value=_joined(tree) or _rendered(text))
     except TemplateSyntaxError as error:
-        raise TemplateRefusedError(f"is not a template: {error.message}") from error
+        unclosed = "end of template" in str(error.message)
+        why = "a {{ or {% has no end" if unclosed else error.message
+        raise TemplateRefusedError(f"is not a template: {why}") from error
     except TemplateRefusedError:
         raise
     except (RecursionError, ValueError) as error:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import sys
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any
@@ -33,6 +34,7 @@ from sdpipeline.domain import Status
 from sdpipeline.settings import Settings
 
 LONGEST_SHOWN = 60
+UNLUCKY = ("failed", "blocked", "skipped", "cancelled")
 RETRYABLE = ("failed", "blocked", "cancelled")
 EDITION_NAME = re.compile(r"[a-z0-9][a-z0-9-]{0,62}")
 
@@ -260,7 +262,7 @@ def show_status(campaigns: list[Progress], *, as_json: bool, workers: list[dict[
     if as_json:
         print_json({"campaigns": documents} | ({"workers": living} if workers is not None else {}))
         return
-    columns = ("total", "ready", "waiting", "leased", "succeeded", "failed", "blocked", "skipped", "cancelled")
+    columns = ("total", "succeeded", *_there(documents, ("ready", "waiting", "leased", *UNLUCKY)))
     spent = ("images", "gpu_seconds", *(["cost"] if any(d["cost"] for d in documents) else []))
     about = ("name", "version", "status")
     rows = [
@@ -275,6 +277,11 @@ def show_status(campaigns: list[Progress], *, as_json: bool, workers: list[dict[
         for worker in living:
             worker["last seen"] = _time(worker["seen_at"])
         print_records("Workers", ("id", "host", "pid", "device", "leases", "last seen", "note"), living)
+
+
+def _there(documents: list[dict[str, Any]], names: Sequence[str]) -> list[str]:
+    """Those statuses that some campaign has jobs of: a table of zeros is hard to read."""
+    return [name for name in names if any(d["jobs"][name] for d in documents)]
 
 
 def leave(progress: Progress) -> None:
@@ -323,14 +330,19 @@ def _submitted(name: str, done: Submitted) -> str:
         return f"{name}: {done.left_out}"
     cancelled = f", {done.cancelled} cancelled" if done.cancelled else ""
     blocked = f", {done.blocked} blocked by a policy" if done.blocked else ""
-    return f"{name} version {done.version}: {done.added} jobs added, {done.unchanged} unchanged{cancelled}{blocked}"
+    changed = f" ({done.changed} of them changed: pictures they had are kept)" if done.changed else ""
+    counts = f"{done.added} jobs added{changed}, {done.unchanged} unchanged"
+    return f"{name} version {done.version}: {counts}{cancelled}{blocked}"
 
 
 def _jobs_table(campaign: str, found: list[dict[str, Any]]) -> None:
-    columns = ("id", "stage", "row", "seed", "status", "attempts", "picture or error")
     for job in found:
         job["picture or error"] = job["image"]["url"] if job["image"] else job["error"]
-    print_records(f"Jobs of {campaign}", columns, found)
+        job["variables"] = ", ".join(f"{name}={value}" for name, value in job["variables"].items())
+    telling = [name for name in ("edition", "row", "variables") if any(job[name] for job in found)]
+    print_records(
+        f"Jobs of {campaign}", ("id", "stage", *telling, "seed", "status", "attempts", "picture or error"), found
+    )
 
 
 def _say(sentence: str, document: dict[str, Any], *, as_json: bool) -> None:

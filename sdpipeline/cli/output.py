@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -18,6 +19,8 @@ from sdpipeline.settings import Settings
 from sdpipeline.telemetry import configure_logging
 
 FOUND_FAULTS = 3
+FILE_WIDTH = 160
+"""Columns of a table that goes to a file or a log, where nobody has a terminal's eighty."""
 
 Home = Annotated[Path | None, typer.Option("--home", help="Folder of the embedded default.", show_default="./sdp-home")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of a table.")]
@@ -27,6 +30,9 @@ CampaignName = Annotated[str, typer.Argument(metavar="CAMPAIGN", help="A submitt
 # A sentence is one line however narrow the terminal, or none: scripts look for it.
 stdout = Console(highlight=False, markup=False, soft_wrap=True)
 stderr = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
+for _console in (stdout, stderr):
+    if not _console.is_terminal and "COLUMNS" not in os.environ:
+        _console.width = FILE_WIDTH
 
 
 def settings(home: Path | None) -> Settings:

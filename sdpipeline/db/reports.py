@@ -183,6 +183,7 @@ def _job_document(row: Any, parents: list[int]) -> Json:
     return {
         "id": row.id,
         "stage": row.stage,
+        "edition": row.edition,
         "row": row.row_key,
         "variables": row.variables,
         "seed": row.seed,

@@ -51,14 +51,15 @@ CHUNK = 1000
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Submitted:
-    """What a submit did. ``added`` counts new, changed and revived jobs, ``blocked`` what a policy forbids of all that
-    is asked for; ``left_out`` says why nothing was done."""
+    """What a submit did. ``added`` counts new, changed and revived jobs, ``changed`` those of them that were there
+    before, ``blocked`` what a policy forbids of all that is asked for; ``left_out`` says why nothing was done."""
 
     campaign_id: int
     version: int
     added: int
     unchanged: int
     cancelled: int
+    changed: int = 0
     blocked: int = 0
     left_out: str | None = None
 
@@ -90,7 +91,7 @@ def submit(tx: Transaction, ready: Prepared, asked: Publication, *, prune: bool 
             created_at = connection.execute(select(now_s())).scalar_one()
             load_first(connection, ready, groups, created_at=created_at, **constants)
             _link_parents(connection)
-            added, unchanged, cancelled = ready.count, 0, 0
+            added, changed, unchanged, cancelled = ready.count, 0, 0, 0
             if ready.blocked:
                 _tell_blocked(tx, campaign_id)
         else:
@@ -105,7 +106,8 @@ def submit(tx: Transaction, ready: Prepared, asked: Publication, *, prune: bool 
             if same is not None:
                 return _submitted(ready, campaign_id, same, added=0, unchanged=unchanged, cancelled=0)
             version_id, number = _insert_version(tx, campaign_id, source)
-            added = _change(tx, campaign_id, version_id) + _insert_new(connection, version_id, asked.max_attempts)
+            changed = _change(tx, campaign_id, version_id)
+            added = changed + _insert_new(connection, version_id, asked.max_attempts)
             _link_parents(connection)
             _keep(connection, version_id)
             if ready.blocked:
@@ -134,7 +136,8 @@ def submit(tx: Transaction, ready: Prepared, asked: Publication, *, prune: bool 
         unchanged=unchanged,
         cancelled=cancelled,
     )
-    return _submitted(ready, campaign_id, number, added=added, unchanged=unchanged, cancelled=cancelled)
+    counts = {"added": added, "changed": changed, "unchanged": unchanged, "cancelled": cancelled}
+    return _submitted(ready, campaign_id, number, **counts)
 
 
 def _submitted(ready: Prepared, campaign_id: int, version: int, **counts: int) -> Submitted:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 
 CAMPAIGN_FLOW = "sdpipeline.flows.campaign:campaign"
 DRAW_EVERY_S = 1.0
+SAY_EVERY_S = 15.0
 ANSWER_TIMEOUT_S = 4.0
 DISPATCHER_RETRIES = 2  # waits 1 and 2 seconds; Prefect's own five would hold a Ctrl-C up for a minute
 SIGTERM_EXIT_CODE = 143
@@ -232,10 +234,15 @@ def _live_progress(settings: Settings, campaign: str, console: Console | None) -
     with Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=console) as bar:
         line = bar.add_task(campaign, total=None)
 
+        said = [time.monotonic()]
+
         def draw() -> None:
             with suppress(DatabaseUnavailableError):
                 now = bootstrap.campaign_progress(settings, campaign)
                 bar.update(line, completed=now.finished, total=now.total, description=describe(now))
+                if not console.is_terminal and time.monotonic() - said[0] >= SAY_EVERY_S:
+                    console.print(describe(now))  # a bar shows nothing in a file before its end
+                    said[0] = time.monotonic()
 
         def keep_drawing() -> None:
             while not stop.wait(DRAW_EVERY_S):

@@ -25,7 +25,7 @@ TINY = replace(
         "autoencoder": 2,
         "words": 16,
         "unet": 4,
-        "controlnet": 4,
+        "controlnet": 16,  # fewer differ more from one another than what forty steps learn
         "upscale_autoencoder": 1,
         "upscale": 1,
     },
@@ -66,7 +66,7 @@ def losses(training: Training) -> Callable[[str], list[float]]:
 
 @pytest.mark.parametrize("stage", [stage for stage in STAGES if stage != "assemble"])
 def test_the_loss_falls_in_every_stage(losses: Callable[[str], list[float]], stage: str) -> None:
-    assert losses(stage)[-1] < losses(stage)[0]
+    assert losses(stage)[-1] < losses(stage)[0], losses(stage)
 
 
 def test_the_stages_leave_three_checkpoints_and_their_manifest(

@@ -126,7 +126,7 @@ def test_the_file_that_the_mistakes_below_are_made_in_is_right() -> None:
         (
             "a {{ colour }} circle at night",
             "{{ colour",
-            "14:5: stages[1].prompt: is not a template: unexpected end of template, expected 'end of print statement'.",
+            "14:5: stages[1].prompt: is not a template: a {{ or {% has no end",
         ),
         (
             "[red, blue]",

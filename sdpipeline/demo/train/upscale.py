@@ -2,7 +2,7 @@
 
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
 
 from sdpipeline.demo.latents import SHAPES_LATENT, UPSCALE_LATENT
@@ -47,47 +47,6 @@ def train_upscale_unet(
         return torch.mean(error)
 
     return fit(unet, loss, stage="upscale", run=run, budget=budget, pace=Pace(learning_rate=2e-3, half_precision=False))
-
-
-def train_together(
-    unet: UNet2DConditionModel,
-    autoencoder: AutoencoderKL,
-    shapes_autoencoder: AutoencoderKL,
-    pictures: Tensor,
-    *,
-    run: Run,
-    budget: Budget,
-    batch: int,
-) -> list[float]:
-    """The U-Net and the decoder that reads its latents, by the pixels they make together.
-
-    The U-Net's latents are a little blurred; a decoder that has seen only designed ones puts edges beside their
-    place. `batch` counts crops of an eighth of the side.
-    """
-    low_signal = low_resolution_schedule().alphas_cumprod.to(run.device)
-    signal = upscale_noise_schedule().alphas_cumprod.to(run.device)
-    shapes_autoencoder.to(run.device).eval().requires_grad_(False)
-    autoencoder.encoder.requires_grad_(False)
-    autoencoder.quant_conv.requires_grad_(False)
-    visible = torch.tensor(UPSCALE_LATENT.std, device=run.device).square().view(1, -1, 1, 1)
-
-    def loss(_progress: float) -> Tensor:
-        pixels = random_crops(pictures, side=pictures.shape[-1] // 4, count=batch)
-        low, level = _noised_levels(degraded(pixels, shapes_autoencoder), low_signal)
-        timesteps = torch.randint(1000, level.shape, device=run.device)
-        latents = UPSCALE_LATENT.encode(pixels)
-        noised, _ = diffuse(latents, signal[timesteps])
-        words = noised.new_zeros(len(noised), 77, UPSCALE_TEXT_WIDTH)
-        predicted = unet(torch.cat([noised, low], 1), timesteps, words, class_labels=level).sample.float()
-        difference = autoencoder.decode(predicted).sample.float() - pixels
-        slopes = sum(difference.diff(dim=axis).abs().mean() for axis in (2, 3))
-        off = ((predicted - latents).square() * visible).mean()
-        total: Tensor = difference.abs().mean() + 4 * difference.square().mean() + 0.6 * slopes + off
-        return total
-
-    both = nn.ModuleList([unet, autoencoder])
-    pace = Pace(learning_rate=6e-4, ema_decay=0.998, half_precision=False)
-    return fit(both, loss, stage="upscale_together", run=run, budget=budget, pace=pace)
 
 
 @torch.no_grad()
