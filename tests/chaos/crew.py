@@ -19,7 +19,7 @@ from tests.factories import statuses
 WORKERS = 3
 LEASE_TTL_S = 1.0
 MAX_ATTEMPTS = 20
-PATIENCE_S = 120.0
+PATIENCE_S = 300.0
 TICK_S = (0.2, 0.8)
 
 
@@ -85,7 +85,7 @@ class Crew:
     def stop(self) -> None:
         """End all, frozen ones too."""
         for pid in self.frozen:
-            os.kill(pid, signal.SIGCONT)
+            _send(pid, signal.SIGCONT)
         for worker in self.workers:
             worker.join(LEASE_TTL_S * 10)
             worker.kill()
@@ -97,7 +97,8 @@ class Crew:
 
     def _strike(self, victim: ForkServerProcess, *, kill: bool) -> None:
         assert victim.pid is not None
-        os.kill(victim.pid, signal.SIGKILL if kill else signal.SIGSTOP)
+        if not _send(victim.pid, signal.SIGKILL if kill else signal.SIGSTOP):
+            return
         if kill:
             self.kills += 1
             victim.join()
@@ -108,7 +109,7 @@ class Crew:
     def _thaw(self) -> None:
         for pid, until in list(self.frozen.items()):
             if time.monotonic() >= until:
-                os.kill(pid, signal.SIGCONT)
+                _send(pid, signal.SIGCONT)
                 del self.frozen[pid]
 
     def _replace(self) -> None:
@@ -121,3 +122,12 @@ class Crew:
         if worker.exitcode not in self.good_ends:
             log = self.home / f"worker-{worker.pid}.log"
             self.crashes.append(f"worker {worker.pid} left with {worker.exitcode}: {log.read_text()[-2000:]}")
+
+
+def _send(pid: int, sent: signal.Signals) -> bool:
+    """False for a process that has just ended by itself."""
+    try:
+        os.kill(pid, sent)
+    except ProcessLookupError:
+        return False
+    return True

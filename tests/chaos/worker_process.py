@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 import traceback
 from collections.abc import Mapping
 from multiprocessing.context import ForkServerProcess
@@ -21,6 +22,9 @@ from tests.integration.databases import processes
 
 if TYPE_CHECKING:
     from sqlalchemy import Table
+
+PAUSE_S = 0.5
+"""Before one that found nothing to work with is replaced, as by any supervisor."""
 
 
 def start(environment: Mapping[str, str], *, fencing: bool = True) -> ForkServerProcess:
@@ -44,6 +48,7 @@ def _work(environment: dict[str, str], fencing: bool) -> None:
     except (DatabaseUnavailableError, SettingsError):
         # The database or the bucket was away when it began or ended: as an operator's supervisor would be told.
         traceback.print_exc()
+        time.sleep(PAUSE_S)
         sys.exit(os.EX_TEMPFAIL)
 
 
