@@ -16,7 +16,7 @@ from tests.chaos.invariants import violations
 from tests.chaos.postgres import PostgresServer
 from tests.factories import chains, published, statuses
 
-pytestmark = [pytest.mark.chaos, pytest.mark.timeout(0)]
+pytestmark = [pytest.mark.chaos, pytest.mark.timeout(300)]
 
 CHAINS = 40
 CRASHES = 2

@@ -23,7 +23,7 @@ from tests.integration.conftest import Bucket
 from tests.integration.databases import on_postgresql, on_sqlite
 from tests.integration.fault_proxy import Fault, FaultProxy
 
-pytestmark = [pytest.mark.chaos, pytest.mark.timeout(0)]
+pytestmark = [pytest.mark.chaos, pytest.mark.timeout(300)]
 
 CHAINS = 12
 FAULT_SHARE = 0.05
