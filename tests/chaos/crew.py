@@ -1,0 +1,133 @@
+"""Worker processes that are killed and frozen again and again, and replaced."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import time
+from collections import Counter
+from collections.abc import Mapping
+from multiprocessing.context import ForkServerProcess
+from pathlib import Path
+
+from sdpipeline.db.connection import Database
+from sdpipeline.domain import TERMINAL
+from tests.chaos import worker_process
+from tests.factories import statuses
+
+WORKERS = 3
+LEASE_TTL_S = 1.0
+MAX_ATTEMPTS = 20
+PATIENCE_S = 300.0
+TICK_S = (0.2, 0.8)
+
+
+class Crew:
+    """Workers in ``home``; ``settings`` go to each. ``outages`` says that database and storage may be away when one
+    begins or ends: it leaves then, and is replaced."""
+
+    def __init__(
+        self,
+        home: Path,
+        database_url: str,
+        seed: int,
+        *,
+        workers: int = WORKERS,
+        fencing: bool = True,
+        outages: bool = False,
+        settings: Mapping[str, str] | None = None,
+    ) -> None:
+        self.environment = {
+            "SDP_HOME": str(home),
+            "SDP_DATABASE_URL": database_url,
+            "SDP_STORAGE_URL": f"file://{home / 'storage'}",
+            "SDP_LEASE_TTL_S": str(LEASE_TTL_S),
+            "SDP_ENGINE__FAKE_SECONDS_PER_BATCH": "0.1",
+        } | dict(settings or {})
+        self.home = home
+        self.random = random.Random(seed)
+        self.fencing = fencing
+        self.good_ends = {0, -signal.SIGKILL} | ({os.EX_TEMPFAIL} if outages else set())
+        self.kills = self.freezes = 0
+        self.crashes: list[str] = []
+        self.frozen: dict[int, float] = {}
+        self.workers = [self._start() for _ in range(workers)]
+
+    @property
+    def fenced(self) -> int:
+        """Finished pictures that the database refused, because their lease was lost meanwhile."""
+        return sum(log.read_text().count("lease_lost") for log in self.home.glob("worker-*.log"))
+
+    def torment(self, seconds: float, *, kill_share: float = 0.5) -> None:
+        """Kill or freeze somebody about twice a second."""
+        ends = time.monotonic() + seconds
+        while time.monotonic() < ends:
+            time.sleep(self.random.uniform(*TICK_S))
+            self._thaw()
+            self._replace()
+            standing = [worker for worker in self.workers if worker.is_alive() and worker.pid not in self.frozen]
+            if standing:
+                self._strike(self.random.choice(standing), kill=self.random.random() < kill_share)
+        while self.frozen:
+            time.sleep(0.05)
+            self._thaw()
+
+    def finish(self, database: Database) -> None:
+        """Let whoever is left work to the end."""
+        ends = time.monotonic() + PATIENCE_S
+        while set(statuses(database)) - set(map(str, TERMINAL)):
+            assert time.monotonic() < ends, f"{Counter(statuses(database))} {self.crashes}"
+            self._replace()
+            time.sleep(0.2)
+        self.stop()
+
+    def stop(self) -> None:
+        """End all, frozen ones too."""
+        for pid in self.frozen:
+            _send(pid, signal.SIGCONT)
+        for worker in self.workers:
+            worker.join(LEASE_TTL_S * 10)
+            worker.kill()
+            worker.join()
+            self._note(worker)
+
+    def _start(self) -> ForkServerProcess:
+        return worker_process.start(self.environment, fencing=self.fencing)
+
+    def _strike(self, victim: ForkServerProcess, *, kill: bool) -> None:
+        assert victim.pid is not None
+        if not _send(victim.pid, signal.SIGKILL if kill else signal.SIGSTOP):
+            return
+        if kill:
+            self.kills += 1
+            victim.join()
+        else:
+            self.freezes += 1
+            self.frozen[victim.pid] = time.monotonic() + LEASE_TTL_S * self.random.uniform(1.3, 2.0)
+
+    def _thaw(self) -> None:
+        for pid, until in list(self.frozen.items()):
+            if time.monotonic() >= until:
+                _send(pid, signal.SIGCONT)
+                del self.frozen[pid]
+
+    def _replace(self) -> None:
+        for place, worker in enumerate(self.workers):
+            if not worker.is_alive():
+                self._note(worker)
+                self.workers[place] = self._start()
+
+    def _note(self, worker: ForkServerProcess) -> None:
+        if worker.exitcode not in self.good_ends:
+            log = self.home / f"worker-{worker.pid}.log"
+            self.crashes.append(f"worker {worker.pid} left with {worker.exitcode}: {log.read_text()[-2000:]}")
+
+
+def _send(pid: int, sent: signal.Signals) -> bool:
+    """False for a process that has just ended by itself."""
+    try:
+        os.kill(pid, sent)
+    except ProcessLookupError:
+        return False
+    return True

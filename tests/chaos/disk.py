@@ -1,0 +1,47 @@
+"""A disk small enough to be filled to its last byte."""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+CHUNK = 4096
+
+
+@dataclass(frozen=True, slots=True)
+class Disk:
+    """A folder on a file system of its own."""
+
+    folder: Path
+
+    def fill(self) -> None:
+        """Leave no room for anything."""
+        with (self.folder / ".ballast").open("ab", buffering=0) as ballast:
+            try:
+                while ballast.write(bytes(CHUNK)):
+                    pass
+            except OSError:
+                return
+
+    def free(self) -> None:
+        """Make room again."""
+        (self.folder / ".ballast").unlink()
+
+
+@contextmanager
+def small_disk(folder: Path, *, size_mib: int) -> Iterator[Disk]:
+    """A new file system in ``folder``, in memory; skips the test where this user may mount none."""
+    folder.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", f"size={size_mib}m", "tmpfs", str(folder)]
+    mounted = subprocess.run(command, capture_output=True, text=True, check=False)
+    if mounted.returncode:
+        pytest.skip(f"a disk that fills up has to be mounted, and only root may: {mounted.stderr.strip()}")
+    try:
+        yield Disk(folder)
+    finally:
+        subprocess.run(["umount", "--lazy", str(folder)], check=True)

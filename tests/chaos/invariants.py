@@ -1,0 +1,74 @@
+"""What must hold once a campaign is over, whatever died on the way: the one check after every kind of chaos."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from sqlalchemy import func, select
+
+from sdpipeline.audit import SealKey, seal, verify
+from sdpipeline.db.connection import Database
+from sdpipeline.db.tables import image, job
+from sdpipeline.domain import TERMINAL
+from sdpipeline.storage import ObjectStore
+from tests.chaos.crew import MAX_ATTEMPTS
+from tests.factories import events
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Orphans:
+    """Objects that no row names: pictures that were stored and not recorded, and sidecars."""
+
+    pictures: int
+    sidecars: int
+
+
+def violations(database: Database, store: ObjectStore, key: SealKey, *, max_attempts: int = MAX_ATTEMPTS) -> list[str]:
+    """Everything that is not as it must be; the audit log is sealed, so that its seals are looked at too.
+
+    Every job has succeeded, for nothing in these campaigns can fail by itself.
+    """
+    told = Counter(event["subject"] for event in events(database) if event["event"] == "job.succeeded")
+    jobs = _jobs(database)
+    found = [wrong for row in jobs for wrong in _wrong(row, told.pop(f"job:{row.id}", 0), max_attempts)]
+    found += [f"{subject} succeeded in the audit log alone" for subject in told]
+    # Chains without a gap, seals, job rows against events, and the bytes of every picture and sidecar.
+    seal(database, store, key)
+    return found + [f"{fault.kind} {fault.subject}: {fault.detail}" for fault in verify(database, store, key).faults]
+
+
+def _jobs(database: Database) -> list[Any]:
+    """Every job with how many pictures it has."""
+    pictures = select(func.count()).where(image.c.job_id == job.c.id).correlate(job).scalar_subquery()
+    columns = (job.c.id, job.c.status, job.c.attempt, job.c.lease_id, job.c.error, pictures.label("pictures"))
+    with database.read() as connection:
+        return list(connection.execute(select(*columns).order_by(job.c.id)).all())
+
+
+def _wrong(row: Any, told: int, max_attempts: int) -> Iterator[str]:
+    if row.status not in TERMINAL:
+        yield f"job {row.id} is {row.status}"
+    elif row.status != "succeeded":
+        yield f"job {row.id} is {row.status}: {row.error}"
+    if row.pictures != 1:
+        yield f"job {row.id} has {row.pictures} pictures"
+    if told != 1:
+        yield f"job {row.id} succeeded {told} times in the audit log"
+    if not 1 <= row.attempt <= max_attempts:
+        yield f"job {row.id} made {row.attempt} attempts"
+    if row.lease_id is not None:
+        yield f"job {row.id} is still held by lease {row.lease_id}"
+
+
+def orphans(database: Database, store: ObjectStore) -> Orphans:
+    """What crashes left behind in storage; it may only ever be too much, never too little."""
+    with database.read() as connection:
+        named = {key for row in connection.execute(select(image.c.key, image.c.sidecar_key)) for key in row}
+    there = set(store.list("default/"))
+    assert named <= there, f"not in storage: {sorted(named - there)[:5]}"
+    extra = there - named
+    sidecars = sum(key.endswith(".json") for key in extra)
+    return Orphans(pictures=len(extra) - sidecars, sidecars=sidecars)

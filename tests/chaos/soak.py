@@ -1,0 +1,209 @@
+"""All faults together, by five seeds on each kind of deployment: ``make soak``, which writes SOAK.md beside this file.
+
+Not named as tests are, so that nothing but its own name runs it: it takes ten times ``SDP_TEST_SOAK_S`` seconds.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import random
+import time
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, fields
+from datetime import UTC, datetime
+from functools import partial
+from pathlib import Path
+
+import psutil
+import pytest
+
+from sdpipeline.audit import load_key
+from sdpipeline.db.audit import AuditLog
+from sdpipeline.db.connection import open_database
+from sdpipeline.db.migrate import upgrade
+from sdpipeline.storage import LocalStore, ObjectStore
+from tests.chaos.crew import Crew
+from tests.chaos.disk import Disk, small_disk
+from tests.chaos.invariants import orphans, violations
+from tests.chaos.postgres import PostgresServer
+from tests.chaos.weather import at_random, recurring, s3_settings, supply
+from tests.factories import statuses
+from tests.integration.commands import FAKE_ENGINE
+from tests.integration.conftest import Bucket
+from tests.integration.fault_proxy import FaultProxy
+
+pytestmark = [pytest.mark.chaos, pytest.mark.timeout(0)]
+
+SOAK_S = float(os.environ.get("SDP_TEST_SOAK_S", "60"))
+SEEDS = range(5)
+WORKERS = 5
+KILL_SHARE = 0.75
+LEAST_KILLS_A_MINUTE = 50
+FAULT_SHARE = 0.03
+CHAINS_AT_ONCE = 40
+OUTAGE_PAUSE_S = (8.0, 12.0)
+SLOWER = {FAKE_ENGINE: "0.2"}
+"""So that many die in the middle of a batch."""
+TABLE = Path(__file__).with_name("SOAK.md")
+
+Outage = tuple[Callable[[], None], tuple[float, float]]
+"""Something that goes away and comes back, and the seconds between two times."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Soaked:
+    """One line of the table; its fields are the columns."""
+
+    date: str
+    machine: str
+    backend: str
+    seed: int
+    seconds: int
+    jobs: int
+    done_in_the_storm: int
+    kills: int
+    freezes: int
+    database_restarts: int | str
+    s3_faults: int | str
+    full_disks: int | str
+    fenced: int
+    wasted_pictures: int
+    orphans: int
+    violations: int
+
+
+@pytest.fixture(scope="module")
+def table() -> list[Soaked]:
+    """The lines of this run."""
+    return []
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_sqlite_and_a_directory(home: Path, table: list[Soaked], seed: int) -> None:
+    url = f"sqlite:///{home / 'queue.db'}"
+    database = open_database(url)
+    upgrade(database)
+    database.close()
+    with small_disk(home / "storage", size_mib=256) as disk:
+        full = partial(_full_for, disk, 1.0)
+        store = LocalStore(home / "storage")
+        soak = Soak(url=url, store=store, home=home, seed=seed, outages=[(full, OUTAGE_PAUSE_S)])
+        soak.run(partial(Crew, home, url, seed, settings=SLOWER))
+        soak.write(table, "SQLite + directory", full_disks=soak.outage_counts[0])
+        soak.check()
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_postgresql_and_s3(
+    crashing_postgres: PostgresServer, bucket: Bucket, home: Path, table: list[Soaked], seed: int
+) -> None:
+    url, chance = crashing_postgres.new_database(f"soak_{seed}"), random.Random(seed)
+    with FaultProxy(bucket.endpoint_url, at_random(chance, FAULT_SHARE)) as proxy:
+        crew = partial(Crew, home, url, seed, settings=s3_settings(bucket, proxy) | SLOWER)
+        crash = partial(crashing_postgres.crash_for, 0.5)
+        soak = Soak(url=url, store=bucket.store(), home=home, seed=seed, outages=[(crash, OUTAGE_PAUSE_S)])
+        soak.run(crew, calm=lambda: setattr(proxy, "choose", lambda _method, _path: None))
+        faults = sum(fault is not None for _, fault in proxy.seen)
+    soak.write(table, "PostgreSQL + S3", database_restarts=soak.outage_counts[0], s3_faults=faults)
+    soak.check()
+
+
+class Soak:
+    """One campaign after another under everything at once, and what was left when it was over."""
+
+    def __init__(self, *, url: str, store: ObjectStore, home: Path, seed: int, outages: Sequence[Outage]) -> None:
+        self.database = open_database(url)
+        self.store = store
+        self.home = home
+        self.seed = seed
+        self.outages = outages
+        self.outage_counts: list[int] = []
+        self.seconds = 0.0
+        self.done = 0
+
+    def run(self, crew: Callable[..., Crew], calm: Callable[[], object] = lambda: None) -> None:
+        """Torment the crew, then ``calm`` whatever else fails and let it finish."""
+        submit = supply(AuditLog(self.database, actor="user:soak"), chains_at_once=CHAINS_AT_ONCE)
+        submit()
+        started = time.monotonic()
+        self.crew = crew(workers=WORKERS, outages=True)
+        try:
+            with ExitStack() as stack:
+                stack.enter_context(recurring(submit, random.Random(self.seed), (0.5, 0.5)))
+                counts = [
+                    stack.enter_context(recurring(act, random.Random(self.seed + number), pause_s))
+                    for number, (act, pause_s) in enumerate(self.outages, 1)
+                ]
+                self.crew.torment(SOAK_S, kill_share=KILL_SHARE)
+            self.done = statuses(self.database).count("succeeded")
+            calm()
+            self.crew.finish(self.database)
+        finally:
+            self.crew.stop()
+        self.outage_counts = [count[0] for count in counts]
+        self.seconds = time.monotonic() - started
+        self.violations = violations(self.database, self.store, load_key(self.home / "seal.pem", create=True))
+
+    def write(self, table: list[Soaked], backend: str, **counts: int) -> None:
+        """Its line of the table, which is written each time: a run may be cut off."""
+        left = orphans(self.database, self.store)
+        line = Soaked(
+            date=datetime.now(UTC).strftime("%Y-%m-%d"),
+            machine=_machine(),
+            backend=backend,
+            seed=self.seed,
+            seconds=round(self.seconds),
+            jobs=len(statuses(self.database)),
+            done_in_the_storm=self.done,
+            kills=self.crew.kills,
+            freezes=self.crew.freezes,
+            fenced=self.crew.fenced,
+            wasted_pictures=left.pictures,
+            orphans=left.pictures + left.sidecars,
+            violations=len(self.violations),
+            **{"database_restarts": "-", "s3_faults": "-", "full_disks": "-"} | counts,
+        )
+        table.append(line)
+        TABLE.write_text(_table(table))
+
+    def check(self) -> None:
+        """Nothing was violated, nobody crashed for a reason of its own, and there was enough of everything."""
+        self.database.close()
+        assert self.violations == []
+        assert self.crew.crashes == []
+        assert self.crew.kills >= LEAST_KILLS_A_MINUTE * SOAK_S / 60
+        assert all(self.outage_counts)
+
+
+def _full_for(disk: Disk, seconds: float) -> None:
+    disk.fill()
+    time.sleep(seconds)
+    disk.free()
+
+
+def _machine() -> str:
+    found = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
+    name = found[0].partition(":")[2].strip() if found else platform.machine()
+    return f"{os.cpu_count()} cores, {name}, {psutil.virtual_memory().total / 2**30:.0f} GiB"
+
+
+def _table(lines: Sequence[Soaked]) -> str:
+    names = [field.name for field in fields(Soaked)]
+    head = ["| " + " | ".join(name.replace("_", " ") for name in names) + " |", "|" + "---|" * len(names)]
+    rows = ["| " + " | ".join(str(getattr(line, name)) for name in names) + " |" for line in lines]
+    return "\n".join([INTRODUCTION, *head, *rows, ""])
+
+
+INTRODUCTION = f"""\
+# What a soak found
+
+`make soak` wrote this. Each line is one campaign after another for {SOAK_S:.0f} seconds on {WORKERS} workers with
+leases of one second, then the rest of the work in peace: workers killed and frozen beyond their leases, the database
+stopped as by a power cut and restarted, {FAULT_SHARE:.0%} of the requests to S3 failing in any of six ways, the disk
+full for a second at a time. `seconds` counts both parts. `fenced` pictures were finished by a worker that had lost its
+lease, and were refused; `wasted pictures` are all that were stored and never recorded, `orphans` those and sidecars. A
+violation is a job that did not succeed, or has not exactly one picture and one event of its success, an object that is
+missing or altered, or a fault in chains or seals.
+"""

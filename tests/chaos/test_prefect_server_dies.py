@@ -1,0 +1,58 @@
+"""The Prefect server killed in the middle of a run: it shows the work, and the work goes on without it."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+
+from sdpipeline import bootstrap
+from sdpipeline.db import reports
+from tests.chaos.invariants import violations
+from tests.factories import statuses
+from tests.integration.commands import FAKE_ENGINE, kill_tree, start
+
+pytestmark = [pytest.mark.chaos, pytest.mark.timeout(300)]
+
+JOBS = 48
+CAMPAIGN = f"""\
+name: spring
+checkpoint: shapes
+seeds: {{start: 0, count: {JOBS}}}
+defaults: {{width: 64, height: 64, num_inference_steps: 1, guidance_scale: 1.0}}
+stages:
+  - {{id: draft, task: text-to-image, prompt: a red circle}}
+"""
+
+
+def test_a_run_outlives_its_prefect_server(home: Path) -> None:
+    (home / "campaign.yaml").write_text(CAMPAIGN)
+    fake = {FAKE_ENGINE: "0.3", "SDP_ENGINE__MAX_BATCH": "4"}
+    running = start("run", home / "campaign.yaml", "--home", home, **fake)
+    try:
+        settings = bootstrap.load_settings(home)
+        with bootstrap.services(settings) as have:
+            while not _succeeded(have):
+                assert running.poll() is None, "it ended before there was anything to lose"
+                time.sleep(0.1)
+            server = json.loads((home / "prefect" / "server.json").read_text())["server"]
+            os.killpg(server["pid"], signal.SIGKILL)
+            assert set(statuses(have.database)) - {"succeeded"}, "the kill came too late to tell"
+            while set(statuses(have.database)) != {"succeeded"}:
+                assert running.poll() is None, "it gave up with work to do"
+                time.sleep(0.1)
+            # It still tries for a minute or two to tell the server, which is not waited for here.
+            assert violations(have.database, have.store, bootstrap.seal_key(settings)) == []
+    finally:
+        if running.poll() is None:
+            kill_tree(running)
+
+
+def _succeeded(have: bootstrap.Services) -> int:
+    with have.database.read() as connection:
+        (campaign_id,) = [reports.campaign_id(connection, team="default", name="spring")]
+        return reports.progress(connection, campaign_id).succeeded if campaign_id is not None else 0

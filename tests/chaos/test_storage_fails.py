@@ -1,0 +1,81 @@
+"""Storage that fails now and then, that is away for a while, or that is full: nothing is done that is not there."""
+
+from __future__ import annotations
+
+import random
+import time
+from pathlib import Path
+
+import pytest
+from sqlalchemy import select
+
+from sdpipeline.audit import load_key
+from sdpipeline.db.audit import AuditLog
+from sdpipeline.db.connection import Database
+from sdpipeline.db.tables import worker
+from sdpipeline.storage import LocalStore
+from tests.chaos.crew import MAX_ATTEMPTS, Crew
+from tests.chaos.disk import small_disk
+from tests.chaos.invariants import violations
+from tests.chaos.weather import at_random, s3_settings
+from tests.factories import chains, published, statuses
+from tests.integration.conftest import Bucket
+from tests.integration.databases import on_postgresql, on_sqlite
+from tests.integration.fault_proxy import Fault, FaultProxy
+
+pytestmark = [pytest.mark.chaos, pytest.mark.timeout(300)]
+
+CHAINS = 12
+FAULT_SHARE = 0.05
+
+
+@on_postgresql
+def test_a_bucket_that_fails_and_goes_away_costs_time_alone(
+    audit: AuditLog, database: Database, database_url: str, bucket: Bucket, home: Path
+) -> None:
+    published(audit, chains(CHAINS, "draft", "scene"), max_attempts=MAX_ATTEMPTS)
+    unsteady = at_random(random.Random(0), FAULT_SHARE)
+    with FaultProxy(bucket.endpoint_url, unsteady) as proxy:
+        crew = Crew(home, database_url, seed=0, outages=True, settings=s3_settings(bucket, proxy))
+        try:
+            while not statuses(database).count("succeeded"):
+                time.sleep(0.05)
+            proxy.choose = lambda _method, _path: Fault.RESET
+            time.sleep(0.5)
+            proxy.choose = unsteady
+            crew.finish(database)
+        finally:
+            crew.stop()
+        struck = {fault for _, fault in proxy.seen if fault is not None}
+    assert len(struck) >= 3
+    assert crew.crashes == []
+    assert violations(database, bucket.store(), load_key(home / "seal.pem", create=True)) == []
+
+
+@on_sqlite
+def test_a_disk_that_is_full_stops_the_work_until_there_is_room(
+    audit: AuditLog, database: Database, database_url: str, home: Path
+) -> None:
+    published(audit, chains(CHAINS, "draft", "scene"), max_attempts=MAX_ATTEMPTS)
+    with small_disk(home / "storage", size_mib=16) as disk:
+        crew = Crew(home, database_url, seed=0)
+        try:
+            while not statuses(database).count("succeeded"):
+                time.sleep(0.05)
+            disk.fill()
+            while not _notes(database):
+                time.sleep(0.05)
+            assert all("No space left on device" in note for note in _notes(database))
+            assert set(statuses(database)) - {"succeeded"}
+            disk.free()
+            crew.finish(database)
+        finally:
+            crew.stop()
+        assert crew.crashes == []
+        assert violations(database, LocalStore(home / "storage"), load_key(home / "seal.pem", create=True)) == []
+
+
+def _notes(database: Database) -> list[str]:
+    """Why workers wait, in their own words."""
+    with database.read() as connection:
+        return list(connection.execute(select(worker.c.note).where(worker.c.note.is_not(None))).scalars())

@@ -1,0 +1,87 @@
+"""What befalls servers while workers die: requests that fail, outages that come again and again, and work that
+keeps arriving."""
+
+from __future__ import annotations
+
+import itertools
+import random
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+
+from sqlalchemy import func, select
+
+from sdpipeline.db.audit import AuditLog
+from sdpipeline.db.tables import job
+from sdpipeline.domain import TERMINAL
+from sdpipeline.errors import DatabaseUnavailableError
+from tests.chaos.crew import MAX_ATTEMPTS
+from tests.factories import chains, published
+from tests.integration.conftest import CREDENTIALS, Bucket
+from tests.integration.fault_proxy import Choose, Fault, FaultProxy
+
+PASSING = (
+    Fault.SLOW_DOWN,
+    Fault.INTERNAL_ERROR,
+    Fault.CONFLICT,
+    Fault.RESET,
+    Fault.LOST_REPLY,
+    Fault.CUT_BODY,
+)
+"""Every fault but the endless stall, which would hold a worker up for half a minute."""
+
+
+def at_random(chance: random.Random, share: float) -> Choose:
+    """One of so many requests fails, in any of these ways."""
+    return lambda _method, _path: chance.choice(PASSING) if chance.random() < share else None
+
+
+def s3_settings(bucket: Bucket, proxy: FaultProxy) -> dict[str, str]:
+    """What a worker needs to use a bucket through the proxy."""
+    nowhere = dict.fromkeys(("AWS_CONFIG_FILE", "AWS_SHARED_CREDENTIALS_FILE"), "/dev/null")
+    return {
+        "SDP_STORAGE_URL": f"s3://{bucket.name}",
+        "SDP_S3__ENDPOINT_URL": proxy.url,
+        "SDP_S3__REGION": "us-east-1",
+        "SDP_S3__ADDRESSING_STYLE": "path",
+    } | (CREDENTIALS | nowhere)
+
+
+@contextmanager
+def recurring(act: Callable[[], None], chance: random.Random, pause_s: tuple[float, float]) -> Iterator[list[int]]:
+    """Do something again and again beside the block, and to its end; yields the count, as a list of one."""
+    over, count = threading.Event(), [0]
+
+    def repeat() -> None:
+        while not over.wait(chance.uniform(*pause_s)):
+            act()
+            count[0] += 1
+
+    with ThreadPoolExecutor(1) as pool:
+        running = pool.submit(repeat)
+        try:
+            yield count
+        finally:
+            over.set()
+        running.result()
+
+
+def supply(audit: AuditLog, *, chains_at_once: int) -> Callable[[], None]:
+    """Submit another campaign when little is left to do; each second one asks for the pictures of the one before."""
+    numbers = itertools.count()
+
+    def submit() -> None:
+        with suppress(DatabaseUnavailableError):
+            if _unfinished(audit) > chains_at_once:
+                return
+            number = next(numbers)
+            asked = chains(chains_at_once, "draft", "scene", guidance_scale=1.0 + number // 2)
+            published(audit, asked, name=f"campaign-{number}", max_attempts=MAX_ATTEMPTS)
+
+    return submit
+
+
+def _unfinished(audit: AuditLog) -> int:
+    with audit.database.read() as connection:
+        return int(connection.execute(select(func.count()).where(job.c.status.not_in(TERMINAL))).scalar_one())
