@@ -118,8 +118,8 @@ class _Work:
     """One lease on its way through the stages; ``jobs`` and ``inputs`` stay in step.
 
     ``making`` are the fingerprints that others may wait for; ``waiting`` are jobs whose picture is being made for
-    another job, here or in the lease before. ``fault`` is why a picture
-    was made and not stored, where that was not its job's fault.
+    another job, here or in the lease before. ``fault`` is why a picture was made and not stored, where that was not
+    its job's fault.
     """
 
     lease: Lease
