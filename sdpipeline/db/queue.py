@@ -222,8 +222,9 @@ def take_lease(
 
 def _groups(connection: Connection, wish: _Wish, cursor: Cursor) -> Sequence[Any]:
     """Groups with ready jobs, best first. Counting stops at the limit, so depth does not matter."""
+    statement = _ordered(_filled(wish, cursor), wish)
     started = time.monotonic()
-    found = connection.execute(_ordered(_filled(wish, cursor), wish)).all()
+    found = connection.execute(statement).all()
     if not cursor.after:
         cursor.since = time.monotonic()
         cursor.took_s = cursor.since - started
@@ -269,9 +270,10 @@ def _ordered(filled: Subquery, wish: _Wish) -> Select[Any]:
     """The groups to try, in their order; a campaign waits since its last lease, or since it was published."""
     since = case((filled.c.leased_at > filled.c.published_at, filled.c.leased_at), else_=filled.c.published_at)
     ready_and_loaded = case((filled.c.ready >= 1, filled.c.loaded), else_=1)
+    now = select(now_s()).scalar_subquery()  # PostgreSQL would ask its clock again for each group
     g = select(
         *filled.c,
-        (now_s() - func.max(since).over(partition_by=filled.c.campaign_id)).label("waited"),
+        (now - func.max(since).over(partition_by=filled.c.campaign_id)).label("waited"),
         func.min(ready_and_loaded).over(partition_by=filled.c.campaign_id).label("familiar"),
     ).subquery()
     full = g.c.ready >= wish.limit
