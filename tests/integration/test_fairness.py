@@ -91,13 +91,13 @@ def test_equal_campaigns_with_one_checkpoint_take_turns(audit: AuditLog, databas
 
 
 def test_campaigns_that_waited_too_long_take_every_second_lease_at_most(audit: AuditLog, database: Database) -> None:
-    published(audit, chains(10), name="urgent", priority=10)
+    published(audit, chains(10), name="first", priority=400)
     for n in range(4):
         published(audit, chains(5), name=f"late-{n}", priority=500)
-    time_passes(database, 10 * MAX_WAIT_S)
-    worked = [names[0] for names in rounds(audit, database, [Device()], 9)]
-    assert worked.count("urgent") == 5
-    assert set(worked) == {"urgent", "late-0", "late-1", "late-2", "late-3"}
+    time_passes(database, MAX_WAIT_S)
+    always_late = Device(Cursor(Patience(BATCH_S / 2)))
+    worked = [names[0] for names in rounds(audit, database, [always_late], 9)]
+    assert 4 <= worked.count("first") <= 6
 
 
 def test_among_those_that_waited_too_long_lower_numbers_get_more(audit: AuditLog, database: Database) -> None:
