@@ -13,12 +13,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from sdpipeline import __version__, audit, policy, report, settings
+from sdpipeline.breaker import Breaker
 from sdpipeline.campaign import Campaign, Catalog
 from sdpipeline.campaign import load as load_campaign_file
 from sdpipeline.db import migrate, registry, reports, workers
 from sdpipeline.db import queue as jobs
 from sdpipeline.db.audit import AuditLog
 from sdpipeline.db.connection import Database, open_database, sqlite_path
+from sdpipeline.db.queue import Patience
 from sdpipeline.db.reports import Progress
 from sdpipeline.domain import CheckpointRef, Json
 from sdpipeline.engine import Engine
@@ -28,6 +30,7 @@ from sdpipeline.errors import BadInputError, CampaignError, CheckpointError, Mis
 from sdpipeline.inputs import InputFolder
 from sdpipeline.settings import Settings
 from sdpipeline.storage import ForeignObjects, ObjectStore, S3Options, is_bucket_url, open_store
+from sdpipeline.watchdog import Pace
 from sdpipeline.worker import Worker, WorkerLimits, WorkerSummary
 
 BUILTIN_CHECKPOINTS = Path(__file__).parent / "demo" / "checkpoints"
@@ -254,6 +257,18 @@ def open_worker(s: Settings, *, device: str | None = None) -> Iterator[OpenWorke
             lease_ttl_s=s.lease_ttl_s,
             max_pixels=s.inputs.max_pixels,
             gpu_second_cost=(s.cost_per_gpu_hour or 0.0) / 3600,
+            shutdown_grace_s=s.shutdown_grace_s,
+        )
+        worker = Worker(
+            worker_id,
+            log,
+            have.store,
+            engine,
+            limits,
+            ForeignObjects(s3_options(s)),
+            breaker=Breaker(max_failures=s.worker_max_failures),
+            pace=Pace(s.batch_timeout_s),
+            patience=Patience(s.fairness_max_wait_s),
         )
         with log.transaction() as tx:
             host, description = socket.gethostname(), engine.describe()
@@ -261,7 +276,7 @@ def open_worker(s: Settings, *, device: str | None = None) -> Iterator[OpenWorke
                 tx, worker_id=worker_id, host=host, pid=os.getpid(), device=chosen, description=description
             )
         try:
-            yield OpenWorker(Worker(worker_id, log, have.store, engine, limits, ForeignObjects(s3_options(s))), s.team)
+            yield OpenWorker(worker, s.team)
         finally:
             with log.transaction() as tx:
                 workers.stop(tx, worker_id=worker_id)

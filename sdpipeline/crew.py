@@ -6,6 +6,7 @@ import os
 import shutil
 import signal
 import subprocess
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from multiprocessing import connection, resource_tracker
@@ -69,6 +70,7 @@ class Crew:
     spawn: Callable[[Slot, str], BaseProcess]
     bury: Callable[[Death], None]
     max_restarts: int = MAX_RESTARTS
+    stop_grace_s: float = STOP_GRACE_S
     _members: list[_Member] = field(default_factory=list)
 
     def start(self) -> None:
@@ -111,13 +113,14 @@ class Crew:
                 member.process.join(timeout_s)
         return self.stop()
 
-    def stop(self, grace_s: float = STOP_GRACE_S) -> list[Death]:
-        """End every worker now, politely and after ``grace_s`` not; returns those that had to be ended."""
+    def stop(self) -> list[Death]:
+        """End every worker now, politely and after ``stop_grace_s`` not; returns those that had to be ended."""
         running = [(m.name, m.process) for m in self._members if m.process is not None and m.process.is_alive()]
         for _, process in running:
             process.terminate()
+        ends_at = time.monotonic() + self.stop_grace_s
         for _, process in running:
-            process.join(grace_s)
+            process.join(max(0.0, ends_at - time.monotonic()))
             if process.is_alive():
                 process.kill()
                 process.join()

@@ -97,6 +97,20 @@ class Settings(BaseSettings):
     )
     lease_ttl_s: float = Field(60.0, ge=1.0, le=3600.0, description="seconds until a silent worker's jobs are redone")
     max_attempts: int = Field(3, ge=1, le=20, description="attempts before a job is failed")
+    shutdown_grace_s: float = Field(
+        20.0, ge=0.0, le=3600.0, description="seconds in which a worker that is told to end finishes its batch"
+    )
+    worker_max_failures: int = Field(
+        5, ge=1, le=1000, description="batches in a row that fail through no job's fault before a worker pauses"
+    )
+    batch_timeout_s: float = Field(
+        0.0,
+        ge=0.0,
+        description="seconds after which a batch hangs; 0: twenty times what such batches took, 600 at least",
+    )
+    fairness_max_wait_s: float = Field(
+        120.0, gt=0.0, description="seconds after which a campaign with ready jobs and no lease goes first"
+    )
     cost_per_gpu_hour: float | None = Field(
         None, ge=0.0, description="price of a GPU-hour, in any currency: for plans, budgets and what jobs have cost"
     )

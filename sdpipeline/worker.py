@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import queue
 import random
 import threading
@@ -17,11 +18,12 @@ import structlog
 
 from sdpipeline import delivery
 from sdpipeline.batching import bucket_for
+from sdpipeline.breaker import Breaker
 from sdpipeline.db import budgets, originals, reports, workers
 from sdpipeline.db import queue as jobs
 from sdpipeline.db.audit import AuditLog
 from sdpipeline.db.originals import Original
-from sdpipeline.db.queue import Lease, LeasedJob, StoredImage
+from sdpipeline.db.queue import Lease, LeasedJob, Patience, StoredImage
 from sdpipeline.domain import Json, Status
 from sdpipeline.engine import Batch, Engine, GeneratedImage, GenerationFailure, PreparedRequest
 from sdpipeline.errors import (
@@ -31,13 +33,17 @@ from sdpipeline.errors import (
     ObjectConflictError,
     SdpError,
     StorageUnavailableError,
+    TransientError,
 )
 from sdpipeline.retry import backoff_s, next_status
+from sdpipeline.stopping import Stop, leave
 from sdpipeline.storage import ForeignObjects, ObjectStore
+from sdpipeline.watchdog import HUNG_EXIT_CODE, Pace, Watchdog
 
 POLL_S = 0.25
 LONGEST_POLL_S = 2.0
 LONGEST_OUTAGE_PAUSE_S = 30.0
+FAILED_EXIT_CODE = 1
 
 _T = TypeVar("_T")
 _log = structlog.get_logger(__name__)
@@ -60,18 +66,22 @@ class WorkerSummary:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WorkerLimits:
-    """``max_batch`` pictures per forward pass, leases of ``lease_ttl_s`` seconds, inputs up to ``max_pixels``, and
-    what a second of the device costs."""
+    """``max_batch`` pictures per forward pass, leases of ``lease_ttl_s`` seconds, inputs up to ``max_pixels``, what
+    a second of the device costs, and how long the end may take once ``stop`` is set."""
 
     max_batch: int
     lease_ttl_s: float
     max_pixels: int
     gpu_second_cost: float = 0.0
+    shutdown_grace_s: float = math.inf
 
 
 @dataclass(frozen=True, slots=True)
 class Worker:
-    """One process's device with what it needs; ``run`` may be called many times and keeps checkpoints warm."""
+    """One process's device with what it needs; ``run`` may be called many times and keeps checkpoints warm.
+
+    What it learned outlives a run too: ``breaker`` of failures, ``pace`` of batches, ``patience`` of campaigns.
+    """
 
     worker_id: str
     audit: AuditLog
@@ -79,6 +89,9 @@ class Worker:
     engine: Engine
     limits: WorkerLimits
     foreign: ForeignObjects = field(default_factory=ForeignObjects)
+    breaker: Breaker = field(default_factory=Breaker)
+    pace: Pace = field(default_factory=Pace)
+    patience: Patience = field(default_factory=Patience)
 
     def run(
         self,
@@ -93,6 +106,7 @@ class Worker:
 
         What was leased but not begun is given back. An error that is not ours ends the run, and the
         jobs it touched are leased alone from then on. ``on_progress`` hears how many jobs just ended.
+        A batch that hangs ends the process, and so does an end that takes too long or is wanted at once.
         """
         deadline = time.monotonic() + deadline_s if deadline_s is not None else None
         bounds = _Bounds(campaign_id, until_idle, deadline, stop or threading.Event())
@@ -104,7 +118,8 @@ class _Work:
     """One lease on its way through the stages; ``jobs`` and ``inputs`` stay in step.
 
     ``making`` are the fingerprints that others may wait for; ``waiting`` are jobs whose picture is being made for
-    another job, here or in the lease before.
+    another job, here or in the lease before. ``fault`` is why a picture was made and not stored, where that was not
+    its job's fault.
     """
 
     lease: Lease
@@ -115,6 +130,8 @@ class _Work:
     inputs: list[Mapping[str, Json]] = field(default_factory=list)
     results: list[GeneratedImage | GenerationFailure] = field(default_factory=list)
     gpu_seconds: float = 0.0
+    delivered: int = 0
+    fault: TransientError | None = None
 
     @property
     def share_s(self) -> float:
@@ -149,9 +166,12 @@ class _Run:
         self._generated: queue.Queue[_Work | None] = queue.Queue(maxsize=2)
         self._leases: dict[str, Lease] = {}
         self._lost: set[str] = set()
+        self._on_device: Lease | None = None
+        self._trial: str | None = None
+        self._watchdog = Watchdog(self.stop, worker.limits.shutdown_grace_s, late=self._leave, hung=self._leave_hung)
         self._engine = str(worker.engine.describe()["engine"])
         self._on_the_way: set[str] = set()
-        self._cursor = jobs.Cursor()
+        self._cursor = jobs.Cursor(worker.patience)
         self._counting = threading.Lock()
         self._ended_as = Counter[str]()
         self._batches = 0
@@ -160,6 +180,18 @@ class _Run:
 
     def execute(self) -> WorkerSummary:
         """Run all stages to their end; the first error of any of them is raised."""
+        with self._watchdog.watching():
+            self._run_stages()
+        return WorkerSummary(
+            succeeded=self._ended_as["succeeded"],
+            reused=self._ended_as["reused"],
+            failed=self._ended_as["failed"],
+            batches=self._batches,
+            gpu_seconds=self._gpu_seconds,
+            idle=self._idle,
+        )
+
+    def _run_stages(self) -> None:
         try:
             with ThreadPoolExecutor(3, thread_name_prefix="sdp-worker") as pool:
                 fetcher, storer = (pool.submit(self._ending_all, stage) for stage in (self._fetch, self._store))
@@ -172,14 +204,6 @@ class _Run:
             _first_error(heart)
         finally:
             self._give_back()
-        return WorkerSummary(
-            succeeded=self._ended_as["succeeded"],
-            reused=self._ended_as["reused"],
-            failed=self._ended_as["failed"],
-            batches=self._batches,
-            gpu_seconds=self._gpu_seconds,
-            idle=self._idle,
-        )
 
     def _ending_all(self, stage: Callable[[], None]) -> None:
         """Run one stage; if it fails, the others stop waiting for it."""
@@ -205,12 +229,40 @@ class _Run:
         except DatabaseUnavailableError as error:
             _log.warning("leases_left_to_expire", error=str(error), leases=len(self._leases))
 
+    def _leave(self) -> None:
+        """The watchdog's, when the end takes too long: what is held goes back as if never taken."""
+        exit_code = self.stop.exit_code if isinstance(self.stop, Stop) else FAILED_EXIT_CODE
+        _log.warning("worker_left", exit_code=exit_code, leases=len(self._leases))
+        leave(exit_code, partial(self._say_goodbye, "told to end, and left with a batch unfinished"))
+
+    def _leave_hung(self) -> None:
+        """The watchdog's, when a batch hangs: nothing interrupts the thread that owns the device but the end."""
+        lease = self._on_device
+        if lease is None:
+            return
+        allowed_s = self.worker.pace.allowed_s(lease.group_id)
+        why = f"a batch hung: it took longer than {allowed_s:g} s"
+        _log.error("batch_hung", lease=lease.id, jobs=[leased.id for leased in lease.jobs], allowed_s=allowed_s)
+        leave(HUNG_EXIT_CODE, partial(self._say_goodbye, why, crashed=(lease.id,)))
+
+    def _say_goodbye(self, why: str, *, crashed: Collection[str] = ()) -> None:
+        """Give back all leases, those that ``crashed`` as after a crash; on a chain of its own, as ours may be held."""
+        audit, worker_id = AuditLog(self.worker.audit.database, actor=self.worker.audit.actor), self.worker.worker_id
+        try:
+            with audit.transaction() as tx:
+                if crashed:
+                    jobs.reap(tx, lease_ids=crashed)
+                workers.note(tx.connection, worker_id, why)
+                workers.stop(tx, worker_id=worker_id)
+        except DatabaseUnavailableError as error:
+            _log.warning("leases_left_to_expire", error=str(error), leases=len(self._leases))
+
     # Leasing and fetching, one batch ahead of the device.
 
     def _fetch(self) -> None:
         poll_s = POLL_S
         while not self._over():
-            lease = self._lease()
+            lease = self._lease() if self._may_lease() else None
             if lease is not None:
                 poll_s = POLL_S
                 work = self._prepared(lease)
@@ -231,13 +283,20 @@ class _Run:
         late = self.bounds.deadline is not None and time.monotonic() >= self.bounds.deadline
         return late or self.stop.is_set() or self._ended.is_set()
 
+    def _may_lease(self) -> bool:
+        """While the breaker is open one job at a time, and none before its pause is over."""
+        breaker = self.worker.breaker
+        return not breaker.is_open or not (breaker.is_resting or self._leases)
+
     def _lease(self) -> Lease | None:
-        lease = self._when_database_answers(self._take_lease)
+        alone = self.worker.breaker.is_open
+        lease = self._when_database_answers(partial(self._take_lease, alone=alone))
         if lease is not None:
+            self._trial = lease.id if alone else None
             self._leases[lease.id] = lease
         return lease
 
-    def _take_lease(self) -> Lease | None:
+    def _take_lease(self, *, alone: bool) -> Lease | None:
         with self.worker.audit.transaction() as tx:
             jobs.reap(tx)
             jobs.promote(tx.connection)
@@ -251,7 +310,7 @@ class _Run:
             return jobs.take_lease(
                 tx,
                 worker_id=self.worker.worker_id,
-                limit=limits.max_batch,
+                limit=1 if alone else limits.max_batch,
                 ttl_s=limits.lease_ttl_s,
                 campaign_id=self.bounds.campaign_id,
                 resident=self.worker.engine.resident(),
@@ -341,16 +400,54 @@ class _Run:
         while (work := self._take(self._fetched)) is not None:
             if self.stop.is_set():
                 continue
+            if not self._wanted(work.lease):
+                self._put_back(work)
+                continue
             if work.requests and self._still_ours(work.lease):
-                started = time.perf_counter()
-                batch = Batch(requests=work.requests, bucket=bucket_for(len(work.requests)))
-                work.results = list(self.worker.engine.generate(batch))
-                work.requests = []  # decoded inputs are large, and the record needs them no more
-                work.gpu_seconds = time.perf_counter() - started
-                self._gpu_seconds += work.gpu_seconds
-                self._batches += 1
+                self._make(work)
             self._hand_on(self._generated, work)
         self._hand_on(self._generated, None)
+
+    def _make(self, work: _Work) -> None:
+        started = time.perf_counter()
+        batch = Batch(requests=work.requests, bucket=bucket_for(len(work.requests)))
+        self._on_device, group_id = work.lease, work.lease.group_id
+        with self._watchdog.batch(self.worker.pace.allowed_s(group_id)):
+            work.results = list(self.worker.engine.generate(batch))
+        work.requests = []  # decoded inputs are large, and the record needs them no more
+        work.gpu_seconds = time.perf_counter() - started
+        self.worker.pace.took(group_id, work.gpu_seconds)
+        self._gpu_seconds += work.gpu_seconds
+        self._batches += 1
+        # Not where pictures are stored: a device that is broken fails faster than that.
+        errors = [result.error for result in work.results if isinstance(result, GenerationFailure)]
+        transient = [error for error in errors if isinstance(error, TransientError)]
+        if transient and len(errors) == len(work.results):
+            self._suspect(transient[-1])
+
+    def _wanted(self, lease: Lease) -> bool:
+        """Asked before each forward pass: no batch is begun of a paused campaign, nor by a worker that pauses."""
+
+        def ask() -> bool:
+            with self.worker.audit.database.read() as connection:
+                return jobs.paused(connection, lease.group_id)
+
+        if self.worker.breaker.is_open and lease.id != self._trial:
+            return False
+        return not self._when_database_answers(ask)
+
+    def _put_back(self, work: _Work) -> None:
+        """Not begun after all: the attempt does not count."""
+        self._on_the_way -= work.making
+        self._release(work.lease)
+        self._leases.pop(work.lease.id, None)
+
+    def _release(self, lease: Lease) -> None:
+        def give_back() -> None:
+            with self.worker.audit.transaction() as tx:
+                jobs.release(tx, lease_id=lease.id)
+
+        self._when_database_answers(give_back)
 
     def _still_ours(self, lease: Lease) -> bool:
         """Asked before each forward pass, so that a cancelled batch is not begun."""
@@ -369,7 +466,25 @@ class _Run:
                     self._fail(work.lease, leased, result.error, gpu_seconds=work.share_s)
                 else:
                     self._deliver(work, leased, inputs, result)
+            if work.delivered:
+                self._recovered()
+            elif work.fault is not None:
+                self._suspect(work.fault)
             self._finish(work)
+
+    def _suspect(self, error: TransientError) -> None:
+        """Count a failure that was no job's own; after too many in a row the worker pauses and says why."""
+        pause_s = self.worker.breaker.failed()
+        if pause_s is None:
+            return
+        failures = self.worker.breaker.failures
+        _log.warning("worker_paused", failures=failures, error=str(error), retry_in_s=round(pause_s, 1))
+        self._note(f"paused after {failures} failures in a row, the last: {error}", paused=True)
+
+    def _recovered(self) -> None:
+        if self.worker.breaker.succeeded():
+            _log.warning("worker_resumed")
+            self._note(None)
 
     def _finish(self, work: _Work) -> None:
         self._on_the_way -= work.making
@@ -384,21 +499,18 @@ class _Run:
                 work.lease, partial(delivery.deliver, self.worker.store, leased, inputs, generated, attempt)
             )
         except SdpError as error:
+            work.fault = error if isinstance(error, TransientError) else work.fault
             self._fail(work.lease, leased, error, gpu_seconds=work.share_s)
         else:
+            work.delivered += 1
             self._complete(work.lease, leased, stored)
 
     def _deliver_waiting(self, work: _Work) -> None:
         """Copies of what was made meanwhile; jobs whose picture was not made after all are given back."""
         there = self._originals(work.waiting)
         left = [leased for leased in work.waiting if not self._reused(work.lease, leased, there)]
-
-        def give_back() -> None:
-            with self.worker.audit.transaction() as tx:
-                jobs.release(tx, lease_id=work.lease.id)
-
         if left:
-            self._when_database_answers(give_back)
+            self._release(work.lease)
 
     def _attempt(self, lease: Lease, leased: LeasedJob, *, gpu_seconds: float) -> delivery.Attempt:
         return delivery.Attempt(
@@ -485,6 +597,7 @@ class _Run:
             except StorageUnavailableError as error:
                 _log.warning("storage_unavailable", error=str(error), retry_in_s=pause_s)
                 self._note(f"waits for storage: {error}")
+                self._suspect(error)
                 self._pause(pause_s, error)
                 if lease.id in self._lost:
                     raise LeaseLostError("storage did not answer while the lease lived") from error
@@ -492,6 +605,7 @@ class _Run:
             else:
                 if pause_s > 1.0:
                     self._note(None)
+                    self._recovered()
                 return answer
 
     def _when_database_answers(self, ask: Callable[[], _T]) -> _T:
@@ -509,10 +623,10 @@ class _Run:
         if self._ended.wait(pause_s) or self.stop.is_set():
             raise _Ended from error
 
-    def _note(self, note: str | None) -> None:
+    def _note(self, note: str | None, *, paused: bool = False) -> None:
         def write() -> None:
             with self.worker.audit.database.write() as connection:
-                workers.note(connection, self.worker.worker_id, note)
+                workers.note(connection, self.worker.worker_id, note, paused=paused)
 
         self._when_database_answers(write)
 

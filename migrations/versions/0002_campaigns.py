@@ -1,4 +1,4 @@
-"""Budgets, delivery rules, scores and reuse; a table nothing wrote is gone."""
+"""Budgets, delivery rules, scores, reuse and fairness; a table nothing wrote is gone."""
 
 from __future__ import annotations
 
@@ -43,6 +43,8 @@ def upgrade() -> None:
         postgresql_where=sa.text(_UNFINISHED),
         sqlite_where=sa.text(_UNFINISHED),
     )
+    op.add_column("worker", sa.Column("paused_at", sa.Double(), nullable=True))
+    op.create_index("ix_lease_group", "lease", ["group_id", "created_at"], unique=False)
     op.drop_table("input_image")
 
 
@@ -58,10 +60,12 @@ def downgrade() -> None:
         sa.Column("created_at", sa.Double(), nullable=False),
         sa.PrimaryKeyConstraint("sha256", name=op.f("pk_input_image")),
     )
+    op.drop_index("ix_lease_group", table_name="lease")
     op.drop_index("ix_job_chain", table_name="job")
     op.drop_index("ix_work_group_batch_key", table_name="work_group")
     op.drop_table("spending")
     for table, column in (
+        ("worker", "paused_at"),
         ("image", "reused_from"),
         ("image", "scores"),
         ("attempt", "cost"),

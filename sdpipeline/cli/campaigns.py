@@ -256,7 +256,7 @@ def show_status(campaigns: list[Progress], *, as_json: bool, workers: list[dict[
     """The status table, or its JSON form."""
     documents = [progress.document() for progress in campaigns]
     living = [
-        {name: worker[name] for name in ("id", "host", "pid", "device", "leases", "seen_at", "note")}
+        {name: worker[name] for name in ("id", "host", "pid", "device", "status", "leases", "seen_at", "note")}
         for worker in workers or []
     ]
     if as_json:
@@ -276,7 +276,7 @@ def show_status(campaigns: list[Progress], *, as_json: bool, workers: list[dict[
     if living:
         for worker in living:
             worker["last seen"] = _time(worker["seen_at"])
-        print_records("Workers", ("id", "host", "pid", "device", "leases", "last seen", "note"), living)
+        print_records("Workers", ("id", "host", "pid", "device", "status", "leases", "last seen", "note"), living)
 
 
 def _there(documents: list[dict[str, Any]], names: Sequence[str]) -> list[str]:

@@ -2,21 +2,15 @@
 
 from __future__ import annotations
 
-import signal
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Annotated
 
 import typer
 
 from sdpipeline import audit as auditing
-from sdpipeline import bootstrap, checkup
+from sdpipeline import bootstrap, checkup, stopping
 from sdpipeline.cli.output import FOUND_FAULTS, AsJson, Home, print_json, print_table, settings, stdout
 from sdpipeline.db import migrate
 from sdpipeline.db.connection import open_database
-
-SIGTERM_EXIT_CODE, SIGINT_EXIT_CODE = 143, 130
 
 
 def add_to(app: typer.Typer) -> None:
@@ -41,9 +35,9 @@ def worker(
     home: Home = None,
     as_json: AsJson = False,
 ) -> None:
-    """Run one worker process outside a flow; SIGTERM gives its leases back."""
+    """Run one worker process outside a flow; SIGTERM lets it finish its batch, a second one does not."""
     s = settings(home)
-    with _stopping() as (stop, received):
+    with stopping.told_by(*stopping.SIGNALS) as stop:
         done = bootstrap.run_worker(s, campaign=None, until_idle=until_idle, device=device, stop=stop)
     names = ("succeeded", "reused", "failed", "batches", "gpu_seconds", "idle")
     document = {name: getattr(done, name) for name in names}
@@ -51,10 +45,10 @@ def worker(
         print_json(document)
     else:
         print_table("Worker", ("what", "value"), document.items())
-    if done.failed and not received:
+    if stop.is_set():
+        raise typer.Exit(stop.exit_code)
+    if done.failed:
         raise typer.Exit(FOUND_FAULTS)
-    if received:
-        raise typer.Exit(SIGTERM_EXIT_CODE if received[0] == signal.SIGTERM else SIGINT_EXIT_CODE)
 
 
 def verify(
@@ -123,20 +117,3 @@ def doctor(*, home: Home = None, as_json: AsJson = False) -> None:
         print_table("", ("", "what", "found", "what to do"), rows)
     if not all(check.ok for check in checks):
         raise typer.Exit(FOUND_FAULTS)
-
-
-@contextmanager
-def _stopping() -> Iterator[tuple[threading.Event, list[int]]]:
-    """SIGINT and SIGTERM ask the worker to finish its batch; the signal is remembered for the exit code."""
-    stop, received = threading.Event(), list[int]()
-
-    def ask(number: int, _frame: object) -> None:
-        received.append(number)
-        stop.set()
-
-    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield stop, received
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

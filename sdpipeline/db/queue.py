@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import secrets
 import time
 from collections.abc import Collection, Iterable, Mapping, Sequence
@@ -13,6 +14,7 @@ from sqlalchemy import (
     ColumnElement,
     Connection,
     Select,
+    Subquery,
     and_,
     case,
     exists,
@@ -21,6 +23,7 @@ from sqlalchemy import (
     literal,
     literal_column,
     null,
+    or_,
     select,
     true,
     tuple_,
@@ -32,7 +35,7 @@ from sdpipeline.db.audit import Event, Transaction
 from sdpipeline.db.budgets import Charge
 from sdpipeline.db.connection import now_s
 from sdpipeline.db.locks import share_campaigns
-from sdpipeline.db.tables import attempt, campaign, image, job, job_parent, lease, work_group
+from sdpipeline.db.tables import attempt, campaign, campaign_version, image, job, job_parent, lease, work_group
 from sdpipeline.domain import GenerationRequest, Json, Status, digest, request_from_document
 
 READY: ColumnElement[str] = literal_column("'ready'")
@@ -48,6 +51,9 @@ BEFORE_ALL = -(2**15) - 1
 LONGEST_HINT_S = 30.0
 SHORT_HINT_S = 1.0
 LOOKING_SHARE = 0.02
+
+EQUALISER = 100.0
+"""Added to a priority number where it is a weight: the highest waits no more than eleven times as long as 0."""
 
 SKIPPED: Mapping[str, Any] = {
     "finished_at": now_s(),
@@ -122,6 +128,18 @@ class StoredImage:
 
 
 @dataclass(slots=True)
+class Patience:
+    """How long a campaign with ready jobs may go without a lease, whatever goes before it.
+
+    One that waited longer goes first, but not twice in a row at one worker: many that wait take no more
+    than half of it from a campaign whose turn it is.
+    """
+
+    max_wait_s: float = math.inf
+    gave_way: bool = False
+
+
+@dataclass(slots=True)
 class Cursor:
     """Where one worker last found ready jobs of each group: a hint that keeps the index scan short.
 
@@ -131,6 +149,7 @@ class Cursor:
     everything took so long that it would be more than ``LOOKING_SHARE`` of the time.
     """
 
+    patience: Patience = field(default_factory=Patience)
     after: dict[int, tuple[int, int]] = field(default_factory=dict)
     since: float = field(default_factory=time.monotonic)
     took_s: float = 0.0
@@ -141,6 +160,17 @@ class Cursor:
             return False
         self.after.clear()
         return True
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Wish:
+    """What a worker would like to lease; ``max_wait_s`` is None where no campaign may go out of turn."""
+
+    limit: int
+    campaign_id: int | None
+    resident: Collection[str]
+    full_only: bool
+    max_wait_s: float | None
 
 
 def take_lease(
@@ -156,20 +186,32 @@ def take_lease(
 ) -> Lease | None:
     """Lease up to ``limit`` ready jobs of one group, or ``None`` if there are none.
 
-    Full batches go first, then deeper stages, so that chains are finished rather than begun; among
-    equals the checkpoints in ``resident`` win. With ``full_only`` a part of a batch is left alone:
-    the caller still has work in flight that may fill it.
+    The campaign of the lowest priority number goes first, but for one that waited too long. Among equals
+    full batches go first, then campaigns that use a checkpoint in ``resident``, then the one whose last lease is
+    longest ago; within a campaign deeper stages, so that chains are finished rather than begun. With ``full_only``
+    a part of a batch is left alone: the caller still has work in flight that may fill it.
     """
     cursor = cursor or Cursor()
+    patience = cursor.patience
     cursor.forget(older_than_s=LONGEST_HINT_S)
-    groups = _groups(tx.connection, limit, campaign_id, resident, cursor, full_only=full_only)
+    bounded = not patience.gave_way and patience.max_wait_s < math.inf
+    wish = _Wish(
+        limit=limit,
+        campaign_id=campaign_id,
+        resident=resident,
+        full_only=full_only,
+        max_wait_s=patience.max_wait_s if bounded else None,
+    )
+    groups = _groups(tx.connection, wish, cursor)
     if not (groups and groups[0].ready >= limit) and cursor.forget(older_than_s=SHORT_HINT_S):
-        groups = _groups(tx.connection, limit, campaign_id, resident, cursor, full_only=full_only)
-    for group_id, checkpoint_digest, _ in groups:
+        groups = _groups(tx.connection, wish, cursor)
+    patience.gave_way = False
+    for group_id, checkpoint_digest, _, out_of_turn in groups:
         lease_id = secrets.token_hex(16)
         _insert_lease(tx.connection, lease_id, worker_id, group_id, ttl_s)
         rows = _claim(tx.connection, group_id, lease_id, limit, cursor)
         if rows:
+            patience.gave_way = bool(out_of_turn)
             _insert_attempts(tx.connection, rows, lease_id, worker_id)
             tx.record(Event.LEASE_TAKEN, f"lease:{lease_id}", worker=worker_id, jobs=[[r.id, r.attempt] for r in rows])
             jobs = _leased_jobs(tx.connection, rows)
@@ -178,16 +220,19 @@ def take_lease(
     return None
 
 
-def _groups(
-    connection: Connection,
-    limit: int,
-    campaign_id: int | None,
-    resident: Collection[str],
-    cursor: Cursor,
-    *,
-    full_only: bool,
-) -> Sequence[Any]:
-    """Groups with ready jobs, best first. Counting stops at ``limit``, so depth does not matter."""
+def _groups(connection: Connection, wish: _Wish, cursor: Cursor) -> Sequence[Any]:
+    """Groups with ready jobs, best first. Counting stops at the limit, so depth does not matter."""
+    statement = _ordered(_filled(wish, cursor), wish)
+    started = time.monotonic()
+    found = connection.execute(statement).all()
+    if not cursor.after:
+        cursor.since = time.monotonic()
+        cursor.took_s = cursor.since - started
+    return found
+
+
+def _filled(wish: _Wish, cursor: Cursor) -> Subquery:
+    """Every group of an active campaign: how many jobs are ready, and since when it has waited for a lease."""
     of_group = and_(job.c.group_id == work_group.c.id, job.c.status == READY)
     if cursor.after:
         # A value for each group, in the order of the index.
@@ -195,29 +240,54 @@ def _groups(
             case({n: at[k] for n, at in cursor.after.items()}, value=work_group.c.id, else_=BEFORE_ALL) for k in (0, 1)
         ]
         of_group = and_(of_group, tuple_(job.c.priority, job.c.id) > tuple_(*after))
-    first_few = select(literal(1).label("one")).where(of_group).correlate(work_group).limit(limit).subquery()
+    first_few = select(literal(1).label("one")).where(of_group).correlate(work_group).limit(wish.limit).subquery()
     ready = select(func.count()).select_from(first_few).scalar_subquery()
-    loaded = case((work_group.c.checkpoint_digest.in_(list(resident)), 0), else_=1) if resident else literal(1)
-    filled = select(
-        work_group.c.id,
-        work_group.c.checkpoint_digest,
-        ready.label("ready"),
-        campaign.c.priority,
-        work_group.c.depth,
-        loaded.label("loaded"),
-    ).join(campaign, campaign.c.id == work_group.c.campaign_id)
-    filled = filled.where(campaign.c.status == "active")
-    if campaign_id is not None:
-        filled = filled.where(campaign.c.id == campaign_id)
-    g = filled.subquery()
-    statement = select(g.c.id, g.c.checkpoint_digest, g.c.ready).where(g.c.ready >= (limit if full_only else 1))
-    order = (g.c.priority, case((g.c.ready >= limit, 0), else_=1), g.c.depth.desc(), g.c.loaded, g.c.ready.desc())
-    started = time.monotonic()
-    found = connection.execute(statement.order_by(*order, g.c.id)).all()
-    if not cursor.after:
-        cursor.since = time.monotonic()
-        cursor.took_s = cursor.since - started
-    return found
+    resident = list(wish.resident)
+    loaded = case((work_group.c.checkpoint_digest.in_(resident), 0), else_=1) if resident else literal(1)
+    leased_at = select(func.max(lease.c.created_at)).where(lease.c.group_id == work_group.c.id).scalar_subquery()
+    filled = (
+        select(
+            work_group.c.id,
+            work_group.c.checkpoint_digest,
+            work_group.c.campaign_id,
+            work_group.c.depth,
+            campaign.c.priority,
+            ready.label("ready"),
+            loaded.label("loaded"),
+            func.coalesce(campaign_version.c.created_at, campaign.c.created_at).label("published_at"),
+            func.coalesce(leased_at, 0.0).label("leased_at"),
+        )
+        .join(campaign, campaign.c.id == work_group.c.campaign_id)
+        .outerjoin(campaign_version, campaign_version.c.id == campaign.c.version_id)
+        .where(campaign.c.status == "active")
+    )
+    if wish.campaign_id is not None:
+        filled = filled.where(campaign.c.id == wish.campaign_id)
+    return filled.subquery()
+
+
+def _ordered(filled: Subquery, wish: _Wish) -> Select[Any]:
+    """The groups to try, in their order; a campaign waits since its last lease, or since it was published."""
+    since = case((filled.c.leased_at > filled.c.published_at, filled.c.leased_at), else_=filled.c.published_at)
+    ready_and_loaded = case((filled.c.ready >= 1, filled.c.loaded), else_=1)
+    now = select(now_s()).scalar_subquery()  # PostgreSQL would ask its clock again for each group
+    g = select(
+        *filled.c,
+        (now - func.max(since).over(partition_by=filled.c.campaign_id)).label("waited"),
+        func.min(ready_and_loaded).over(partition_by=filled.c.campaign_id).label("familiar"),
+    ).subquery()
+    full = g.c.ready >= wish.limit
+    turn = (g.c.priority, case((full, 0), else_=1), g.c.familiar, g.c.waited.desc())
+    best = (g.c.depth.desc(), g.c.loaded, g.c.ready.desc(), g.c.id)
+    enough = full if wish.full_only else g.c.ready >= 1
+    if wish.max_wait_s is None:
+        chosen = select(g.c.id, g.c.checkpoint_digest, g.c.ready, literal(0).label("out_of_turn"))
+        return chosen.where(enough).order_by(*turn, *best)
+    overdue = g.c.waited > wish.max_wait_s
+    # Served in the order of wait x weight, each of several that waited too long gets a share as its weight.
+    urgency = case((overdue, g.c.waited / (g.c.priority + EQUALISER)), else_=0.0)
+    chosen = select(g.c.id, g.c.checkpoint_digest, g.c.ready, case((overdue, 1), else_=0).label("out_of_turn"))
+    return chosen.where(or_(enough, and_(overdue, g.c.ready >= 1))).order_by(urgency.desc(), *turn, *best)
 
 
 def _insert_lease(connection: Connection, lease_id: str, worker_id: str, group_id: int, ttl_s: float) -> None:
@@ -315,6 +385,12 @@ def heartbeat(connection: Connection, lease_ids: Collection[str], *, ttl_s: floa
         .returning(lease.c.id)
     )
     return frozenset(connection.execute(statement).scalars())
+
+
+def paused(connection: Connection, group_id: int) -> bool:
+    """Whether nothing of this group's campaign is to be begun now."""
+    status = select(campaign.c.status).join(work_group, work_group.c.campaign_id == campaign.c.id)
+    return bool(connection.execute(status.where(work_group.c.id == group_id)).scalar() != "active")
 
 
 def close_lease(connection: Connection, lease_id: str) -> None:

@@ -288,14 +288,16 @@ def checkpoints_of(connection: Connection, campaign_id: int) -> list[str]:
 
 
 def live_workers(connection: Connection) -> list[Json]:
-    """Workers that have not said goodbye, with the number of leases they hold."""
+    """Workers that have not said goodbye: whether they work or paused themselves, and the leases they hold."""
     held = (
         select(func.count())
         .where(lease.c.worker_id == worker.c.id, lease.c.closed_at.is_(None))
         .correlate(worker)
         .scalar_subquery()
     )
-    statement = select(worker, held.label("leases")).where(worker.c.stopped_at.is_(None)).order_by(worker.c.started_at)
+    status = case((worker.c.paused_at.is_not(None), "paused"), else_="working").label("status")
+    living = select(worker, status, held.label("leases")).where(worker.c.stopped_at.is_(None))
+    statement = living.order_by(worker.c.started_at)
     return [dict(row) for row in connection.execute(statement).mappings()]
 
 

@@ -120,6 +120,8 @@ Index(
     postgresql_where=text("closed_at IS NULL"),
     sqlite_where=text("closed_at IS NULL"),
 )
+# When a group was leased last: who waited longest is asked at every lease.
+Index("ix_lease_group", lease.c.group_id, lease.c.created_at)
 
 job = Table(
     "job",
@@ -273,6 +275,8 @@ worker = Table(
     Column("seen_at", Double, nullable=False),
     Column("stopped_at", Double),
     Column("note", Text),
+    # Set while it leases nothing because too much failed; the note says what.
+    Column("paused_at", Double),
 )
 
 # One chain per writer process. ``body`` holds the very bytes that were hashed.

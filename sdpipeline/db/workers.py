@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from sqlalchemy import Connection, insert, update
+from sqlalchemy import Connection, insert, null, update
 
 from sdpipeline.db.audit import Event, Transaction
 from sdpipeline.db.connection import now_s
@@ -24,9 +24,10 @@ def seen(connection: Connection, worker_id: str) -> None:
     connection.execute(update(worker).where(worker.c.id == worker_id).values(seen_at=now_s()))
 
 
-def note(connection: Connection, worker_id: str, text: str | None) -> None:
-    """What a worker waits for, shown by ``status``; None when it waits no more."""
-    connection.execute(update(worker).where(worker.c.id == worker_id).values(seen_at=now_s(), note=text))
+def note(connection: Connection, worker_id: str, text: str | None, *, paused: bool = False) -> None:
+    """What a worker waits for, or why it paused itself, shown by ``status``; None when it waits no more."""
+    values = {"seen_at": now_s(), "note": text, "paused_at": now_s() if paused else null()}
+    connection.execute(update(worker).where(worker.c.id == worker_id).values(**values))
 
 
 def stop(tx: Transaction, *, worker_id: str) -> None:

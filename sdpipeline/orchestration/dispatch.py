@@ -8,7 +8,7 @@ from uuid import UUID
 
 import structlog
 
-from sdpipeline import bootstrap, crew
+from sdpipeline import bootstrap, crew, stopping
 from sdpipeline.bootstrap import Progress
 from sdpipeline.db import registry, reports
 from sdpipeline.errors import DatabaseUnavailableError, TransientError
@@ -44,6 +44,8 @@ def work_off(settings: Settings, campaign: str, *, worker_flow: Flow[..., Any]) 
             slots=crew.slots(settings),
             spawn=lambda slot, name: _spawn(settings, campaign, worker_flow, slot, name),
             bury=lambda death: _bury(settings, campaign, death),
+            # A worker that was told to end needs its own grace, and a moment to close its flow run.
+            stop_grace_s=settings.shutdown_grace_s + stopping.GIVING_BACK_S + crew.STOP_GRACE_S,
         )
         progress = _watch(settings, campaign, workers, board)
     try:

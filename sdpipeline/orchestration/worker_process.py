@@ -11,8 +11,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from multiprocessing import parent_process
 from pathlib import Path
-from typing import Any
 
+from sdpipeline import stopping
 from sdpipeline.bootstrap import WorkerSummary
 
 CHUNK_S = 45.0
@@ -20,27 +20,17 @@ CHUNK_S = 45.0
 
 @contextmanager
 def set_up(log_file: str | None) -> Iterator[threading.Event]:
-    """Make this flow run's process a worker's: output to its log file, and SIGTERM gives leases back first.
+    """Make this flow run's process a worker's: output to its log file, and SIGTERM lets it finish its batch.
 
-    The event is set when the worker must end. Prefect's own SIGTERM handler, which runs after it, raises
-    in this thread: the batch is left at once, and a lease whose worker was told to stop loses no attempt.
+    Prefect's own SIGTERM handler raises in this thread, whatever runs in it; so it is called when the work has ended.
     """
     if log_file is not None:
         _redirect_output(Path(log_file))
-    stop = threading.Event()
     prefects = signal.getsignal(signal.SIGTERM)
-
-    def on_sigterm(signum: int, frame: Any) -> None:
-        first = not stop.is_set()
-        stop.set()
-        if first and callable(prefects):
-            prefects(signum, frame)
-
-    signal.signal(signal.SIGTERM, on_sigterm)
-    try:
+    with stopping.told_by(signal.SIGTERM) as stop:
         yield stop
-    finally:
-        signal.signal(signal.SIGTERM, prefects)
+    if stop.is_set() and callable(prefects):
+        prefects(signal.SIGTERM, None)
 
 
 def work_in_chunks(work: Callable[[int], WorkerSummary], stop: threading.Event) -> None:

@@ -119,6 +119,7 @@ def test_a_lease_costs_the_same_beside_dead_entries_that_a_snapshot_holds(postgr
         cost(database)
         clean = cost(database)
         with database.snapshot() as held:
+            held.execute(text("SET LOCAL idle_in_transaction_session_timeout = 0"))
             held.execute(text("SELECT count(*) FROM campaign"))
             with database.write() as connection:
                 connection.execute(

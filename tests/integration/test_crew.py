@@ -79,7 +79,8 @@ def test_stopping_ends_the_polite_and_the_stubborn(crew_of: Start) -> None:
     polite, stubborn = crew_of(time.sleep, 60, count=2), crew_of(_ignore_sigterm)
     time.sleep(0.2)  # the stubborn one needs a moment to become it
     assert [stopped.exit_code for stopped in polite.stop()] == [-signal.SIGTERM] * 2
-    assert [stopped.exit_code for stopped in stubborn.stop(grace_s=0.2)] == [-signal.SIGKILL]
+    stubborn.stop_grace_s = 0.2
+    assert [stopped.exit_code for stopped in stubborn.stop()] == [-signal.SIGKILL]
     assert pids() == []
 
 

@@ -118,7 +118,7 @@ def test_a_cursor_goes_on_where_it_was_and_looks_back_when_there_is_no_full_batc
     with audit.transaction() as tx:
         queue.release(tx, lease_id=returned.id)
     assert ids(leased(audit, limit=2, cursor=cursor)) == [3, 4]
-    cursor.since -= queue.SHORT_HINT_S
+    cursor.since, cursor.took_s = cursor.since - queue.SHORT_HINT_S, 0.0  # it took long on a busy machine
     assert ids(leased(audit, limit=2, cursor=cursor)) == [1, 2]
     assert ids(try_lease(audit, limit=2, cursor=cursor)) == [5]
 

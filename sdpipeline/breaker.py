@@ -1,0 +1,54 @@
+"""When a worker stops taking work because whatever it tries fails, and when it tries again."""
+
+from __future__ import annotations
+
+import random
+import threading
+import time
+from dataclasses import dataclass, field
+
+FIRST_PAUSE_S = 5.0
+LONGEST_PAUSE_S = 300.0
+
+
+@dataclass(slots=True, kw_only=True)
+class Breaker:
+    """Open after ``max_failures`` failures in a row for which no job is to blame.
+
+    While it is open one job is tried alone after each pause. A failure doubles the pause, a success closes it.
+    """
+
+    max_failures: int = 5
+    first_pause_s: float = FIRST_PAUSE_S
+    failures: int = 0
+    _ends_at: float = 0.0
+    _counting: threading.Lock = field(default_factory=threading.Lock)
+
+    @property
+    def is_open(self) -> bool:
+        """Whether the worker pauses."""
+        return self.failures >= self.max_failures
+
+    @property
+    def is_resting(self) -> bool:
+        """Whether it is too early to try again."""
+        return self.is_open and time.monotonic() < self._ends_at
+
+    def failed(self) -> float | None:
+        """Count a failure; the seconds of the pause that it brings, None while there is none."""
+        with self._counting:
+            self.failures += 1
+            if not self.is_open:
+                return None
+            doubled = min(self.failures - self.max_failures, 30)
+            longest_s = min(LONGEST_PAUSE_S, self.first_pause_s * 2.0**doubled)
+            # Jitter, so that the workers of a machine whose device came back do not all try at once.
+            pause_s = random.uniform(longest_s / 2, longest_s)  # noqa: S311
+            self._ends_at = time.monotonic() + pause_s
+            return pause_s
+
+    def succeeded(self) -> bool:
+        """Forget all failures; whether the worker paused because of them."""
+        with self._counting:
+            was_open, self.failures = self.is_open, 0
+            return was_open

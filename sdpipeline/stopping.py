@@ -1,0 +1,80 @@
+"""How a process is told to end: at the first signal in order and within its grace, at the second at once."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import NoReturn
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+GIVING_BACK_S = 5.0
+"""What a process that leaves at once takes for giving back what it holds, before it leaves all the same."""
+
+
+class Stop(threading.Event):
+    """Set once the process was told to end; ``at_once`` after it was told again."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.received: int | None = None
+        self.at_once = False
+
+    def ask(self, number: int) -> None:
+        """A signal arrived."""
+        self.at_once = self.is_set()
+        self.received = self.received or number
+        self.set()
+
+    @property
+    def exit_code(self) -> int:
+        """What a shell expects of a process that a signal ended: 130 for Ctrl-C, 143 for SIGTERM."""
+        return 128 + (self.received or signal.SIGTERM)
+
+
+@contextmanager
+def told_by(*numbers: int) -> Iterator[Stop]:
+    """Heed these signals while the block lasts; what they did before is put back afterwards.
+
+    Python runs a handler only between two instructions of the main thread, which may spend a whole batch in one
+    call; the descriptor is written to at once, and another thread reads it.
+    """
+    stop = Stop()
+    read_end, write_end = os.pipe()
+    os.set_blocking(write_end, False)
+    listener = threading.Thread(target=_listen, args=(read_end, frozenset(numbers), stop), daemon=True)
+    handlers = {number: signal.signal(number, _heed) for number in numbers}
+    descriptor = signal.set_wakeup_fd(write_end, warn_on_full_buffer=False)
+    listener.start()
+    try:
+        yield stop
+    finally:
+        signal.set_wakeup_fd(descriptor)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        os.close(write_end)
+        listener.join()
+        os.close(read_end)
+
+
+def leave(exit_code: int, give_back: Callable[[], object]) -> NoReturn:
+    """End this process although its threads are busy or stuck, once it gave back what it holds."""
+    giving = threading.Thread(target=give_back, daemon=True)
+    giving.start()
+    giving.join(GIVING_BACK_S)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(exit_code)
+
+
+def _listen(read_end: int, numbers: frozenset[int], stop: Stop) -> None:
+    while received := os.read(read_end, 1):
+        if received[0] in numbers:
+            stop.ask(received[0])
+
+
+def _heed(_number: int, _frame: object) -> None:
+    """Without a handler of Python's the signal would end the process; whoever listens acts on it."""
