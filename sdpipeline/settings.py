@@ -97,6 +97,9 @@ class Settings(BaseSettings):
     )
     lease_ttl_s: float = Field(60.0, ge=1.0, le=3600.0, description="seconds until a silent worker's jobs are redone")
     max_attempts: int = Field(3, ge=1, le=20, description="attempts before a job is failed")
+    reconcile_grace_s: float = Field(
+        3600.0, ge=0.0, description="seconds that an object without a row is left alone by reconcile"
+    )
     cost_per_gpu_hour: float | None = Field(
         None, ge=0.0, description="price of a GPU-hour, in any currency: for plans, budgets and what jobs have cost"
     )

@@ -1,4 +1,4 @@
-"""Budgets, delivery rules, scores and reuse; a table nothing wrote is gone."""
+"""Budgets, delivery rules, scores, reuse and found pictures; a table nothing wrote is gone."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ def upgrade() -> None:
     op.add_column("job", sa.Column("chain", sa.BigInteger(), nullable=True))
     op.add_column("attempt", sa.Column("gpu_seconds", sa.Double(), nullable=True))
     op.add_column("attempt", sa.Column("cost", sa.Double(), nullable=True))
+    op.add_column("attempt", sa.Column("fingerprint", sa.String(length=64), nullable=True))
     op.add_column("image", sa.Column("scores", sa.JSON(), server_default="{}", nullable=False))
     op.add_column("image", sa.Column("reused_from", sa.Text(), nullable=True))
     op.create_table(
@@ -32,6 +33,23 @@ def upgrade() -> None:
         sa.ForeignKeyConstraint(["campaign_id"], ["campaign.id"], name=op.f("fk_spending_campaign_id")),
         sa.PrimaryKeyConstraint("campaign_id", "stage", "worker_id", name=op.f("pk_spending")),
     )
+    op.create_table(
+        "found_picture",
+        sa.Column("sidecar_key", sa.Text(), nullable=False),
+        sa.Column("team", sa.String(length=63), nullable=False),
+        sa.Column("campaign", sa.String(length=63), nullable=False),
+        sa.Column("stage", sa.String(length=63), nullable=False),
+        sa.Column("fingerprint", sa.String(length=64), nullable=False),
+        sa.Column("identity_start", sa.String(length=16), nullable=False),
+        sa.Column("key", sa.Text(), nullable=False),
+        sa.Column("stored", sa.JSON(), nullable=False),
+        sa.Column("attempt", sa.SmallInteger(), nullable=False),
+        sa.Column("worker_id", sa.String(length=32), nullable=False),
+        sa.Column("consumed", sa.Boolean(), server_default=sa.text("false"), nullable=False),
+        sa.Column("made_at", sa.String(length=40), nullable=False),
+        sa.PrimaryKeyConstraint("sidecar_key", name=op.f("pk_found_picture")),
+    )
+    op.create_index("ix_found_picture_owner", "found_picture", ["team", "campaign", "fingerprint"], unique=False)
     op.create_index(
         "ix_job_chain",
         "job",
@@ -56,10 +74,12 @@ def downgrade() -> None:
         sa.PrimaryKeyConstraint("sha256", name=op.f("pk_input_image")),
     )
     op.drop_index("ix_job_chain", table_name="job")
+    op.drop_table("found_picture")
     op.drop_table("spending")
     for table, column in (
         ("image", "reused_from"),
         ("image", "scores"),
+        ("attempt", "fingerprint"),
         ("attempt", "cost"),
         ("attempt", "gpu_seconds"),
         ("job", "chain"),
