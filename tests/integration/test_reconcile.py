@@ -27,7 +27,6 @@ from sdpipeline.reconcile import Reconciliation, reconcile
 from sdpipeline.storage import LocalStore
 from sdpipeline.worker import Worker, WorkerLimits
 from tests.factories import CHECKPOINT, chains, completed, events, expired, job_spec, leased, published, statuses
-from tests.integration.commands import FAKE_ENGINE, document
 
 LONG_AGO = 1_700_000_000.0
 
@@ -332,27 +331,3 @@ def test_a_picture_that_is_not_what_its_sidecar_says_is_not_adopted(place: Place
     (fault, *_) = place.reconcile(adopt=True).faults
     assert (fault.kind, fault.detail) == ("record-refused", f"{key} and its sidecar do not agree")
     assert statuses(database) == ["ready"]
-
-
-# From the command line.
-
-
-def test_the_command_says_what_it_found_and_leaves_with_three_until_it_is_put_right(tmp_path: Path) -> None:
-    home, given = tmp_path / "home", {FAKE_ENGINE: "0"}
-    file = tmp_path / "spring.yaml"
-    file.write_text(
-        "name: spring\ncheckpoint: shapes\nseeds: {count: 2}\ndefaults: {width: 64, height: 64}\n"
-        "stages:\n  - {id: draft, task: text-to-image, prompt: a red circle}\n"
-    )
-    document("submit", file, "--home", home)
-    document("worker", "--until-idle", "--home", home, given=given)
-    assert document("reconcile", "--home", home) == {"ok": True, "repaired": False, "faults": []}
-    picture = document("jobs", "spring", "--home", home)["jobs"][0]["image"]["url"].removeprefix("file://")
-    Path(picture).unlink()
-    found = document("reconcile", "--home", home, exit_code=3)
-    (fault,) = found["faults"]
-    assert (found["ok"], fault["kind"], fault["action"]) == (False, "object-missing", "made again")
-    assert set(fault) == {"kind", "subject", "detail", "action"}
-    assert document("reconcile", "--repair", "--home", home)["ok"] is True
-    assert document("worker", "--until-idle", "--home", home, given=given)["succeeded"] == 1
-    assert document("audit", "verify", "--home", home)["ok"] is True
