@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -16,6 +17,7 @@ from sqlalchemy.event import listen, remove
 from sdpipeline import delivery
 from sdpipeline.adopt import Adoption
 from sdpipeline.audit import SealKey, Verification, load_key, refuse_restored, seal, seal_name, verify
+from sdpipeline.cli import run
 from sdpipeline.db import control, migrate
 from sdpipeline.db.audit import AuditLog
 from sdpipeline.db.connection import Database, open_database
@@ -29,7 +31,7 @@ from sdpipeline.reconcile import reconcile
 from sdpipeline.storage import LocalStore
 from sdpipeline.worker import Worker, WorkerLimits
 from tests.factories import chains, events, expired, job_spec, leased, published, statuses
-from tests.integration.commands import FAKE_ENGINE, document, sdpipeline
+from tests.integration.commands import FAKE_ENGINE
 from tests.integration.conftest import new_postgres_database
 
 MORE = 200
@@ -349,35 +351,45 @@ def test_a_job_that_asks_for_another_picture_by_now_is_made(deployment: Deployme
 # From the command line.
 
 
-def test_the_commands_stop_at_a_restored_backup_and_go_on_once_it_was_taken_up(tmp_path: Path) -> None:
-    home, given = tmp_path / "home", {FAKE_ENGINE: "0"}
-    file, kept, live = tmp_path / "spring.yaml", tmp_path / "kept.db", home / "sdpipeline.db"
+def test_the_commands_stop_at_a_restored_backup_and_go_on_once_it_was_taken_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    home, file = tmp_path / "home", tmp_path / "spring.yaml"
+    kept, live = tmp_path / "kept.db", home / "sdpipeline.db"
+    monkeypatch.setenv(FAKE_ENGINE, "0")
     file.write_text(
         "name: spring\ncheckpoint: shapes\nseeds: {count: 3}\ndefaults: {width: 64, height: 64}\n"
         "stages:\n  - {id: draft, task: text-to-image, prompt: a red circle}\n"
     )
-    document("db", "upgrade", "--home", home)
+
+    def command(*words: object, exit_code: int = 0) -> Any:
+        """In this process: a dozen interpreters would take longer than all the rest."""
+        capsys.readouterr()
+        assert run([*map(str, words), "--home", str(home), "--json"]) == exit_code
+        return json.loads(capsys.readouterr().out)
+
+    command("db", "upgrade")
     shutil.copy(live, kept)
-    document("submit", file, "--home", home)
-    document("worker", "--until-idle", "--home", home, given=given)
-    document("audit", "seal", "--home", home)
+    for words in (("submit", file), ("worker", "--until-idle"), ("audit", "seal")):
+        command(*words)
+    for path in home.glob("sdpipeline.db*"):
+        path.unlink()
     shutil.copy(kept, live)
-    for command in (("submit", file), ("worker", "--until-idle")):
-        refused = sdpipeline(*command, "--home", home, **given)
-        assert (refused.returncode, refused.stderr.count("\n")) == (2, 1)
-        assert refused.stderr.startswith("SDP_DATABASE_URL: the database is older than audit/seals/00000001.json")
-        assert refused.stderr.endswith("(sdpipeline reconcile --adopt)\n")
-    (fault,) = document("reconcile", "--home", home, exit_code=3)["faults"]
+    for words in (("submit", file), ("worker", "--until-idle")):
+        (refused,) = command(*words, exit_code=2)["errors"]
+        assert (refused["key"], refused["fix"]) == ("SDP_DATABASE_URL", "sdpipeline reconcile --adopt")
+        assert refused["message"].startswith("the database is older than audit/seals/00000001.json in storage")
+    (fault,) = command("reconcile", exit_code=3)["faults"]
     assert fault["kind"] == "database-too-old"
-    adopted = document("reconcile", "--adopt", "--home", home)
+    adopted = command("reconcile", "--adopt")
     assert (adopted["adopted"], adopted["waiting"], adopted["gap"]["last_seal"]) == (0, 3, 1)
-    document("submit", file, "--home", home)
-    jobs = document("jobs", "spring", "--home", home)["jobs"]
+    command("submit", file)
+    jobs = command("jobs", "spring")["jobs"]
     assert [job["status"] for job in jobs] == ["succeeded"] * 3
     # A picture that is lost later is made again.
     Path(jobs[0]["image"]["url"].removeprefix("file://")).unlink()
-    found = document("reconcile", "--home", home, exit_code=3)
+    found = command("reconcile", exit_code=3)
     assert (found["ok"], [set(each) for each in found["faults"]]) == (False, [{"kind", "subject", "detail", "action"}])
-    assert document("reconcile", "--repair", "--home", home)["ok"] is True
-    assert document("worker", "--until-idle", "--home", home, given=given)["succeeded"] == 1
-    assert len(document("audit", "verify", "--home", home)["gaps"]) == 1
+    assert command("reconcile", "--repair")["ok"] is True
+    assert command("worker", "--until-idle")["succeeded"] == 1
+    assert len(command("audit", "verify")["gaps"]) == 1
