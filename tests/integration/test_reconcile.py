@@ -186,6 +186,18 @@ def test_a_picture_of_which_a_part_is_wrong_is_put_away_and_made_again(
     assert {"image.lost", "object.quarantined", "jobs.reopened"} <= set(told)
 
 
+def test_of_two_successes_of_a_job_the_later_one_counts_whichever_chain_is_read_first(place: Place) -> None:
+    published(place.audit, chains(1))
+    place.work()
+    place.file(place.picture(1)["key"]).unlink()
+    first, other = place.audit, AuditLog(place.audit.database, actor="user:other")
+    while other.writer_id > first.writer_id:
+        other = AuditLog(place.audit.database, actor="user:other")
+    place.audit = other
+    place.reconcile(repair=True)
+    assert (place.work(), place.faults()) == (1, [])
+
+
 def test_what_waits_for_a_lost_picture_waits_until_it_is_there_again(place: Place, database: Database) -> None:
     published(place.audit, chains(1, "draft", "scene"))
     completed(place.audit, leased(place.audit, limit=1), place.store)
