@@ -20,7 +20,7 @@ from sdpipeline.db.connection import Database
 from sdpipeline.db.queue import Lease
 from sdpipeline.db.tables import image, job, lease
 from sdpipeline.domain import ControlNetInput, ImageSource, JobSpec, Json
-from sdpipeline.engine import Batch, PreparedRequest
+from sdpipeline.engine import Batch, GeneratedImage, PreparedRequest
 from sdpipeline.engine.fake import FakeEngine
 from sdpipeline.errors import SettingsError
 from sdpipeline.reconcile import Reconciliation, reconcile
@@ -85,7 +85,7 @@ class Place:
         """What a worker has stored of a job when it is killed before the database hears of it: the picture's key."""
         job = lease.jobs[index]
         (made,) = FakeEngine().generate(Batch(requests=[PreparedRequest(request=job.request)], bucket=1))
-        assert hasattr(made, "pixels")
+        assert isinstance(made, GeneratedImage)
         attempt = delivery.Attempt(number=job.attempt, lease_id=lease.id, worker_id="worker-1", gpu_seconds=0.1)
         return delivery.deliver(self.store, delivery.finish(job, {}, made, attempt)).key
 
