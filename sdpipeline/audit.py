@@ -6,8 +6,9 @@ import hashlib
 import json
 import random
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import count
 from pathlib import Path
 
 import rfc8785
@@ -18,7 +19,7 @@ from filelock import FileLock
 
 from sdpipeline.db import audit as rows
 from sdpipeline.db import evidence
-from sdpipeline.db.audit import GENESIS, Event
+from sdpipeline.db.audit import GENESIS, Event, Transaction
 from sdpipeline.db.connection import Connection, Database
 from sdpipeline.db.queue import commitment
 from sdpipeline.domain import Json, fingerprint, job_identity, request_from_document
@@ -92,8 +93,8 @@ def seal(database: Database, store: ObjectStore, key: SealKey) -> int:
         ranges = rows.unsealed_ranges(connection)
         last = rows.last_seal(connection)
         merkle_root = root(rows.bodies(connection, ranges)).hex()
-    count = sum(last_seq - first + 1 for _, first, last_seq in ranges)
-    if not count:
+    events = sum(last_seq - first + 1 for _, first, last_seq in ranges)
+    if not events:
         return 0
     number = last["number"] + 1 if last else 1
     body = rfc8785.dumps(
@@ -102,7 +103,7 @@ def seal(database: Database, store: ObjectStore, key: SealKey) -> int:
             "number": number,
             "prev": last["hash"] if last else GENESIS,
             "sealed_at_ms": time.time_ns() // 1_000_000,
-            "events": count,
+            "events": events,
             "ranges": [list(each) for each in ranges],
             "merkle_root": merkle_root,
             "public_key": key.public_hex,
@@ -120,8 +121,7 @@ def _publish(database: Database, store: ObjectStore, number: int, body: str, key
         body, signature = _read_seal(store.get(name))
         with database.read() as connection:
             if not (key.signed(body, signature) and _covers(connection, json.loads(body))):
-                message = f"storage holds another {name} than this database would write: was a backup restored?"
-                raise AuditBrokenError(message) from None
+                raise _older_than(name) from None
         stored = store.put(name, _seal_object(body, signature), content_type="application/json", retained=True)
     row = {"number": number, "body": body, "signature": signature, "hash": _sha256(body), "key": name}
     ranges = _ranges(json.loads(body))
@@ -168,7 +168,10 @@ class Fault:
 
 @dataclass(slots=True)
 class Verification:
-    """What was checked and what was found. ``skipped`` counts pictures that ``sample`` left out."""
+    """What was checked and what was found. ``skipped`` counts pictures that ``sample`` left out.
+
+    ``gaps`` are events that a restored backup lost and ``reconcile --adopt`` told of: named for ever, no fault.
+    """
 
     events: int = 0
     seals: int = 0
@@ -176,6 +179,7 @@ class Verification:
     skipped: int = 0
     unsealed: int = 0
     faults: list[Fault] = field(default_factory=list)
+    gaps: list[Json] = field(default_factory=list)
 
     def fault(self, kind: str, subject: str, detail: str) -> None:
         """Note a fault."""
@@ -185,7 +189,7 @@ class Verification:
         """The form of ``audit verify --json``."""
         faults = [{"kind": f.kind, "subject": f.subject, "detail": f.detail} for f in self.faults]
         counts = {name: getattr(self, name) for name in ("events", "seals", "images", "skipped", "unsealed")}
-        return {"ok": not self.faults} | counts | {"faults": faults}
+        return {"ok": not self.faults} | counts | {"gaps": self.gaps, "faults": faults}
 
 
 def verify(
@@ -202,12 +206,13 @@ def verify(
     found = Verification()
     with database.snapshot() as connection:
         told = _verify_chains(connection, found)
-        sealed = _verify_seals(connection, key, found)
+        found.gaps = told.gaps
+        sealed = _verify_seals(connection, key, found, told.lost)
         _verify_jobs(connection, found, told)
         pictures = _verify_images(connection, found, told, sample)
     for row in sealed:
         _verify_stored_seal(store, found, row)
-    _verify_newest(database, store, found, len(sealed))
+    _verify_newest(database, store, found)
     for stored, sha256 in pictures:
         data = _verify_object(store, found, stored, sha256)
         if data is not None and stored.endswith(".json"):
@@ -222,6 +227,7 @@ _ALLOWED: Mapping[str | None, tuple[str, ...]] = {
     Event.LEASE_RELEASED: ("ready",),
     Event.LEASE_EXPIRED: ("ready",),
     Event.JOB_SUCCEEDED: ("succeeded",),
+    Event.JOB_ADOPTED: ("succeeded",),
     Event.JOB_FAILED: ("failed", "blocked"),
     Event.JOB_DEFERRED: ("waiting", "ready"),
     Event.JOBS_SKIPPED: ("skipped",),
@@ -229,12 +235,12 @@ _ALLOWED: Mapping[str | None, tuple[str, ...]] = {
     Event.JOBS_BLOCKED: ("blocked",),
     Event.JOBS_RETRIED: ("waiting", "ready", "succeeded"),
     Event.JOBS_CHANGED: ("waiting", "ready", "succeeded"),
+    Event.JOBS_REOPENED: ("waiting", "ready", "succeeded"),
 }
 """What a job's status may be after the last event that names it."""
 
-_LISTING = frozenset(
-    {Event.JOBS_SKIPPED, Event.JOBS_CANCELLED, Event.JOBS_BLOCKED, Event.JOBS_RETRIED, Event.JOBS_CHANGED}
-)
+_AFRESH = frozenset({Event.JOBS_RETRIED, Event.JOBS_CHANGED, Event.JOBS_REOPENED})
+_LISTING = _AFRESH | {Event.JOBS_SKIPPED, Event.JOBS_CANCELLED, Event.JOBS_BLOCKED}
 
 
 @dataclass(slots=True)
@@ -245,6 +251,9 @@ class _Told:
     last: dict[int, tuple[int, str]] = field(default_factory=dict)
     attempts: dict[int, tuple[int, int]] = field(default_factory=dict)
     roots: dict[int, str] = field(default_factory=dict)
+    gaps: list[Json] = field(default_factory=list)
+    lost: set[int] = field(default_factory=set)
+    """The numbers of the seals over events that a gap names as missing."""
 
     def hear(self, event: Json) -> None:
         """Take in one event; raises KeyError, TypeError or ValueError for one that we did not write."""
@@ -254,15 +263,24 @@ class _Told:
         elif kind in (Event.LEASE_TAKEN, Event.LEASE_RELEASED, Event.LEASE_EXPIRED):
             for job_id, attempt in event["jobs"]:
                 self._note(job_id, at, kind, attempt)
-        elif kind in (Event.JOB_SUCCEEDED, Event.JOB_FAILED, Event.JOB_DEFERRED):
+        elif kind in (Event.JOB_SUCCEEDED, Event.JOB_ADOPTED, Event.JOB_FAILED, Event.JOB_DEFERRED):
             job_id = int(subject.removeprefix("job:"))
             self._note(job_id, at, kind, event["attempt"])
-            if kind == Event.JOB_SUCCEEDED:
-                self.succeeded[job_id, event["fingerprint"]] = event
+            if kind in (Event.JOB_SUCCEEDED, Event.JOB_ADOPTED):
+                self._succeeded(job_id, event)
         elif kind in _LISTING:
-            afresh = kind in (Event.JOBS_RETRIED, Event.JOBS_CHANGED)
             for job_id in event["jobs"]:
-                self._note(job_id, at, kind, 0 if afresh else None)
+                self._note(job_id, at, kind, 0 if kind in _AFRESH else None)
+        elif kind == Event.AUDIT_GAP:
+            names = ("first_seal", "last_seal", "events", "missing", "actor", "at_us")
+            self.gaps.append({name: event[name] for name in names})
+            self.lost.update(range(event["first_seal"], event["last_seal"] + 1))
+
+    def _succeeded(self, job_id: int, event: Json) -> None:
+        """A picture that was lost is made again: the newest one counts."""
+        known = self.succeeded.get((job_id, event["fingerprint"]), event)
+        if known["at_us"] <= event["at_us"]:
+            self.succeeded[job_id, event["fingerprint"]] = event
 
     def _note(self, job_id: int, at: int, kind: str, attempt: int | None) -> None:
         """Chains are read one after the other, so the clock says what came last; in a chain, its order."""
@@ -297,7 +315,7 @@ def _verify_chains(connection: Connection, found: Verification) -> _Told:
     return told
 
 
-def _verify_seals(connection: Connection, key: SealKey, found: Verification) -> list[Json]:
+def _verify_seals(connection: Connection, key: SealKey, found: Verification, lost: Collection[int]) -> list[Json]:
     sealed = rows.seals(connection)
     previous, covered = GENESIS, dict[str, int]()
     for position, row in enumerate(sealed, 1):
@@ -312,6 +330,9 @@ def _verify_seals(connection: Connection, key: SealKey, found: Verification) -> 
         body = json.loads(row["body"])
         if row["number"] != position or body["number"] != position or body["prev"] != previous:
             found.fault("seal-invalid", subject, "it does not continue the seal before it")
+        previous = row["hash"]
+        if row["number"] in lost and not row["ranges"]:
+            continue
         if sorted(_ranges(body)) != sorted(row["ranges"]):
             found.fault("seal-invalid", subject, "its ranges in the database differ from what was signed")
         for writer, first, last in _ranges(body):
@@ -320,7 +341,6 @@ def _verify_seals(connection: Connection, key: SealKey, found: Verification) -> 
             covered[writer] = last
         if not _covers(connection, body):
             found.fault("sealed-events-altered", subject, "the events it covers are not those that were sealed")
-        previous = row["hash"]
     found.unsealed = sum(last - first + 1 for _, first, last in rows.unsealed_ranges(connection))
     return sealed
 
@@ -338,19 +358,125 @@ def _verify_stored_seal(store: ObjectStore, found: Verification, row: Json) -> N
         found.fault("seal-invalid", subject, "storage holds more than one version of it, or a delete marker")
 
 
-def _verify_newest(database: Database, store: ObjectStore, found: Verification, sealed: int) -> None:
-    """A seal that only storage has may be on its way into the database, but then its events are here."""
-    following = seal_name(sealed + 1)
-    if store.head(following) is None:
+def _verify_newest(database: Database, store: ObjectStore, found: Verification) -> None:
+    for number in _forgotten(database, store):
+        detail = "storage has sealed events that the database lacks: a backup? (sdpipeline reconcile --adopt)"
+        found.fault("database-too-old", seal_name(number), detail)
         return
+
+
+def refuse_restored(database: Database, store: ObjectStore) -> None:
+    """Raises AuditBrokenError where storage has sealed events that the database lacks: work there would be done
+    twice."""
+    for number in _forgotten(database, store):
+        raise _older_than(seal_name(number))
+
+
+def _older_than(seal: str) -> AuditBrokenError:
+    return AuditBrokenError(
+        f"the database is older than {seal} in storage: a restored backup, or another database's storage?"
+    )
+
+
+def _forgotten(database: Database, store: ObjectStore) -> Iterator[int]:
+    """The numbers of the seals that storage has and whose events the database lacks.
+
+    A seal that only storage has may be on its way into the database, but then its events are here.
+    """
+    with database.read() as connection:
+        last = rows.last_seal(connection)
+    for number in count(last["number"] + 1 if last else 1):
+        if store.head(seal_name(number)) is None:
+            return
+        try:
+            body, _ = _read_seal(store.get(seal_name(number)))
+            with database.read() as connection:
+                known = _covers(connection, json.loads(body))
+        except (KeyError, TypeError, ValueError):
+            known = False
+        if not known:
+            yield number
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Gap:
+    """What a restored database lacks of its own log, told by seals ``first_seal`` to ``last_seal``.
+
+    ``missing`` are (writer, first, last sequence number), ``events`` their number.
+    """
+
+    first_seal: int
+    last_seal: int
+    events: int
+    missing: tuple[tuple[str, int, int], ...]
+
+    def document(self) -> Json:
+        """As an event and ``audit verify --json`` tell it."""
+        missing = [list(each) for each in self.missing]
+        return {"first_seal": self.first_seal, "last_seal": self.last_seal, "events": self.events, "missing": missing}
+
+
+def find_gap(database: Database, store: ObjectStore) -> Gap | None:
+    """From which seal to which the database lacks events that were sealed; None where it lacks none.
+
+    Raises AuditBrokenError where one of these seals cannot be read.
+    """
+    forgotten = list(_forgotten(database, store))
+    if not forgotten:
+        return None
+    newest: dict[str, int] = {}
+    for number in forgotten:
+        for writer, _, last in _ranges(_lost_seal(store, number)[2]):
+            newest[writer] = max(last, newest.get(writer, -1))
+    with database.read() as connection:
+        here = rows.newest_sequences(connection, newest)
+    missing = tuple(
+        (writer, here.get(writer, -1) + 1, last)
+        for writer, last in sorted(newest.items())
+        if last > here.get(writer, -1)
+    )
+    events = sum(last - first + 1 for _, first, last in missing)
+    return Gap(first_seal=forgotten[0], last_seal=forgotten[-1], events=events, missing=missing)
+
+
+def _lost_seal(store: ObjectStore, number: int) -> tuple[str, str, Json]:
     try:
-        body, _ = _read_seal(store.get(following))
-        with database.read() as connection:
-            known = _covers(connection, json.loads(body))
-    except (KeyError, TypeError, ValueError):
-        known = False
-    if not known:
-        found.fault("database-too-old", following, "storage has sealed events that the database lacks: a backup?")
+        body, signature = _read_seal(store.get(seal_name(number)))
+        told: Json = json.loads(body)
+        _ranges(told)
+    except (KeyError, TypeError, ValueError) as error:
+        raise AuditBrokenError(f"{seal_name(number)} in storage is no seal") from error
+    return body, signature, told
+
+
+def lost_seals(
+    database: Database, store: ObjectStore, key: SealKey, gap: Gap
+) -> list[tuple[Json, list[tuple[str, int, int]]]]:
+    """The rows of the seals that only storage has, with what each covers that is here.
+
+    Raises AuditBrokenError unless they continue this database's own seals under the same key.
+    """
+    with database.read() as connection:
+        last = rows.last_seal(connection)
+    previous, found = last["hash"] if last else GENESIS, []
+    for number in range(last["number"] + 1 if last else 1, gap.last_seal + 1):
+        body, signature, told = _lost_seal(store, number)
+        if not key.signed(body, signature) or (told["number"], told["prev"]) != (number, previous):
+            raise AuditBrokenError(f"{seal_name(number)} in storage does not continue this database's seals")
+        previous = _sha256(body)
+        data = _seal_object(body, signature)
+        stored = store.put(seal_name(number), data, content_type="application/json", retained=True)
+        row = {"number": number, "body": body, "signature": signature, "hash": previous, "key": seal_name(number)}
+        found.append((row | {"version_id": stored.version_id}, _ranges(told) if number < gap.first_seal else []))
+    return found
+
+
+def bridge(tx: Transaction, seals: Sequence[tuple[Json, list[tuple[str, int, int]]]], gap: Gap) -> None:
+    """Go on after a gap: the lost seals stay in the chain of seals, covering nothing that is here, and an event
+    names what is missing. What is still here of the events they covered belongs to the next seal."""
+    for row, ranges in seals:
+        rows.insert_seal(tx.connection, row, ranges)
+    tx.record(Event.AUDIT_GAP, "audit", last_hash=seals[-1][0]["hash"], **gap.document())
 
 
 def _verify_jobs(connection: Connection, found: Verification, told: _Told) -> None:

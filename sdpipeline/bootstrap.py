@@ -248,6 +248,7 @@ def open_worker(s: Settings, *, device: str | None = None) -> Iterator[OpenWorke
     """A worker on one device, registered while it lives; its checkpoints stay warm between runs."""
     with services(s) as have:
         have.store.check()
+        audit.refuse_restored(have.database, have.store)
         chosen = device or devices(s)[0]
         engine = build_engine(s, chosen, have.database)
         worker_id = secrets.token_hex(16)

@@ -18,6 +18,7 @@ from sdpipeline.domain import ImageSource, Json, OutputFormat, canonical, to_doc
 from sdpipeline.engine import GeneratedImage, Pixels, PreparedRequest
 from sdpipeline.errors import InputImageError, ObjectConflictError, ObjectMissingError
 from sdpipeline.inputs import LARGEST_INPUT_BYTES, input_key
+from sdpipeline.provenance import EncodedImage
 from sdpipeline.storage import ForeignObjects, ObjectStore
 
 RECORD_SCHEMA = "sdpipeline/record/1"
@@ -41,6 +42,19 @@ class Fetched:
 
     prepared: PreparedRequest
     inputs: Mapping[str, Json]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FinishedPicture:
+    """A picture ready to be stored: the same bytes however often that is tried."""
+
+    folder: str
+    record: Json
+    encoded: EncodedImage
+    control_maps: Sequence[tuple[str, EncodedImage]]
+    scores: Json
+    timings: Json
+    attempt: Attempt
 
 
 def fetch(store: ObjectStore, foreign: ForeignObjects, leased: LeasedJob, *, max_pixels: int) -> Fetched:
@@ -70,10 +84,10 @@ def pinned(foreign: ForeignObjects, about: Json) -> bytes:
     return found.data
 
 
-def deliver(
-    store: ObjectStore, leased: LeasedJob, inputs: Mapping[str, Json], generated: GeneratedImage, attempt: Attempt
-) -> StoredImage:
-    """Measure, freeze the record, encode, store and read back; the picture counts only once the database says so.
+def finish(
+    leased: LeasedJob, inputs: Mapping[str, Json], generated: GeneratedImage, attempt: Attempt
+) -> FinishedPicture:
+    """Measure, freeze the record and encode.
 
     Raises BadPictureError for a picture that scores less than the campaign asks for.
     """
@@ -84,32 +98,49 @@ def deliver(
     frozen = record(leased, inputs, generated)
     output = leased.request.output
     encoded = provenance.encode(generated.pixels, output=output, record=frozen, from_photograph=_from_outside(leased))
-    encoded_at = time.perf_counter()
-    folder = _folder(leased)
-    key = f"{folder}/{encoded.sha256}.{encoded.extension}"
-    stored = store.put(key, encoded.data, content_type=encoded.content_type)
-    control_maps = _deliver_control_maps(store, f"{folder}/{encoded.sha256}", leased, generated)
+    control_maps = _encoded_control_maps(leased, generated)
     timings = {
         "generate_s": round(attempt.gpu_seconds, 6),
         "measure_s": round(started - begun, 6),
-        "encode_s": round(encoded_at - started, 6),
-        "store_s": round(time.perf_counter() - encoded_at, 6),
+        "encode_s": round(time.perf_counter() - started, 6),
     }
+    return FinishedPicture(
+        folder=_folder(leased),
+        record=frozen,
+        encoded=encoded,
+        control_maps=control_maps,
+        scores=measured,
+        timings=timings,
+        attempt=attempt,
+    )
+
+
+def deliver(store: ObjectStore, picture: FinishedPicture) -> StoredImage:
+    """Store with record and sidecar, and read back; the picture counts only once the database says so.
+
+    May be asked again after a storage outage: what was stored before it is met again byte by byte.
+    """
+    started = time.perf_counter()
+    encoded, attempt = picture.encoded, picture.attempt
+    stem = f"{picture.folder}/{encoded.sha256}"
+    key = f"{stem}.{encoded.extension}"
+    stored = store.put(key, encoded.data, content_type=encoded.content_type)
+    control_maps = _deliver_control_maps(store, stem, picture)
     about = {"key": key, "sha256": stored.sha256, "size_bytes": stored.size_bytes, "version_id": stored.version_id}
     sidecar = canonical(
         {
             "schema": SIDECAR_SCHEMA,
-            "record": frozen,
+            "record": picture.record,
             "object": about | {"pixels_sha256": encoded.pixels_sha256},
             "control_maps": control_maps,
-            "scores": measured,
-            "timings": timings,
+            "scores": picture.scores,
+            "timings": picture.timings,
             "attempt": attempt.number,
             "worker": attempt.worker_id,
         }
     )
     # One attempt, one sidecar: a second attempt may make the same bytes, but not in the same time.
-    sidecar_key = f"{folder}/{encoded.sha256}.{attempt.lease_id[:8]}.json"
+    sidecar_key = f"{stem}.{attempt.lease_id[:8]}.json"
     store.put(sidecar_key, sidecar, content_type="application/json")
     return StoredImage(
         key=key,
@@ -123,8 +154,8 @@ def deliver(
         sidecar_key=sidecar_key,
         sidecar_sha256=hashlib.sha256(sidecar).hexdigest(),
         gpu_seconds=attempt.gpu_seconds,
-        timings=timings,
-        scores=measured,
+        timings=picture.timings | {"store_s": round(time.perf_counter() - started, 6)},
+        scores=picture.scores,
     )
 
 
@@ -146,7 +177,7 @@ def reuse(store: ObjectStore, leased: LeasedJob, original: Original, attempt: At
     key = f"{folder}/{PurePosixPath(made.key).name}"
     stored = store.put(key, data, content_type=provenance.content_type(data))
     control_maps = _copy_control_maps(store, folder, told["control_maps"])
-    timings = {"generate_s": 0.0, "encode_s": 0.0, "store_s": round(time.perf_counter() - started, 6)}
+    timings = {"generate_s": 0.0, "encode_s": 0.0}
     own = {
         "object": told["object"] | {"key": key, "version_id": stored.version_id},
         "control_maps": control_maps,
@@ -166,7 +197,7 @@ def reuse(store: ObjectStore, leased: LeasedJob, original: Original, attempt: At
         sidecar_key=sidecar_key,
         sidecar_sha256=hashlib.sha256(sidecar).hexdigest(),
         gpu_seconds=0.0,
-        timings=timings,
+        timings=timings | {"store_s": round(time.perf_counter() - started, 6)},
         reused_from=made.key,
     )
 
@@ -191,14 +222,21 @@ def record(leased: LeasedJob, inputs: Mapping[str, Json], generated: GeneratedIm
     }
 
 
-def _deliver_control_maps(store: ObjectStore, stem: str, leased: LeasedJob, generated: GeneratedImage) -> list[Json]:
-    """What steered the picture, kept beside it."""
-    kept = []
-    for n, (use, pixels) in enumerate(zip(leased.request.controlnets, generated.control_maps, strict=False)):
+def _encoded_control_maps(leased: LeasedJob, generated: GeneratedImage) -> list[tuple[str, EncodedImage]]:
+    """What steered the picture, with the annotator that made it."""
+    encoded = []
+    for use, pixels in zip(leased.request.controlnets, generated.control_maps, strict=False):
         about = {"schema": CONTROL_MAP_SCHEMA, "annotator": use.annotator, "fingerprint": leased.fingerprint}
-        encoded = provenance.encode(pixels, output=OutputFormat(), record=about)
+        encoded.append((use.annotator, provenance.encode(pixels, output=OutputFormat(), record=about)))
+    return encoded
+
+
+def _deliver_control_maps(store: ObjectStore, stem: str, picture: FinishedPicture) -> list[Json]:
+    """They are kept beside the picture."""
+    kept = []
+    for n, (annotator, encoded) in enumerate(picture.control_maps):
         stored = store.put(f"{stem}.control-{n}.png", encoded.data, content_type=encoded.content_type)
-        kept.append({"key": stored.key, "sha256": stored.sha256, "annotator": use.annotator})
+        kept.append({"key": stored.key, "sha256": stored.sha256, "annotator": annotator})
     return kept
 
 

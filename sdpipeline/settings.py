@@ -111,6 +111,9 @@ class Settings(BaseSettings):
     fairness_max_wait_s: float = Field(
         120.0, gt=0.0, description="seconds after which a campaign with ready jobs and no lease goes first"
     )
+    reconcile_grace_s: float = Field(
+        3600.0, ge=0.0, description="seconds that an object without a row is left alone by reconcile"
+    )
     cost_per_gpu_hour: float | None = Field(
         None, ge=0.0, description="price of a GPU-hour, in any currency: for plans, budgets and what jobs have cost"
     )

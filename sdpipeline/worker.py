@@ -495,9 +495,9 @@ class _Run:
     def _deliver(self, work: _Work, leased: LeasedJob, inputs: Mapping[str, Json], generated: GeneratedImage) -> None:
         attempt = self._attempt(work.lease, leased, gpu_seconds=work.share_s)
         try:
-            stored = self._when_storage_answers(
-                work.lease, partial(delivery.deliver, self.worker.store, leased, inputs, generated, attempt)
-            )
+            # Once, not at each try to store it: what an outage left half stored would be met with other bytes.
+            picture = delivery.finish(leased, inputs, generated, attempt)
+            stored = self._when_storage_answers(work.lease, partial(delivery.deliver, self.worker.store, picture))
         except SdpError as error:
             work.fault = error if isinstance(error, TransientError) else work.fault
             self._fail(work.lease, leased, error, gpu_seconds=work.share_s)

@@ -1,4 +1,4 @@
-"""Budgets, delivery rules, scores, reuse and fairness; a table nothing wrote is gone."""
+"""Budgets, delivery rules, scores, reuse, fairness and found pictures; a table nothing wrote is gone."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ def upgrade() -> None:
     op.add_column("job", sa.Column("chain", sa.BigInteger(), nullable=True))
     op.add_column("attempt", sa.Column("gpu_seconds", sa.Double(), nullable=True))
     op.add_column("attempt", sa.Column("cost", sa.Double(), nullable=True))
+    op.add_column("attempt", sa.Column("fingerprint", sa.String(length=64), nullable=True))
     op.add_column("image", sa.Column("scores", sa.JSON(), server_default="{}", nullable=False))
     op.add_column("image", sa.Column("reused_from", sa.Text(), nullable=True))
     op.create_table(
@@ -35,6 +36,23 @@ def upgrade() -> None:
         sa.PrimaryKeyConstraint("campaign_id", "group_id", "worker_id", name=op.f("pk_spending")),
     )
     op.create_index("ix_work_group_batch_key", "work_group", ["batch_key"], unique=False)
+    op.create_table(
+        "found_picture",
+        sa.Column("sidecar_key", sa.Text(), nullable=False),
+        sa.Column("team", sa.String(length=63), nullable=False),
+        sa.Column("campaign", sa.String(length=63), nullable=False),
+        sa.Column("stage", sa.String(length=63), nullable=False),
+        sa.Column("fingerprint", sa.String(length=64), nullable=False),
+        sa.Column("identity_start", sa.String(length=16), nullable=False),
+        sa.Column("key", sa.Text(), nullable=False),
+        sa.Column("stored", sa.JSON(), nullable=False),
+        sa.Column("attempt", sa.SmallInteger(), nullable=False),
+        sa.Column("worker_id", sa.String(length=32), nullable=False),
+        sa.Column("consumed", sa.Boolean(), server_default=sa.text("false"), nullable=False),
+        sa.Column("made_at", sa.String(length=40), nullable=False),
+        sa.PrimaryKeyConstraint("sidecar_key", name=op.f("pk_found_picture")),
+    )
+    op.create_index("ix_found_picture_owner", "found_picture", ["team", "campaign", "fingerprint"], unique=False)
     op.create_index(
         "ix_job_chain",
         "job",
@@ -63,11 +81,13 @@ def downgrade() -> None:
     op.drop_index("ix_lease_group", table_name="lease")
     op.drop_index("ix_job_chain", table_name="job")
     op.drop_index("ix_work_group_batch_key", table_name="work_group")
+    op.drop_table("found_picture")
     op.drop_table("spending")
     for table, column in (
         ("worker", "paused_at"),
         ("image", "reused_from"),
         ("image", "scores"),
+        ("attempt", "fingerprint"),
         ("attempt", "cost"),
         ("attempt", "gpu_seconds"),
         ("job", "chain"),

@@ -10,9 +10,10 @@ import typer
 from typer.exceptions import TyperException
 
 from sdpipeline import __version__
-from sdpipeline.cli import campaigns, checkpoints, demo, exporting, operations, pictures, start
+from sdpipeline.cli import campaigns, checkpoints, demo, exporting, operations, pictures, reconciling, start
 from sdpipeline.cli.output import print_mistakes, stdout
 from sdpipeline.errors import (
+    AuditBrokenError,
     BadInputError,
     DatabaseUnavailableError,
     Mistake,
@@ -55,8 +56,10 @@ pictures.add_to(app)
 exporting.add_to(app)
 checkpoints.add_to(app)
 operations.add_to(app)
+reconciling.add_to(app)
 
-_UNREACHABLE = {
+_UNUSABLE = {
+    AuditBrokenError: ("SDP_DATABASE_URL", "sdpipeline reconcile --adopt"),
     DatabaseUnavailableError: (
         "SDP_DATABASE_URL",
         "check that the server runs, and host, port and password",
@@ -87,8 +90,8 @@ def run(arguments: Sequence[str]) -> int:
     except BadInputError as error:
         print_mistakes(error.mistakes, as_json=as_json)
         return BAD_INPUT
-    except (DatabaseUnavailableError, StorageUnavailableError, OrchestratorUnavailableError) as error:
-        key, fix = next(advice for kind, advice in _UNREACHABLE.items() if kind in type(error).mro())
+    except tuple(_UNUSABLE) as error:
+        key, fix = next(advice for kind, advice in _UNUSABLE.items() if kind in type(error).mro())
         print_mistakes([Mistake(key=key, message=str(error), fix=fix)], as_json=as_json)
         return BAD_INPUT
     except SdpError as error:

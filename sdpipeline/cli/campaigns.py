@@ -12,7 +12,7 @@ from typing import Annotated, Any
 
 import typer
 
-from sdpipeline import bootstrap, expand, schedule, submission
+from sdpipeline import audit, bootstrap, expand, schedule, submission
 from sdpipeline.cli.output import (
     FOUND_FAULTS,
     AsJson,
@@ -245,6 +245,7 @@ def submit_file(s: Settings, file: Path, *, prune: bool = False, edition: str | 
         expand.check(*bootstrap.load_campaign(s, file, edition=edition))
     bootstrap.open_storage(s).check()
     with bootstrap.services(s) as have:
+        audit.refuse_restored(have.database, have.store)
         campaign, inputs = bootstrap.load_campaign(s, file, have.database, edition=edition)
         done = submission.submit(
             campaign, inputs, have.audit, have.store, team=s.team, max_attempts=s.max_attempts, prune=prune

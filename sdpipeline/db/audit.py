@@ -7,7 +7,7 @@ import os
 import secrets
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -40,6 +40,11 @@ class Event(StrEnum):
     JOB_SUCCEEDED = "job.succeeded"
     JOB_FAILED = "job.failed"
     JOB_DEFERRED = "job.deferred"
+    JOB_ADOPTED = "job.adopted"
+    JOBS_REOPENED = "jobs.reopened"
+    IMAGE_LOST = "image.lost"
+    OBJECT_QUARANTINED = "object.quarantined"
+    AUDIT_GAP = "audit.gap"
     WORKER_STARTED = "worker.started"
     WORKER_STOPPED = "worker.stopped"
     CHECKPOINT_ADDED = "checkpoint.added"
@@ -160,7 +165,8 @@ def insert_seal(connection: Connection, seal: Json, ranges: Sequence[tuple[str, 
         {"number": seal["number"], "writer_id": writer, "first_seq": first, "last_seq": last}
         for writer, first, last in ranges
     ]
-    connection.execute(insert(audit_seal_range), rows)
+    if rows:
+        connection.execute(insert(audit_seal_range), rows)
     return True
 
 
@@ -168,6 +174,13 @@ def last_seal(connection: Connection) -> Json | None:
     """The newest seal's row."""
     row = connection.execute(select(audit_seal).order_by(audit_seal.c.number.desc()).limit(1)).mappings().first()
     return dict(row) if row else None
+
+
+def newest_sequences(connection: Connection, writers: Collection[str]) -> dict[str, int]:
+    """The last sequence number that is here of each of these chains."""
+    newest = select(audit_event.c.writer_id, func.max(audit_event.c.seq)).group_by(audit_event.c.writer_id)
+    rows = connection.execute(newest.where(audit_event.c.writer_id.in_(writers)))
+    return {writer: int(seq) for writer, seq in rows}
 
 
 def seals(connection: Connection) -> list[Json]:

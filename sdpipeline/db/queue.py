@@ -325,7 +325,7 @@ def pick(group_id: int, limit: int, *, alone: bool, after: tuple[int, int] | Non
 def _insert_attempts(connection: Connection, rows: Iterable[Any], lease_id: str, worker_id: str) -> None:
     connection.execute(
         insert(attempt).values(lease_id=lease_id, worker_id=worker_id, started_at=now_s()),
-        [{"job_id": row.id, "number": row.attempt} for row in rows],
+        [{"job_id": row.id, "number": row.attempt, "fingerprint": row.fingerprint} for row in rows],
     )
 
 

@@ -25,7 +25,7 @@ from sqlalchemy import (
     update,
 )
 
-from sdpipeline.db import budgets, control, registry
+from sdpipeline.db import adoption, budgets, control, registry
 from sdpipeline.db.audit import Event, Transaction
 from sdpipeline.db.connection import insert_ignoring, now_s
 from sdpipeline.db.locks import have_campaign
@@ -120,6 +120,7 @@ def submit(tx: Transaction, ready: Prepared, asked: Publication, *, prune: bool 
             # Everything asked for is of this version now.
             chosen = and_(present, job.c.version_id != version_id)
             cancelled = control.cancel(tx, campaign_id=campaign_id, chosen=chosen) if gone else 0
+    adoption.claim(tx, campaign_id=campaign_id)
     registry.block_published(tx, campaign_id=campaign_id, version_id=version_id)
     jobs = jobs_root(connection, version_id)
     result = {"jobs_added": added, "jobs_root": jobs}

@@ -201,6 +201,8 @@ attempt = Table(
     # What the attempt took of the device, and that at the deployment's price.
     Column("gpu_seconds", Double),
     Column("cost", Double),
+    # The folder it may have left objects in, also after the job has come to ask for another picture.
+    Column("fingerprint", _Hash),
     Index("ix_attempt_lease_id", "lease_id"),
 )
 
@@ -230,6 +232,28 @@ image = Table(
     Column("worker_id", String(32), nullable=False),
     Column("created_at", Double, nullable=False),
     Index("ix_image_fingerprint", "fingerprint"),
+)
+
+# Pictures that storage holds with their sidecars and that no job has: a restored backup forgot them. Each waits for
+# its job, which may come only with the next submit; then it is recorded as that job's picture, and its row goes.
+found_picture = Table(
+    "found_picture",
+    metadata,
+    Column("sidecar_key", Text, primary_key=True),
+    Column("team", String(63), nullable=False),
+    Column("campaign", String(63), nullable=False),
+    Column("stage", String(63), nullable=False),
+    Column("fingerprint", _Hash, nullable=False),
+    # The start of the job's identity, which is all that the folder of a copy says of it.
+    Column("identity_start", String(16), nullable=False),
+    Column("key", Text, nullable=False),
+    Column("stored", JSON, nullable=False),
+    Column("attempt", SmallInteger, nullable=False),
+    Column("worker_id", String(32), nullable=False),
+    # Of two pictures of one job the one that others were made from is its picture, else the newer one.
+    Column("consumed", Boolean, nullable=False, server_default=text("false")),
+    Column("made_at", String(40), nullable=False),
+    Index("ix_found_picture_owner", "team", "campaign", "fingerprint"),
 )
 
 # The newest row of an alias is what it means now; older ones say what it meant. A digest is revoked as a whole.

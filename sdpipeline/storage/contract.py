@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Protocol
 
@@ -16,13 +16,17 @@ _MAX_SEGMENT_BYTES = 255
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StoredObject:
-    """What storage holds under a key; ``version_id`` is None where the store keeps no versions."""
+    """What storage holds under a key; ``version_id`` is None where the store keeps no versions.
+
+    ``stored_at`` is when it came there by the store's clock, where that was asked with ``head``.
+    """
 
     key: str
     sha256: str
     size_bytes: int
     version_id: str | None = None
     retained_until: datetime | None = None
+    stored_at: datetime | None = field(default=None, compare=False)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,6 +64,13 @@ class ObjectStore(Protocol):
 
     def head(self, key: str) -> StoredObject | None:
         """What is there without its bytes, as its writer declared it; a verification uses ``get``."""
+
+    def move(self, key: str, to: str) -> None:
+        """Puts the object under another key, as ``put`` does, and only then takes it away from the first.
+
+        Raises ObjectMissingError, and ObjectConflictError where other bytes are under the new key; in a bucket with
+        versions the old key keeps its history.
+        """
 
     def url(self, key: str) -> str:
         """The object's address, ``file://`` or ``s3://``."""

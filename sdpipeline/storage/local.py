@@ -6,6 +6,7 @@ import hashlib
 import os
 import secrets
 from collections.abc import Iterator, Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 
 from sdpipeline.errors import Mistake, ObjectConflictError, ObjectMissingError, SettingsError, StorageUnavailableError
@@ -53,9 +54,26 @@ class LocalStore:
         """See ObjectStore; the file is hashed, for there is nobody else to ask."""
         try:
             data = self.get(key)
-        except ObjectMissingError:
+            stored_at = datetime.fromtimestamp(self._path(key).stat().st_mtime, UTC)
+        except (ObjectMissingError, FileNotFoundError):
             return None
-        return StoredObject(key=key, sha256=hashlib.sha256(data).hexdigest(), size_bytes=len(data))
+        return StoredObject(key=key, sha256=hashlib.sha256(data).hexdigest(), size_bytes=len(data), stored_at=stored_at)
+
+    def move(self, key: str, to: str) -> None:
+        """See ObjectStore; the file gets its second name before it loses the first, and is not written again."""
+        data, path, target = self.get(key), self._path(key), self._path(to)
+        try:
+            _make_directory(target.parent)
+            try:
+                os.link(path, target)
+            except FileExistsError:
+                if target.read_bytes() != data:
+                    raise ObjectConflictError(f"{target} already holds other bytes") from None
+            _flush_directory(target.parent)
+            path.unlink(missing_ok=True)
+            _flush_directory(path.parent)
+        except OSError as error:
+            raise _unavailable(error, path) from error
 
     def url(self, key: str) -> str:
         """The file's ``file://`` address."""

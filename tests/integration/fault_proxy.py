@@ -12,6 +12,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Self
 from urllib.parse import urlsplit
 
+SLOW_S = 0.3
+
 
 class Fault(StrEnum):
     """What goes wrong with one request; the ones with a status are answers in the server's name."""
@@ -19,12 +21,14 @@ class Fault(StrEnum):
     SLOW_DOWN = "503 SlowDown"
     INTERNAL_ERROR = "500 InternalError"
     NOT_IMPLEMENTED = "501 NotImplemented"
+    ACCESS_DENIED = "403 AccessDenied"
     CONFLICT = "409 ConditionalRequestConflict"
     RESET = "the connection is reset before the server sees the request"
     LOST_REPLY = "the server does its work and the reply is lost"
     CUT_BODY = "the reply ends in its middle"
     SHORT_BODY = "the reply ends early and in order"
     STALL = "no reply ever comes"
+    SLOW = "the reply takes its time"
 
 
 Choose = Callable[[str, str], Fault | None]
@@ -92,6 +96,8 @@ class _Handler(BaseHTTPRequestHandler):
         elif fault and fault[:3].isdigit():
             self._answer(fault)
         else:
+            if fault is Fault.SLOW:
+                proxy.stopping.wait(SLOW_S)
             self._pass_on(body, fault)
 
     do_PUT = do_POST = do_HEAD = do_DELETE = do_GET  # noqa: N815 - names that http.server looks for

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import uuid
 from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime, timedelta
 from hashlib import sha256
 from pathlib import Path
 from urllib.request import urlopen
@@ -116,6 +117,39 @@ def test_a_version_that_never_was_is_missing(store: ObjectStore) -> None:
     store.put("a", PICTURE, content_type="image/png")
     with pytest.raises(ObjectMissingError):
         store.get("a", version_id="AAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAA")
+
+
+def test_a_moved_object_is_under_its_new_key_alone(store: ObjectStore) -> None:
+    stored = store.put("team/a.png", PICTURE, content_type="image/png")
+    store.move("team/a.png", "quarantine/2026-11-25/team/a.png")
+    moved = store.head("quarantine/2026-11-25/team/a.png")
+    assert moved is not None
+    assert (moved.sha256, list(store.list())) == (stored.sha256, ["quarantine/2026-11-25/team/a.png"])
+    with pytest.raises(ObjectMissingError):
+        store.move("team/a.png", "elsewhere")
+
+
+def test_a_move_that_was_cut_off_is_ended_by_another(store: ObjectStore) -> None:
+    for key in ("a", "b"):
+        store.put(key, PICTURE, content_type="image/png")
+    store.move("a", "b")
+    assert list(store.list()) == ["b"]
+
+
+def test_nothing_is_moved_over_other_bytes(store: ObjectStore) -> None:
+    store.put("a", PICTURE, content_type="image/png")
+    store.put("b", b"other", content_type="image/png")
+    with pytest.raises(ObjectConflictError):
+        store.move("a", "b")
+    assert (store.get("a"), store.get("b")) == (PICTURE, b"other")
+
+
+def test_an_object_says_when_it_was_stored(store: ObjectStore) -> None:
+    store.put("a", PICTURE, content_type="image/png")
+    found = store.head("a")
+    assert found is not None
+    assert found.stored_at is not None
+    assert abs(datetime.now(UTC) - found.stored_at) < timedelta(minutes=1)
 
 
 def test_a_link_opens_without_credentials(store: ObjectStore) -> None:

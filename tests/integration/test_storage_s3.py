@@ -93,6 +93,28 @@ def test_a_put_that_fails_in_passing_succeeds(moto_bucket: Bucket, fault: Fault)
     assert moto_bucket.store().get("a") == PICTURE
 
 
+def test_a_slow_endpoint_is_waited_for(moto_bucket: Bucket) -> None:
+    with behind(moto_bucket, lambda _method, _path: Fault.SLOW) as (store, proxy):
+        store.put("a", PICTURE, content_type="image/png")
+    assert [method for method, _ in proxy.seen] == ["GET", "PUT", "GET"]
+
+
+def test_permissions_that_are_lost_are_no_missing_object(moto_bucket: Bucket) -> None:
+    moto_bucket.store().put("a", PICTURE, content_type="image/png")
+    with behind(moto_bucket, lambda _method, _path: Fault.ACCESS_DENIED) as (store, proxy):
+        for ask in (store.get, store.head, lambda key: list(store.list(key)), lambda key: store.move(key, "b")):
+            with unavailable("check the credentials"):
+                ask("a")
+    assert len(proxy.seen) == 4
+
+
+def test_a_move_whose_last_reply_is_lost_has_happened(moto_bucket: Bucket) -> None:
+    moto_bucket.store().put("a", PICTURE, content_type="image/png")
+    with behind(moto_bucket, once("DELETE", Fault.LOST_REPLY)) as (store, _):
+        store.move("a", "b")
+    assert list(moto_bucket.store().list()) == ["b"]
+
+
 def test_a_put_whose_reply_is_lost_has_happened_once(moto_bucket: Bucket) -> None:
     with behind(moto_bucket, once("PUT", Fault.LOST_REPLY)) as (store, _):
         stored = store.put("a", PICTURE, content_type="image/png")

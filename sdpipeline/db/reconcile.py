@@ -1,0 +1,188 @@
+"""What a crash can leave in the database, and the transitions that put it right."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+
+from sqlalchemy import Connection, Select, and_, case, delete, exists, func, or_, select, tuple_
+
+from sdpipeline.db import control, queue
+from sdpipeline.db.audit import Event, Transaction
+from sdpipeline.db.connection import now_s
+from sdpipeline.db.locks import have_campaign
+from sdpipeline.db.queue import LEASED, MOST_REAPED, close_empty, descendants, leases_of
+from sdpipeline.db.tables import attempt, campaign, found_picture, image, job, lease, worker
+from sdpipeline.domain import Json
+
+PAGE = 500
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Folder:
+    """Where pictures of one fingerprint lie, and a job whose attempt may have left something there."""
+
+    prefix: str
+    fingerprint: str
+    job_id: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StaleLease:
+    """A lease whose worker does not beat any more."""
+
+    lease_id: str
+    jobs: int
+    because: str
+
+
+def open_leases(connection: Connection) -> list[str]:
+    """The leases that were not closed."""
+    return list(connection.execute(select(lease.c.id).where(lease.c.closed_at.is_(None))).scalars())
+
+
+def stale_leases(connection: Connection) -> list[StaleLease]:
+    """Leases that expired, or whose worker has said goodbye."""
+    held = select(func.count()).where(job.c.lease_id == lease.c.id, job.c.status == LEASED).correlate(lease)
+    late = lease.c.expires_at < now_s()
+    statement = (
+        select(lease.c.id, lease.c.worker_id, held.scalar_subquery().label("jobs"), case((late, 1), else_=0))
+        .outerjoin(worker, worker.c.id == lease.c.worker_id)
+        .where(lease.c.closed_at.is_(None), or_(late, worker.c.stopped_at.is_not(None)))
+        .order_by(lease.c.expires_at, lease.c.id)
+    )
+    return [
+        StaleLease(
+            lease_id=lease_id,
+            jobs=jobs,
+            because=f"worker {worker_id} {'let it expire' if expired else 'has stopped'}",
+        )
+        for lease_id, worker_id, jobs, expired in connection.execute(statement)
+    ]
+
+
+def reap(tx: Transaction, lease_ids: Sequence[str]) -> None:
+    """Close these leases; their jobs are ready again."""
+    for start in range(0, len(lease_ids), MOST_REAPED):
+        queue.reap(tx, lease_ids=lease_ids[start : start + MOST_REAPED])
+
+
+def unfinished_folders(connection: Connection) -> list[Folder]:
+    """Where attempts that did not end in order may have left objects; not where a worker is at it just now."""
+    fingerprint = func.coalesce(attempt.c.fingerprint, job.c.fingerprint)
+    other = job.alias("other")
+    being_made = (
+        exists()
+        .where(
+            other.c.fingerprint == fingerprint,
+            other.c.campaign_id == job.c.campaign_id,
+            other.c.stage == job.c.stage,
+            other.c.status == LEASED,
+            lease.c.id == other.c.lease_id,
+            lease.c.closed_at.is_(None),
+            lease.c.expires_at >= now_s(),
+        )
+        .correlate(attempt, job)
+    )
+    statement = (
+        select(campaign.c.team, campaign.c.name, job.c.stage, fingerprint, func.min(job.c.id))
+        .select_from(attempt)
+        .join(job, job.c.id == attempt.c.job_id)
+        .join(campaign, campaign.c.id == job.c.campaign_id)
+        .where(attempt.c.outcome.is_distinct_from("succeeded"), ~being_made)
+        .group_by(campaign.c.team, campaign.c.name, job.c.stage, fingerprint)
+        .order_by(campaign.c.team, campaign.c.name, job.c.stage, fingerprint)
+    )
+    return [
+        Folder(prefix=f"{team}/{name}/{stage}/{of}", fingerprint=of, job_id=job_id)
+        for team, name, stage, of, job_id in connection.execute(statement)
+    ]
+
+
+def page_of_pictures(connection: Connection, after: tuple[int, str] | None) -> Sequence[Json]:
+    """A page of picture rows, each with its job's status and whether it is what that asks for now."""
+    columns = ("job_id", "fingerprint", "key", "sha256", "sidecar_key", "sidecar_sha256")
+    present = and_(job.c.fingerprint == image.c.fingerprint, job.c.status == "succeeded")
+    statement = (
+        select(*(image.c[name] for name in columns), job.c.campaign_id, case((present, 1), else_=0).label("present"))
+        .join(job, job.c.id == image.c.job_id)
+        .order_by(image.c.job_id, image.c.fingerprint)
+        .limit(PAGE)
+    )
+    if after is not None:
+        statement = statement.where(tuple_(image.c.job_id, image.c.fingerprint) > tuple_(*after))
+    return [dict(row) for row in connection.execute(statement).mappings()]
+
+
+def without_picture(connection: Connection) -> list[int]:
+    """Jobs that say they succeeded and have no picture."""
+    own = and_(image.c.job_id == job.c.id, image.c.fingerprint == job.c.fingerprint)
+    pictureless = and_(job.c.status == "succeeded", ~exists().where(own))
+    return _ids(connection, select(job.c.id).where(pictureless))
+
+
+def stranded(connection: Connection) -> list[int]:
+    """Jobs in the hands of a lease that was closed: nobody would ever give them back."""
+    held = and_(job.c.status == LEASED, lease.c.closed_at.is_not(None))
+    return _ids(connection, select(job.c.id).join(lease, lease.c.id == job.c.lease_id).where(held))
+
+
+def forget(tx: Transaction, lost: Json, *, because: str) -> bool:
+    """Take back the row of a picture that storage does not have as recorded; False if it is another one by now."""
+    mine = and_(image.c.job_id == lost["job_id"], image.c.fingerprint == lost["fingerprint"])
+    same = and_(mine, image.c.sidecar_sha256 == lost["sidecar_sha256"])
+    if not tx.connection.execute(delete(image).where(same).returning(image.c.job_id)).first():
+        return False
+    about = {name: lost[name] for name in ("fingerprint", "key", "sha256", "sidecar_sha256")}
+    tx.record(Event.IMAGE_LOST, f"job:{lost['job_id']}", because=because, **about)
+    return True
+
+
+def reopen(tx: Transaction, job_ids: Collection[int]) -> list[int]:
+    """Have these jobs made again if they have no picture; what is still to be made from them waits for that.
+
+    What was made from them before stays: equal fingerprints are equal pixels. Returns the jobs that start anew.
+    """
+    opened: list[int] = []
+    owners = select(job.c.campaign_id).where(job.c.id.in_(job_ids)).distinct().order_by(job.c.campaign_id)
+    for campaign_id in tx.connection.execute(owners).scalars().all():
+        have_campaign(tx.connection, campaign_id)
+        own = and_(image.c.job_id == job.c.id, image.c.fingerprint == job.c.fingerprint)
+        lost = and_(job.c.id.in_(job_ids), job.c.status.in_(("succeeded", "leased")), ~exists().where(own))
+        ids = _ids(tx.connection, select(job.c.id).where(job.c.campaign_id == campaign_id, lost))
+        if not ids:
+            continue
+        below = descendants(ids)
+        unmade = and_(job.c.id.in_(select(below.c.id)), job.c.status.in_(("waiting", "ready", "leased")))
+        ids = _ids(tx.connection, select(job.c.id).where(or_(job.c.id.in_(ids), unmade)))
+        held = leases_of(tx.connection, job.c.id.in_(ids))
+        control.reset(tx.connection, job.c.id.in_(ids))
+        close_empty(tx.connection, held)
+        tx.record(Event.JOBS_REOPENED, f"campaign:{campaign_id}", jobs=ids)
+        control.settle(tx, campaign_id=campaign_id)
+        opened += ids
+    return opened
+
+
+def tell_quarantined(tx: Transaction, job_id: int, moved: Sequence[tuple[str, str]]) -> None:
+    """Written before the objects are moved: one that was not is found again."""
+    tx.record(Event.OBJECT_QUARANTINED, f"job:{job_id}", moved=[list(pair) for pair in moved])
+
+
+def still_used(
+    connection: Connection, keys: Collection[str], fingerprint: str, *, but_of: int | None = None
+) -> frozenset[str]:
+    """Of these keys those of a picture that another job has, or that was found and waits for its job: equal jobs
+    share a folder."""
+    recorded = select(image.c.key, image.c.sidecar_key).where(image.c.fingerprint == fingerprint)
+    if but_of is not None:
+        recorded = recorded.where(image.c.job_id != but_of)
+    found = select(found_picture.c.key, found_picture.c.sidecar_key).where(found_picture.c.fingerprint == fingerprint)
+    pairs = [*connection.execute(recorded), *connection.execute(found)]
+    used = {key for pair in pairs for key in pair}
+    control_maps = tuple(f"{key.rsplit('.', 1)[0]}.control-" for key, _ in pairs)
+    return frozenset(key for key in keys if key in used or key.startswith(control_maps))
+
+
+def _ids(connection: Connection, statement: Select[int]) -> list[int]:
+    return list(connection.execute(statement.order_by(job.c.id)).scalars())
