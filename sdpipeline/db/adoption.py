@@ -104,7 +104,8 @@ def _matching(campaign_id: int) -> Any:
         f.identity_start == func.substr(job.c.identity, 1, 16),
     )
     has_one = exists().where(image.c.job_id == job.c.id, image.c.fingerprint == job.c.fingerprint)
-    columns = (job.c.identity, job.c.salt, job.c.request, job.c.stage, f.sidecar_key, f.stored, f.attempt, f.worker_id)
+    found = (f.sidecar_key, f.stored, f.attempt, f.worker_id)
+    columns = (job.c.group_id, job.c.identity, job.c.salt, job.c.request, *found)
     return (
         select(job.c.id.label("job_id"), job.c.fingerprint, *columns)
         .select_from(campaign)
@@ -124,7 +125,7 @@ def _adopt(tx: Transaction, campaign_id: int, row: Any) -> None:
     tx.connection.execute(insert(image).values(**values))
     if stored.reused_from is None:
         charge = Charge(worker_id=row.worker_id, gpu_seconds=stored.gpu_seconds)
-        budgets.spend(tx.connection, campaign_id, row.stage, charge, images=1)
+        budgets.spend(tx.connection, campaign_id, row.group_id, charge, size_bytes=stored.size_bytes)
     tx.record(
         Event.JOB_ADOPTED,
         f"job:{row.job_id}",
