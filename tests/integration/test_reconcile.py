@@ -27,6 +27,7 @@ from sdpipeline.reconcile import Reconciliation, reconcile
 from sdpipeline.storage import LocalStore
 from sdpipeline.worker import Worker, WorkerLimits
 from tests.factories import CHECKPOINT, chains, completed, events, expired, job_spec, leased, published, statuses
+from tests.integration.databases import on_sqlite
 
 LONG_AGO = 1_700_000_000.0
 
@@ -109,6 +110,7 @@ def steered() -> list[JobSpec]:
     return [draft, job_spec("row-0", stage="scene", parents=(draft,), controlnets=(use,))]
 
 
+@on_sqlite
 def test_after_work_that_ended_in_order_nothing_is_found_and_nothing_listed(place: Place) -> None:
     published(place.audit, steered())
     assert place.work() == 2
@@ -162,6 +164,7 @@ def _control_map(place: Place) -> str:
     return _picture(place).removesuffix(".png") + ".control-0.png"
 
 
+@on_sqlite
 @pytest.mark.parametrize("part", [_picture, _sidecar, _control_map])
 @pytest.mark.parametrize("left", [None, b"something else"], ids=["missing", "altered"])
 def test_a_picture_of_which_a_part_is_wrong_is_put_away_and_made_again(
@@ -226,6 +229,7 @@ def test_a_lost_picture_of_an_older_fingerprint_is_forgotten_and_its_job_left_al
     assert (place.work(), place.faults()) == (1, [])
 
 
+@on_sqlite
 def test_an_equal_job_keeps_its_copy_when_the_picture_it_was_copied_from_is_lost(place: Place) -> None:
     published(place.audit, [job_spec("a", prompt="the same"), job_spec("b", prompt="the same")])
     place.work()
@@ -247,6 +251,7 @@ def test_a_job_marked_succeeded_without_a_picture_is_made_again(place: Place, da
     assert (place.work(), place.faults()) == (1, [])
 
 
+@on_sqlite
 def test_a_storage_that_is_not_this_databases_is_refused_and_nothing_reopened(place: Place, database: Database) -> None:
     published(place.audit, chains(1))
     place.work()
@@ -333,6 +338,7 @@ def forged(path: Path) -> None:
     path.write_bytes(path.read_bytes() + b" ")
 
 
+@on_sqlite
 def test_a_picture_that_is_not_what_its_sidecar_says_is_not_adopted(place: Place, database: Database) -> None:
     published(place.audit, chains(1))
     held = leased(place.audit)

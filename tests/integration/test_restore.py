@@ -206,6 +206,7 @@ def test_jobs_that_the_backup_has_as_leased_or_waiting_succeed_at_once(deploymen
     assert deployment.verify().faults == []
 
 
+@on_one_database
 def test_what_is_to_be_made_from_adopted_pictures_is_made(deployment: Deployment) -> None:
     published(deployment.log, chains(3, "draft", "scene"))
     deployment.backed_up()
@@ -284,6 +285,7 @@ def test_an_adoption_that_was_interrupted_keeps_workers_out_until_it_is_ended(de
     assert deployment.verify().faults == []
 
 
+@on_one_database
 def test_a_seal_by_another_key_is_not_gone_on_from_and_nothing_is_changed(deployment: Deployment) -> None:
     published(deployment.log, chains(2))
     deployment.backed_up()
@@ -295,6 +297,7 @@ def test_a_seal_by_another_key_is_not_gone_on_from_and_nothing_is_changed(deploy
     assert statuses(deployment.database) == ["ready", "ready"]
 
 
+@on_one_database
 def test_a_gap_hides_nothing_that_is_changed_by_hand(deployment: Deployment) -> None:
     deployment.made(list(chains(1)))
     deployment.backed_up()
@@ -307,6 +310,7 @@ def test_a_gap_hides_nothing_that_is_changed_by_hand(deployment: Deployment) -> 
     assert [(fault.kind, fault.subject) for fault in deployment.verify().faults] == [("seal-invalid", "seal:2")]
 
 
+@on_one_database
 def test_before_the_adoption_nothing_is_repaired(deployment: Deployment) -> None:
     published(deployment.log, chains(2))
     expired(deployment.log, leased(deployment.log, ttl_s=60.0))
