@@ -1,4 +1,8 @@
-"""Budgets, delivery rules, scores and reuse; a table nothing wrote is gone."""
+"""Budgets, delivery rules, scores, reuse, and what is forgotten; a table nothing wrote is gone.
+
+Workers of the release before go on meanwhile: new columns have constant defaults, which PostgreSQL adds without
+rewriting a row, and new indexes cover only rows that have a value in a new column, which at first are none.
+"""
 
 from __future__ import annotations
 
@@ -17,10 +21,28 @@ def upgrade() -> None:
     op.add_column("campaign", sa.Column("paused_because", sa.Text(), nullable=True))
     op.add_column("work_group", sa.Column("rules", sa.JSON(), server_default="{}", nullable=False))
     op.add_column("job", sa.Column("chain", sa.BigInteger(), nullable=True))
+    op.add_column("job", sa.Column("subject", sa.Text(), nullable=True))
+    op.add_column("job", sa.Column("erased_at", sa.Double(), nullable=True))
     op.add_column("attempt", sa.Column("gpu_seconds", sa.Double(), nullable=True))
     op.add_column("attempt", sa.Column("cost", sa.Double(), nullable=True))
     op.add_column("image", sa.Column("scores", sa.JSON(), server_default="{}", nullable=False))
     op.add_column("image", sa.Column("reused_from", sa.Text(), nullable=True))
+    op.add_column("image", sa.Column("deleted_at", sa.Double(), nullable=True))
+    op.create_table(
+        "archive",
+        sa.Column("campaign_id", sa.BigInteger().with_variant(sa.Integer(), "sqlite"), nullable=False),
+        sa.Column("edition", sa.String(length=63), nullable=False),
+        sa.Column("key", sa.Text(), nullable=False),
+        sa.Column("sha256", sa.String(length=64), nullable=False),
+        sa.Column("version_id", sa.Text(), nullable=True),
+        sa.Column("private_key", sa.Text(), nullable=True),
+        sa.Column("private_sha256", sa.String(length=64), nullable=True),
+        sa.Column("jobs", sa.BigInteger(), nullable=False),
+        sa.Column("images", sa.BigInteger(), nullable=False),
+        sa.Column("created_at", sa.Double(), nullable=False),
+        sa.ForeignKeyConstraint(["campaign_id"], ["campaign.id"], name=op.f("fk_archive_campaign_id")),
+        sa.PrimaryKeyConstraint("campaign_id", "edition", name=op.f("pk_archive")),
+    )
     op.create_table(
         "spending",
         sa.Column("campaign_id", sa.BigInteger().with_variant(sa.Integer(), "sqlite"), nullable=False),
@@ -40,6 +62,14 @@ def upgrade() -> None:
         postgresql_where=sa.text(_UNFINISHED),
         sqlite_where=sa.text(_UNFINISHED),
     )
+    op.create_index(
+        "ix_job_subject",
+        "job",
+        ["subject"],
+        unique=False,
+        postgresql_where=sa.text("subject IS NOT NULL"),
+        sqlite_where=sa.text("subject IS NOT NULL"),
+    )
     op.drop_table("input_image")
 
 
@@ -55,13 +85,18 @@ def downgrade() -> None:
         sa.Column("created_at", sa.Double(), nullable=False),
         sa.PrimaryKeyConstraint("sha256", name=op.f("pk_input_image")),
     )
+    op.drop_index("ix_job_subject", table_name="job")
     op.drop_index("ix_job_chain", table_name="job")
     op.drop_table("spending")
+    op.drop_table("archive")
     for table, column in (
+        ("image", "deleted_at"),
         ("image", "reused_from"),
         ("image", "scores"),
         ("attempt", "cost"),
         ("attempt", "gpu_seconds"),
+        ("job", "erased_at"),
+        ("job", "subject"),
         ("job", "chain"),
         ("work_group", "rules"),
         ("campaign", "paused_because"),
