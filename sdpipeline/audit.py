@@ -20,6 +20,7 @@ from sdpipeline.db import audit as rows
 from sdpipeline.db import evidence
 from sdpipeline.db.audit import GENESIS, Event
 from sdpipeline.db.connection import Connection, Database
+from sdpipeline.db.forgetting import ERASED
 from sdpipeline.db.queue import commitment
 from sdpipeline.domain import Json, fingerprint, job_identity, request_from_document
 from sdpipeline.errors import AuditBrokenError, Mistake, ObjectConflictError, ObjectMissingError, SettingsError
@@ -168,13 +169,16 @@ class Fault:
 
 @dataclass(slots=True)
 class Verification:
-    """What was checked and what was found. ``skipped`` counts pictures that ``sample`` left out."""
+    """What was checked and what was found. ``skipped`` counts pictures that ``sample`` left out, ``deleted`` and
+    ``erased`` the tombstones: pictures that are gone, and jobs whose requests are."""
 
     events: int = 0
     seals: int = 0
     images: int = 0
     skipped: int = 0
     unsealed: int = 0
+    deleted: int = 0
+    erased: int = 0
     faults: list[Fault] = field(default_factory=list)
 
     def fault(self, kind: str, subject: str, detail: str) -> None:
@@ -184,8 +188,8 @@ class Verification:
     def document(self) -> Json:
         """The form of ``audit verify --json``."""
         faults = [{"kind": f.kind, "subject": f.subject, "detail": f.detail} for f in self.faults]
-        counts = {name: getattr(self, name) for name in ("events", "seals", "images", "skipped", "unsealed")}
-        return {"ok": not self.faults} | counts | {"faults": faults}
+        names = ("events", "seals", "images", "skipped", "unsealed", "deleted", "erased")
+        return {"ok": not self.faults} | {name: getattr(self, name) for name in names} | {"faults": faults}
 
 
 def verify(
@@ -204,10 +208,13 @@ def verify(
         told = _verify_chains(connection, found)
         sealed = _verify_seals(connection, key, found)
         _verify_jobs(connection, found, told)
-        pictures = _verify_images(connection, found, told, sample)
+        pictures, gone = _verify_images(connection, found, told, sample)
     for row in sealed:
         _verify_stored_seal(store, found, row)
     _verify_newest(database, store, found, len(sealed))
+    for deleted in gone:
+        if store.versions(deleted):
+            found.fault("object-not-deleted", deleted, "the audit log says that it was deleted, and storage has it")
     for stored, sha256 in pictures:
         data = _verify_object(store, found, stored, sha256)
         if data is not None and stored.endswith(".json"):
@@ -245,6 +252,9 @@ class _Told:
     last: dict[int, tuple[int, str]] = field(default_factory=dict)
     attempts: dict[int, tuple[int, int]] = field(default_factory=dict)
     roots: dict[int, str] = field(default_factory=dict)
+    deleted: set[tuple[int, str]] = field(default_factory=set)
+    erased: dict[int, tuple[int, str]] = field(default_factory=dict)
+    changed: dict[int, int] = field(default_factory=dict)
 
     def hear(self, event: Json) -> None:
         """Take in one event; raises KeyError, TypeError or ValueError for one that we did not write."""
@@ -259,10 +269,21 @@ class _Told:
             self._note(job_id, at, kind, event["attempt"])
             if kind == Event.JOB_SUCCEEDED:
                 self.succeeded[job_id, event["fingerprint"]] = event
+        elif kind == Event.PICTURES_DELETED:
+            self.deleted.update((job_id, fp) for job_id, fp, _ in event["pictures"])
+        elif kind == Event.JOBS_ERASED:
+            for job_id, committed in event["jobs"]:
+                self.erased[job_id] = max(self.erased.get(job_id, (at, committed)), (at, committed))
         elif kind in _LISTING:
             afresh = kind in (Event.JOBS_RETRIED, Event.JOBS_CHANGED)
             for job_id in event["jobs"]:
                 self._note(job_id, at, kind, 0 if afresh else None)
+                if kind == Event.JOBS_CHANGED:
+                    self.changed[job_id] = max(self.changed.get(job_id, at), at)
+
+    def is_erased(self, job_id: int) -> bool:
+        """Whether its request was erased, and nobody asked for something else since."""
+        return job_id in self.erased and self.changed.get(job_id, -1) <= self.erased[job_id][0]
 
     def _note(self, job_id: int, at: int, kind: str, attempt: int | None) -> None:
         """Chains are read one after the other, so the clock says what came last; in a chain, its order."""
@@ -356,6 +377,7 @@ def _verify_newest(database: Database, store: ObjectStore, found: Verification, 
 def _verify_jobs(connection: Connection, found: Verification, told: _Told) -> None:
     for job in evidence.jobs(connection):
         subject = f"job:{job['id']}"
+        found.erased += job["erased_at"] is not None
         for detail in _job_faults(job, told):
             found.fault("job-altered", subject, detail)
     for version_id, jobs_root in evidence.published_roots(connection):
@@ -365,13 +387,10 @@ def _verify_jobs(connection: Connection, found: Verification, told: _Told) -> No
 
 
 def _job_faults(job: Json, told: _Told) -> Iterator[str]:
-    if job_identity(job["edition"], job["stage"], job["row_key"], job["axes"], job["seed"]) != job["identity"]:
-        yield "stage, row, variables or seed do not hash to its identity"
-    try:
-        if fingerprint(request_from_document(job["request"])) != job["fingerprint"]:
-            yield "its request does not hash to its fingerprint"
-    except (AttributeError, KeyError, TypeError, ValueError):
-        yield "its request cannot be read"
+    erased = job["erased_at"] is not None
+    if erased != told.is_erased(job["id"]):
+        yield "its request is gone, and no erasure is known" if erased else "its request was erased, and is here"
+    yield from _erased_faults(job, told) if erased else _request_faults(job)
     _, last = told.last.get(job["id"], (0, None))
     if job["status"] not in _ALLOWED[last]:
         yield f"it is {job['status']}, the audit log says {last or 'nothing of it'}"
@@ -384,32 +403,69 @@ def _job_faults(job: Json, told: _Told) -> Iterator[str]:
             yield "the audit log does not know that it succeeded"
             return
         attempts = kept = event["attempt"]
-        if event["commitment"] != commitment(job["salt"], job["request"]):
+        # With its salt a job that was erased in between lost the means to show what it had committed to.
+        known = None if job["id"] in told.erased and not erased else _committed(job)
+        if known not in (None, event["commitment"]):
             yield "its request is not the one its picture was made from"
     if job["attempt"] not in (attempts, kept):
         yield f"it counts {job['attempt']} attempts, the audit log {attempts}"
 
 
+def _erased_faults(job: Json, told: _Told) -> Iterator[str]:
+    """All that is left to compare is what had been committed to."""
+    if job["salt"]:
+        yield "its request was erased, and its salt is here"
+    if job["id"] in told.erased and _committed(job) != told.erased[job["id"]][1]:
+        yield "it commits to another request than the one that was erased"
+
+
+def _committed(job: Json) -> str:
+    return str(job["request"].get(ERASED)) if ERASED in job["request"] else commitment(job["salt"], job["request"])
+
+
+def _request_faults(job: Json) -> Iterator[str]:
+    if job_identity(job["edition"], job["stage"], job["row_key"], job["axes"], job["seed"]) != job["identity"]:
+        yield "stage, row, variables or seed do not hash to its identity"
+    try:
+        if fingerprint(request_from_document(job["request"])) != job["fingerprint"]:
+            yield "its request does not hash to its fingerprint"
+    except (AttributeError, KeyError, TypeError, ValueError):
+        yield "its request cannot be read"
+
+
 def _verify_images(
     connection: Connection, found: Verification, told: _Told, sample: int | None
-) -> list[tuple[str, str]]:
-    """Compare picture rows with the events; returns (key, SHA-256) of the objects that are to be read."""
+) -> tuple[list[tuple[str, str]], list[str]]:
+    """Compare picture rows with the events; returns (key, SHA-256) of the objects that are to be read, and the keys
+    that are to be gone."""
     keys = evidence.image_keys(connection)
     wanted = set(keys if sample is None else random.sample(keys, min(sample, len(keys))))
     objects: list[tuple[str, str]] = []
+    gone: list[str] = []
+    living: set[str] = set()
     for picture in evidence.images(connection):
         event = told.succeeded.get((picture["job_id"], picture["fingerprint"]))
         if event is None or _differs(picture, event):
             found.fault("image-altered", f"image:{picture['key']}", "its row differs from the audit log")
+        deleted = picture["deleted_at"] is not None
+        found.deleted += deleted
+        if not deleted:
+            living.add(picture["key"])
+        if deleted != ((picture["job_id"], picture["fingerprint"]) in told.deleted):
+            detail = "it is gone, and no deletion is known" if deleted else "it was deleted, its row says nothing of it"
+            found.fault("image-altered", f"image:{picture['key']}", detail)
         if (picture["job_id"], picture["fingerprint"]) not in wanted:
             found.skipped += 1
+            continue
+        if deleted:
+            gone += [picture["key"], picture["sidecar_key"]]
             continue
         found.images += 1
         objects.append((picture["key"], picture["sha256"]))
         objects.append((picture["sidecar_key"], picture["sidecar_sha256"]))
     for job_id in evidence.succeeded_without_image(connection):
         found.fault("image-missing", f"job:{job_id}", "it succeeded, but no picture is recorded")
-    return objects
+    return objects, [key for key in gone if key not in living]
 
 
 def _differs(picture: Json, event: Json) -> bool:

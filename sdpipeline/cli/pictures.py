@@ -86,6 +86,8 @@ def _from_job(s: Settings, job_id: int) -> _Asked:
     with bootstrap.services(s, create=False) as have:
         with have.database.read() as connection:
             job = reports.show(connection, job_id)
+        if job is not None and job["image_deleted_at"] is not None:
+            raise refuse(f"job {job_id} cannot be made again: its picture was deleted", "see show for when it was")
         if job is None or job["image"] is None:
             raise refuse(f"job {job_id} has no picture", "sdpipeline jobs CAMPAIGN lists those that have")
         picture = next(each for each in job["pictures"] if each["fingerprint"] == job["fingerprint"])

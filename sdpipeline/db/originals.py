@@ -6,7 +6,7 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy import Connection, Select, select
+from sqlalchemy import Connection, Select, and_, select
 
 from sdpipeline.db.queue import StoredImage
 from sdpipeline.db.tables import campaign, image, job
@@ -41,5 +41,6 @@ def known(connection: Connection, *, team: str, fingerprints: Collection[str]) -
 def _made(columns: Collection[Any], team: str, fingerprints: Collection[str]) -> Select[Any]:
     """Every picture row stands for a picture that was stored, read back and told to the audit log."""
     owner = campaign.join(job, job.c.campaign_id == campaign.c.id).join(image, image.c.job_id == job.c.id)
-    mine = (campaign.c.team == team, image.c.fingerprint.in_(fingerprints), image.c.reused_from.is_(None))
-    return select(*columns).select_from(owner).where(*mine)
+    made = and_(image.c.fingerprint.in_(fingerprints), image.c.reused_from.is_(None), image.c.deleted_at.is_(None))
+    # A copy keeps its maker's record: what holds one person's data is never delivered to another's job.
+    return select(*columns).select_from(owner).where(campaign.c.team == team, made, job.c.subject.is_(None))

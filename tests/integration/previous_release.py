@@ -27,7 +27,8 @@ from sdpipeline.domain import CheckpointRef, GenerationRequest, ImageSource, Job
 
 def job(row, stage, parent=None):
     about = {"task": Task.TEXT_TO_IMAGE} if parent is None else {
-        "task": Task.IMAGE_TO_IMAGE, "strength": 0.5, "image": ImageSource(stage=parent.stage, digest=parent.fingerprint)}
+        "task": Task.IMAGE_TO_IMAGE, "strength": 0.5,
+        "image": ImageSource(stage=parent.stage, digest=parent.fingerprint)}
     asked = GenerationRequest(
         checkpoint=CheckpointRef(alias="shapes", digest="c0" * 32), prompt=f"a picture of {row}", seed=0, width=64,
         height=64, num_inference_steps=4, guidance_scale=4.0, scheduler="dpmpp-2m", **about)
@@ -47,9 +48,9 @@ database = open_database(sys.argv[1])
 if migrate.current(database) is None:
     migrate.upgrade(database)
 audit = AuditLog(database, actor="user:previous")
-for name, priority, count, *stages in (("spring", 100, int(sys.argv[2]), "draft", "scene"), ("bulk", 200, int(sys.argv[3]), "draft")):
+for name, count, *stages in (("spring", int(sys.argv[2]), "draft", "scene"), ("bulk", int(sys.argv[3]), "draft")):
     with staging.prepared(jobs(count, *stages)) as ready, audit.transaction() as tx:
-        done = submit(tx, ready, team="default", name=name, source=name, priority=priority, max_attempts=3)
+        done = submit(tx, ready, team="default", name=name, source=name, priority=100, max_attempts=3)
         if name == "bulk":
             control.set_campaign_status(tx, campaign_id=done.campaign_id, status="paused")
 """
