@@ -16,12 +16,12 @@ from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from filelock import FileLock
 
+from sdpipeline import archive
+from sdpipeline.db import archives, evidence
 from sdpipeline.db import audit as rows
-from sdpipeline.db import evidence
 from sdpipeline.db.audit import GENESIS, Event
 from sdpipeline.db.connection import Connection, Database
-from sdpipeline.db.forgetting import ERASED
-from sdpipeline.db.queue import commitment
+from sdpipeline.db.forgetting import ERASED, committed
 from sdpipeline.domain import Json, fingerprint, job_identity, request_from_document
 from sdpipeline.errors import AuditBrokenError, Mistake, ObjectConflictError, ObjectMissingError, SettingsError
 from sdpipeline.merkle import root
@@ -209,6 +209,14 @@ def verify(
         sealed = _verify_seals(connection, key, found)
         _verify_jobs(connection, found, told)
         pictures, gone = _verify_images(connection, found, told, sample)
+        archived = archives.archives(connection)
+    for row in archived:
+        of_archive = _verify_archive(store, found, told, row)
+        found.skipped += len(of_archive) if sample is not None else 0
+        found.images += len(of_archive) if sample is None else 0
+        pictures += [each for both in of_archive for each in both] if sample is None else []
+    for campaign_id, edition in set(told.archived) - {(row["campaign_id"], row["edition"]) for row in archived}:
+        found.fault("archive-missing", f"campaign:{campaign_id}", f"the archive of edition {edition!r} has no row")
     for row in sealed:
         _verify_stored_seal(store, found, row)
     _verify_newest(database, store, found, len(sealed))
@@ -255,6 +263,7 @@ class _Told:
     deleted: set[tuple[int, str]] = field(default_factory=set)
     erased: dict[int, tuple[int, str]] = field(default_factory=dict)
     changed: dict[int, int] = field(default_factory=dict)
+    archived: dict[tuple[int, str], tuple[str, str]] = field(default_factory=dict)
 
     def hear(self, event: Json) -> None:
         """Take in one event; raises KeyError, TypeError or ValueError for one that we did not write."""
@@ -269,6 +278,9 @@ class _Told:
             self._note(job_id, at, kind, event["attempt"])
             if kind == Event.JOB_SUCCEEDED:
                 self.succeeded[job_id, event["fingerprint"]] = event
+        elif kind == Event.EDITION_ARCHIVED:
+            archived = int(subject.removeprefix("campaign:")), event["edition"]
+            self.archived[archived] = (event["key"], event["sha256"])
         elif kind == Event.PICTURES_DELETED:
             self.deleted.update((job_id, fp) for job_id, fp, _ in event["pictures"])
         elif kind == Event.JOBS_ERASED:
@@ -391,6 +403,13 @@ def _job_faults(job: Json, told: _Told) -> Iterator[str]:
     if erased != told.is_erased(job["id"]):
         yield "its request is gone, and no erasure is known" if erased else "its request was erased, and is here"
     yield from _erased_faults(job, told) if erased else _request_faults(job)
+    # With its salt a job that was erased in between lost the means to show what it had committed to.
+    known = None if job["id"] in told.erased and not erased else committed(job["request"], job["salt"])
+    yield from _course_faults(job, told, known)
+
+
+def _course_faults(job: Json, told: _Told, known: str | None) -> Iterator[str]:
+    """What became of a job; ``known`` is what it commits to, if that can be told."""
     _, last = told.last.get(job["id"], (0, None))
     if job["status"] not in _ALLOWED[last]:
         yield f"it is {job['status']}, the audit log says {last or 'nothing of it'}"
@@ -403,8 +422,6 @@ def _job_faults(job: Json, told: _Told) -> Iterator[str]:
             yield "the audit log does not know that it succeeded"
             return
         attempts = kept = event["attempt"]
-        # With its salt a job that was erased in between lost the means to show what it had committed to.
-        known = None if job["id"] in told.erased and not erased else _committed(job)
         if known not in (None, event["commitment"]):
             yield "its request is not the one its picture was made from"
     if job["attempt"] not in (attempts, kept):
@@ -415,12 +432,8 @@ def _erased_faults(job: Json, told: _Told) -> Iterator[str]:
     """All that is left to compare is what had been committed to."""
     if job["salt"]:
         yield "its request was erased, and its salt is here"
-    if job["id"] in told.erased and _committed(job) != told.erased[job["id"]][1]:
+    if job["id"] in told.erased and committed(job["request"], job["salt"]) != told.erased[job["id"]][1]:
         yield "it commits to another request than the one that was erased"
-
-
-def _committed(job: Json) -> str:
-    return str(job["request"].get(ERASED)) if ERASED in job["request"] else commitment(job["salt"], job["request"])
 
 
 def _request_faults(job: Json) -> Iterator[str]:
@@ -431,6 +444,58 @@ def _request_faults(job: Json) -> Iterator[str]:
             yield "its request does not hash to its fingerprint"
     except (AttributeError, KeyError, TypeError, ValueError):
         yield "its request cannot be read"
+
+
+def _verify_archive(
+    store: ObjectStore, found: Verification, told: _Told, row: Json
+) -> list[tuple[tuple[str, str], tuple[str, str]]]:
+    """Compare an archived edition with the events; returns (key, SHA-256) of its pictures and their sidecars."""
+    name = f"archive:{row['key']}"
+    objects: list[tuple[tuple[str, str], tuple[str, str]]] = []
+    if told.archived.get((row["campaign_id"], row["edition"])) != (row["key"], row["sha256"]):
+        found.fault("archive-altered", name, "its row differs from the audit log")
+    if len(store.versions(row["key"])) > 1:
+        found.fault("archive-altered", name, "storage holds more than one version of it, or a delete marker")
+    try:
+        secrets = {line["id"]: line for line in archive.private(store, row)}
+        for job in archive.jobs(store, row):
+            found.erased += job["id"] not in secrets
+            for detail in _archived_faults(row, job, secrets.get(job["id"]), told):
+                found.fault("job-altered", f"job:{job['id']}", f"{detail}, in {row['key']}")
+            for picture in job["images"]:
+                objects += _archived_objects(store, found, told, picture)
+    except ObjectMissingError as error:
+        found.fault("archive-missing", name, str(error))
+    except (ObjectConflictError, OSError, ValueError, KeyError) as error:
+        found.fault("archive-altered", name, str(error))
+    return objects
+
+
+def _archived_faults(row: Json, job: Json, secret: Json | None, told: _Told) -> Iterator[str]:
+    prompts_gone = secret is not None and ERASED in secret["request"]
+    if (secret is None or prompts_gone) != told.is_erased(job["id"]):
+        yield "its request was erased, and is here" if secret else "its request is gone, and no erasure is known"
+    if secret is not None:
+        if not prompts_gone:
+            yield from _request_faults(job | secret | {"edition": row["edition"]})
+        if committed(secret["request"], secret["salt"]) != job["commitment"]:
+            yield "it commits to another request than its archive says"
+    yield from _course_faults(job, told, job["commitment"])
+
+
+def _archived_objects(
+    store: ObjectStore, found: Verification, told: _Told, picture: Json
+) -> list[tuple[tuple[str, str], tuple[str, str]]]:
+    event = told.succeeded.get((picture["job_id"], picture["fingerprint"]))
+    if event is None or _differs(picture, event):
+        found.fault("image-altered", f"image:{picture['key']}", "its archived row differs from the audit log")
+    if (picture["job_id"], picture["fingerprint"]) not in told.deleted:
+        return [((picture["key"], picture["sha256"]), (picture["sidecar_key"], picture["sidecar_sha256"]))]
+    found.deleted += 1
+    if store.versions(picture["key"]):
+        detail = "the audit log says that it was deleted, and storage has it"
+        found.fault("object-not-deleted", picture["key"], detail)
+    return []
 
 
 def _verify_images(

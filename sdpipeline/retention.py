@@ -7,13 +7,15 @@ taken up by the next run: what is not there any more is deleted already.
 from __future__ import annotations
 
 import secrets
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 
+from sdpipeline import archiving
+from sdpipeline.archiving import Archived
 from sdpipeline.db import forgetting
-from sdpipeline.db.audit import AuditLog, Event
+from sdpipeline.db.audit import AuditLog
 from sdpipeline.db.forgetting import Held, Picture, Subject
-from sdpipeline.db.queue import commitment
+from sdpipeline.delivery import delete_all, stem
 from sdpipeline.domain import Json
 from sdpipeline.inputs import input_key
 from sdpipeline.storage import ObjectStore
@@ -28,6 +30,7 @@ class Periods:
 
     pictures_days: float | None = None
     prompts_days: float | None = None
+    editions_days: float | None = None
 
 
 @dataclass(slots=True)
@@ -37,10 +40,11 @@ class Forgotten:
     pictures: int = 0
     prompts: int = 0
     sources: int = 0
+    editions: int = 0
 
     def document(self) -> Json:
         """The form of ``retention --json``."""
-        return {name: getattr(self, name) for name in ("pictures", "prompts", "sources")}
+        return {name: getattr(self, name) for name in ("pictures", "prompts", "sources", "editions")}
 
 
 @dataclass(slots=True)
@@ -63,9 +67,20 @@ class Erasure:
         return {name: getattr(self, name) for name in counts} | {"receipt": receipt}
 
 
-def forget(audit: AuditLog, store: ObjectStore, *, team: str, periods: Periods, dry_run: bool = False) -> Forgotten:
-    """Delete what is older than its period: pictures first, then the prompts of jobs that have none any more."""
+def forget(
+    audit: AuditLog,
+    store: ObjectStore,
+    seal: Callable[[], object],
+    *,
+    team: str,
+    periods: Periods,
+    dry_run: bool = False,
+) -> Forgotten:
+    """Delete what is older than its period: pictures first, then the prompts of jobs that have none any more; then
+    take closed editions out of the tables, each once its archive is under a seal."""
     done = Forgotten()
+    if not dry_run:
+        archiving.take_up(audit, store, team=team)
     if periods.pictures_days is not None:
         for pictures in _old_pictures(audit, team, periods.pictures_days):
             done.pictures += len(pictures) if dry_run else _delete_pictures(audit, store, pictures)
@@ -75,6 +90,12 @@ def forget(audit: AuditLog, store: ObjectStore, *, team: str, periods: Periods, 
         if not dry_run:
             with audit.transaction() as tx:
                 done.sources = forgetting.drop_old_sources(tx, team=team, days=periods.prompts_days)
+    days = {"pictures_days": periods.pictures_days, "prompts_days": periods.prompts_days}
+    in_archives = archiving.forget(audit, store, team=team, **days, dry_run=dry_run)
+    done.pictures += in_archives[0]
+    done.prompts += in_archives[1]
+    if periods.editions_days is not None:
+        done.editions = archiving.archive(audit, store, seal, team=team, days=periods.editions_days, dry_run=dry_run)
     return done
 
 
@@ -95,23 +116,9 @@ def _delete_pictures(audit: AuditLog, store: ObjectStore, pictures: Sequence[Pic
         shared = forgetting.keys_of_others(connection, {picture.fingerprint for picture in pictures}, owners)
     for picture in pictures:
         if picture.key not in shared:
-            _delete_all(store, stem(picture.key))
+            delete_all(store, stem(picture.key))
     with audit.transaction() as tx:
         return forgetting.mark_deleted(tx, pictures, because="retention")
-
-
-def stem(key: str) -> str:
-    """What the keys of a picture, its sidecars and its control maps begin with."""
-    return key.rpartition(".")[0]
-
-
-def _delete_all(store: ObjectStore, prefix: str, *, but: Collection[str] = ()) -> int:
-    """Delete what lies under a prefix, save under the stems ``but``; returns how many objects that were."""
-    gone = [key for key in store.list(prefix) if not key.startswith(tuple(but))]
-    # The sidecars last: they name the rest.
-    for key in sorted(gone, key=lambda each: each.endswith(".json")):
-        store.delete(key)
-    return len(gone)
 
 
 def _old_jobs(audit: AuditLog, team: str, days: float, *, with_pictures: bool) -> Iterator[list[int]]:
@@ -140,15 +147,29 @@ def erase(audit: AuditLog, store: ObjectStore, name: str, *, team: str, dry_run:
         campaigns = forgetting.campaigns_of(connection, name, team=team)
         if dry_run:
             done.jobs, done.pictures = forgetting.extent(connection, name, team=team)
-            return done
+    if dry_run:
+        archived = archiving.of_subject(audit, store, name, team=team)
+        done.jobs += sum(len(each.jobs) for each in archived.editions)
+        done.pictures += sum(len(each.pictures) for each in archived.editions)
+        return done
+    archiving.take_up(audit, store, team=team)
+    archived = archiving.of_subject(audit, store, name, team=team)
     for campaign_id in campaigns:
         with audit.transaction() as tx:
             done.cancelled += forgetting.cancel_unfinished(tx, name, campaign_id=campaign_id)
         while jobs := _held(audit, name, campaign_id):
-            _erase_jobs(audit, store, jobs, done)
-    if campaigns:
+            _erase_jobs(audit, store, jobs, done, archived)
+    for each in archived.editions:
+        inputs = each.inputs - archived.inputs_of_others - done.inputs_gone
+        with audit.database.read() as connection:
+            inputs -= forgetting.in_use_by_others(connection, inputs, name)
+        done.pictures += archiving.erase(audit, store, each, subject, inputs)
+        done.jobs += len(each.jobs)
+        done.inputs += len(inputs)
+        done.inputs_gone |= inputs
+    if touched := {*campaigns, *(each.row["campaign_id"] for each in archived.editions)}:
         with audit.transaction() as tx:
-            done.sources = forgetting.drop_sources_naming(tx, subject, campaigns)
+            done.sources = forgetting.drop_sources_naming(tx, subject, touched)
     return done
 
 
@@ -157,9 +178,9 @@ def _held(audit: AuditLog, name: str, campaign_id: int) -> list[Held]:
         return forgetting.held(connection, name, campaign_id=campaign_id, limit=BATCH)
 
 
-def _erase_jobs(audit: AuditLog, store: ObjectStore, jobs: Sequence[Held], done: Erasure) -> None:
+def _erase_jobs(audit: AuditLog, store: ObjectStore, jobs: Sequence[Held], done: Erasure, archived: Archived) -> None:
     subject, owners = done.subject, [job.id for job in jobs]
-    named = set().union(*(job.inputs for job in jobs))
+    named = set().union(*(job.inputs for job in jobs)) - archived.inputs_of_others
     with audit.database.read() as connection:
         pictures = forgetting.pictures_of(connection, owners)
         own = {picture.fingerprint for picture in pictures} | {job.fingerprint for job in jobs}
@@ -170,10 +191,10 @@ def _erase_jobs(audit: AuditLog, store: ObjectStore, jobs: Sequence[Held], done:
         fingerprints = {job.fingerprint} | {picture.fingerprint for picture in pictures if picture.job_id == job.id}
         for fingerprint in fingerprints - others:
             # What attempts left that were never recorded holds the same data.
-            done.objects += _delete_all(store, job.folder(fingerprint), but={stem(key) for key in shared})
+            done.objects += delete_all(store, job.folder(fingerprint), but={stem(key) for key in shared})
     for picture in pictures:
         if picture.key not in shared:
-            done.objects += _delete_all(store, stem(picture.key))
+            done.objects += delete_all(store, stem(picture.key))
     for digest in sorted(inputs):
         store.delete(input_key(digest))
     done.inputs_gone |= inputs
@@ -181,6 +202,5 @@ def _erase_jobs(audit: AuditLog, store: ObjectStore, jobs: Sequence[Held], done:
         done.pictures += forgetting.mark_deleted(tx, pictures, because="erasure")
         done.jobs += forgetting.erase_subject(tx, owners, subject)
         if inputs:
-            committed = sorted(commitment(subject.salt, {"input": digest}) for digest in inputs)
-            tx.record(Event.INPUTS_DELETED, f"campaign:{jobs[0].campaign_id}", inputs=committed, because="erasure")
+            forgetting.tell_inputs(tx, jobs[0].campaign_id, inputs, subject)
     done.inputs += len(inputs)

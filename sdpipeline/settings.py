@@ -76,6 +76,9 @@ class SigningSettings(_Section):
 class RetentionSettings(_Section):
     """How long what is kept, by the command ``retention``; without a number of days for ever."""
 
+    editions_days: float | None = Field(
+        None, ge=0, description="days after which `retention` moves a closed edition from the database into an archive"
+    )
     pictures_days: float | None = Field(None, ge=0, description="days after which `retention` deletes a picture")
     prompts_days: float | None = Field(
         None, ge=0, description="days after which `retention` deletes the prompts of ended jobs whose pictures are gone"

@@ -25,7 +25,9 @@ def retention(*, dry_run: DryRun = False, home: Home = None, as_json: AsJson = F
     with bootstrap.services(s, create=False) as have:
         have.store.check()
         periods = forgetting.Periods(**s.retention.model_dump())
-        done = forgetting.forget(have.audit, have.store, team=s.team, periods=periods, dry_run=dry_run)
+        done = forgetting.forget(
+            have.audit, have.store, lambda: bootstrap.seal(s), team=s.team, periods=periods, dry_run=dry_run
+        )
     if not dry_run:
         bootstrap.seal(s)
     document = {"dry_run": dry_run} | done.document()

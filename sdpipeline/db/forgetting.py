@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,7 +35,7 @@ ERASED = "erased"
 """The key of a request that is left of one: what the audit log has committed to."""
 
 DAY_S = 86_400
-_UNFINISHED = ("waiting", "ready", "leased")
+UNFINISHED = ("waiting", "ready", "leased")
 _PRIVATE = ("prompt", "negative_prompt")
 
 
@@ -86,7 +86,7 @@ def old_pictures(
     """The next pictures older than that, in the order of their key; one that a job still needs is left."""
     child = job.alias("child")
     needed = exists().where(
-        job_parent.c.parent_id == image.c.job_id, child.c.id == job_parent.c.job_id, child.c.status.in_(_UNFINISHED)
+        job_parent.c.parent_id == image.c.job_id, child.c.id == job_parent.c.job_id, child.c.status.in_(UNFINISHED)
     )
     old = image.c.created_at < now_s() - days * DAY_S
     beyond = tuple_(image.c.job_id, image.c.fingerprint) > tuple_(*after)
@@ -122,11 +122,16 @@ def mark_deleted(tx: Transaction, pictures: Collection[Picture], *, because: str
         return 0
     these = and_(tuple_(image.c.job_id, image.c.fingerprint).in_(list(rows)), image.c.deleted_at.is_(None))
     mark = update(image).where(these).values(deleted_at=now_s()).returning(image.c.job_id, image.c.fingerprint)
-    marked = sorted((job_id, fingerprint) for job_id, fingerprint in tx.connection.execute(mark))
-    for campaign_id in sorted({rows[key].campaign_id for key in marked}):
-        own = [[*key, rows[key].sha256] for key in marked if rows[key].campaign_id == campaign_id]
-        tx.record(Event.PICTURES_DELETED, f"campaign:{campaign_id}", pictures=own, because=because)
+    marked = [rows[job_id, fingerprint] for job_id, fingerprint in tx.connection.execute(mark)]
+    tell_deleted(tx, marked, because=because)
     return len(marked)
+
+
+def tell_deleted(tx: Transaction, pictures: Collection[Picture], *, because: str) -> None:
+    """The audit log's word for pictures that storage has no more."""
+    for campaign_id in sorted({picture.campaign_id for picture in pictures}):
+        own = [[each.job_id, each.fingerprint, each.sha256] for each in pictures if each.campaign_id == campaign_id]
+        tx.record(Event.PICTURES_DELETED, f"campaign:{campaign_id}", pictures=sorted(own), because=because)
 
 
 def old_jobs(
@@ -142,7 +147,7 @@ def old_jobs(
     statement = (
         select(job.c.id)
         .join(campaign, campaign.c.id == job.c.campaign_id)
-        .where(campaign.c.team == team, job.c.id > after, job.c.status.not_in(_UNFINISHED))
+        .where(campaign.c.team == team, job.c.id > after, job.c.status.not_in(UNFINISHED))
         .where(job.c.erased_at.is_(None), old, ready)
         .order_by(job.c.id)
         .limit(limit)
@@ -154,29 +159,31 @@ def erase_prompts(tx: Transaction, job_ids: Collection[int], *, because: str) ->
     """Take prompts and salts from ended jobs; what the audit log has committed to stays in the prompts' place."""
     here = and_(job.c.id.in_(job_ids), job.c.erased_at.is_(None))
     rows = _ended(tx.connection, here)
-    changed = [{"row": row.id, "left": _without_prompts(row) | {ERASED: _committed(row)}} for row in rows]
-    return _erase(tx, rows, changed, because=because, commitment_of=None)
+    changed = [
+        {"row": row.id, "left": _without_prompts(row) | {ERASED: committed(row.request, row.salt)}} for row in rows
+    ]
+    return _erase(tx, rows, changed, because=because, subject=None)
 
 
 def erase_subject(tx: Transaction, job_ids: Collection[int], subject: Subject) -> int:
     """Take all that may tell of the subject from its ended jobs: requests, variables, row keys, errors and salts."""
     rows = _ended(tx.connection, and_(job.c.id.in_(job_ids), job.c.subject == subject.name))
-    changed = [{"row": row.id, "left": {ERASED: _committed(row)}} for row in rows]
-    nothing = {"variables": {}, "axes": {}, "row_key": "", "subject": null(), "error": null()}
-    done = _erase(tx, rows, changed, because="erasure", commitment_of=subject, **nothing)
+    changed = [{"row": row.id, "left": {ERASED: committed(row.request, row.salt)}} for row in rows]
+    nothing = {"variables": {}, "axes": {}, "row_key": "", "error": null()}
+    done = _erase(tx, rows, changed, because="erasure", subject=subject, **nothing)
     tx.connection.execute(update(attempt).where(attempt.c.job_id.in_([row.id for row in rows])).values(error=null()))
     return done
 
 
 def _ended(connection: Connection, which: ColumnElement[bool]) -> Sequence[Any]:
     columns = (job.c.id, job.c.campaign_id, job.c.request, job.c.salt)
-    ended = select(*columns).where(which, job.c.status.not_in(_UNFINISHED)).order_by(job.c.id)
+    ended = select(*columns).where(which, job.c.status.not_in(UNFINISHED)).order_by(job.c.id)
     return connection.execute(ended.with_for_update()).all()
 
 
-def _committed(row: Any) -> str:
-    """As the job's success told it; of an erased request it is all that is left."""
-    return str(row.request[ERASED]) if ERASED in row.request else commitment(row.salt, row.request)
+def committed(request: Json, salt: str) -> str:
+    """What a job's success told the audit log of its request; of an erased one it is all that is left."""
+    return str(request[ERASED]) if ERASED in request else commitment(salt, request)
 
 
 def _without_prompts(row: Any) -> Json:
@@ -189,22 +196,34 @@ def _erase(
     changed: list[Json],
     *,
     because: str,
-    commitment_of: Subject | None,
+    subject: Subject | None,
     **values: Any,
 ) -> int:
     if not rows:
         return 0
-    gone = {
-        "salt": "",
-        "erased_at": func.coalesce(job.c.erased_at, now_s()),
-        "request": bindparam("left", type_=job.c.request.type),
-    }
-    tx.connection.execute(update(job).where(job.c.id == bindparam("row")).values(**gone, **values), changed)
-    whose = {"subject_commitment": commitment_of.commitment} if commitment_of else {}
+    left = {"request": bindparam("left", type_=job.c.request.type)} | ({"subject": null()} if subject else {})
+    gone = {"salt": "", "erased_at": func.coalesce(job.c.erased_at, now_s())}
+    erase = update(job).where(job.c.id == bindparam("row")).values(**left, **gone, **values)
+    tx.connection.execute(erase, changed)
     for campaign_id in sorted({row.campaign_id for row in rows}):
-        own = [[row.id, _committed(row)] for row in rows if row.campaign_id == campaign_id]
-        tx.record(Event.JOBS_ERASED, f"campaign:{campaign_id}", jobs=own, because=because, **whose)
+        own = {row.id: committed(row.request, row.salt) for row in rows if row.campaign_id == campaign_id}
+        tell_erased(tx, campaign_id, own, because=because, subject=subject)
     return len(rows)
+
+
+def tell_erased(
+    tx: Transaction, campaign_id: int, jobs: Mapping[int, str], *, because: str, subject: Subject | None = None
+) -> None:
+    """The audit log's word for requests that are gone, each with what it had been committed to by."""
+    whose = {"subject_commitment": subject.commitment} if subject else {}
+    told = [[job_id, what] for job_id, what in sorted(jobs.items())]
+    tx.record(Event.JOBS_ERASED, f"campaign:{campaign_id}", jobs=told, because=because, **whose)
+
+
+def tell_inputs(tx: Transaction, campaign_id: int, digests: Collection[str], subject: Subject) -> None:
+    """That these outside pictures are gone from storage; who has the receipt can show which they were."""
+    told = sorted(commitment(subject.salt, {"input": digest}) for digest in digests)
+    tx.record(Event.INPUTS_DELETED, f"campaign:{campaign_id}", inputs=told, because="erasure")
 
 
 def drop_old_sources(tx: Transaction, *, team: str, days: float) -> int:
@@ -254,7 +273,7 @@ def extent(connection: Connection, subject: str, *, team: str) -> tuple[int, int
 def cancel_unfinished(tx: Transaction, subject: str, *, campaign_id: int) -> int:
     """What is not made yet of this subject is not made any more."""
     return control.cancel(
-        tx, campaign_id=campaign_id, chosen=and_(job.c.subject == subject, job.c.status.in_(_UNFINISHED))
+        tx, campaign_id=campaign_id, chosen=and_(job.c.subject == subject, job.c.status.in_(UNFINISHED))
     )
 
 
@@ -264,7 +283,7 @@ def held(connection: Connection, subject: str, *, campaign_id: int, limit: int) 
     statement = (
         select(*columns, job.c.request)
         .join(campaign, campaign.c.id == job.c.campaign_id)
-        .where(job.c.campaign_id == campaign_id, job.c.subject == subject, job.c.status.not_in(_UNFINISHED))
+        .where(job.c.campaign_id == campaign_id, job.c.subject == subject, job.c.status.not_in(UNFINISHED))
         .order_by(job.c.id)
         .limit(limit)
     )

@@ -220,6 +220,7 @@ def show(connection: Connection, job_id: int) -> Json | None:
         "request": row.request,
         "error_kind": row.error_kind,
         "not_before": row.not_before,
+        "erased": row.erased_at is not None,
         "children": list(connection.execute(children).scalars()),
         "history": [dict(one) for one in tries.mappings()],
         "pictures": [dict(one) for one in pictures],

@@ -247,8 +247,13 @@ archive = Table(
     Column("version_id", Text),
     Column("private_key", Text),
     Column("private_sha256", _Hash),
-    Column("jobs", BigInteger, nullable=False),
-    Column("images", BigInteger, nullable=False),
+    # An older private object that is still to be deleted.
+    Column("private_left", Text),
+    Column("first_job", BigInteger, nullable=False),
+    Column("last_job", BigInteger, nullable=False),
+    # When its last job ended, and since when storage has none of its pictures.
+    Column("newest_at", Double, nullable=False),
+    Column("pictures_deleted_at", Double),
     Column("created_at", Double, nullable=False),
 )
 

@@ -73,14 +73,19 @@ class Place:
         return Worker("worker-1", self.audit, self.store, self.engine, limits).run().succeeded
 
     def forget(self, *, dry_run: bool = False, **periods: float | None) -> Json:
-        done = retention.forget(self.audit, self.store, team="default", periods=Periods(**periods), dry_run=dry_run)
+        done = retention.forget(
+            self.audit, self.store, self.seal, team="default", periods=Periods(**periods), dry_run=dry_run
+        )
         return done.document()
 
     def erase(self, name: str = ANNA, store: LocalStore | None = None) -> retention.Erasure:
         return retention.erase(self.audit, store or self.store, name, team="default")
 
+    def seal(self) -> int:
+        return seal(self.audit.database, self.store, self.key)
+
     def verified(self) -> Verification:
-        seal(self.audit.database, self.store, self.key)
+        self.seal()
         return verify(self.audit.database, self.store, self.key)
 
     def faults(self) -> list[str]:
@@ -131,9 +136,9 @@ def test_pictures_older_than_their_days_are_deleted_and_leave_a_tombstone(place:
     place.made(list(chains(3, "draft", "scene")))
     before = place.objects()
     place.age(1, 2)
-    assert place.forget(pictures_days=30, dry_run=True) == {"pictures": 2, "prompts": 0, "sources": 0}
+    assert place.forget(pictures_days=30, dry_run=True) == {"pictures": 2, "prompts": 0, "sources": 0, "editions": 0}
     assert place.objects() == before
-    assert place.forget(pictures_days=30) == {"pictures": 2, "prompts": 0, "sources": 0}
+    assert place.forget(pictures_days=30) == {"pictures": 2, "prompts": 0, "sources": 0, "editions": 0}
     assert len(before - place.objects()) == 4
     assert place.forget(pictures_days=30)["pictures"] == 0
     found = place.verified()
@@ -147,7 +152,7 @@ def test_pictures_older_than_their_days_are_deleted_and_leave_a_tombstone(place:
 def test_without_days_nothing_is_ever_due(place: Place) -> None:
     place.made(list(chains(1)))
     place.age(1, days=10_000)
-    assert place.forget() == {"pictures": 0, "prompts": 0, "sources": 0}
+    assert place.forget() == {"pictures": 0, "prompts": 0, "sources": 0, "editions": 0}
 
 
 def test_a_picture_that_a_job_still_needs_is_left(place: Place) -> None:
@@ -163,13 +168,13 @@ def test_prompts_of_old_jobs_go_with_their_salt_and_their_campaign_file(place: P
     place.made([job_spec("b", prompt="a public square")], source="prompt: a public square")
     place.edit(campaign_version, campaign_version.c.id > 0, created_at=0.0)
     place.age(1)
-    assert place.forget(pictures_days=30, prompts_days=30) == {"pictures": 1, "prompts": 1, "sources": 1}
+    assert place.forget(pictures_days=30, prompts_days=30) == {"pictures": 1, "prompts": 1, "sources": 1, "editions": 0}
     assert "secret circle" not in place.stored_text()
     assert "public square" in place.stored_text()
     assert (place.show(1)["request"]["checkpoint"]["alias"], place.show(1)["row"]) == ("shapes", "a")
     found = place.verified()
     assert (found.faults, found.erased) == ([], 1)
-    assert place.forget(pictures_days=30, prompts_days=30) == {"pictures": 0, "prompts": 0, "sources": 0}
+    assert place.forget(pictures_days=30, prompts_days=30) == {"pictures": 0, "prompts": 0, "sources": 0, "editions": 0}
 
 
 def test_a_run_that_is_killed_between_objects_and_rows_is_taken_up_by_the_next(place: Place) -> None:
@@ -177,7 +182,7 @@ def test_a_run_that_is_killed_between_objects_and_rows_is_taken_up_by_the_next(p
     place.age(1, 2, 3)
     dying = DyingStore(place.folder / "s", left=3)
     with pytest.raises(Killed):
-        retention.forget(place.audit, dying, team="default", periods=Periods(pictures_days=30))
+        retention.forget(place.audit, dying, place.seal, team="default", periods=Periods(pictures_days=30))
     assert all(row["deleted_at"] is None for row in place.rows(image))
     assert place.forget(pictures_days=30)["pictures"] == 3
     assert place.objects() == set()
