@@ -16,10 +16,11 @@ _UNFINISHED = "chain IS NOT NULL AND status IN ('waiting', 'ready', 'leased')"
 
 
 def upgrade() -> None:
+    # Tables in the order in which a lease locks them: in any other, workers and migration wait for each other.
+    op.add_column("work_group", sa.Column("rules", sa.JSON(), server_default="{}", nullable=False))
     op.add_column("campaign", sa.Column("budget", sa.JSON(), nullable=True))
     op.add_column("campaign", sa.Column("admitted", sa.BigInteger(), server_default="0", nullable=False))
     op.add_column("campaign", sa.Column("paused_because", sa.Text(), nullable=True))
-    op.add_column("work_group", sa.Column("rules", sa.JSON(), server_default="{}", nullable=False))
     op.add_column("job", sa.Column("chain", sa.BigInteger(), nullable=True))
     op.add_column("job", sa.Column("subject", sa.Text(), nullable=True))
     op.add_column("job", sa.Column("erased_at", sa.Double(), nullable=True))

@@ -68,6 +68,7 @@ def test_a_closed_edition_leaves_the_tables_and_can_still_be_shown_and_verified(
     assert place.archive(dry_run=True) == 1
     assert place.ids() == [1, 2, 3, 4, 5, 6]
     assert place.archive() == 1
+    assert verify(place.audit.database, place.store, place.key).unsealed == 0
     assert place.ids() == [5, 6]
     assert {row["job_id"] for table in (attempt, image, job_parent) for row in place.rows(table)} == {5, 6}
     found = place.verified()

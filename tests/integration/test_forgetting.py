@@ -16,7 +16,7 @@ from sqlalchemy import Table, select, update
 
 from sdpipeline import cli, retention
 from sdpipeline.audit import SealKey, Verification, load_key, seal, verify
-from sdpipeline.db import control, forgetting, reports
+from sdpipeline.db import control, forgetting, originals, reports
 from sdpipeline.db.audit import AuditLog
 from sdpipeline.db.queue import commitment
 from sdpipeline.db.tables import campaign_version, image, job
@@ -193,6 +193,8 @@ def test_a_deleted_picture_is_never_copied_but_made_again(place: Place) -> None:
     place.made([job_spec("a")])
     place.age(1)
     place.forget(pictures_days=30)
+    with place.audit.database.read() as connection:
+        assert not originals.known(connection, team="default", fingerprints=[job_spec("a").fingerprint])
     assert place.made([job_spec("a")], name="autumn") == 1
     assert [row["reused_from"] for row in place.rows(image)] == [None, None]
     assert place.faults() == []
