@@ -17,11 +17,12 @@ from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from filelock import FileLock
 
+from sdpipeline import archive
+from sdpipeline.db import archives, evidence
 from sdpipeline.db import audit as rows
-from sdpipeline.db import evidence
 from sdpipeline.db.audit import GENESIS, Event, Transaction
 from sdpipeline.db.connection import Connection, Database
-from sdpipeline.db.queue import commitment
+from sdpipeline.db.forgetting import ERASED, committed
 from sdpipeline.domain import Json, fingerprint, job_identity, request_from_document
 from sdpipeline.errors import AuditBrokenError, Mistake, ObjectConflictError, ObjectMissingError, SettingsError
 from sdpipeline.merkle import root
@@ -168,7 +169,8 @@ class Fault:
 
 @dataclass(slots=True)
 class Verification:
-    """What was checked and what was found. ``skipped`` counts pictures that ``sample`` left out.
+    """What was checked and what was found. ``skipped`` counts pictures that ``sample`` left out, ``deleted`` and
+    ``erased`` the tombstones: pictures that are gone, and jobs whose requests are.
 
     ``gaps`` are events that a restored backup lost and ``reconcile --adopt`` told of: named for ever, no fault.
     """
@@ -178,6 +180,8 @@ class Verification:
     images: int = 0
     skipped: int = 0
     unsealed: int = 0
+    deleted: int = 0
+    erased: int = 0
     faults: list[Fault] = field(default_factory=list)
     gaps: list[Json] = field(default_factory=list)
 
@@ -188,7 +192,8 @@ class Verification:
     def document(self) -> Json:
         """The form of ``audit verify --json``."""
         faults = [{"kind": f.kind, "subject": f.subject, "detail": f.detail} for f in self.faults]
-        counts = {name: getattr(self, name) for name in ("events", "seals", "images", "skipped", "unsealed")}
+        names = ("events", "seals", "images", "skipped", "unsealed", "deleted", "erased")
+        counts = {name: getattr(self, name) for name in names}
         return {"ok": not self.faults} | counts | {"gaps": self.gaps, "faults": faults}
 
 
@@ -209,10 +214,21 @@ def verify(
         found.gaps = told.gaps
         sealed = _verify_seals(connection, key, found, told.lost)
         _verify_jobs(connection, found, told)
-        pictures = _verify_images(connection, found, told, sample)
+        pictures, gone = _verify_images(connection, found, told, sample)
+        archived = archives.archives(connection)
+    for row in archived:
+        of_archive = _verify_archive(store, found, told, row)
+        found.skipped += len(of_archive) if sample is not None else 0
+        found.images += len(of_archive) if sample is None else 0
+        pictures += [each for both in of_archive for each in both] if sample is None else []
+    for campaign_id, edition in set(told.archived) - {(row["campaign_id"], row["edition"]) for row in archived}:
+        found.fault("archive-missing", f"campaign:{campaign_id}", f"the archive of edition {edition!r} has no row")
     for row in sealed:
         _verify_stored_seal(store, found, row)
     _verify_newest(database, store, found)
+    for deleted in gone:
+        if store.versions(deleted):
+            found.fault("object-not-deleted", deleted, "the audit log says that it was deleted, and storage has it")
     for stored, sha256 in pictures:
         data = _verify_object(store, found, stored, sha256)
         if data is not None and stored.endswith(".json"):
@@ -254,6 +270,10 @@ class _Told:
     gaps: list[Json] = field(default_factory=list)
     lost: set[int] = field(default_factory=set)
     """The numbers of the seals over events that a gap names as missing."""
+    deleted: set[tuple[int, str]] = field(default_factory=set)
+    erased: dict[int, tuple[int, str]] = field(default_factory=dict)
+    changed: dict[int, int] = field(default_factory=dict)
+    archived: dict[tuple[int, str], tuple[str, str]] = field(default_factory=dict)
 
     def hear(self, event: Json) -> None:
         """Take in one event; raises KeyError, TypeError or ValueError for one that we did not write."""
@@ -271,16 +291,35 @@ class _Told:
         elif kind in _LISTING:
             for job_id in event["jobs"]:
                 self._note(job_id, at, kind, 0 if kind in _AFRESH else None)
+                if kind == Event.JOBS_CHANGED:
+                    self.changed[job_id] = max(self.changed.get(job_id, at), at)
         elif kind == Event.AUDIT_GAP:
             names = ("first_seal", "last_seal", "events", "missing", "actor", "at_us")
             self.gaps.append({name: event[name] for name in names})
             self.lost.update(range(event["first_seal"], event["last_seal"] + 1))
+        else:
+            self._hear_of_forgetting(kind, event)
+
+    def _hear_of_forgetting(self, kind: str, event: Json) -> None:
+        if kind == Event.EDITION_ARCHIVED:
+            archived = int(event["subject"].removeprefix("campaign:")), event["edition"]
+            self.archived[archived] = (event["key"], event["sha256"])
+        elif kind == Event.PICTURES_DELETED:
+            self.deleted.update((job_id, fp) for job_id, fp, _ in event["pictures"])
+        elif kind == Event.JOBS_ERASED:
+            for job_id, committed in event["jobs"]:
+                told = event["at_us"], committed
+                self.erased[job_id] = max(self.erased.get(job_id, told), told)
 
     def _succeeded(self, job_id: int, event: Json) -> None:
         """A picture that was lost is made again: the newest one counts."""
         known = self.succeeded.get((job_id, event["fingerprint"]), event)
         if known["at_us"] <= event["at_us"]:
             self.succeeded[job_id, event["fingerprint"]] = event
+
+    def is_erased(self, job_id: int) -> bool:
+        """Whether its request was erased, and nobody asked for something else since."""
+        return job_id in self.erased and self.changed.get(job_id, -1) <= self.erased[job_id][0]
 
     def _note(self, job_id: int, at: int, kind: str, attempt: int | None) -> None:
         """Chains are read one after the other, so the clock says what came last; in a chain, its order."""
@@ -482,6 +521,7 @@ def bridge(tx: Transaction, seals: Sequence[tuple[Json, list[tuple[str, int, int
 def _verify_jobs(connection: Connection, found: Verification, told: _Told) -> None:
     for job in evidence.jobs(connection):
         subject = f"job:{job['id']}"
+        found.erased += job["erased_at"] is not None
         for detail in _job_faults(job, told):
             found.fault("job-altered", subject, detail)
     for version_id, jobs_root in evidence.published_roots(connection):
@@ -491,13 +531,17 @@ def _verify_jobs(connection: Connection, found: Verification, told: _Told) -> No
 
 
 def _job_faults(job: Json, told: _Told) -> Iterator[str]:
-    if job_identity(job["edition"], job["stage"], job["row_key"], job["axes"], job["seed"]) != job["identity"]:
-        yield "stage, row, variables or seed do not hash to its identity"
-    try:
-        if fingerprint(request_from_document(job["request"])) != job["fingerprint"]:
-            yield "its request does not hash to its fingerprint"
-    except (AttributeError, KeyError, TypeError, ValueError):
-        yield "its request cannot be read"
+    erased = job["erased_at"] is not None
+    if erased != told.is_erased(job["id"]):
+        yield "its request is gone, and no erasure is known" if erased else "its request was erased, and is here"
+    yield from _erased_faults(job, told) if erased else _request_faults(job)
+    # With its salt a job that was erased in between lost the means to show what it had committed to.
+    known = None if job["id"] in told.erased and not erased else committed(job["request"], job["salt"])
+    yield from _course_faults(job, told, known)
+
+
+def _course_faults(job: Json, told: _Told, known: str | None) -> Iterator[str]:
+    """What became of a job; ``known`` is what it commits to, if that can be told."""
     _, last = told.last.get(job["id"], (0, None))
     if job["status"] not in _ALLOWED[last]:
         yield f"it is {job['status']}, the audit log says {last or 'nothing of it'}"
@@ -510,32 +554,115 @@ def _job_faults(job: Json, told: _Told) -> Iterator[str]:
             yield "the audit log does not know that it succeeded"
             return
         attempts = kept = event["attempt"]
-        if event["commitment"] != commitment(job["salt"], job["request"]):
+        if known not in (None, event["commitment"]):
             yield "its request is not the one its picture was made from"
     if job["attempt"] not in (attempts, kept):
         yield f"it counts {job['attempt']} attempts, the audit log {attempts}"
 
 
+def _erased_faults(job: Json, told: _Told) -> Iterator[str]:
+    """All that is left to compare is what had been committed to."""
+    if job["salt"]:
+        yield "its request was erased, and its salt is here"
+    if job["id"] in told.erased and committed(job["request"], job["salt"]) != told.erased[job["id"]][1]:
+        yield "it commits to another request than the one that was erased"
+
+
+def _request_faults(job: Json) -> Iterator[str]:
+    if job_identity(job["edition"], job["stage"], job["row_key"], job["axes"], job["seed"]) != job["identity"]:
+        yield "stage, row, variables or seed do not hash to its identity"
+    try:
+        if fingerprint(request_from_document(job["request"])) != job["fingerprint"]:
+            yield "its request does not hash to its fingerprint"
+    except (AttributeError, KeyError, TypeError, ValueError):
+        yield "its request cannot be read"
+
+
+def _verify_archive(
+    store: ObjectStore, found: Verification, told: _Told, row: Json
+) -> list[tuple[tuple[str, str], tuple[str, str]]]:
+    """Compare an archived edition with the events; returns (key, SHA-256) of its pictures and their sidecars."""
+    name = f"archive:{row['key']}"
+    objects: list[tuple[tuple[str, str], tuple[str, str]]] = []
+    if told.archived.get((row["campaign_id"], row["edition"])) != (row["key"], row["sha256"]):
+        found.fault("archive-altered", name, "its row differs from the audit log")
+    if len(store.versions(row["key"])) > 1:
+        found.fault("archive-altered", name, "storage holds more than one version of it, or a delete marker")
+    try:
+        secrets = {line["id"]: line for line in archive.private(store, row)}
+        for job in archive.jobs(store, row):
+            found.erased += job["id"] not in secrets
+            for detail in _archived_faults(row, job, secrets.get(job["id"]), told):
+                found.fault("job-altered", f"job:{job['id']}", f"{detail}, in {row['key']}")
+            for picture in job["images"]:
+                objects += _archived_objects(store, found, told, picture)
+    except ObjectMissingError as error:
+        found.fault("archive-missing", name, str(error))
+    except (ObjectConflictError, OSError, ValueError, KeyError) as error:
+        found.fault("archive-altered", name, str(error))
+    return objects
+
+
+def _archived_faults(row: Json, job: Json, secret: Json | None, told: _Told) -> Iterator[str]:
+    prompts_gone = secret is not None and ERASED in secret["request"]
+    if (secret is None or prompts_gone) != told.is_erased(job["id"]):
+        yield "its request was erased, and is here" if secret else "its request is gone, and no erasure is known"
+    if secret is not None:
+        if not prompts_gone:
+            yield from _request_faults(job | secret | {"edition": row["edition"]})
+        if committed(secret["request"], secret["salt"]) != job["commitment"]:
+            yield "it commits to another request than its archive says"
+    yield from _course_faults(job, told, job["commitment"])
+
+
+def _archived_objects(
+    store: ObjectStore, found: Verification, told: _Told, picture: Json
+) -> list[tuple[tuple[str, str], tuple[str, str]]]:
+    event = told.succeeded.get((picture["job_id"], picture["fingerprint"]))
+    if event is None or _differs(picture, event):
+        found.fault("image-altered", f"image:{picture['key']}", "its archived row differs from the audit log")
+    if (picture["job_id"], picture["fingerprint"]) not in told.deleted:
+        return [((picture["key"], picture["sha256"]), (picture["sidecar_key"], picture["sidecar_sha256"]))]
+    found.deleted += 1
+    if store.versions(picture["key"]):
+        detail = "the audit log says that it was deleted, and storage has it"
+        found.fault("object-not-deleted", picture["key"], detail)
+    return []
+
+
 def _verify_images(
     connection: Connection, found: Verification, told: _Told, sample: int | None
-) -> list[tuple[str, str]]:
-    """Compare picture rows with the events; returns (key, SHA-256) of the objects that are to be read."""
+) -> tuple[list[tuple[str, str]], list[str]]:
+    """Compare picture rows with the events; returns (key, SHA-256) of the objects that are to be read, and the keys
+    that are to be gone."""
     keys = evidence.image_keys(connection)
     wanted = set(keys if sample is None else random.sample(keys, min(sample, len(keys))))
     objects: list[tuple[str, str]] = []
+    gone: list[str] = []
+    living: set[str] = set()
     for picture in evidence.images(connection):
         event = told.succeeded.get((picture["job_id"], picture["fingerprint"]))
         if event is None or _differs(picture, event):
             found.fault("image-altered", f"image:{picture['key']}", "its row differs from the audit log")
+        deleted = picture["deleted_at"] is not None
+        found.deleted += deleted
+        if not deleted:
+            living.add(picture["key"])
+        if deleted != ((picture["job_id"], picture["fingerprint"]) in told.deleted):
+            detail = "it is gone, and no deletion is known" if deleted else "it was deleted, its row says nothing of it"
+            found.fault("image-altered", f"image:{picture['key']}", detail)
         if (picture["job_id"], picture["fingerprint"]) not in wanted:
             found.skipped += 1
+            continue
+        if deleted:
+            gone += [picture["key"], picture["sidecar_key"]]
             continue
         found.images += 1
         objects.append((picture["key"], picture["sha256"]))
         objects.append((picture["sidecar_key"], picture["sidecar_sha256"]))
     for job_id in evidence.succeeded_without_image(connection):
         found.fault("image-missing", f"job:{job_id}", "it succeeded, but no picture is recorded")
-    return objects
+    return objects, [key for key in gone if key not in living]
 
 
 def _differs(picture: Json, event: Json) -> bool:

@@ -177,6 +177,8 @@ def template_texts(spec: CampaignSpec) -> Iterator[tuple[KeyPath, str]]:
     """Every string that may be a template, with its place."""
     parts: list[tuple[KeyPath, Parameters]] = [(("defaults",), spec.defaults)]
     parts += [(("stages", n), stage) for n, stage in enumerate(spec.stages)]
+    if spec.subject is not None:
+        yield ("subject",), spec.subject
     for path, part in parts:
         for name in ("prompt", *Parameters.model_fields):
             if isinstance(value := getattr(part, name, None), str):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import PurePosixPath
@@ -200,6 +200,20 @@ def reuse(store: ObjectStore, leased: LeasedJob, original: Original, attempt: At
         timings=timings | {"store_s": round(time.perf_counter() - started, 6)},
         reused_from=made.key,
     )
+
+
+def stem(key: str) -> str:
+    """What the keys of a picture, its sidecars and its control maps begin with."""
+    return key.rpartition(".")[0]
+
+
+def delete_all(store: ObjectStore, prefix: str, *, but: Collection[str] = ()) -> int:
+    """Delete what lies under a prefix, save under the stems ``but``; returns how many objects that were."""
+    gone = [key for key in store.list(prefix) if not key.startswith(tuple(but))]
+    # The sidecars last: they name the rest.
+    for key in sorted(gone, key=lambda each: each.endswith(".json")):
+        store.delete(key)
+    return len(gone)
 
 
 def record(leased: LeasedJob, inputs: Mapping[str, Json], generated: GeneratedImage) -> Json:

@@ -300,7 +300,7 @@ class JobSpec:
     cell changes a job and does not make another. ``seed`` is the root seed that chains share,
     ``request.seed`` the noise seed of this stage. ``parents`` maps each parent's stage to its identity.
     ``chain`` counts the chains of a campaign in the file's order: a row, a combination and a root seed.
-    ``blocked`` says which rule of a policy forbids this job.
+    ``blocked`` says which rule of a policy forbids this job, ``subject`` whose data it holds.
     """
 
     stage: str
@@ -316,6 +316,7 @@ class JobSpec:
     parents: tuple[tuple[str, str], ...] = ()
     chain: int = field(default=0, compare=False)
     blocked: str | None = None
+    subject: str | None = None
     identity: str = field(init=False)
     """What makes this job the same job when its campaign is submitted again."""
 

@@ -14,8 +14,10 @@ from sdpipeline.inputs import InputFolder
 from sdpipeline.rows import OnMistake, Row
 from sdpipeline.spec import SeedRange
 from sdpipeline.stages import Resolved, Size, StagePlan, WrongValueError
+from sdpipeline.templates import TemplateRefusedError, compile_template
 
 MOST_MISTAKES = 20
+LONGEST_SUBJECT = 500
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -160,6 +162,7 @@ class _Chains:
 
     def resolve(self, combination: Combination) -> dict[str, Resolved]:
         """Each stage for this combination; one that is wrong is noted and left out, with those below it."""
+        self._subject(combination)
         found: dict[str, Resolved] = {}
         sizes: dict[str, Size] = {}
         for plan in self._plans:
@@ -180,7 +183,7 @@ class _Chains:
         resolved = self.resolve(combination)
         if len(resolved) < len(self._plans):
             return
-        branches = []
+        subject, branches = self._subject(combination), []
         for branch in self._branches:
             stage = resolved[branch.plan.stage.id]
             axes = combination.axes + branch.axes() if branch.fanned else combination.axes
@@ -208,9 +211,24 @@ class _Chains:
                     parents=tuple((parent.stage, parent.identity) for parent in above),
                     chain=chain,
                     blocked=stage.blocked,
+                    subject=subject,
                 )
                 made.append(spec)
                 yield spec
+
+    def _subject(self, combination: Combination) -> str | None:
+        """Whose data this combination is; nobody's where the template becomes an empty text."""
+        if self.campaign.spec.subject is None:
+            return None
+        try:
+            found = str(compile_template(self.campaign.spec.subject).render(combination.values)).strip()
+        except TemplateRefusedError as error:
+            self._note_value(WrongValueError(("subject",), str(error)), combination)
+            return None
+        if len(found) > LONGEST_SUBJECT:
+            why = f"is longer than {LONGEST_SUBJECT} characters"
+            self._note_value(WrongValueError(("subject",), why, "name a column with an identifier"), combination)
+        return found or None
 
     def _note_value(self, wrong: WrongValueError, combination: Combination) -> None:
         message = str(wrong)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 from urllib.parse import quote, urlsplit
 
 from dotenv import dotenv_values
-from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, ValidationInfo, field_validator
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, TomlConfigSettingsSource
 from pydantic_settings.exceptions import SettingsError as UnreadableValueError
 
@@ -73,6 +73,27 @@ class SigningSettings(_Section):
     seal_key_file: Path | None = Field(None, description="PEM file with the Ed25519 key that seals the audit log")
 
 
+class RetentionSettings(_Section):
+    """How long what is kept, by the command ``retention``; without a number of days for ever."""
+
+    editions_days: float | None = Field(
+        None, ge=0, description="days after which `retention` moves a closed edition from the database into an archive"
+    )
+    pictures_days: float | None = Field(None, ge=0, description="days after which `retention` deletes a picture")
+    prompts_days: float | None = Field(
+        None, ge=0, description="days after which `retention` deletes the prompts of ended jobs whose pictures are gone"
+    )
+
+    @field_validator("prompts_days")
+    @classmethod
+    def _after_pictures(cls, days: float | None, info: ValidationInfo) -> float | None:
+        pictures = info.data.get("pictures_days")
+        if days is not None and (pictures is None or pictures > days):
+            # Whoever has the picture has its prompt: it stands in the file's own record.
+            raise ValueError("pictures carry their prompts: set SDP_RETENTION__PICTURES_DAYS, to no more than this")
+        return days
+
+
 class Settings(BaseSettings):
     """One immutable value, read once per process by ``bootstrap``."""
 
@@ -129,6 +150,7 @@ class Settings(BaseSettings):
     inputs: InputSettings = Field(default_factory=InputSettings)
     engine: EngineSettings = Field(default_factory=EngineSettings)
     signing: SigningSettings = Field(default_factory=SigningSettings)
+    retention: RetentionSettings = Field(default_factory=RetentionSettings)
 
     @classmethod
     def settings_customise_sources(

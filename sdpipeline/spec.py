@@ -289,6 +289,8 @@ class CampaignSpec(_Part):
     """What may be spent before the campaign pauses itself."""
     schedule: Schedule | None = None
     """When it is made without being asked."""
+    subject: Annotated[str, Field(min_length=1)] | None = None
+    """Whose data a job holds, as a template: what `erase --subject` finds it by."""
     reuse: bool = True
     """Whether a picture that was made before is copied instead of made again."""
     policy: Policy = Policy()

@@ -12,7 +12,7 @@ from pathlib import Path
 from sdpipeline import expand
 from sdpipeline.batching import split
 from sdpipeline.campaign import Campaign
-from sdpipeline.db import registry, reports, staging
+from sdpipeline.db import archives, registry, reports, staging
 from sdpipeline.db import submit as publishing
 from sdpipeline.db.audit import AuditLog
 from sdpipeline.db.connection import Connection, Database
@@ -153,6 +153,7 @@ def submit(
     prune: bool = False,
 ) -> Submitted:
     """Check everything, copy the inputs, then publish in one transaction: workers see all of it or nothing."""
+    _refuse_archived(campaign, audit.database, team)
     if waiting := _overlap(campaign, audit.database, team):
         return waiting
     budget = campaign.spec.budget.model_dump(exclude_none=True) or None
@@ -183,6 +184,16 @@ def delivery_rules(spec: CampaignSpec) -> dict[str, Json]:
         quality = (stage.quality or spec.quality).model_dump(exclude_none=True)
         rules[stage.id] = {"reuse": spec.reuse, "quality": quality}
     return rules
+
+
+def _refuse_archived(campaign: Campaign, database: Database, team: str) -> None:
+    """An archived edition is closed for good: its jobs would be made a second time."""
+    with database.read() as connection:
+        closed = archives.is_archived(connection, team=team, name=campaign.spec.name, edition=campaign.edition)
+    if closed:
+        what = f"edition {campaign.edition!r}" if campaign.edition else "what it asked for without an edition"
+        message = f"{what} is in the archive and cannot be made again"
+        raise CampaignError(Mistake(file=campaign.source.file, message=message, fix="--edition with another name"))
 
 
 def _overlap(campaign: Campaign, database: Database, team: str) -> Submitted | None:

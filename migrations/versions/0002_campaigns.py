@@ -1,4 +1,9 @@
-"""Budgets, delivery rules, scores, reuse, fairness and found pictures; a table nothing wrote is gone."""
+"""Budgets, rules, scores, reuse, fairness, found pictures, and what is forgotten; a table nothing wrote is gone.
+
+Workers of the release before go on meanwhile: new columns have constant defaults, which PostgreSQL adds without
+rewriting a row, and new indexes of large tables cover only rows that have a value in a new column, which at first are
+none.
+"""
 
 from __future__ import annotations
 
@@ -12,16 +17,38 @@ _UNFINISHED = "chain IS NOT NULL AND status IN ('waiting', 'ready', 'leased')"
 
 
 def upgrade() -> None:
+    # Tables in the order in which a lease locks them: in any other, workers and migration wait for each other.
+    op.add_column("work_group", sa.Column("rules", sa.JSON(), server_default="{}", nullable=False))
     op.add_column("campaign", sa.Column("budget", sa.JSON(), nullable=True))
     op.add_column("campaign", sa.Column("admitted", sa.BigInteger(), server_default="0", nullable=False))
     op.add_column("campaign", sa.Column("paused_because", sa.Text(), nullable=True))
-    op.add_column("work_group", sa.Column("rules", sa.JSON(), server_default="{}", nullable=False))
     op.add_column("job", sa.Column("chain", sa.BigInteger(), nullable=True))
+    op.add_column("job", sa.Column("subject", sa.Text(), nullable=True))
+    op.add_column("job", sa.Column("erased_at", sa.Double(), nullable=True))
     op.add_column("attempt", sa.Column("gpu_seconds", sa.Double(), nullable=True))
     op.add_column("attempt", sa.Column("cost", sa.Double(), nullable=True))
     op.add_column("attempt", sa.Column("fingerprint", sa.String(length=64), nullable=True))
     op.add_column("image", sa.Column("scores", sa.JSON(), server_default="{}", nullable=False))
     op.add_column("image", sa.Column("reused_from", sa.Text(), nullable=True))
+    op.add_column("image", sa.Column("deleted_at", sa.Double(), nullable=True))
+    op.create_table(
+        "archive",
+        sa.Column("campaign_id", sa.BigInteger().with_variant(sa.Integer(), "sqlite"), nullable=False),
+        sa.Column("edition", sa.String(length=63), nullable=False),
+        sa.Column("key", sa.Text(), nullable=False),
+        sa.Column("sha256", sa.String(length=64), nullable=False),
+        sa.Column("version_id", sa.Text(), nullable=True),
+        sa.Column("private_key", sa.Text(), nullable=True),
+        sa.Column("private_sha256", sa.String(length=64), nullable=True),
+        sa.Column("private_left", sa.Text(), nullable=True),
+        sa.Column("first_job", sa.BigInteger(), nullable=False),
+        sa.Column("last_job", sa.BigInteger(), nullable=False),
+        sa.Column("newest_at", sa.Double(), nullable=False),
+        sa.Column("pictures_deleted_at", sa.Double(), nullable=True),
+        sa.Column("created_at", sa.Double(), nullable=False),
+        sa.ForeignKeyConstraint(["campaign_id"], ["campaign.id"], name=op.f("fk_archive_campaign_id")),
+        sa.PrimaryKeyConstraint("campaign_id", "edition", name=op.f("pk_archive")),
+    )
     op.create_table(
         "spending",
         sa.Column("campaign_id", sa.BigInteger().with_variant(sa.Integer(), "sqlite"), nullable=False),
@@ -63,6 +90,14 @@ def upgrade() -> None:
     )
     op.add_column("worker", sa.Column("paused_at", sa.Double(), nullable=True))
     op.create_index("ix_lease_group", "lease", ["group_id", "created_at"], unique=False)
+    op.create_index(
+        "ix_job_subject",
+        "job",
+        ["subject"],
+        unique=False,
+        postgresql_where=sa.text("subject IS NOT NULL"),
+        sqlite_where=sa.text("subject IS NOT NULL"),
+    )
     op.drop_table("input_image")
 
 
@@ -79,17 +114,22 @@ def downgrade() -> None:
         sa.PrimaryKeyConstraint("sha256", name=op.f("pk_input_image")),
     )
     op.drop_index("ix_lease_group", table_name="lease")
+    op.drop_index("ix_job_subject", table_name="job")
     op.drop_index("ix_job_chain", table_name="job")
     op.drop_index("ix_work_group_batch_key", table_name="work_group")
     op.drop_table("found_picture")
     op.drop_table("spending")
+    op.drop_table("archive")
     for table, column in (
         ("worker", "paused_at"),
+        ("image", "deleted_at"),
         ("image", "reused_from"),
         ("image", "scores"),
         ("attempt", "fingerprint"),
         ("attempt", "cost"),
         ("attempt", "gpu_seconds"),
+        ("job", "erased_at"),
+        ("job", "subject"),
         ("job", "chain"),
         ("work_group", "rules"),
         ("campaign", "paused_because"),

@@ -10,7 +10,17 @@ import typer
 from typer.exceptions import TyperException
 
 from sdpipeline import __version__
-from sdpipeline.cli import campaigns, checkpoints, demo, exporting, operations, pictures, reconciling, start
+from sdpipeline.cli import (
+    campaigns,
+    checkpoints,
+    demo,
+    exporting,
+    forgetting,
+    operations,
+    pictures,
+    reconciling,
+    start,
+)
 from sdpipeline.cli.output import print_mistakes, stdout
 from sdpipeline.errors import (
     AuditBrokenError,
@@ -54,6 +64,7 @@ start.add_to(app)
 campaigns.add_to(app)
 pictures.add_to(app)
 exporting.add_to(app)
+forgetting.add_to(app)
 checkpoints.add_to(app)
 operations.add_to(app)
 reconciling.add_to(app)

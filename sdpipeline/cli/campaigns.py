@@ -12,7 +12,7 @@ from typing import Annotated, Any
 
 import typer
 
-from sdpipeline import audit, bootstrap, expand, schedule, submission
+from sdpipeline import archive, audit, bootstrap, expand, schedule, submission
 from sdpipeline.cli.output import (
     FOUND_FAULTS,
     AsJson,
@@ -177,7 +177,7 @@ def show(
 ) -> None:
     """Show everything known about one job."""
     with bootstrap.services(settings(home), create=False) as have, have.database.read() as connection:
-        found = reports.show(connection, job)
+        found = reports.show(connection, job) or archive.show(connection, have.store, job)
     if found is None:
         raise refuse(f"no job {job}", "sdpipeline jobs CAMPAIGN lists them")
     found["events"] = [json.loads(event) for event in found["events"]]

@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from sdpipeline import bootstrap, provenance, reproduction
+from sdpipeline import archive, bootstrap, provenance, reproduction
 from sdpipeline.cli.output import FOUND_FAULTS, AsJson, Home, print_json, print_records, refuse, settings, stdout
 from sdpipeline.db import reports
 from sdpipeline.delivery import pinned
@@ -85,7 +85,9 @@ def _from_job(s: Settings, job_id: int) -> _Asked:
     """From the database: the sidecar holds the record, the picture in storage the pixels if it is still there."""
     with bootstrap.services(s, create=False) as have:
         with have.database.read() as connection:
-            job = reports.show(connection, job_id)
+            job = reports.show(connection, job_id) or archive.show(connection, have.store, job_id)
+        if job is not None and job["image_deleted_at"] is not None:
+            raise refuse(f"job {job_id} cannot be made again: its picture was deleted", "see show for when it was")
         if job is None or job["image"] is None:
             raise refuse(f"job {job_id} has no picture", "sdpipeline jobs CAMPAIGN lists those that have")
         picture = next(each for each in job["pictures"] if each["fingerprint"] == job["fingerprint"])

@@ -47,6 +47,11 @@ class Event(StrEnum):
     AUDIT_GAP = "audit.gap"
     WORKER_STARTED = "worker.started"
     WORKER_STOPPED = "worker.stopped"
+    PICTURES_DELETED = "pictures.deleted"
+    JOBS_ERASED = "jobs.erased"
+    INPUTS_DELETED = "inputs.deleted"
+    SOURCES_DELETED = "sources.deleted"
+    EDITION_ARCHIVED = "edition.archived"
     CHECKPOINT_ADDED = "checkpoint.added"
     CHECKPOINT_REVOKED = "checkpoint.revoked"
 

@@ -29,9 +29,11 @@ def retry(tx: Transaction, *, campaign_id: int, statuses: Collection[str]) -> in
         raise BadInputError(Mistake(key="status", message=f"{', '.join(wrong)} cannot be retried", fix=fix))
     have_campaign(tx.connection, campaign_id)
     mine = and_(job.c.campaign_id == campaign_id, job.c.status.in_(list(statuses)))
-    chosen = and_(mine, job.c.error_kind.is_distinct_from(POLICY))
+    # Nobody can make again what was erased.
+    there = job.c.erased_at.is_(None)
+    chosen = and_(mine, there, job.c.error_kind.is_distinct_from(POLICY))
     below = descendants(select(job.c.id).where(chosen))
-    skipped = reset(tx.connection, and_(job.c.id.in_(select(below.c.id)), job.c.status == "skipped"))
+    skipped = reset(tx.connection, and_(job.c.id.in_(select(below.c.id)), there, job.c.status == "skipped"))
     ended = reset(tx.connection, chosen)
     if not skipped and not ended:
         return 0

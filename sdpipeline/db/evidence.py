@@ -15,7 +15,7 @@ _JOB = ("id", "edition", "stage", "row_key", "axes", "seed", "identity", "finger
 
 def jobs(connection: Connection) -> Iterator[Json]:
     """Every job row, in order of its id."""
-    columns = [job.c[name] for name in (*_JOB, "attempt")]
+    columns = [job.c[name] for name in (*_JOB, "attempt", "erased_at")]
     statement = select(*columns).order_by(job.c.id).execution_options(yield_per=1000)
     for row in connection.execute(statement).mappings():
         yield dict(row)

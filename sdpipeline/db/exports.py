@@ -60,6 +60,7 @@ def page(
     columns = ("id", "stage", "row_key", "seed", "edition", "axes", "variables", "request")
     pictures = ("key", "url", "sha256", "size_bytes", "width", "height")
     own = and_(image.c.job_id == job.c.id, image.c.fingerprint == job.c.fingerprint, job.c.status == "succeeded")
+    own = and_(own, image.c.deleted_at.is_(None))
     statement = (
         select(*(job.c[name] for name in columns), *(image.c[name] for name in pictures))
         .outerjoin(image, own)

@@ -12,6 +12,7 @@ from sqlalchemy import Connection, text
 
 from sdpipeline.db.connection import Database
 from sdpipeline.db.tables import metadata
+from sdpipeline.errors import DatabaseUnavailableError
 
 _ADVISORY_LOCK = 7_305_011_948
 """Any number that no one else uses: only one process migrates at a time."""
@@ -20,8 +21,29 @@ LOCK_TIMEOUT_S = 10
 """A migration that waits longer for a busy table would make everybody behind it wait: it gives up."""
 
 
+MOST_TRIES = 5
+"""Somebody who reads tables in another order than the migration may be in its way once, hardly five times."""
+
+_DEADLOCK = "40P01"
+
+
 def upgrade(database: Database) -> tuple[str | None, str]:
     """Run what is missing, alone; returns the revision before and after."""
+    for _ in range(MOST_TRIES - 1):
+        try:
+            return _upgrade(database)
+        except DatabaseUnavailableError as error:
+            if not _deadlocked(error):
+                raise
+    return _upgrade(database)
+
+
+def _deadlocked(error: DatabaseUnavailableError) -> bool:
+    """Whether nothing happened but that the database broke a circle of waiting by taking it all back."""
+    return getattr(getattr(error.__cause__, "orig", None), "sqlstate", None) == _DEADLOCK
+
+
+def _upgrade(database: Database) -> tuple[str | None, str]:
     with database.write() as connection:
         if not database.is_sqlite:
             connection.execute(text(f"SET LOCAL lock_timeout = '{LOCK_TIMEOUT_S}s'"))

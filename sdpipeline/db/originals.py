@@ -40,7 +40,9 @@ def known(connection: Connection, *, team: str, fingerprints: Collection[str]) -
 
 def _made(columns: Collection[Any], team: str, fingerprints: Collection[str]) -> Select[Any]:
     """Every picture row stands for a picture that was stored, read back and told to the audit log."""
-    # Not a join: SQLite would begin it at the team and read all of its jobs.
-    owner = select(campaign.c.team).join(job, job.c.campaign_id == campaign.c.id).where(job.c.id == image.c.job_id)
-    mine = (image.c.fingerprint.in_(fingerprints), image.c.reused_from.is_(None))
-    return select(*columns).where(*mine, owner.scalar_subquery() == team)
+    # Not a join: SQLite would begin it at the team and read all of its jobs. And a copy keeps its maker's record: what
+    # holds one person's data is never delivered to another's job.
+    owner = select(campaign.c.team).join(job, job.c.campaign_id == campaign.c.id)
+    owner = owner.where(job.c.id == image.c.job_id, job.c.subject.is_(None))
+    made = (image.c.fingerprint.in_(fingerprints), image.c.reused_from.is_(None), image.c.deleted_at.is_(None))
+    return select(*columns).where(*made, owner.scalar_subquery() == team)

@@ -106,6 +106,7 @@ def page_of_pictures(connection: Connection, after: tuple[int, str] | None) -> S
     statement = (
         select(*(image.c[name] for name in columns), job.c.campaign_id, case((present, 1), else_=0).label("present"))
         .join(job, job.c.id == image.c.job_id)
+        .where(image.c.deleted_at.is_(None))  # what was forgotten is not missing
         .order_by(image.c.job_id, image.c.fingerprint)
         .limit(PAGE)
     )

@@ -28,6 +28,7 @@ from sdpipeline.domain import Json, Status
 _UNFINISHED = ("waiting", "ready", "leased")
 _OWN_IMAGE = and_(image.c.job_id == job.c.id, image.c.fingerprint == job.c.fingerprint)
 _PICTURE = (image.c.url, image.c.sha256, image.c.size_bytes, image.c.width, image.c.height, image.c.scores)
+_ABOUT = (image.c.reused_from, image.c.deleted_at)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -151,7 +152,7 @@ def jobs(
 ) -> Iterator[Json]:
     """Jobs in order of their id, as ``jobs --json`` shows them."""
     statement = (
-        select(job, *_PICTURE, image.c.reused_from)
+        select(job, *_PICTURE, *_ABOUT)
         .outerjoin(image, _OWN_IMAGE)
         .where(job.c.campaign_id == campaign_id, job.c.id > after)
         .order_by(job.c.id)
@@ -192,7 +193,9 @@ def _job_document(row: Any, parents: list[int]) -> Json:
         "fingerprint": row.fingerprint,
         "attempts": row.attempt,
         "error": row.error,
-        "image": picture if has_picture else None,
+        "erased_at": row.erased_at,
+        "image": picture if has_picture and row.deleted_at is None else None,
+        "image_deleted_at": row.deleted_at if has_picture else None,
         "reused_from": row.reused_from if has_picture else None,
     }
 
@@ -200,7 +203,7 @@ def _job_document(row: Any, parents: list[int]) -> Json:
 def show(connection: Connection, job_id: int) -> Json | None:
     """Everything known about one job."""
     row = connection.execute(
-        select(job, *_PICTURE, image.c.reused_from).outerjoin(image, _OWN_IMAGE).where(job.c.id == job_id)
+        select(job, *_PICTURE, *_ABOUT).outerjoin(image, _OWN_IMAGE).where(job.c.id == job_id)
     ).first()
     if row is None:
         return None
@@ -218,6 +221,7 @@ def show(connection: Connection, job_id: int) -> Json | None:
         "request": row.request,
         "error_kind": row.error_kind,
         "not_before": row.not_before,
+        "erased": row.erased_at is not None,
         "children": list(connection.execute(children).scalars()),
         "history": [dict(one) for one in tries.mappings()],
         "pictures": [dict(one) for one in pictures],
@@ -248,7 +252,7 @@ def newest_images(connection: Connection, campaign_id: int, limit: int) -> list[
     statement = (
         select(job.c.id, job.c.stage, image.c.key, image.c.url)
         .join(image, _OWN_IMAGE)
-        .where(job.c.campaign_id == campaign_id, job.c.status == "succeeded")
+        .where(job.c.campaign_id == campaign_id, job.c.status == "succeeded", image.c.deleted_at.is_(None))
         .order_by(job.c.depth.desc(), image.c.created_at.desc())
         .limit(limit)
     )

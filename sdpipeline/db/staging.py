@@ -26,6 +26,7 @@ from sqlalchemy import (
     case,
     false,
     insert,
+    or_,
     select,
     text,
     true,
@@ -59,6 +60,7 @@ incoming = Table(
     Column("request", JSON, nullable=False),
     Column("salt", String(32), nullable=False),
     Column("chain", BigInteger),
+    Column("subject", Text),
     Column("error_kind", String(63)),
     Column("error", Text),
     Column("parents", SmallInteger, nullable=False),
@@ -97,6 +99,7 @@ ROW = (
     "request",
     "salt",
     "chain",
+    "subject",
     "error_kind",
     "error",
 )
@@ -124,12 +127,14 @@ class Group:
 class Prepared:
     """Checked jobs, ready to be published; expanding them never holds the database up.
 
-    ``held`` says that chains are begun only as a budget allows; ``blocked`` counts what a policy forbids.
+    ``held`` says that chains are begun only as a budget allows; ``blocked`` counts what a policy forbids, ``subjects``
+    says that some jobs hold somebody's data.
     """
 
     held: bool = False
     count: int = 0
     blocked: int = 0
+    subjects: bool = False
     editions: set[str] = field(default_factory=set)
     groups: list[Group] = field(default_factory=list)
     _file: IO[bytes]
@@ -155,6 +160,7 @@ def prepared(
                 for n, spec in enumerate(chunk)
             ]
             ready.blocked += sum(spec.blocked is not None for spec in chunk)
+            ready.subjects = ready.subjects or any(spec.subject is not None for spec in chunk)
             pairs = [(spec.identity, parent) for spec in chunk for parent in _distinct_parents(spec)]
             marshal.dump((rows, pairs), file)
             ready.count += len(chunk)
@@ -206,13 +212,14 @@ def _load_parents(connection: Connection, campaign_id: int, pairs: Sequence[tupl
 def match(connection: Connection) -> None:
     """Find the incoming jobs that are there already.
 
-    What a policy forbade and now allows is to be made anew, and what was skipped because of it.
+    What a policy forbade and now allows is to be made anew, and what was skipped because of it. What was erased stays
+    erased, whoever asks for the same again.
     """
     there = and_(job.c.campaign_id == incoming.c.campaign_id, job.c.identity == incoming.c.identity)
     allowed = and_(job.c.status == "blocked", job.c.error_kind == POLICY, incoming.c.error_kind.is_(None))
     same = and_(
         job.c.fingerprint == incoming.c.fingerprint,
-        job.c.status != "cancelled",
+        or_(job.c.status != "cancelled", job.c.erased_at.is_not(None)),
         case((allowed, false()), else_=true()),
     )
     found = select(job.c.id, job.c.identity, same).select_from(incoming.join(job, there))
@@ -277,6 +284,7 @@ def _row(spec: JobSpec, position: int, group: int, *, held: bool) -> tuple[Any, 
         canonical(to_document(spec.request)).decode(),
         secrets.token_hex(16),
         spec.chain if held else None,
+        spec.subject,
         spec.blocked and POLICY,
         spec.blocked,
         len(set(spec.parents)),

@@ -16,11 +16,13 @@ from sqlalchemy import (
     cast,
     delete,
     exists,
+    false,
     func,
     insert,
     literal,
     not_,
     null,
+    or_,
     select,
     update,
 )
@@ -101,7 +103,7 @@ def submit(tx: Transaction, ready: Prepared, asked: Publication, *, prune: bool 
             present = _asked_before(campaign_id, ready.editions)
             gone = prune and _any(connection, and_(present, ~exists().where(known.c.id == job.c.id)))
             changes = gone or unchanged < ready.count or (ready.blocked and _any(connection, _to_block()))
-            changes = changes or _any(connection, _asked_elsewhere())
+            changes = changes or _any(connection, or_(_asked_elsewhere(), _of_others(campaign_id, ready)))
             same = None if changes else _same_version(connection, campaign_id, source, unchanged)
             if same is not None:
                 return _submitted(ready, campaign_id, same, added=0, unchanged=unchanged, cancelled=0)
@@ -234,8 +236,11 @@ def _change(tx: Transaction, campaign_id: int, version_id: int) -> int:
         return 0
     tx.record(Event.JOBS_CHANGED, f"campaign:{campaign_id}", jobs=sorted(ids))
     connection.execute(delete(job_parent).where(job_parent.c.job_id.in_(differ)))
-    names = ("group_id", "depth", "fingerprint", "variables", "request", "chain", "error_kind", "error")
-    fresh = {name: incoming.c[name] for name in names}
+    names = ("group_id", "depth", "fingerprint", "variables", "request", "chain", "subject", "error_kind", "error")
+    fresh: dict[str, ColumnElement[Any]] = {name: incoming.c[name] for name in (*names, "row_key", "axes")}
+    # What was erased lost its salt too; any other keeps it, for its older pictures were told to the audit log by it.
+    fresh["salt"] = case((job.c.erased_at.is_not(None), incoming.c.salt), else_=job.c.salt)
+    fresh["erased_at"] = null()
     these = and_(job.c.id == known.c.id, ~known.c.same, incoming.c.identity == known.c.identity)
     connection.execute(update(job).where(these).values(version_id=version_id, **fresh))
     return len(ids)
@@ -245,7 +250,19 @@ def _keep(connection: Connection, version_id: int) -> None:
     """Jobs that need no change belong to the new version too, at the place their chain has in it."""
     these = and_(job.c.id == known.c.id, known.c.same, incoming.c.identity == known.c.identity)
     connection.execute(update(job).where(these, _asked_elsewhere()).values(request=incoming.c.request))
-    connection.execute(update(job).where(these).values(version_id=version_id, chain=incoming.c.chain))
+    subject = case((job.c.erased_at.is_(None), incoming.c.subject), else_=job.c.subject)
+    values = {"version_id": version_id, "chain": incoming.c.chain, "subject": subject}
+    connection.execute(update(job).where(these).values(**values))
+
+
+def _of_others(campaign_id: int, ready: Prepared) -> ColumnElement[bool]:
+    """Jobs that need no other change than of whose data they hold."""
+    if not ready.subjects:
+        return false()
+    whose = select(known.c.id).join(incoming, incoming.c.identity == known.c.identity)
+    differs = incoming.c.subject.is_distinct_from(job.c.subject)
+    mine = whose.where(known.c.id == job.c.id, known.c.same, differs).exists()
+    return and_(job.c.campaign_id == campaign_id, job.c.erased_at.is_(None), mine)
 
 
 def _asked_elsewhere() -> ColumnElement[bool]:

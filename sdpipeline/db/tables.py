@@ -155,6 +155,10 @@ job = Table(
     # The number of its chain where the campaign has a budget: a job without parents that waits for no time is held
     # until its chain may be begun.
     Column("chain", BigInteger),
+    # Whose data it holds, in the words of the campaign's `subject`; erasing it empties this column too.
+    Column("subject", Text),
+    # Since when its request is not here any more.
+    Column("erased_at", Double),
     Column("not_before", Double),
     Column("lease_id", ForeignKey("lease.id")),
     Column("error_kind", String(63)),
@@ -175,6 +179,7 @@ for _name, _columns, _where in (
         (job.c.campaign_id, job.c.chain),
         "chain IS NOT NULL AND status IN ('waiting', 'ready', 'leased')",
     ),
+    ("ix_job_subject", (job.c.subject,), "subject IS NOT NULL"),
 ):
     Index(_name, *_columns, postgresql_where=text(_where), sqlite_where=text(_where))
 
@@ -229,6 +234,8 @@ image = Table(
     Column("scores", JSON, nullable=False, server_default="{}"),
     # The picture this one is a byte copy of: its key.
     Column("reused_from", Text),
+    # Since when storage has it no more: the row stays as its tombstone.
+    Column("deleted_at", Double),
     Column("worker_id", String(32), nullable=False),
     Column("created_at", Double, nullable=False),
     Index("ix_image_fingerprint", "fingerprint"),
@@ -254,6 +261,28 @@ found_picture = Table(
     Column("consumed", Boolean, nullable=False, server_default=text("false")),
     Column("made_at", String(40), nullable=False),
     Index("ix_found_picture_owner", "team", "campaign", "fingerprint"),
+)
+
+# Closed editions that were taken out of the tables above. What is private of them lies in an object of its own, which
+# can be deleted; the archive itself holds nothing that anybody may want to be forgotten.
+archive = Table(
+    "archive",
+    metadata,
+    Column("campaign_id", ForeignKey("campaign.id"), primary_key=True),
+    Column("edition", String(63), primary_key=True),
+    Column("key", Text, nullable=False),
+    Column("sha256", _Hash, nullable=False),
+    Column("version_id", Text),
+    Column("private_key", Text),
+    Column("private_sha256", _Hash),
+    # An older private object that is still to be deleted.
+    Column("private_left", Text),
+    Column("first_job", BigInteger, nullable=False),
+    Column("last_job", BigInteger, nullable=False),
+    # When its last job ended, and since when storage has none of its pictures.
+    Column("newest_at", Double, nullable=False),
+    Column("pictures_deleted_at", Double),
+    Column("created_at", Double, nullable=False),
 )
 
 # The newest row of an alias is what it means now; older ones say what it meant. A digest is revoked as a whole.

@@ -84,6 +84,10 @@ class ObjectStore(Protocol):
     def versions(self, key: str) -> Sequence[ObjectVersion]:
         """The key's history in no promised order; one entry without an id where no versions are kept."""
 
+    def delete(self, key: str) -> None:
+        """Removes the object with its whole history, so that nothing of it can be read again; what is not there is
+        success."""
+
     def check(self) -> None:
         """Raises SettingsError within 15 seconds, saying what to check, unless the store lets us in."""
 

@@ -95,6 +95,18 @@ class LocalStore:
         """See ObjectStore."""
         return [ObjectVersion(version_id=None, is_delete_marker=False)] if self._path(key).is_file() else []
 
+    def delete(self, key: str) -> None:
+        """See ObjectStore; folders that are empty then are left."""
+        path = self._path(key)
+        try:
+            path.unlink(missing_ok=True)
+            if path.parent.is_dir():
+                _flush_directory(path.parent)
+        except NotADirectoryError:
+            return
+        except OSError as error:
+            raise _unavailable(error, path) from error
+
     def check(self) -> None:
         """See ObjectStore."""
         try:

@@ -88,3 +88,22 @@ def test_every_partial_index_is_there(empty: Database) -> None:
     migrate.upgrade(empty)
     names = {index["name"] for index in sqlalchemy.inspect(empty.reader).get_indexes("job")}
     assert names >= {"ix_job_ready", "ix_job_leased", "ix_job_waiting"}
+
+
+def test_a_migration_that_is_the_victim_of_a_deadlock_is_run_again(
+    postgres_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    database = open_database(postgres_url)
+    migrate.upgrade(database)
+    tries: list[int] = []
+
+    def once_in_a_circle(*_: object) -> None:
+        tries.append(len(tries))
+        if len(tries) == 1:
+            with database.write() as mine:
+                mine.execute(text("DO $$ BEGIN RAISE EXCEPTION 'a circle' USING ERRCODE = '40P01'; END $$"))
+
+    monkeypatch.setattr("sdpipeline.db.migrate.command.upgrade", once_in_a_circle)
+    assert migrate.upgrade(database) == (migrate.newest(), migrate.newest())
+    assert tries == [0, 1]
+    database.close()

@@ -185,3 +185,21 @@ def test_one_of_many_writers_wins_and_the_others_learn_of_it(strong_store: Objec
     with ThreadPoolExecutor(8) as threads:
         winners = [stored for stored in threads.map(put, range(8)) if stored]
     assert [stored.sha256 for stored in winners] == [sha256(strong_store.get("contested")).hexdigest()]
+
+
+def test_what_was_deleted_is_gone_and_deleting_it_again_is_success(store: ObjectStore) -> None:
+    store.put("team/a.png", PICTURE, content_type="image/png")
+    store.put("team/a.png.json", PICTURE, content_type="application/json")
+    store.delete("team/a.png")
+    store.delete("team/a.png")
+    assert (store.head("team/a.png"), store.versions("team/a.png")) == (None, [])
+    assert list(store.list("team/")) == ["team/a.png.json"]
+
+
+def test_a_deleted_object_leaves_no_older_version_behind(locked_bucket: Bucket) -> None:
+    store = locked_bucket.store()
+    stored = store.put("a.png", PICTURE, content_type="image/png")
+    locked_bucket.client.delete_object(Bucket=locked_bucket.name, Key="a.png")
+    assert store.get("a.png", version_id=stored.version_id) == PICTURE
+    store.delete("a.png")
+    assert store.versions("a.png") == []

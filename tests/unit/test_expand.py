@@ -456,3 +456,31 @@ def test_hashes_put_together_from_parts_are_those_of_the_whole_request(text: str
     for job in jobs_of(text):
         assert job.fingerprint == fingerprint(job.request)
         assert job.batch_key == batch_key(job.request)
+
+
+def test_a_subject_is_a_template_of_the_jobs_own_values_and_may_be_nobodys(tmp_path: Path) -> None:
+    (tmp_path / "people.csv").write_text("customer,shape\nanna,circle\n,square\n")
+    text = """
+    subject: "{{ customer }}"
+    variables: {rows: {file: people.csv}}
+    stages: [{id: draft, task: text-to-image, prompt: "a {{ shape }}"}]
+    """
+    assert [job.subject for job in jobs_of(text, tmp_path)] == ["anna", None]
+
+
+@pytest.mark.parametrize(
+    ("subject", "mistake"),
+    [
+        ("{{ custmer }}", "3:1: subject: the variable 'custmer' is not declared (did you mean 'customer'?)"),
+        ("{{ customer", "3:1: subject: is not a template"),
+        ("{{ customer - 1 }}", "3:1: subject: cannot be filled in"),
+        ("{{ customer }}" * 100, "3:1: subject: is longer than 500 characters"),
+    ],
+)
+def test_a_wrong_subject_is_refused(subject: str, mistake: str) -> None:
+    text = f"""
+    subject: "{subject}"
+    variables: {{customer: [anna-a]}}
+    stages: [{{id: draft, task: text-to-image, prompt: "for {{{{ customer }}}}"}}]
+    """
+    assert mistakes_of(text)[0].startswith(mistake)
