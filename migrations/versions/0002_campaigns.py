@@ -17,7 +17,10 @@ _UNFINISHED = "chain IS NOT NULL AND status IN ('waiting', 'ready', 'leased')"
 
 
 def upgrade() -> None:
-    # Tables in the order in which a lease locks them: in any other, workers and migration wait for each other.
+    # Tables in the order in which a heartbeat and a lease lock them: in any other, workers and migration wait for each
+    # other.
+    op.add_column("worker", sa.Column("paused_at", sa.Double(), nullable=True))
+    op.create_index("ix_lease_group", "lease", ["group_id", "created_at"], unique=False)
     op.add_column("work_group", sa.Column("rules", sa.JSON(), server_default="{}", nullable=False))
     op.add_column("campaign", sa.Column("budget", sa.JSON(), nullable=True))
     op.add_column("campaign", sa.Column("admitted", sa.BigInteger(), server_default="0", nullable=False))
@@ -88,8 +91,6 @@ def upgrade() -> None:
         postgresql_where=sa.text(_UNFINISHED),
         sqlite_where=sa.text(_UNFINISHED),
     )
-    op.add_column("worker", sa.Column("paused_at", sa.Double(), nullable=True))
-    op.create_index("ix_lease_group", "lease", ["group_id", "created_at"], unique=False)
     op.create_index(
         "ix_job_subject",
         "job",

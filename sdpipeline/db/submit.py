@@ -273,7 +273,8 @@ def _asked_elsewhere() -> ColumnElement[bool]:
         select(known.c.id)
         .join(incoming, incoming.c.identity == known.c.identity)
         .join(there, there.c.id == known.c.id)
-        .where(known.c.same, there.c.status != "succeeded", differs)
+        # What was erased is not written down again.
+        .where(known.c.same, there.c.status != "succeeded", there.c.erased_at.is_(None), differs)
     )
     return job.c.id.in_(moved)
 

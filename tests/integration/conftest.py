@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import boto3
 import pytest
+from filelock import FileLock
 
 from sdpipeline.storage import S3Options, S3Store
 from tests.integration.commands import sdpipeline
@@ -146,11 +147,18 @@ def new_postgres_database(server_url: str) -> Iterator[str]:
 
 @pytest.fixture(scope="session")
 def demo_home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A home in which the demo has run to its end, as a user runs it. To look at, not to change."""
-    home = tmp_path_factory.mktemp("demo") / "home"
-    done = sdpipeline("demo", "--home", home)
-    assert done.returncode == 0, done.stderr + done.stdout
-    assert "24 pictures in" in done.stdout
+    """A home in which the demo has run to its end, as a user runs it. To look at, not to change.
+
+    The suite's processes share it: the first to need it makes it, and the others wait.
+    """
+    shared = tmp_path_factory.getbasetemp()
+    shared = shared.parent if "PYTEST_XDIST_WORKER" in os.environ else shared
+    home = shared / "demo" / "home"
+    with FileLock(shared / "demo.lock"):
+        if not (home / "demo-contact-sheet.jpg").exists():
+            done = sdpipeline("demo", "--home", home)
+            assert done.returncode == 0, done.stderr + done.stdout
+            assert "24 pictures in" in done.stdout
     return home
 
 
