@@ -12,9 +12,9 @@ from functools import partial
 from itertools import islice
 from typing import TypeVar
 
-from sdpipeline import audit, provenance
+from sdpipeline import archive, archiving, audit, provenance
 from sdpipeline.audit import Gap, SealKey
-from sdpipeline.db import adoption
+from sdpipeline.db import adoption, archives
 from sdpipeline.db import reconcile as rows
 from sdpipeline.db.adoption import FoundPicture
 from sdpipeline.db.audit import AuditLog
@@ -66,10 +66,13 @@ def adopt(log: AuditLog, store: ObjectStore, key: SealKey, gap: Gap | None) -> A
         # Whoever held these leases has lost them: they are of a time before the one that was lost.
         with log.transaction() as tx:
             rows.reap(tx, rows.open_leases(tx.connection))
+        archiving.find_private(log, store)
     with database.read() as connection:
         folders = [] if gap else rows.unfinished_folders(connection)
+        editions = archives.archives(connection) if gap or folders else []
+    archived = {each["sidecar_key"] for each in archive.pictures(store, editions)}
     keys = store.list() if gap else (key for folder in folders for key in store.list(f"{folder.prefix}/"))
-    _find(log, store, keys, done)
+    _find(log, store, (key for key in keys if key not in archived), done)
     with database.read() as connection:
         owners = adoption.campaigns_found(connection)
     for campaign_id in owners:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from sdpipeline.db import archives
 from sdpipeline.db.archives import Edition
 from sdpipeline.db.connection import Connection
+from sdpipeline.db.forgetting import ERASED
 from sdpipeline.domain import Json, canonical
 from sdpipeline.errors import ObjectConflictError
 from sdpipeline.storage import ObjectStore
@@ -77,6 +78,17 @@ def _store_private(store: ObjectStore, stem: str, data: bytes) -> Json:
     return {"private_key": stored.key, "private_sha256": sha256}
 
 
+def newest_private(store: ObjectStore, row: Json) -> Json:
+    """The private part that storage has of an edition, where its row names one that was replaced or deleted since."""
+    stem = f"archive/{row['team']}/{row['name']}/{row['edition'] or '_'}."
+    parts = [store.get(key) for key in store.list(stem) if key.endswith(".private.jsonl.gz")]
+    if not parts:
+        return {"private_key": None, "private_sha256": None}
+    # Each is written with less than the one before it.
+    sha256 = hashlib.sha256(min(parts, key=len)).hexdigest()
+    return {"private_key": f"{stem}{sha256[:16]}.private.jsonl.gz", "private_sha256": sha256}
+
+
 def jobs(store: ObjectStore, row: Json) -> Iterator[Json]:
     """The jobs of an archived edition; raises ObjectMissingError, ObjectConflictError where it was altered."""
     lines = _read(store.get(row["key"], version_id=row["version_id"]), row["key"], row["sha256"])
@@ -96,6 +108,14 @@ def _read(data: bytes, key: str, sha256: str) -> Iterator[Json]:
     with gzip.open(io.BytesIO(data), "rb") as file:
         for line in file:
             yield json.loads(line)
+
+
+def pictures(store: ObjectStore, rows: Iterable[Json]) -> Iterator[Json]:
+    """The pictures of these archived editions, but for those that were deleted."""
+    for row in rows:
+        if row["pictures_deleted_at"] is None:
+            for job in jobs(store, row):
+                yield from (each for each in job["images"] if each["deleted_at"] is None)
 
 
 def show(connection: Connection, store: ObjectStore, job_id: int) -> Json | None:
@@ -123,7 +143,7 @@ def _document(connection: Connection, store: ObjectStore, row: Json, found: Json
         "attempts": found["attempt"],
         "error": secret.get("error"),
         "error_kind": found["error_kind"],
-        "erased": not secret,
+        "erased": ERASED in secret.get("request", {ERASED: ""}),
         "erased_at": found["erased_at"],
         "image": {name: own[name] for name in names} if own is not None and here else None,
         "image_deleted_at": deleted_at,

@@ -85,10 +85,11 @@ def forget(
             pictures += len(gone)
             if not dry_run:
                 _delete_pictures(audit, store, row, gone)
-        if prompts_days is not None and age_days > prompts_days and row["private_key"] is not None:
-            prompts += sum(1 for _ in archived_editions.private(store, row))
-            if not dry_run:
-                _delete_private(audit, store, row)
+        if prompts_days is not None and age_days > prompts_days:
+            due = [line for line in archived_editions.private(store, row) if _kept(line) != line]
+            prompts += len(due)
+            if due and not dry_run:
+                _delete_private(audit, store, row, {line["id"] for line in due})
     return pictures, prompts
 
 
@@ -122,10 +123,20 @@ def _delete_pictures(audit: AuditLog, store: ObjectStore, row: Json, pictures: C
         forgetting.tell_deleted(tx, pictures, because="retention")
 
 
-def _delete_private(audit: AuditLog, store: ObjectStore, row: Json) -> None:
-    erased = _commitments(store, row, {line["id"] for line in archived_editions.private(store, row)})
+def _kept(line: Json) -> Json | None:
+    """What is left of a job's private line without its prompts: by its inputs a subject is still to be found."""
+    if line["subject"] is None or not stored_inputs(line["request"]):
+        return None
+    nothing: Json = {"row_key": "", "variables": {}, "axes": {}, "error": None, "salt": ""}
+    return line | nothing | {"request": forgetting.without_prompts(line["request"], line["salt"])}
+
+
+def _delete_private(audit: AuditLog, store: ObjectStore, row: Json, job_ids: Collection[int]) -> None:
+    erased = _commitments(store, row, job_ids)
+    rest = [kept for line in archived_editions.private(store, row) if (kept := _kept(line)) is not None]
+    left = archived_editions.store_private(store, row, rest) if rest else {"private_key": None, "private_sha256": None}
+    left |= {"private_left": row["private_key"]}
     with audit.transaction() as tx:
-        left = {"private_key": None, "private_sha256": None, "private_left": row["private_key"]}
         archives.change(tx.connection, row, **left)
         forgetting.tell_erased(tx, row["campaign_id"], erased, because="retention")
     _delete_left(audit, store, row | left)
@@ -135,22 +146,52 @@ def _commitments(store: ObjectStore, row: Json, job_ids: Collection[int]) -> dic
     return {job["id"]: job["commitment"] for job in archived_editions.jobs(store, row) if job["id"] in job_ids}
 
 
+def find_private(audit: AuditLog, store: ObjectStore) -> None:
+    """After a restore: take the private parts that storage has now, and tell again what is gone of them."""
+    with audit.database.read() as connection:
+        rows = archives.archives(connection)
+    for row in rows:
+        if row["private_key"] is not None and store.head(row["private_key"]) is None:
+            _find_private(audit, store, row)
+
+
+def _find_private(audit: AuditLog, store: ObjectStore, row: Json) -> None:
+    left = archived_editions.newest_private(store, row) | {"private_left": None}
+    here = {line["id"] for line in archived_editions.private(store, row | left)}
+    gone = [job for job in archived_editions.jobs(store, row) if job["id"] not in here and job["erased_at"] is None]
+    pictures = [] if row["pictures_deleted_at"] else [each for job in gone for each in _pictures(row, job)]
+    with audit.transaction() as tx:
+        archives.change(tx.connection, row, **left)
+        forgetting.tell_deleted(tx, [each for each in pictures if store.head(each.key) is None], because="restore")
+        if gone:
+            told = {job["id"]: job["commitment"] for job in gone}
+            forgetting.tell_erased(tx, row["campaign_id"], told, because="restore")
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ArchivedJobs:
-    """The jobs of an archived edition that hold a subject's data, with their commitments; their pictures and inputs."""
+    """The jobs of an archived edition that hold a subject's data, with their commitments; their pictures and inputs,
+    and the folders of their fingerprints."""
 
     row: Json
     jobs: dict[int, str]
     pictures: list[Picture]
     inputs: set[str]
+    folders: dict[str, set[str]]
 
 
 @dataclass(slots=True)
 class Archived:
-    """What archives hold of a subject, and the inputs that others' archived jobs consume."""
+    """What archives hold of a subject; the inputs that others' archived jobs consume, and their pictures' keys by
+    fingerprint."""
 
     editions: list[ArchivedJobs] = field(default_factory=list)
     inputs_of_others: set[str] = field(default_factory=set)
+    keys_of_others: dict[str, set[str]] = field(default_factory=dict)
+
+    def shared(self, fingerprints: Collection[str]) -> set[str]:
+        """The keys of others' archived pictures of these fingerprints."""
+        return set[str]().union(*(self.keys_of_others.get(each, ()) for each in fingerprints))
 
 
 def of_subject(audit: AuditLog, store: ObjectStore, name: str, *, team: str) -> Archived:
@@ -166,18 +207,27 @@ def of_subject(audit: AuditLog, store: ObjectStore, name: str, *, team: str) -> 
                 inputs |= stored_inputs(line["request"])
             else:
                 found.inputs_of_others |= stored_inputs(line["request"])
+        jobs, pictures, folders = dict[int, str](), list[Picture](), dict[str, set[str]]()
+        for job in archived_editions.jobs(store, row):
+            living = [] if row["pictures_deleted_at"] else _pictures(row, job)
+            if job["id"] in own:
+                jobs[job["id"]] = job["commitment"]
+                pictures += living
+                for each in {job["fingerprint"], *(picture["fingerprint"] for picture in job["images"])}:
+                    folder = f"{row['team']}/{row['name']}/{job['stage']}/{each}/"
+                    folders.setdefault(each, set()).add(folder)
+            else:
+                for picture in living:
+                    found.keys_of_others.setdefault(picture.fingerprint, set()).add(picture.key)
         if own:
-            mine = [job for job in archived_editions.jobs(store, row) if job["id"] in own]
-            pictures = [] if row["pictures_deleted_at"] else [each for job in mine for each in _pictures(row, job)]
-            jobs = {job["id"]: job["commitment"] for job in mine}
-            found.editions.append(ArchivedJobs(row=row, jobs=jobs, pictures=pictures, inputs=inputs))
+            found.editions.append(ArchivedJobs(row=row, jobs=jobs, pictures=pictures, inputs=inputs, folders=folders))
     return found
 
 
 def erase(audit: AuditLog, store: ObjectStore, found: ArchivedJobs, subject: Subject, inputs: Collection[str]) -> int:
-    """Erase them there: the private part is written again without them. Returns how many pictures were deleted."""
+    """Erase them there, their pictures are gone: the private part is written again without them. Returns how many
+    pictures those were."""
     row = found.row
-    _delete_objects(audit, store, found.pictures)
     for digest in sorted(inputs):
         store.delete(input_key(digest))
     rest = (line for line in archived_editions.private(store, row) if line["id"] not in found.jobs)

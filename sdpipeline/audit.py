@@ -240,8 +240,9 @@ def verify(
 _ALLOWED: Mapping[str | None, tuple[str, ...]] = {
     None: ("waiting", "ready"),
     Event.LEASE_TAKEN: ("leased",),
-    Event.LEASE_RELEASED: ("ready",),
-    Event.LEASE_EXPIRED: ("ready",),
+    # A submit or a retry holds again what a budget may not cover and nobody has leased.
+    Event.LEASE_RELEASED: ("waiting", "ready"),
+    Event.LEASE_EXPIRED: ("waiting", "ready"),
     Event.JOB_SUCCEEDED: ("succeeded",),
     Event.JOB_ADOPTED: ("succeeded",),
     Event.JOB_FAILED: ("failed", "blocked"),
@@ -591,7 +592,7 @@ def _verify_archive(
     try:
         secrets = {line["id"]: line for line in archive.private(store, row)}
         for job in archive.jobs(store, row):
-            found.erased += job["id"] not in secrets
+            found.erased += ERASED in secrets.get(job["id"], {}).get("request", {ERASED: ""})
             for detail in _archived_faults(row, job, secrets.get(job["id"]), told):
                 found.fault("job-altered", f"job:{job['id']}", f"{detail}, in {row['key']}")
             for picture in job["images"]:
@@ -612,7 +613,9 @@ def _archived_faults(row: Json, job: Json, secret: Json | None, told: _Told) -> 
             yield from _request_faults(job | secret | {"edition": row["edition"]})
         if committed(secret["request"], secret["salt"]) != job["commitment"]:
             yield "it commits to another request than its archive says"
-    yield from _course_faults(job, told, job["commitment"])
+    # With its salt a job that was erased and asked for anew lost the means to show what it had committed to.
+    known = None if job["id"] in told.erased and job["erased_at"] is None else job["commitment"]
+    yield from _course_faults(job, told, known)
 
 
 def _archived_objects(

@@ -12,9 +12,10 @@ from datetime import UTC, datetime, timedelta
 from functools import partial
 
 from sdpipeline import adopt as adopting
-from sdpipeline import audit
+from sdpipeline import archive, audit
 from sdpipeline.adopt import SIDECAR, THREADS, Adoption
 from sdpipeline.audit import SealKey
+from sdpipeline.db import archives
 from sdpipeline.db import audit as log_rows
 from sdpipeline.db import reconcile as rows
 from sdpipeline.db.audit import AuditLog
@@ -196,15 +197,25 @@ def _unrecorded(log: AuditLog, store: ObjectStore, done: Reconciliation, before:
     """Only where attempts did not end in order: all other folders hold what was recorded, however many they are."""
     with log.database.read() as connection:
         folders = rows.unfinished_folders(connection)
+        editions = archives.archives(connection) if folders else []
+    made = {folder.fingerprint for folder in folders}
+    archived = {_stem(each["key"]) for each in archive.pictures(store, editions) if each["fingerprint"] in made}
+    instead = f", or {ADOPT}" if done.adoption is None else ""
     for folder in folders:
-        orphans = list(_orphans(log, store, folder, before))
+        orphans = [key for key in _orphans(log, store, folder, before) if _stem(key) not in archived]
         for key in orphans:
             record = SIDECAR.fullmatch(key) is not None
             kind, what = ("record-unknown", "a sidecar") if record else ("object-orphan", "an object")
             detail = f"{what} without a row, of an attempt of job {folder.job_id} that did not end in order"
-            done.found(kind, key, detail, "quarantined" if done.repair or not record else f"quarantined, or {ADOPT}")
+            done.found(kind, key, detail, "quarantined" if done.repair or not record else f"quarantined{instead}")
         if done.repair:
             _quarantine(log, store, folder.job_id, orphans)
+
+
+def _stem(key: str) -> str:
+    """What the keys of a picture, its sidecars and its control maps have in common."""
+    folder, _, name = key.rpartition("/")
+    return f"{folder}/{name.partition('.')[0]}"
 
 
 def _orphans(log: AuditLog, store: ObjectStore, folder: Folder, before: datetime) -> Iterator[str]:

@@ -6,8 +6,9 @@ taken up by the next run: what is not there any more is deleted already.
 
 from __future__ import annotations
 
+import re
 import secrets
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from sdpipeline import archiving
@@ -22,6 +23,8 @@ from sdpipeline.storage import ObjectStore
 
 BATCH = 200
 """Pictures or jobs of one transaction."""
+
+_QUARANTINED = re.compile(r"quarantine/[^/]+/(?:[0-9a-f]{8}/)?((?:[^/]+/){3}[0-9a-f]{64}/)")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,6 +62,7 @@ class Erasure:
     cancelled: int = 0
     sources: int = 0
     inputs_gone: set[str] = field(default_factory=set)
+    quarantined: dict[str, list[str]] = field(default_factory=dict)
 
     def document(self) -> Json:
         """The form of ``erase --json``."""
@@ -154,6 +158,8 @@ def erase(audit: AuditLog, store: ObjectStore, name: str, *, team: str, dry_run:
         return done
     archiving.take_up(audit, store, team=team)
     archived = archiving.of_subject(audit, store, name, team=team)
+    if campaigns or archived.editions:
+        done.quarantined = _quarantined(store)
     for campaign_id in campaigns:
         with audit.transaction() as tx:
             done.cancelled += forgetting.cancel_unfinished(tx, name, campaign_id=campaign_id)
@@ -163,6 +169,12 @@ def erase(audit: AuditLog, store: ObjectStore, name: str, *, team: str, dry_run:
         inputs = each.inputs - archived.inputs_of_others - done.inputs_gone
         with audit.database.read() as connection:
             inputs -= forgetting.in_use_by_others(connection, inputs, name)
+        _delete_folders(audit, store, each.folders, done, archived)
+        with audit.database.read() as connection:
+            shared = forgetting.keys_of_others(connection, each.folders, ()) | archived.shared(each.folders)
+        for picture in each.pictures:
+            if picture.key not in shared:
+                done.objects += delete_all(store, stem(picture.key))
         done.pictures += archiving.erase(audit, store, each, subject, inputs)
         done.jobs += len(each.jobs)
         done.inputs += len(inputs)
@@ -171,6 +183,38 @@ def erase(audit: AuditLog, store: ObjectStore, name: str, *, team: str, dry_run:
         with audit.transaction() as tx:
             done.sources = forgetting.drop_sources_naming(tx, subject, touched)
     return done
+
+
+def _quarantined(store: ObjectStore) -> dict[str, list[str]]:
+    """What ``reconcile`` put away, by the folder that it came from."""
+    found: dict[str, list[str]] = {}
+    for key in store.list("quarantine/"):
+        if place := _QUARANTINED.match(key):
+            found.setdefault(place[1], []).append(key)
+    return found
+
+
+def _delete_folders(
+    audit: AuditLog,
+    store: ObjectStore,
+    folders: Mapping[str, Collection[str]],
+    done: Erasure,
+    archived: Archived,
+    *,
+    owners: Collection[int] = (),
+) -> None:
+    """Delete what lies in the folders of these fingerprints, and what attempts left there that was never recorded or
+    was put away since: it holds the same data. Other jobs' pictures stay."""
+    with audit.database.read() as connection:
+        shared = forgetting.keys_of_others(connection, folders, owners) | archived.shared(folders)
+        others = forgetting.wanted_by_others(connection, folders, done.subject.name)
+    but = {stem(key) for key in shared}
+    for fingerprint in sorted(folders.keys() - others):
+        for folder in sorted(folders[fingerprint]):
+            done.objects += delete_all(store, folder, but=but)
+            for key in done.quarantined.pop(folder, ()):
+                store.delete(key)
+                done.objects += 1
 
 
 def _held(audit: AuditLog, name: str, campaign_id: int) -> list[Held]:
@@ -184,14 +228,13 @@ def _erase_jobs(audit: AuditLog, store: ObjectStore, jobs: Sequence[Held], done:
     with audit.database.read() as connection:
         pictures = forgetting.pictures_of(connection, owners)
         own = {picture.fingerprint for picture in pictures} | {job.fingerprint for job in jobs}
-        shared = forgetting.keys_of_others(connection, own, owners)
-        others = forgetting.wanted_by_others(connection, own, subject.name)
+        shared = forgetting.keys_of_others(connection, own, owners) | archived.shared(own)
         inputs = named - done.inputs_gone - forgetting.in_use_by_others(connection, named, subject.name)
+    folders: dict[str, set[str]] = {}
     for job in jobs:
-        fingerprints = {job.fingerprint} | {picture.fingerprint for picture in pictures if picture.job_id == job.id}
-        for fingerprint in fingerprints - others:
-            # What attempts left that were never recorded holds the same data.
-            done.objects += delete_all(store, job.folder(fingerprint), but={stem(key) for key in shared})
+        for each in {job.fingerprint, *(picture.fingerprint for picture in pictures if picture.job_id == job.id)}:
+            folders.setdefault(each, set()).add(job.folder(each))
+    _delete_folders(audit, store, folders, done, archived, owners=owners)
     for picture in pictures:
         if picture.key not in shared:
             done.objects += delete_all(store, stem(picture.key))

@@ -360,6 +360,9 @@ class _Run:
             elif leased.fingerprint in ahead:
                 work.waiting.append(leased)
             elif not self._reused(lease, leased, there):
+                if leased.private:
+                    yield leased
+                    continue
                 ahead.add(leased.fingerprint)
                 work.making.add(leased.fingerprint)
                 self._on_the_way.add(leased.fingerprint)

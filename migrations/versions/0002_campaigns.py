@@ -103,6 +103,11 @@ def upgrade() -> None:
 
 
 def downgrade() -> None:
+    # Nothing begins chains there.
+    op.execute(
+        "UPDATE job SET status = 'ready' WHERE status = 'waiting' AND chain IS NOT NULL AND parents_left = 0"
+        " AND not_before IS NULL"
+    )
     op.create_table(
         "input_image",
         sa.Column("sha256", sa.String(length=64), nullable=False),

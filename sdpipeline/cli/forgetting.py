@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from sdpipeline import bootstrap
+from sdpipeline import audit, bootstrap
 from sdpipeline import retention as forgetting
 from sdpipeline.cli.output import AsJson, Home, print_json, print_table, refuse, settings, stdout
 
@@ -24,6 +24,7 @@ def retention(*, dry_run: DryRun = False, home: Home = None, as_json: AsJson = F
     s = settings(home)
     with bootstrap.services(s, create=False) as have:
         have.store.check()
+        audit.refuse_restored(have.database, have.store)
         periods = forgetting.Periods(**s.retention.model_dump())
         done = forgetting.forget(
             have.audit, have.store, lambda: bootstrap.seal(s), team=s.team, periods=periods, dry_run=dry_run
@@ -52,6 +53,7 @@ def erase(
         raise refuse("--subject is empty", "write what the campaign's `subject` becomes")
     with bootstrap.services(s, create=False) as have:
         have.store.check()
+        audit.refuse_restored(have.database, have.store)
         done = forgetting.erase(have.audit, have.store, name, team=s.team, dry_run=dry_run)
     if done.jobs and not dry_run:
         bootstrap.seal(s)

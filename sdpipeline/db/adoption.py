@@ -19,6 +19,7 @@ from sdpipeline.domain import Json
 
 MOST_CLAIMED = 1000
 _STORED = tuple(StoredImage.__dataclass_fields__)
+_HAS_ONE = exists().where(image.c.job_id == job.c.id, image.c.fingerprint == job.c.fingerprint)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,12 +77,12 @@ def waiting(connection: Connection) -> int:
 def claim(tx: Transaction, *, campaign_id: int) -> int:
     """Record the found pictures of a campaign's jobs as theirs: the jobs succeeded, and what waited for them goes on.
 
-    A job that is being made just now, was cancelled or is blocked is left as it is. Returns how many were adopted.
+    A job that is being made just now, was cancelled or is blocked is left as it is, and so is one that was erased.
+    Returns how many were adopted.
     """
-    if not tx.connection.execute(_matching(campaign_id).limit(1)).first():
-        return 0
-    have_campaign(tx.connection, campaign_id)
     count = 0
+    if tx.connection.execute(_matching(campaign_id).limit(1)).first():
+        have_campaign(tx.connection, campaign_id)
     while rows := tx.connection.execute(_matching(campaign_id).limit(MOST_CLAIMED)).all():
         first = {row.job_id: row for row in reversed(rows)}
         for job_id in sorted(first):
@@ -90,29 +91,41 @@ def claim(tx: Transaction, *, campaign_id: int) -> int:
         keys = [row.sidecar_key for row in rows]
         tx.connection.execute(delete(found_picture).where(found_picture.c.sidecar_key.in_(keys)))
         count += len(first)
+    tx.connection.execute(delete(found_picture).where(_not_wanted(campaign_id)))
     return count
 
 
-def _matching(campaign_id: int) -> Any:
-    """Jobs without a picture with what was found of each, the best first."""
+def _its() -> Any:
+    """Which of the found pictures says that it is a job's."""
     f = found_picture.c
-    its = and_(
+    return and_(
         f.team == campaign.c.team,
         f.campaign == campaign.c.name,
         f.stage == job.c.stage,
         f.fingerprint == job.c.fingerprint,
         f.identity_start == func.substr(job.c.identity, 1, 16),
     )
-    has_one = exists().where(image.c.job_id == job.c.id, image.c.fingerprint == job.c.fingerprint)
+
+
+def _not_wanted(campaign_id: int) -> Any:
+    """Found pictures of jobs that have one, or were erased: they are orphans like any other."""
+    theirs = select(job.c.id).select_from(campaign.join(job, job.c.campaign_id == campaign.c.id))
+    theirs = theirs.where(campaign.c.id == campaign_id, _its(), or_(_HAS_ONE, job.c.erased_at.is_not(None)))
+    return theirs.correlate(found_picture).exists()
+
+
+def _matching(campaign_id: int) -> Any:
+    """Jobs without a picture with what was found of each, the best first."""
+    f = found_picture.c
     found = (f.sidecar_key, f.stored, f.attempt, f.worker_id)
     columns = (job.c.group_id, job.c.identity, job.c.salt, job.c.request, *found)
     return (
         select(job.c.id.label("job_id"), job.c.fingerprint, *columns)
         .select_from(campaign)
         .join(job, job.c.campaign_id == campaign.c.id)
-        .join(found_picture, its)
+        .join(found_picture, _its())
         .where(campaign.c.id == campaign_id, job.c.status.not_in(("cancelled", "blocked")), job.c.status != LEASED)
-        .where(~has_one)
+        .where(~_HAS_ONE, job.c.erased_at.is_(None))
         .order_by(job.c.id, f.consumed.desc(), f.made_at.desc(), f.sidecar_key)
     )
 
@@ -141,7 +154,7 @@ def _settle(tx: Transaction, campaign_id: int, adopted: Collection[int]) -> None
     """The adopted jobs have succeeded; what is to be made from them is counted anew."""
     below = descendants(adopted)
     unmade = and_(job.c.id.in_(select(below.c.id)), job.c.status.in_(("waiting", "ready", "skipped")))
-    others = and_(unmade, job.c.id.not_in(adopted))
+    others = and_(unmade, job.c.id.not_in(adopted), job.c.erased_at.is_(None))
     reopened = list(tx.connection.execute(select(job.c.id).where(others).order_by(job.c.id)).scalars())
     if reopened:
         tx.record(Event.JOBS_REOPENED, f"campaign:{campaign_id}", jobs=reopened)

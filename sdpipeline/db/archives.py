@@ -68,6 +68,7 @@ def _editions(*which: Any, before_days: float | None) -> Select[Any]:
             func.count().label("jobs"),
             func.sum(job.c.attempt).label("attempts"),
             func.count(job.c.erased_at).label("erased"),
+            func.count(job.c.subject).label("subjects"),
         )
         .join(campaign, campaign.c.id == job.c.campaign_id)
         .where(*which)
@@ -83,7 +84,7 @@ def _editions(*which: Any, before_days: float | None) -> Select[Any]:
 def _edition(connection: Connection, row: Any) -> Edition:
     mine = (job.c.campaign_id == row.campaign_id, job.c.edition == row.edition)
     pictures = select(func.count(), func.count(image.c.deleted_at)).join(job, job.c.id == image.c.job_id).where(*mine)
-    state = (row.newest_at, row.jobs, int(row.attempts), row.erased, *connection.execute(pictures).one())
+    state = (row.newest_at, row.jobs, int(row.attempts), row.erased, row.subjects, *connection.execute(pictures).one())
     names = ("campaign_id", "team", "campaign", "edition", "first_job", "last_job", "newest_at")
     return Edition(**{name: getattr(row, name) for name in names}, state=state)
 

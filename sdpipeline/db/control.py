@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
-from sqlalchemy import ColumnElement, Connection, and_, case, false, func, null, or_, select, update
+from sqlalchemy import ColumnElement, Connection, and_, case, exists, false, func, null, or_, select, update
 
 from sdpipeline.db import budgets, registry
 from sdpipeline.db.audit import Event, Transaction
@@ -12,7 +12,7 @@ from sdpipeline.db.connection import now_s
 from sdpipeline.db.locks import have_campaign
 from sdpipeline.db.queue import LEASED, READY, SKIPPED, WAITING, close_empty, descendants, leases_in, skip_descendants
 from sdpipeline.db.staging import POLICY
-from sdpipeline.db.tables import attempt, campaign, image, job, job_parent
+from sdpipeline.db.tables import archive, attempt, campaign, image, job, job_parent
 from sdpipeline.errors import BadInputError, Mistake
 
 _DEAD_ENDS = ("failed", "blocked", "skipped", "cancelled")
@@ -29,8 +29,9 @@ def retry(tx: Transaction, *, campaign_id: int, statuses: Collection[str]) -> in
         raise BadInputError(Mistake(key="status", message=f"{', '.join(wrong)} cannot be retried", fix=fix))
     have_campaign(tx.connection, campaign_id)
     mine = and_(job.c.campaign_id == campaign_id, job.c.status.in_(list(statuses)))
-    # Nobody can make again what was erased.
-    there = job.c.erased_at.is_(None)
+    # Nobody can make again what was erased; rows of an archived edition are on their way out.
+    archived = exists().where(archive.c.campaign_id == job.c.campaign_id, archive.c.edition == job.c.edition)
+    there = and_(job.c.erased_at.is_(None), ~archived)
     chosen = and_(mine, there, job.c.error_kind.is_distinct_from(POLICY))
     below = descendants(select(job.c.id).where(chosen))
     skipped = reset(tx.connection, and_(job.c.id.in_(select(below.c.id)), there, job.c.status == "skipped"))

@@ -159,9 +159,7 @@ def erase_prompts(tx: Transaction, job_ids: Collection[int], *, because: str) ->
     """Take prompts and salts from ended jobs; what the audit log has committed to stays in the prompts' place."""
     here = and_(job.c.id.in_(job_ids), job.c.erased_at.is_(None))
     rows = _ended(tx.connection, here)
-    changed = [
-        {"row": row.id, "left": _without_prompts(row) | {ERASED: committed(row.request, row.salt)}} for row in rows
-    ]
+    changed = [{"row": row.id, "left": without_prompts(row.request, row.salt)} for row in rows]
     return _erase(tx, rows, changed, because=because, subject=None)
 
 
@@ -186,8 +184,10 @@ def committed(request: Json, salt: str) -> str:
     return str(request[ERASED]) if ERASED in request else commitment(salt, request)
 
 
-def _without_prompts(row: Any) -> Json:
-    return {name: value for name, value in row.request.items() if name not in _PRIVATE}
+def without_prompts(request: Json, salt: str) -> Json:
+    """What is left of a request without its prompts."""
+    left = {name: value for name, value in request.items() if name not in _PRIVATE}
+    return left | {ERASED: committed(request, salt)}
 
 
 def _erase(
@@ -323,7 +323,7 @@ def in_use_by_others(connection: Connection, digests: Iterable[str], subject: st
 
 def wanted_by_others(connection: Connection, fingerprints: Collection[str], subject: str) -> set[str]:
     """Those of the fingerprints that somebody else's job has: what lies in their folder may be theirs."""
-    others = or_(job.c.subject.is_(None), job.c.subject != subject)
+    others = and_(or_(job.c.subject.is_(None), job.c.subject != subject), job.c.erased_at.is_(None))
     return set(
         connection.execute(select(job.c.fingerprint).where(others, job.c.fingerprint.in_(fingerprints))).scalars()
     )

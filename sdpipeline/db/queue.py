@@ -66,7 +66,7 @@ SKIPPED: Mapping[str, Any] = {
 class LeasedJob:
     """One job a worker may finish, with what it needs to know about it.
 
-    ``rules`` say how its picture is delivered and change no pixel.
+    ``rules`` say how its picture is delivered and change no pixel. Of a ``private`` picture no other job gets a copy.
     """
 
     id: int
@@ -84,6 +84,7 @@ class LeasedJob:
     request: GenerationRequest
     parents: tuple[ParentImage, ...]
     rules: Json
+    private: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -353,6 +354,7 @@ def _leased_jobs(connection: Connection, rows: Sequence[Any]) -> tuple[LeasedJob
             request=request_from_document(row.request),
             parents=parents.get(row.id, ()),
             rules=owner.rules,
+            private=row.subject is not None,
         )
         for row in rows
     )

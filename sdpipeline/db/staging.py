@@ -216,7 +216,8 @@ def match(connection: Connection) -> None:
     erased, whoever asks for the same again.
     """
     there = and_(job.c.campaign_id == incoming.c.campaign_id, job.c.identity == incoming.c.identity)
-    allowed = and_(job.c.status == "blocked", job.c.error_kind == POLICY, incoming.c.error_kind.is_(None))
+    there_still = job.c.erased_at.is_(None)
+    allowed = and_(job.c.status == "blocked", job.c.error_kind == POLICY, incoming.c.error_kind.is_(None), there_still)
     same = and_(
         job.c.fingerprint == incoming.c.fingerprint,
         or_(job.c.status != "cancelled", job.c.erased_at.is_not(None)),
@@ -228,7 +229,7 @@ def match(connection: Connection) -> None:
     wanted_again = select(known.c.id).join(job, job.c.id == known.c.id)
     wanted_again = wanted_again.where(~known.c.same, job.c.status.in_(("blocked", "cancelled")))
     below = descendants(wanted_again)
-    skipped = select(job.c.id).where(job.c.id.in_(select(below.c.id)), job.c.status == "skipped")
+    skipped = select(job.c.id).where(job.c.id.in_(select(below.c.id)), job.c.status == "skipped", there_still)
     connection.execute(update(known).where(known.c.same, known.c.id.in_(skipped)).values(same=False))
 
 

@@ -288,6 +288,7 @@ def _to_block() -> ColumnElement[bool]:
         .join(incoming, incoming.c.identity == known.c.identity)
         .join(there, there.c.id == known.c.id)
         .where(incoming.c.error_kind.is_not(None), there.c.status != "succeeded", not_(told))
+        .where(there.c.erased_at.is_(None))
     )
     return job.c.id.in_(forbidden)
 
