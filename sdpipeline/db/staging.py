@@ -24,6 +24,7 @@ from sqlalchemy import (
     Text,
     and_,
     case,
+    cast,
     false,
     insert,
     or_,
@@ -75,13 +76,15 @@ incoming_parent = Table(
     Column("parent_identity", String(64), nullable=False),
     prefixes=["TEMPORARY"],
 )
-# Incoming jobs that the campaign has already; ``same`` are those whose pixels and status need no change.
+# Incoming jobs that the campaign has already; ``same`` are those whose pixels and status need no change, ``moved``
+# those of them whose pictures are the same bytes under another address, pin or name now.
 known = Table(
     "known_job",
     _temporary,
     Column("id", BigInteger, primary_key=True, autoincrement=False),
     Column("identity", String(64), nullable=False),
     Column("same", Boolean, nullable=False),
+    Column("moved", Boolean, nullable=False),
     prefixes=["TEMPORARY"],
 )
 
@@ -223,8 +226,12 @@ def match(connection: Connection) -> None:
         or_(job.c.status != "cancelled", job.c.erased_at.is_not(None)),
         case((allowed, false()), else_=true()),
     )
-    found = select(job.c.id, job.c.identity, same).select_from(incoming.join(job, there))
-    connection.execute(insert(known).from_select(["id", "identity", "same"], found))
+    # What was made or erased is not written down again. Found here, where the tables are joined once for all.
+    open_still = and_(same, job.c.status != "succeeded", job.c.erased_at.is_(None))
+    differs = cast(job.c.request, Text) != cast(incoming.c.request, Text)
+    moved = case((open_still, differs), else_=false())
+    found = select(job.c.id, job.c.identity, same, moved).select_from(incoming.join(job, there))
+    connection.execute(insert(known).from_select(["id", "identity", "same", "moved"], found))
     analyze(connection, known)
     wanted_again = select(known.c.id).join(job, job.c.id == known.c.id)
     wanted_again = wanted_again.where(~known.c.same, job.c.status.in_(("blocked", "cancelled")))

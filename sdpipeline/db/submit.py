@@ -10,10 +10,8 @@ from sqlalchemy import (
     ColumnElement,
     Connection,
     Select,
-    Text,
     and_,
     case,
-    cast,
     delete,
     exists,
     false,
@@ -103,7 +101,7 @@ def submit(tx: Transaction, ready: Prepared, asked: Publication, *, prune: bool 
             present = _asked_before(campaign_id, ready.editions)
             gone = prune and _any(connection, and_(present, ~exists().where(known.c.id == job.c.id)))
             changes = gone or unchanged < ready.count or (ready.blocked and _any(connection, _to_block()))
-            changes = changes or _any(connection, or_(_asked_elsewhere(), _of_others(campaign_id, ready)))
+            changes = changes or _any(connection, or_(_moved(), _of_others(campaign_id, ready)))
             same = None if changes else _same_version(connection, campaign_id, source, unchanged)
             if same is not None:
                 return _submitted(ready, campaign_id, same, added=0, unchanged=unchanged, cancelled=0)
@@ -249,10 +247,15 @@ def _change(tx: Transaction, campaign_id: int, version_id: int) -> int:
 def _keep(connection: Connection, version_id: int) -> None:
     """Jobs that need no change belong to the new version too, at the place their chain has in it."""
     these = and_(job.c.id == known.c.id, known.c.same, incoming.c.identity == known.c.identity)
-    connection.execute(update(job).where(these, _asked_elsewhere()).values(request=incoming.c.request))
+    connection.execute(update(job).where(these, known.c.moved).values(request=incoming.c.request))
     subject = case((job.c.erased_at.is_(None), incoming.c.subject), else_=job.c.subject)
     values = {"version_id": version_id, "chain": incoming.c.chain, "subject": subject}
     connection.execute(update(job).where(these).values(**values))
+
+
+def _moved() -> ColumnElement[bool]:
+    """Jobs whose pictures have another address, pin or name now."""
+    return job.c.id.in_(select(known.c.id).where(known.c.moved))
 
 
 def _of_others(campaign_id: int, ready: Prepared) -> ColumnElement[bool]:
@@ -263,20 +266,6 @@ def _of_others(campaign_id: int, ready: Prepared) -> ColumnElement[bool]:
     differs = incoming.c.subject.is_distinct_from(job.c.subject)
     mine = whose.where(known.c.id == job.c.id, known.c.same, differs).exists()
     return and_(job.c.campaign_id == campaign_id, job.c.erased_at.is_(None), mine)
-
-
-def _asked_elsewhere() -> ColumnElement[bool]:
-    """Unfinished jobs whose pictures are the same bytes under another address, pin or name now."""
-    there = job.alias("there")
-    differs = cast(there.c.request, Text) != cast(incoming.c.request, Text)
-    moved = (
-        select(known.c.id)
-        .join(incoming, incoming.c.identity == known.c.identity)
-        .join(there, there.c.id == known.c.id)
-        # What was erased is not written down again.
-        .where(known.c.same, there.c.status != "succeeded", there.c.erased_at.is_(None), differs)
-    )
-    return job.c.id.in_(moved)
 
 
 def _to_block() -> ColumnElement[bool]:
