@@ -77,7 +77,9 @@ def _copy(database: Database, table: Table) -> float:
         started = time.perf_counter()
         with database.write() as connection:
             driver: Any = connection.connection.dbapi_connection
-            with driver.cursor().copy(f"COPY bare_{table.name} FROM STDIN") as copy:
+            # By name: a migration added some columns behind those that stand before them here.
+            names = ", ".join(table.columns.keys())
+            with driver.cursor().copy(f"COPY bare_{table.name} ({names}) FROM STDIN") as copy:
                 took += time.perf_counter() - started
                 for rows in chunks:
                     started = time.perf_counter()
@@ -139,8 +141,10 @@ def test_a_submit_takes_at_most_three_bare_copies(postgres_url: str, tmp_path: P
     rounds: list[dict[str, float]] = []
     for number in range(ROUNDS):
         found = submits(postgres_url, tmp_path, source, f"spring-{number}")
+        print({name: round(value, 2) for name, value in found.items()}, flush=True)
         found["COPY"] = bare_copy(database, checked=True)
-        found["COPY without foreign keys"] = bare_copy(database, checked=False)
+        if JOBS <= 100_000:
+            found["COPY without foreign keys"] = bare_copy(database, checked=False)
         rounds.append(found)
         emptied(database)
     # Others' work on the machine only ever adds.
