@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable
-from dataclasses import dataclass, field, fields
+from dataclasses import InitVar, dataclass, field, fields
 from enum import StrEnum
 from functools import cache
 from typing import Any, Literal
@@ -300,7 +300,9 @@ class JobSpec:
     cell changes a job and does not make another. ``seed`` is the root seed that chains share,
     ``request.seed`` the noise seed of this stage. ``parents`` maps each parent's stage to its identity.
     ``chain`` counts the chains of a campaign in the file's order: a row, a combination and a root seed.
-    ``blocked`` says which rule of a policy forbids this job, ``subject`` whose data it holds.
+    ``blocked`` says which rule of a policy forbids this job, ``subject`` whose data it holds. ``identity`` is what
+    makes this job the same job when its campaign is submitted again, ``document`` the canonical text of ``request``;
+    who makes many alike knows both sooner.
     """
 
     stage: str
@@ -318,16 +320,25 @@ class JobSpec:
     blocked: str | None = None
     subject: str | None = None
     identity: str = field(init=False)
-    """What makes this job the same job when its campaign is submitted again."""
+    document: str = field(init=False, compare=False, repr=False)
+    known_identity: InitVar[str] = ""
+    known_document: InitVar[str] = ""
 
-    def __post_init__(self) -> None:
-        identity = job_identity(self.edition, self.stage, self.row_key, dict(self.axes), self.seed)
+    def __post_init__(self, known_identity: str, known_document: str) -> None:
+        identity = known_identity or job_identity(self.edition, self.stage, self.row_key, dict(self.axes), self.seed)
         object.__setattr__(self, "identity", identity)
+        object.__setattr__(self, "document", known_document or canonical(to_document(self.request)).decode())
 
 
 def job_identity(edition: str, stage: str, row_key: str, axes: Json, seed: int) -> str:
-    """The hash that is unique in a campaign."""
-    return digest([edition, stage, row_key, axes, seed])
+    """The hash that is unique in a campaign: :func:`digest` of these five in a list."""
+    return identities(edition, stage, row_key, axes)(seed)
+
+
+def identities(edition: str, stage: str, row_key: str, axes: Json) -> Callable[[int], str]:
+    """The identities of jobs that differ in their seed."""
+    begun = canonical([edition, stage, row_key, axes])[:-1]
+    return lambda seed: hashed(b"%b,%d]" % (begun, seed))
 
 
 def stage_seed(seed: int, stage: str) -> int:

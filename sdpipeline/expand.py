@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from sdpipeline.campaign import EDITION, MOST_JOBS, Axes, Campaign, jobs_of_a_chain, seed_count
-from sdpipeline.domain import JobSpec, canonical, stage_seed
+from sdpipeline.domain import JobSpec, canonical, identities, stage_seed
 from sdpipeline.errors import CampaignError, Mistake
 from sdpipeline.inputs import InputFolder
 from sdpipeline.rows import OnMistake, Row
@@ -188,13 +188,14 @@ class _Chains:
             stage = resolved[branch.plan.stage.id]
             axes = combination.axes + branch.axes() if branch.fanned else combination.axes
             variables = tuple(sorted((dict(axes) | stage.used).items())) if axes else tuple(stage.used.items())
-            branches.append((branch, stage, axes, variables))
+            identity = identities(self.campaign.edition, branch.plan.stage.id, combination.row_key, dict(axes))
+            branches.append((branch, stage, axes, variables, identity))
         for seed in _seeds(self.campaign.spec.seeds):
             chain, self._chain = self._chain, self._chain + 1
             made: list[JobSpec] = []
-            for branch, stage, axes, variables in branches:
+            for branch, stage, axes, variables, identity in branches:
                 above = [made[parent] for parent in branch.parents]
-                request, fingerprint = stage.request(
+                request, document, fingerprint = stage.request(
                     branch.noise_seed(seed), {parent.stage: parent.fingerprint for parent in above}
                 )
                 spec = JobSpec(
@@ -205,6 +206,7 @@ class _Chains:
                     axes=axes,
                     seed=seed,
                     request=request,
+                    known_document=document,
                     fingerprint=fingerprint,
                     batch_key=stage.form.batch_key,
                     edition=self.campaign.edition,
@@ -212,6 +214,7 @@ class _Chains:
                     chain=chain,
                     blocked=stage.blocked,
                     subject=subject,
+                    known_identity=identity(seed),
                 )
                 made.append(spec)
                 yield spec

@@ -15,11 +15,13 @@ from sdpipeline.domain import (
     ControlNetInput,
     GenerationRequest,
     ImageSource,
+    Json,
     OutputFormat,
     Task,
     canonical,
     fingerprint_document,
     hashed,
+    to_document,
 )
 from sdpipeline.engine import conditioning, families
 from sdpipeline.engine.checkpoints import CheckpointFiles, inversion_words
@@ -138,23 +140,38 @@ def _referring(use: AdapterInput, digests: Mapping[str, str]) -> AdapterInput:
 
 
 class RequestForm:
-    """A request's canonical text with holes, so that a job's fingerprint costs a join instead of a document.
+    """A request's canonical text with holes, so that a job's text and fingerprint cost a join instead of a document.
 
     The sample marks its holes with a NUL, which no campaign's text can hold.
     """
 
     def __init__(self, sample: GenerationRequest) -> None:
-        document = fingerprint_document(sample) | {"seed": "\0.seed"}
-        parts = re.split(r'"\\u0000([^"]+)"', canonical(document).decode())
-        self._texts, self._holes = parts[::2], parts[1::2]
+        seed = {"seed": "\0.seed"}
+        self._document = _Form(to_document(sample) | seed)
+        self._fingerprinted = _Form(fingerprint_document(sample) | seed)
         self.batch_key = batch_key(sample)
 
+    def document(self, fillings: Mapping[str, str]) -> str:
+        """The canonical text of :func:`sdpipeline.domain.to_document`; fillings are JSON, by ``.prompt``,
+        ``.negative``, ``.seed`` and each parent's stage."""
+        return self._document.filled(fillings)
+
     def fingerprint(self, fillings: Mapping[str, str]) -> str:
-        """As :func:`sdpipeline.domain.fingerprint`; fillings are JSON, by ``.prompt``, ``.negative``, ``.seed``
-        and each parent's stage."""
-        parts = [text + fillings[hole] for text, hole in zip(self._texts, self._holes, strict=False)]
-        parts.append(self._texts[-1])
-        return hashed("".join(parts).encode())
+        """As :func:`sdpipeline.domain.fingerprint`."""
+        return hashed(self._fingerprinted.filled(fillings).encode())
+
+
+class _Form:
+    """Canonical text around the places to fill in."""
+
+    def __init__(self, document: Json) -> None:
+        parts = re.split(r'"\\u0000([^"]+)"', canonical(document).decode())
+        self._parts, self._holes = parts, parts[1::2]
+
+    def filled(self, fillings: Mapping[str, str]) -> str:
+        parts = self._parts.copy()
+        parts[1::2] = [fillings[hole] for hole in self._holes]
+        return "".join(parts)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -172,13 +189,13 @@ class Resolved:
     quoted: Mapping[str, str]
     blocked: str | None = None
 
-    def request(self, seed: int, digests: Mapping[str, str]) -> tuple[GenerationRequest, str]:
-        """One job's request and its fingerprint."""
+    def request(self, seed: int, digests: Mapping[str, str]) -> tuple[GenerationRequest, str, str]:
+        """One job's request, its document as canonical text, and its fingerprint."""
         fillings = {**self.quoted, ".seed": str(seed)}
         for stage, digest in digests.items():
             fillings[stage] = f'"{digest}"'
         request = self.shape.request(self.prompt, self.negative_prompt, seed, digests)
-        return request, self.form.fingerprint(fillings)
+        return request, self.form.document(fillings), self.form.fingerprint(fillings)
 
 
 class StagePlan:

@@ -81,6 +81,8 @@ def claim(tx: Transaction, *, campaign_id: int) -> int:
     Returns how many were adopted.
     """
     count = 0
+    if campaign_id not in campaigns_found(tx.connection):
+        return count
     if tx.connection.execute(_matching(campaign_id).limit(1)).first():
         have_campaign(tx.connection, campaign_id)
     while rows := tx.connection.execute(_matching(campaign_id).limit(MOST_CLAIMED)).all():

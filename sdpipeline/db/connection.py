@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import sqlite3
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,7 @@ from sdpipeline.errors import DatabaseUnavailableError, Mistake, SettingsError
 __all__ = ["Connection", "Database", "copy_rows", "insert_ignoring", "now_s", "open_database", "sqlite_path"]
 
 SQLITE_BUSY_TIMEOUT_S = 30
+CHUNK = 5000
 
 _POSTGRES_CONNECTION = {
     # Per address of a host name: two of them must fail within 15 s.
@@ -125,17 +127,23 @@ def insert_ignoring(connection: Connection, table: Table) -> postgresql.Insert |
     return sqlite.insert(table).on_conflict_do_nothing()
 
 
-def copy_rows(connection: Connection, table: Table, columns: Sequence[str], rows: Sequence[tuple[Any, ...]]) -> None:
-    """Add many rows of values as the driver takes them (JSON as text), in this transaction: COPY where there is one."""
+def copy_rows(connection: Connection, table: Table, columns: Sequence[str], rows: Iterable[tuple[Any, ...]]) -> None:
+    """Add many rows of values as the driver takes them (JSON as text), in this transaction: COPY where there is one.
+
+    A thread sends what is ready while the next rows are made, so that neither side waits for the other.
+    """
     names = ", ".join(columns)
     if connection.dialect.name == "sqlite":
-        marks = ", ".join("?" * len(columns))
-        if rows:
-            connection.exec_driver_sql(f"INSERT INTO {table.name} ({names}) VALUES ({marks})", list(rows))  # noqa: S608
+        marks, left = ", ".join("?" * len(columns)), iter(rows)
+        while chunk := list(itertools.islice(left, CHUNK)):
+            connection.exec_driver_sql(f"INSERT INTO {table.name} ({names}) VALUES ({marks})", chunk)  # noqa: S608
         return
+    from psycopg.copy import QueuedLibpqWriter
+
     driver: Any = connection.connection.dbapi_connection
+    cursor = driver.cursor()
     try:
-        with driver.cursor().copy(f"COPY {table.name} ({names}) FROM STDIN") as copy:
+        with cursor.copy(f"COPY {table.name} ({names}) FROM STDIN", writer=QueuedLibpqWriter(cursor)) as copy:
             for row in rows:
                 copy.write_row(row)
     except connection.dialect.loaded_dbapi.OperationalError as error:

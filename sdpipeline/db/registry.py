@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import ColumnElement, Connection, and_, null, or_, select, update
+from sqlalchemy import ColumnElement, Connection, Select, and_, null, or_, select, update
 
 from sdpipeline.db.audit import Event, Transaction
 from sdpipeline.db.connection import insert_ignoring, now_s
 from sdpipeline.db.locks import have_campaigns
 from sdpipeline.db.queue import close_empty, leases_of, skip_descendants
-from sdpipeline.db.tables import attempt, checkpoint, group_checkpoint, job
+from sdpipeline.db.tables import attempt, checkpoint, group_checkpoint, job, work_group
 from sdpipeline.domain import Json
 from sdpipeline.engine.checkpoints import CheckpointFiles
 
@@ -95,6 +95,10 @@ def revoke(tx: Transaction, digest: str, *, because: str) -> int:
 
 def block_published(tx: Transaction, *, campaign_id: int, version_id: int) -> None:
     """Of the jobs just published, those whose weights were revoked between the file's check and now."""
+    # Asked of the groups, which are few: looking through all its jobs would take a sixth of a submit's time.
+    own = _revoked_groups().join(work_group, work_group.c.id == group_checkpoint.c.group_id)
+    if tx.connection.execute(own.where(work_group.c.campaign_id == campaign_id).limit(1)).first() is None:
+        return
     mine = and_(job.c.campaign_id == campaign_id, job.c.version_id == version_id, job.c.status.in_(_UNFINISHED))
     blocked = block(tx.connection, mine)
     if blocked:
@@ -104,12 +108,7 @@ def block_published(tx: Transaction, *, campaign_id: int, version_id: int) -> No
 
 def block(connection: Connection, chosen: ColumnElement[bool]) -> list[int]:
     """Block those of the chosen jobs that need revoked weights; a worker that has one will find its lease gone."""
-    bad = (
-        select(group_checkpoint.c.group_id)
-        .join(checkpoint, checkpoint.c.digest == group_checkpoint.c.digest)
-        .where(checkpoint.c.revoked_at.is_not(None))
-    )
-    mine = (chosen, job.c.group_id.in_(bad))
+    mine = (chosen, job.c.group_id.in_(_revoked_groups()))
     held = leases_of(connection, and_(*mine))
     still_open = (attempt.c.outcome.is_(None), attempt.c.job_id.in_(select(job.c.id).where(*mine)))
     connection.execute(update(attempt).where(*still_open).values(finished_at=now_s(), outcome="abandoned"))
@@ -119,6 +118,13 @@ def block(connection: Connection, chosen: ColumnElement[bool]) -> list[int]:
     blocked = list(connection.execute(statement).scalars())
     close_empty(connection, held)
     return blocked
+
+
+def _revoked_groups() -> Select[int]:
+    """The groups that need revoked weights."""
+    needed = select(group_checkpoint.c.group_id)
+    needed = needed.join(checkpoint, checkpoint.c.digest == group_checkpoint.c.digest)
+    return needed.where(checkpoint.c.revoked_at.is_not(None))
 
 
 def _insert(tx: Transaction, files: CheckpointFiles, approval: Approval) -> None:

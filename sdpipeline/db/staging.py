@@ -38,9 +38,10 @@ from sdpipeline.batching import batch_document
 from sdpipeline.db.connection import copy_rows
 from sdpipeline.db.queue import descendants
 from sdpipeline.db.tables import job
-from sdpipeline.domain import JobSpec, Json, canonical, to_document
+from sdpipeline.domain import JobSpec, Json, canonical
 
 CHUNK = 5000
+SALT_BYTES = 16
 
 _temporary = MetaData()
 incoming = Table(
@@ -126,6 +127,24 @@ class Group:
     rules: Json
 
 
+class Spool:
+    """Tuples of plain values in a file without a name, added in lists and read in order, any number of times."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file = file
+        self._sizes: list[int] = []
+
+    def add(self, rows: list[tuple[Any, ...]]) -> None:
+        """Append them; not while they are read."""
+        self._sizes.append(self._file.write(marshal.dumps(rows)))
+
+    def __iter__(self) -> Iterator[tuple[Any, ...]]:
+        self._file.seek(0)
+        for size in self._sizes:
+            # Read at once: `marshal.load` asks a file for every single value.
+            yield from marshal.loads(self._file.read(size))  # noqa: S302 -- our own file
+
+
 @dataclass(slots=True, kw_only=True)
 class Prepared:
     """Checked jobs, ready to be published; expanding them never holds the database up.
@@ -140,13 +159,10 @@ class Prepared:
     subjects: bool = False
     editions: set[str] = field(default_factory=set)
     groups: list[Group] = field(default_factory=list)
-    _file: IO[bytes]
-
-    def chunks(self) -> Iterator[tuple[list[tuple[Any, ...]], list[tuple[str, str]]]]:
-        """Rows of place in the file, place in ``groups``, :data:`ROW` and number of parents; and pairs with parents."""
-        self._file.seek(0)
-        for _ in range(0, self.count, CHUNK):
-            yield marshal.load(self._file)  # noqa: S302 -- our own file, which has no name
+    rows: Spool
+    """For each job its place in the file, its place in ``groups``, :data:`ROW` and its number of parents."""
+    pairs: Spool
+    """The identities of each job and each job it is made from."""
 
 
 @contextmanager
@@ -154,18 +170,27 @@ def prepared(
     jobs: Iterable[JobSpec], *, rules: Mapping[str, Json] | None = None, held: bool = False
 ) -> Iterator[Prepared]:
     """Run through all jobs, whatever mistakes that shows, into a temporary file. ``rules`` are by stage."""
-    with tempfile.TemporaryFile() as file:
-        ready = Prepared(_file=file, held=held)
+    with tempfile.TemporaryFile() as rows_file, tempfile.TemporaryFile() as pairs_file:
+        ready = Prepared(rows=Spool(rows_file), pairs=Spool(pairs_file), held=held)
         places: dict[tuple[str, str], int] = {}
         for chunk in chunked(jobs, CHUNK):
+            salts, texts = secrets.token_hex(SALT_BYTES * len(chunk)), dict[int, str]()
             rows = [
-                _row(spec, ready.count + n, _place(spec, ready, places, rules or {}), held=held)
+                _row(
+                    spec,
+                    ready.count + n,
+                    _place(spec, ready, places, rules or {}),
+                    salts[2 * SALT_BYTES * n : 2 * SALT_BYTES * (n + 1)],
+                    texts,
+                    held=held,
+                )
                 for n, spec in enumerate(chunk)
             ]
             ready.blocked += sum(spec.blocked is not None for spec in chunk)
             ready.subjects = ready.subjects or any(spec.subject is not None for spec in chunk)
             pairs = [(spec.identity, parent) for spec in chunk for parent in _distinct_parents(spec)]
-            marshal.dump((rows, pairs), file)
+            ready.rows.add(rows)
+            ready.pairs.add(pairs)
             ready.count += len(chunk)
             ready.editions.update(spec.edition for spec in chunk)
         yield ready
@@ -182,10 +207,9 @@ def temporary_tables(connection: Connection) -> Iterator[None]:
 def load(connection: Connection, ready: Prepared, campaign_id: int, group_ids: Sequence[int]) -> None:
     """Fill the tables of what comes in; ``group_ids`` are the ids of ``ready.groups``."""
     names = ["campaign_id", "position", *ROW, "parents", "group_id"]
-    for rows, pairs in ready.chunks():
-        filled = [(campaign_id, position, *row, group_ids[group]) for position, group, *row in rows]
-        copy_rows(connection, incoming, names, filled)
-        _load_parents(connection, campaign_id, pairs)
+    filled = ((campaign_id, position, *row, group_ids[group]) for position, group, *row in ready.rows)
+    copy_rows(connection, incoming, names, filled)
+    _load_parents(connection, ready, campaign_id)
     analyze(connection, incoming, incoming_parent)
 
 
@@ -200,16 +224,15 @@ def load_first(
     def status(row: list[Any]) -> str:
         return "blocked" if row[_ERROR_KIND] else "waiting" if row[-1] else root
 
-    for rows, pairs in ready.chunks():
-        filled = [(*fixed, status(row), group_ids[group], *row) for _, group, *row in rows]
-        copy_rows(connection, job, names, filled)
-        _load_parents(connection, constants["campaign_id"], pairs)
+    filled = ((*fixed, status(row), group_ids[group], *row) for _, group, *row in ready.rows)
+    copy_rows(connection, job, names, filled)
+    _load_parents(connection, ready, constants["campaign_id"])
     analyze(connection, incoming_parent)
 
 
-def _load_parents(connection: Connection, campaign_id: int, pairs: Sequence[tuple[str, str]]) -> None:
+def _load_parents(connection: Connection, ready: Prepared, campaign_id: int) -> None:
     names = ["campaign_id", "identity", "parent_identity"]
-    copy_rows(connection, incoming_parent, names, [(campaign_id, *pair) for pair in pairs])
+    copy_rows(connection, incoming_parent, names, ((campaign_id, *pair) for pair in ready.pairs))
 
 
 def match(connection: Connection) -> None:
@@ -276,7 +299,7 @@ def _distinct_parents(spec: JobSpec) -> Iterable[str]:
     return dict.fromkeys(parent for _, parent in spec.parents)
 
 
-def _row(spec: JobSpec, position: int, group: int, *, held: bool) -> tuple[Any, ...]:
+def _row(spec: JobSpec, position: int, group: int, salt: str, texts: dict[int, str], *, held: bool) -> tuple[Any, ...]:
     return (
         position,
         group,
@@ -285,15 +308,22 @@ def _row(spec: JobSpec, position: int, group: int, *, held: bool) -> tuple[Any, 
         spec.stage,
         spec.depth,
         spec.row_key,
-        canonical(dict(spec.variables)).decode(),
-        canonical(dict(spec.axes)).decode() if spec.axes else "{}",
+        _text(spec.variables, texts),
+        _text(spec.axes, texts),
         spec.seed,
         spec.fingerprint,
-        canonical(to_document(spec.request)).decode(),
-        secrets.token_hex(16),
+        spec.document,
+        salt,
         spec.chain if held else None,
         spec.subject,
         spec.blocked and POLICY,
         spec.blocked,
         len(set(spec.parents)),
     )
+
+
+def _text(values: tuple[tuple[str, Any], ...], texts: dict[int, str]) -> str:
+    """Their JSON object, written once for all jobs that share them; ``texts`` are of values that are still alive."""
+    if id(values) not in texts:
+        texts[id(values)] = canonical(dict(values)).decode()
+    return texts[id(values)]

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -452,10 +453,12 @@ def test_expansion_is_deterministic_unique_and_counted_without_expanding(text: s
 
 @settings(max_examples=60, deadline=None)
 @given(campaigns())
-def test_hashes_put_together_from_parts_are_those_of_the_whole_request(text: str) -> None:
+def test_what_is_put_together_from_parts_is_that_of_the_whole_job(text: str) -> None:
     for job in jobs_of(text):
         assert job.fingerprint == fingerprint(job.request)
         assert job.batch_key == batch_key(job.request)
+        whole = replace(job)  # makes anew what was put together
+        assert (whole.identity, whole.document) == (job.identity, job.document)
 
 
 def test_a_subject_is_a_template_of_the_jobs_own_values_and_may_be_nobodys(tmp_path: Path) -> None:
