@@ -95,12 +95,11 @@ def _checked(named: _Named, *, trust_anchors: str, register: Register | None, si
     name, read = named
     try:
         return verification.check(name, read(), trust_anchors=trust_anchors, register=register)
-    except (OSError, ObjectMissingError) as error:
-        raise refuse(f"{name} cannot be read: {getattr(error, 'strerror', None) or error}") from error
-    except InputImageError as error:
+    except (OSError, ObjectMissingError, InputImageError) as error:
+        why = f"cannot be read: {error.strerror}" if isinstance(error, OSError) else str(error)
         if single:
-            raise refuse(f"{name}: {error}", "give a png, jpeg or webp picture") from error
-        broken = VerifiedPicture(c2pa="invalid", digital_source_type=None, record=None, faults=(str(error),))
+            raise refuse(f"{name}: {why}", "give a png, jpeg or webp picture") from error
+        broken = VerifiedPicture(c2pa="invalid", digital_source_type=None, record=None, faults=(why,))
         return Checked(name=name, marks=broken, match=None, faults=broken.faults)
 
 

@@ -25,7 +25,7 @@ from cryptography.hazmat.primitives.asymmetric.utils import decode_dss_signature
 from cryptography.x509.oid import ExtendedKeyUsageOID
 from pydantic import SecretStr
 
-from sdpipeline import bootstrap
+from sdpipeline import bootstrap, checkup
 from sdpipeline.domain import OutputFormat
 from sdpipeline.errors import SettingsError, SigningUnavailableError
 from sdpipeline.provenance import encode, sign, verify
@@ -263,6 +263,9 @@ def test_beside_sqlite_a_development_key_is_made_and_named_as_such(tmp_path: Pat
     key = bootstrap.picture_key(bootstrap.load_settings(tmp_path))
     assert (key.development, key.identity) == (True, "a development key, which nobody trusts")
     assert (tmp_path / "keys/pictures/root.pem").is_file()
+    told = list(checkup._picture_key(bootstrap.load_settings(tmp_path)))
+    expected = "a development key, which nobody trusts; no trusted roots: verify calls no picture trusted"
+    assert [(check.ok, check.detail) for check in told] == [(True, expected)]
 
 
 @pytest.mark.parametrize(

@@ -236,7 +236,12 @@ def test_pictures_in_a_bucket_are_verified_and_the_endpoint_is_the_settings(
 
 def test_what_cannot_be_verified_is_refused(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("no picture")
-    for what, why in ((tmp_path / "a.txt", "not a png, jpeg or webp"), (tmp_path, "holds no pictures")):
+    missing = tmp_path / "missing.png"
+    for what, why in (
+        (tmp_path / "a.txt", "not a png, jpeg or webp"),
+        (missing, "cannot be read: No such file"),
+        (tmp_path, "holds no pictures"),
+    ):
         done = sdpipeline("verify", what, "--home", tmp_path / "none")
         assert done.returncode == 2
         assert why in done.stderr
