@@ -15,8 +15,8 @@ _PROMPTS = ("prompt", "negative_prompt")
 def disclosed(record: Json) -> Json:
     """The record as it is embedded; ``include_prompt`` in it says how its prompts and its ancestors' are told.
 
-    With ``hash`` each prompt is replaced by the SHA-256 of its UTF-8 bytes, with ``none`` by nothing. An ancestor
-    tells no more than its descendant does.
+    With ``hash`` each prompt is replaced by the SHA-256 of its UTF-8 bytes, with ``none`` by nothing. Of an ancestor
+    no more is told than both its own record and its descendant's allow.
     """
     told = include_prompt(record)
     own = _without_prompts(record, told)
@@ -41,12 +41,14 @@ def own_part(record: Json) -> Json:
     return {name: value for name, value in record.items() if name != "ancestors"}
 
 
-def _without_prompts(record: Json, told: str) -> Json:
+def _without_prompts(record: Json, allowed: str) -> Json:
+    told = max(allowed, include_prompt(record), key=INCLUDE_PROMPT.index)
     asked: dict[str, Any] = record.get("asked", {})
     if told == "full":
         return dict(record)
     inputs = {role: _without_nested(about, told) for role, about in record.get("inputs", {}).items()}
-    kept = {name: value for name, value in asked.items() if name not in _PROMPTS}
+    left_out = _PROMPTS if told == "hash" else (*_PROMPTS, *(f"{name}_sha256" for name in _PROMPTS))
+    kept = {name: value for name, value in asked.items() if name not in left_out}
     if told == "hash":
         kept |= {f"{name}_sha256": hashed(asked[name].encode()) for name in _PROMPTS if name in asked}
     return record | {"asked": kept, "inputs": inputs, "include_prompt": told}
