@@ -100,7 +100,7 @@ def deliver(store: ObjectStore, picture: FinishedPicture) -> StoredImage:
     encoded, attempt = picture.encoded, picture.attempt
     stem = f"{picture.folder}/{encoded.sha256}"
     key = f"{stem}.{encoded.extension}"
-    stored = _put_marked(store, key, encoded)
+    stored = _put_marked(store, key, encoded.data)
     control_maps = _deliver_control_maps(store, stem, picture)
     about = {"key": key, "sha256": stored.sha256, "size_bytes": stored.size_bytes, "version_id": stored.version_id}
     sidecar = canonical(
@@ -151,7 +151,7 @@ def reuse(store: ObjectStore, leased: LeasedJob, original: Original, attempt: At
     # The jobs of one stage that ask for the same picture share its folder, and each has a picture of its own.
     folder = f"{_folder(leased)}/{leased.identity[:16]}"
     key = f"{folder}/{PurePosixPath(made.key).name}"
-    stored = store.put(key, data, content_type=provenance.content_type(data))
+    stored = _put_marked(store, key, data)
     control_maps = _copy_control_maps(store, folder, told["control_maps"])
     timings = {"generate_s": 0.0, "encode_s": 0.0}
     own = {
@@ -217,15 +217,15 @@ def record(leased: LeasedJob, consumed: Consumed, generated: GeneratedImage) -> 
     }
 
 
-def _put_marked(store: ObjectStore, key: str, encoded: EncodedImage) -> StoredObject:
+def _put_marked(store: ObjectStore, key: str, data: bytes) -> StoredObject:
     """Store, read back, and check the marks of what came back; raises MarksLostError."""
     try:
-        stored = store.put(key, encoded.data, content_type=encoded.content_type)
+        stored = store.put(key, data, content_type=provenance.content_type(data))
     except (StorageUnavailableError, ObjectConflictError):
         _refuse_unmarked(store, key)
         raise
     # The store compared what it read back with these bytes.
-    marks = provenance.verify(encoded.data)
+    marks = provenance.verify(data)
     if not marks.ok:
         raise MarksLostError(f"{store.url(key)} is not marked as it should be: {', '.join(marks.faults)}")
     return stored
@@ -265,7 +265,7 @@ def _deliver_control_maps(store: ObjectStore, stem: str, picture: FinishedPictur
     """They are kept beside the picture."""
     kept = []
     for n, (annotator, encoded) in enumerate(picture.control_maps):
-        stored = _put_marked(store, f"{stem}.control-{n}.png", encoded)
+        stored = _put_marked(store, f"{stem}.control-{n}.png", encoded.data)
         kept.append({"key": stored.key, "sha256": stored.sha256, "annotator": annotator})
     return kept
 
