@@ -241,6 +241,22 @@ def test_what_keeps_its_prompt_back_is_made_again_from_its_sidecar_and_not_from_
         reproduction.checked_record(provenance.read_record(place.store.get(final["key"])), "a.png")
 
 
+def test_a_record_of_the_schema_before_with_its_parents_inside_is_made_again_too(place: Place) -> None:
+    *_, final = place.work(*chain())
+    record = place.sidecar(final)["record"]
+    ancestors = record.pop("ancestors")
+
+    def nested(own: Json) -> Json:
+        inputs = {role: about | {"record": nested(ancestors[about["sha256"]])} for role, about in own["inputs"].items()}
+        return own | {"schema": "sdpipeline/record/1", "inputs": inputs}
+
+    checked = reproduction.checked_record(nested(record), "sidecar")
+    made = reproduction.reproduce(
+        checked, FakeEngine(), lambda _: b"", original=None, pixels_sha256=final["pixels_sha256"]
+    )
+    assert made.bit_equal
+
+
 def test_a_campaign_that_keeps_prompts_back_gets_no_copy_that_tells_them(place: Place) -> None:
     keeps_back = {"draft": {"include_prompt": "none"}}
     place.work(job_spec("a", prompt=SECRET), name="open")
