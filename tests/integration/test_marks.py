@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import json
+import threading
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -195,6 +197,37 @@ def test_a_key_that_is_away_is_waited_for_and_the_picture_is_not_made_again(plac
     (picture,) = place.work(job_spec("a"))
     assert place.marks(picture).ok
     assert (refusals, place.engine.asked, picture["attempt"]) == ([], 1, 1)
+
+
+def test_pictures_are_signed_away_from_the_thread_that_owns_the_device(place: Place) -> None:
+    signers = set[str]()
+
+    def sign(data: bytes) -> bytes:
+        signers.add(threading.current_thread().name)
+        return signing_key().sign(data)
+
+    place.key = replace(signing_key(), sign=sign)
+    assert len(place.work(*chain())) == 3
+    assert signers
+    assert threading.current_thread().name not in signers
+
+
+class Counted(LocalStore):
+    """A directory that remembers what was read."""
+
+    def __init__(self, root: Path) -> None:
+        super().__init__(root)
+        self.read = Counter[str]()
+
+    def get(self, key: str, *, version_id: str | None = None) -> bytes:
+        self.read[key] += 1
+        return super().get(key, version_id=version_id)
+
+
+def test_an_ingredient_is_the_file_that_was_fetched_for_its_pixels(audit: AuditLog, tmp_path: Path) -> None:
+    store = Counted(tmp_path / "storage")
+    draft, scene, _ = Place(audit, store).work(*chain())
+    assert [store.read[picture["key"]] for picture in (draft, scene)] == [1, 1]
 
 
 def test_a_picture_of_a_time_before_signatures_is_made_again_and_not_copied(place: Place) -> None:
