@@ -269,9 +269,12 @@ def _verified_sidecar(store: ObjectStore, made: StoredImage) -> Json:
 
 
 def _unfit(leased: LeasedJob, ran: Json, engine: str) -> str | None:
-    """Why a picture of the same fingerprint will not do: it is a load test's, or was not made strictly."""
+    """Why a picture of the same fingerprint will not do: it is a load test's, was not judged, or not made strictly."""
     if ran["engine"] != engine:
         return f"was made by the engine {ran['engine']!r}, which is not {engine!r}"
+    seen = {each["digest"] for each in ran.get("safety_checkers", ())}
+    if unseen := [each["alias"] for each in leased.rules.get("safety", ()) if each["digest"] not in seen]:
+        return f"was not shown to safety checker {', '.join(unseen)}"
     if leased.request.exact and ran.get("reproducibility") != "strict":
         return "was not made strictly"
     return None

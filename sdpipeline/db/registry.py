@@ -143,4 +143,6 @@ def _files(row: Any) -> CheckpointFiles:
         scale=row.scale,
         manifest=row.manifest,
         size_bytes=row.size_bytes,
+        licence=row.licence,
+        purposes=tuple(row.purposes),
     )
