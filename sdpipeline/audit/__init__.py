@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from sdpipeline.audit.findings import Fault, Verification
 from sdpipeline.audit.gaps import Gap, bridge, find_gap, lost_seals, refuse_restored
-from sdpipeline.audit.keys import SealKey, load_key
-from sdpipeline.audit.seals import seal, seal_name
+from sdpipeline.audit.keys import SealKey, load_key, public_key
+from sdpipeline.audit.seals import seal, seal_name, unsealed, watch
 from sdpipeline.audit.verification import verify
 
 __all__ = [
@@ -17,8 +17,11 @@ __all__ = [
     "find_gap",
     "load_key",
     "lost_seals",
+    "public_key",
     "refuse_restored",
     "seal",
     "seal_name",
+    "unsealed",
     "verify",
+    "watch",
 ]

@@ -15,12 +15,10 @@ from sdpipeline.errors import ObjectConflictError, ObjectMissingError
 from sdpipeline.storage import ObjectStore
 
 
-def verify_archive(
-    store: ObjectStore, found: Verification, told: Told, row: Json
-) -> list[tuple[tuple[str, str], tuple[str, str]]]:
-    """Compare an archived edition with the events; returns (key, SHA-256) of its pictures and their sidecars."""
+def verify_archive(store: ObjectStore, found: Verification, told: Told, row: Json) -> list[Json]:
+    """Compare an archived edition with the events; returns the rows of the pictures that it still has."""
     name = f"archive:{row['key']}"
-    objects: list[tuple[tuple[str, str], tuple[str, str]]] = []
+    pictures: list[Json] = []
     if told.archived.get((row["campaign_id"], row["edition"])) != (row["key"], row["sha256"]):
         found.fault("archive-altered", name, "its row differs from the audit log")
     if len(store.versions(row["key"])) > 1:
@@ -31,13 +29,12 @@ def verify_archive(
             found.erased += ERASED in secrets.get(job["id"], {}).get("request", {ERASED: ""})
             for detail in _archived_faults(row, job, secrets.get(job["id"]), told):
                 found.fault("job-altered", f"job:{job['id']}", f"{detail}, in {row['key']}")
-            for picture in job["images"]:
-                objects += _archived_objects(store, found, told, picture)
+            pictures += [picture for picture in job["images"] if _is_kept(store, found, told, picture)]
     except ObjectMissingError as error:
         found.fault("archive-missing", name, str(error))
     except (ObjectConflictError, OSError, ValueError, KeyError) as error:
         found.fault("archive-altered", name, str(error))
-    return objects
+    return pictures
 
 
 def _archived_faults(row: Json, job: Json, secret: Json | None, told: Told) -> Iterator[str]:
@@ -54,16 +51,14 @@ def _archived_faults(row: Json, job: Json, secret: Json | None, told: Told) -> I
     yield from course_faults(job, told, known)
 
 
-def _archived_objects(
-    store: ObjectStore, found: Verification, told: Told, picture: Json
-) -> list[tuple[tuple[str, str], tuple[str, str]]]:
+def _is_kept(store: ObjectStore, found: Verification, told: Told, picture: Json) -> bool:
     event = told.succeeded.get((picture["job_id"], picture["fingerprint"]))
     if event is None or differs(picture, event):
         found.fault("image-altered", f"image:{picture['key']}", "its archived row differs from the audit log")
     if (picture["job_id"], picture["fingerprint"]) not in told.deleted:
-        return [((picture["key"], picture["sha256"]), (picture["sidecar_key"], picture["sidecar_sha256"]))]
+        return True
     found.deleted += 1
     if store.versions(picture["key"]):
         detail = "the audit log says that it was deleted, and storage has it"
         found.fault("object-not-deleted", picture["key"], detail)
-    return []
+    return False

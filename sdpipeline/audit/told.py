@@ -34,6 +34,10 @@ _AFRESH = frozenset({Event.JOBS_RETRIED, Event.JOBS_CHANGED, Event.JOBS_REOPENED
 _LISTING = _AFRESH | {Event.JOBS_SKIPPED, Event.JOBS_CANCELLED, Event.JOBS_BLOCKED}
 
 
+GAP = ("first_seal", "last_seal", "events", "missing", "actor", "at_us")
+"""What is shown of an event that names what a restored database lacks."""
+
+
 @dataclass(slots=True)
 class Told:
     """What the events say of each job, kept while the chains are read."""
@@ -69,8 +73,7 @@ class Told:
                 if kind == Event.JOBS_CHANGED:
                     self.changed[job_id] = max(self.changed.get(job_id, at), at)
         elif kind == Event.AUDIT_GAP:
-            names = ("first_seal", "last_seal", "events", "missing", "actor", "at_us")
-            self.gaps.append({name: event[name] for name in names})
+            self.gaps.append({name: event[name] for name in GAP})
             self.lost.update(range(event["first_seal"], event["last_seal"] + 1))
         else:
             self._hear_of_forgetting(kind, event)

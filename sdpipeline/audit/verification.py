@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import json
-
 from sdpipeline.audit.archives import verify_archive
 from sdpipeline.audit.chains import verify_chains, verify_newest, verify_seals, verify_stored_seal
 from sdpipeline.audit.findings import Verification
 from sdpipeline.audit.jobs import verify_jobs
 from sdpipeline.audit.keys import SealKey
-from sdpipeline.audit.pictures import verify_images, verify_object
+from sdpipeline.audit.pictures import objects_of, verify_images, verify_objects
 from sdpipeline.db import archives
 from sdpipeline.db.connection import Database
 from sdpipeline.storage import ObjectStore
@@ -38,7 +36,7 @@ def verify(
         of_archive = verify_archive(store, found, told, row)
         found.skipped += len(of_archive) if sample is not None else 0
         found.images += len(of_archive) if sample is None else 0
-        pictures += [each for both in of_archive for each in both] if sample is None else []
+        pictures += [each for picture in of_archive for each in objects_of(picture)] if sample is None else []
     for campaign_id, edition in set(told.archived) - {(row["campaign_id"], row["edition"]) for row in archived}:
         found.fault("archive-missing", f"campaign:{campaign_id}", f"the archive of edition {edition!r} has no row")
     for row in sealed:
@@ -47,9 +45,5 @@ def verify(
     for deleted in gone:
         if store.versions(deleted):
             found.fault("object-not-deleted", deleted, "the audit log says that it was deleted, and storage has it")
-    for stored, sha256 in pictures:
-        data = verify_object(store, found, stored, sha256)
-        if data is not None and stored.endswith(".json"):
-            for control_map in json.loads(data).get("control_maps", ()):
-                verify_object(store, found, control_map["key"], control_map["sha256"])
+    verify_objects(store, found, pictures)
     return found
