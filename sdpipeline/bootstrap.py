@@ -133,13 +133,20 @@ def catalog(s: Settings, database: Database | None = None) -> Catalog:
     # The shipped weights are small and change with the package; what else was approved stands as it was approved.
     approved = {alias: files for alias, files in known.items() if files.directory.parent != BUILTIN_CHECKPOINTS}
     shipped = _inspected(BUILTIN_CHECKPOINTS)
-    found = {alias: replace(files, licence=BUILTIN_LICENCE) for alias, files in shipped.items()}
+    found = {alias: _on_terms(files, known.get(alias)) for alias, files in shipped.items()}
     found |= _inspected(s.checkpoints, but={files.directory for files in known.values()}) | approved
     return {
         alias: files
         for alias, files in found.items()
         if files.digest not in revoked and (files.digest, alias) not in expired
     }
+
+
+def _on_terms(shipped: CheckpointFiles, approved: CheckpointFiles | None) -> CheckpointFiles:
+    """Shipped weights under their own licence, and for what these very bytes were approved."""
+    if approved is None or approved.digest != shipped.digest:
+        return replace(shipped, licence=BUILTIN_LICENCE)
+    return replace(shipped, licence=approved.licence or BUILTIN_LICENCE, purposes=approved.purposes)
 
 
 def _runnable(s: Settings, database: Database | None) -> dict[str, CheckpointFiles]:

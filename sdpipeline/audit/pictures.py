@@ -93,10 +93,10 @@ def _verify_object(store: ObjectStore, found: Verification, each: Expected, keys
     there = hashlib.sha256(data).hexdigest()
     if there == each.sha256:
         return data
+    detail = "its bytes do not hash to the recorded SHA-256"
     if there in keys:
-        found.fault("object-swapped", each.key, f"it holds the bytes of {keys[there]}")
-    elif each.pixels_sha256 is None:
-        found.fault("object-altered", each.key, "its bytes do not hash to the recorded SHA-256")
-    elif wrong := altered(data, sha256=each.sha256, pixels_sha256=each.pixels_sha256):
-        found.fault(wrong[0], each.key, wrong[1])
+        detail = f"it holds the bytes of {keys[there]}"
+    elif each.pixels_sha256 is not None:
+        detail = altered(data, sha256=each.sha256, pixels_sha256=each.pixels_sha256) or detail
+    found.fault("object-altered", each.key, detail)
     return None

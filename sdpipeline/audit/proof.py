@@ -121,19 +121,19 @@ def verify_proof(
         found.fault("sealed-events-altered", told["subject"], "the event is not among those that were sealed")
     if picture is not None:
         found.images = 1
-        if wrong := altered(picture, **recorded):
-            found.fault(wrong[0], told["subject"], wrong[1])
+        if detail := altered(picture, **recorded):
+            found.fault("object-altered", told["subject"], detail)
     return found
 
 
-def altered(data: bytes, *, sha256: str, pixels_sha256: str | None) -> tuple[str, str] | None:
-    """How a picture's bytes differ from what was recorded of it, as kind and detail; None where they do not."""
+def altered(data: bytes, *, sha256: str, pixels_sha256: str | None) -> str | None:
+    """How a picture's bytes differ from what was recorded of it; None where they do not."""
     if hashlib.sha256(data).hexdigest() == sha256:
         return None
     try:
         pixels = provenance.pixels_sha256(provenance.decode(data, max_pixels=LARGEST_PICTURE))
     except InputImageError:
-        return "object-altered", "its bytes do not hash to the recorded SHA-256, and are no picture any more"
+        return "its bytes do not hash to the recorded SHA-256, and are no picture any more"
     if pixels == pixels_sha256:
-        return "metadata-altered", "its pixels are those that were recorded; what else is in the file was changed"
-    return "pixels-altered", "its pixels are not those that were recorded"
+        return "its metadata was changed, its pixels are those that were recorded"
+    return "its pixels are not those that were recorded"

@@ -51,21 +51,27 @@ def verify(
         raise refuse("--export, --proof and --sample or --full are checks of their own", "give one of them")
     if (key and not alone) or (image and proof is None):
         raise refuse("--key goes with --export or --proof, --image with --proof")
-    trusted = tuple(audit.public_key(each) for each in key) if key else None
-    if exported is not None:
-        with _opened(exported) as lines:
-            found = verify_export(lines, trusted=trusted)
-    elif proof is not None:
-        picture = _read(image) if image is not None else None
-        found = verify_proof(_proof(proof), trusted=trusted, picture=picture)
+    if alone:
+        found = _verified_alone(exported, proof, image, tuple(audit.public_key(each) for each in key or ()) or None)
     else:
         s = settings(home)
         with bootstrap.services(s, create=False) as have:
             have.store.check()
             found = audit.verify(have.database, have.store, bootstrap.seal_key(s), sample=None if full else sample)
-    _show(found, as_json=as_json, compare=bool(alone) and trusted is None)
+    _show(found, as_json=as_json, compare=bool(alone) and not key)
     if found.faults:
         raise typer.Exit(FOUND_FAULTS)
+
+
+def _verified_alone(
+    exported: Path | None, proof: Path | None, image: Path | None, trusted: tuple[str, ...] | None
+) -> Verification:
+    """By nothing but the files and the keys that are trusted: no setting is read."""
+    if exported is not None:
+        with _opened(exported) as lines:
+            return verify_export(lines, trusted=trusted)
+    assert proof is not None
+    return verify_proof(_proof(proof), trusted=trusted, picture=_read(image) if image is not None else None)
 
 
 def seal(

@@ -243,10 +243,10 @@ MATRIX: dict[str, tuple[Callable[[Log], None], str, str]] = {
     "drop the newest seal everywhere": (drop_the_newest_seal, UNDETECTABLE, UNDETECTABLE),
     "rewrite all with another key": (rewrite_with_another_key, "seal-key-unknown", "seal-key-unknown"),
     "rewrite all with the stolen key": (rewrite_with_the_stolen_key, UNDETECTABLE, UNDETECTABLE),
-    "swap two pictures": (swap_two_pictures, "object-swapped", UNDETECTABLE),
-    "edit a picture's pixels": (edit_pixels, "pixels-altered", UNDETECTABLE),
-    "strip a picture's metadata": (strip_metadata, "metadata-altered", UNDETECTABLE),
-    "strip metadata and add other": (strip_and_add_metadata, "metadata-altered", UNDETECTABLE),
+    "swap two pictures": (swap_two_pictures, "object-altered", UNDETECTABLE),
+    "edit a picture's pixels": (edit_pixels, "object-altered", UNDETECTABLE),
+    "strip a picture's metadata": (strip_metadata, "object-altered", UNDETECTABLE),
+    "strip metadata and add other": (strip_and_add_metadata, "object-altered", UNDETECTABLE),
 }
 """By name: what is done, and the fault that database and storage, and an export alone, show of it."""
 
@@ -261,6 +261,22 @@ def test_tampering_is_found_by_its_name_or_known_to_be_undetectable(log: Log, na
     change(log)
     for expected, found in ((kind, log.kinds()), (kind_of_export, log.kinds_of_export())):
         assert found == NOTHING if expected == UNDETECTABLE else expected in found, found
+
+
+@pytest.mark.parametrize(
+    ("change", "detail"),
+    [
+        (swap_two_pictures, "it holds the bytes of "),
+        (edit_pixels, "its pixels are not those that were recorded"),
+        (strip_metadata, "its metadata was changed, its pixels are those that were recorded"),
+        (strip_and_add_metadata, "its metadata was changed, its pixels are those that were recorded"),
+    ],
+)
+def test_what_was_done_to_a_picture_is_told(log: Log, change: Callable[[Log], None], detail: str) -> None:
+    change(log)
+    told = [fault.detail for fault in verify(log.database, log.store, log.key).faults]
+    assert told
+    assert all(each.startswith(detail) for each in told)
 
 
 def test_the_readme_lists_the_same_matrix() -> None:
@@ -325,7 +341,7 @@ def test_a_proof_holds_by_itself_and_for_its_picture_alone(log: Log) -> None:
     other = next(path.read_bytes() for path in log.pictures() if path.stem != sha256)
     assert verify_proof(document, trusted=log.key.public, picture=own).faults == []
     kinds = [fault.kind for fault in verify_proof(document, trusted=log.key.public, picture=other).faults]
-    assert kinds == ["pixels-altered"]
+    assert kinds == ["object-altered"]
     unknown = verify_proof(document, trusted=("0" * 64,)).faults
     assert [fault.kind for fault in unknown] == ["seal-key-unknown"]
 
