@@ -376,6 +376,14 @@ def test_an_export_that_was_cut_or_changed_anywhere_is_found(log: Log) -> None:
     assert verify_export(lines, trusted=log.key.public).faults == []
 
 
+def test_what_no_seal_covers_in_an_export_is_held_by_its_last_line(log: Log) -> None:
+    lines = log.exported().splitlines(keepends=True)
+    newest = lines[-2].replace(b"user:test", b"user:none")
+    assert newest != lines[-2]
+    found = verify_export([*lines[:-2], newest, lines[-1]], trusted=log.key.public)
+    assert [fault.kind for fault in found.faults] == ["export-altered"]
+
+
 def test_seals_of_a_retired_key_are_believed_until_the_next_key_has_signed(log: Log) -> None:
     new = load_key(log.folder / "new.pem", create=True, retired=log.key.public)
     rotated = replace(log, key=new)
