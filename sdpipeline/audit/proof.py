@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -102,28 +102,53 @@ def verify_proof(
 
     ``trusted`` is as for an export.
     """
-    found = Verification()
-    try:
-        known = document["format"] == FORMAT
-        body, signature = str(document["seal"]["body"]), str(document["seal"]["signature"])
-        seal, event, told = json.loads(body), str(document["event"]).encode(), json.loads(document["event"])
-        path, root = [bytes.fromhex(node) for node in document["path"]], bytes.fromhex(seal["merkle_root"])
-        index, size, subject = int(document["index"]), int(seal["events"]), f"seal:{seal['number']}"
-        recorded = {name: str(told["image"][name]) for name in ("sha256", "pixels_sha256")}
-    except (KeyError, TypeError, ValueError) as error:
-        raise BadInputError(f"this is no {FORMAT} (write one with sdpipeline audit prove)") from error
-    if not known:
-        raise BadInputError(f"this is no {FORMAT} (write one with sdpipeline audit prove)")
-    found.events = found.seals = 1
-    if wrong := Succession(found.signers).fault(body, signature, trusted):
-        found.fault(wrong[0], subject, wrong[1])
-    if not verify_inclusion(event, index=index, size=size, proof=path, root=root):
-        found.fault("sealed-events-altered", told["subject"], "the event is not among those that were sealed")
+    proof, found = _parsed(document), Verification(events=1, seals=1)
+    if wrong := Succession(found.signers).fault(proof.seal, proof.signature, trusted):
+        found.fault(wrong[0], f"seal:{proof.number}", wrong[1])
+    if not verify_inclusion(proof.event, index=proof.index, size=proof.size, proof=proof.path, root=proof.root):
+        found.fault("sealed-events-altered", proof.subject, "the event is not among those that were sealed")
     if picture is not None:
         found.images = 1
-        if detail := altered(picture, **recorded):
-            found.fault("object-altered", told["subject"], detail)
+        if detail := altered(picture, **proof.recorded):
+            found.fault("object-altered", proof.subject, detail)
     return found
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Proof:
+    event: bytes
+    subject: str
+    recorded: Mapping[str, str]
+    index: int
+    path: list[bytes]
+    seal: str
+    signature: str
+    number: int
+    size: int
+    root: bytes
+
+
+def _parsed(document: Json) -> _Proof:
+    refusal = BadInputError(f"this is no {FORMAT} (write one with sdpipeline audit prove)")
+    if document.get("format") != FORMAT:
+        raise refusal
+    try:
+        body, event = str(document["seal"]["body"]), str(document["event"])
+        seal, told = json.loads(body), json.loads(event)
+        return _Proof(
+            event=event.encode(),
+            subject=str(told["subject"]),
+            recorded={name: str(told["image"][name]) for name in ("sha256", "pixels_sha256")},
+            index=int(document["index"]),
+            path=[bytes.fromhex(node) for node in document["path"]],
+            seal=body,
+            signature=str(document["seal"]["signature"]),
+            number=int(seal["number"]),
+            size=int(seal["events"]),
+            root=bytes.fromhex(seal["merkle_root"]),
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise refusal from error
 
 
 def altered(data: bytes, *, sha256: str, pixels_sha256: str | None) -> str | None:
