@@ -21,6 +21,7 @@ from sdpipeline.db import migrate, registry, reports, workers
 from sdpipeline.db import queue as jobs
 from sdpipeline.db.audit import AuditLog
 from sdpipeline.db.connection import Database, open_database, sqlite_path
+from sdpipeline.db.declarations import declare
 from sdpipeline.db.queue import Patience
 from sdpipeline.db.reports import Progress
 from sdpipeline.domain import CheckpointRef, Json
@@ -36,6 +37,7 @@ from sdpipeline.watchdog import Pace
 from sdpipeline.worker import Worker, WorkerLimits, WorkerSummary
 
 BUILTIN_CHECKPOINTS = Path(__file__).parent / "demo" / "checkpoints"
+BUILTIN_LICENCE = "Apache-2.0"
 
 __all__ = ["Progress", "WorkerSummary"]
 
@@ -64,7 +66,7 @@ def services(s: Settings, *, create: bool = True) -> Iterator[Services]:
     database = open_database(s.database)
     try:
         ensure_schema(s, database)
-        yield Services(s, database, open_storage(s), AuditLog(database, actor=_actor()))
+        yield Services(s, database, open_storage(s), AuditLog(database, actor=actor(s)))
     finally:
         database.close()
 
@@ -112,7 +114,8 @@ def seal_key(s: Settings) -> audit.SealKey:
     if path is None and not s.embedded:
         fix = "name an Ed25519 key: openssl genpkey -algorithm ed25519 -out seal.pem"
         raise SettingsError(Mistake(key="SDP_SIGNING__SEAL_KEY_FILE", message="is not set", fix=fix))
-    return audit.load_key(path or development_seal_key(s), create=path is None)
+    retired = tuple(s.signing.retired_seal_keys)
+    return audit.load_key(path or development_seal_key(s), create=path is None, retired=retired)
 
 
 def development_seal_key(s: Settings) -> Path:
@@ -167,13 +170,21 @@ def catalog(s: Settings, database: Database | None = None) -> Catalog:
             revoked, expired = registry.withdrawn(connection)
     # The shipped weights are small and change with the package; what else was approved stands as it was approved.
     approved = {alias: files for alias, files in known.items() if files.directory.parent != BUILTIN_CHECKPOINTS}
-    found = _inspected(BUILTIN_CHECKPOINTS)
+    shipped = _inspected(BUILTIN_CHECKPOINTS)
+    found = {alias: _on_terms(files, known.get(alias)) for alias, files in shipped.items()}
     found |= _inspected(s.checkpoints, but={files.directory for files in known.values()}) | approved
     return {
         alias: files
         for alias, files in found.items()
         if files.digest not in revoked and (files.digest, alias) not in expired
     }
+
+
+def _on_terms(shipped: CheckpointFiles, approved: CheckpointFiles | None) -> CheckpointFiles:
+    """Shipped weights under their own licence, and for what these very bytes were approved."""
+    if approved is None or approved.digest != shipped.digest:
+        return replace(shipped, licence=BUILTIN_LICENCE)
+    return replace(shipped, licence=approved.licence or BUILTIN_LICENCE, purposes=approved.purposes)
 
 
 def _runnable(s: Settings, database: Database | None) -> dict[str, CheckpointFiles]:
@@ -312,6 +323,7 @@ def open_worker(s: Settings, *, device: str | None = None) -> Iterator[OpenWorke
             patience=Patience(s.fairness_max_wait_s),
         )
         with log.transaction() as tx:
+            declare(tx, "marks", _marking(s))
             host, description = socket.gethostname(), engine.describe()
             workers.register(
                 tx, worker_id=worker_id, host=host, pid=os.getpid(), device=chosen, description=description
@@ -394,13 +406,46 @@ def release_worker_leases(s: Settings, pid: int) -> int:
 
 
 def seal(s: Settings) -> int:
-    """Sign what the audit log gained; returns the number of events."""
+    """Sign what the audit log gained, as a flow does every minute; returns the number of events."""
     with services(s) as have:
-        return audit.seal(have.database, have.store, seal_key(s))
+        key = seal_key(s)
+        _declare_sealing(have, key)
+        return audit.seal(have.database, have.store, key)
 
 
-def _actor() -> str:
+def keep_sealing(
+    s: Settings,
+    stop: threading.Event,
+    *,
+    every_s: float,
+    events: int,
+    on_seal: Callable[[int], None] | None = None,
+) -> None:
+    """Sign what the audit log gains until told to stop: every so often, and sooner once it is so many events."""
+    with services(s) as have:
+        key = seal_key(s)
+        _declare_sealing(have, key)
+        audit.watch(have.database, have.store, key, stop, every_s=every_s, events=events, on_seal=on_seal)
+
+
+def _declare_sealing(have: Services, key: audit.SealKey) -> None:
+    lock = have.store.retention
+    values = {"keys": list(key.public), "lock": lock and {"mode": lock.mode, "days": lock.days}}
+    with have.audit.transaction() as tx:
+        declare(tx, "seals", values)
+
+
+def _marking(s: Settings) -> Json:
+    """Every setting that decides how pictures are marked and signed; of files their names, of secrets nothing."""
+    fields = s.signing.model_dump(exclude={"seal_key_file", "retired_seal_keys"})
+    shown = {name: value.name if isinstance(value, Path) else value for name, value in fields.items()}
+    return {name: value for name, value in shown.items() if isinstance(value, str | int | float | list | None)}
+
+
+def actor(s: Settings) -> str:
+    """Who acts, and by which release, as every audit event of this process says."""
     try:
-        return f"user:{getpass.getuser()} sdpipeline/{__version__}"
+        user = getpass.getuser()
     except (KeyError, OSError):
-        return f"user:{os.getuid()} sdpipeline/{__version__}"
+        user = str(os.getuid())
+    return f"user:{s.actor or f'{user}@{socket.gethostname()[:80]}'} sdpipeline/{__version__}"

@@ -10,7 +10,7 @@ import tomllib
 from dataclasses import dataclass, field
 from io import StringIO
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 from urllib.parse import quote, urlsplit
 
 from dotenv import dotenv_values
@@ -71,6 +71,9 @@ class SigningSettings(_Section):
     """The keys that sign; a development key is made only beside the embedded database."""
 
     seal_key_file: Path | None = Field(None, description="PEM file with the Ed25519 key that seals the audit log")
+    retired_seal_keys: list[Annotated[str, Field(pattern="^[0-9a-f]{64}$")]] = Field(
+        default_factory=list, description="public keys, as JSON, whose seals from before are still believed"
+    )
     certificates_file: Path | None = Field(
         None, description="PEM file with the chain that signs pictures: its certificate first, the root left out"
     )
@@ -124,6 +127,9 @@ class Settings(BaseSettings):
     database_url: SecretStr | None = Field(None, description="SQLAlchemy URL; default SQLite in SDP_HOME")
     storage_url: str | None = Field(None, description="file:///dir or s3://bucket/prefix; default a folder in SDP_HOME")
     team: str = Field("default", pattern=r"^[a-z0-9][a-z0-9-]{0,62}$", description="owner of campaigns and pictures")
+    actor: str | None = Field(
+        None, pattern=r"^[^\x00-\x1f\x7f]{1,120}$", description="who acts, in the audit log; default user@host"
+    )
     device: str | None = Field(None, description="cpu, cuda or cuda:N; default the first GPU, else cpu")
     workers: int | None = Field(
         None, ge=1, le=256, description="local worker processes; default one per GPU, or one on a CPU"

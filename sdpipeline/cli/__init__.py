@@ -11,6 +11,7 @@ from typer.exceptions import TyperException
 
 from sdpipeline import __version__
 from sdpipeline.cli import (
+    auditing,
     campaigns,
     checkpoints,
     demo,
@@ -69,6 +70,7 @@ exporting.add_to(app)
 forgetting.add_to(app)
 checkpoints.add_to(app)
 operations.add_to(app)
+auditing.add_to(app)
 reconciling.add_to(app)
 
 _UNUSABLE = {

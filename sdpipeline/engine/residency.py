@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from sdpipeline.domain import CheckpointRef
-from sdpipeline.engine.checkpoints import WEIGHTS, CheckpointFiles, header, verify
+from sdpipeline.engine.checkpoints import SAFETY_CHECKER, WEIGHTS, CheckpointFiles, header, verify
 from sdpipeline.engine.gan import load_upscaler
 from sdpipeline.errors import CheckpointError, DeviceExhaustedError
 
@@ -174,6 +174,8 @@ def _read(files: CheckpointFiles, dtype: torch.dtype) -> Loaded:
         return Loaded(files=files, dtype=dtype, parts={"tensors": load_file(_single_file(files))})
     if files.kind == "annotator":
         return _annotator(files, dtype)
+    if files.kind == SAFETY_CHECKER:
+        return _safety_checker(files, dtype)
     if files.kind == "ip-adapter":
         return _ip_adapter(files, dtype)
     if files.kind != "checkpoint":
@@ -190,6 +192,14 @@ def _annotator(files: CheckpointFiles, dtype: torch.dtype) -> Loaded:
         files.directory, local_files_only=True, trust_remote_code=False
     )
     return Loaded(files=files, dtype=dtype, parts={"annotator": network, "processor": processor})
+
+
+def _safety_checker(files: CheckpointFiles, dtype: torch.dtype) -> Loaded:
+    from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
+
+    network = _network(files, files.directory, StableDiffusionSafetyChecker, dtype)
+    processor = transformers.CLIPImageProcessor.from_pretrained(files.directory, local_files_only=True)
+    return Loaded(files=files, dtype=dtype, parts={"safety_checker": network, "processor": processor})
 
 
 def _ip_adapter(files: CheckpointFiles, dtype: torch.dtype) -> Loaded:
