@@ -14,6 +14,7 @@ from sdpipeline.cli import (
     campaigns,
     checkpoints,
     demo,
+    deploying,
     exporting,
     forgetting,
     operations,
@@ -66,6 +67,7 @@ pictures.add_to(app)
 exporting.add_to(app)
 forgetting.add_to(app)
 checkpoints.add_to(app)
+deploying.add_to(app)
 operations.add_to(app)
 reconciling.add_to(app)
 

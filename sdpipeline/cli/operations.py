@@ -6,8 +6,7 @@ from typing import Annotated
 
 import typer
 
-from sdpipeline import audit as auditing
-from sdpipeline import bootstrap, checkup, stopping
+from sdpipeline import bootstrap, checkup, stopping, upkeep
 from sdpipeline.cli.output import FOUND_FAULTS, AsJson, Home, print_json, print_table, settings, stdout
 from sdpipeline.db import migrate
 from sdpipeline.db.connection import open_database
@@ -59,10 +58,7 @@ def verify(
     as_json: AsJson = False,
 ) -> None:
     """Check every event, seal, job row and picture; exit 3 names what is wrong."""
-    s = settings(home)
-    with bootstrap.services(s, create=False) as have:
-        have.store.check()
-        found = auditing.verify(have.database, have.store, bootstrap.seal_key(s), sample=None if full else sample)
+    found = upkeep.verify(settings(home), sample=None if full else sample)
     if as_json:
         print_json(found.document())
     else:

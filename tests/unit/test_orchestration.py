@@ -10,9 +10,10 @@ import pytest
 from prefect.exceptions import TerminationSignal
 
 from sdpipeline import orchestration
-from sdpipeline.bootstrap import Progress, WorkerSummary
+from sdpipeline.bootstrap import WorkerSummary
 from sdpipeline.orchestration import worker_process
 from sdpipeline.orchestration.board import describe
+from tests.factories import progress
 
 
 def working(*, idle_after: int, seen: list[int]) -> Callable[[int], WorkerSummary]:
@@ -45,19 +46,7 @@ def test_a_worker_that_must_end_begins_no_other_chunk() -> None:
     ],
 )
 def test_a_run_closes_with_what_became_of_its_jobs(counts: dict[str, int], said: str) -> None:
-    progress = Progress(
-        id=1,
-        name="spring",
-        version=3,
-        status="finished",
-        counts=counts,
-        images=0,
-        gpu_seconds=0.0,
-        cost=0.0,
-        budget=None,
-        paused_because=None,
-    )
-    assert describe(progress) == said
+    assert describe(progress(**counts)) == said
 
 
 @pytest.mark.parametrize(
