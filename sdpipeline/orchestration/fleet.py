@@ -77,12 +77,14 @@ class Fleet:
     def tend(self, progress: Progress) -> None:
         """Dispatch whom the backlog is worth, replace who died, and send home who is not needed for a while."""
         from prefect.client.orchestration import get_client
+        from prefect.settings import PREFECT_CLIENT_MAX_RETRIES, temporary_settings
 
         if self.clock() - self._tended_at < TEND_EVERY_S:
             return
         self._tended_at = self.clock()
         wanted = self.bounds.wanted(progress.ready + progress.leased)
-        with shown(), get_client(sync_client=True) as client:
+        # A request more is cheaper than the trace of half a dispatch; a server that is away is asked again soon.
+        with shown(), temporary_settings({PREFECT_CLIENT_MAX_RETRIES: 2}), get_client(sync_client=True) as client:
             living = _living(client, self.label)
             self._count_deaths(client, {run.id for run in living}, progress)
             if self._deaths > MAX_RESTARTS * wanted:
