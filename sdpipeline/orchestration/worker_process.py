@@ -39,8 +39,11 @@ def until_told(work: Callable[[Stop], None]) -> None:
     stop = Stop()
     told: TerminationSignal | None = None
     with ThreadPoolExecutor(1, thread_name_prefix="gpu-worker") as pool:
+        # A signal while the thread starts would leave nobody who knows it.
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
         working = pool.submit(copy_context().run, work, stop)
         try:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
             while not working.done():
                 try:
                     working.exception()

@@ -29,6 +29,8 @@ HEARTBEAT_S = 30
 """Prefect's shortest."""
 SILENCE_S = 40
 LEASE_S = 4
+BUSY = 503
+"""What a Prefect server on SQLite answers while it writes something else; Prefect's own client asks again."""
 FAKE = {FAKE_ENGINE: "0.3", "SDP_ENGINE__MAX_BATCH": "4"}
 PATIENCE_S = 100.0
 
@@ -81,7 +83,9 @@ class Site:
         return (self.folder / name / "output").read_text()
 
     def ask(self, what: str, **body: Any) -> Any:
-        return httpx.post(f"{self.api_url}/{what}", json=body, timeout=30).raise_for_status().json()
+        while (answer := httpx.post(f"{self.api_url}/{what}", json=body, timeout=30)).status_code == BUSY:
+            time.sleep(0.2)
+        return answer.raise_for_status().json()
 
     def look(self, what: str) -> Any:
         return httpx.get(f"{self.api_url}/{what}", timeout=30).raise_for_status().json()
@@ -117,10 +121,12 @@ class Site:
             found = connection.execute(chosen).all()
         return [each for each in found if worker in {None, each.worker_id}]
 
-    def holding(self) -> list[Any]:
-        """Workers that live and hold leases."""
+    def at_work(self, campaign: str) -> list[Any]:
+        """Workers that live and took jobs of this campaign."""
         with self.database.read() as connection:
-            return [worker for worker in reports.live_workers(connection) if worker["leases"]]
+            living = reports.live_workers(connection)
+        took = {each.worker_id for each in self.attempts(campaign)}
+        return [worker for worker in living if worker["id"] in took]
 
     def until(self, ask: Callable[[], T]) -> T:
         """The first true answer."""

@@ -65,16 +65,16 @@ def due(here: Site) -> datetime:
 
 
 @pytest.fixture(scope="module")
-def together(here: Site, due: datetime) -> Iterator[dict[str, Any]]:
+def together(here: Site, due: datetime) -> dict[str, Any]:
     """The worker runs of a finished campaign that two real workers, alone in their folders, were dispatched for."""
     workers = [here.start_worker("gpu", name, SDP_ENGINE__MAX_BATCH="4") for name in ("left", "right")]
     run = here.run(parameters={"request": {"text": campaign("spring"), "min_workers": 2, "max_workers": 2}})
     here.until(lambda: here.state(run) in {"Completed", "Failed", "Crashed"})
     assert here.state(run) == "Completed", here.output("cpu")
     here.until(lambda: {each["state"]["name"] for each in here.workers("spring").values()} == {"Completed"})
-    yield here.workers("spring")
     for worker in workers:
         _kill(worker)
+    return here.workers("spring")
 
 
 @pytest.fixture(scope="module")
@@ -112,18 +112,15 @@ def test_each_worker_loaded_its_checkpoint_once(here: Site, together: dict[str, 
 def survivor(here: Site, gpus: dict[str, subprocess.Popen[bytes]]) -> dict[str, Any]:
     """A campaign that was finished although one worker's process was killed, and another with all that watched it."""
     run = here.run(parameters={"request": {"text": campaign("summer"), "min_workers": 2, "max_workers": 2}})
-    here.until(lambda: len(here.holding()) == 2)
-    engines = here.holding()
-    alone = psutil.Process(gpus["second"].pid)
-    theirs = {each.pid for each in alone.children(recursive=True)}
-    (lonely,) = [engine for engine in engines if engine["pid"] in theirs]
-    (other,) = [engine for engine in engines if engine["pid"] not in theirs]
+    here.until(lambda: len(here.at_work("summer")) == 2)
+    theirs = {each.pid for each in _family(gpus["second"])}
+    lonely, other = sorted(here.at_work("summer"), key=lambda worker: worker["pid"] not in theirs)
     os.kill(other["pid"], signal.SIGKILL)
     killed_at = time.time()
     _kill(gpus["second"])
     gpus["second"] = here.start_worker("gpu", "third", **FAKE)
     here.until(lambda: here.state(run) == "Completed")
-    return {"killed": other["id"], "lonely": lonely["id"], "killed_at": killed_at}
+    return {"killed": other["id"], "killed_at": killed_at, "lonely": lonely["id"]}
 
 
 @pytest.mark.chaos
@@ -149,7 +146,7 @@ def test_a_campaign_that_is_cancelled_stops_within_a_batch_and_keeps_its_picture
     here: Site, gpus: dict[str, subprocess.Popen[bytes]], survivor: dict[str, Any]
 ) -> None:
     run = here.run(parameters={"request": {"text": campaign("autumn", jobs=2 * JOBS)}})
-    here.until(lambda: here.succeeded("autumn") and here.holding())
+    here.until(lambda: here.succeeded("autumn"))
     here.ask(f"flow_runs/{run}/set_state", state={"type": "CANCELLING", "name": "Cancelling"})
     here.until(lambda: not here.progress("autumn").leased)
     made = here.succeeded("autumn")
@@ -167,13 +164,13 @@ def test_a_worker_that_is_told_to_move_gives_its_work_back_and_goes_on_elsewhere
     # As a pod is started: nobody else may take the run up, until it is rescheduled.
     run = here.run("gpu-worker/gpu-worker", parameters={"campaign": "autumn"}, state={"type": "PENDING"})
     pod = here.execute(run, PREFECT_FLOW_RUN_EXECUTE_SIGTERM_BEHAVIOR="reschedule", **FAKE)
-    (mine,) = here.until(here.holding)
+    (mine,) = here.until(lambda: here.at_work("autumn"))
     pod.send_signal(signal.SIGTERM)
-    here.until(lambda: mine["id"] not in {each["id"] for each in here.holding()})
+    here.until(lambda: mine["id"] not in {each["id"] for each in here.at_work("autumn")})
     assert {each.outcome for each in here.attempts("autumn", worker=mine["id"])} == {"succeeded", "released"}
     assert pod.wait(30) == 0
-    (elsewhere,) = here.until(here.holding)
-    assert elsewhere["id"] != mine["id"]
+    (elsewhere,) = here.until(lambda: here.at_work("autumn"))
+    assert elsewhere["pid"] in {each.pid for gpu in gpus.values() for each in _family(gpu)}
     here.ask(f"flow_runs/{run}/set_state", state={"type": "CANCELLING", "name": "Cancelling"})
     here.until(lambda: here.state(run) == "Cancelled")
 
@@ -217,9 +214,12 @@ def test_a_campaign_outlives_the_prefect_server_in_its_middle(here: Site, surviv
 
 def _kill(process: subprocess.Popen[bytes]) -> None:
     """SIGKILL it and all that it started, at once."""
-    family = [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]
-    for member in family:
-        member.suspend()
-    for member in family:
-        member.kill()
+    family = _family(process)
+    for act in (psutil.Process.suspend, psutil.Process.kill):
+        for member in family:
+            act(member)
     process.wait()
+
+
+def _family(process: subprocess.Popen[bytes]) -> list[psutil.Process]:
+    return [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
