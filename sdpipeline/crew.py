@@ -112,14 +112,17 @@ class Crew:
         for member in self._members:
             if member.process is not None:
                 member.process.join(timeout_s)
-        return self.stop()
+        return self._end(STOP_GRACE_S)  # with nothing on their devices
 
     def stop(self) -> list[Death]:
         """End every worker now, politely and after ``stop_grace_s`` not; returns those that had to be ended."""
+        return self._end(self.stop_grace_s)
+
+    def _end(self, grace_s: float) -> list[Death]:
         running = [(m.name, m.process) for m in self._members if m.process is not None and m.process.is_alive()]
         for _, process in running:
             process.terminate()
-        ends_at = time.monotonic() + self.stop_grace_s
+        ends_at = time.monotonic() + grace_s
         for _, process in running:
             process.join(max(0.0, ends_at - time.monotonic()))
             if process.is_alive():

@@ -13,6 +13,7 @@ from sdpipeline.bootstrap import Progress
 from sdpipeline.db import registry, reports
 from sdpipeline.errors import DatabaseUnavailableError, TransientError
 from sdpipeline.orchestration.board import Board, describe, shown
+from sdpipeline.prefect_server import answers
 from sdpipeline.settings import Settings
 
 if TYPE_CHECKING:
@@ -94,11 +95,19 @@ def _watch(settings: Settings, campaign: str, workers: Workers, board: Board) ->
                 break
             workers.tend(progress)
             workers.wait(POLL_S)
-        _close(settings, campaign, workers.finish(FINISH_GRACE_S))
+        _close(settings, campaign, workers.finish(_finish_grace_s()))
     except BaseException:  # a Ctrl-C above all: whatever ends the watch ends the watched
         _close(settings, campaign, workers.stop())
         raise
     return bootstrap.campaign_progress(settings, campaign)
+
+
+def _finish_grace_s() -> float:
+    """Workers that cannot tell the server of their end ask for a minute; they have nothing else to do any more."""
+    from prefect.settings import PREFECT_API_URL
+
+    url = PREFECT_API_URL.value()
+    return FINISH_GRACE_S if url is None or answers(url) else 0.0
 
 
 def _close(settings: Settings, campaign: str, stopped: Sequence[crew.Death]) -> None:
