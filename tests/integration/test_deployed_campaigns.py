@@ -19,7 +19,7 @@ from tests.chaos.invariants import violations
 from tests.integration.conftest import new_postgres_database
 from tests.integration.deployed import FAKE, LEASE_S, SILENCE_S, Site, site
 
-pytestmark = pytest.mark.timeout(300)
+pytestmark = pytest.mark.timeout(400)
 
 JOBS = 96
 BATCH = 4
