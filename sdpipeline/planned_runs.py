@@ -14,7 +14,7 @@ ORM_MODELS = "prefect.server.database.orm_models"
 
 
 def let_runs_be_planned(models: Any) -> None:
-    """Have bulk inserts into Prefect's tables of runs leave the key `state` alone, unless Prefect gives it a meaning."""
+    """Have bulk inserts into Prefect's tables of runs leave the key `state` alone, unless Prefect says otherwise."""
     for table in (models.FlowRun, models.TaskRun):
         state = vars(table).get("state")
         if getattr(state, "bulk_dml_setter", ...) is None:  # SQLAlchemy 2.0 has no such attribute
