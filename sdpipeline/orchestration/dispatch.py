@@ -107,7 +107,8 @@ def _finish_grace_s() -> float:
     from prefect.settings import PREFECT_API_URL
 
     url = PREFECT_API_URL.value()
-    return FINISH_GRACE_S if url is None or answers(url) else 0.0
+    there = url is None or any(answers(url, timeout_s=3.0) for _ in range(3))
+    return FINISH_GRACE_S if there else 0.0
 
 
 def _close(settings: Settings, campaign: str, stopped: Sequence[crew.Death]) -> None:

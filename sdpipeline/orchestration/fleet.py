@@ -61,6 +61,7 @@ class Fleet:
     _finished: int = 0
     _tended_at: float = -math.inf
     _surplus_since: float | None = None
+    _deserted: bool = False
 
     def start(self) -> None:
         """Raises SettingsError where no worker is deployed; who is needed is dispatched when tending."""
@@ -89,7 +90,11 @@ class Fleet:
             self._count_deaths(client, {run.id for run in living}, progress)
             if self._deaths > MAX_RESTARTS * wanted:
                 raise WorkersLostError(f"{self._deaths} workers of {self.campaign} ended without finishing any job")
-            for _ in range(wanted - len(living)):
+            # Workers that just ended may have finished what was leased a moment ago; where nothing is ready, only jobs
+            # that wait for a back-off or behind a dead lease need somebody, and those stay.
+            needed = progress.ready > 0 or (self._deserted and not living)
+            self._deserted = not living
+            for _ in range(wanted - len(living) if needed else 0):
                 self._dispatch(progress)
             self._send_home(client, living, wanted)
 

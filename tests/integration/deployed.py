@@ -107,6 +107,12 @@ class Site:
         every = self.ask("flow_runs/filter", flow_runs={"tags": {"all_": [f"fleet:default/{campaign}"]}})
         return {run["name"]: run for run in every}
 
+    def campaign_runs(self, campaign: str) -> list[Any]:
+        """The runs of the campaign flow that worked a campaign, oldest first."""
+        every = self.ask("flow_runs/filter", flow_runs={"tags": {"all_": [f"campaign:{campaign}"]}})
+        ours = [run for run in every if f"fleet:default/{campaign}" not in run["tags"]]
+        return sorted(ours, key=lambda run: str(run["created"]))
+
     def progress(self, campaign: str) -> Any:
         """How far it is, or None before it was submitted."""
         with self.database.read() as connection:
