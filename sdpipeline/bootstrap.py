@@ -10,6 +10,7 @@ import threading
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
+from datetime import datetime
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -220,13 +221,18 @@ def input_folder(s: Settings, folder: Path) -> InputFolder:
 
 
 def load_campaign(
-    s: Settings, path: Path, database: Database | None = None, *, edition: str | None = None
+    s: Settings,
+    path: Path,
+    database: Database | None = None,
+    *,
+    edition: str | None = None,
+    now: datetime | None = None,
 ) -> tuple[Campaign, InputFolder]:
     """A checked campaign file and the folder its pictures come from; raises CampaignError, or SettingsError where the
-    deployment's policy is wrong."""
+    deployment's policy is wrong. ``now`` is when its schedule fired."""
     inputs = input_folder(s, path.absolute().parent)
     rules = policy.load(s.policy_file) if s.policy_file else None
-    campaign = load_campaign_file(path, catalog(s, database), inputs, edition=edition, deployment=rules)
+    campaign = load_campaign_file(path, catalog(s, database), inputs, edition=edition, now=now, deployment=rules)
     if campaign.spec.budget.max_cost is not None and s.cost_per_gpu_hour is None:
         place = ("budget", "max_cost")
         raise CampaignError(campaign.source.mistake(place, "has no price to count by", "set SDP_COST_PER_GPU_HOUR"))

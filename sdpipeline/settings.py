@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 PREFIX = "SDP_"
 TEST_PREFIX = "SDP_TEST_"
 TOML_NAME = "sdpipeline.toml"
+DEFAULT_HOME = Path("sdp-home")
 
 
 class _Section(BaseModel):
@@ -88,6 +89,25 @@ class SigningSettings(_Section):
     )
 
 
+class DispatchSettings(_Section):
+    """How many workers a deployed campaign has, by the jobs that could be made at this moment."""
+
+    min_workers: int = Field(1, ge=1, le=1000, description="workers of a deployed campaign while it has anything to do")
+    max_workers: int = Field(
+        8, ge=1, le=1000, validate_default=True, description="the most workers of a deployed campaign"
+    )
+    jobs_per_worker: int = Field(
+        64, ge=1, description="ready and leased jobs that are worth a worker of a deployed campaign"
+    )
+
+    @field_validator("max_workers")
+    @classmethod
+    def _no_fewer(cls, most: int, info: ValidationInfo) -> int:
+        if most < info.data.get("min_workers", most):
+            raise ValueError("is fewer than SDP_DISPATCH__MIN_WORKERS")
+        return most
+
+
 class RetentionSettings(_Section):
     """How long what is kept, by the command ``retention``; without a number of days for ever."""
 
@@ -123,7 +143,7 @@ class Settings(BaseSettings):
         hide_input_in_errors=True,
     )
 
-    home: Path = Field(Path("sdp-home"), description="folder of the embedded default: database, pictures, logs, keys")
+    home: Path = Field(DEFAULT_HOME, description="folder of the embedded default: database, pictures, logs, keys")
     database_url: SecretStr | None = Field(None, description="SQLAlchemy URL; default SQLite in SDP_HOME")
     storage_url: str | None = Field(None, description="file:///dir or s3://bucket/prefix; default a folder in SDP_HOME")
     team: str = Field("default", pattern=r"^[a-z0-9][a-z0-9-]{0,62}$", description="owner of campaigns and pictures")
@@ -169,6 +189,7 @@ class Settings(BaseSettings):
     engine: EngineSettings = Field(default_factory=EngineSettings)
     signing: SigningSettings = Field(default_factory=SigningSettings)
     retention: RetentionSettings = Field(default_factory=RetentionSettings)
+    dispatch: DispatchSettings = Field(default_factory=DispatchSettings)
 
     @classmethod
     def settings_customise_sources(

@@ -15,6 +15,7 @@ from sdpipeline.cli import (
     campaigns,
     checkpoints,
     demo,
+    deploying,
     exporting,
     forgetting,
     operations,
@@ -69,6 +70,7 @@ verifying.add_to(app)
 exporting.add_to(app)
 forgetting.add_to(app)
 checkpoints.add_to(app)
+deploying.add_to(app)
 operations.add_to(app)
 auditing.add_to(app)
 reconciling.add_to(app)

@@ -10,7 +10,7 @@ from typing import Annotated, BinaryIO
 
 import typer
 
-from sdpipeline import audit, bootstrap, stopping
+from sdpipeline import audit, bootstrap, stopping, upkeep
 from sdpipeline.audit import export as exporting
 from sdpipeline.audit.findings import Verification
 from sdpipeline.audit.offline import verify_export
@@ -54,10 +54,7 @@ def verify(
     if alone:
         found = _verified_alone(exported, proof, image, tuple(audit.public_key(each) for each in key or ()) or None)
     else:
-        s = settings(home)
-        with bootstrap.services(s, create=False) as have:
-            have.store.check()
-            found = audit.verify(have.database, have.store, bootstrap.seal_key(s), sample=None if full else sample)
+        found = upkeep.verify(settings(home), sample=None if full else sample)
     _show(found, as_json=as_json, compare=bool(alone) and not key)
     if found.faults:
         raise typer.Exit(FOUND_FAULTS)

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import diffusers
+import structlog
 import torch
 import transformers
 from safetensors import SafetensorError
@@ -22,6 +23,8 @@ from sdpipeline.domain import CheckpointRef
 from sdpipeline.engine.checkpoints import SAFETY_CHECKER, WEIGHTS, CheckpointFiles, header, verify
 from sdpipeline.engine.gan import load_upscaler
 from sdpipeline.errors import CheckpointError, DeviceExhaustedError
+
+_log = structlog.get_logger(__name__)
 
 _LOADING = threading.Lock()
 """``from_pretrained`` patches torch.nn for the whole process while it runs: two at once leave it corrupted."""
@@ -162,6 +165,7 @@ def load(files: CheckpointFiles, *, device: torch.device, dtype: torch.dtype) ->
     for network in loaded.networks():
         network.to(device)
         network.requires_grad_(requires_grad=False)
+    _log.info("checkpoint.loaded", checkpoint=files.alias, digest=files.digest[:16], device=str(device))
     return loaded
 
 
