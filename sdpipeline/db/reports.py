@@ -236,6 +236,8 @@ def failures(connection: Connection, campaign_id: int, limit: int) -> list[Json]
             job.c.id.label("job_id"),
             job.c.stage,
             job.c.row_key.label("row"),
+            job.c.variables,
+            job.c.seed,
             job.c.attempt.label("attempts"),
             job.c.error_kind.label("kind"),
             job.c.error,

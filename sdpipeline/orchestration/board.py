@@ -124,11 +124,16 @@ class Board:
         sheet = bootstrap.newest_pictures(self._settings, self._campaign, kept=self._thumbnails)
         if sheet is not None:
             url = "data:image/jpeg;base64," + base64.b64encode(sheet).decode("ascii")
-            about = f"The newest of {progress.images} pictures · [report](/artifacts/key/report-{self._campaign})"
-            self._put("contact-sheet", url, about)
+            report = (
+                f" · [report](/artifacts/artifact/{self._artifacts['report']})" if "report" in self._artifacts else ""
+            )
+            self._put("contact-sheet", url, f"The newest of {progress.images} pictures{report}")
 
     def _put_failures(self, progress: Progress) -> None:
-        failed = bootstrap.failures(self._settings, self._campaign)
+        failed = [
+            each | {"variables": ", ".join(map(str, each["variables"].values()))}
+            for each in bootstrap.failures(self._settings, self._campaign)
+        ]
         first = f", the first {len(failed)}" if progress.failed > len(failed) else ""
         self._put("failures", failed, f"{progress.failed} jobs failed{first}")
 

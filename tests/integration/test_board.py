@@ -8,6 +8,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -16,7 +17,10 @@ from typing import TYPE_CHECKING, Any
 
 import httpx
 import pytest
+from playwright.sync_api import expect
+from prefect.utilities.callables import parameter_schema
 
+from sdpipeline.flows.campaign import campaign
 from sdpipeline.prefect_server import own_server
 from tests.integration.chromium import opened_page
 from tests.integration.commands import FAKE_ENGINE, environment
@@ -32,7 +36,7 @@ CAMPAIGN = f"""\
 name: {NAME}
 checkpoint: shapes
 variables: {{colour: [red, blue]}}
-defaults: {{width: 64, height: 64, num_inference_steps: 1, guidance_scale: 1.0}}
+defaults: {{width: 128, height: 128, num_inference_steps: 16, guidance_scale: 4.0}}
 stages:
   - id: strict
     task: text-to-image
@@ -46,12 +50,18 @@ stages:
 """
 
 
+SCREENSHOTS = os.environ.get("SDP_TEST_SCREENSHOTS")
+"""A folder to write the documentation's screenshots to; the pictures on them are real ones."""
+
+
 @dataclass(slots=True)
 class Show:
-    """A campaign that ran under a server, and what was on its board while it did."""
+    """A campaign that runs under a server, and what was on its board meanwhile."""
 
     url: str
     home: Path
+    process: subprocess.Popen[bytes]
+    watch: threading.Thread | None = None
     run_id: str = ""
     meanwhile: dict[str, list[Any]] = field(default_factory=dict)
 
@@ -69,6 +79,9 @@ class Show:
         mine = {"flow_run_id": {"any_": [self.run_id]}}
         return {artifact["key"]: artifact for artifact in self.ask("artifacts/filter", artifacts=mine)}
 
+    def artifact_page(self, name: str) -> str:
+        return f"{self.url}/artifacts/artifact/{self.artifacts()[f'{name}-{NAME}']['id']}"
+
     def events(self, expected: int) -> dict[str, Any]:
         """By name; the server writes them down some seconds after it was told."""
         wanted = {"event": {"prefix": ["sdpipeline."]}, "resource": {"id": [f"sdpipeline.campaign.default.{NAME}"]}}
@@ -80,48 +93,81 @@ class Show:
             time.sleep(0.5)
 
     def look(self) -> None:
-        """Note every version of every artifact."""
-        self.run_id = self.run_id or self.find_run()
-        for key, artifact in self.artifacts().items() if self.run_id else ():
-            versions = self.meanwhile.setdefault(key, [])
-            if not versions or versions[-1] != artifact["data"]:
-                versions.append(artifact["data"])
+        """Note every version of every artifact until the command has ended."""
+        while self.process.poll() is None:
+            self.run_id = self.run_id or self.find_run()
+            for key, artifact in self.artifacts().items() if self.run_id else ():
+                versions = self.meanwhile.setdefault(key, [])
+                if not versions or versions[-1] != artifact["data"]:
+                    versions.append(artifact["data"])
+            time.sleep(0.3)
+
+    def wait_for(self, name: str) -> None:
+        while f"{name}-{NAME}" not in self.meanwhile:
+            assert self.process.poll() is None, (self.home / "output").read_text()
+            time.sleep(0.1)
 
 
 @pytest.fixture(scope="module")
-def show(prefect_home: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Show]:
-    """The campaign, run to its end: some pictures, and some jobs that fail."""
+def started(prefect_home: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Show]:
+    """The campaign, on its way: some pictures, and some jobs that fail."""
     home = tmp_path_factory.mktemp("show")
     file = home / "campaign.yaml"
     file.write_text(CAMPAIGN)
-    with own_server(prefect_home) as server:
-        fake = {FAKE_ENGINE: "0.8", "SDP_ENGINE__MAX_BATCH": "4", "SDP_COST_PER_GPU_HOUR": "3.6"}
+    engine = {} if SCREENSHOTS else {FAKE_ENGINE: "1.0"}
+    own = {"SDP_ENGINE__MAX_BATCH": "4", "SDP_COST_PER_GPU_HOUR": "3.6"}
+    with own_server(prefect_home) as server, (home / "output").open("wb") as output:
         process = subprocess.Popen(
             [sys.executable, "-m", "sdpipeline", "run", str(file), "--home", str(home)],
-            env=environment(PREFECT_API_URL=server.api_url, **fake),
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            text=True,
+            env=environment(PREFECT_API_URL=server.api_url, **own, **engine),
+            stdout=output,
+            stderr=output,
             start_new_session=True,
         )
-        found = Show(url=server.ui_url, home=home)
+        show = Show(url=server.ui_url, home=home, process=process)
+        show.watch = threading.Thread(target=show.look, daemon=True)
+        show.watch.start()
         try:
-            while process.poll() is None:
-                found.look()
-                time.sleep(0.3)
-            assert process.returncode == 3, process.stderr.read() if process.stderr else ""
+            yield show
         finally:
             if process.poll() is None:
                 os.killpg(process.pid, signal.SIGKILL)
-            process.communicate()
-        yield found
+            process.wait()
+            show.watch.join()
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
+def show(started: Show) -> Show:
+    """The same at its end."""
+    assert started.process.wait(240) == 3, (started.home / "output").read_text()
+    assert started.watch is not None
+    started.watch.join()
+    return started
+
+
+@pytest.fixture(scope="module")
 def page() -> Iterator[Page]:
-    """One page of a real browser."""
+    """One page of a real browser, that notes whom it asks."""
     with opened_page() as opened:
         yield opened
+
+
+def photograph(page: Page, name: str) -> None:
+    """Keep what is to be seen, where the documentation's screenshots are wanted."""
+    if SCREENSHOTS:
+        page.wait_for_timeout(1500)  # what moves comes to rest
+        page.screenshot(path=Path(SCREENSHOTS) / f"{name}.jpg", type="jpeg", quality=80)
+
+
+def test_a_running_campaign_is_seen_to_move_in_the_browser(started: Show, page: Page) -> None:
+    started.wait_for("contact-sheet")
+    page.goto(f"{started.url}/runs/flow-run/{started.run_id}")
+    expect(page.get_by_text("Running").first).to_be_visible()
+    expect(page.get_by_text(f"{NAME} · v1 · {PICTURES + FAILURES} jobs").first).to_be_visible()
+    expect(page.get_by_text("checkpoint:shapes").first).to_be_visible()
+    photograph(page, "running")
+    page.goto(started.artifact_page("progress"))
+    expect(page.get_by_text(re.compile(r"Progress: [1-9][0-9]?(\.\d+)?%"))).to_be_visible()
 
 
 def test_pictures_and_failures_are_shown_while_the_campaign_runs(show: Show) -> None:
@@ -147,7 +193,7 @@ def test_the_contact_sheet_is_small_and_holds_its_bytes_itself(show: Show) -> No
     sheet = show.artifacts()[f"contact-sheet-{NAME}"]
     assert sheet["data"].startswith("data:image/jpeg;base64,")
     assert len(sheet["data"]) < 200_000 * 4 / 3 + 100
-    assert f"/artifacts/key/report-{NAME}" in sheet["description"]
+    assert show.artifact_page("report").removeprefix(show.url) in sheet["description"]
 
 
 @pytest.mark.parametrize(
@@ -176,19 +222,50 @@ def test_events_tell_how_the_campaign_began_and_ended(show: Show) -> None:
     assert f"prefect.flow-run.{show.run_id}" in related
 
 
-def test_the_run_is_found_with_its_artifacts_in_the_browser(show: Show, page: Page) -> None:
-    page.goto(f"{show.url}/runs/flow-run/{show.run_id}?tab=Artifacts")
-    print(page.inner_text("body"))
-    page.wait_for_timeout(4000)
-    page.screenshot(path="/tmp/deploy-shot-run.png")
-    print(page.inner_text("body"))
-    for name in ("contact-sheet", "failures", "report", "progress"):
-        page.goto(f"{show.url}/artifacts/key/{name}-{NAME}")
-        page.wait_for_timeout(3000)
-        page.screenshot(path=f"/tmp/deploy-shot-{name}.png")
-        print(name, page.inner_text("body"))
-        page.goto(f"{show.url}/artifacts/artifact/{show.artifacts()[name+'-'+NAME]['id']}")
-        page.wait_for_timeout(3000)
-        page.screenshot(path=f"/tmp/deploy-shot-{name}-id.png")
-        print(name, "ID", page.inner_text("body"))
-    raise AssertionError
+def test_the_contact_sheet_is_a_picture_in_the_browser(show: Show, page: Page) -> None:
+    page.goto(show.artifact_page("contact-sheet"))
+    sheet = page.locator("img[src^='data:image/jpeg']")
+    expect(sheet).to_be_visible()
+    assert sheet.evaluate("picture => [picture.complete, picture.naturalWidth > 500]") == [True, True]
+    photograph(page, "contact-sheet")
+    page.goto(show.url + str(page.get_by_role("link", name="report", exact=True).get_attribute("href")))
+    expect(page.get_by_role("heading", name=f"{NAME}, version 1: finished")).to_be_visible()
+    expect(page.get_by_text("trainedAlgorithmicMedia")).to_be_visible()
+    photograph(page, "report")
+
+
+def test_failures_are_a_table_in_the_browser(show: Show, page: Page) -> None:
+    page.goto(show.artifact_page("failures"))
+    expect(page.get_by_text(f"{FAILURES} jobs failed")).to_be_visible()
+    expect(page.get_by_text("strict", exact=True)).to_have_count(FAILURES)
+    expect(page.get_by_text("min_sharpness")).to_have_count(FAILURES)
+    photograph(page, "failures")
+
+
+def asked_for(schema: dict[str, Any]) -> Iterator[str]:
+    """The titles of a form's fields, those of a nested model's too."""
+    for name, field_schema in schema["properties"].items():
+        model = schema.get("definitions", {}).get(str(field_schema.get("$ref")).rpartition("/")[2])
+        if model is None:
+            yield field_schema.get("title", name)
+        else:
+            yield from asked_for({"definitions": schema["definitions"], **model})
+
+
+def test_the_run_form_asks_for_each_parameter(show: Show, page: Page) -> None:
+    schema = parameter_schema(campaign)
+    flow_id = show.ask("flows/filter", flows={"name": {"any_": ["campaign"]}})[0]["id"]
+    asked = {"name": "by-hand", "flow_id": flow_id, "parameter_openapi_schema": schema.model_dump()}
+    page.goto(f"{show.url}/deployments/deployment/{show.ask('deployments/', **asked)['id']}/run?parameters={{}}")
+    for title in asked_for(schema.model_dump()):
+        expect(page.get_by_text(re.compile(rf"^\s*{re.escape(title)}( \(Optional\))?\s*$")).first).to_be_visible()
+    photograph(page, "run-form")
+
+
+def test_the_pages_ask_nobody_but_the_server(show: Show, page: Page) -> None:
+    asked: set[str] = set()
+    page.on("request", lambda request: asked.add(request.url))
+    page.goto(f"{show.url}/runs/flow-run/{show.run_id}")
+    expect(page.get_by_text("checkpoint:shapes").first).to_be_visible()
+    assert asked
+    assert [url for url in asked if not url.startswith((show.url, "data:", "blob:"))] == []
