@@ -49,9 +49,8 @@ def _under_prefect(folder: Path) -> tuple[float, int]:
         process = psutil.Process(server.pid)
         before, started = _cpu_seconds(process), time.monotonic()
         _finish(_command(folder, "under", "run", folder / "campaign.yaml", PREFECT_API_URL=server.api_url))
-        print(
-            f"the command took {time.monotonic() - started:.1f} s, of which {BATCHES_EACH * SECONDS_PER_BATCH} s pictures"
-        )
+        pictures_s = BATCHES_EACH * SECONDS_PER_BATCH
+        print(f"the command took {time.monotonic() - started:.1f} s, of which {pictures_s} s pictures")
         time.sleep(SETTLE_S)
         return _cpu_seconds(process) - before, WORKERS * BATCH * BATCHES_EACH
 
@@ -94,4 +93,4 @@ def _outside_the_engine(home: Path) -> float:
     workers = [[batch for batch in batches if batch.worker_id == one] for one in {batch.worker_id for batch in batches}]
     assert len(workers) == WORKERS
     span = sum(mine[-1].ended - mine[0].ended for mine in workers)
-    return 1 - sum(batch.engine_s for mine in workers for batch in mine[1:]) / span
+    return float(1 - sum(batch.engine_s for mine in workers for batch in mine[1:]) / span)

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import httpx
 import pytest
+import yaml
 from playwright.sync_api import expect
 from prefect.utilities.callables import parameter_schema
 
@@ -62,6 +63,7 @@ class Show:
     home: Path
     process: subprocess.Popen[bytes]
     watch: threading.Thread | None = None
+    automation_id: str = ""
     run_id: str = ""
     meanwhile: dict[str, list[Any]] = field(default_factory=dict)
 
@@ -83,11 +85,15 @@ class Show:
         return f"{self.url}/artifacts/artifact/{self.artifacts()[f'{name}-{NAME}']['id']}"
 
     def events(self, expected: int) -> dict[str, Any]:
-        """By name; the server writes them down some seconds after it was told."""
+        """The campaign's, by name."""
         wanted = {"event": {"prefix": ["sdpipeline."]}, "resource": {"id": [f"sdpipeline.campaign.default.{NAME}"]}}
+        return {event["event"]: event for event in self.written_down(wanted, expected)}
+
+    def written_down(self, wanted: dict[str, Any], expected: int) -> list[Any]:
+        """Events; the server writes them down some seconds after it was told."""
         deadline = time.monotonic() + 30
         while True:
-            found = {event["event"]: event for event in self.ask("events/filter", filter=wanted)["events"]}
+            found: list[Any] = self.ask("events/filter", filter=wanted)["events"]
             if len(found) >= expected or time.monotonic() > deadline:
                 return found
             time.sleep(0.5)
@@ -108,6 +114,14 @@ class Show:
             time.sleep(0.1)
 
 
+def documented_automation() -> dict[str, Any]:
+    """The README's, but that it pages nobody."""
+    readme = (Path(__file__).parents[2] / "README.md").read_text()
+    text = "name: Page" + readme.partition("```yaml\nname: Page")[2].partition("```")[0]
+    found: dict[str, Any] = yaml.safe_load(text)
+    return found | {"actions": [{"type": "do-nothing"}]}
+
+
 @pytest.fixture(scope="module")
 def started(prefect_home: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Show]:
     """The campaign, on its way: some pictures, and some jobs that fail."""
@@ -117,6 +131,9 @@ def started(prefect_home: Path, tmp_path_factory: pytest.TempPathFactory) -> Ite
     engine = {} if SCREENSHOTS else {FAKE_ENGINE: "1.0"}
     own = {"SDP_ENGINE__MAX_BATCH": "4", "SDP_COST_PER_GPU_HOUR": "3.6"}
     with own_server(prefect_home) as server, (home / "output").open("wb") as output:
+        automation = (
+            httpx.post(f"{server.api_url}/automations/", json=documented_automation()).raise_for_status().json()
+        )
         process = subprocess.Popen(
             [sys.executable, "-m", "sdpipeline", "run", str(file), "--home", str(home)],
             env=environment(PREFECT_API_URL=server.api_url, **own, **engine),
@@ -124,7 +141,7 @@ def started(prefect_home: Path, tmp_path_factory: pytest.TempPathFactory) -> Ite
             stderr=output,
             start_new_session=True,
         )
-        show = Show(url=server.ui_url, home=home, process=process)
+        show = Show(url=server.ui_url, home=home, process=process, automation_id=automation["id"])
         show.watch = threading.Thread(target=show.look, daemon=True)
         show.watch.start()
         try:
@@ -220,6 +237,14 @@ def test_events_tell_how_the_campaign_began_and_ended(show: Show) -> None:
     assert events["sdpipeline.campaign.failed"]["payload"]["jobs"]["failed"] == FAILURES
     related = {resource["prefect.resource.id"] for resource in events["sdpipeline.campaign.failed"]["related"]}
     assert f"prefect.flow-run.{show.run_id}" in related
+
+
+def test_the_documented_automation_hears_of_a_failed_campaign(show: Show) -> None:
+    wanted = {
+        "event": {"prefix": ["prefect.automation.triggered"]},
+        "resource": {"id": [f"prefect.automation.{show.automation_id}"]},
+    }
+    assert len(show.written_down(wanted, 1)) == 1
 
 
 def test_the_contact_sheet_is_a_picture_in_the_browser(show: Show, page: Page) -> None:
