@@ -22,6 +22,7 @@ from playwright.sync_api import expect
 from prefect.utilities.callables import parameter_schema
 
 from sdpipeline.flows.campaign import campaign
+from sdpipeline.orchestration.board import REFRESH_EVERY_S
 from sdpipeline.prefect_server import own_server
 from tests.integration.chromium import opened_page
 from tests.integration.commands import FAKE_ENGINE, environment
@@ -188,7 +189,9 @@ def test_a_running_campaign_is_seen_to_move_in_the_browser(started: Show, page: 
 
 
 def test_pictures_and_failures_are_shown_while_the_campaign_runs(show: Show) -> None:
-    assert len(show.meanwhile[f"contact-sheet-{NAME}"]) >= 2  # the first ones, and all at the end
+    sheets = len(show.meanwhile[f"contact-sheet-{NAME}"])
+    took_s = httpx.get(f"{show.url}/api/flow_runs/{show.run_id}").json()["total_run_time"]
+    assert 2 <= sheets <= 2 + took_s / REFRESH_EVERY_S  # the first ones, all at the end, and between them now and then
     assert f"failures-{NAME}" in show.meanwhile
     assert show.meanwhile[f"report-{NAME}"][0].endswith("The report is written here when the run ends.")
 

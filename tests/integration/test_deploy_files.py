@@ -15,6 +15,7 @@ import kubernetes_validate
 import pytest
 import yaml
 from compose_spec import PyCompose
+from moto.iam.access_control import IAMPolicy, PermissionResult
 from prefect.utilities.templating import apply_values
 
 from sdpipeline.settings import setting_names
@@ -176,3 +177,35 @@ def test_no_policy_lets_anybody_bypass_retention(path: Path) -> None:
     statements = json.loads(path.read_text())["Statement"]
     allowed = [action for each in statements if each["Effect"] == "Allow" for action in each["Action"]]
     assert not {"s3:*", "s3:BypassGovernanceRetention", "s3:PutBucketObjectLockConfiguration"} & set(allowed)
+
+
+PICTURE, INPUT = "team/spring/draft/f/sha.png", "inputs/0a1b"
+SEAL, ARCHIVE = "audit/seals/00000001.json", "archive/team/spring/2026.jsonl.gz"
+
+
+@pytest.mark.parametrize(
+    ("policy", "action", "key", "allowed"),
+    [
+        ("worker", "GetObject", INPUT, True),
+        ("worker", "PutObject", PICTURE, True),
+        ("worker", "PutObject", SEAL, False),
+        ("worker", "PutObject", ARCHIVE, False),
+        ("worker", "DeleteObject", PICTURE, False),
+        ("worker", "DeleteObjectVersion", SEAL, False),
+        ("worker", "BypassGovernanceRetention", SEAL, False),
+        ("dispatcher", "PutObject", INPUT, True),
+        ("dispatcher", "PutObject", SEAL, True),
+        ("dispatcher", "PutObjectRetention", SEAL, True),
+        ("dispatcher", "DeleteObjectVersion", PICTURE, True),
+        ("dispatcher", "DeleteObjectVersion", SEAL, False),
+        ("dispatcher", "BypassGovernanceRetention", SEAL, False),
+        ("reader", "GetObjectVersion", SEAL, True),
+        ("reader", "PutObject", PICTURE, False),
+        ("reader", "DeleteObject", PICTURE, False),
+        ("bucket", "BypassGovernanceRetention", SEAL, False),
+    ],
+)
+def test_a_policy_allows_its_own_work_and_no_other(policy: str, action: str, key: str, allowed: bool) -> None:
+    found = IAMPolicy((DEPLOY / "policies" / f"{policy}.json").read_text())
+    result = found.is_action_permitted(f"s3:{action}", f"arn:aws:s3:::BUCKET/PREFIX/{key}")
+    assert (result is PermissionResult.PERMITTED) is allowed
