@@ -14,10 +14,11 @@ from datetime import datetime
 from importlib.util import find_spec
 from pathlib import Path
 
-from sdpipeline import __version__, audit, policy, report, settings, signing
+from sdpipeline import __version__, audit, contact_sheet, policy, report, settings, signing
 from sdpipeline.breaker import Breaker
 from sdpipeline.campaign import Campaign, Catalog
 from sdpipeline.campaign import load as load_campaign_file
+from sdpipeline.contact_sheet import Thumbnails
 from sdpipeline.db import migrate, registry, reports, workers
 from sdpipeline.db import queue as jobs
 from sdpipeline.db.audit import AuditLog
@@ -31,6 +32,7 @@ from sdpipeline.engine.checkpoints import CheckpointFiles, inspect
 from sdpipeline.engine.devices import gpu_count
 from sdpipeline.errors import BadInputError, CampaignError, CheckpointError, Mistake, SettingsError
 from sdpipeline.inputs import InputFolder
+from sdpipeline.report import Span
 from sdpipeline.settings import Settings
 from sdpipeline.signing import SigningKey
 from sdpipeline.storage import ForeignObjects, ObjectStore, S3Options, is_bucket_url, open_store
@@ -40,7 +42,7 @@ from sdpipeline.worker import Worker, WorkerLimits, WorkerSummary
 BUILTIN_CHECKPOINTS = Path(__file__).parent / "demo" / "checkpoints"
 BUILTIN_LICENCE = "Apache-2.0"
 
-__all__ = ["Progress", "WorkerSummary"]
+__all__ = ["Progress", "Span", "Thumbnails", "WorkerSummary"]
 
 
 def load_settings(home: Path | None = None) -> Settings:
@@ -376,11 +378,13 @@ def campaign_progress(s: Settings, campaign: str) -> Progress:
             return reports.progress(connection, campaign_id)
 
 
-def contact_sheet(s: Settings, campaign: str, *, max_bytes: int = 200_000) -> bytes | None:
-    """The newest pictures as one small JPEG."""
+def newest_pictures(
+    s: Settings, campaign: str, *, max_bytes: int = 200_000, kept: Thumbnails | None = None
+) -> bytes | None:
+    """The newest pictures as one small JPEG; ``kept`` saves a second drawing from reading them again."""
     with services(s) as have:
         campaign_id = known_campaign(have.database, s.team, campaign)
-        return report.contact_sheet(have.database, have.store, campaign_id, max_bytes=max_bytes)
+        return contact_sheet.draw(have.database, have.store, campaign_id, max_bytes=max_bytes, kept=kept)
 
 
 def failures(s: Settings, campaign: str, *, limit: int = 100) -> list[Json]:
@@ -391,11 +395,11 @@ def failures(s: Settings, campaign: str, *, limit: int = 100) -> list[Json]:
             return reports.failures(connection, campaign_id, limit)
 
 
-def finish_report(s: Settings, campaign: str) -> str:
-    """The closing report, as markdown."""
+def finish_report(s: Settings, campaign: str, span: Span | None = None) -> str:
+    """The closing report, as markdown; ``span`` is the run that closes."""
     with services(s) as have:
         campaign_id = known_campaign(have.database, s.team, campaign)
-        return report.closing_report(have.database, campaign_id, signer=picture_key(s).identity)
+        return report.closing_report(have.database, have.store, campaign_id, signer=picture_key(s).identity, span=span)
 
 
 def release_worker_leases(s: Settings, pid: int) -> int:

@@ -79,7 +79,7 @@ def _embedded(s: Settings) -> Settings:
 
 def _result(s: Settings, name: str, wall_s: float) -> _Result:
     sheet = s.home / "demo-contact-sheet.jpg"
-    sheet.write_bytes(bootstrap.contact_sheet(s, name) or b"")
+    sheet.write_bytes(bootstrap.newest_pictures(s, name) or b"")
     with bootstrap.services(s) as have:
         campaign_id = bootstrap.known_campaign(have.database, s.team, name)
         with have.database.read() as connection:

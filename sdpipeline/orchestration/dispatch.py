@@ -67,7 +67,7 @@ def work_off(settings: Settings, campaign: str, workers: Workers) -> State[None]
     from prefect import tags
 
     progress = bootstrap.campaign_progress(settings, campaign)
-    board = Board(campaign)
+    board = Board(settings, campaign)
     labels = _tags(settings, progress)
     board.open(progress, labels)
     with tags(*labels):
@@ -76,7 +76,7 @@ def work_off(settings: Settings, campaign: str, workers: Workers) -> State[None]
         bootstrap.seal(settings)
     except TransientError as error:
         log.warning("audit.unsealed", error=str(error))  # the next seal covers these events too
-    board.close(settings, progress)
+    board.close(progress)
     return _closing_state(progress)
 
 
