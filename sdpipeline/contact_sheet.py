@@ -75,9 +75,11 @@ def fitted(tiles: Sequence[Tile], max_bytes: int) -> bytes | None:
 
 
 def label(picture: Json) -> list[str]:
-    """What a picture is, in three lines: stage and seed, row, variables."""
-    variables = ", ".join(f"{value}" for value in picture["variables"].values())
-    return [f"{picture['stage']} · seed {picture['seed']}", picture["row"], variables]
+    """What a picture is, in three lines: stage and seed (the stage's own, where it has some), row, variables."""
+    own = f"{picture['stage']}.seed"
+    seed = picture["variables"].get(own, picture["seed"])
+    variables = ", ".join(str(value) for name, value in picture["variables"].items() if name != own)
+    return [f"{picture['stage']} · seed {seed}", picture["row"], variables]
 
 
 def tiled(tiles: Sequence[Tile]) -> Image.Image:

@@ -31,7 +31,7 @@ SILENCE_S = 40
 LEASE_S = 4
 BUSY = 503
 """What a Prefect server on SQLite answers while it writes something else; Prefect's own client asks again."""
-FAKE = {FAKE_ENGINE: "0.3", "SDP_ENGINE__MAX_BATCH": "4"}
+FAKE = {FAKE_ENGINE: "0.6", "SDP_ENGINE__MAX_BATCH": "4"}
 PATIENCE_S = 150.0
 
 _AWS = CREDENTIALS | {"AWS_CONFIG_FILE": os.devnull, "AWS_EC2_METADATA_DISABLED": "true"}

@@ -142,6 +142,14 @@ def test_a_gpu_job_asks_for_one_gpu_on_a_node_that_has_one() -> None:
     assert gpu_job()["spec"]["backoffLimit"] == 0  # the campaign's run starts another, and the lease brings work back
 
 
+def test_the_pool_watches_the_namespace_that_its_role_is_for() -> None:
+    (role,) = [m for m in rendered() if m["kind"] == "Role"]
+    (watcher,) = pods()["gpu-pool"]["containers"]
+    watched = {"name": "PREFECT_INTEGRATIONS_KUBERNETES_OBSERVER_NAMESPACES", "value": role["metadata"]["namespace"]}
+    assert watcher["env"] == [watched]
+    assert gpu_job()["metadata"]["namespace"] == role["metadata"]["namespace"]
+
+
 def test_secrets_and_settings_that_pods_name_are_made() -> None:
     made = {m["metadata"]["name"] for m in rendered() if m["kind"] in {"Secret", "ConfigMap"}}
     named = set()

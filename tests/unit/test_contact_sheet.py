@@ -28,6 +28,11 @@ def test_a_picture_is_told_by_stage_seed_row_and_variables() -> None:
     assert contact_sheet.label(picture) == ["scene · seed 7", "C-001", "white, red"]
 
 
+def test_a_stages_own_seed_is_the_one_that_is_told() -> None:
+    picture = {"stage": "scene", "seed": 0, "row": "", "variables": {"colour": "red", "draft.seed": 4, "scene.seed": 9}}
+    assert contact_sheet.label(picture) == ["scene · seed 9", "", "red, 4"]
+
+
 def test_words_stand_beneath_their_own_picture() -> None:
     sheet = contact_sheet.tiled([Tile(noise(0), ["scene · seed 7"]), Tile(noise(1), [])])
     assert beneath(sheet, 0).min() < 100
