@@ -331,7 +331,7 @@ def open_worker(s: Settings, *, device: str | None = None) -> Iterator[OpenWorke
             patience=Patience(s.fairness_max_wait_s),
         )
         with log.transaction() as tx:
-            declare(tx, "marks", _marking(s))
+            declare(tx, "marks", _marking(s, key))
             host, description = socket.gethostname(), engine.describe()
             workers.register(
                 tx, worker_id=worker_id, host=host, pid=os.getpid(), device=chosen, description=description
@@ -399,7 +399,7 @@ def finish_report(s: Settings, campaign: str, span: Span | None = None) -> str:
     """The closing report, as markdown; ``span`` is the run that closes."""
     with services(s) as have:
         campaign_id = known_campaign(have.database, s.team, campaign)
-        return report.closing_report(have.database, have.store, campaign_id, signer=picture_key(s).identity, span=span)
+        return report.closing_report(have.database, have.store, campaign_id, span=span)
 
 
 def release_worker_leases(s: Settings, pid: int) -> int:
@@ -445,11 +445,12 @@ def _declare_sealing(have: Services, key: audit.SealKey) -> None:
         declare(tx, "seals", values)
 
 
-def _marking(s: Settings) -> Json:
+def _marking(s: Settings, key: SigningKey) -> Json:
     """Every setting that decides how pictures are marked and signed; of files their names, of secrets nothing."""
     fields = s.signing.model_dump(exclude={"seal_key_file", "retired_seal_keys"})
     shown = {name: value.name if isinstance(value, Path) else value for name, value in fields.items()}
-    return {name: value for name, value in shown.items() if isinstance(value, str | int | float | list | None)}
+    told = {name: value for name, value in shown.items() if isinstance(value, str | int | float | list | None)}
+    return told | {"signer": key.identity, "certificate_sha256": key.fingerprint}
 
 
 def actor(s: Settings) -> str:

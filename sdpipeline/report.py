@@ -35,10 +35,8 @@ def time_spent(timings: Iterable[Json]) -> dict[str, float]:
     return total
 
 
-def closing_report(
-    database: Database, store: ObjectStore, campaign_id: int, *, signer: str, span: Span | None = None
-) -> str:
-    """Markdown: what was made, how fast, who signs it; ``span`` is the run that closes, for its throughput."""
+def closing_report(database: Database, store: ObjectStore, campaign_id: int, *, span: Span | None = None) -> str:
+    """Markdown; ``span`` is the run that closes, for its throughput."""
     with database.read() as connection:
         progress = reports.progress(connection, campaign_id)
         stages = reports.stages(connection, campaign_id)
@@ -51,7 +49,6 @@ def closing_report(
         "",
         *_figures(progress, span),
         f"- **Marks**: {_marks(store, [each['key'] for each in newest])}",
-        f"- **Signed by**: {signer}",
         f"- **Audit**: {sealed}",
         "",
         "| stage | jobs | pictures | device seconds |",
@@ -79,7 +76,7 @@ def _figures(progress: Progress, span: Span | None) -> Iterator[str]:
 
 def _marks(store: ObjectStore, keys: Sequence[str]) -> str:
     """What the newest files really carry, read back from storage; nothing is claimed of the others."""
-    iptc, c2pa = Counter[str](), Counter[str]()
+    iptc, c2pa, signers = Counter[str](), Counter[str](), Counter[str]()
     for key in keys:
         try:
             found = provenance.verify(store.get(key))
@@ -88,9 +85,11 @@ def _marks(store: ObjectStore, keys: Sequence[str]) -> str:
             continue
         iptc[(found.digital_source_type or "none").rpartition("/")[2]] += 1
         c2pa[found.c2pa] += 1
+        signers[found.signed_by] += 1
     if not keys:
         return "no picture yet"
-    return f"of the {len(keys)} newest pictures, read back: IPTC source type {_counted(iptc)}; C2PA {_counted(c2pa)}"
+    marks = f"IPTC source type {_counted(iptc)}; C2PA {_counted(c2pa)}; signed by {_counted(signers)}"
+    return f"of the {len(keys)} newest pictures, read back: {marks}"
 
 
 def _counted(found: Counter[str]) -> str:

@@ -22,6 +22,7 @@ from sdpipeline.db import reports
 from sdpipeline.db.connection import Database, open_database
 from sdpipeline.db.tables import attempt, job
 from sdpipeline.db.tables import campaign as campaigns
+from tests.integration.certificates import signing_settings
 from tests.integration.commands import FAKE_ENGINE, document
 from tests.integration.conftest import CREDENTIALS, Bucket, free_port, new_bucket
 
@@ -212,7 +213,7 @@ def _site(folder: Path, database_url: str, bucket: Bucket, seal_key: Path) -> It
         "PREFECT_LOGGING_TO_API_ENABLED": "false",
         "OMP_NUM_THREADS": "1",
     }
-    here = Site(folder=folder, environment=told, bucket=bucket)
+    here = Site(folder=folder, environment=told | signing_settings(folder), bucket=bucket)
     try:
         here.start_server()
         here.command("db", "upgrade")

@@ -25,6 +25,7 @@ import pytest
 
 from sdpipeline.audit import load_key
 from tests.chaos.postgres import postgres_server
+from tests.integration.certificates import signing_settings
 from tests.integration.commands import FAKE_ENGINE
 from tests.integration.compose_file import DEPLOY, services, variables
 from tests.integration.conftest import free_port, served
@@ -102,6 +103,7 @@ def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
     """All services, started in the order of their dependencies."""
     folder = tmp_path_factory.mktemp("stack")
     load_key(folder / "seal.pem", create=True)
+    signing_settings(folder)
     database, s3, prefect = free_port(), free_port(), free_port()
     places = {
         "postgres:5432": f"127.0.0.1:{database}",

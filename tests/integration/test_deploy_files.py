@@ -37,7 +37,8 @@ def rendered() -> list[Any]:
         base = Path(shutil.copytree(DEPLOY / "kubernetes", Path(folder) / "base"))
         for example in base.glob("secrets/*.example"):
             shutil.copy(example, example.with_suffix(""))
-        (base / "secrets" / "seal.pem").write_text("a key")
+        for name in ("seal.pem", "certificates_file.pem", "key_file.pem"):
+            (base / "secrets" / name).write_text("a key")
         done = subprocess.run([kubectl, "kustomize", base], capture_output=True, text=True, check=True)
     return list(yaml.safe_load_all(done.stdout))
 
@@ -163,6 +164,11 @@ def test_secrets_and_settings_that_pods_name_are_made() -> None:
 def test_no_pod_but_the_dispatchers_has_the_key_that_seals() -> None:
     assert [name for name, pod in pods().items() if "seal-key" in json.dumps(pod)] == ["cpu-worker"]
     assert [name for name, service in services().items() if "seal-key" in json.dumps(service)] == ["cpu-worker"]
+
+
+def test_nobody_but_who_makes_pictures_has_the_key_that_signs_them() -> None:
+    assert [name for name, pod in pods().items() if "picture-key" in json.dumps(pod)] == ["gpu-job"]
+    assert [name for name, service in services().items() if "picture-key" in json.dumps(service)] == ["gpu-worker"]
 
 
 def test_everything_starts_from_no_connections() -> None:

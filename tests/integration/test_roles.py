@@ -17,6 +17,7 @@ from sdpipeline import cli
 from sdpipeline.audit import load_key
 from sdpipeline.db.connection import open_database
 from sdpipeline.db.migrate import upgrade
+from tests.integration.certificates import signing_settings
 from tests.integration.commands import FAKE_ENGINE
 from tests.integration.conftest import new_postgres_database
 
@@ -82,6 +83,8 @@ def office(
     load_key(tmp_path / "seal.pem", create=True)
     monkeypatch.setenv(FAKE_ENGINE, "0")
     monkeypatch.setenv("SDP_SIGNING__SEAL_KEY_FILE", str(tmp_path / "seal.pem"))
+    for name, value in signing_settings(tmp_path).items():
+        monkeypatch.setenv(name, value)
     (tmp_path / "roles.yaml").write_text(CAMPAIGN)
     return Office(roles_url, tmp_path, monkeypatch, capsys)
 
