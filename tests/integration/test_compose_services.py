@@ -32,8 +32,8 @@ from tests.integration.conftest import free_port, served
 
 pytestmark = pytest.mark.timeout(300)
 
-STARTED = ("bucket", "migrate", "roles", "prefect-server", "cpu-worker", "gpu-worker")
-ELSEWHERE = {"postgres": "a server out of a wheel", "s3": "moto", "deploy": "needs what it deploys"}
+STARTED = ("bucket", "migrate", "roles", "prefect-server", "deploy", "cpu-worker", "gpu-worker")
+ELSEWHERE = {"postgres": "a server out of a wheel", "s3": "moto"}
 CAMPAIGN = """\
 name: composed
 checkpoint: shapes
@@ -129,6 +129,7 @@ def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
             found.once(name)
         found.once("roles", PGHOST="127.0.0.1", PGPORT=str(database))
         _wait_for(found, lambda: httpx.get(f"http://127.0.0.1:{prefect}/api/health").is_success)
+        found.once("deploy")
         for name in ("cpu-worker", "gpu-worker"):
             found.start(name, **{FAKE_ENGINE: "0.1", "PREFECT_WORKER_QUERY_SECONDS": "1"})
         yield found
@@ -197,14 +198,7 @@ def test_a_campaign_is_worked_through_the_pool(stack: Stack, api: httpx.Client) 
     file = stack.folder / "campaign.yaml"
     file.write_text(CAMPAIGN)
     stack.once("cpu-worker", "sdpipeline", "submit", file)
-    deployment = {
-        "name": "by-hand",
-        "flow_id": _made(stack, api, "flows/", name="gpu-worker"),
-        "work_pool_name": "gpu",
-        "entrypoint": "sdpipeline.flows.gpu_worker.gpu_worker",
-        "pull_steps": [],
-    }
-    deployed = _made(stack, api, "deployments/", **deployment)
+    deployed = api.get("deployments/name/gpu-worker/gpu-worker").raise_for_status().json()["id"]
     run = _made(stack, api, f"deployments/{deployed}/create_flow_run", state={"type": "SCHEDULED"})
     final = {"COMPLETED", "FAILED", "CRASHED", "CANCELLED"}
     _wait_for(stack, lambda: api.get(f"flow_runs/{run}").json().get("state_type") in final)
