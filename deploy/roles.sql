@@ -8,7 +8,7 @@
 --   sdp_reader      reads: status, reports, an auditor's verify
 --   sdp_worker      leases and finishes jobs
 --   sdp_dispatcher  submits, retries, cancels, pauses, registers checkpoints
---   sdp_sealer      writes seals, and nothing else
+--   sdp_sealer      writes seals, and into the audit log which keys it seals by
 --   sdp_maintainer  what retention, erasure, archives and reconcile change and delete
 --
 -- Nobody but the owner may change or delete an audit event or a seal.
@@ -44,7 +44,7 @@ GRANT SELECT ON ALL TABLES IN SCHEMA public TO sdp_reader;
 ALTER DEFAULT PRIVILEGES IN SCHEMA public GRANT SELECT ON TABLES TO sdp_reader;
 
 -- Everybody who changes something says so in the audit log; the log only grows.
-GRANT INSERT ON audit_event TO sdp_worker, sdp_dispatcher, sdp_maintainer;
+GRANT INSERT ON audit_event TO sdp_worker, sdp_dispatcher, sdp_sealer, sdp_maintainer;
 GRANT INSERT ON audit_seal, audit_seal_range TO sdp_sealer;
 
 GRANT UPDATE ON job, campaign TO sdp_worker;
