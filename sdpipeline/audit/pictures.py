@@ -13,6 +13,8 @@ from sdpipeline.audit.proof import altered
 from sdpipeline.audit.told import Told
 from sdpipeline.db import evidence
 from sdpipeline.db.connection import Connection
+from sdpipeline.db.lookup import looks
+from sdpipeline.db.tables import LOOKS
 from sdpipeline.domain import Json
 from sdpipeline.errors import ObjectMissingError
 from sdpipeline.storage import ObjectStore
@@ -70,7 +72,14 @@ def verify_images(
 def differs(picture: Json, event: Json) -> bool:
     """Whether a picture's row is not what the event of its success says."""
     told = event["image"] | {"attempt": event["attempt"], "worker_id": event["worker"]}
-    return any(picture[name] != value for name, value in told.items())
+    return any(picture[name] != value for name, value in told.items()) or _looks_else(picture, event["image"])
+
+
+def _looks_else(picture: Json, made: Json) -> bool:
+    """Whether a copy that lost its marks would not lead to this row; rows of releases before have no such columns."""
+    there = {name: picture.get(name) for name in LOOKS}
+    wanted = dict.fromkeys(LOOKS) | looks(made.get("scores") or {})
+    return any(value is not None for value in there.values()) and there != wanted
 
 
 def verify_objects(store: ObjectStore, found: Verification, expected: Sequence[Expected]) -> None:
