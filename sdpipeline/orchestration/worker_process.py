@@ -16,6 +16,7 @@ from sdpipeline.bootstrap import WorkerSummary
 from sdpipeline.stopping import Stop
 
 CHUNK_S = 45.0
+LISTEN_EVERY_S = 1.0
 
 
 def redirect_output(path: Path) -> None:
@@ -46,7 +47,10 @@ def until_told(work: Callable[[Stop], None]) -> None:
             signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
             while not working.done():
                 try:
-                    working.exception()
+                    # Not without end: another thread may have got the signal, which wakes nobody.
+                    working.exception(timeout=LISTEN_EVERY_S)
+                except TimeoutError:
+                    continue
                 except TerminationSignal as received:
                     told = received
                     stop.ask(received.signal)
