@@ -7,8 +7,9 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from contextvars import copy_context
 from pathlib import Path
 
@@ -37,14 +38,18 @@ def until_told(work: Callable[[Stop], None]) -> None:
     """
     from prefect.exceptions import TerminationSignal
 
-    stop = Stop()
+    stop, begin = Stop(), threading.Event()
     told: TerminationSignal | None = None
+
+    def begun() -> None:
+        begin.wait()
+        work(stop)
+
     with ThreadPoolExecutor(1, thread_name_prefix="gpu-worker") as pool:
-        # A signal while the thread starts would leave nobody who knows it.
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-        working = pool.submit(copy_context().run, work, stop)
         try:
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
+            with _held_back(signal.SIGTERM):  # raised while the thread starts, it would leave nobody who waits for it
+                working = pool.submit(copy_context().run, begun)
+            begin.set()
             while not working.done():
                 try:
                     # Not without end: another thread may have got the signal, which wakes nobody.
@@ -56,10 +61,24 @@ def until_told(work: Callable[[Stop], None]) -> None:
                     stop.ask(received.signal)
         except BaseException:  # a signal between two lines: the pool waits for the work all the same
             stop.ask(signal.SIGTERM)
+            begin.set()
             raise
     working.result()
     if told is not None:
         raise told
+
+
+@contextmanager
+def _held_back(number: signal.Signals) -> Iterator[None]:
+    """A signal that comes meanwhile comes at the end. Whichever thread gets it, Python hears of it in this one."""
+    came: list[int] = []
+    before = signal.signal(number, lambda received, _frame: came.append(received))
+    try:
+        yield
+    finally:
+        signal.signal(number, before)
+        if came:
+            signal.raise_signal(number)
 
 
 def work_in_chunks(work: Callable[[int], WorkerSummary], stop: threading.Event) -> None:
