@@ -190,13 +190,9 @@ def build_engine(s: Settings, device: str, database: Database | None, *, dtype: 
         from sdpipeline.engine.fake import FakeEngine
 
         return FakeEngine(seconds_per_batch=s.engine.fake_seconds_per_batch)
-    # Threads that spin for one another make a busy CPU four to six times slower; read when torch is first imported.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    try:
-        from sdpipeline.engine.diffusers_engine import DiffusersEngine
-    except ModuleNotFoundError as error:
-        fix = "pip install 'sdpipeline[engine]'"
-        raise SettingsError(Mistake(message=f"this machine cannot make pictures: no {error.name}", fix=fix)) from error
+    _need_engine()
+    from sdpipeline.engine.diffusers_engine import DiffusersEngine
+
     by_digest = _runnable(s, database)
 
     def locate(ref: CheckpointRef) -> CheckpointFiles:
@@ -208,6 +204,25 @@ def build_engine(s: Settings, device: str, database: Database | None, *, dtype: 
 
     resident = int(s.engine.resident_gib * 2**30) if s.engine.resident_gib else None
     return DiffusersEngine(device=device, dtype=dtype or s.engine.dtype, locate=locate, resident_bytes=resident)
+
+
+def _need_engine() -> None:
+    """Import what makes pictures; raises SettingsError where it is not installed."""
+    # Threads that spin for one another make a busy CPU four to six times slower; read when torch is first imported.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    try:
+        import sdpipeline.engine.diffusers_engine  # noqa: F401
+    except ModuleNotFoundError as error:
+        fix = "pip install 'sdpipeline[engine]'"
+        raise SettingsError(Mistake(message=f"this machine cannot make pictures: no {error.name}", fix=fix)) from error
+
+
+def random_checkpoint(name: str, folder: Path, device: str) -> Path:
+    """A checkpoint of a well-known shape with random weights, for benches; see :mod:`sdpipeline.bench.shapes`."""
+    _need_engine()
+    from sdpipeline.bench.random_weights import ensure
+
+    return ensure(name, folder, device=device)
 
 
 def devices(s: Settings) -> list[str]:

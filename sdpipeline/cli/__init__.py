@@ -11,6 +11,7 @@ from typer.exceptions import TyperException
 
 from sdpipeline import __version__
 from sdpipeline.cli import (
+    bench,
     campaigns,
     checkpoints,
     demo,
@@ -68,6 +69,7 @@ forgetting.add_to(app)
 checkpoints.add_to(app)
 operations.add_to(app)
 reconciling.add_to(app)
+bench.add_to(app)
 
 _UNUSABLE = {
     AuditBrokenError: ("SDP_DATABASE_URL", "sdpipeline reconcile --adopt"),
