@@ -22,7 +22,7 @@ from sdpipeline.db.queue import StoredImage
 from sdpipeline.delivery import SIDECAR_SCHEMA
 from sdpipeline.domain import Json, fingerprint, request_from_document
 from sdpipeline.errors import InputImageError, ObjectMissingError
-from sdpipeline.reproduction import LARGEST_PICTURE
+from sdpipeline.provenance import LARGEST_PICTURE
 from sdpipeline.storage import ObjectStore
 
 CHUNK = 500
@@ -142,7 +142,7 @@ def examine(store: ObjectStore, sidecar_key: str) -> tuple[FoundPicture, frozens
         and about["key"].startswith(f"{stem}.")
         and hashlib.sha256(data).hexdigest() == about["sha256"] == place["sha256"]
         and provenance.pixels_sha256(pixels) == about["pixels_sha256"]
-        and provenance.read_record(data) == record
+        and provenance.read_record(data) == provenance.disclosed(record)
         and fingerprint(request_from_document(record["asked"])) == record["fingerprint"] == place["fingerprint"]
         and (bool(place["identity"]) == bool(reused))
     )

@@ -10,9 +10,10 @@ import threading
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
 
-from sdpipeline import __version__, audit, policy, report, settings
+from sdpipeline import __version__, audit, policy, report, settings, signing
 from sdpipeline.breaker import Breaker
 from sdpipeline.campaign import Campaign, Catalog
 from sdpipeline.campaign import load as load_campaign_file
@@ -29,6 +30,7 @@ from sdpipeline.engine.devices import gpu_count
 from sdpipeline.errors import BadInputError, CampaignError, CheckpointError, Mistake, SettingsError
 from sdpipeline.inputs import InputFolder
 from sdpipeline.settings import Settings
+from sdpipeline.signing import SigningKey
 from sdpipeline.storage import ForeignObjects, ObjectStore, S3Options, is_bucket_url, open_store
 from sdpipeline.watchdog import Pace
 from sdpipeline.worker import Worker, WorkerLimits, WorkerSummary
@@ -116,6 +118,42 @@ def seal_key(s: Settings) -> audit.SealKey:
 def development_seal_key(s: Settings) -> Path:
     """Where the embedded default keeps the key it made."""
     return s.home / "keys" / "development-seal.pem"
+
+
+def picture_key(s: Settings) -> SigningKey:
+    """The key that signs pictures; a development key is made beside the embedded database."""
+    own = s.signing
+    if own.certificates_file is None and s.embedded and not (own.key_file or own.kms_key_id):
+        return replace(signing.development_key(development_picture_keys(s)), tsa_url=own.tsa_url)
+    if own.certificates_file is None:
+        fix = "name the PEM file with your signing certificate and its intermediates"
+        raise SettingsError(Mistake(key="SDP_SIGNING__CERTIFICATES_FILE", message="is not set", fix=fix))
+    if (own.key_file is None) == (own.kms_key_id is None):
+        message = "or SDP_SIGNING__KMS_KEY_ID is needed, and one of them alone"
+        raise SettingsError(Mistake(key="SDP_SIGNING__KEY_FILE", message=message, fix="set the one that signs"))
+    if own.key_file is not None:
+        password = own.key_password.get_secret_value() if own.key_password else None
+        return signing.pem_key(own.certificates_file, own.key_file, password=password, tsa_url=own.tsa_url)
+    if find_spec("boto3") is None:
+        fix = "pip install 'sdpipeline[s3]'"
+        raise SettingsError(Mistake(key="SDP_SIGNING__KMS_KEY_ID", message="a key in a KMS needs boto3", fix=fix))
+    return signing.kms_key(
+        own.certificates_file,
+        own.kms_key_id or "",
+        endpoint_url=own.kms_endpoint_url,
+        region=own.kms_region,
+        tsa_url=own.tsa_url,
+    )
+
+
+def development_picture_keys(s: Settings) -> Path:
+    """The folder in which the embedded default keeps the chain it made."""
+    return s.home / "keys" / "pictures"
+
+
+def trust_anchors(s: Settings) -> str:
+    """The root certificates that make a signature trusted, in PEM; none where none were named."""
+    return signing.trusted_roots(s.signing.trust_file) if s.signing.trust_file else ""
 
 
 def catalog(s: Settings, database: Database | None = None) -> Catalog:
@@ -261,6 +299,7 @@ class OpenWorker:
 @contextmanager
 def open_worker(s: Settings, *, device: str | None = None) -> Iterator[OpenWorker]:
     """A worker on one device, registered while it lives; its checkpoints stay warm between runs."""
+    key = picture_key(s)
     with services(s) as have:
         have.store.check()
         audit.refuse_restored(have.database, have.store)
@@ -281,6 +320,7 @@ def open_worker(s: Settings, *, device: str | None = None) -> Iterator[OpenWorke
             have.store,
             engine,
             limits,
+            key,
             ForeignObjects(s3_options(s)),
             breaker=Breaker(max_failures=s.worker_max_failures),
             pace=Pace(s.batch_timeout_s),
@@ -352,7 +392,7 @@ def finish_report(s: Settings, campaign: str) -> str:
     """The closing report, as markdown."""
     with services(s) as have:
         campaign_id = known_campaign(have.database, s.team, campaign)
-        return report.closing_report(have.database, campaign_id)
+        return report.closing_report(have.database, campaign_id, signer=picture_key(s).identity)
 
 
 def release_worker_leases(s: Settings, pid: int) -> int:

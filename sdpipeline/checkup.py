@@ -98,6 +98,14 @@ def _checkpoints(s: Settings) -> Iterator[Check]:
         yield Check(name=f"checkpoint {files.alias}", ok=True, detail=detail)
 
 
+def _picture_key(s: Settings) -> Iterator[Check]:
+    key = bootstrap.picture_key(s)
+    roots = bootstrap.trust_anchors(s).count("BEGIN CERTIFICATE")
+    trusted = f"{roots} trusted roots" if roots else "no trusted roots: verify calls no picture trusted"
+    times = f", times from {key.tsa_url}" if key.tsa_url else ""
+    yield Check(name="picture key", ok=True, detail=f"{key.identity}{times}; {trusted}")
+
+
 def _signing(s: Settings) -> Iterator[Check]:
     if s.embedded and s.signing.seal_key_file is None and not bootstrap.development_seal_key(s).is_file():
         yield Check(name="signing key", ok=True, detail="a development key is made with the first seal")
@@ -114,6 +122,7 @@ _CHECKS: dict[str, Callable[[Settings], Iterator[Check]]] = {
     "engine": _engine,
     "checkpoints": _checkpoints,
     "signing key": _signing,
+    "picture key": _picture_key,
 }
 _FIXES = {
     "database": "check SDP_DATABASE_URL: does the server run, are host, port and password right?",
@@ -122,4 +131,5 @@ _FIXES = {
     "engine": "pip install 'sdpipeline[engine]'",
     "checkpoints": "restore the files, or install the package again",
     "signing key": "check SDP_SIGNING__SEAL_KEY_FILE",
+    "picture key": "check SDP_SIGNING__CERTIFICATES_FILE and the key beside it",
 }

@@ -1,27 +1,33 @@
-"""A job's pictures in and out of storage: what it consumes, and its finished picture with record and sidecar."""
+"""A job's finished picture on its way into storage: encoded, marked, signed, stored with its sidecar, read back."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import time
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import PurePosixPath
-from typing import Any
 
 from sdpipeline import provenance, scores
 from sdpipeline.db.originals import Original
 from sdpipeline.db.queue import LeasedJob, StoredImage
-from sdpipeline.domain import ImageSource, Json, OutputFormat, canonical, to_document
-from sdpipeline.engine import GeneratedImage, Pixels, PreparedRequest
-from sdpipeline.errors import InputImageError, ObjectConflictError, ObjectMissingError
-from sdpipeline.inputs import LARGEST_INPUT_BYTES, input_key
-from sdpipeline.provenance import EncodedImage
-from sdpipeline.storage import ForeignObjects, ObjectStore
+from sdpipeline.domain import Json, OutputFormat, canonical, to_document
+from sdpipeline.engine import GeneratedImage
+from sdpipeline.errors import (
+    InputImageError,
+    MarksLostError,
+    ObjectConflictError,
+    ObjectMissingError,
+    StorageUnavailableError,
+)
+from sdpipeline.fetching import Consumed, verified
+from sdpipeline.provenance import LARGEST_PICTURE, EncodedImage
+from sdpipeline.signing import SigningKey
+from sdpipeline.storage import ObjectStore, StoredObject
 
-RECORD_SCHEMA = "sdpipeline/record/1"
+RECORD_SCHEMA = "sdpipeline/record/2"
 SIDECAR_SCHEMA = "sdpipeline/sidecar/1"
 CONTROL_MAP_SCHEMA = "sdpipeline/control-map/1"
 
@@ -37,14 +43,6 @@ class Attempt:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Fetched:
-    """A request with its pictures, and what the record will say of each: where it came from and how it was made."""
-
-    prepared: PreparedRequest
-    inputs: Mapping[str, Json]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class FinishedPicture:
     """A picture ready to be stored: the same bytes however often that is tried."""
 
@@ -57,58 +55,35 @@ class FinishedPicture:
     attempt: Attempt
 
 
-def fetch(store: ObjectStore, foreign: ForeignObjects, leased: LeasedJob, *, max_pixels: int) -> Fetched:
-    """The job's request with its pictures decoded; raises InputImageError for one that is missing or altered."""
-    images: dict[str, Pixels] = {}
-    inputs: dict[str, Json] = {}
-    for role, source in leased.request.sources().items():
-        about = _input(leased, source)
-        data = pinned(foreign, about) if "url" in about else _verified(store, about["key"], about["sha256"])
-        images[role] = provenance.decode(data, max_pixels=max_pixels)
-        # With its parents' records in it, a picture alone is enough to make its whole chain again.
-        inputs[role] = about | ({"record": provenance.read_record(data)} if source.stage else {})
-    return Fetched(prepared=PreparedRequest(request=leased.request, images=images), inputs=inputs)
-
-
-def pinned(foreign: ForeignObjects, about: Json) -> bytes:
-    """What a record's ``url``, ``version`` and ``sha256`` name; raises InputImageError where it is that no more."""
-    url, fix = about["url"], "put it back, or submit it again"
-    try:
-        found = foreign.read(url, most_bytes=LARGEST_INPUT_BYTES, version=about["version"])
-    except ObjectMissingError as error:
-        raise InputImageError(f"{error}, although it was when the campaign was submitted ({fix})") from error
-    except ObjectConflictError as error:
-        raise InputImageError(f"{url} was changed after the campaign was submitted ({fix})") from error
-    if hashlib.sha256(found.data).hexdigest() != about["sha256"]:
-        raise InputImageError(f"{url} was changed after the campaign was submitted ({fix})")
-    return found.data
-
-
 def finish(
-    leased: LeasedJob, inputs: Mapping[str, Json], generated: GeneratedImage, attempt: Attempt
+    leased: LeasedJob, consumed: Consumed, generated: GeneratedImage, attempt: Attempt, signing: SigningKey
 ) -> FinishedPicture:
-    """Measure, freeze the record and encode.
+    """Measure, freeze the record, encode, and sign: nothing may change a byte of the file after that.
 
-    Raises BadPictureError for a picture that scores less than the campaign asks for.
+    Raises BadPictureError for a picture that scores less than the campaign asks for, SigningUnavailableError.
     """
     begun = time.perf_counter()
     measured = scores.measure(generated.pixels, zip(leased.request.controlnets, generated.control_maps, strict=False))
     scores.check(measured, leased.rules.get("quality", {}))
     started = time.perf_counter()
-    frozen = record(leased, inputs, generated)
-    output = leased.request.output
-    encoded = provenance.encode(generated.pixels, output=output, record=frozen, from_photograph=_from_outside(leased))
-    control_maps = _encoded_control_maps(leased, generated)
+    frozen = record(leased, consumed, generated)
+    shown, output = provenance.disclosed(frozen), leased.request.output
+    encoded = provenance.encode(generated.pixels, output=output, record=shown, from_photograph=consumed.edits)
+    encoded_at = time.perf_counter()
+    signed = provenance.sign(
+        encoded, key=signing, record=shown, ingredients=consumed.ingredients, from_photograph=consumed.edits
+    )
     timings = {
         "generate_s": round(attempt.gpu_seconds, 6),
         "measure_s": round(started - begun, 6),
-        "encode_s": round(time.perf_counter() - started, 6),
+        "encode_s": round(encoded_at - started, 6),
+        "sign_s": round(time.perf_counter() - encoded_at, 6),
     }
     return FinishedPicture(
         folder=_folder(leased),
         record=frozen,
-        encoded=encoded,
-        control_maps=control_maps,
+        encoded=signed,
+        control_maps=_signed_control_maps(leased, consumed, generated, signing),
         scores=measured,
         timings=timings,
         attempt=attempt,
@@ -116,15 +91,16 @@ def finish(
 
 
 def deliver(store: ObjectStore, picture: FinishedPicture) -> StoredImage:
-    """Store with record and sidecar, and read back; the picture counts only once the database says so.
+    """Store with record and sidecar, read back and verify; the picture counts only once the database says so.
 
-    May be asked again after a storage outage: what was stored before it is met again byte by byte.
+    May be asked again after a storage outage: what was stored before it is met again byte by byte. Raises
+    MarksLostError where storage gives back a picture without its marks.
     """
     started = time.perf_counter()
     encoded, attempt = picture.encoded, picture.attempt
     stem = f"{picture.folder}/{encoded.sha256}"
     key = f"{stem}.{encoded.extension}"
-    stored = store.put(key, encoded.data, content_type=encoded.content_type)
+    stored = _put_marked(store, key, encoded.data)
     control_maps = _deliver_control_maps(store, stem, picture)
     about = {"key": key, "sha256": stored.sha256, "size_bytes": stored.size_bytes, "version_id": stored.version_id}
     sidecar = canonical(
@@ -169,13 +145,13 @@ def reuse(store: ObjectStore, leased: LeasedJob, original: Original, attempt: At
     if thresholds and not made.scores:
         raise InputImageError(f"{made.key} was never measured, and the campaign asks for {', '.join(thresholds)}")
     scores.check(made.scores, thresholds)
-    data, told = _verified(store, made.key, made.sha256), _verified_sidecar(store, made)
-    if wrong := _unfit(leased, told["record"]["ran"], engine):
+    data, told = verified(store, made.key, made.sha256), _sidecar_of(store, made)
+    if wrong := _unfit(leased, told["record"], engine) or _unmarked(data):
         raise InputImageError(f"{made.key} {wrong}")
     # The jobs of one stage that ask for the same picture share its folder, and each has a picture of its own.
     folder = f"{_folder(leased)}/{leased.identity[:16]}"
     key = f"{folder}/{PurePosixPath(made.key).name}"
-    stored = store.put(key, data, content_type=provenance.content_type(data))
+    stored = _put_marked(store, key, data)
     control_maps = _copy_control_maps(store, folder, told["control_maps"])
     timings = {"generate_s": 0.0, "encode_s": 0.0}
     own = {
@@ -216,9 +192,14 @@ def delete_all(store: ObjectStore, prefix: str, *, but: Collection[str] = ()) ->
     return len(gone)
 
 
-def record(leased: LeasedJob, inputs: Mapping[str, Json], generated: GeneratedImage) -> Json:
-    """What was asked, what ran and what went in: enough to make the picture again and to explain it."""
-    return {
+def record(leased: LeasedJob, consumed: Consumed, generated: GeneratedImage) -> Json:
+    """What was asked, what ran and what went in: enough to make the picture again and to explain it.
+
+    With prompts in any case: the sidecar keeps them, whatever goes into the file.
+    """
+    told, ancestors = leased.rules.get("include_prompt", "full"), dict(consumed.ancestors)
+    about: Json = ({"include_prompt": told} if told != "full" else {}) | ({"ancestors": ancestors} if ancestors else {})
+    return about | {
         "schema": RECORD_SCHEMA,
         "team": leased.team,
         "campaign": leased.campaign,
@@ -230,26 +211,61 @@ def record(leased: LeasedJob, inputs: Mapping[str, Json], generated: GeneratedIm
         "fingerprint": leased.fingerprint,
         "asked": to_document(leased.request),
         "ran": generated.ran,
-        "inputs": dict(inputs),
+        "inputs": dict(consumed.inputs),
         "encoder": provenance.encoder(leased.request.output),
         "made_at": datetime.now(UTC).isoformat(timespec="seconds"),
     }
 
 
-def _encoded_control_maps(leased: LeasedJob, generated: GeneratedImage) -> list[tuple[str, EncodedImage]]:
-    """What steered the picture, with the annotator that made it."""
-    encoded = []
-    for use, pixels in zip(leased.request.controlnets, generated.control_maps, strict=False):
+def _put_marked(store: ObjectStore, key: str, data: bytes) -> StoredObject:
+    """Store, read back, and check the marks of what came back; raises MarksLostError."""
+    try:
+        stored = store.put(key, data, content_type=provenance.content_type(data))
+    except (StorageUnavailableError, ObjectConflictError):
+        _refuse_unmarked(store, key)
+        raise
+    # The store compared what it read back with these bytes.
+    marks = provenance.verify(data)
+    if not marks.ok:
+        raise MarksLostError(f"{store.url(key)} is not marked as it should be: {', '.join(marks.faults)}")
+    return stored
+
+
+def _refuse_unmarked(store: ObjectStore, key: str) -> None:
+    """Other bytes came back: an outage or a fault of the disk, unless they are a whole picture without its marks."""
+    try:
+        data = store.get(key)
+        provenance.decode(data, max_pixels=LARGEST_PICTURE)
+        marks = provenance.verify(data)
+    except (StorageUnavailableError, ObjectMissingError, InputImageError):
+        return
+    if not marks.ok:
+        raise MarksLostError(
+            f"{store.url(key)} came back from storage without its marks ({', '.join(marks.faults)}): something on the"
+            " way there rewrites pictures; have it pass them on as they are"
+        )
+
+
+def _signed_control_maps(
+    leased: LeasedJob, consumed: Consumed, generated: GeneratedImage, signing: SigningKey
+) -> list[tuple[str, EncodedImage]]:
+    """What steered the picture, with the annotator that made it; marked as what it was made from is."""
+    signed = []
+    sources = {each.role: each.data for each in consumed.ingredients}
+    for n, (use, pixels) in enumerate(zip(leased.request.controlnets, generated.control_maps, strict=False)):
         about = {"schema": CONTROL_MAP_SCHEMA, "annotator": use.annotator, "fingerprint": leased.fingerprint}
-        encoded.append((use.annotator, provenance.encode(pixels, output=OutputFormat(), record=about)))
-    return encoded
+        source = sources.get(f"controlnets.{n}")
+        outside = source is not None and provenance.digital_source_type(source) != provenance.GENERATED
+        encoded = provenance.encode(pixels, output=OutputFormat(), record=about, from_photograph=outside)
+        signed.append((use.annotator, provenance.sign(encoded, key=signing, record=about, from_photograph=outside)))
+    return signed
 
 
 def _deliver_control_maps(store: ObjectStore, stem: str, picture: FinishedPicture) -> list[Json]:
     """They are kept beside the picture."""
     kept = []
     for n, (annotator, encoded) in enumerate(picture.control_maps):
-        stored = store.put(f"{stem}.control-{n}.png", encoded.data, content_type=encoded.content_type)
+        stored = _put_marked(store, f"{stem}.control-{n}.png", encoded.data)
         kept.append({"key": stored.key, "sha256": stored.sha256, "annotator": annotator})
     return kept
 
@@ -257,51 +273,35 @@ def _deliver_control_maps(store: ObjectStore, stem: str, picture: FinishedPictur
 def _copy_control_maps(store: ObjectStore, folder: str, made: Sequence[Json]) -> list[Json]:
     kept = []
     for about in made:
-        data, key = _verified(store, about["key"], about["sha256"]), f"{folder}/{PurePosixPath(about['key']).name}"
+        data, key = verified(store, about["key"], about["sha256"]), f"{folder}/{PurePosixPath(about['key']).name}"
         store.put(key, data, content_type=provenance.content_type(data))
         kept.append(about | {"key": key})
     return kept
 
 
-def _verified_sidecar(store: ObjectStore, made: StoredImage) -> Json:
-    told: Json = json.loads(_verified(store, made.sidecar_key, made.sidecar_sha256))
+def _sidecar_of(store: ObjectStore, made: StoredImage) -> Json:
+    told: Json = json.loads(verified(store, made.sidecar_key, made.sidecar_sha256))
     return told
 
 
-def _unfit(leased: LeasedJob, ran: Json, engine: str) -> str | None:
-    """Why a picture of the same fingerprint will not do: it is a load test's, or was not made strictly."""
+def _unmarked(data: bytes) -> str | None:
+    """A release before signatures made it, or its certificate ran out: the copy would fail whoever verifies it."""
+    marks = provenance.verify(data)
+    return None if marks.ok else f"is not marked as it should be: {', '.join(marks.faults)}"
+
+
+def _unfit(leased: LeasedJob, made: Json, engine: str) -> str | None:
+    """Why a picture of the same fingerprint will not do: it is a load test's, was not made strictly, or tells more of
+    its prompts than this campaign does."""
+    ran, told = made["ran"], leased.rules.get("include_prompt", "full")
     if ran["engine"] != engine:
         return f"was made by the engine {ran['engine']!r}, which is not {engine!r}"
     if leased.request.exact and ran.get("reproducibility") != "strict":
         return "was not made strictly"
+    if provenance.tells_more(provenance.include_prompt(made), told):
+        return f"tells more of its prompt than provenance.include_prompt: {told} allows"
     return None
 
 
 def _folder(leased: LeasedJob) -> str:
     return f"{leased.team}/{leased.campaign}/{leased.stage}/{leased.fingerprint}"
-
-
-def _verified(store: ObjectStore, key: str, sha256: str) -> bytes:
-    try:
-        data = store.get(key)
-    except ObjectMissingError as error:
-        raise InputImageError(f"{key} is not in storage") from error
-    if hashlib.sha256(data).hexdigest() != sha256:
-        raise InputImageError(f"{key} was altered in storage: its SHA-256 is not {sha256}")
-    return data
-
-
-def _input(leased: LeasedJob, source: ImageSource) -> Json:
-    if source.url is not None:
-        return {"url": source.url, "version": source.version, "sha256": source.digest}
-    if source.stage is None:
-        return {"key": input_key(source.digest), "sha256": source.digest}
-    found = next((parent for parent in leased.parents if parent.stage == source.stage), None)
-    if found is None:
-        raise InputImageError(f"the picture of stage {source.stage!r} is not recorded")
-    about: dict[str, Any] = {"stage": found.stage, "key": found.key, "sha256": found.sha256}
-    return about | {"pixels_sha256": found.pixels_sha256, "fingerprint": found.fingerprint}
-
-
-def _from_outside(leased: LeasedJob) -> bool:
-    return any(source.stage is None for source in leased.request.sources().values())

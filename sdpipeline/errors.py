@@ -16,7 +16,8 @@
     │   ├── RequestRefusedError   the engine cannot do what the request asks
     │   ├── CheckpointError       weights are missing, altered, revoked or unsafe
     │   ├── InputImageError       an input picture is missing, altered, truncated or too large
-    │   └── BadPictureError       the engine's own output is no picture (NaN, flat, black) or scores too low
+    │   ├── BadPictureError       the engine's own output is no picture (NaN, flat, black) or scores too low
+    │   └── MarksLostError        a picture came back from storage without its marks as AI-made
     ├── ObjectMissingError        storage has no object under that key
     ├── ObjectConflictError       storage holds other bytes under that key
     ├── AuditBrokenError          storage holds a seal that this database does not have the events of
@@ -111,6 +112,10 @@ class InputImageError(PermanentError):
 
 class BadPictureError(PermanentError):
     """The engine's output is not a picture (not finite, flat or black), or scores less than its campaign asks for."""
+
+
+class MarksLostError(PermanentError):
+    """A picture came back from storage without its marks as AI-made, whole otherwise."""
 
 
 class ObjectMissingError(SdpError):

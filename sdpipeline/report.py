@@ -69,8 +69,8 @@ def time_spent(timings: Iterable[Json]) -> dict[str, float]:
     return total
 
 
-def closing_report(database: Database, campaign_id: int) -> str:
-    """Markdown: what was made, how fast, where the time went, and what failed."""
+def closing_report(database: Database, campaign_id: int, *, signer: str) -> str:
+    """Markdown: what was made, how fast, who signs it, where the time went, and what failed."""
     with database.read() as connection:
         progress = reports.progress(connection, campaign_id)
         stages = reports.stages(connection, campaign_id)
@@ -80,6 +80,8 @@ def closing_report(database: Database, campaign_id: int) -> str:
         f"# {progress.name}, version {progress.version}: {progress.status}",
         "",
         f"{progress.images} pictures of {progress.total} jobs, {progress.gpu_seconds:.1f} s on the device.",
+        "",
+        f"Pictures are signed by {signer}.",
         "",
         "| stage | jobs | pictures | device seconds |",
         "|---|---|---|---|",

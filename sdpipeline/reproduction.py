@@ -11,9 +11,9 @@ from sdpipeline import provenance
 from sdpipeline.domain import GenerationRequest, Json, request_from_document
 from sdpipeline.engine import Batch, Engine, GenerationFailure, Pixels, PreparedRequest
 from sdpipeline.errors import BadInputError, InputImageError, Mistake
+from sdpipeline.provenance import LARGEST_PICTURE
 
-RECORD_SCHEMAS = ("sdpipeline/record/1",)
-LARGEST_PICTURE = 2**28
+RECORD_SCHEMAS = ("sdpipeline/record/1", "sdpipeline/record/2")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,13 +59,17 @@ def checked_record(record: Json | None, name: str) -> Json:
         raise BadInputError(Mistake(file=name, message="holds no record of ours", fix="give a picture made here"))
     if record.get("schema") not in RECORD_SCHEMAS:
         raise BadInputError(Mistake(file=name, message=f"its record has the unknown schema {record.get('schema')!r}"))
+    if "prompt" not in record["asked"]:
+        fix = "give its job's number: the sidecar in storage has it"
+        raise BadInputError(Mistake(file=name, message="its record keeps the prompt back", fix=fix))
     return record
 
 
 def _made_again(record: Json, engine: Engine, find_input: FindInput) -> tuple[bytes, Json]:
     """The file and what ran; encoded as recorded, because children consume the pixels of the final file."""
     request = request_from_document(record["asked"])
-    images = {role: _image(about, engine, find_input) for role, about in record["inputs"].items()}
+    ancestors = record.get("ancestors", {})
+    images = {role: _image(about, ancestors, engine, find_input) for role, about in record["inputs"].items()}
     prepared = PreparedRequest(request=request, images=images)
     (result,) = engine.generate(Batch(requests=(prepared,), bucket=int(record["ran"]["bucket"])))
     if isinstance(result, GenerationFailure):
@@ -74,12 +78,13 @@ def _made_again(record: Json, engine: Engine, find_input: FindInput) -> tuple[by
     return provenance.encode(result.pixels, output=request.output, record=own).data, result.ran
 
 
-def _image(about: Json, engine: Engine, find_input: FindInput) -> Pixels:
+def _image(about: Json, ancestors: Json, engine: Engine, find_input: FindInput) -> Pixels:
     if "stage" not in about:
         return provenance.decode(find_input(about), max_pixels=LARGEST_PICTURE)
-    if about.get("record") is None:
+    record = about.get("record") or ancestors.get(about["sha256"])
+    if record is None:
         raise InputImageError(f"the record of the picture of stage {about['stage']!r} is not in this record")
-    data, _ = _made_again(about["record"], engine, find_input)
+    data, _ = _made_again({"ancestors": ancestors} | record, engine, find_input)
     return provenance.decode(data, max_pixels=LARGEST_PICTURE)
 
 

@@ -71,6 +71,18 @@ class SigningSettings(_Section):
     """The keys that sign; a development key is made only beside the embedded database."""
 
     seal_key_file: Path | None = Field(None, description="PEM file with the Ed25519 key that seals the audit log")
+    certificates_file: Path | None = Field(
+        None, description="PEM file with the chain that signs pictures: its certificate first, the root left out"
+    )
+    key_file: Path | None = Field(None, description="PEM file with that certificate's private key")
+    key_password: SecretStr | None = Field(None, description="password of that file")
+    kms_key_id: str | None = Field(None, description="key in AWS KMS that signs pictures, instead of a key file")
+    kms_endpoint_url: str | None = Field(None, description="endpoint of a KMS that is not AWS")
+    kms_region: str | None = Field(None, description="region of the KMS, where boto3's own chain names none")
+    tsa_url: str | None = Field(None, description="RFC 3161 authority that confirms when a picture was signed")
+    trust_file: Path | None = Field(
+        None, description="PEM file with the roots that are trusted, old ones and the time authority's among them"
+    )
 
 
 class RetentionSettings(_Section):

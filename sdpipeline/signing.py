@@ -40,6 +40,28 @@ class SigningKey:
     sign: Callable[[bytes], bytes]
     tsa_url: str | None = None
 
+    @property
+    def development(self) -> bool:
+        """Whether this program made it, so that it vouches for nobody."""
+        return any(each.value == DEVELOPMENT for each in self._names(NameOID.ORGANIZATION_NAME))
+
+    @property
+    def identity(self) -> str:
+        """Who signs, for people: the certificate's names and when it ends."""
+        if self.development:
+            return "a development key, which nobody trusts"
+        names = [
+            str(each.value) for oid in (NameOID.COMMON_NAME, NameOID.ORGANIZATION_NAME) for each in self._names(oid)
+        ]
+        return f"{', '.join(names)} ({self.algorithm}, until {self._leaf.not_valid_after_utc:%Y-%m-%d})"
+
+    @property
+    def _leaf(self) -> x509.Certificate:
+        return x509.load_pem_x509_certificates(self.certificates.encode())[0]
+
+    def _names(self, oid: x509.ObjectIdentifier) -> list[x509.NameAttribute[str | bytes]]:
+        return self._leaf.subject.get_attributes_for_oid(oid)
+
 
 def development_key(folder: Path) -> SigningKey:
     """The key in ``folder``, made on first use together with the chain that ``development_root`` ends in."""
@@ -53,6 +75,16 @@ def development_key(folder: Path) -> SigningKey:
 def development_root(folder: Path) -> str:
     """The root certificate of that key, in PEM."""
     return (folder / "root.pem").read_text()
+
+
+def trusted_roots(path: Path) -> str:
+    """The certificates in a PEM file; SettingsError where there are none."""
+    pem = _read(path)
+    try:
+        x509.load_pem_x509_certificates(pem)
+    except ValueError as error:
+        raise SettingsError(f"{path} holds no certificates in PEM: {error}") from error
+    return pem.decode()
 
 
 def pem_key(

@@ -170,6 +170,13 @@ class Quality(_Part):
     """The least share of a control map's edges that the picture has."""
 
 
+class Provenance(_Part):
+    """What a picture's own record tells; it is marked as AI-made and signed in any case."""
+
+    include_prompt: Literal["full", "hash", "none"] = "full"
+    """Whether prompts stand in the file: `full`, as their SHA-256 (`hash`), or `none`; the sidecar has them always."""
+
+
 class Policy(_Part):
     """What a campaign may ask for at all."""
 
@@ -313,6 +320,8 @@ class CampaignSpec(_Part):
     """Scores every picture must reach."""
     output: OutputSpec = OutputSpec()
     """How pictures are encoded."""
+    provenance: Provenance = Provenance()
+    """What the record in a picture tells."""
 
 
 LIMITS: Mapping[str, tuple[type, float, float]] = {
@@ -475,6 +484,7 @@ def _known_keys(path: KeyPath, shape: type[BaseModel]) -> Iterable[str]:
         "schedule": Schedule,
         "quality": Quality,
         "policy": Policy,
+        "provenance": Provenance,
         "seeds": SeedRange,
         "image": ImageSpec,
         "mask_image": ImageSpec,

@@ -180,9 +180,12 @@ def submit(
 def delivery_rules(spec: CampaignSpec) -> dict[str, Json]:
     """What the delivery of each stage's pictures obeys; none of it changes a pixel."""
     rules = {}
+    told = spec.provenance.include_prompt
     for stage in spec.stages:
         quality = (stage.quality or spec.quality).model_dump(exclude_none=True)
         rules[stage.id] = {"reuse": spec.reuse, "quality": quality}
+        if told != "full":
+            rules[stage.id]["include_prompt"] = told
     return rules
 
 

@@ -16,7 +16,7 @@ from typing import TypeVar
 
 import structlog
 
-from sdpipeline import delivery
+from sdpipeline import delivery, fetching
 from sdpipeline.batching import bucket_for
 from sdpipeline.breaker import Breaker
 from sdpipeline.db import budgets, originals, reports, workers
@@ -24,7 +24,7 @@ from sdpipeline.db import queue as jobs
 from sdpipeline.db.audit import AuditLog
 from sdpipeline.db.originals import Original
 from sdpipeline.db.queue import Lease, LeasedJob, Patience, StoredImage
-from sdpipeline.domain import Json, Status
+from sdpipeline.domain import Status
 from sdpipeline.engine import Batch, Engine, GeneratedImage, GenerationFailure, PreparedRequest
 from sdpipeline.errors import (
     DatabaseUnavailableError,
@@ -32,10 +32,13 @@ from sdpipeline.errors import (
     LeaseLostError,
     ObjectConflictError,
     SdpError,
+    SigningUnavailableError,
     StorageUnavailableError,
     TransientError,
 )
+from sdpipeline.fetching import Consumed
 from sdpipeline.retry import backoff_s, next_status
+from sdpipeline.signing import SigningKey
 from sdpipeline.stopping import Stop, leave
 from sdpipeline.storage import ForeignObjects, ObjectStore
 from sdpipeline.watchdog import HUNG_EXIT_CODE, Pace, Watchdog
@@ -88,6 +91,7 @@ class Worker:
     store: ObjectStore
     engine: Engine
     limits: WorkerLimits
+    signing: SigningKey
     foreign: ForeignObjects = field(default_factory=ForeignObjects)
     breaker: Breaker = field(default_factory=Breaker)
     pace: Pace = field(default_factory=Pace)
@@ -115,7 +119,7 @@ class Worker:
 
 @dataclass(slots=True)
 class _Work:
-    """One lease on its way through the stages; ``jobs`` and ``inputs`` stay in step.
+    """One lease on its way through the stages; ``jobs`` and ``consumed`` stay in step.
 
     ``making`` are the fingerprints that others may wait for; ``waiting`` are jobs whose picture is being made for
     another job, here or in the lease before. ``fault`` is why a picture was made and not stored, where that was not
@@ -127,7 +131,7 @@ class _Work:
     making: set[str] = field(default_factory=set)
     waiting: list[LeasedJob] = field(default_factory=list)
     requests: list[PreparedRequest] = field(default_factory=list)
-    inputs: list[Mapping[str, Json]] = field(default_factory=list)
+    consumed: list[Consumed] = field(default_factory=list)
     results: list[GeneratedImage | GenerationFailure] = field(default_factory=list)
     gpu_seconds: float = 0.0
     delivered: int = 0
@@ -330,18 +334,18 @@ class _Run:
         work = _Work(lease)
         for leased in self._to_make(work):
             try:
-                fetched = self._when_storage_answers(lease, partial(self._fetch_inputs, leased))
+                fetched = self._when_parts_answer(lease, partial(self._fetch_inputs, leased))
             except SdpError as error:
                 self._fail(lease, leased, error)
             else:
                 work.jobs.append(leased)
                 work.requests.append(fetched.prepared)
-                work.inputs.append(fetched.inputs)
+                work.consumed.append(fetched.consumed)
         return work
 
-    def _fetch_inputs(self, leased: LeasedJob) -> delivery.Fetched:
+    def _fetch_inputs(self, leased: LeasedJob) -> fetching.Fetched:
         worker = self.worker
-        return delivery.fetch(worker.store, worker.foreign, leased, max_pixels=worker.limits.max_pixels)
+        return fetching.fetch(worker.store, worker.foreign, leased, max_pixels=worker.limits.max_pixels)
 
     # Delivering what was made before.
 
@@ -385,7 +389,7 @@ class _Run:
             return False
         attempt = self._attempt(lease, leased, gpu_seconds=0.0)
         try:
-            stored = self._when_storage_answers(
+            stored = self._when_parts_answer(
                 lease, partial(delivery.reuse, self.worker.store, leased, original, attempt, engine=self._engine)
             )
         except (InputImageError, ObjectConflictError) as error:
@@ -462,13 +466,13 @@ class _Run:
 
     def _store(self) -> None:
         while (work := self._take(self._generated)) is not None:
-            for leased, inputs, result in zip(work.jobs, work.inputs, work.results, strict=False):
+            for leased, consumed, result in zip(work.jobs, work.consumed, work.results, strict=False):
                 if work.lease.id in self._lost:
                     break
                 if isinstance(result, GenerationFailure):
                     self._fail(work.lease, leased, result.error, gpu_seconds=work.share_s)
                 else:
-                    self._deliver(work, leased, inputs, result)
+                    self._deliver(work, leased, consumed, result)
             if work.delivered:
                 self._recovered()
             elif work.fault is not None:
@@ -495,12 +499,13 @@ class _Run:
             self._deliver_waiting(work)
         self._close(work.lease)
 
-    def _deliver(self, work: _Work, leased: LeasedJob, inputs: Mapping[str, Json], generated: GeneratedImage) -> None:
+    def _deliver(self, work: _Work, leased: LeasedJob, consumed: Consumed, generated: GeneratedImage) -> None:
         attempt = self._attempt(work.lease, leased, gpu_seconds=work.share_s)
         try:
             # Once, not at each try to store it: what an outage left half stored would be met with other bytes.
-            picture = delivery.finish(leased, inputs, generated, attempt)
-            stored = self._when_storage_answers(work.lease, partial(delivery.deliver, self.worker.store, picture))
+            finish = partial(delivery.finish, leased, consumed, generated, attempt, self.worker.signing)
+            picture = self._when_parts_answer(work.lease, finish)
+            stored = self._when_parts_answer(work.lease, partial(delivery.deliver, self.worker.store, picture))
         except SdpError as error:
             work.fault = error if isinstance(error, TransientError) else work.fault
             self._fail(work.lease, leased, error, gpu_seconds=work.share_s)
@@ -591,19 +596,20 @@ class _Run:
             workers.seen(connection, self.worker.worker_id)
             return jobs.heartbeat(connection, lease_ids, ttl_s=self.worker.limits.lease_ttl_s)
 
-    def _when_storage_answers(self, lease: Lease, ask: Callable[[], _T]) -> _T:
-        """Wait out a storage outage while the lease lives: its jobs are not to blame."""
+    def _when_parts_answer(self, lease: Lease, ask: Callable[[], _T]) -> _T:
+        """Wait out an outage of storage or of the signing key while the lease lives: its jobs are not to blame."""
         pause_s = 1.0
         while True:
             try:
                 answer = ask()
-            except StorageUnavailableError as error:
-                _log.warning("storage_unavailable", error=str(error), retry_in_s=pause_s)
-                self._note(f"waits for storage: {error}")
+            except (StorageUnavailableError, SigningUnavailableError) as error:
+                what = "storage" if isinstance(error, StorageUnavailableError) else "signing"
+                _log.warning(f"{what}_unavailable", error=str(error), retry_in_s=pause_s)
+                self._note(f"waits for {what}: {error}")
                 self._suspect(error)
                 self._pause(pause_s, error)
                 if lease.id in self._lost:
-                    raise LeaseLostError("storage did not answer while the lease lived") from error
+                    raise LeaseLostError(f"{what} did not answer while the lease lived") from error
                 pause_s = min(LONGEST_OUTAGE_PAUSE_S, pause_s * 2)
             else:
                 if pause_s > 1.0:

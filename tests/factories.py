@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import atexit
 import hashlib
 import json
 import secrets
+import shutil
+import tempfile
 from collections.abc import Iterable, Iterator
+from functools import cache
 from pathlib import Path
 from textwrap import dedent
 from typing import Any
@@ -37,7 +41,17 @@ from sdpipeline.engine.checkpoints import CheckpointFiles
 from sdpipeline.errors import CampaignError
 from sdpipeline.inputs import InputFolder
 from sdpipeline.policy import Rules
+from sdpipeline.signing import SigningKey, development_key
 from sdpipeline.storage import ObjectStore
+
+
+@cache
+def signing_key() -> SigningKey:
+    """A development key of this process's own."""
+    folder = Path(tempfile.mkdtemp(prefix="sdp-test-keys-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return development_key(folder)
+
 
 CHECKPOINT = CheckpointRef(alias="shapes", digest="c0" * 32)
 

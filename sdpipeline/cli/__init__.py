@@ -21,6 +21,7 @@ from sdpipeline.cli import (
     pictures,
     reconciling,
     start,
+    verifying,
 )
 from sdpipeline.cli.output import print_mistakes, stdout
 from sdpipeline.errors import (
@@ -64,6 +65,7 @@ demo.add_to(app)
 start.add_to(app)
 campaigns.add_to(app)
 pictures.add_to(app)
+verifying.add_to(app)
 exporting.add_to(app)
 forgetting.add_to(app)
 checkpoints.add_to(app)

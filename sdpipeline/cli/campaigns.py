@@ -111,6 +111,7 @@ def run(
     from sdpipeline import orchestration
 
     s = settings(home)
+    bootstrap.picture_key(s)
     if not s.embedded:
         bootstrap.seal_key(s)  # a missing key is found before any work is done; the embedded default makes its own
     name, done = submit_file(s, file, edition=edition)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import shlex
 import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
+from urllib.parse import unquote, urlsplit
 
 import typer
 
@@ -59,10 +61,13 @@ class _Result:
     wall_s: float
     places: dict[str, str]
     seconds: dict[str, float]
+    signer: str
+    newest: str
 
     def document(self) -> dict[str, Any]:
         rate = round(self.images / self.wall_s, 3)
-        return {"wall_s": round(self.wall_s, 1), "images_per_s": rate, "places": self.places, "seconds": self.seconds}
+        made = {"wall_s": round(self.wall_s, 1), "images_per_s": rate, "signer": self.signer}
+        return made | {"places": self.places, "seconds": self.seconds}
 
 
 def _embedded(s: Settings) -> Settings:
@@ -79,6 +84,7 @@ def _result(s: Settings, name: str, wall_s: float) -> _Result:
         campaign_id = bootstrap.known_campaign(have.database, s.team, name)
         with have.database.read() as connection:
             images = reports.progress(connection, campaign_id).images
+            newest = reports.newest_images(connection, campaign_id, 1)
             spent = report.time_spent(reports.timings(connection, campaign_id))
     places = {
         "contact sheet": str(sheet),
@@ -89,7 +95,14 @@ def _result(s: Settings, name: str, wall_s: float) -> _Result:
         "campaign file": str(BUNDLED_CAMPAIGN),
     }
     seconds = {label.removesuffix("_s"): round(value, 2) for label, value in spent.items()}
-    return _Result(images=images, wall_s=wall_s, places=places, seconds=seconds)
+    return _Result(
+        images=images,
+        wall_s=wall_s,
+        places=places,
+        seconds=seconds,
+        signer=bootstrap.picture_key(s).identity,
+        newest=unquote(urlsplit(newest[0]["url"]).path) if newest else "PICTURE",
+    )
 
 
 def _print(result: _Result, *, nothing_new: bool) -> None:
@@ -99,6 +112,7 @@ def _print(result: _Result, *, nothing_new: bool) -> None:
         rate = result.images / result.wall_s
         stdout.print(f"{result.images} pictures in {result.wall_s:.0f} s, {rate:.2f} a second, starts included.")
         print_table("Where the time went", ("work", "seconds over all pictures"), result.seconds.items())
+    stdout.print(f"Each is marked as AI-made and signed by {result.signer}.")
     print_table("Where things are", ("what", "where"), result.places.items())
     print_table(
         "What to try next",
@@ -107,6 +121,7 @@ def _print(result: _Result, *, nothing_new: bool) -> None:
             ("see every job", "sdpipeline jobs demo"),
             ("know all about one", "sdpipeline show 1"),
             ("check that nothing was changed", "sdpipeline audit verify"),
+            ("see what a picture is and who signed it", f"sdpipeline verify {shlex.quote(result.newest)}"),
             ("have the pictures under readable names", "sdpipeline export demo --to DIR"),
             ("write your own", "sdpipeline init DIR, and there: sdpipeline run catalogue.yaml"),
             ("check this installation", "sdpipeline doctor"),

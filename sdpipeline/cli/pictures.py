@@ -13,12 +13,13 @@ import typer
 from sdpipeline import archive, bootstrap, provenance, reproduction
 from sdpipeline.cli.output import FOUND_FAULTS, AsJson, Home, print_json, print_records, refuse, settings, stdout
 from sdpipeline.db import reports
-from sdpipeline.delivery import pinned
 from sdpipeline.domain import Json
 from sdpipeline.engine import Pixels
 from sdpipeline.errors import InputImageError, ObjectMissingError
+from sdpipeline.fetching import pinned
 from sdpipeline.inputs import input_key
-from sdpipeline.reproduction import LARGEST_PICTURE, checked_record
+from sdpipeline.provenance import LARGEST_PICTURE
+from sdpipeline.reproduction import checked_record
 from sdpipeline.settings import Settings
 from sdpipeline.storage import ForeignObjects
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from sqlalchemy import Connection, and_, delete, exists, func, insert, or_, select, update
 
-from sdpipeline.db import budgets, control
+from sdpipeline.db import budgets, control, lookup
 from sdpipeline.db.audit import Event, Transaction
 from sdpipeline.db.budgets import Charge
 from sdpipeline.db.connection import insert_ignoring, now_s
@@ -137,6 +137,7 @@ def _adopt(tx: Transaction, campaign_id: int, row: Any) -> None:
     stored = StoredImage(**row.stored)
     about = {"attempt": row.attempt, "fingerprint": row.fingerprint}
     values = about | {"job_id": row.job_id, "worker_id": row.worker_id, "created_at": now_s()} | _fields(stored)
+    values |= lookup.looks(stored.scores) if stored.reused_from is None else {}
     tx.connection.execute(insert(image).values(**values))
     if stored.reused_from is None:
         charge = Charge(worker_id=row.worker_id, gpu_seconds=stored.gpu_seconds)

@@ -11,6 +11,7 @@ from sqlalchemy.dialects import postgresql, sqlite
 
 from sdpipeline.db.audit import Event, Transaction
 from sdpipeline.db.history import average
+from sdpipeline.db.locks import share_if_free
 from sdpipeline.db.tables import campaign, job, spending, work_group
 from sdpipeline.domain import Json
 
@@ -91,7 +92,8 @@ def admit(tx: Transaction, *, wave: int, gpu_second_cost: float = 0.0, campaign_
     # Not in the way of completions, whose first row of spending refers to the campaign.
     free = chosen.order_by(campaign.c.id).with_for_update(skip_locked=True, key_share=True)
     for row in tx.connection.execute(free).all():
-        if row.budget is not None:  # JSON's null is no NULL everywhere
+        # JSON's null is no NULL everywhere. What somebody has for himself would be waited for with its row locked.
+        if row.budget is not None and share_if_free(tx.connection, row.id):
             _admit(tx, row, wave, gpu_second_cost)
 
 

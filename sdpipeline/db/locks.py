@@ -34,6 +34,13 @@ def share_campaigns(connection: Connection, of_jobs: ColumnElement[bool]) -> Non
     _lock_owners(connection, of_jobs, func.pg_advisory_xact_lock_shared)
 
 
+def share_if_free(connection: Connection, campaign_id: int) -> bool:
+    """Keep :func:`have_campaign` out of this campaign until the commit, unless somebody has it or waits for it."""
+    if connection.dialect.name != "postgresql":
+        return True
+    return bool(connection.execute(select(func.pg_try_advisory_xact_lock_shared(_CAMPAIGN, campaign_id))).scalar_one())
+
+
 def _lock_owners(connection: Connection, of_jobs: ColumnElement[bool], lock: Any) -> None:
     if connection.dialect.name == "postgresql":
         owners = select(job.c.campaign_id).where(of_jobs).distinct().order_by(job.c.campaign_id).subquery()

@@ -30,7 +30,7 @@ from sqlalchemy import (
     update,
 )
 
-from sdpipeline.db import budgets
+from sdpipeline.db import budgets, lookup
 from sdpipeline.db.audit import Event, Transaction
 from sdpipeline.db.budgets import Charge
 from sdpipeline.db.connection import now_s
@@ -96,6 +96,8 @@ class ParentImage:
     sha256: str
     pixels_sha256: str
     fingerprint: str
+    sidecar_key: str
+    sidecar_sha256: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -371,10 +373,9 @@ def _leased_jobs(connection: Connection, rows: Sequence[Any]) -> tuple[LeasedJob
 
 def _parent_images(connection: Connection, job_ids: Collection[int]) -> dict[int, tuple[ParentImage, ...]]:
     parent = job.alias("parent")
+    names = ("key", "sha256", "pixels_sha256", "fingerprint", "sidecar_key", "sidecar_sha256")
     statement = (
-        select(
-            job_parent.c.job_id, parent.c.stage, image.c.key, image.c.sha256, image.c.pixels_sha256, image.c.fingerprint
-        )
+        select(job_parent.c.job_id, parent.c.stage, *(image.c[name] for name in names))
         .join(parent, parent.c.id == job_parent.c.parent_id)
         .join(image, and_(image.c.job_id == parent.c.id, image.c.fingerprint == parent.c.fingerprint))
         .where(job_parent.c.job_id.in_(job_ids))
@@ -431,6 +432,7 @@ def complete(tx: Transaction, *, lease_id: str, leased: LeasedJob, stored: Store
             worker_id=charge.worker_id,
             created_at=now_s(),
             **fields,
+            **(lookup.looks(stored.scores) if stored.reused_from is None else {}),
         )
     )
     _end_attempt(tx.connection, leased.id, lease_id, "succeeded", gpu_seconds=charge.gpu_seconds, cost=charge.cost)

@@ -211,6 +211,8 @@ attempt = Table(
     Index("ix_attempt_lease_id", "lease_id"),
 )
 
+LOOKS = ("look_1", "look_2", "look_3", "look_4")
+
 # A job's picture is the one with the job's present fingerprint; older ones are kept for when a file is changed back.
 image = Table(
     "image",
@@ -238,8 +240,13 @@ image = Table(
     Column("deleted_at", Double),
     Column("worker_id", String(32), nullable=False),
     Column("created_at", Double, nullable=False),
+    # The perceptual hash in four numbers of 16 bits; a copy has none, for it is found where its original is.
+    *(Column(name, Integer) for name in LOOKS),
     Index("ix_image_fingerprint", "fingerprint"),
 )
+for _name, _look in (("pixels_sha256", LOOKS[0]), *((name, name) for name in LOOKS)):
+    _where = f"{_look} IS NOT NULL"
+    Index(f"ix_image_{_name}", image.c[_name], postgresql_where=text(_where), sqlite_where=text(_where))
 
 # Pictures that storage holds with their sidecars and that no job has: a restored backup forgot them. Each waits for
 # its job, which may come only with the next submit; then it is recorded as that job's picture, and its row goes.

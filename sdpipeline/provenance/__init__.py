@@ -1,8 +1,10 @@
 """From pixels to a file that says, signed, what made it, and back."""
 
+from sdpipeline.provenance.disclosure import disclosed, include_prompt, own_part, tells_more
 from sdpipeline.provenance.encoding import (
     COMPOSITE,
     GENERATED,
+    LARGEST_PICTURE,
     EncodedImage,
     content_type,
     decode,
@@ -17,6 +19,7 @@ from sdpipeline.provenance.manifest import Ingredient, ParentPicture, VerifiedPi
 __all__ = [
     "COMPOSITE",
     "GENERATED",
+    "LARGEST_PICTURE",
     "EncodedImage",
     "Ingredient",
     "ParentPicture",
@@ -24,10 +27,14 @@ __all__ = [
     "content_type",
     "decode",
     "digital_source_type",
+    "disclosed",
     "encode",
     "encoder",
+    "include_prompt",
+    "own_part",
     "pixels_sha256",
     "read_record",
     "sign",
+    "tells_more",
     "verify",
 ]

@@ -27,6 +27,9 @@ DIGITAL_SOURCE_TYPES = "http://cv.iptc.org/newscodes/digitalsourcetype/"
 GENERATED = DIGITAL_SOURCE_TYPES + "trainedAlgorithmicMedia"
 COMPOSITE = DIGITAL_SOURCE_TYPES + "compositeWithTrainedAlgorithmicMedia"
 
+LARGEST_PICTURE = 2**28
+"""Pixels of the largest picture of our own that is decoded."""
+
 _CONTENT_TYPES = {"png": "image/png", "jpeg": "image/jpeg", "webp": "image/webp"}
 _EXTENSIONS = {"png": "png", "jpeg": "jpg", "webp": "webp"}
 _PNG_RECORD = "sdpipeline"

@@ -14,6 +14,7 @@ import c2pa
 from sdpipeline import __version__
 from sdpipeline.domain import Json
 from sdpipeline.errors import InputImageError, SigningUnavailableError
+from sdpipeline.provenance.disclosure import own_part
 from sdpipeline.provenance.encoding import (
     COMPOSITE,
     GENERATED,
@@ -79,8 +80,8 @@ class VerifiedPicture:
 
     ``c2pa`` is *trusted* where the signer's chain ends in a trusted root, *valid* where it does not or is
     a development key's, *invalid* where the picture or its manifest was changed, *missing* without one.
-    ``record`` is the signed one, or the embedded one where nothing is signed. ``parents`` has every
-    ancestor, nearest first. ``faults`` names what does not hold.
+    ``record`` is the signed one, without its ancestors', or the embedded one where nothing is signed. ``parents``
+    has every ancestor, nearest first. ``faults`` names what does not hold.
     """
 
     c2pa: Literal["trusted", "valid", "invalid", "missing"]
@@ -108,7 +109,9 @@ def sign(
 ) -> EncodedImage:
     """The same picture with a signed manifest; the last step, for any change to the file afterwards breaks it.
 
-    Raises SigningUnavailableError, also for a certificate that ran out.
+    Of the record its own part is signed: each ancestor's is in the manifest that the ancestor brings along.
+    Raises SigningUnavailableError, also for a certificate that ran out, and InputImageError for an ingredient that
+    C2PA cannot read.
     """
     refusals: list[SigningUnavailableError] = []
 
@@ -182,7 +185,7 @@ def _manifest(record: Json, ingredients: Sequence[Ingredient], *, from_photograp
         "claim_generator_info": [_AGENT],
         "assertions": [
             {"label": _ACTIONS, "data": {"actions": [*opened, made]}},
-            {"label": _RECORD, "data": {"json": record_text(record)}},
+            {"label": _RECORD, "data": {"json": record_text(own_part(record))}},
         ],
     }
 
@@ -190,7 +193,10 @@ def _manifest(record: Json, ingredients: Sequence[Ingredient], *, from_photograp
 def _add(builder: c2pa.Builder, ingredient: Ingredient) -> None:
     relationship = "parentOf" if ingredient.role == _PARENT else "inputTo"
     described = {"title": ingredient.role, "label": ingredient.role, "relationship": relationship}
-    builder.add_ingredient(described, content_type(ingredient.data), io.BytesIO(ingredient.data))
+    try:
+        builder.add_ingredient(described, content_type(ingredient.data), io.BytesIO(ingredient.data))
+    except c2pa.C2paError as error:
+        raise InputImageError(f"{ingredient.role} cannot be named as an ingredient: {error}") from error
 
 
 def _verified(document: Json, embedded: Json | None, source_type: str | None) -> VerifiedPicture:
@@ -200,7 +206,7 @@ def _verified(document: Json, embedded: Json | None, source_type: str | None) ->
     state = document["validation_state"].lower()
     faults = [*_failures(document.get("validation_results", {}))]
     faults += ["xmp.missing"] if source_type is None else []
-    faults += ["record.missing"] if signed is None else ["record.differs"] if signed != embedded else []
+    faults += ["record.missing"] if signed is None else [] if signed == own_part(embedded or {}) else ["record.differs"]
     return VerifiedPicture(
         c2pa="valid" if development and state == "trusted" else state,
         digital_source_type=_source_type(manifests[active]) or source_type,

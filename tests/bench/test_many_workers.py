@@ -23,7 +23,7 @@ from sdpipeline.engine.fake import FakeEngine
 from sdpipeline.storage import LocalStore
 from sdpipeline.worker import Worker, WorkerLimits
 from tests.chaos.postgres import PostgresServer, postgres_server
-from tests.factories import chains, published, stored_image
+from tests.factories import chains, published, signing_key, stored_image
 from tests.integration.databases import processes
 
 pytestmark = [pytest.mark.bench, pytest.mark.timeout(600)]
@@ -111,7 +111,7 @@ def _work(url: str, folder: Path, name: str, times: Times) -> None:
     database = open_database(url)  # connections of its own, as a worker process has
     _time_device_thread(database, times)
     limits = WorkerLimits(max_batch=BATCH, lease_ttl_s=LEASE_TTL_S, max_pixels=10_000_000)
-    worker = Worker(name, TimedLog(database, times), LocalStore(folder), TimedEngine(times), limits)
+    worker = Worker(name, TimedLog(database, times), LocalStore(folder), TimedEngine(times), limits, signing_key())
     worker.run(until_idle=False, deadline_s=RUN_S)
     database.close()
 

@@ -15,7 +15,7 @@ from sdpipeline.db.migrate import upgrade
 from sdpipeline.engine.fake import FakeEngine
 from sdpipeline.storage import LocalStore
 from sdpipeline.worker import Worker, WorkerLimits
-from tests.factories import chains, published
+from tests.factories import chains, published, signing_key
 from tests.integration.databases import processes
 
 pytestmark = [pytest.mark.bench, pytest.mark.timeout(3600)]
@@ -37,7 +37,7 @@ def _work(answers: Any, url: str, folder: Path) -> None:
             resident[done] = me.memory_info().rss / 2**20
 
     limits = WorkerLimits(max_batch=8, lease_ttl_s=60.0, max_pixels=10_000_000)
-    worker = Worker("bench", AuditLog(database, actor="bench"), LocalStore(folder), FakeEngine(), limits)
+    worker = Worker("bench", AuditLog(database, actor="bench"), LocalStore(folder), FakeEngine(), limits, signing_key())
     worker.run(on_progress=on_progress)
     database.close()
     answers.put(resident)

@@ -15,6 +15,7 @@ from sdpipeline.db.connection import Database
 from sdpipeline.domain import TERMINAL
 from tests.chaos import worker_process
 from tests.factories import statuses
+from tests.integration.certificates import signing_settings
 
 WORKERS = 3
 LEASE_TTL_S = 1.0
@@ -38,13 +39,18 @@ class Crew:
         outages: bool = False,
         settings: Mapping[str, str] | None = None,
     ) -> None:
-        self.environment = {
-            "SDP_HOME": str(home),
-            "SDP_DATABASE_URL": database_url,
-            "SDP_STORAGE_URL": f"file://{home / 'storage'}",
-            "SDP_LEASE_TTL_S": str(LEASE_TTL_S),
-            "SDP_ENGINE__FAKE_SECONDS_PER_BATCH": "0.1",
-        } | dict(settings or {})
+        home.mkdir(parents=True, exist_ok=True)
+        self.environment = (
+            signing_settings(home)
+            | {
+                "SDP_HOME": str(home),
+                "SDP_DATABASE_URL": database_url,
+                "SDP_STORAGE_URL": f"file://{home / 'storage'}",
+                "SDP_LEASE_TTL_S": str(LEASE_TTL_S),
+                "SDP_ENGINE__FAKE_SECONDS_PER_BATCH": "0.1",
+            }
+            | dict(settings or {})
+        )
         self.home = home
         self.random = random.Random(seed)
         self.fencing = fencing

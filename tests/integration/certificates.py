@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cryptography import x509
@@ -31,7 +32,7 @@ class Authority:
         public_key: CertificatePublicKeyTypes,
         *,
         own_key: ec.EllipticCurvePrivateKey | None = None,
-        days: tuple[int, int] = (-1, 100),
+        days: tuple[float, float] = (-1, 100),
         usage: x509.ObjectIdentifier | None = ExtendedKeyUsageOID.EMAIL_PROTECTION,
         self_signed: bool = False,
     ) -> list[x509.Certificate]:
@@ -51,7 +52,7 @@ class Authority:
         public_key: CertificatePublicKeyTypes,
         *,
         authority: bool = False,
-        days: tuple[int, int] = (-1, 100),
+        days: tuple[float, float] = (-1, 100),
         usage: x509.ObjectIdentifier | None = None,
     ) -> x509.Certificate:
         flags = ("content_commitment", "key_encipherment", "data_encipherment", "key_agreement")
@@ -72,9 +73,28 @@ class Authority:
         signs = {"digital_signature": not authority, "key_cert_sign": authority, "crl_sign": authority}
         builder = builder.add_extension(x509.KeyUsage(**signs, **never), critical=True)
         if usage:
-            builder = builder.add_extension(x509.ExtendedKeyUsage([usage]), critical=False)
+            # RFC 3161 wants this one to be critical, and alone.
+            critical = usage == ExtendedKeyUsageOID.TIME_STAMPING
+            builder = builder.add_extension(x509.ExtendedKeyUsage([usage]), critical=critical)
         return builder.sign(self._keys[issuer], hashes.SHA256())
 
     def _name(self, common_name: str) -> x509.Name:
         organization = x509.NameAttribute(NameOID.ORGANIZATION_NAME, self._company)
         return x509.Name([organization, x509.NameAttribute(NameOID.COMMON_NAME, common_name)])
+
+
+def signing_settings(folder: Path) -> dict[str, str]:
+    """A company's chain, key and root as files, by the settings that name them."""
+    authority, key = Authority("Acme"), ec.generate_private_key(ec.SECP256R1())
+    form = serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+    files = {
+        "CERTIFICATES_FILE": authority.pem(authority.chain(key.public_key())),
+        "KEY_FILE": key.private_bytes(*form),
+        "TRUST_FILE": authority.root_pem.encode(),
+    }
+    found = {}
+    for name, data in files.items():
+        path = folder / f"{name.lower()}.pem"
+        path.write_bytes(data)
+        found[f"SDP_SIGNING__{name}"] = str(path)
+    return found

@@ -159,6 +159,8 @@ def demo_home(tmp_path_factory: pytest.TempPathFactory) -> Path:
             done = sdpipeline("demo", "--home", home)
             assert done.returncode == 0, done.stderr + done.stdout
             assert "24 pictures in" in done.stdout
+            assert "signed by a development key, which nobody trusts" in done.stdout
+            assert "sdpipeline verify " in done.stdout
     return home
 
 

@@ -48,9 +48,13 @@ def once(method: str, *faults: Fault) -> Choose:
 
 
 class FaultProxy:
-    """Listens on ``url`` and passes requests on to ``upstream``; ``seen`` lists methods with their faults."""
+    """Listens on ``url`` and passes requests on to ``upstream``; ``seen`` lists methods with their faults.
 
-    def __init__(self, upstream: str, choose: Choose) -> None:
+    ``rewrite`` changes what readers get, as a server does that optimises pictures on their way.
+    """
+
+    def __init__(self, upstream: str, choose: Choose, rewrite: Callable[[bytes], bytes] = lambda data: data) -> None:
+        self.rewrite = rewrite
         self.seen: list[tuple[str, Fault | None]] = []
         self.stopping = threading.Event()
         self.choose = choose
@@ -106,6 +110,7 @@ class _Handler(BaseHTTPRequestHandler):
         """Tests read ``seen``."""
 
     def _pass_on(self, body: bytes, fault: Fault | None) -> None:
+        proxy = self.server.proxy
         connection = http.client.HTTPConnection(*self.server.proxy.upstream, timeout=30)
         connection.request(self.command, self.path, body, dict(self.headers) | {"Connection": "close"})
         reply = connection.getresponse()
@@ -115,6 +120,10 @@ class _Handler(BaseHTTPRequestHandler):
             self._reset()
             return
         headers = [pair for pair in reply.getheaders() if pair[0].lower() not in ("transfer-encoding", "connection")]
+        if self.command == "GET" and (rewritten := proxy.rewrite(data)) != data:
+            data = rewritten
+            about_data = ("content-length", "x-amz-checksum")
+            headers = [pair for pair in headers if not pair[0].lower().startswith(about_data)]
         if not any(name.lower() == "content-length" for name, _ in headers):
             headers.append(("Content-Length", str(len(data))))
         half = fault in {Fault.CUT_BODY, Fault.SHORT_BODY}

@@ -10,7 +10,9 @@ from sqlalchemy import event, select
 from sdpipeline.db import budgets, control, reports, tables
 from sdpipeline.db.audit import AuditLog
 from sdpipeline.db.connection import Database
+from sdpipeline.db.locks import have_campaign
 from tests.factories import chains, completed, events, failed, leased, published, statuses, try_lease
+from tests.integration.databases import on_postgresql
 
 STAGES = ("draft", "scene", "final")
 SECONDS = 0.1
@@ -205,3 +207,18 @@ def test_a_finished_campaign_costs_a_poll_nothing_more(audit: AuditLog) -> None:
         event.listen(tx.connection, "before_cursor_execute", note)
         budgets.admit(tx, wave=8)
     assert len([statement for statement in seen if "campaign" in statement and "audit" not in statement]) == 1
+
+
+@on_postgresql
+def test_no_chain_is_begun_while_somebody_changes_the_campaign_and_nobody_waits(
+    audit: AuditLog, database: Database
+) -> None:
+    campaign_id = budgeted(audit, 4, max_images=12)
+    with database.write() as other:
+        have_campaign(other, campaign_id)
+        with audit.transaction() as tx:
+            tx.connection.exec_driver_sql("SET LOCAL lock_timeout = '1s'")
+            budgets.admit(tx, wave=8)
+        assert set(statuses(database)) == {"waiting"}
+    worked(audit)
+    assert made(database)["final"] == 4

@@ -58,7 +58,9 @@ def test_a_damaged_input_fails_its_own_job_skips_what_needs_it_and_leaves_exit_c
     failed = bootstrap.failures(bootstrap.load_settings(home), "two")
     assert [(each["stage"], each["attempts"], each["kind"]) for each in failed] == [("first", 1, "InputImage")]
     assert "was altered in storage" in failed[0]["error"]
-    assert "was altered in storage" in bootstrap.finish_report(bootstrap.load_settings(home), "two")
+    told = bootstrap.finish_report(bootstrap.load_settings(home), "two")
+    assert "was altered in storage" in told
+    assert "Pictures are signed by a development key" in told
     assert document("audit", "verify", "--home", home)["ok"] is True
 
 

@@ -26,7 +26,7 @@ from sdpipeline.inputs import input_key
 from sdpipeline.retention import Periods
 from sdpipeline.storage import LocalStore
 from sdpipeline.worker import Worker, WorkerLimits
-from tests.factories import chains, events, job_spec, leased, published, statuses
+from tests.factories import chains, events, job_spec, leased, published, signing_key, statuses
 from tests.integration.commands import FAKE_ENGINE
 from tests.integration.databases import on_sqlite
 from tests.integration.engine_requests import noise
@@ -70,7 +70,7 @@ class Place:
         """Publish a campaign and work it to its end; returns how many were made or copied."""
         published(self.audit, jobs, **options)
         limits = WorkerLimits(max_batch=8, lease_ttl_s=60.0, max_pixels=10**7)
-        return Worker("worker-1", self.audit, self.store, self.engine, limits).run().succeeded
+        return Worker("worker-1", self.audit, self.store, self.engine, limits, signing_key()).run().succeeded
 
     def forget(self, *, dry_run: bool = False, **periods: float | None) -> Json:
         done = retention.forget(

@@ -15,10 +15,11 @@ from sdpipeline.db.audit import AuditLog
 from sdpipeline.db.queue import Lease
 from sdpipeline.engine import Batch, GeneratedImage, PreparedRequest
 from sdpipeline.engine.fake import FakeEngine
+from sdpipeline.fetching import Consumed
 from sdpipeline.reconcile import reconcile
 from sdpipeline.storage import LocalStore
 from sdpipeline.worker import Worker, WorkerLimits
-from tests.factories import chains, expired, job_spec, leased, published, statuses
+from tests.factories import chains, expired, job_spec, leased, published, signing_key, statuses
 from tests.integration.databases import on_sqlite
 from tests.integration.test_archive import MONDAY, TUESDAY, Editions, edition_of
 from tests.integration.test_forgetting import ANNA, of
@@ -43,12 +44,12 @@ def left_behind(place: Editions, lease: Lease) -> None:
     assert isinstance(made, GeneratedImage)
     made = replace(made, ran=made.ran | {"slot": 5})
     attempt = delivery.Attempt(number=job.attempt, lease_id=lease.id, worker_id="worker-1", gpu_seconds=0.1)
-    delivery.deliver(place.store, delivery.finish(job, {}, made, attempt))
+    delivery.deliver(place.store, delivery.finish(job, Consumed(), made, attempt, signing_key()))
 
 
 def worked(place: Editions) -> Any:
     limits = WorkerLimits(max_batch=8, lease_ttl_s=60.0, max_pixels=10**7)
-    return Worker("worker-1", place.audit, place.store, FakeEngine(), limits).run()
+    return Worker("worker-1", place.audit, place.store, FakeEngine(), limits, signing_key()).run()
 
 
 def test_what_a_policy_blocked_and_was_erased_stays_gone_when_the_policy_allows_it(place: Editions) -> None:

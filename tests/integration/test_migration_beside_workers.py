@@ -20,6 +20,7 @@ from sdpipeline.db.connection import Database, open_database
 from sdpipeline.db.tables import campaign, job
 from sdpipeline.storage import LocalStore
 from tests.factories import events
+from tests.integration.certificates import signing_settings
 from tests.integration.previous_release import PreviousRelease, previous_release
 
 pytestmark = pytest.mark.timeout(0)
@@ -63,7 +64,7 @@ def test_workers_of_the_previous_release_go_on_while_the_database_is_migrated(
         assert not [word for word in ("Traceback", "attempt_failed", "unavailable") if word in previous.log()]
         left = _count(database) - _done(database)
         assert left > 0, "nothing was left for a worker of this release"
-        for name, value in previous.settings.items():
+        for name, value in (previous.settings | signing_settings(tmp_path)).items():
             monkeypatch.setenv(name, value)
         summary = bootstrap.run_worker(bootstrap.load_settings(), campaign="spring", until_idle=True, device="cpu")
     assert (summary.succeeded, summary.failed) == (left, 0)

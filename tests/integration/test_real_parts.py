@@ -17,6 +17,7 @@ import pytest
 from sqlalchemy import NullPool, create_engine, text
 
 from sdpipeline.audit import load_key
+from tests.integration.certificates import signing_settings
 from tests.integration.commands import document, environment, pictures, sdpipeline
 from tests.integration.conftest import Bucket, free_port, served
 
@@ -44,6 +45,7 @@ def real_parts(postgres_url: str, moto_bucket: Bucket, prefect_api_url: str, tmp
         "SDP_S3__ENDPOINT_URL": moto_bucket.endpoint_url,
         "PREFECT_API_URL": prefect_api_url,
         "SDP_SIGNING__SEAL_KEY_FILE": str(tmp_path / "seal.pem"),
+        **signing_settings(tmp_path),
     }
 
 
@@ -78,6 +80,8 @@ def test_the_demo_campaign_makes_the_same_pixels_on_real_parts_set_up_as_the_rea
         assert done.returncode == 0, f"{line}\n{done.stderr}{done.stdout}"
     settings = real_parts | {"SDP_HOME": str(tmp_path / "home"), "SDP_S3__ADDRESSING_STYLE": "path"}
     assert document("audit", "verify", given=settings)["images"] == 24
+    verified = document("verify", f"{real_parts['SDP_STORAGE_URL']}/default/demo/", given=settings)
+    assert {each["c2pa"] for each in verified["pictures"]} == {"trusted"}
     made = document("jobs", "demo", given=settings)["jobs"]
     assert {job["status"] for job in made} == {"succeeded"}
     assert all(job["image"]["url"].startswith(real_parts["SDP_STORAGE_URL"]) for job in made)
@@ -121,6 +125,7 @@ def test_a_part_that_does_not_answer_is_refused_in_time_naming_its_setting(
     load_key(seal_key, create=True)
     settings = {
         "SDP_SIGNING__SEAL_KEY_FILE": str(seal_key),
+        **signing_settings(tmp_path),
         "SDP_S3__ENDPOINT_URL": "http://127.0.0.1:9",
         name: address,
     }

@@ -23,10 +23,22 @@ from sdpipeline.domain import ControlNetInput, ImageSource, JobSpec, Json
 from sdpipeline.engine import Batch, GeneratedImage, PreparedRequest
 from sdpipeline.engine.fake import FakeEngine
 from sdpipeline.errors import SettingsError
+from sdpipeline.fetching import Consumed
 from sdpipeline.reconcile import Reconciliation, reconcile
 from sdpipeline.storage import LocalStore
 from sdpipeline.worker import Worker, WorkerLimits
-from tests.factories import CHECKPOINT, chains, completed, events, expired, job_spec, leased, published, statuses
+from tests.factories import (
+    CHECKPOINT,
+    chains,
+    completed,
+    events,
+    expired,
+    job_spec,
+    leased,
+    published,
+    signing_key,
+    statuses,
+)
 from tests.integration.databases import on_sqlite
 
 LONG_AGO = 1_700_000_000.0
@@ -57,7 +69,7 @@ class Place:
 
     def work(self) -> int:
         limits = WorkerLimits(max_batch=8, lease_ttl_s=60.0, max_pixels=10**7)
-        return Worker("worker-1", self.audit, self.store, FakeEngine(), limits).run().succeeded
+        return Worker("worker-1", self.audit, self.store, FakeEngine(), limits, signing_key()).run().succeeded
 
     def reconcile(self, *, grace_s: float = 3600.0, **options: bool) -> Reconciliation:
         self.store.prefixes.clear()
@@ -88,7 +100,7 @@ class Place:
         (made,) = FakeEngine().generate(Batch(requests=[PreparedRequest(request=job.request)], bucket=1))
         assert isinstance(made, GeneratedImage)
         attempt = delivery.Attempt(number=job.attempt, lease_id=lease.id, worker_id="worker-1", gpu_seconds=0.1)
-        return delivery.deliver(self.store, delivery.finish(job, {}, made, attempt)).key
+        return delivery.deliver(self.store, delivery.finish(job, Consumed(), made, attempt, signing_key())).key
 
     def age(self) -> None:
         """As if everything in storage had been there for long."""

@@ -27,10 +27,11 @@ from sdpipeline.domain import JobSpec
 from sdpipeline.engine import Batch, GeneratedImage, GenerationFailure, PreparedRequest
 from sdpipeline.engine.fake import FakeEngine
 from sdpipeline.errors import AuditBrokenError
+from sdpipeline.fetching import Consumed
 from sdpipeline.reconcile import reconcile
 from sdpipeline.storage import LocalStore
 from sdpipeline.worker import Worker, WorkerLimits
-from tests.factories import chains, events, expired, job_spec, leased, published, statuses
+from tests.factories import chains, events, expired, job_spec, leased, published, signing_key, statuses
 from tests.integration.commands import FAKE_ENGINE
 from tests.integration.conftest import new_postgres_database
 
@@ -80,7 +81,7 @@ class Deployment:
 
     def work(self) -> int:
         limits = WorkerLimits(max_batch=8, lease_ttl_s=60.0, max_pixels=10**7)
-        return Worker("worker-1", self.log, self.store, self.engine, limits).run().succeeded
+        return Worker("worker-1", self.log, self.store, self.engine, limits, signing_key()).run().succeeded
 
     def made(self, jobs: Sequence[JobSpec], **options: Any) -> None:
         """Submit, work and seal, as ``run`` does."""
@@ -259,7 +260,7 @@ def leave_behind(store: LocalStore, lease: Lease, *, slot: int) -> None:
     assert isinstance(made, GeneratedImage)
     attempt = delivery.Attempt(number=1, lease_id=f"{slot:032x}", worker_id="worker-1", gpu_seconds=0.1)
     other = replace(made, ran=made.ran | {"slot": slot})
-    delivery.deliver(store, delivery.finish(leased_job, {}, other, attempt))
+    delivery.deliver(store, delivery.finish(leased_job, Consumed(), other, attempt, signing_key()))
 
 
 def test_an_adoption_that_was_interrupted_keeps_workers_out_until_it_is_ended(deployment: Deployment) -> None:

@@ -36,6 +36,7 @@ from tests.factories import (
     job_spec,
     leased,
     published,
+    signing_key,
     statuses,
 )
 from tests.integration.commands import FAKE_ENGINE, document
@@ -70,7 +71,7 @@ class Place:
 
     def work(self, *, max_batch: int = 8, engine: Counting | None = None) -> WorkerSummary:
         limits = WorkerLimits(max_batch=max_batch, lease_ttl_s=60.0, max_pixels=10**7)
-        return Worker("worker-1", self.audit, self.store, engine or self.engine, limits).run()
+        return Worker("worker-1", self.audit, self.store, engine or self.engine, limits, signing_key()).run()
 
     def made(self, name: str, jobs: Sequence[JobSpec], **options: Any) -> list[Json]:
         """Publish a campaign, work it to its end, and return its pictures in the order of their jobs."""

@@ -2,23 +2,37 @@
 
 from __future__ import annotations
 
+import re
+import shutil
 import stat
+import subprocess
+import threading
+import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from datetime import datetime
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import boto3
 import numpy as np
 import pytest
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import dsa, ec, ed25519, rsa
+from cryptography.hazmat.primitives.asymmetric.utils import decode_dss_signature
 from cryptography.x509.oid import ExtendedKeyUsageOID
+from pydantic import SecretStr
 
+from sdpipeline import bootstrap, checkup
 from sdpipeline.domain import OutputFormat
 from sdpipeline.errors import SettingsError, SigningUnavailableError
 from sdpipeline.provenance import encode, sign, verify
+from sdpipeline.settings import Settings, SigningSettings
 from sdpipeline.signing import SigningKey, development_key, development_root, kms_key, pem_key
 from tests.integration.certificates import Authority
+from tests.integration.commands import sdpipeline
 from tests.integration.conftest import free_port
 
 if TYPE_CHECKING:
@@ -138,9 +152,154 @@ def test_a_key_in_a_kms_signs(tmp_path: Path, moto_url: str, authority: Authorit
     public_key = serialization.load_der_public_key(client.get_public_key(KeyId=key_id)["PublicKey"])
     assert isinstance(public_key, ec.EllipticCurvePublicKey)
     (tmp_path / "chain.pem").write_bytes(authority.pem(authority.chain(public_key)))
-    key = kms_key(tmp_path / "chain.pem", key_id, endpoint_url=moto_url, region="us-east-1")
+    own = {"certificates_file": tmp_path / "chain.pem", "kms_key_id": key_id, "kms_endpoint_url": moto_url}
+    key = bootstrap.picture_key(on_postgresql(tmp_path, **own, kms_region="us-east-1"))
     assert key.algorithm == algorithm
     assert is_valid(key, authority.root_pem) == "trusted"
+
+
+@pytest.mark.parametrize("curve", [ec.SECP256R1(), ec.SECP384R1()], ids=lambda curve: curve.name)
+def test_the_file_holds_a_signature_as_cose_wants_it_and_not_in_der(
+    tmp_path: Path, authority: Authority, curve: ec.EllipticCurve
+) -> None:
+    private_key = ec.generate_private_key(curve)
+    key = pem_key(*written(tmp_path, authority.chain(private_key.public_key()), private_key))
+    made: list[bytes] = []
+
+    def sign(data: bytes) -> bytes:
+        made.append(key.sign(data))
+        return made[-1]
+
+    picture = signed_picture(replace(key, sign=sign))
+    size = (curve.key_size + 7) // 8
+    raw = b"".join(number.to_bytes(size, "big") for number in decode_dss_signature(made[-1]))
+    assert (raw in picture, made[-1] in picture) == (True, False)
+
+
+@pytest.fixture
+def time_authority(tmp_path: Path) -> Iterator[tuple[str, str]]:
+    """An RFC 3161 time authority over HTTP, OpenSSL's own: its address and its root in PEM."""
+    if shutil.which("openssl") is None:
+        pytest.skip("openssl is not installed")
+    folder, authority = tmp_path / "tsa", Authority("Time")
+    folder.mkdir()
+    private_key = rsa.generate_private_key(65537, 2048)
+    chain = authority.chain(private_key.public_key(), usage=ExtendedKeyUsageOID.TIME_STAMPING)
+    certificates, key_file = written(folder, chain, private_key)
+    settings = [
+        *("[tsa]", "default_tsa = own", "[own]", f"serial = {folder / 'serial'}", f"signer_cert = {certificates}"),
+        *(f"certs = {certificates}", f"signer_key = {key_file}", "signer_digest = sha256", "default_policy = 1.2.3"),
+        *("digests = sha256, sha384, sha512", "ess_cert_id_alg = sha256"),
+    ]
+    (folder / "tsa.cnf").write_text("\n".join(settings))
+    command = ["openssl", "ts", "-reply", "-config", str(folder / "tsa.cnf"), "-queryfile", str(folder / "query")]
+
+    class Answer(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            (folder / "query").write_bytes(self.rfile.read(int(self.headers["Content-Length"])))
+            reply = subprocess.run(command, capture_output=True, check=True).stdout
+            self.send_response(200)
+            self.send_header("Content-Type", "application/timestamp-reply")
+            self.send_header("Content-Length", str(len(reply)))
+            self.end_headers()
+            self.wfile.write(reply)
+
+        def log_message(self, *_: object) -> None:
+            """Nobody reads it."""
+
+    with HTTPServer(("127.0.0.1", 0), Answer) as server:
+        threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_address[1]}", authority.root_pem
+        server.shutdown()
+
+
+def test_a_confirmed_time_keeps_a_picture_trusted_when_its_certificate_has_run_out(
+    tmp_path: Path, authority: Authority, time_authority: tuple[str, str]
+) -> None:
+    url, time_root = time_authority
+    private_key = ec.generate_private_key(ec.SECP256R1())
+    ends = time.time() + 3
+    paths = written(tmp_path, authority.chain(private_key.public_key(), days=(-1, 3 / 86400)), private_key)
+    own = {"certificates_file": paths[0], "key_file": paths[1]}
+    plain, confirmed = (
+        signed_picture(bootstrap.picture_key(on_postgresql(tmp_path, **own, tsa_url=tsa_url)))
+        for tsa_url in (None, url)
+    )
+    roots = authority.root_pem + time_root
+    found = verify(confirmed, trust_anchors=roots)
+    assert found.c2pa == "trusted"
+    assert abs(datetime.fromisoformat(found.signed_at or "").timestamp() - time.time()) < 60
+    time.sleep(max(0.0, ends - time.time()) + 1.5)
+    assert verify(confirmed, trust_anchors=roots).c2pa == "trusted"
+    late = verify(plain, trust_anchors=roots)
+    assert (late.c2pa, late.faults) == ("invalid", ("signingCredential.expired",))
+
+
+def test_a_time_authority_that_is_away_is_transient(tmp_path: Path) -> None:
+    away = replace(development_key(tmp_path), tsa_url=f"http://127.0.0.1:{free_port()}")
+    with pytest.raises(SigningUnavailableError, match="the picture cannot be signed"):
+        signed_picture(away)
+
+
+def test_the_settings_name_the_keys_and_a_bundle_of_old_and_new_roots(tmp_path: Path) -> None:
+    pictures, roots = [], b""
+    for year in ("old", "new"):
+        (tmp_path / year).mkdir()
+        company, private_key = Authority(f"Acme {year}"), ec.generate_private_key(ec.SECP256R1())
+        chain = company.chain(private_key.public_key())
+        paths = written(tmp_path / year, chain, private_key, password=b"secret")
+        own = {"certificates_file": paths[0], "key_file": paths[1], "key_password": "secret"}
+        key = bootstrap.picture_key(on_postgresql(tmp_path, **own))
+        assert key.identity.startswith(f"signer, Acme {year} (es256, until ")
+        pictures.append(signed_picture(key))
+        roots += company.root_pem.encode()
+    (tmp_path / "roots.pem").write_bytes(roots)
+    trusted = bootstrap.trust_anchors(on_postgresql(tmp_path, trust_file=tmp_path / "roots.pem"))
+    assert [verify(picture, trust_anchors=trusted).c2pa for picture in pictures] == ["trusted", "trusted"]
+    assert bootstrap.trust_anchors(on_postgresql(tmp_path)) == ""
+
+
+def test_beside_sqlite_a_development_key_is_made_and_named_as_such(tmp_path: Path) -> None:
+    key = bootstrap.picture_key(bootstrap.load_settings(tmp_path))
+    assert (key.development, key.identity) == (True, "a development key, which nobody trusts")
+    assert (tmp_path / "keys/pictures/root.pem").is_file()
+    told = list(checkup._picture_key(bootstrap.load_settings(tmp_path)))
+    expected = "a development key, which nobody trusts; no trusted roots: verify calls no picture trusted"
+    assert [(check.ok, check.detail) for check in told] == [(True, expected)]
+
+
+@pytest.mark.parametrize(
+    ("own", "named"),
+    [
+        ({}, "SDP_SIGNING__CERTIFICATES_FILE: is not set"),
+        ({"key_file": "key.pem"}, "SDP_SIGNING__CERTIFICATES_FILE: is not set"),
+        ({"certificates_file": "chain.pem"}, "SDP_SIGNING__KEY_FILE: or SDP_SIGNING__KMS_KEY_ID is needed"),
+        (
+            {"certificates_file": "chain.pem", "key_file": "key.pem", "kms_key_id": "alias/a"},
+            "SDP_SIGNING__KEY_FILE: or SDP_SIGNING__KMS_KEY_ID is needed, and one of them alone",
+        ),
+    ],
+    ids=["nothing", "no-certificates", "no-key", "two-keys"],
+)
+def test_elsewhere_missing_keys_are_refused_by_the_names_of_their_settings(
+    tmp_path: Path, own: dict[str, str], named: str
+) -> None:
+    with pytest.raises(SettingsError, match=re.escape(named)):
+        bootstrap.picture_key(on_postgresql(tmp_path, **own))
+
+
+def test_a_worker_without_a_key_leaves_with_2_before_any_work(tmp_path: Path) -> None:
+    done = sdpipeline("worker", "--home", tmp_path, SDP_DATABASE_URL="postgresql://nobody@127.0.0.1:9/none")
+    assert done.returncode == 2
+    assert "SDP_SIGNING__CERTIFICATES_FILE: is not set" in done.stderr
+    assert not (tmp_path / "keys").exists()
+
+
+def on_postgresql(home: Path, **signing: Any) -> Settings:
+    """The settings of a deployment with a database server, which none of these tests asks."""
+    found = bootstrap.load_settings(home)
+    own = {"database_url": SecretStr("postgresql://nobody@127.0.0.1:9/none"), "signing": SigningSettings(**signing)}
+    return found.model_copy(update=own)
 
 
 def test_a_kms_that_is_away_is_transient(tmp_path: Path, s3_credentials: None, authority: Authority) -> None:
@@ -155,7 +314,7 @@ def test_a_kms_that_is_away_is_transient(tmp_path: Path, s3_credentials: None, a
 def written(
     folder: Path,
     chain: list[x509.Certificate],
-    key: ec.EllipticCurvePrivateKey | dsa.DSAPrivateKey,
+    key: ec.EllipticCurvePrivateKey | rsa.RSAPrivateKey | dsa.DSAPrivateKey,
     *,
     password: bytes | None = None,
 ) -> tuple[Path, Path]:

@@ -23,7 +23,7 @@ from sdpipeline.db.tables import image, worker
 from sdpipeline.engine.fake import FakeEngine
 from sdpipeline.storage import LocalStore, ObjectStore
 from sdpipeline.worker import Worker, WorkerLimits
-from tests.factories import chains, published, statuses
+from tests.factories import chains, published, signing_key, statuses
 from tests.integration.conftest import Bucket
 from tests.integration.databases import on_sqlite
 from tests.integration.fault_proxy import Fault, FaultProxy
@@ -49,7 +49,7 @@ class Shift:
         with self.audit.transaction() as tx:
             workers.register(tx, worker_id="worker-1", host="h", pid=1, device="cpu", description={})
         limits = WorkerLimits(max_batch=4, lease_ttl_s=LEASE_TTL_S, max_pixels=10**7)
-        run = Worker("worker-1", self.audit, self.store, FakeEngine(), limits).run
+        run = Worker("worker-1", self.audit, self.store, FakeEngine(), limits, signing_key()).run
         thread = threading.Thread(target=run, kwargs={"stop": self.stop})
         thread.start()
         try:

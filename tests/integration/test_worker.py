@@ -16,7 +16,7 @@ from sdpipeline.engine import Batch, GeneratedImage, GenerationFailure
 from sdpipeline.engine.fake import FakeEngine
 from sdpipeline.storage import LocalStore
 from sdpipeline.worker import Worker, WorkerLimits
-from tests.factories import chains, published, statuses
+from tests.factories import chains, published, signing_key, statuses
 from tests.integration.databases import on_postgresql
 
 
@@ -34,7 +34,7 @@ class Watched(FakeEngine):
 
 def _worker(audit: AuditLog, folder: Path, before: Any, *, max_batch: int = 4, lease_ttl_s: float = 60.0) -> Worker:
     limits = WorkerLimits(max_batch=max_batch, lease_ttl_s=lease_ttl_s, max_pixels=10**7)
-    return Worker("worker-1", audit, LocalStore(folder / "storage"), Watched(before), limits)
+    return Worker("worker-1", audit, LocalStore(folder / "storage"), Watched(before), limits, signing_key())
 
 
 def test_a_job_that_ends_the_process_is_found_alone_and_its_neighbours_are_made(

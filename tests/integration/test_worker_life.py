@@ -28,7 +28,7 @@ from sdpipeline.errors import DeviceExhaustedError
 from sdpipeline.storage import LocalStore
 from sdpipeline.watchdog import HUNG_EXIT_CODE, Pace
 from sdpipeline.worker import Worker, WorkerLimits
-from tests.factories import chains, events, published, statuses
+from tests.factories import chains, events, published, signing_key, statuses
 from tests.integration.commands import FAKE_ENGINE, start
 from tests.integration.databases import on_sqlite, processes
 
@@ -71,7 +71,7 @@ def worker_in(
     with audit.transaction() as tx:
         workers.register(tx, worker_id="worker-1", host="here", pid=os.getpid(), device="cpu", description={})
     limits = WorkerLimits(max_batch=4, lease_ttl_s=60.0, max_pixels=10**7, shutdown_grace_s=grace_s)
-    return Worker("worker-1", audit, LocalStore(folder / "storage"), engine, limits, **options)
+    return Worker("worker-1", audit, LocalStore(folder / "storage"), engine, limits, signing_key(), **options)
 
 
 def run_until_told(url: str, folder: Path, rounds: int, grace_s: float, timeout_s: float) -> None:

@@ -1,0 +1,127 @@
+"""Whose picture is this: recorded pictures by their pixels, and by what they look like."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+from sqlalchemy import ColumnElement, Connection, Select, literal_column, or_, select
+
+from sdpipeline.db.tables import LOOKS, campaign, image, job
+from sdpipeline.domain import Json
+
+MOST_BITS = 7
+"""In how many of 64 bits a copy may differ and still be found for sure: one of its four quarters then differs in none
+or in one, so that these 4 x 17 values are all that has to be asked for."""
+
+_PAGE = 500
+
+_INDEXED: ColumnElement[bool] = literal_column("look_1 IS NOT NULL")
+"""As the partial indexes say it."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RecordedPicture:
+    """A picture as the database or an archive knows it. ``deleted`` says that storage has it no more."""
+
+    job: int
+    campaign: str
+    edition: str
+    stage: str
+    identity: str
+    fingerprint: str
+    sha256: str
+    pixels_sha256: str
+    perceptual_hash: str | None
+    url: str
+    deleted: bool
+
+
+def looks(scores: Json) -> dict[str, int]:
+    """The columns that a picture is found by: its perceptual hash in four numbers of 16 bits."""
+    found = scores.get("perceptual_hash")
+    if not isinstance(found, str):
+        return {}
+    return {name: int(found[4 * n : 4 * n + 4], 16) for n, name in enumerate(LOOKS)}
+
+
+def of_pixels(connection: Connection, *, team: str, pixels_sha256: str) -> list[RecordedPicture]:
+    """Pictures with exactly these pixels, the newest first."""
+    return _owned(connection, team, connection.execute(_of_pixels(pixels_sha256)).mappings())
+
+
+def of_fingerprint(connection: Connection, *, team: str, fingerprint: str) -> list[RecordedPicture]:
+    """Pictures made for this fingerprint, the newest first."""
+    made = _images(image.c.fingerprint == fingerprint, image.c.reused_from.is_(None))
+    return _owned(connection, team, connection.execute(made).mappings())
+
+
+def alike(connection: Connection, *, team: str, perceptual_hash: str) -> list[RecordedPicture]:
+    """Pictures whose perceptual hash differs from this one in at most ``MOST_BITS``, the newest first."""
+    asked = looks({"perceptual_hash": perceptual_hash})
+    rows = connection.execute(_alike(asked)).mappings()
+    near = (row for row in rows if sum((row[name] ^ bits).bit_count() for name, bits in asked.items()) <= MOST_BITS)
+    return _owned(connection, team, near)
+
+
+def without_index(connection: Connection, *, team: str) -> Iterator[RecordedPicture]:
+    """Pictures that the release before recorded: they are found by reading them all."""
+    rows = connection.execute(_images(image.c.look_1.is_(None), image.c.reused_from.is_(None))).mappings()
+    while some := list(islice(rows, _PAGE)):
+        yield from _owned(connection, team, some)
+
+
+def archived(row: Json, lines: Iterator[Json]) -> Iterator[RecordedPicture]:
+    """The pictures of an archived edition, from its lines."""
+    for line in lines:
+        for each in line["images"]:
+            yield _picture(each | {name: line[name] for name in ("stage", "identity")} | _place(row))
+
+
+def _place(row: Json) -> Json:
+    gone = {"deleted_at": row["pictures_deleted_at"]} if row["pictures_deleted_at"] else {}
+    return {"name": row["name"], "edition": row["edition"]} | gone
+
+
+def _of_pixels(pixels_sha256: str) -> Select[Any]:
+    return _images(image.c.pixels_sha256 == pixels_sha256, _INDEXED)
+
+
+def _alike(asked: Mapping[str, int]) -> Select[Any]:
+    """Each quarter as it is and with any one bit changed, said with its index's own condition."""
+    near = [
+        image.c[name].in_([bits, *(bits ^ (1 << n) for n in range(16))]) & literal_column(f"{name} IS NOT NULL")
+        for name, bits in asked.items()
+    ]
+    return _images(or_(*near))
+
+
+def _images(*which: Any) -> Select[Any]:
+    return select(image).where(*which).order_by(image.c.created_at.desc(), image.c.job_id.desc())
+
+
+def _owned(connection: Connection, team: str, rows: Iterable[Any]) -> list[RecordedPicture]:
+    """Those of the team's jobs. Not by a join: SQLite would begin it at the team and read all of its jobs."""
+    found, owners = list(rows), dict[int, Any]()
+    for page in range(0, len(found), _PAGE):
+        ids = {row["job_id"] for row in found[page : page + _PAGE]}
+        statement = (
+            select(job.c.id, job.c.edition, job.c.stage, job.c.identity, campaign.c.name)
+            .join(campaign, campaign.c.id == job.c.campaign_id)
+            .where(job.c.id.in_(ids), campaign.c.team == team)
+        )
+        owners |= {row["id"]: row for row in connection.execute(statement).mappings()}
+    return [_picture({**owners[row["job_id"]], **row}) for row in found if row["job_id"] in owners]
+
+
+def _picture(row: Any) -> RecordedPicture:
+    names: Sequence[str] = ("edition", "stage", "identity", "fingerprint", "sha256", "pixels_sha256", "url")
+    return RecordedPicture(
+        job=row["job_id"],
+        campaign=row["name"],
+        perceptual_hash=row["scores"].get("perceptual_hash"),
+        deleted=row["deleted_at"] is not None,
+        **{name: row[name] for name in names},
+    )
