@@ -25,7 +25,7 @@ from sdpipeline.db.queue import Patience
 from sdpipeline.db.reports import Progress
 from sdpipeline.domain import CheckpointRef, Json
 from sdpipeline.engine import Engine
-from sdpipeline.engine.checkpoints import CheckpointFiles, inspect
+from sdpipeline.engine.checkpoints import CheckpointFiles, inspect, read_ahead
 from sdpipeline.engine.devices import gpu_count
 from sdpipeline.errors import BadInputError, CampaignError, CheckpointError, Mistake, SettingsError
 from sdpipeline.inputs import InputFolder
@@ -305,27 +305,8 @@ def open_worker(s: Settings, *, device: str | None = None) -> Iterator[OpenWorke
         audit.refuse_restored(have.database, have.store)
         chosen = device or devices(s)[0]
         engine = build_engine(s, chosen, have.database)
-        worker_id = secrets.token_hex(16)
-        log = AuditLog(have.database, actor=f"worker:{worker_id} sdpipeline/{__version__}")
-        limits = WorkerLimits(
-            max_batch=s.engine.max_batch,
-            lease_ttl_s=s.lease_ttl_s,
-            max_pixels=s.inputs.max_pixels,
-            gpu_second_cost=(s.cost_per_gpu_hour or 0.0) / 3600,
-            shutdown_grace_s=s.shutdown_grace_s,
-        )
-        worker = Worker(
-            worker_id,
-            log,
-            have.store,
-            engine,
-            limits,
-            key,
-            ForeignObjects(s3_options(s)),
-            breaker=Breaker(max_failures=s.worker_max_failures),
-            pace=Pace(s.batch_timeout_s),
-            patience=Patience(s.fairness_max_wait_s),
-        )
+        worker = make_worker(s, have.database, have.store, engine, key)
+        worker_id, log = worker.worker_id, worker.audit
         with log.transaction() as tx:
             host, description = socket.gethostname(), engine.describe()
             workers.register(
@@ -336,6 +317,45 @@ def open_worker(s: Settings, *, device: str | None = None) -> Iterator[OpenWorke
         finally:
             with log.transaction() as tx:
                 workers.stop(tx, worker_id=worker_id)
+
+
+def make_worker(s: Settings, database: Database, store: ObjectStore, engine: Engine, key: SigningKey) -> Worker:
+    """A worker as the settings want it, not registered yet."""
+    worker_id = secrets.token_hex(16)
+    limits = WorkerLimits(
+        max_batch=s.engine.max_batch,
+        lease_ttl_s=s.lease_ttl_s,
+        max_pixels=s.inputs.max_pixels,
+        gpu_second_cost=(s.cost_per_gpu_hour or 0.0) / 3600,
+        shutdown_grace_s=s.shutdown_grace_s,
+        deliverers=s.deliverers,
+    )
+    return Worker(
+        worker_id,
+        AuditLog(database, actor=f"worker:{worker_id} sdpipeline/{__version__}"),
+        store,
+        engine,
+        limits,
+        key,
+        ForeignObjects(s3_options(s)),
+        breaker=Breaker(max_failures=s.worker_max_failures),
+        pace=Pace(s.batch_timeout_s),
+        patience=Patience(s.fairness_max_wait_s),
+        foresee=_foreseeing(engine),
+    )
+
+
+def _foreseeing(engine: Engine) -> Callable[[CheckpointRef], None] | None:
+    """Let the kernel read weights that are needed next; the double has none."""
+    residency = getattr(engine, "residency", None)
+    if residency is None:
+        return None
+
+    def foresee(ref: CheckpointRef) -> None:
+        with suppress(CheckpointError):  # whoever loads them says what is wrong
+            read_ahead(residency.files(ref))
+
+    return foresee
 
 
 def run_worker(
