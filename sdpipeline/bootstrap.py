@@ -305,18 +305,22 @@ def open_worker(s: Settings, *, device: str | None = None) -> Iterator[OpenWorke
         audit.refuse_restored(have.database, have.store)
         chosen = device or devices(s)[0]
         engine = build_engine(s, chosen, have.database)
-        worker = make_worker(s, have.database, have.store, engine, key)
-        worker_id, log = worker.worker_id, worker.audit
-        with log.transaction() as tx:
-            host, description = socket.gethostname(), engine.describe()
-            workers.register(
-                tx, worker_id=worker_id, host=host, pid=os.getpid(), device=chosen, description=description
-            )
-        try:
+        with registered(make_worker(s, have.database, have.store, engine, key), chosen) as worker:
             yield OpenWorker(worker, s.team)
-        finally:
-            with log.transaction() as tx:
-                workers.stop(tx, worker_id=worker_id)
+
+
+@contextmanager
+def registered(worker: Worker, device: str) -> Iterator[Worker]:
+    """The database knows of the worker while the block lasts."""
+    description = worker.engine.describe()
+    with worker.audit.transaction() as tx:
+        about = {"worker_id": worker.worker_id, "host": socket.gethostname(), "device": device}
+        workers.register(tx, pid=os.getpid(), description=description, **about)
+    try:
+        yield worker
+    finally:
+        with worker.audit.transaction() as tx:
+            workers.stop(tx, worker_id=worker.worker_id)
 
 
 def make_worker(s: Settings, database: Database, store: ObjectStore, engine: Engine, key: SigningKey) -> Worker:

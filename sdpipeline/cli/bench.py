@@ -38,7 +38,7 @@ PlotFile = Annotated[Path | None, typer.Option("--plot", metavar="FILE.png|svg",
 
 def add_to(app: typer.Typer) -> None:
     """Put these commands on the application."""
-    for name, command in (("engine", engine), ("queue", queue), ("storage", storage)):
+    for name, command in (("engine", engine), ("pipeline", pipeline), ("queue", queue), ("storage", storage)):
         _GROUP.command(name)(command)
     app.add_typer(_GROUP, name="bench")
 
@@ -93,6 +93,59 @@ def engine(
         print_json(document)
         return
     _say_engine(document)
+
+
+def pipeline(
+    *,
+    checkpoint: Checkpoint = "shapes",
+    batch: Annotated[int, typer.Option(help="Pictures in a forward pass.")] = 8,
+    batches: Annotated[int, typer.Option(min=1, help="Batches of a round.")] = 4,
+    width: Width = None,
+    height: Height = None,
+    num_inference_steps: Steps = None,
+    guidance_scale: Guidance = None,
+    scheduler: Scheduler = "dpmpp-2m",
+    rounds: Rounds = 3,
+    device: Device = None,
+    plot_file: PlotFile = None,
+    home: Home = None,
+    as_json: AsJson = False,
+) -> None:
+    """The whole line, marked pictures in your storage, against the engine alone and a plain loop that saves there."""
+    _batches([batch])
+    _check_plot(plot_file)
+    wanted = Wanted(
+        checkpoint=checkpoint,
+        width=width,
+        height=height,
+        num_inference_steps=num_inference_steps,
+        guidance_scale=guidance_scale,
+        scheduler=scheduler,
+        device=device,
+    )
+    s = settings(home)
+    key = bootstrap.picture_key(s)
+    bootstrap.open_storage(s).check()
+    on = subject(s.model_copy(update={"engine": s.engine.model_copy(update={"max_batch": batch})}), wanted)
+    under_test = on.engine()
+    from sdpipeline.bench import pipeline as pipeline_bench
+
+    plan = pipeline_bench.Plan(batch=batch, batches=batches, plain=max(2, batch // 2), rounds=rounds, device=on.device)
+    with (
+        scratch_database(s.database) as database,
+        scratch_storage(s.storage, bootstrap.s3_options(s)) as scratch,
+        bootstrap.registered(
+            bootstrap.make_worker(on.settings, database, scratch.store, under_test, key), on.device
+        ) as worker,
+        progress("bench pipeline", shown=not as_json) as on_progress,
+    ):
+        found = pipeline_bench.measure(worker, scratch, on.workload, plan, open_plain=on.plain, on_progress=on_progress)
+    if plot_file is not None:
+        plot.bars(plot_file, found["rows"], x="what", y=("pictures_per_s",), title=f"{checkpoint} on {on.device}")
+    if as_json:
+        print_json(on.document() | found)
+        return
+    _say_pipeline(on.document() | found)
 
 
 def queue(
@@ -159,12 +212,29 @@ def _check_plot(path: Path | None) -> None:
         plot.check(path)
 
 
-def _say_engine(found: Json) -> None:
+def _say_pipeline(found: Json) -> None:
+    print_records(_title(found), ("what", "batch", "pictures_per_s"), found["rows"])
+    print_records("Lost", ("what", "share"), [row | {"share": f"{row['share']:.2%}"} for row in found["lost"]])
+    beside = ", ".join(
+        f"{name.removesuffix('_s')} {s * 1e3:.0f} ms" for name, s in found["beside_the_device_s"].items()
+    )
+    stdout.print(
+        f"the whole line reaches {found['share_of_engine']:.3f} of the engine alone and {found['against_plain']:.2f} "
+        f"times the plain loop; beside the device a picture takes {beside}"
+    )
+    if found["device_idle_share"] is not None:
+        stdout.print(f"the GPU waits {found['device_idle_share']:.2%} of the time")
+
+
+def _title(found: Json) -> str:
     what = f"{found['checkpoint']} {found['width']}x{found['height']}, {found['num_inference_steps']} steps"
-    title = f"{what} on {found['device']} in {found['dtype']}"
+    return f"{what} on {found['device']} in {found['dtype']}"
+
+
+def _say_engine(found: Json) -> None:
     columns = ("what", "batch", "pictures_per_s", "against_plain", "tflop_per_s", "share_of_ceiling")
     rows = [row | {name: f"{row[name]:.4g}" for name in columns[2:]} for row in found["rows"]]
-    print_records(title, columns, rows)
+    print_records(_title(found), columns, rows)
     stdout.print(
         f"{found['tflop_per_picture']:.4g} TFLOP a picture; matrix products reach {found['ceiling_tflop_per_s']:.4g} "
         f"TFLOP/s; first picture after {found['build_s'] + found['first_batch_s'][0]['seconds']:.1f} s"
