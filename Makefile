@@ -40,7 +40,7 @@ soak: $(VENV)/.installed-dev  ## All faults together, ten times SOAK_S seconds (
 
 constraints:  ## Write constraints.txt anew: the newest versions that pyproject.toml admits
 	rm -rf build/constraints && $(PYTHON) -m venv build/constraints
-	build/constraints/bin/python -m pip install --quiet '.[all,dev]'
+	build/constraints/bin/python -m pip install --quiet '.[all,dev,kubernetes]'
 	{ sed -n '/^#/p' constraints.txt; \
 	  build/constraints/bin/python -m pip freeze --exclude sdpipeline | sed -E 's/\+[^ ]*//'; } > build/constraints.txt
 	mv build/constraints.txt constraints.txt

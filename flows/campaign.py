@@ -1,4 +1,4 @@
-"""One campaign, worked to its end on this machine."""
+"""One campaign, worked to its end: by a fleet of workers where it is deployed, or on this machine."""
 
 from __future__ import annotations
 
@@ -7,13 +7,23 @@ from typing import Any
 
 from prefect import State, flow
 
+from sdpipeline.orchestration.request import EVERYTHING, CampaignRequest
+
+
+@flow(name="campaign", flow_run_name="{request}", persist_result=False)
+def campaign(request: CampaignRequest = EVERYTHING) -> State[Any]:
+    """Submit what is asked for, dispatch workers to the pool `gpu` by the backlog, and show how far it is."""
+    from sdpipeline.orchestration import deployed, flow_settings
+
+    return deployed.carry_out(flow_settings.load(), request)
+
 
 @flow(name="campaign", persist_result=False)
-def campaign(name: str, home: str | None = None) -> State[Any]:
+def campaign_here(name: str, home: str | None = None) -> State[Any]:
     """Start a worker per device for a submitted campaign, watch them, and show progress, pictures and failures."""
     from sdpipeline import bootstrap
     from sdpipeline.flows.gpu_worker import gpu_worker
     from sdpipeline.orchestration import dispatch
 
     settings = bootstrap.load_settings(Path(home) if home else None)
-    return dispatch.work_off(settings, name, worker_flow=gpu_worker)
+    return dispatch.work_off(settings, name, dispatch.here(settings, name, worker_flow=gpu_worker))

@@ -13,16 +13,22 @@ def gpu_worker(
     campaign: str | None = None, home: str | None = None, device: str | None = None, log_file: str | None = None
 ) -> None:
     """Lease and work batches of a campaign, or of all, until nothing is left. Pictures are committed one by one."""
-    from sdpipeline import bootstrap, telemetry
-    from sdpipeline.orchestration import worker_process
+    from sdpipeline import bootstrap
+    from sdpipeline.orchestration import flow_settings, worker_process
+    from sdpipeline.stopping import Stop
+
+    if log_file is not None:
+        worker_process.redirect_output(Path(log_file))
+    settings = flow_settings.load(Path(home) if home else None)
 
     # The body travels to another process by value, so the task is made here rather than beside it. One task
     # for many batches: a task run costs the server 30 ms.
-    @task(name="chunk", task_run_name="chunk {number}", cache_policy=NO_CACHE, persist_result=False)
-    def work_chunk(number: int) -> bootstrap.WorkerSummary:  # noqa: ARG001 - names the task run
-        return worker.run(campaign=campaign, until_idle=True, deadline_s=worker_process.CHUNK_S, stop=stop)
+    def work(stop: Stop) -> None:
+        @task(name="chunk", task_run_name="chunk {number}", cache_policy=NO_CACHE, persist_result=False)
+        def work_chunk(number: int) -> bootstrap.WorkerSummary:  # noqa: ARG001 - names the task run
+            return worker.run(campaign=campaign, until_idle=True, deadline_s=worker_process.CHUNK_S, stop=stop)
 
-    settings = bootstrap.load_settings(Path(home) if home else None)
-    telemetry.configure_logging(settings)
-    with worker_process.set_up(log_file) as stop, bootstrap.open_worker(settings, device=device) as worker:
-        worker_process.work_in_chunks(work_chunk, stop)
+        with bootstrap.open_worker(settings, device=device) as worker:
+            worker_process.work_in_chunks(work_chunk, stop)
+
+    worker_process.until_told(work)

@@ -10,17 +10,20 @@ import threading
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
+from datetime import datetime
 from importlib.util import find_spec
 from pathlib import Path
 
-from sdpipeline import __version__, audit, policy, report, settings, signing
+from sdpipeline import __version__, audit, contact_sheet, policy, report, settings, signing
 from sdpipeline.breaker import Breaker
 from sdpipeline.campaign import Campaign, Catalog
 from sdpipeline.campaign import load as load_campaign_file
+from sdpipeline.contact_sheet import Thumbnails
 from sdpipeline.db import migrate, registry, reports, workers
 from sdpipeline.db import queue as jobs
 from sdpipeline.db.audit import AuditLog
 from sdpipeline.db.connection import Database, open_database, sqlite_path
+from sdpipeline.db.declarations import declare
 from sdpipeline.db.queue import Patience
 from sdpipeline.db.reports import Progress
 from sdpipeline.domain import CheckpointRef, Json
@@ -29,6 +32,7 @@ from sdpipeline.engine.checkpoints import CheckpointFiles, inspect, read_ahead
 from sdpipeline.engine.devices import gpu_count
 from sdpipeline.errors import BadInputError, CampaignError, CheckpointError, Mistake, SettingsError
 from sdpipeline.inputs import InputFolder
+from sdpipeline.report import Span
 from sdpipeline.settings import Settings
 from sdpipeline.signing import SigningKey
 from sdpipeline.storage import ForeignObjects, ObjectStore, S3Options, is_bucket_url, open_store
@@ -36,8 +40,9 @@ from sdpipeline.watchdog import Pace
 from sdpipeline.worker import Worker, WorkerLimits, WorkerSummary
 
 BUILTIN_CHECKPOINTS = Path(__file__).parent / "demo" / "checkpoints"
+BUILTIN_LICENCE = "Apache-2.0"
 
-__all__ = ["Progress", "WorkerSummary"]
+__all__ = ["Progress", "Span", "Thumbnails", "WorkerSummary"]
 
 
 def load_settings(home: Path | None = None) -> Settings:
@@ -64,7 +69,7 @@ def services(s: Settings, *, create: bool = True) -> Iterator[Services]:
     database = open_database(s.database)
     try:
         ensure_schema(s, database)
-        yield Services(s, database, open_storage(s), AuditLog(database, actor=_actor()))
+        yield Services(s, database, open_storage(s), AuditLog(database, actor=actor(s)))
     finally:
         database.close()
 
@@ -112,7 +117,8 @@ def seal_key(s: Settings) -> audit.SealKey:
     if path is None and not s.embedded:
         fix = "name an Ed25519 key: openssl genpkey -algorithm ed25519 -out seal.pem"
         raise SettingsError(Mistake(key="SDP_SIGNING__SEAL_KEY_FILE", message="is not set", fix=fix))
-    return audit.load_key(path or development_seal_key(s), create=path is None)
+    retired = tuple(s.signing.retired_seal_keys)
+    return audit.load_key(path or development_seal_key(s), create=path is None, retired=retired)
 
 
 def development_seal_key(s: Settings) -> Path:
@@ -167,13 +173,21 @@ def catalog(s: Settings, database: Database | None = None) -> Catalog:
             revoked, expired = registry.withdrawn(connection)
     # The shipped weights are small and change with the package; what else was approved stands as it was approved.
     approved = {alias: files for alias, files in known.items() if files.directory.parent != BUILTIN_CHECKPOINTS}
-    found = _inspected(BUILTIN_CHECKPOINTS)
+    shipped = _inspected(BUILTIN_CHECKPOINTS)
+    found = {alias: _on_terms(files, known.get(alias)) for alias, files in shipped.items()}
     found |= _inspected(s.checkpoints, but={files.directory for files in known.values()}) | approved
     return {
         alias: files
         for alias, files in found.items()
         if files.digest not in revoked and (files.digest, alias) not in expired
     }
+
+
+def _on_terms(shipped: CheckpointFiles, approved: CheckpointFiles | None) -> CheckpointFiles:
+    """Shipped weights under their own licence, and for what these very bytes were approved."""
+    if approved is None or approved.digest != shipped.digest:
+        return replace(shipped, licence=BUILTIN_LICENCE)
+    return replace(shipped, licence=approved.licence or BUILTIN_LICENCE, purposes=approved.purposes)
 
 
 def _runnable(s: Settings, database: Database | None) -> dict[str, CheckpointFiles]:
@@ -209,13 +223,18 @@ def input_folder(s: Settings, folder: Path) -> InputFolder:
 
 
 def load_campaign(
-    s: Settings, path: Path, database: Database | None = None, *, edition: str | None = None
+    s: Settings,
+    path: Path,
+    database: Database | None = None,
+    *,
+    edition: str | None = None,
+    now: datetime | None = None,
 ) -> tuple[Campaign, InputFolder]:
     """A checked campaign file and the folder its pictures come from; raises CampaignError, or SettingsError where the
-    deployment's policy is wrong."""
+    deployment's policy is wrong. ``now`` is when its schedule fired."""
     inputs = input_folder(s, path.absolute().parent)
     rules = policy.load(s.policy_file) if s.policy_file else None
-    campaign = load_campaign_file(path, catalog(s, database), inputs, edition=edition, deployment=rules)
+    campaign = load_campaign_file(path, catalog(s, database), inputs, edition=edition, now=now, deployment=rules)
     if campaign.spec.budget.max_cost is not None and s.cost_per_gpu_hour is None:
         place = ("budget", "max_cost")
         raise CampaignError(campaign.source.mistake(place, "has no price to count by", "set SDP_COST_PER_GPU_HOUR"))
@@ -305,15 +324,16 @@ def open_worker(s: Settings, *, device: str | None = None) -> Iterator[OpenWorke
         audit.refuse_restored(have.database, have.store)
         chosen = device or devices(s)[0]
         engine = build_engine(s, chosen, have.database)
-        with registered(make_worker(s, have.database, have.store, engine, key), chosen) as worker:
+        with registered(s, make_worker(s, have.database, have.store, engine, key), chosen) as worker:
             yield OpenWorker(worker, s.team)
 
 
 @contextmanager
-def registered(worker: Worker, device: str) -> Iterator[Worker]:
+def registered(s: Settings, worker: Worker, device: str) -> Iterator[Worker]:
     """The database knows of the worker while the block lasts."""
     description = worker.engine.describe()
     with worker.audit.transaction() as tx:
+        declare(tx, "marks", _marking(s, worker.signing))
         about = {"worker_id": worker.worker_id, "host": socket.gethostname(), "device": device}
         workers.register(tx, pid=os.getpid(), description=description, **about)
     try:
@@ -397,11 +417,13 @@ def campaign_progress(s: Settings, campaign: str) -> Progress:
             return reports.progress(connection, campaign_id)
 
 
-def contact_sheet(s: Settings, campaign: str, *, max_bytes: int = 200_000) -> bytes | None:
-    """The newest pictures as one small JPEG."""
+def newest_pictures(
+    s: Settings, campaign: str, *, max_bytes: int = 200_000, kept: Thumbnails | None = None
+) -> bytes | None:
+    """The newest pictures as one small JPEG; ``kept`` saves a second drawing from reading them again."""
     with services(s) as have:
         campaign_id = known_campaign(have.database, s.team, campaign)
-        return report.contact_sheet(have.database, have.store, campaign_id, max_bytes=max_bytes)
+        return contact_sheet.draw(have.database, have.store, campaign_id, max_bytes=max_bytes, kept=kept)
 
 
 def failures(s: Settings, campaign: str, *, limit: int = 100) -> list[Json]:
@@ -412,11 +434,11 @@ def failures(s: Settings, campaign: str, *, limit: int = 100) -> list[Json]:
             return reports.failures(connection, campaign_id, limit)
 
 
-def finish_report(s: Settings, campaign: str) -> str:
-    """The closing report, as markdown."""
+def finish_report(s: Settings, campaign: str, span: Span | None = None) -> str:
+    """The closing report, as markdown; ``span`` is the run that closes."""
     with services(s) as have:
         campaign_id = known_campaign(have.database, s.team, campaign)
-        return report.closing_report(have.database, campaign_id, signer=picture_key(s).identity)
+        return report.closing_report(have.database, have.store, campaign_id, span=span)
 
 
 def release_worker_leases(s: Settings, pid: int) -> int:
@@ -433,13 +455,47 @@ def release_worker_leases(s: Settings, pid: int) -> int:
 
 
 def seal(s: Settings) -> int:
-    """Sign what the audit log gained; returns the number of events."""
+    """Sign what the audit log gained, as a flow does every minute; returns the number of events."""
     with services(s) as have:
-        return audit.seal(have.database, have.store, seal_key(s))
+        key = seal_key(s)
+        _declare_sealing(have, key)
+        return audit.seal(have.database, have.store, key)
 
 
-def _actor() -> str:
+def keep_sealing(
+    s: Settings,
+    stop: threading.Event,
+    *,
+    every_s: float,
+    events: int,
+    on_seal: Callable[[int], None] | None = None,
+) -> None:
+    """Sign what the audit log gains until told to stop: every so often, and sooner once it is so many events."""
+    with services(s) as have:
+        key = seal_key(s)
+        _declare_sealing(have, key)
+        audit.watch(have.database, have.store, key, stop, every_s=every_s, events=events, on_seal=on_seal)
+
+
+def _declare_sealing(have: Services, key: audit.SealKey) -> None:
+    lock = have.store.retention
+    values = {"keys": list(key.public), "lock": lock and {"mode": lock.mode, "days": lock.days}}
+    with have.audit.transaction() as tx:
+        declare(tx, "seals", values)
+
+
+def _marking(s: Settings, key: SigningKey) -> Json:
+    """Every setting that decides how pictures are marked and signed; of files their names, of secrets nothing."""
+    fields = s.signing.model_dump(exclude={"seal_key_file", "retired_seal_keys"})
+    shown = {name: value.name if isinstance(value, Path) else value for name, value in fields.items()}
+    told = {name: value for name, value in shown.items() if isinstance(value, str | int | float | list | None)}
+    return told | {"signer": key.identity, "certificate_sha256": key.fingerprint}
+
+
+def actor(s: Settings) -> str:
+    """Who acts, and by which release, as every audit event of this process says."""
     try:
-        return f"user:{getpass.getuser()} sdpipeline/{__version__}"
+        user = getpass.getuser()
     except (KeyError, OSError):
-        return f"user:{os.getuid()} sdpipeline/{__version__}"
+        user = str(os.getuid())
+    return f"user:{s.actor or f'{user}@{socket.gethostname()[:80]}'} sdpipeline/{__version__}"

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from multiprocessing import connection, resource_tracker
 from multiprocessing.process import BaseProcess
 
+from sdpipeline.bootstrap import Progress
 from sdpipeline.errors import WorkersLostError
 from sdpipeline.settings import Settings
 
@@ -79,7 +80,7 @@ class Crew:
         for member in self._members:
             self._start(member, finished=0)
 
-    def tend(self, *, ready: int, finished: int, remaining: int = 0) -> None:
+    def tend(self, progress: Progress) -> None:
         """Report who died and start again whom there is work for; raises WorkersLostError when nobody is left.
 
         A worker that ends well found nothing to do. It is started again when work appears; should it end
@@ -88,14 +89,14 @@ class Crew:
         for member in self._members:
             if member.running or member.process is None:
                 continue
-            if self._ended_badly(member, ready=ready, finished=finished):
+            if self._ended_badly(member, progress):
                 member.deaths += 1
             member.process = None
         for member in self._members:
             # With nobody left, what waits for a back-off or behind a dead lease would wait for ever: workers end it.
-            wanted = ready or (remaining and not any(each.running for each in self._members))
+            wanted = progress.ready or (progress.remaining and not any(each.running for each in self._members))
             if member.process is None and wanted and member.deaths <= self.max_restarts:
-                self._start(member, finished=finished)
+                self._start(member, finished=progress.finished)
         if all(member.deaths > self.max_restarts for member in self._members):
             raise WorkersLostError("; ".join(str(m.last_death or f"{m.name} found no work") for m in self._members))
 
@@ -111,14 +112,17 @@ class Crew:
         for member in self._members:
             if member.process is not None:
                 member.process.join(timeout_s)
-        return self.stop()
+        return self._end(STOP_GRACE_S)  # with nothing on their devices
 
     def stop(self) -> list[Death]:
         """End every worker now, politely and after ``stop_grace_s`` not; returns those that had to be ended."""
+        return self._end(self.stop_grace_s)
+
+    def _end(self, grace_s: float) -> list[Death]:
         running = [(m.name, m.process) for m in self._members if m.process is not None and m.process.is_alive()]
         for _, process in running:
             process.terminate()
-        ends_at = time.monotonic() + self.stop_grace_s
+        ends_at = time.monotonic() + grace_s
         for _, process in running:
             process.join(max(0.0, ends_at - time.monotonic()))
             if process.is_alive():
@@ -137,12 +141,12 @@ class Crew:
         finally:
             signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
 
-    def _ended_badly(self, member: _Member, *, ready: int, finished: int) -> bool:
+    def _ended_badly(self, member: _Member, progress: Progress) -> bool:
         process = member.process
         if process is None or process.pid is None or process.exitcode is None:
             return False
         if process.exitcode == 0:
-            return ready > 0 and finished == member.finished_at_start
+            return progress.ready > 0 and progress.finished == member.finished_at_start
         member.last_death = Death(name=member.name, pid=process.pid, exit_code=process.exitcode)
         self.bury(member.last_death)
         return True

@@ -291,11 +291,14 @@ def _unmarked(data: bytes) -> str | None:
 
 
 def _unfit(leased: LeasedJob, made: Json, engine: str) -> str | None:
-    """Why a picture of the same fingerprint will not do: it is a load test's, was not made strictly, or tells more of
-    its prompts than this campaign does."""
+    """Why a picture of the same fingerprint will not do: it is a load test's, was not judged, was not made strictly, or
+    tells more of its prompts than this campaign does."""
     ran, told = made["ran"], leased.rules.get("include_prompt", "full")
     if ran["engine"] != engine:
         return f"was made by the engine {ran['engine']!r}, which is not {engine!r}"
+    seen = {each["digest"] for each in ran.get("safety_checkers", ())}
+    if unseen := [each["alias"] for each in leased.rules.get("safety", ()) if each["digest"] not in seen]:
+        return f"was not shown to safety checker {', '.join(unseen)}"
     if leased.request.exact and ran.get("reproducibility") != "strict":
         return "was not made strictly"
     if provenance.tells_more(provenance.include_prompt(made), told):

@@ -17,7 +17,8 @@
     │   ├── CheckpointError       weights are missing, altered, revoked or unsafe
     │   ├── InputImageError       an input picture is missing, altered, truncated or too large
     │   ├── BadPictureError       the engine's own output is no picture (NaN, flat, black) or scores too low
-    │   └── MarksLostError        a picture came back from storage without its marks as AI-made
+    │   ├── MarksLostError        a picture came back from storage without its marks as AI-made
+    │   └── PictureBlockedError   a policy's safety checker forbids the finished picture: the job is blocked
     ├── ObjectMissingError        storage has no object under that key
     ├── ObjectConflictError       storage holds other bytes under that key
     ├── AuditBrokenError          storage holds a seal that this database does not have the events of
@@ -116,6 +117,10 @@ class BadPictureError(PermanentError):
 
 class MarksLostError(PermanentError):
     """A picture came back from storage without its marks as AI-made, whole otherwise."""
+
+
+class PictureBlockedError(PermanentError):
+    """A policy forbids the finished picture: the job is blocked, not failed. The message is the policy's rule."""
 
 
 class ObjectMissingError(SdpError):

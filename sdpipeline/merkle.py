@@ -15,24 +15,46 @@ def leaf_hash(entry: bytes) -> bytes:
     return hashlib.sha256(b"\x00" + entry).digest()
 
 
+class Tree:
+    """A tree that grows by one entry at a time and holds one hash for each of its levels."""
+
+    def __init__(self) -> None:
+        self.size = 0
+        self._peaks: list[bytes] = []  # complete subtrees, left to right: one for each bit of the size
+
+    def add(self, entry: bytes) -> None:
+        """Put one entry behind the others."""
+        node, rest = leaf_hash(entry), self.size
+        while rest & 1:
+            node = _node_hash(self._peaks.pop(), node)
+            rest >>= 1
+        self._peaks.append(node)
+        self.size += 1
+
+    def root(self) -> bytes:
+        """The root over what was added so far; more may follow."""
+        if not self._peaks:
+            return hashlib.sha256().digest()
+        *left, node = self._peaks
+        for peak in reversed(left):
+            node = _node_hash(peak, node)
+        return node
+
+
 def root(entries: Iterable[bytes]) -> bytes:
     """The root over the entries in order, holding one hash for each level of the tree."""
-    peaks: list[tuple[int, bytes]] = []  # complete subtrees, left to right, with their heights
+    tree = Tree()
     for entry in entries:
-        height, node = 0, leaf_hash(entry)
-        while peaks and peaks[-1][0] == height:
-            node = _node_hash(peaks.pop()[1], node)
-            height += 1
-        peaks.append((height, node))
-    return _bag([node for _, node in peaks])
+        tree.add(entry)
+    return tree.root()
 
 
-def inclusion_proof(entries: Sequence[bytes], index: int) -> list[bytes]:
+def inclusion_proof(entries: Iterable[bytes], index: int) -> list[bytes]:
     """The sibling hashes that lead from the entry at ``index`` up to the root, nearest first."""
-    if not 0 <= index < len(entries):
-        raise IndexError(f"no entry {index} among {len(entries)}")
-    proof = []
-    level, position = [leaf_hash(entry) for entry in entries], index
+    proof, position = [], index
+    level = [leaf_hash(entry) for entry in entries]
+    if not 0 <= index < len(level):
+        raise IndexError(f"no entry {index} among {len(level)}")
     while len(level) > 1:
         if (sibling := position ^ 1) < len(level):
             proof.append(level[sibling])
@@ -55,15 +77,6 @@ def verify_inclusion(entry: bytes, *, index: int, size: int, proof: Sequence[byt
             node = _node_hash(sibling, node) if position % 2 else _node_hash(node, sibling)
         position, last = position // 2, last // 2
     return not rest and node == root
-
-
-def _bag(peaks: list[bytes]) -> bytes:
-    if not peaks:
-        return hashlib.sha256().digest()
-    node = peaks.pop()
-    while peaks:
-        node = _node_hash(peaks.pop(), node)
-    return node
 
 
 def _node_hash(left: bytes, right: bytes) -> bytes:

@@ -11,6 +11,8 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from sdpipeline import yamlfile
+from sdpipeline.domain import Json
+from sdpipeline.engine.checkpoints import SAFETY_CHECKER, CheckpointFiles
 from sdpipeline.errors import CampaignError, SettingsError
 from sdpipeline.spec import CampaignSpec, Policy, Stage, nearest, note_faults, shown
 from sdpipeline.yamlfile import Faults, KeyPath
@@ -59,6 +61,16 @@ class Rules:
             return None
         return f"{self.name}.checkpoints does not allow {alias!r}", nearest(alias, known)
 
+    def terms_refusal(self, files: CheckpointFiles) -> Iterator[tuple[str, str]]:
+        """What is wrong with the terms that weights were approved under, and what to do."""
+        asked, alias = self.policy, files.alias
+        fix = f"sdpipeline checkpoints add {alias} DIR_OR_REPO --licence L --purpose P, or other weights"
+        if asked.licences is not None and files.licence not in asked.licences:
+            known = f"is under {files.licence!r}" if files.licence else "is registered under no licence"
+            yield f"{alias!r} {known}, {self.name}.licences allows {', '.join(asked.licences) or 'none'}", fix
+        if missing := [purpose for purpose in asked.purposes if purpose not in files.purposes]:
+            yield f"{alias!r} is not approved for {', '.join(missing)}, as {self.name}.purposes asks", fix
+
     def size_refusal(self, side: str, pixels: int) -> tuple[str, str] | None:
         """What is wrong with a picture of that ``width`` or ``height``, and what to do."""
         most = self.policy.max_width if side == "width" else self.policy.max_height
@@ -100,13 +112,44 @@ def check_words(policy: Policy, at: KeyPath, faults: Faults) -> None:
 
 
 def check_checkpoints(
-    spec: CampaignSpec, stage: Stage, path: KeyPath, faults: Faults, policies: Iterable[Rules]
+    spec: CampaignSpec,
+    stage: Stage,
+    path: KeyPath,
+    faults: Faults,
+    *,
+    policies: Iterable[Rules],
+    catalog: Mapping[str, CheckpointFiles],
 ) -> None:
-    """Whatever a stage names that a policy does not."""
+    """Whatever a stage names that a policy does not, or whose terms it does not accept."""
     for rules in policies:
         for place, alias in _named(spec, stage, path):
             if why := rules.checkpoint_refusal(alias):
                 faults.add(place, *why)
+            elif alias in catalog:
+                for terms in rules.terms_refusal(catalog[alias]):
+                    faults.add(place, *terms)
+
+
+def check_safety_checkers(policies: Iterable[Rules], catalog: Mapping[str, CheckpointFiles], faults: Faults) -> None:
+    """A safety checker that is not registered, or is none: nothing may be made unseen."""
+    for rules in policies:
+        alias = rules.policy.safety_checker
+        if alias is None or (alias in catalog and catalog[alias].kind == SAFETY_CHECKER):
+            continue
+        known = [name for name, files in catalog.items() if files.kind == SAFETY_CHECKER]
+        why = f"is a {catalog[alias].kind}" if alias in catalog else "is not registered"
+        place: KeyPath = ("policy", "safety_checker") if rules.name == CAMPAIGN else ()
+        fix = f"sdpipeline checkpoints add {alias} DIR" if not known else nearest(alias, known)
+        faults.add(place, f"{rules.name}.safety_checker: {alias!r} {why}, not a safety checker", fix)
+
+
+def safety_checks(policies: Iterable[Rules], catalog: Mapping[str, CheckpointFiles]) -> list[Json]:
+    """Which network every finished picture is shown to, pinned, and the rule that names it."""
+    found = [(rules.name, catalog[alias]) for rules in policies if (alias := rules.policy.safety_checker)]
+    return [
+        {"rule": f"{name}.safety_checker: {shown(files.alias)}", "alias": files.alias, "digest": files.digest}
+        for name, files in found
+    ]
 
 
 def words(text: str) -> list[str]:

@@ -1,63 +1,29 @@
-"""What people look at: the contact sheet, and the closing report of a campaign."""
+"""The closing report of a campaign: what was made, how fast, at what cost, how it is marked and sealed."""
 
 from __future__ import annotations
 
-import io
-import math
-from collections.abc import Iterable, Sequence
-
-import numpy as np
-from PIL import Image
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 
 from sdpipeline import provenance
-from sdpipeline.db import reports
-from sdpipeline.db.connection import Database
+from sdpipeline.db import audit, reports
+from sdpipeline.db.connection import Connection, Database
+from sdpipeline.db.reports import Progress
 from sdpipeline.domain import Json
 from sdpipeline.errors import InputImageError, ObjectMissingError
 from sdpipeline.storage import ObjectStore
 
-THUMBNAIL = 128
-MOST_PICTURES = 48
+MARKS_SAMPLE = 8
+MOST_FAILURES = 20
 
 
-def contact_sheet(
-    database: Database, store: ObjectStore, campaign_id: int, *, max_bytes: int, count: int = MOST_PICTURES
-) -> bytes | None:
-    """The newest pictures side by side as a JPEG of at most ``max_bytes``, or None before the first."""
-    with database.read() as connection:
-        newest = reports.newest_images(connection, campaign_id, count)
-    thumbnails = [shown for each in newest if (shown := _thumbnail(store, each["key"])) is not None]
-    if not thumbnails:
-        return None
-    sheet = tiled(thumbnails)
-    for quality in (90, 75, 60, 45, 30, 15):
-        file = io.BytesIO()
-        sheet.save(file, format="JPEG", quality=quality)
-        if file.tell() <= max_bytes:
-            return file.getvalue()
-    # Half as many pictures always fit in the end.
-    return contact_sheet(database, store, campaign_id, max_bytes=max_bytes, count=count // 2) if count > 1 else None
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Span:
+    """What one run made of a campaign, and the seconds it took."""
 
-
-def _thumbnail(store: ObjectStore, key: str) -> Image.Image | None:
-    """The picture, small; None where it is gone or damaged: that is for the audit to say."""
-    try:
-        thumbnail = Image.fromarray(provenance.decode(store.get(key), max_pixels=2**28), "RGB")
-    except (ObjectMissingError, InputImageError):
-        return None
-    thumbnail.thumbnail((THUMBNAIL, THUMBNAIL), Image.Resampling.LANCZOS)
-    return thumbnail
-
-
-def tiled(pictures: Sequence[Image.Image]) -> Image.Image:
-    """Thumbnails in a grid about twice as wide as high."""
-    columns = min(len(pictures), max(1, math.ceil(math.sqrt(2 * len(pictures)))))
-    lines = math.ceil(len(pictures) / columns)
-    sheet = np.full((lines * THUMBNAIL, columns * THUMBNAIL, 3), 255, dtype=np.uint8)
-    for n, thumbnail in enumerate(pictures):
-        top, left = n // columns * THUMBNAIL, n % columns * THUMBNAIL
-        sheet[top : top + thumbnail.height, left : left + thumbnail.width] = np.asarray(thumbnail)
-    return Image.fromarray(sheet, "RGB")
+    pictures: int
+    wall_s: float
 
 
 def time_spent(timings: Iterable[Json]) -> dict[str, float]:
@@ -69,19 +35,21 @@ def time_spent(timings: Iterable[Json]) -> dict[str, float]:
     return total
 
 
-def closing_report(database: Database, campaign_id: int, *, signer: str) -> str:
-    """Markdown: what was made, how fast, who signs it, where the time went, and what failed."""
+def closing_report(database: Database, store: ObjectStore, campaign_id: int, *, span: Span | None = None) -> str:
+    """Markdown; ``span`` is the run that closes, for its throughput."""
     with database.read() as connection:
         progress = reports.progress(connection, campaign_id)
         stages = reports.stages(connection, campaign_id)
         spent = time_spent(reports.timings(connection, campaign_id))
-        failed = reports.failures(connection, campaign_id, limit=20)
+        failed = reports.failures(connection, campaign_id, limit=MOST_FAILURES)
+        newest = reports.newest_images(connection, campaign_id, MARKS_SAMPLE)
+        sealed = _sealed(connection)
     lines = [
         f"# {progress.name}, version {progress.version}: {progress.status}",
         "",
-        f"{progress.images} pictures of {progress.total} jobs, {progress.gpu_seconds:.1f} s on the device.",
-        "",
-        f"Pictures are signed by {signer}.",
+        *_figures(progress, span),
+        f"- **Marks**: {_marks(store, [each['key'] for each in newest])}",
+        f"- **Audit**: {sealed}",
         "",
         "| stage | jobs | pictures | device seconds |",
         "|---|---|---|---|",
@@ -90,13 +58,60 @@ def closing_report(database: Database, campaign_id: int, *, signer: str) -> str:
         "| where the time went | seconds |",
         "|---|---|",
         *(f"| {name.removesuffix('_s')} | {seconds:.1f} |" for name, seconds in spent.items()),
+        *_failures(failed, progress.failed),
     ]
-    if failed:
-        lines += ["", "| failed job | stage | row | attempts | reason |", "|---|---|---|---|---|"]
-        lines += [
-            f"| {f['job_id']} | {f['stage']} | {f['row']} | {f['attempts']} | {_cell(f['error'])} |" for f in failed
-        ]
     return "\n".join(lines) + "\n"
+
+
+def _figures(progress: Progress, span: Span | None) -> Iterator[str]:
+    yield f"- **Pictures**: {progress.images} of {progress.total} jobs"
+    if span is not None and span.wall_s > 0:
+        made = f"{span.pictures} in {span.wall_s:.0f} s of this run"
+        yield f"- **Throughput**: {60 * span.pictures / span.wall_s:.1f} pictures a minute ({made})"
+    yield f"- **GPU-seconds**: {progress.gpu_seconds:.1f}, failed attempts included"
+    yield f"- **Cost**: {f'{progress.cost:.2f}' if progress.cost else 'not counted (SDP_COST_PER_GPU_HOUR is not set)'}"
+    if progress.paused_because:
+        yield f"- **Paused**: {progress.paused_because}"
+
+
+def _marks(store: ObjectStore, keys: Sequence[str]) -> str:
+    """What the newest files really carry, read back from storage; nothing is claimed of the others."""
+    iptc, c2pa, signers = Counter[str](), Counter[str](), Counter[str]()
+    for key in keys:
+        try:
+            found = provenance.verify(store.get(key))
+        except (ObjectMissingError, InputImageError):
+            iptc["unreadable"] += 1
+            continue
+        iptc[(found.digital_source_type or "none").rpartition("/")[2]] += 1
+        c2pa[found.c2pa] += 1
+        signers[found.signed_by] += 1
+    if not keys:
+        return "no picture yet"
+    marks = f"IPTC source type {_counted(iptc)}; C2PA {_counted(c2pa)}; signed by {_counted(signers)}"
+    return f"of the {len(keys)} newest pictures, read back: {marks}"
+
+
+def _counted(found: Counter[str]) -> str:
+    return ", ".join(f"{name} {count}" for name, count in found.most_common()) or "none"
+
+
+def _sealed(connection: Connection) -> str:
+    seal = audit.last_seal(connection)
+    if seal is None:
+        return "no seal yet"
+    after = sum(last - first + 1 for _, first, last in audit.unsealed_ranges(connection))
+    return f"seal {seal['number']}, SHA-256 `{seal['hash']}`; {after or 'no'} events since"
+
+
+def _failures(failed: Sequence[Json], count: int) -> Iterator[str]:
+    if not failed:
+        return
+    yield from ("", f"{count} jobs failed" + (f", the first {len(failed)}:" if count > len(failed) else ":"), "")
+    yield from ("| failed job | stage | row | attempts | reason |", "|---|---|---|---|---|")
+    for each in failed:
+        cells = (each["job_id"], each["stage"], each["row"], each["attempts"], each["error"])
+        yield f"| {' | '.join(_cell(value) for value in cells)} |"
 
 
 def _cell(value: object) -> str:

@@ -5,14 +5,17 @@ from __future__ import annotations
 import random
 
 from sdpipeline.domain import Status
-from sdpipeline.errors import PermanentError, SdpError
+from sdpipeline.errors import PermanentError, PictureBlockedError, SdpError
 
 FIRST_BACKOFF_S = 2.0
 LONGEST_BACKOFF_S = 300.0
 
 
 def next_status(error: SdpError, *, attempt: int, max_attempts: int) -> Status:
-    """``failed`` for a permanent error or a last attempt, else ``waiting``: the job is tried again."""
+    """``blocked`` where a policy forbids the picture, ``failed`` for any other permanent error or a last attempt, else
+    ``waiting``: the job is tried again."""
+    if isinstance(error, PictureBlockedError):
+        return Status.BLOCKED
     if isinstance(error, PermanentError) or attempt >= max_attempts:
         return Status.FAILED
     return Status.WAITING

@@ -10,7 +10,7 @@ import tomllib
 from dataclasses import dataclass, field
 from io import StringIO
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 from urllib.parse import quote, urlsplit
 
 from dotenv import dotenv_values
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 PREFIX = "SDP_"
 TEST_PREFIX = "SDP_TEST_"
 TOML_NAME = "sdpipeline.toml"
+DEFAULT_HOME = Path("sdp-home")
 
 
 class _Section(BaseModel):
@@ -71,6 +72,9 @@ class SigningSettings(_Section):
     """The keys that sign; a development key is made only beside the embedded database."""
 
     seal_key_file: Path | None = Field(None, description="PEM file with the Ed25519 key that seals the audit log")
+    retired_seal_keys: list[Annotated[str, Field(pattern="^[0-9a-f]{64}$")]] = Field(
+        default_factory=list, description="public keys, as JSON, whose seals from before are still believed"
+    )
     certificates_file: Path | None = Field(
         None, description="PEM file with the chain that signs pictures: its certificate first, the root left out"
     )
@@ -83,6 +87,25 @@ class SigningSettings(_Section):
     trust_file: Path | None = Field(
         None, description="PEM file with the roots that are trusted, old ones and the time authority's among them"
     )
+
+
+class DispatchSettings(_Section):
+    """How many workers a deployed campaign has, by the jobs that could be made at this moment."""
+
+    min_workers: int = Field(1, ge=1, le=1000, description="workers of a deployed campaign while it has anything to do")
+    max_workers: int = Field(
+        8, ge=1, le=1000, validate_default=True, description="the most workers of a deployed campaign"
+    )
+    jobs_per_worker: int = Field(
+        64, ge=1, description="ready and leased jobs that are worth a worker of a deployed campaign"
+    )
+
+    @field_validator("max_workers")
+    @classmethod
+    def _no_fewer(cls, most: int, info: ValidationInfo) -> int:
+        if most < info.data.get("min_workers", most):
+            raise ValueError("is fewer than SDP_DISPATCH__MIN_WORKERS")
+        return most
 
 
 class RetentionSettings(_Section):
@@ -120,10 +143,13 @@ class Settings(BaseSettings):
         hide_input_in_errors=True,
     )
 
-    home: Path = Field(Path("sdp-home"), description="folder of the embedded default: database, pictures, logs, keys")
+    home: Path = Field(DEFAULT_HOME, description="folder of the embedded default: database, pictures, logs, keys")
     database_url: SecretStr | None = Field(None, description="SQLAlchemy URL; default SQLite in SDP_HOME")
     storage_url: str | None = Field(None, description="file:///dir or s3://bucket/prefix; default a folder in SDP_HOME")
     team: str = Field("default", pattern=r"^[a-z0-9][a-z0-9-]{0,62}$", description="owner of campaigns and pictures")
+    actor: str | None = Field(
+        None, pattern=r"^[^\x00-\x1f\x7f]{1,120}$", description="who acts, in the audit log; default user@host"
+    )
     device: str | None = Field(None, description="cpu, cuda or cuda:N; default the first GPU, else cpu")
     workers: int | None = Field(
         None, ge=1, le=256, description="local worker processes; default one per GPU, or one on a CPU"
@@ -166,6 +192,7 @@ class Settings(BaseSettings):
     engine: EngineSettings = Field(default_factory=EngineSettings)
     signing: SigningSettings = Field(default_factory=SigningSettings)
     retention: RetentionSettings = Field(default_factory=RetentionSettings)
+    dispatch: DispatchSettings = Field(default_factory=DispatchSettings)
 
     @classmethod
     def settings_customise_sources(

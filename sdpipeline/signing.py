@@ -20,6 +20,7 @@ from filelock import FileLock
 from sdpipeline.errors import SettingsError, SigningUnavailableError
 
 DEVELOPMENT = "sdpipeline DEVELOPMENT KEY"
+DEVELOPMENT_IDENTITY = "a development key, which nobody trusts"
 """The organization in every development certificate: whoever reads a signature sees what it is worth."""
 
 _LIFETIME = timedelta(days=3650)
@@ -49,11 +50,16 @@ class SigningKey:
     def identity(self) -> str:
         """Who signs, for people: the certificate's names and when it ends."""
         if self.development:
-            return "a development key, which nobody trusts"
+            return DEVELOPMENT_IDENTITY
         names = [
             str(each.value) for oid in (NameOID.COMMON_NAME, NameOID.ORGANIZATION_NAME) for each in self._names(oid)
         ]
         return f"{', '.join(names)} ({self.algorithm}, until {self._leaf.not_valid_after_utc:%Y-%m-%d})"
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 of the signing certificate, hexadecimal."""
+        return self._leaf.fingerprint(hashes.SHA256()).hex()
 
     @property
     def _leaf(self) -> x509.Certificate:

@@ -182,6 +182,12 @@ class Policy(_Part):
 
     checkpoints: list[str] | None = None
     """All aliases that stages may name, ControlNets, adapters and annotators included."""
+    licences: list[Annotated[str, Field(min_length=1, max_length=200)]] | None = None
+    """All licences that weights may be registered under."""
+    purposes: list[Annotated[str, Field(min_length=1, max_length=200)]] = Field(default_factory=list)
+    """What the pictures are for: weights must be approved for each of these."""
+    safety_checker: Annotated[str, Field(pattern=NAME)] | None = None
+    """Alias of the network that looks at every finished picture and may forbid it."""
     max_width: Annotated[int, Field(ge=8, le=LARGEST_SIDE)] | None = None
     """The widest finished picture, in pixels."""
     max_height: Annotated[int, Field(ge=8, le=LARGEST_SIDE)] | None = None

@@ -28,6 +28,7 @@ def check(spec: CampaignSpec, faults: Faults, catalog: Catalog, policies: Sequen
     _check_names(spec, faults)
     _check_quality(spec, faults)
     policy.check_words(spec.policy, ("policy",), faults)
+    policy.check_safety_checkers(policies, catalog, faults)
     for n, stage in enumerate(spec.stages):
         path: KeyPath = ("stages", n)
         _check_seeds(stage.seeds, (*path, "seeds"), faults)
@@ -48,7 +49,7 @@ def check(spec: CampaignSpec, faults: Faults, catalog: Catalog, policies: Sequen
             _check_pictures(stage, path, faults)
             _check_checkpoint(spec, stage, path, faults, catalog, policies=policies)
         if all(alias in catalog for alias in [spec.checkpoint, *stage.aliases()]):
-            policy.check_checkpoints(spec, stage, path, faults, policies)
+            policy.check_checkpoints(spec, stage, path, faults, policies=policies, catalog=catalog)
 
 
 def ordered(stages: list[Stage]) -> list[Stage]:

@@ -9,7 +9,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from sdpipeline import expand
+from sdpipeline import expand, policy
 from sdpipeline.batching import split
 from sdpipeline.campaign import Campaign
 from sdpipeline.db import archives, registry, reports, staging
@@ -22,7 +22,6 @@ from sdpipeline.db.submit import Publication, Submitted
 from sdpipeline.domain import JobSpec, Json
 from sdpipeline.errors import CampaignError, InputImageError, Mistake
 from sdpipeline.inputs import InputFile, InputFolder
-from sdpipeline.spec import CampaignSpec
 from sdpipeline.storage import ObjectStore
 
 
@@ -158,12 +157,13 @@ def submit(
         return waiting
     budget = campaign.spec.budget.model_dump(exclude_none=True) or None
     jobs = expand.expand(campaign, inputs)
-    with staging.prepared(jobs, rules=delivery_rules(campaign.spec), held=budget is not None) as ready:
+    with staging.prepared(jobs, rules=delivery_rules(campaign), held=budget is not None) as ready:
         if not ready.count:
             raise CampaignError(Mistake(file=campaign.source.file, message="asks for no picture", fix="give it rows"))
         copy_inputs(inputs.found.values(), store)
         used = {alias for stage in campaign.spec.stages for alias in stage.aliases()}
         used |= {campaign.spec.checkpoint for stage in campaign.spec.stages if not stage.checkpoint}
+        used |= {check["alias"] for check in policy.safety_checks(campaign.policies, campaign.catalog)}
         with audit.transaction() as tx:
             registry.remember(tx, [campaign.catalog[alias] for alias in sorted(used)])
             asked = Publication(
@@ -177,15 +177,14 @@ def submit(
             return publishing.submit(tx, ready, asked, prune=prune)
 
 
-def delivery_rules(spec: CampaignSpec) -> dict[str, Json]:
+def delivery_rules(campaign: Campaign) -> dict[str, Json]:
     """What the delivery of each stage's pictures obeys; none of it changes a pixel."""
-    rules = {}
-    told = spec.provenance.include_prompt
+    rules, spec = dict[str, Json](), campaign.spec
+    told, safety = spec.provenance.include_prompt, policy.safety_checks(campaign.policies, campaign.catalog)
     for stage in spec.stages:
         quality = (stage.quality or spec.quality).model_dump(exclude_none=True)
-        rules[stage.id] = {"reuse": spec.reuse, "quality": quality}
-        if told != "full":
-            rules[stage.id]["include_prompt"] = told
+        more = ({"safety": safety} if safety else {}) | ({"include_prompt": told} if told != "full" else {})
+        rules[stage.id] = {"reuse": spec.reuse, "quality": quality} | more
     return rules
 
 

@@ -38,6 +38,7 @@ from sdpipeline.errors import (
     TransientError,
 )
 from sdpipeline.fetching import Consumed
+from sdpipeline.judgement import judged
 from sdpipeline.retry import backoff_s, next_status
 from sdpipeline.signing import SigningKey
 from sdpipeline.stopping import Stop, leave
@@ -64,6 +65,7 @@ class WorkerSummary:
     succeeded: int = 0
     reused: int = 0
     failed: int = 0
+    blocked: int = 0
     batches: int = 0
     gpu_seconds: float = 0.0
     idle: bool = False
@@ -201,6 +203,7 @@ class _Run:
             succeeded=self._ended_as["succeeded"],
             reused=self._ended_as["reused"],
             failed=self._ended_as["failed"],
+            blocked=self._ended_as["blocked"],
             batches=self._batches,
             gpu_seconds=self._gpu_seconds,
             idle=self._idle,
@@ -460,7 +463,8 @@ class _Run:
         batch = Batch(requests=work.requests, bucket=bucket_for(len(work.requests)))
         self._on_device, group_id = work.lease, work.lease.group_id
         with self._watchdog.batch(self.worker.pace.allowed_s(group_id)):
-            work.results = list(self.worker.engine.generate(batch))
+            made = self.worker.engine.generate(batch)
+            work.results = judged(self.worker.engine, [leased.rules for leased in work.jobs], made)
         work.requests = []  # decoded inputs are large, and the record needs them no more
         work.gpu_seconds = time.perf_counter() - started
         self.worker.pace.took(group_id, work.gpu_seconds)
@@ -609,8 +613,8 @@ class _Run:
 
         done = self._when_database_answers(fail)
         _log.warning("attempt_failed", job_id=leased.id, attempt=leased.attempt, status=str(status), error=str(error))
-        if done and status is Status.FAILED:
-            self._count("failed")
+        if done and status in {Status.FAILED, Status.BLOCKED}:
+            self._count(str(status))
 
     def _charge(self, gpu_seconds: float) -> budgets.Charge:
         cost = gpu_seconds * self.worker.limits.gpu_second_cost

@@ -25,6 +25,7 @@ from sdpipeline.db.audit import AuditLog
 from sdpipeline.db.budgets import Charge
 from sdpipeline.db.connection import Database
 from sdpipeline.db.queue import Lease, LeasedJob, StoredImage
+from sdpipeline.db.reports import Progress
 from sdpipeline.db.submit import Publication, Submitted, submit
 from sdpipeline.domain import (
     CheckpointRef,
@@ -87,6 +88,13 @@ CATALOG = {
     )
 }
 """What the campaigns of tests may name."""
+
+
+def progress(**counts: int) -> Progress:
+    """A campaign with so many jobs of each status."""
+    spent: dict[str, Any] = {"images": 0, "gpu_seconds": 0.0, "cost": 0.0}
+    about: dict[str, Any] = {"status": "active", "budget": None, "paused_because": None}
+    return Progress(id=1, name="spring", version=3, counts=counts, **spent, **about)
 
 
 def input_folder(folder: Path, *, max_pixels: int = 10_000_000) -> InputFolder:

@@ -11,10 +11,12 @@ from typer.exceptions import TyperException
 
 from sdpipeline import __version__
 from sdpipeline.cli import (
+    auditing,
     bench,
     campaigns,
     checkpoints,
     demo,
+    deploying,
     exporting,
     forgetting,
     operations,
@@ -69,7 +71,9 @@ verifying.add_to(app)
 exporting.add_to(app)
 forgetting.add_to(app)
 checkpoints.add_to(app)
+deploying.add_to(app)
 operations.add_to(app)
+auditing.add_to(app)
 reconciling.add_to(app)
 bench.add_to(app)
 

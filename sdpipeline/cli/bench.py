@@ -135,7 +135,7 @@ def pipeline(
         scratch_database(s.database) as database,
         scratch_storage(s.storage, bootstrap.s3_options(s)) as scratch,
         bootstrap.registered(
-            bootstrap.make_worker(on.settings, database, scratch.store, under_test, key), on.device
+            on.settings, bootstrap.make_worker(on.settings, database, scratch.store, under_test, key), on.device
         ) as worker,
         progress("bench pipeline", shown=not as_json) as on_progress,
     ):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import sys
 from collections.abc import Sequence
 from datetime import UTC, datetime
@@ -12,7 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
-from sdpipeline import archive, audit, bootstrap, expand, schedule, submission
+from sdpipeline import archive, bootstrap, intake, schedule, submission
 from sdpipeline.cli.output import (
     FOUND_FAULTS,
     AsJson,
@@ -31,12 +30,10 @@ from sdpipeline.db import control, reports
 from sdpipeline.db.reports import Progress
 from sdpipeline.db.submit import Submitted
 from sdpipeline.domain import Status
-from sdpipeline.settings import Settings
 
 LONGEST_SHOWN = 60
 UNLUCKY = ("failed", "blocked", "skipped", "cancelled")
 RETRYABLE = ("failed", "blocked", "cancelled")
-EDITION_NAME = re.compile(r"[a-z0-9][a-z0-9-]{0,62}")
 
 Edition = Annotated[
     str | None, typer.Option(help="Make the whole campaign as this edition; default what its schedule says.")
@@ -59,7 +56,7 @@ def plan(
 ) -> None:
     """Check a campaign and count its jobs against the database, writing nothing."""
     s = settings(home)
-    _check_edition(edition)
+    intake.check_edition(edition)
     database = bootstrap.existing_database(s)
     campaign, inputs = bootstrap.load_campaign(s, file, database, edition=edition)
     cost = None if s.cost_per_gpu_hour is None else s.cost_per_gpu_hour / 3600
@@ -90,7 +87,7 @@ def submit(
     as_json: AsJson = False,
 ) -> None:
     """Publish a campaign file as the campaign's newest version; unchanged jobs are left alone."""
-    name, done = submit_file(settings(home), file, prune=prune, edition=edition)
+    name, done = intake.submit(settings(home), file, prune=prune, edition=edition)
     if as_json:
         counts = {"added": done.added, "unchanged": done.unchanged, "cancelled": done.cancelled}
         about = {"blocked": done.blocked, "left_out": done.left_out}
@@ -114,7 +111,7 @@ def run(
     bootstrap.picture_key(s)
     if not s.embedded:
         bootstrap.seal_key(s)  # a missing key is found before any work is done; the embedded default makes its own
-    name, done = submit_file(s, file, edition=edition)
+    name, done = intake.submit(s, file, edition=edition)
     if not as_json:
         stderr.print(_submitted(name, done))
     progress = orchestration.run_campaign(s, name, keep_ui=keep_ui, console=None if as_json else stderr)
@@ -205,12 +202,7 @@ def retry(
     """Reopen failed jobs, and the jobs that were skipped because of them."""
     if with_status not in RETRYABLE:
         raise refuse(f"--status {with_status} cannot be retried", f"one of {', '.join(RETRYABLE)}")
-    s = settings(home)
-    with bootstrap.services(s, create=False) as have:
-        campaign_id = bootstrap.known_campaign(have.database, s.team, campaign)
-        with have.audit.transaction() as tx:
-            count = control.retry(tx, campaign_id=campaign_id, statuses=[with_status])
-            kept = control.forbidden(tx.connection, campaign_id=campaign_id, status=with_status)
+    count, kept = intake.reopen(settings(home), campaign, with_status)
     if kept and not count:
         why = f"a policy forbids all {kept} {with_status} jobs of {campaign}, and a retry does not lift it"
         raise refuse(why, "change the prompts or the policy, and submit the file again")
@@ -237,21 +229,6 @@ def pause(campaign: CampaignName, *, home: Home = None, as_json: AsJson = False)
 def resume(campaign: CampaignName, *, home: Home = None, as_json: AsJson = False) -> None:
     """Let workers lease a paused campaign again."""
     _set_status(campaign, "active", home, as_json=as_json)
-
-
-def submit_file(s: Settings, file: Path, *, prune: bool = False, edition: str | None = None) -> tuple[str, Submitted]:
-    """Submit a campaign file; the whole of it is checked before the embedded database is even made."""
-    _check_edition(edition)
-    if not bootstrap.database_exists(s):
-        expand.check(*bootstrap.load_campaign(s, file, edition=edition))
-    bootstrap.open_storage(s).check()
-    with bootstrap.services(s) as have:
-        audit.refuse_restored(have.database, have.store)
-        campaign, inputs = bootstrap.load_campaign(s, file, have.database, edition=edition)
-        done = submission.submit(
-            campaign, inputs, have.audit, have.store, team=s.team, max_attempts=s.max_attempts, prune=prune
-        )
-    return campaign.spec.name, done
 
 
 def show_status(campaigns: list[Progress], *, as_json: bool, workers: list[dict[str, Any]] | None = None) -> None:
@@ -298,11 +275,6 @@ def leave(progress: Progress) -> None:
         stderr.print(f"{progress.name} is paused: sdpipeline resume {progress.name}, and run it again")
     if progress.failed or progress.blocked or progress.skipped or progress.remaining:
         raise typer.Exit(FOUND_FAULTS)
-
-
-def _check_edition(edition: str | None) -> None:
-    if edition is not None and not EDITION_NAME.fullmatch(edition):
-        raise refuse(f"--edition {edition!r} is no name", "write at most 63 of a-z, 0-9 and -, as in 2026-11-25")
 
 
 def _estimated(estimate: dict[str, Any]) -> str:

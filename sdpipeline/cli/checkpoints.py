@@ -147,9 +147,9 @@ def _documents(s: Settings) -> list[Json]:
 
 def _unused(files: CheckpointFiles) -> Json:
     names = ("alias", "digest", "kind", "family", "scale", "size_bytes")
-    terms = dict.fromkeys(("licence", "approved_by", "source", "expires_at", "revoked_at", "revoked_because"))
+    terms = dict.fromkeys(("approved_by", "source", "expires_at", "revoked_at", "revoked_because"))
     own = {name: getattr(files, name) for name in names}
-    return own | terms | {"location": str(files.directory), "purposes": [], "status": "ok"}
+    return own | terms | {"licence": files.licence, "location": str(files.directory), "purposes": [], "status": "ok"}
 
 
 def _verified(files: CheckpointFiles) -> Json:

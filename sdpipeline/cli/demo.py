@@ -12,7 +12,7 @@ from urllib.parse import unquote, urlsplit
 
 import typer
 
-from sdpipeline import bootstrap, report
+from sdpipeline import bootstrap, intake, report
 from sdpipeline.cli import campaigns
 from sdpipeline.cli.output import AsJson, Home, print_json, print_table, settings, stderr, stdout
 from sdpipeline.db import reports
@@ -37,7 +37,7 @@ def demo(
 
     s = _embedded(settings(home))
     started = time.monotonic()
-    name, done = campaigns.submit_file(s, BUNDLED_CAMPAIGN)
+    name, done = intake.submit(s, BUNDLED_CAMPAIGN)
     if not as_json:
         stderr.print(f"campaign {BUNDLED_CAMPAIGN}: {done.added} jobs added, {done.unchanged} unchanged")
     progress = orchestration.run_campaign(
@@ -79,7 +79,7 @@ def _embedded(s: Settings) -> Settings:
 
 def _result(s: Settings, name: str, wall_s: float) -> _Result:
     sheet = s.home / "demo-contact-sheet.jpg"
-    sheet.write_bytes(bootstrap.contact_sheet(s, name) or b"")
+    sheet.write_bytes(bootstrap.newest_pictures(s, name) or b"")
     with bootstrap.services(s) as have:
         campaign_id = bootstrap.known_campaign(have.database, s.team, name)
         with have.database.read() as connection:

@@ -6,9 +6,10 @@ from typing import Annotated
 
 import typer
 
-from sdpipeline import audit, bootstrap
+from sdpipeline import audit, bootstrap, upkeep
 from sdpipeline import retention as forgetting
 from sdpipeline.cli.output import AsJson, Home, print_json, print_table, refuse, settings, stdout
+from sdpipeline.settings import RetentionSettings
 
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Only count; change nothing.")]
 
@@ -22,19 +23,11 @@ def add_to(app: typer.Typer) -> None:
 def retention(*, dry_run: DryRun = False, home: Home = None, as_json: AsJson = False) -> None:
     """Do what the retention settings say is due: delete old pictures and prompts, archive closed editions."""
     s = settings(home)
-    with bootstrap.services(s, create=False) as have:
-        have.store.check()
-        audit.refuse_restored(have.database, have.store)
-        periods = forgetting.Periods(**s.retention.model_dump())
-        done = forgetting.forget(
-            have.audit, have.store, lambda: bootstrap.seal(s), team=s.team, periods=periods, dry_run=dry_run
-        )
-    if not dry_run:
-        bootstrap.seal(s)
+    done = upkeep.forget(s, dry_run=dry_run)
     document = {"dry_run": dry_run} | done.document()
     if as_json:
         print_json(document)
-    elif periods == forgetting.Periods():
+    elif s.retention == RetentionSettings():
         stdout.print("nothing is ever due: see SDP_RETENTION__… in the README")
     else:
         print_table("Due" if dry_run else "Done", ("what", "count"), done.document().items())

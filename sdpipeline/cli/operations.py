@@ -1,4 +1,4 @@
-"""Commands that run and check an installation: worker, audit, db, doctor."""
+"""Commands that run and check an installation: worker, db, doctor."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ from typing import Annotated
 
 import typer
 
-from sdpipeline import audit as auditing
 from sdpipeline import bootstrap, checkup, stopping
 from sdpipeline.cli.output import FOUND_FAULTS, AsJson, Home, print_json, print_table, settings, stdout
 from sdpipeline.db import migrate
@@ -17,14 +16,11 @@ def add_to(app: typer.Typer) -> None:
     """Put these commands on the application."""
     app.command()(worker)
     app.command()(doctor)
-    for group, commands in ((_AUDIT, (verify, seal)), (_DB, (upgrade, current))):
-        for command in commands:
-            group.command()(command)
-    app.add_typer(_AUDIT, name="audit")
+    for command in (upgrade, current):
+        _DB.command()(command)
     app.add_typer(_DB, name="db")
 
 
-_AUDIT = typer.Typer(help="Check database, storage and seals against each other.", no_args_is_help=True)
 _DB = typer.Typer(help="Migrations, also from an installed wheel.", no_args_is_help=True)
 
 
@@ -39,7 +35,7 @@ def worker(
     s = settings(home)
     with stopping.told_by(*stopping.SIGNALS) as stop:
         done = bootstrap.run_worker(s, campaign=None, until_idle=until_idle, device=device, stop=stop)
-    names = ("succeeded", "reused", "failed", "batches", "gpu_seconds", "idle")
+    names = ("succeeded", "reused", "failed", "blocked", "batches", "gpu_seconds", "idle")
     document = {name: getattr(done, name) for name in names}
     if as_json:
         print_json(document)
@@ -47,44 +43,8 @@ def worker(
         print_table("Worker", ("what", "value"), document.items())
     if stop.is_set():
         raise typer.Exit(stop.exit_code)
-    if done.failed:
+    if done.failed or done.blocked:
         raise typer.Exit(FOUND_FAULTS)
-
-
-def verify(
-    *,
-    sample: Annotated[int | None, typer.Option(min=0, help="Read only so many pictures, chosen at random.")] = None,
-    full: Annotated[bool, typer.Option("--full", help="Read every picture (the default).")] = False,
-    home: Home = None,
-    as_json: AsJson = False,
-) -> None:
-    """Check every event, seal, job row and picture; exit 3 names what is wrong."""
-    s = settings(home)
-    with bootstrap.services(s, create=False) as have:
-        have.store.check()
-        found = auditing.verify(have.database, have.store, bootstrap.seal_key(s), sample=None if full else sample)
-    if as_json:
-        print_json(found.document())
-    else:
-        if found.faults:
-            print_table("Faults", ("kind", "subject", "detail"), [(f.kind, f.subject, f.detail) for f in found.faults])
-        skipped = f", {found.skipped} pictures skipped" if found.skipped else ""
-        verdict = f"{len(found.faults)} faults" if found.faults else "no fault"
-        stdout.print(
-            f"{verdict} in {found.events} events ({found.unsealed} not sealed yet), {found.seals} seals "
-            f"and {found.images} pictures{skipped}"
-        )
-    if found.faults:
-        raise typer.Exit(FOUND_FAULTS)
-
-
-def seal(*, home: Home = None, as_json: AsJson = False) -> None:
-    """Sign what the audit log gained since the last seal."""
-    count = bootstrap.seal(settings(home))
-    if as_json:
-        print_json({"sealed": count})
-    else:
-        stdout.print(f"{count} events sealed")
 
 
 def upgrade(*, home: Home = None, as_json: AsJson = False) -> None:

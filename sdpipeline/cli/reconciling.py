@@ -6,8 +6,7 @@ from typing import Annotated
 
 import typer
 
-from sdpipeline import audit, bootstrap
-from sdpipeline import reconcile as reconciling
+from sdpipeline import upkeep
 from sdpipeline.cli.output import FOUND_FAULTS, AsJson, Home, print_json, print_records, settings, stdout
 from sdpipeline.reconcile import Finding, Reconciliation
 
@@ -25,20 +24,7 @@ def reconcile(
     as_json: AsJson = False,
 ) -> None:
     """Find what a crash or a restored backup left between database and storage; changes nothing unless told to."""
-    s = settings(home)
-    with bootstrap.services(s, create=False) as have:
-        have.store.check()
-        done = reconciling.reconcile(
-            have.audit,
-            have.store,
-            lambda: bootstrap.seal_key(s),
-            grace_s=s.reconcile_grace_s,
-            repair=repair,
-            adopt=adopt,
-        )
-        if done.adoption is not None and done.adoption.gap is not None:
-            # From here on nobody can take the gap back without being found out.
-            audit.seal(have.database, have.store, bootstrap.seal_key(s))
+    done = upkeep.reconcile(settings(home), repair=repair, adopt=adopt)
     if as_json:
         print_json(done.document())
     else:

@@ -54,6 +54,7 @@ class Event(StrEnum):
     EDITION_ARCHIVED = "edition.archived"
     CHECKPOINT_ADDED = "checkpoint.added"
     CHECKPOINT_REVOKED = "checkpoint.revoked"
+    SETTINGS_CHANGED = "settings.changed"
 
 
 @dataclass(slots=True)
@@ -132,20 +133,26 @@ def _clock_us(connection: Connection) -> int:
 
 
 def unsealed_ranges(connection: Connection) -> list[tuple[str, int, int]]:
-    """(writer, first, last sequence number) of every chain's events that no seal covers yet."""
+    """(writer, first, last sequence number) of every chain's events that no seal covers yet.
+
+    Two look-ups in the primary key for each chain, however many events are sealed: neither database skips from one
+    writer to the next by itself, so a recursion does.
+    """
+    own = audit_event.c
+    chains = select(func.min(own.writer_id).label("writer")).cte("chains", recursive=True)
+    following = select(func.min(own.writer_id)).where(own.writer_id > chains.c.writer).scalar_subquery()
+    chains = chains.union_all(select(following).where(chains.c.writer.is_not(None)))
     sealed = (
         select(audit_seal_range.c.writer_id, func.max(audit_seal_range.c.last_seq).label("last"))
         .group_by(audit_seal_range.c.writer_id)
         .subquery()
     )
-    rows = connection.execute(
-        select(audit_event.c.writer_id, func.min(audit_event.c.seq), func.max(audit_event.c.seq))
-        .outerjoin(sealed, sealed.c.writer_id == audit_event.c.writer_id)
-        .where(audit_event.c.seq > func.coalesce(sealed.c.last, -1))
-        .group_by(audit_event.c.writer_id)
-        .order_by(audit_event.c.writer_id)
-    )
-    return [(writer, first, last) for writer, first, last in rows]
+    open_events = (own.writer_id == chains.c.writer, own.seq > func.coalesce(sealed.c.last, -1))
+    first = select(func.min(own.seq)).where(*open_events).scalar_subquery()
+    last = select(func.max(own.seq)).where(*open_events).scalar_subquery()
+    joined = chains.outerjoin(sealed, sealed.c.writer_id == chains.c.writer)
+    rows = connection.execute(select(chains.c.writer, first, last).select_from(joined).order_by(chains.c.writer))
+    return [(writer, begin, end) for writer, begin, end in rows if begin is not None]
 
 
 def bodies(connection: Connection, ranges: Sequence[tuple[str, int, int]]) -> Iterator[bytes]:
@@ -173,6 +180,37 @@ def insert_seal(connection: Connection, seal: Json, ranges: Sequence[tuple[str, 
     if rows:
         connection.execute(insert(audit_seal_range), rows)
     return True
+
+
+def seals_after(connection: Connection, number: int, *, limit: int) -> list[Json]:
+    """The next seals after that number with what each covers here, oldest first."""
+    page = select(audit_seal).where(audit_seal.c.number > number).order_by(audit_seal.c.number).limit(limit)
+    found = [dict(row) | {"ranges": []} for row in connection.execute(page).mappings()]
+    own = audit_seal_range.c
+    covered = select(audit_seal_range).where(own.number.in_([row["number"] for row in found]))
+    by_number = {row["number"]: row["ranges"] for row in found}
+    for row in connection.execute(covered):
+        by_number[row.number].append((row.writer_id, row.first_seq, row.last_seq))
+    return found
+
+
+def seal_over(connection: Connection, writer_id: str, seq: int) -> Json | None:
+    """The row of the seal that covers an event."""
+    own = audit_seal_range.c
+    covers = (own.writer_id == writer_id, own.first_seq <= seq, own.last_seq >= seq)
+    number = select(own.number).where(*covers).limit(1).scalar_subquery()
+    row = connection.execute(select(audit_seal).where(audit_seal.c.number == number)).mappings().first()
+    return dict(row) if row else None
+
+
+def about(connection: Connection, subject: str) -> list[Any]:
+    """All events of one subject, in no order that counts."""
+    return list(connection.execute(select(audit_event).where(audit_event.c.subject == subject)))
+
+
+def holding(connection: Connection, text: str) -> list[Any]:
+    """All events whose bytes hold that text of letters and digits; looks through the whole log."""
+    return list(connection.execute(select(audit_event).where(audit_event.c.body.contains(text))))
 
 
 def last_seal(connection: Connection) -> Json | None:

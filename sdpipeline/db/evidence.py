@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from sqlalchemy import Connection, and_, exists, select
+from sqlalchemy import Connection, and_, exists, or_, select
 
 from sdpipeline.db.submit import jobs_root
 from sdpipeline.db.tables import campaign, image, job
@@ -38,6 +38,18 @@ def images(connection: Connection) -> Iterator[Json]:
 def image_keys(connection: Connection) -> list[tuple[int, str]]:
     """(job id, fingerprint) of every picture."""
     return [(job_id, fp) for job_id, fp in connection.execute(select(image.c.job_id, image.c.fingerprint))]
+
+
+def jobs_with(connection: Connection, sha256: str) -> list[int]:
+    """The jobs that have a picture of these bytes, or had one that was deleted since."""
+    statement = select(image.c.job_id).where(image.c.sha256 == sha256).order_by(image.c.job_id)
+    return list(connection.execute(statement).scalars())
+
+
+def digest_at(connection: Connection, place: str) -> str | None:
+    """The SHA-256 of the picture whose key or address that is."""
+    statement = select(image.c.sha256).where(or_(image.c.key == place, image.c.url == place)).limit(1)
+    return connection.execute(statement).scalar_one_or_none()
 
 
 def succeeded_without_image(connection: Connection) -> list[int]:

@@ -464,7 +464,8 @@ def fail(
     charge: Charge,
     backoff_s: float = 0.0,
 ) -> bool:
-    """End an attempt with an error: ``failed`` for good, or ``waiting`` to be tried after ``backoff_s``."""
+    """End an attempt with an error: ``failed`` for good, ``blocked`` where the error is a policy's rule, or ``waiting``
+    to be tried after ``backoff_s``."""
     share_campaigns(tx.connection, job.c.id == leased.id)
     again = status is Status.WAITING
     row = tx.connection.execute(
@@ -489,6 +490,7 @@ def fail(
         budgets.spend(tx.connection, row.campaign_id, row.group_id, charge, size_bytes=None)
     event = Event.JOB_DEFERRED if again else Event.JOB_FAILED
     about = {"lease": lease_id, "attempt": leased.attempt, "fingerprint": leased.fingerprint}
+    about |= {"rule": error} if status is Status.BLOCKED else {}
     tx.record(event, f"job:{leased.id}", error_kind=error_kind, **about)
     if not again:
         skip_descendants(tx, [leased.id], f"job:{leased.id}")

@@ -136,7 +136,9 @@ def _insert(tx: Transaction, files: CheckpointFiles, approval: Approval) -> None
     statement = insert_ignoring(tx.connection, checkpoint).values(created_at=now_s(), **row)
     if tx.connection.execute(statement.returning(checkpoint.c.digest)).first() is None:
         return  # another submit was first
-    tx.record(Event.CHECKPOINT_ADDED, f"checkpoint:{files.digest[:16]}", alias=files.alias, digest=files.digest)
+    terms = {"licence": approval.licence, "purposes": list(approval.purposes)}
+    about = {"alias": files.alias, "digest": files.digest} | terms
+    tx.record(Event.CHECKPOINT_ADDED, f"checkpoint:{files.digest[:16]}", **about)
 
 
 def _files(row: Any) -> CheckpointFiles:
@@ -149,4 +151,6 @@ def _files(row: Any) -> CheckpointFiles:
         scale=row.scale,
         manifest=row.manifest,
         size_bytes=row.size_bytes,
+        licence=row.licence,
+        purposes=tuple(row.purposes),
     )

@@ -236,6 +236,8 @@ def failures(connection: Connection, campaign_id: int, limit: int) -> list[Json]
             job.c.id.label("job_id"),
             job.c.stage,
             job.c.row_key.label("row"),
+            job.c.variables,
+            job.c.seed,
             job.c.attempt.label("attempts"),
             job.c.error_kind.label("kind"),
             job.c.error,
@@ -250,7 +252,15 @@ def failures(connection: Connection, campaign_id: int, limit: int) -> list[Json]
 def newest_images(connection: Connection, campaign_id: int, limit: int) -> list[Json]:
     """The newest finished pictures, deepest stages first among equals."""
     statement = (
-        select(job.c.id, job.c.stage, image.c.key, image.c.url)
+        select(
+            job.c.id,
+            job.c.stage,
+            job.c.row_key.label("row"),
+            job.c.variables,
+            job.c.seed,
+            image.c.key,
+            image.c.url,
+        )
         .join(image, _OWN_IMAGE)
         .where(job.c.campaign_id == campaign_id, job.c.status == "succeeded", image.c.deleted_at.is_(None))
         .order_by(job.c.depth.desc(), image.c.created_at.desc())

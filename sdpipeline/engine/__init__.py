@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from sdpipeline.domain import GenerationRequest, Json
+from sdpipeline.domain import CheckpointRef, GenerationRequest, Json
 from sdpipeline.errors import SdpError
 
 Pixels = npt.NDArray[np.uint8]
@@ -65,6 +65,12 @@ class Engine(Protocol):
 
         Raises nothing for a request's own fault: that is a GenerationFailure. An unknown exception
         means the process is not to be trusted any more and ends it.
+        """
+
+    def flagged(self, checker: CheckpointRef, pictures: Sequence[Pixels]) -> Sequence[bool]:
+        """Which of these pictures a safety checker objects to.
+
+        Raises CheckpointError or DeviceExhaustedError where it cannot tell: then none of them may be stored.
         """
 
     def resident(self) -> frozenset[str]:

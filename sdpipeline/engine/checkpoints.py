@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +20,9 @@ WEIGHTS = ".safetensors"
 PICKLES = frozenset({".bin", ".ckpt", ".pt", ".pth", ".pkl", ".pickle", ".msgpack", ".h5", ".onnx"})
 MATTERS = frozenset({WEIGHTS, ".json", ".txt", ".model"})
 """Weights, configurations and tokenizer files decide the picture; readme files and licences do not."""
+
+SAFETY_CHECKER = "safety-checker"
+"""The kind of a network that judges finished pictures."""
 
 ANNOTATORS = {
     "depth_anything": "depth",
@@ -37,7 +40,10 @@ UNNAMED = frozenset({"emb_params", "clip_l", "clip_g"})
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CheckpointFiles:
-    """A directory of weights: what it is, for which family, and the SHA-256 of each file that matters."""
+    """A directory of weights: what it is, for which family, and the SHA-256 of each file that matters.
+
+    ``licence`` and ``purposes`` are what it was approved for.
+    """
 
     alias: str
     digest: str
@@ -47,6 +53,8 @@ class CheckpointFiles:
     scale: int
     manifest: Mapping[str, str]
     size_bytes: int
+    licence: str | None = None
+    purposes: Sequence[str] = ()
 
 
 def inspect(alias: str, directory: Path) -> CheckpointFiles:
@@ -247,6 +255,8 @@ def _component(alias: str, config: Mapping[str, Any]) -> tuple[str, str, int]:
         return "controlnet", "flux", 1
     if name == "AutoencoderKL":
         return "vae", _vae_family(config), 1
+    if config.get("architectures") == ["StableDiffusionSafetyChecker"]:
+        return SAFETY_CHECKER, "clip", 1
     if config.get("model_type") in ANNOTATORS:
         return "annotator", ANNOTATORS[config["model_type"]], 1
     raise CheckpointError(

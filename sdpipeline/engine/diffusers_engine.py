@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from sdpipeline.domain import AdapterInput, CheckpointRef, ControlNetInput, GenerationRequest, Json
-from sdpipeline.engine import Batch, GeneratedImage, GenerationFailure, Pixels, PreparedRequest
+from sdpipeline.engine import Batch, GeneratedImage, GenerationFailure, Pixels, PreparedRequest, safety
 from sdpipeline.engine.adapters import Wardrobe, outfit, reference, refuse_unused, words
 from sdpipeline.engine.checkpoints import CheckpointFiles
 from sdpipeline.engine.conditioning import known_annotator
@@ -80,6 +80,15 @@ class DiffusersEngine:
                 for member, result in self._ladder.run(settings, members, batch.bucket):
                     results[member.index] = result
         return [results[index] for index in range(len(batch.requests))]
+
+    def flagged(self, checker: CheckpointRef, pictures: Sequence[Pixels]) -> Sequence[bool]:
+        """See :class:`sdpipeline.engine.Engine`; in float32, for its thresholds were set there."""
+        try:
+            return safety.flagged(self.residency.get(checker, exact=True), pictures)
+        except torch.OutOfMemoryError:
+            pass
+        release(self._device)
+        raise DeviceExhaustedError(f"out of memory while safety checker {checker.alias!r} looked at pictures")
 
     def resident(self) -> frozenset[str]:
         """Digests of the checkpoints that are loaded now."""

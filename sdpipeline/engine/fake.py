@@ -8,11 +8,11 @@ from typing import Any
 
 import numpy as np
 
-from sdpipeline.domain import GenerationRequest, Task, fingerprint
+from sdpipeline.domain import CheckpointRef, GenerationRequest, Task, fingerprint
 from sdpipeline.engine import Batch, GeneratedImage, GenerationFailure, Pixels, PreparedRequest
 from sdpipeline.engine.conditioning import annotate
 from sdpipeline.engine.record import Setting, library_versions, ran
-from sdpipeline.errors import RequestRefusedError, SdpError
+from sdpipeline.errors import CheckpointError, RequestRefusedError, SdpError
 
 BLOCKS = 8
 
@@ -35,6 +35,10 @@ class FakeEngine:
         """One result per request, in order."""
         time.sleep(self._seconds_per_batch)
         return [self._result(prepared, slot, batch.bucket) for slot, prepared in enumerate(batch.requests)]
+
+    def flagged(self, checker: CheckpointRef, pictures: Sequence[Pixels]) -> Sequence[bool]:  # noqa: ARG002
+        """Cannot tell: this double runs no network, and nothing it made may pass for checked."""
+        raise CheckpointError(f"safety checker {checker.alias!r}: the fake engine runs no network")
 
     def resident(self) -> frozenset[str]:
         """Digests of the checkpoints of the last batch."""

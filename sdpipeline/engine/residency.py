@@ -13,15 +13,18 @@ from pathlib import Path
 from typing import Any
 
 import diffusers
+import structlog
 import torch
 import transformers
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from sdpipeline.domain import CheckpointRef
-from sdpipeline.engine.checkpoints import WEIGHTS, CheckpointFiles, header, verify
+from sdpipeline.engine.checkpoints import SAFETY_CHECKER, WEIGHTS, CheckpointFiles, header, verify
 from sdpipeline.engine.gan import load_upscaler
 from sdpipeline.errors import CheckpointError, DeviceExhaustedError
+
+_log = structlog.get_logger(__name__)
 
 _LOADING = threading.Lock()
 """``from_pretrained`` patches torch.nn for the whole process while it runs: two at once leave it corrupted."""
@@ -162,6 +165,7 @@ def load(files: CheckpointFiles, *, device: torch.device, dtype: torch.dtype) ->
     for network in loaded.networks():
         network.to(device)
         network.requires_grad_(requires_grad=False)
+    _log.info("checkpoint.loaded", checkpoint=files.alias, digest=files.digest[:16], device=str(device))
     return loaded
 
 
@@ -174,6 +178,8 @@ def _read(files: CheckpointFiles, dtype: torch.dtype) -> Loaded:
         return Loaded(files=files, dtype=dtype, parts={"tensors": load_file(_single_file(files))})
     if files.kind == "annotator":
         return _annotator(files, dtype)
+    if files.kind == SAFETY_CHECKER:
+        return _safety_checker(files, dtype)
     if files.kind == "ip-adapter":
         return _ip_adapter(files, dtype)
     if files.kind != "checkpoint":
@@ -190,6 +196,14 @@ def _annotator(files: CheckpointFiles, dtype: torch.dtype) -> Loaded:
         files.directory, local_files_only=True, trust_remote_code=False
     )
     return Loaded(files=files, dtype=dtype, parts={"annotator": network, "processor": processor})
+
+
+def _safety_checker(files: CheckpointFiles, dtype: torch.dtype) -> Loaded:
+    from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
+
+    network = _network(files, files.directory, StableDiffusionSafetyChecker, dtype)
+    processor = transformers.CLIPImageProcessor.from_pretrained(files.directory, local_files_only=True)
+    return Loaded(files=files, dtype=dtype, parts={"safety_checker": network, "processor": processor})
 
 
 def _ip_adapter(files: CheckpointFiles, dtype: torch.dtype) -> Loaded:

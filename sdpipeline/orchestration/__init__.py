@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from prefect import Flow
     from rich.console import Console
 
-CAMPAIGN_FLOW = "sdpipeline.flows.campaign:campaign"
+CAMPAIGN_FLOW = "sdpipeline.flows.campaign:campaign_here"
 DRAW_EVERY_S = 1.0
 SAY_EVERY_S = 15.0
 ANSWER_TIMEOUT_S = 4.0

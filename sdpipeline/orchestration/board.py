@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 import base64
+import json
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 from uuid import UUID
 
 import structlog
 
 from sdpipeline import bootstrap
-from sdpipeline.bootstrap import Progress
+from sdpipeline.bootstrap import Progress, Span, Thumbnails
+from sdpipeline.errors import TransientError
+from sdpipeline.orchestration import events
+from sdpipeline.orchestration.events import CampaignEvent
 from sdpipeline.settings import Settings
 
 SHOW_EVERY_S = 5.0
+REFRESH_EVERY_S = 15.0
+REFRESHING_SHARE = 0.05  # of the time at most: with a million pictures the newest are not found in an instant
 
 log = structlog.get_logger(__name__)
 
@@ -30,28 +37,62 @@ def shown() -> Iterator[None]:
             yield
     except httpx.HTTPError as error:
         log.warning("prefect.unreachable", error=repr(error))
+    except TransientError as error:  # storage or database: the workers wait for them, and say so
+        log.warning("board.unreadable", error=str(error))
 
 
 class Board:
-    """The artifacts of one campaign run: a progress bar that moves, then contact sheet, failures and report."""
+    """The artifacts and events of one campaign run: progress, newest pictures and failures while it moves, a report.
 
-    def __init__(self, campaign: str, *, clock: Callable[[], float] = time.monotonic) -> None:
+    Artifacts are made once a run and then changed in place, so that a long run does not fill the server's database.
+    """
+
+    def __init__(self, settings: Settings, campaign: str, *, clock: Callable[[], float] = time.monotonic) -> None:
+        self._settings = settings
         self._campaign = campaign
         self._clock = clock
-        self._progress_id: UUID | None = None
+        self._artifacts: dict[str, UUID] = {}
+        self._thumbnails: Thumbnails = {}
         self._shown: tuple[float, float] | None = None  # when, and which percentage
+        self._counts = {"contact-sheet": 0, "failures": 0}  # of what is on the board
+        self._due = {"contact-sheet": 0.0, "failures": 0.0}
+        self._status: str | None = None
+        self._opened: tuple[float, int] = (clock(), 0)  # when, and how many pictures there were
 
     def open(self, progress: Progress, labels: Sequence[str]) -> None:
-        """Name and tag the run so that a person finds it."""
+        """Name and tag the run so that a person finds it, and say that it has begun."""
         from prefect.client.orchestration import get_client
         from prefect.runtime import flow_run
 
+        self._opened = (self._clock(), progress.images)
         with shown(), get_client(sync_client=True) as client:
             name = f"{progress.name} · v{progress.version} · {progress.total} jobs"
             client.update_flow_run(UUID(flow_run.get_id()), name=name, tags=labels)
+            soon = f"# {progress.name}\n\nThe report is written here when the run ends."
+            self._put("report", soon, describe(progress))
+        events.tell(CampaignEvent.STARTED, self._settings.team, progress)
+        self._status = "active"
 
     def show(self, progress: Progress, *, now: bool = False) -> None:
-        """Move the progress artifact, at most every five seconds."""
+        """Move the progress at most every five seconds, the rest at most every fifteen; tell of a pause at once."""
+        if turned := events.turn(self._status, progress):
+            events.tell(turned, self._settings.team, progress)
+        self._status = progress.status
+        self._move(progress, now=now)
+        self._refresh("contact-sheet", progress.images, lambda: self._put_pictures(progress), now=now)
+        self._refresh("failures", progress.failed, lambda: self._put_failures(progress), now=now)
+
+    def close(self, progress: Progress) -> None:
+        """The last progress, pictures and failures, the closing report, and the event that says how it ended."""
+        self.show(progress, now=True)
+        opened_at, pictures = self._opened
+        span = Span(pictures=progress.images - pictures, wall_s=self._clock() - opened_at)
+        with shown():
+            self._put("report", bootstrap.finish_report(self._settings, self._campaign, span), describe(progress))
+        if ended := events.outcome(progress):
+            events.tell(ended, self._settings.team, progress)
+
+    def _move(self, progress: Progress, *, now: bool) -> None:
         from prefect.artifacts import create_progress_artifact, update_progress_artifact
 
         percentage = 100.0 * progress.finished / progress.total if progress.total else 100.0
@@ -60,28 +101,62 @@ class Board:
             if percentage == before or (not now and self._clock() - when < SHOW_EVERY_S):
                 return
         with shown():
-            if self._progress_id is None:
+            if "progress" not in self._artifacts:
                 created = create_progress_artifact(percentage, f"progress-{self._campaign}", describe(progress))
-                self._progress_id = created if isinstance(created, UUID) else None
+                if isinstance(created, UUID):
+                    self._artifacts["progress"] = created
             else:
-                update_progress_artifact(self._progress_id, percentage, describe(progress))
+                update_progress_artifact(self._artifacts["progress"], percentage, describe(progress))
             self._shown = (self._clock(), percentage)
 
-    def close(self, settings: Settings, progress: Progress) -> None:
-        """The last progress, the newest pictures, what failed, and the closing report."""
-        from prefect.artifacts import create_image_artifact, create_markdown_artifact, create_table_artifact
-
-        self.show(progress, now=True)
-        sheet = bootstrap.contact_sheet(settings, self._campaign)
-        failed = bootstrap.failures(settings, self._campaign)
-        report = bootstrap.finish_report(settings, self._campaign)
+    def _refresh(self, name: str, count: int, put: Callable[[], None], *, now: bool) -> None:
+        """Put up what has changed, where it is due: the dearer it was, the later again."""
+        began = self._clock()
+        if count == self._counts[name] or (not now and began < self._due[name]):
+            return
         with shown():
-            if sheet is not None:
-                url = "data:image/jpeg;base64," + base64.b64encode(sheet).decode("ascii")
-                create_image_artifact(url, key=f"contact-sheet-{self._campaign}", description="The newest pictures")
-            if failed:
-                create_table_artifact(failed, key=f"failures-{self._campaign}", description="Jobs that failed")
-            create_markdown_artifact(report, key=f"report-{self._campaign}", description=describe(progress))
+            put()
+            self._counts[name] = count
+        took = self._clock() - began
+        self._due[name] = began + max(REFRESH_EVERY_S, took / REFRESHING_SHARE)
+
+    def _put_pictures(self, progress: Progress) -> None:
+        sheet = bootstrap.newest_pictures(self._settings, self._campaign, kept=self._thumbnails)
+        if sheet is not None:
+            url = "data:image/jpeg;base64," + base64.b64encode(sheet).decode("ascii")
+            report = (
+                f" · [report](/artifacts/artifact/{self._artifacts['report']})" if "report" in self._artifacts else ""
+            )
+            self._put("contact-sheet", url, f"The newest of {progress.images} pictures{report}")
+
+    def _put_failures(self, progress: Progress) -> None:
+        failed = [
+            each | {"variables": ", ".join(map(str, each["variables"].values()))}
+            for each in bootstrap.failures(self._settings, self._campaign)
+        ]
+        first = f", the first {len(failed)}" if progress.failed > len(failed) else ""
+        self._put("failures", failed, f"{progress.failed} jobs failed{first}")
+
+    def _put(self, name: str, data: Any, description: str) -> None:
+        """Make an artifact of this run, or change the one it made."""
+        from prefect import artifacts
+        from prefect.client.orchestration import get_client
+        from prefect.client.schemas.actions import ArtifactUpdate
+
+        key = f"{name}-{self._campaign}"
+        if name in self._artifacts:
+            update = ArtifactUpdate(data=data if isinstance(data, str) else json.dumps(data), description=description)
+            with get_client(sync_client=True) as client:
+                client.update_artifact(self._artifacts[name], update)
+            return
+        makers: dict[str, Callable[..., Any]] = {
+            "report": artifacts.create_markdown_artifact,
+            "contact-sheet": artifacts.create_image_artifact,
+            "failures": artifacts.create_table_artifact,
+        }
+        created = makers[name](data, key=key, description=description)
+        if isinstance(created, UUID):
+            self._artifacts[name] = created
 
 
 def describe(progress: Progress) -> str:

@@ -1,9 +1,9 @@
-"""What the campaign flow does: start a worker per device, watch them, restart the dead, end them together."""
+"""What a campaign's flow does: have it worked, watch the database until that is done, show it, and end the workers."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 from uuid import UUID
 
 import structlog
@@ -13,6 +13,7 @@ from sdpipeline.bootstrap import Progress
 from sdpipeline.db import registry, reports
 from sdpipeline.errors import DatabaseUnavailableError, TransientError
 from sdpipeline.orchestration.board import Board, describe, shown
+from sdpipeline.prefect_server import answers
 from sdpipeline.settings import Settings
 
 if TYPE_CHECKING:
@@ -28,35 +29,58 @@ FINISH_GRACE_S = 60.0  # a replacement that still starts ends as soon as it sees
 log = structlog.get_logger(__name__)
 
 
-def work_off(settings: Settings, campaign: str, *, worker_flow: Flow[..., Any]) -> State[None]:
-    """Start a worker per device, watch them until the database says finished or paused, and show it all.
+class Workers(Protocol):
+    """Who works a campaign: processes of this machine, or flow runs that other machines take up."""
+
+    def start(self) -> None:
+        """Have workers, or fail before there is anything to watch."""
+
+    def tend(self, progress: Progress) -> None:
+        """Replace who died, as long as there is work; raises WorkersLostError when that does not help."""
+
+    def wait(self, timeout_s: float) -> None:
+        """Sleep, but no longer than until a worker ends."""
+
+    def finish(self, timeout_s: float) -> Sequence[crew.Death]:
+        """Let workers see that nothing is left; returns the local processes that had to be ended."""
+
+    def stop(self) -> Sequence[crew.Death]:
+        """End every worker; returns the local processes that had to be ended."""
+
+
+def here(settings: Settings, campaign: str, *, worker_flow: Flow[..., Any]) -> crew.Crew:
+    """A worker process per device of this machine."""
+    return crew.Crew(
+        slots=crew.slots(settings),
+        spawn=lambda slot, name: _spawn(settings, campaign, worker_flow, slot, name),
+        bury=lambda death: _bury(settings, campaign, death),
+        # A worker that was told to end needs its own grace, and a moment to close its flow run.
+        stop_grace_s=settings.shutdown_grace_s + stopping.GIVING_BACK_S + crew.STOP_GRACE_S,
+    )
+
+
+def work_off(settings: Settings, campaign: str, workers: Workers) -> State[None]:
+    """Have a campaign worked until the database says finished or paused, and show it all.
 
     Returns the state the flow run ends in. Called inside the campaign flow's run.
     """
     from prefect import tags
 
     progress = bootstrap.campaign_progress(settings, campaign)
-    board = Board(campaign)
+    board = Board(settings, campaign)
     labels = _tags(settings, progress)
     board.open(progress, labels)
     with tags(*labels):
-        workers = crew.Crew(
-            slots=crew.slots(settings),
-            spawn=lambda slot, name: _spawn(settings, campaign, worker_flow, slot, name),
-            bury=lambda death: _bury(settings, campaign, death),
-            # A worker that was told to end needs its own grace, and a moment to close its flow run.
-            stop_grace_s=settings.shutdown_grace_s + stopping.GIVING_BACK_S + crew.STOP_GRACE_S,
-        )
         progress = _watch(settings, campaign, workers, board)
     try:
         bootstrap.seal(settings)
     except TransientError as error:
         log.warning("audit.unsealed", error=str(error))  # the next seal covers these events too
-    board.close(settings, progress)
+    board.close(progress)
     return _closing_state(progress)
 
 
-def _watch(settings: Settings, campaign: str, workers: crew.Crew, board: Board) -> Progress:
+def _watch(settings: Settings, campaign: str, workers: Workers, board: Board) -> Progress:
     try:
         workers.start()
         while True:
@@ -69,13 +93,22 @@ def _watch(settings: Settings, campaign: str, workers: crew.Crew, board: Board) 
             board.show(progress)
             if not progress.remaining or (progress.status == "paused" and not progress.leased):
                 break
-            workers.tend(ready=progress.ready, finished=progress.finished, remaining=progress.remaining)
+            workers.tend(progress)
             workers.wait(POLL_S)
-        _close(settings, campaign, workers.finish(FINISH_GRACE_S))
+        _close(settings, campaign, workers.finish(_finish_grace_s()))
     except BaseException:  # a Ctrl-C above all: whatever ends the watch ends the watched
         _close(settings, campaign, workers.stop())
         raise
     return bootstrap.campaign_progress(settings, campaign)
+
+
+def _finish_grace_s() -> float:
+    """Workers that cannot tell the server of their end ask for a minute; they have nothing else to do any more."""
+    from prefect.settings import PREFECT_API_URL
+
+    url = PREFECT_API_URL.value()
+    there = url is None or any(answers(url, timeout_s=3.0) for _ in range(3))
+    return FINISH_GRACE_S if there else 0.0
 
 
 def _close(settings: Settings, campaign: str, stopped: Sequence[crew.Death]) -> None:

@@ -24,7 +24,7 @@ from sdpipeline.provenance.encoding import (
     read_marks,
     record_text,
 )
-from sdpipeline.signing import DEVELOPMENT, SigningKey
+from sdpipeline.signing import DEVELOPMENT, DEVELOPMENT_IDENTITY, SigningKey
 
 _RECORD = "sdpipeline.record"
 _ACTIONS = "c2pa.actions.v2"
@@ -97,6 +97,11 @@ class VerifiedPicture:
     def ok(self) -> bool:
         """Signed, unchanged and marked as AI-made in every way that we mark pictures."""
         return self.c2pa in ("trusted", "valid") and not self.faults
+
+    @property
+    def signed_by(self) -> str:
+        """Who signed it, for people."""
+        return DEVELOPMENT_IDENTITY if self.development_key else self.signer or "nobody"
 
 
 def sign(

@@ -7,7 +7,7 @@ from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 from sdpipeline.errors import SettingsError
-from sdpipeline.storage.contract import Capability, ObjectStore, ObjectVersion, StoredObject, check_key
+from sdpipeline.storage.contract import Capability, ObjectStore, ObjectVersion, Retention, StoredObject, check_key
 from sdpipeline.storage.foreign import ForeignObject, ForeignObjects, is_bucket_url, lies_under, split_url
 from sdpipeline.storage.local import LocalStore
 from sdpipeline.storage.s3 import S3Options, S3Store
@@ -19,6 +19,7 @@ __all__ = [
     "LocalStore",
     "ObjectStore",
     "ObjectVersion",
+    "Retention",
     "S3Options",
     "S3Store",
     "StoredObject",

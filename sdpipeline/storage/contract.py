@@ -38,6 +38,14 @@ class ObjectVersion:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Retention:
+    """For how many days an object may be neither deleted nor overwritten, and by which of S3's modes."""
+
+    mode: str
+    days: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Capability:
     """One thing a store may be able to do, tried and not assumed; ``detail`` says what we do without it."""
 
@@ -58,6 +66,10 @@ class ObjectStore(Protocol):
         The same bytes already there are success, so a retry after a lost reply is too; other bytes
         raise ObjectConflictError. ``retained`` asks for the retention that the store is set up with.
         """
+
+    @property
+    def retention(self) -> Retention | None:
+        """What ``retained`` asks for; None where nothing is locked."""
 
     def get(self, key: str, *, version_id: str | None = None) -> bytes:
         """The whole object; raises ObjectMissingError."""

@@ -38,6 +38,11 @@ class LocalStore:
             raise ObjectConflictError(f"{path} already holds other bytes")
         return StoredObject(key=key, sha256=hashlib.sha256(data).hexdigest(), size_bytes=len(data))
 
+    @property
+    def retention(self) -> None:
+        """See ObjectStore; who owns a file may change it."""
+        return
+
     def get(self, key: str, *, version_id: str | None = None) -> bytes:
         """See ObjectStore; a directory keeps no versions, so none can be asked for."""
         path = self._path(key)

@@ -16,7 +16,7 @@ from urllib.parse import urlencode
 
 from sdpipeline import __version__
 from sdpipeline.errors import Mistake, ObjectConflictError, ObjectMissingError, SettingsError, StorageUnavailableError
-from sdpipeline.storage.contract import Capability, ObjectVersion, StoredObject, check_key, check_prefix
+from sdpipeline.storage.contract import Capability, ObjectVersion, Retention, StoredObject, check_key, check_prefix
 from sdpipeline.storage.s3_errors import ALREADY_THERE, UnsupportedError, error_code, translated
 from sdpipeline.storage.s3_trial import Trial, checksums
 
@@ -73,6 +73,12 @@ class S3Store:
         if stored is None:
             raise StorageUnavailableError(f"{self.url(key)} was written and is not there")
         return stored
+
+    @property
+    def retention(self) -> Retention | None:
+        """See ObjectStore."""
+        mode = self._options.object_lock_mode
+        return Retention(mode=mode, days=self._options.object_lock_days) if mode else None
 
     def get(self, key: str, *, version_id: str | None = None) -> bytes:
         """See ObjectStore; where no versions are kept, none can be asked for."""

@@ -17,10 +17,10 @@ import yaml
 from PIL import Image
 
 from sdpipeline import bootstrap
-from sdpipeline.cli.campaigns import submit_file
 from sdpipeline.db import reports
 from sdpipeline.domain import Json
 from sdpipeline.errors import CampaignError
+from sdpipeline.intake import submit
 from sdpipeline.settings import Settings
 from tests.integration.commands import FAKE_ENGINE, document, sdpipeline
 from tests.integration.conftest import Bucket, free_port
@@ -69,7 +69,7 @@ class Place:
         return bootstrap.load_settings(self.home)
 
     def submit(self, *stages: dict[str, Any], **keys: Any) -> int:
-        return submit_file(self.settings(), self.file(*stages, **keys))[1].added
+        return submit(self.settings(), self.file(*stages, **keys))[1].added
 
     def work(self) -> list[Json]:
         s = self.settings()

@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 
 from sdpipeline import bootstrap
+from sdpipeline.db import registry
+from tests.factories import events
 from tests.integration.commands import FAKE_ENGINE, document, pictures, sdpipeline
 
 CAMPAIGN = """\
@@ -131,3 +133,16 @@ def test_what_cannot_be_added_is_refused_with_its_reason(
     assert refused.returncode in (1, 2)
     assert message in refused.stderr
     assert len(refused.stderr.splitlines()) == 1
+
+
+def test_shipped_weights_keep_their_licence_and_may_be_approved_for_a_purpose(home: Path) -> None:
+    s = bootstrap.load_settings(home)
+    with bootstrap.services(s) as have:
+        shipped = bootstrap.catalog(s, have.database)["shapes"]
+        assert (shipped.licence, shipped.purposes) == ("Apache-2.0", ())
+        with have.audit.transaction() as tx:
+            registry.add(tx, shipped, registry.Approval(approved_by="legal", purposes=("advertising",)))
+        approved = bootstrap.catalog(s, have.database)["shapes"]
+        (told,) = [event for event in events(have.database) if event["event"] == "checkpoint.added"]
+    assert (approved.licence, approved.purposes) == ("Apache-2.0", ("advertising",))
+    assert (told["licence"], told["purposes"]) == (None, ["advertising"])

@@ -13,6 +13,7 @@ import pytest
 
 from sdpipeline.crew import Crew, Death, Slot
 from sdpipeline.errors import WorkersLostError
+from tests.factories import progress
 
 Start = Callable[..., Crew]
 
@@ -49,7 +50,7 @@ def test_a_dead_worker_is_buried_and_replaced(crew_of: Start, dead: list[Death])
     (first,) = pids()
     os.kill(first, signal.SIGKILL)
     crew.wait(10)
-    crew.tend(ready=5, finished=0)
+    crew.tend(progress(ready=5))
     assert [(death.pid, death.exit_code) for death in dead] == [(first, -signal.SIGKILL)]
     assert str(dead[0]) == f"worker 0 (process {first}) ended by signal 9"
     assert len(pids()) == 1
@@ -71,7 +72,7 @@ def test_a_worker_that_leaves_work_untouched_is_not_started_for_ever(crew_of: St
 def test_a_worker_that_found_nothing_left_stays_ended(crew_of: Start, dead: list[Death]) -> None:
     crew = crew_of(time.sleep, 0)
     crew.wait(10)
-    crew.tend(ready=0, finished=7)
+    crew.tend(progress(succeeded=7))
     assert (pids(), dead) == ([], [])
 
 
@@ -101,7 +102,7 @@ def _ignore_sigterm() -> None:
 def tend_for_ever(crew: Crew) -> None:
     while True:
         crew.wait(10)
-        crew.tend(ready=5, finished=0)
+        crew.tend(progress(ready=5))
 
 
 def pids() -> list[int]:

@@ -60,7 +60,7 @@ def test_a_damaged_input_fails_its_own_job_skips_what_needs_it_and_leaves_exit_c
     assert "was altered in storage" in failed[0]["error"]
     told = bootstrap.finish_report(bootstrap.load_settings(home), "two")
     assert "was altered in storage" in told
-    assert "Pictures are signed by a development key" in told
+    assert "signed by a development key, which nobody trusts" in told
     assert document("audit", "verify", "--home", home)["ok"] is True
 
 

@@ -63,6 +63,7 @@ def test_the_wheel_holds_flows_migrations_the_demo_and_the_examples(wheel: Path)
         ours = [p for p in (ROOT / "sdpipeline" / folder).rglob("*") if p.is_file() and "__pycache__" not in p.parts]
         assert ours
         assert {p.relative_to(ROOT).as_posix() for p in ours} <= set(names)
+    assert "sdpipeline/orchestration/prefect.yaml" in names
 
 
 def test_the_wheel_installs_no_other_top_level_name(wheel: Path) -> None:

@@ -308,7 +308,7 @@ def test_a_gap_hides_nothing_that_is_changed_by_hand(deployment: Deployment) -> 
     deployment.seal()
     lost = seal_name(2)
     (deployment.folder / "storage" / lost).unlink()
-    assert [(fault.kind, fault.subject) for fault in deployment.verify().faults] == [("seal-invalid", "seal:2")]
+    assert [(fault.kind, fault.subject) for fault in deployment.verify().faults] == [("seal-missing", "seal:2")]
 
 
 @on_one_database

@@ -15,6 +15,7 @@ from typing import Any
 import diffusers
 import torch
 import transformers
+from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
 from safetensors.torch import save_file
 
 from sdpipeline.domain import CheckpointRef
@@ -472,7 +473,22 @@ def _pose(directory: Path) -> None:
     transformers.VitPoseImageProcessor(size={"height": 64, "width": 48}).save_pretrained(directory)
 
 
+def _safety_checker(directory: Path, *, threshold: float) -> None:
+    """Cosines lie between -1 and 1: a threshold outside lets everything pass, or nothing."""
+    vision = {"hidden_size": 32, "intermediate_size": 37, "num_hidden_layers": 2, "num_attention_heads": 2}
+    vision |= {"image_size": 32, "patch_size": 8}
+    network: Any = StableDiffusionSafetyChecker(transformers.CLIPConfig(vision_config=vision, projection_dim=16))
+    for name in ("concept_embeds", "special_care_embeds"):
+        torch.nn.init.normal_(getattr(network, name))
+        torch.nn.init.constant_(getattr(network, f"{name}_weights"), threshold)
+    network.save_pretrained(directory)
+    size = {"size": {"shortest_edge": 32}, "crop_size": {"height": 32, "width": 32}}
+    transformers.CLIPImageProcessor(**size).save_pretrained(directory)
+
+
 BUILDERS: dict[str, Callable[[TinyCheckpoints, Path], None]] = {
+    "safety-allows": lambda _, directory: _safety_checker(directory, threshold=2.0),
+    "safety-forbids": lambda _, directory: _safety_checker(directory, threshold=-2.0),
     "sd1": lambda _, to: _sd(to),
     "sd2": lambda _, to: _sd(to, width=1024, prediction_type="v_prediction"),
     "sd-inpaint": lambda _, to: _sd(to, in_channels=9),

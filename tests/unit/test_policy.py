@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from sdpipeline import policy
-from sdpipeline.errors import SettingsError
+from sdpipeline.errors import CampaignError, SettingsError
 from sdpipeline.policy import DEPLOYMENT, Rules
 from sdpipeline.spec import Policy
-from tests.factories import jobs_of, mistakes_of
+from tests.factories import campaign_of, checkpoint_files, jobs_of, mistakes_of
 
 SPIDERS = Rules(Policy(deny=["widow"], allow=["black widow spider"]))
 
@@ -232,7 +234,7 @@ def test_the_deployments_policy_stands_under_its_key_or_alone(head: str, tmp_pat
         ("policy:\n  max_width: wide\n", "2:3: policy.max_width: found 'wide', expected a whole number"),
         ("deny:\n  - ' - '\n", "2:5: deny[0]: there is no word in ' - ' (write a word or a phrase)"),
         ("deny: [widow", "1:13: is not YAML"),
-        ("- widow\n", "1:1: is not a policy (write checkpoints:, max_width:, max_height:, deny:, allow:)"),
+        ("- widow\n", "1:1: is not a policy (write checkpoints:, licences:, purposes:, safety_checker:, max_width:, "),
         ("", "1:1: is not a policy"),
     ],
 )
@@ -247,3 +249,40 @@ def test_a_mistake_in_the_deployments_policy_is_named_with_its_line(text: str, e
 def test_a_phrase_without_a_word_is_refused_in_a_campaign_too() -> None:
     text = "policy: {deny: ['!']}\nstages: [{id: only, task: text-to-image, prompt: x}]\n"
     assert mistakes_of(text) == ["3:17: policy.deny[0]: there is no word in '!' (write a word or a phrase)"]
+
+
+# The terms that weights were approved under.
+
+
+def refused_terms(policy: str, **terms: Any) -> str | None:
+    """What a policy says of a campaign whose checkpoint is registered under these terms."""
+    files = replace(checkpoint_files("shapes"), **terms)
+    text = f"policy: {policy}\nstages: [{{id: draft, task: text-to-image, prompt: a cat}}]\n"
+    try:
+        campaign_of(f"{text}defaults: {{width: 64, height: 64}}\n", catalog={"shapes": files})
+    except CampaignError as error:
+        (mistake,) = error.mistakes
+        assert mistake.fix is not None
+        assert "checkpoints add shapes" in mistake.fix
+        return mistake.message
+    return None
+
+
+@pytest.mark.parametrize(
+    ("policy", "terms", "why"),
+    [
+        ("{licences: [apache-2.0]}", {"licence": "apache-2.0"}, None),
+        ("{licences: [apache-2.0]}", {"licence": "research-only"}, "'shapes' is under 'research-only', "),
+        ("{licences: [apache-2.0]}", {}, "'shapes' is registered under no licence, "),
+        ("{licences: []}", {"licence": "apache-2.0"}, "policy.licences allows none"),
+        ("{purposes: [web]}", {"purposes": ("web", "print")}, None),
+        ("{purposes: [web, print]}", {"purposes": ("web",)}, "'shapes' is not approved for print, "),
+        ("{}", {}, None),
+    ],
+)
+def test_weights_are_held_to_the_terms_they_were_approved_under(
+    policy: str, terms: dict[str, Any], why: str | None
+) -> None:
+    said = refused_terms(policy, **terms)
+    assert (said is None) == (why is None)
+    assert why is None or why in str(said)

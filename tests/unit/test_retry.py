@@ -10,6 +10,7 @@ from sdpipeline.errors import (
     DatabaseUnavailableError,
     DeviceExhaustedError,
     InputImageError,
+    PictureBlockedError,
     RequestRefusedError,
     SdpError,
     StorageUnavailableError,
@@ -21,6 +22,12 @@ from sdpipeline.retry import FIRST_BACKOFF_S, LONGEST_BACKOFF_S, backoff_s, next
 def test_what_may_pass_is_tried_again_until_the_last_attempt(error: type[SdpError]) -> None:
     statuses = [next_status(error("away"), attempt=attempt, max_attempts=3) for attempt in (1, 2, 3)]
     assert statuses == [Status.WAITING, Status.WAITING, Status.FAILED]
+
+
+def test_what_a_policy_forbids_is_blocked_at_once() -> None:
+    assert (
+        next_status(PictureBlockedError("policy.safety_checker: 'nsfw'"), attempt=1, max_attempts=3) is Status.BLOCKED
+    )
 
 
 @pytest.mark.parametrize("error", [RequestRefusedError, InputImageError, BadPictureError])

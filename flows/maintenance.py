@@ -1,0 +1,61 @@
+"""What keeps an installation right, each on a schedule of its own; a run fails where it finds a fault."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from prefect import State, flow
+from prefect.types import NonNegativeInteger
+from pydantic import Field
+
+
+@flow(name="reclaim", persist_result=False)
+def reclaim() -> State[Any]:
+    """Make ready again what dead workers held, also while no worker lives that would notice."""
+    from sdpipeline import upkeep
+    from sdpipeline.orchestration import flow_settings, maintenance
+
+    return maintenance.reclaimed(upkeep.reclaim(flow_settings.load()))
+
+
+@flow(name="seal", persist_result=False)
+def seal() -> State[Any]:
+    """Sign what the audit log gained."""
+    from sdpipeline import bootstrap
+    from sdpipeline.orchestration import flow_settings, maintenance
+
+    return maintenance.sealed(bootstrap.seal(flow_settings.load()))
+
+
+@flow(name="reconcile", persist_result=False)
+def reconcile(
+    *,
+    repair: Annotated[bool, Field(description="put it right; objects are moved, never deleted")] = False,
+) -> State[Any]:
+    """Compare the database with storage; finds what a crash or a restored backup left."""
+    from sdpipeline import upkeep
+    from sdpipeline.orchestration import flow_settings, maintenance
+
+    return maintenance.reconciled(upkeep.reconcile(flow_settings.load(), repair=repair))
+
+
+@flow(name="retention", persist_result=False)
+def retention(*, dry_run: Annotated[bool, Field(description="only count; change nothing")] = False) -> State[Any]:
+    """Delete and archive what the retention settings say is due."""
+    from sdpipeline import upkeep
+    from sdpipeline.orchestration import flow_settings, maintenance
+
+    return maintenance.forgotten(upkeep.forget(flow_settings.load(), dry_run=dry_run))
+
+
+@flow(name="audit-verify", persist_result=False)
+def audit_verify(
+    sample: Annotated[
+        NonNegativeInteger | None, Field(description="read only so many pictures, chosen at random; default all")
+    ] = None,
+) -> State[Any]:
+    """Check every event, seal, job row and picture against each other."""
+    from sdpipeline import upkeep
+    from sdpipeline.orchestration import flow_settings, maintenance
+
+    return maintenance.verified(upkeep.verify(flow_settings.load(), sample=sample))

@@ -1,0 +1,27 @@
+"""The audit log: seals over it, and the check of database, storage and seals against each other."""
+
+from __future__ import annotations
+
+from sdpipeline.audit.findings import Fault, Verification
+from sdpipeline.audit.gaps import Gap, bridge, find_gap, lost_seals, refuse_restored
+from sdpipeline.audit.keys import SealKey, load_key, public_key
+from sdpipeline.audit.seals import seal, seal_name, unsealed, watch
+from sdpipeline.audit.verification import verify
+
+__all__ = [
+    "Fault",
+    "Gap",
+    "SealKey",
+    "Verification",
+    "bridge",
+    "find_gap",
+    "load_key",
+    "lost_seals",
+    "public_key",
+    "refuse_restored",
+    "seal",
+    "seal_name",
+    "unsealed",
+    "verify",
+    "watch",
+]

@@ -1,0 +1,64 @@
+"""The check of archived editions against the events."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from sdpipeline import archive
+from sdpipeline.audit.findings import Verification
+from sdpipeline.audit.jobs import course_faults, request_faults
+from sdpipeline.audit.pictures import differs
+from sdpipeline.audit.told import Told
+from sdpipeline.db.forgetting import ERASED, committed
+from sdpipeline.domain import Json
+from sdpipeline.errors import ObjectConflictError, ObjectMissingError
+from sdpipeline.storage import ObjectStore
+
+
+def verify_archive(store: ObjectStore, found: Verification, told: Told, row: Json) -> list[Json]:
+    """Compare an archived edition with the events; returns the rows of the pictures that it still has."""
+    name = f"archive:{row['key']}"
+    pictures: list[Json] = []
+    if told.archived.get((row["campaign_id"], row["edition"])) != (row["key"], row["sha256"]):
+        found.fault("archive-altered", name, "its row differs from the audit log")
+    if len(store.versions(row["key"])) > 1:
+        found.fault("archive-altered", name, "storage holds more than one version of it, or a delete marker")
+    try:
+        secrets = {line["id"]: line for line in archive.private(store, row)}
+        for job in archive.jobs(store, row):
+            found.erased += ERASED in secrets.get(job["id"], {}).get("request", {ERASED: ""})
+            for detail in _archived_faults(row, job, secrets.get(job["id"]), told):
+                found.fault("job-altered", f"job:{job['id']}", f"{detail}, in {row['key']}")
+            pictures += [picture for picture in job["images"] if _is_kept(store, found, told, picture)]
+    except ObjectMissingError as error:
+        found.fault("archive-missing", name, str(error))
+    except (ObjectConflictError, OSError, ValueError, KeyError) as error:
+        found.fault("archive-altered", name, str(error))
+    return pictures
+
+
+def _archived_faults(row: Json, job: Json, secret: Json | None, told: Told) -> Iterator[str]:
+    prompts_gone = secret is not None and ERASED in secret["request"]
+    if (secret is None or prompts_gone) != told.is_erased(job["id"]):
+        yield "its request was erased, and is here" if secret else "its request is gone, and no erasure is known"
+    if secret is not None:
+        if not prompts_gone:
+            yield from request_faults(job | secret | {"edition": row["edition"]})
+        if committed(secret["request"], secret["salt"]) != job["commitment"]:
+            yield "it commits to another request than its archive says"
+    # With its salt a job that was erased and asked for anew lost the means to show what it had committed to.
+    known = None if job["id"] in told.erased and job["erased_at"] is None else job["commitment"]
+    yield from course_faults(job, told, known)
+
+
+def _is_kept(store: ObjectStore, found: Verification, told: Told, picture: Json) -> bool:
+    event = told.succeeded.get((picture["job_id"], picture["fingerprint"]))
+    if event is None or differs(picture, event):
+        found.fault("image-altered", f"image:{picture['key']}", "its archived row differs from the audit log")
+    if (picture["job_id"], picture["fingerprint"]) not in told.deleted:
+        return True
+    found.deleted += 1
+    if store.versions(picture["key"]):
+        detail = "the audit log says that it was deleted, and storage has it"
+        found.fault("object-not-deleted", picture["key"], detail)
+    return False

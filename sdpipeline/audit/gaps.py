@@ -1,0 +1,125 @@
+"""What a database that was restored lacks of its own log, and how it goes on."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import count
+
+from sdpipeline.audit.keys import SealKey
+from sdpipeline.audit.seals import covers, digest, older_than, ranges, read_seal, seal_name, seal_object
+from sdpipeline.db import audit as rows
+from sdpipeline.db.audit import GENESIS, Event, Transaction
+from sdpipeline.db.connection import Database
+from sdpipeline.domain import Json
+from sdpipeline.errors import AuditBrokenError
+from sdpipeline.storage import ObjectStore
+
+
+def refuse_restored(database: Database, store: ObjectStore) -> None:
+    """Raises AuditBrokenError where storage has sealed events that the database lacks: work there would be done
+    twice."""
+    for number in forgotten(database, store):
+        raise older_than(seal_name(number))
+
+
+def forgotten(database: Database, store: ObjectStore) -> Iterator[int]:
+    """The numbers of the seals that storage has and whose events the database lacks.
+
+    A seal that only storage has may be on its way into the database, but then its events are here.
+    """
+    with database.read() as connection:
+        last = rows.last_seal(connection)
+    for number in count(last["number"] + 1 if last else 1):
+        if store.head(seal_name(number)) is None:
+            return
+        try:
+            body, _ = read_seal(store.get(seal_name(number)))
+            with database.read() as connection:
+                known = covers(connection, json.loads(body))
+        except (KeyError, TypeError, ValueError):
+            known = False
+        if not known:
+            yield number
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Gap:
+    """What a restored database lacks of its own log, told by seals ``first_seal`` to ``last_seal``.
+
+    ``missing`` are (writer, first, last sequence number), ``events`` their number.
+    """
+
+    first_seal: int
+    last_seal: int
+    events: int
+    missing: tuple[tuple[str, int, int], ...]
+
+    def document(self) -> Json:
+        """As an event and ``audit verify --json`` tell it."""
+        missing = [list(each) for each in self.missing]
+        return {"first_seal": self.first_seal, "last_seal": self.last_seal, "events": self.events, "missing": missing}
+
+
+def find_gap(database: Database, store: ObjectStore) -> Gap | None:
+    """From which seal to which the database lacks events that were sealed; None where it lacks none.
+
+    Raises AuditBrokenError where one of these seals cannot be read.
+    """
+    lost = list(forgotten(database, store))
+    if not lost:
+        return None
+    newest: dict[str, int] = {}
+    for number in lost:
+        for writer, _, last in ranges(_lost_seal(store, number)[2]):
+            newest[writer] = max(last, newest.get(writer, -1))
+    with database.read() as connection:
+        here = rows.newest_sequences(connection, newest)
+    missing = tuple(
+        (writer, here.get(writer, -1) + 1, last)
+        for writer, last in sorted(newest.items())
+        if last > here.get(writer, -1)
+    )
+    events = sum(last - first + 1 for _, first, last in missing)
+    return Gap(first_seal=lost[0], last_seal=lost[-1], events=events, missing=missing)
+
+
+def _lost_seal(store: ObjectStore, number: int) -> tuple[str, str, Json]:
+    try:
+        body, signature = read_seal(store.get(seal_name(number)))
+        told: Json = json.loads(body)
+        ranges(told)
+    except (KeyError, TypeError, ValueError) as error:
+        raise AuditBrokenError(f"{seal_name(number)} in storage is no seal") from error
+    return body, signature, told
+
+
+def lost_seals(
+    database: Database, store: ObjectStore, key: SealKey, gap: Gap
+) -> list[tuple[Json, list[tuple[str, int, int]]]]:
+    """The rows of the seals that only storage has, with what each covers that is here.
+
+    Raises AuditBrokenError unless they continue this database's own seals under the same key.
+    """
+    with database.read() as connection:
+        last = rows.last_seal(connection)
+    previous, found = last["hash"] if last else GENESIS, []
+    for number in range(last["number"] + 1 if last else 1, gap.last_seal + 1):
+        body, signature, told = _lost_seal(store, number)
+        if not key.signed(body, signature) or (told["number"], told["prev"]) != (number, previous):
+            raise AuditBrokenError(f"{seal_name(number)} in storage does not continue this database's seals")
+        previous = digest(body)
+        data = seal_object(body, signature)
+        stored = store.put(seal_name(number), data, content_type="application/json", retained=True)
+        row = {"number": number, "body": body, "signature": signature, "hash": previous, "key": seal_name(number)}
+        found.append((row | {"version_id": stored.version_id}, ranges(told) if number < gap.first_seal else []))
+    return found
+
+
+def bridge(tx: Transaction, seals: Sequence[tuple[Json, list[tuple[str, int, int]]]], gap: Gap) -> None:
+    """Go on after a gap: the lost seals stay in the chain of seals, covering nothing that is here, and an event
+    names what is missing. What is still here of the events they covered belongs to the next seal."""
+    for row, covered in seals:
+        rows.insert_seal(tx.connection, row, covered)
+    tx.record(Event.AUDIT_GAP, "audit", last_hash=seals[-1][0]["hash"], **gap.document())

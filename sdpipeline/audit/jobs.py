@@ -1,0 +1,74 @@
+"""The check of job rows against the events."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from sdpipeline.audit.findings import Verification
+from sdpipeline.audit.told import ALLOWED, Told
+from sdpipeline.db import evidence
+from sdpipeline.db.connection import Connection
+from sdpipeline.db.forgetting import committed
+from sdpipeline.domain import Json, fingerprint, job_identity, request_from_document
+
+
+def verify_jobs(connection: Connection, found: Verification, told: Told) -> None:
+    """Compare every job row, and the jobs of every published version."""
+    for job in evidence.jobs(connection):
+        subject = f"job:{job['id']}"
+        found.erased += job["erased_at"] is not None
+        for detail in _job_faults(job, told):
+            found.fault("job-altered", subject, detail)
+    for version_id, jobs_root in evidence.published_roots(connection):
+        if told.roots.get(version_id) != jobs_root:
+            detail = "its jobs are not those that were submitted"
+            found.fault("campaign-altered", f"version:{version_id}", detail)
+
+
+def _job_faults(job: Json, told: Told) -> Iterator[str]:
+    erased = job["erased_at"] is not None
+    if erased != told.is_erased(job["id"]):
+        yield "its request is gone, and no erasure is known" if erased else "its request was erased, and is here"
+    yield from _erased_faults(job, told) if erased else request_faults(job)
+    # With its salt a job that was erased in between lost the means to show what it had committed to.
+    known = None if job["id"] in told.erased and not erased else committed(job["request"], job["salt"])
+    yield from course_faults(job, told, known)
+
+
+def course_faults(job: Json, told: Told, known: str | None) -> Iterator[str]:
+    """What became of a job; ``known`` is what it commits to, if that can be told."""
+    _, last = told.last.get(job["id"], (0, None))
+    if job["status"] not in ALLOWED[last]:
+        yield f"it is {job['status']}, the audit log says {last or 'nothing of it'}"
+    attempts = told.attempts.get(job["id"], (0, 0))[1]
+    event = told.succeeded.get((job["id"], job["fingerprint"]))
+    # A job that was cancelled, wanted again and found its old picture counts that picture's attempts.
+    kept = event["attempt"] if event is not None and job["status"] == "cancelled" else attempts
+    if job["status"] == "succeeded":
+        if event is None:
+            yield "the audit log does not know that it succeeded"
+            return
+        attempts = kept = event["attempt"]
+        if known not in (None, event["commitment"]):
+            yield "its request is not the one its picture was made from"
+    if job["attempt"] not in (attempts, kept):
+        yield f"it counts {job['attempt']} attempts, the audit log {attempts}"
+
+
+def _erased_faults(job: Json, told: Told) -> Iterator[str]:
+    """All that is left to compare is what had been committed to."""
+    if job["salt"]:
+        yield "its request was erased, and its salt is here"
+    if job["id"] in told.erased and committed(job["request"], job["salt"]) != told.erased[job["id"]][1]:
+        yield "it commits to another request than the one that was erased"
+
+
+def request_faults(job: Json) -> Iterator[str]:
+    """What of a job does not hash to what it is known by."""
+    if job_identity(job["edition"], job["stage"], job["row_key"], job["axes"], job["seed"]) != job["identity"]:
+        yield "stage, row, variables or seed do not hash to its identity"
+    try:
+        if fingerprint(request_from_document(job["request"])) != job["fingerprint"]:
+            yield "its request does not hash to its fingerprint"
+    except (AttributeError, KeyError, TypeError, ValueError):
+        yield "its request cannot be read"

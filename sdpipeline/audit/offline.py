@@ -1,0 +1,169 @@
+"""The check of an export by nothing but itself and the keys that are trusted."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable
+
+from sdpipeline.audit.export import END, FORMAT, HEAD, SEAL
+from sdpipeline.audit.findings import Verification
+from sdpipeline.audit.keys import Succession, is_signed, signer
+from sdpipeline.audit.seals import digest, ranges, size
+from sdpipeline.audit.told import GAP
+from sdpipeline.db.audit import GENESIS, Event
+from sdpipeline.domain import Json
+from sdpipeline.errors import BadInputError
+from sdpipeline.merkle import Tree
+
+
+def verify_export(lines: Iterable[bytes], *, trusted: tuple[str, ...] | None = None) -> Verification:
+    """Check every chain, every seal and the end of an export, line by line; memory grows with the number of processes
+    that wrote events and not with that of events.
+
+    ``trusted`` are the public keys whose seals are believed; None believes any one, for whoever compares the key
+    afterwards. Raises BadInputError for what is no export.
+    """
+    return _Reading(trusted).read(lines)
+
+
+class _Reading:
+    """How far an export was read: the head of every chain, and the seal whose events come now."""
+
+    def __init__(self, trusted: tuple[str, ...] | None) -> None:
+        self.found = Verification()
+        self._trusted = trusted
+        self._keys = Succession(self.found.signers)
+        self._chains: dict[str, tuple[int, str]] = {}
+        self._seal: Json | None = None
+        self._tree = Tree()
+        self._left = 0
+        self._number = 0
+        self._previous = GENESIS
+        self._empty: list[int] = []
+        self._lost: list[range] = []
+        self._hash = hashlib.sha256()
+        self._ended = False
+
+    def read(self, lines: Iterable[bytes]) -> Verification:
+        """The whole file."""
+        for number, line in enumerate(lines):
+            if self._ended:
+                self.found.fault("export-altered", f"line:{number + 1}", "it stands behind the end")
+            elif not number:
+                self._head(line)
+            elif line.startswith(SEAL):
+                self._begin_seal(line)
+            elif line.startswith(END):
+                self._end(line)
+            else:
+                self._event(line.rstrip(b"\n"))
+            self._hash.update(line)
+        if not self._ended:
+            self._close_seal()
+            self.found.fault("export-cut", "end", "the file does not end with a signed end: its tail is missing")
+        for number in self._empty:
+            if not any(number in each for each in self._lost):
+                self.found.fault("sealed-events-altered", f"seal:{number}", "none of the events it covers is here")
+        return self.found
+
+    def _head(self, line: bytes) -> None:
+        try:
+            known = line.startswith(HEAD) and json.loads(line)["export"]["format"] == FORMAT
+        except (KeyError, TypeError, ValueError):
+            known = False
+        if not known:
+            raise BadInputError(f"this is no {FORMAT} (write one with sdpipeline audit export)")
+
+    def _event(self, body: bytes) -> None:
+        found = self.found
+        found.events += 1
+        self._follow(body)
+        if not self._left:
+            found.unsealed += 1
+            return
+        self._tree.add(body)
+        self._left -= 1
+        if not self._left:
+            self._close_seal()
+
+    def _follow(self, body: bytes) -> None:
+        """Compare an event with the one before it in its chain."""
+        found = self.found
+        try:
+            told = json.loads(body)
+            writer, seq, prev = told["writer"], told["seq"], told["prev"]
+            expected, head = self._chains.get(writer, (0, GENESIS))
+            if seq != expected:
+                subject = f"event:{writer}/{seq}"
+                found.fault("event-missing", subject, f"expected number {expected} of this chain")
+            elif prev != head:
+                subject = f"event:{writer}/{seq}"
+                found.fault("chain-broken", subject, "it does not continue the event before it")
+            self._chains[writer] = seq + 1, hashlib.sha256(body).hexdigest()
+            if told["event"] == Event.AUDIT_GAP:
+                found.gaps.append({name: told[name] for name in GAP})
+                # A gap that is under no seal excuses nothing: whoever cut the log could have written it.
+                self._lost += [range(told["first_seal"], told["last_seal"] + 1)] if self._left else []
+        except (KeyError, TypeError, ValueError):
+            found.fault("event-altered", f"event:{found.events}", "it is no event that was written here")
+
+    def _begin_seal(self, line: bytes) -> None:
+        self._close_seal()
+        found = self.found
+        found.seals += 1
+        subject = f"seal:{self._number + 1}"
+        try:
+            given = json.loads(line)["seal"]
+            body, signature = str(given["body"]), str(given["signature"])
+            told = json.loads(body)
+            continues = (int(told["number"]), told["prev"]) == (self._number + 1, self._previous)
+            events = size(ranges(told))
+        except (KeyError, TypeError, ValueError):
+            found.fault("seal-invalid", subject, "it is no seal that was written here")
+            return
+        if wrong := self._keys.fault(body, signature, self._trusted):
+            found.fault(wrong[0], subject, wrong[1])
+        if not continues:
+            found.fault("seal-missing", subject, "it does not continue the seal before it")
+        self._previous, self._number, self._seal = digest(body), told["number"], told
+        self._tree, self._left = Tree(), events
+
+    def _close_seal(self) -> None:
+        """Compare what came since the last seal with what it signed."""
+        told, self._seal = self._seal, None
+        if told is None:
+            return
+        subject, missing = f"seal:{told['number']}", self._left
+        self._left = 0
+        covered = ranges(told)
+        if missing == size(covered):
+            self._empty.append(told["number"])
+        elif missing:
+            self.found.fault("sealed-events-altered", subject, f"{missing} of the events it covers are missing")
+        elif self._tree.root().hex() != told.get("merkle_root") or not all(map(self._stands_at, covered)):
+            detail = "the events it covers are not those that were sealed"
+            self.found.fault("sealed-events-altered", subject, detail)
+
+    def _stands_at(self, covered: tuple[str, int, int]) -> bool:
+        writer, _, last = covered
+        return self._chains.get(writer, (0, GENESIS))[0] == last + 1
+
+    def _end(self, line: bytes) -> None:
+        self._close_seal()
+        self._ended = True
+        found = self.found
+        try:
+            given = json.loads(line)["end"]
+            body, signature = str(given["body"]), str(given["signature"])
+            told = json.loads(body)
+            counts = told["events"], told["seals"], told["last_seal"], told["sha256"]
+        except (KeyError, TypeError, ValueError):
+            found.fault("export-altered", "end", "it is no end that was written here")
+            return
+        if self._trusted is not None and signer(body) not in self._trusted:
+            found.fault("seal-key-unknown", "end", f"it is signed by {signer(body)[:16]}, which is no trusted key")
+        elif not is_signed(body, signature):
+            found.fault("export-altered", "end", "its signature is not by the key that it names")
+        if counts != (found.events, found.seals, self._previous, self._hash.hexdigest()):
+            found.fault("export-altered", "end", f"the file was written with {counts[0]} events and {counts[1]} seals")

@@ -1,0 +1,111 @@
+"""The check of picture rows against the events, and of what storage holds."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from sdpipeline.audit.findings import Verification
+from sdpipeline.audit.proof import altered
+from sdpipeline.audit.told import Told
+from sdpipeline.db import evidence
+from sdpipeline.db.connection import Connection
+from sdpipeline.db.lookup import looks
+from sdpipeline.db.tables import LOOKS
+from sdpipeline.domain import Json
+from sdpipeline.errors import ObjectMissingError
+from sdpipeline.storage import ObjectStore
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Expected:
+    """An object that is to be in storage; ``pixels_sha256`` is known of pictures."""
+
+    key: str
+    sha256: str
+    pixels_sha256: str | None = None
+
+
+def objects_of(picture: Json) -> list[Expected]:
+    """A picture and its sidecar, by the picture's row."""
+    own = Expected(key=picture["key"], sha256=picture["sha256"], pixels_sha256=picture["pixels_sha256"])
+    return [own, Expected(key=picture["sidecar_key"], sha256=picture["sidecar_sha256"])]
+
+
+def verify_images(
+    connection: Connection, found: Verification, told: Told, sample: int | None
+) -> tuple[list[Expected], list[str]]:
+    """Compare picture rows with the events; returns the objects that are to be read, and the keys that are to be
+    gone."""
+    keys = evidence.image_keys(connection)
+    wanted = set(keys if sample is None else random.sample(keys, min(sample, len(keys))))
+    objects: list[Expected] = []
+    gone: list[str] = []
+    living: set[str] = set()
+    for picture in evidence.images(connection):
+        event = told.succeeded.get((picture["job_id"], picture["fingerprint"]))
+        if event is None or differs(picture, event):
+            found.fault("image-altered", f"image:{picture['key']}", "its row differs from the audit log")
+        deleted = picture["deleted_at"] is not None
+        found.deleted += deleted
+        if not deleted:
+            living.add(picture["key"])
+        if deleted != ((picture["job_id"], picture["fingerprint"]) in told.deleted):
+            detail = "it is gone, and no deletion is known" if deleted else "it was deleted, its row says nothing of it"
+            found.fault("image-altered", f"image:{picture['key']}", detail)
+        if (picture["job_id"], picture["fingerprint"]) not in wanted:
+            found.skipped += 1
+            continue
+        if deleted:
+            gone += [picture["key"], picture["sidecar_key"]]
+            continue
+        found.images += 1
+        objects += objects_of(picture)
+    for job_id in evidence.succeeded_without_image(connection):
+        found.fault("image-missing", f"job:{job_id}", "it succeeded, but no picture is recorded")
+    return objects, [key for key in gone if key not in living]
+
+
+def differs(picture: Json, event: Json) -> bool:
+    """Whether a picture's row is not what the event of its success says."""
+    told = event["image"] | {"attempt": event["attempt"], "worker_id": event["worker"]}
+    return any(picture[name] != value for name, value in told.items()) or _looks_else(picture, event["image"])
+
+
+def _looks_else(picture: Json, made: Json) -> bool:
+    """Whether a copy that lost its marks would not lead to this row; rows of releases before have no such columns."""
+    there = {name: picture.get(name) for name in LOOKS}
+    wanted = dict.fromkeys(LOOKS) | looks(made.get("scores") or {})
+    return any(value is not None for value in there.values()) and there != wanted
+
+
+def verify_objects(store: ObjectStore, found: Verification, expected: Sequence[Expected]) -> None:
+    """Read every object, and the control maps that sidecars name, and name how it was changed."""
+    keys = {each.sha256: each.key for each in expected}
+    for each in expected:
+        data = _verify_object(store, found, each, keys)
+        if data is not None and each.key.endswith(".json"):
+            for control_map in json.loads(data).get("control_maps", ()):
+                _verify_object(store, found, Expected(key=control_map["key"], sha256=control_map["sha256"]), keys)
+
+
+def _verify_object(store: ObjectStore, found: Verification, each: Expected, keys: Mapping[str, str]) -> bytes | None:
+    """The object's bytes, if they are those that were recorded; ``keys`` of all others tell a swap."""
+    try:
+        data = store.get(each.key)
+    except ObjectMissingError:
+        found.fault("object-missing", each.key, "storage does not have it")
+        return None
+    there = hashlib.sha256(data).hexdigest()
+    if there == each.sha256:
+        return data
+    detail = "its bytes do not hash to the recorded SHA-256"
+    if there in keys:
+        detail = f"it holds the bytes of {keys[there]}"
+    elif each.pixels_sha256 is not None:
+        detail = altered(data, sha256=each.sha256, pixels_sha256=each.pixels_sha256) or detail
+    found.fault("object-altered", each.key, detail)
+    return None

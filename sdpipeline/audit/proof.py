@@ -1,0 +1,164 @@
+"""The proof that one picture's success stands in the sealed log, checkable by itself.
+
+A JSON document: the event's very bytes, its place among the leaves of its seal's Merkle tree with the sibling hashes
+up to the root (RFC 6962), and the signed seal.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from sdpipeline import provenance
+from sdpipeline.audit.findings import Verification
+from sdpipeline.audit.keys import Succession
+from sdpipeline.audit.seals import ranges
+from sdpipeline.db import audit as rows
+from sdpipeline.db import evidence
+from sdpipeline.db.audit import Event
+from sdpipeline.db.connection import Connection
+from sdpipeline.domain import Json
+from sdpipeline.errors import BadInputError, InputImageError, Mistake
+from sdpipeline.merkle import inclusion_proof, verify_inclusion
+
+FORMAT = "sdpipeline/audit-proof/1"
+LARGEST_PICTURE = 1_000_000_000
+"""Pixels: what this program made is not held to what strangers may send."""
+
+_SUCCESSES = (Event.JOB_SUCCEEDED, Event.JOB_ADOPTED)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Success:
+    """The event of a picture, in its chain."""
+
+    writer_id: str
+    seq: int
+    body: str
+    told: Json
+
+
+def success_of_job(connection: Connection, job_id: int) -> Success:
+    """The newest picture of a job; raises BadInputError where it has none."""
+    found = _successes(rows.about(connection, f"job:{job_id}"))
+    if not found:
+        raise BadInputError(Mistake(message=f"the audit log knows of no picture of job {job_id}"))
+    return max(found, key=lambda each: int(each.told["at_us"]))
+
+
+def success_of_picture(connection: Connection, sha256: str) -> Success:
+    """The oldest job with a picture of these bytes, for copies came later; raises BadInputError where there is none."""
+    told = [row for job_id in evidence.jobs_with(connection, sha256) for row in rows.about(connection, f"job:{job_id}")]
+    # A picture of an archived edition has no row any more, and its event is looked for.
+    found = _successes(told) or _successes(rows.holding(connection, sha256))
+    own = [each for each in found if each.told["image"]["sha256"] == sha256]
+    if not own:
+        fix = "a picture whose metadata was changed has other bytes: give the job's id"
+        raise BadInputError(Mistake(message=f"the audit log knows of no picture with SHA-256 {sha256}", fix=fix))
+    return min(own, key=lambda each: int(each.told["at_us"]))
+
+
+def _successes(events: Sequence[Any]) -> list[Success]:
+    found = []
+    for row in events:
+        told = json.loads(row.body)
+        if told["event"] in _SUCCESSES:
+            found.append(Success(writer_id=row.writer_id, seq=row.seq, body=row.body, told=told))
+    return found
+
+
+def prove(connection: Connection, success: Success) -> Json | None:
+    """The proof; None where no seal covers the event yet. Raises BadInputError where the seal is of other events."""
+    row = rows.seal_over(connection, success.writer_id, success.seq)
+    if row is None:
+        return None
+    covered, index = ranges(json.loads(row["body"])), 0
+    for writer, first, last in covered:
+        if writer == success.writer_id and first <= success.seq <= last:
+            index += success.seq - first
+            break
+        index += last - first + 1
+    path = inclusion_proof(rows.bodies(connection, covered), index)
+    document = {
+        "format": FORMAT,
+        "event": success.body,
+        "index": index,
+        "path": [node.hex() for node in path],
+        "seal": {"body": row["body"], "signature": row["signature"]},
+    }
+    if found := verify_proof(document).faults:
+        fix = "sdpipeline audit verify names what was changed"
+        raise BadInputError(Mistake(message=f"it cannot be proven: {found[0].detail}", fix=fix))
+    return document
+
+
+def verify_proof(
+    document: Json, *, trusted: tuple[str, ...] | None = None, picture: bytes | None = None
+) -> Verification:
+    """Check a proof, and a picture against it where one is given; raises BadInputError for what is no proof.
+
+    ``trusted`` is as for an export.
+    """
+    proof, found = _parsed(document), Verification(events=1, seals=1)
+    if wrong := Succession(found.signers).fault(proof.seal, proof.signature, trusted):
+        found.fault(wrong[0], f"seal:{proof.number}", wrong[1])
+    if not verify_inclusion(proof.event, index=proof.index, size=proof.size, proof=proof.path, root=proof.root):
+        found.fault("sealed-events-altered", proof.subject, "the event is not among those that were sealed")
+    if picture is not None:
+        found.images = 1
+        if detail := altered(picture, **proof.recorded):
+            found.fault("object-altered", proof.subject, detail)
+    return found
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Proof:
+    event: bytes
+    subject: str
+    recorded: Mapping[str, str]
+    index: int
+    path: list[bytes]
+    seal: str
+    signature: str
+    number: int
+    size: int
+    root: bytes
+
+
+def _parsed(document: Json) -> _Proof:
+    refusal = BadInputError(f"this is no {FORMAT} (write one with sdpipeline audit prove)")
+    if document.get("format") != FORMAT:
+        raise refusal
+    try:
+        body, event = str(document["seal"]["body"]), str(document["event"])
+        seal, told = json.loads(body), json.loads(event)
+        return _Proof(
+            event=event.encode(),
+            subject=str(told["subject"]),
+            recorded={name: str(told["image"][name]) for name in ("sha256", "pixels_sha256")},
+            index=int(document["index"]),
+            path=[bytes.fromhex(node) for node in document["path"]],
+            seal=body,
+            signature=str(document["seal"]["signature"]),
+            number=int(seal["number"]),
+            size=int(seal["events"]),
+            root=bytes.fromhex(seal["merkle_root"]),
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise refusal from error
+
+
+def altered(data: bytes, *, sha256: str, pixels_sha256: str | None) -> str | None:
+    """How a picture's bytes differ from what was recorded of it; None where they do not."""
+    if hashlib.sha256(data).hexdigest() == sha256:
+        return None
+    try:
+        pixels = provenance.pixels_sha256(provenance.decode(data, max_pixels=LARGEST_PICTURE))
+    except InputImageError:
+        return "its bytes do not hash to the recorded SHA-256, and are no picture any more"
+    if pixels == pixels_sha256:
+        return "its metadata was changed, its pixels are those that were recorded"
+    return "its pixels are not those that were recorded"

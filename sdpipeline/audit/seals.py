@@ -1,0 +1,176 @@
+"""Signed Merkle roots over what the audit log gained, in storage and in the database."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import threading
+import time
+from collections.abc import Callable
+
+import rfc8785
+import structlog
+
+from sdpipeline.audit.keys import SealKey
+from sdpipeline.db import audit as rows
+from sdpipeline.db.audit import GENESIS
+from sdpipeline.db.connection import Connection, Database
+from sdpipeline.domain import Json
+from sdpipeline.errors import AuditBrokenError, ObjectConflictError, TransientError
+from sdpipeline.merkle import root
+from sdpipeline.storage import ObjectStore
+
+Ranges = list[tuple[str, int, int]]
+"""(writer, first, last sequence number)."""
+
+MOST_EVENTS = 100_000
+"""What one seal covers at most: a proof reads as many events."""
+EVERY_S = 60.0
+_LOOK_S = 1.0
+
+_log = structlog.get_logger(__name__)
+
+
+def seal(database: Database, store: ObjectStore, key: SealKey) -> int:
+    """Sign Merkle roots over all events no seal covers yet, as many as there were; returns their number.
+
+    A seal goes to storage first: one that only the database knows proves nothing.
+    """
+    sealed = 0
+    while True:
+        count = _seal_next(database, store, key)
+        sealed += count
+        if count < MOST_EVENTS:
+            return sealed
+
+
+def watch(
+    database: Database,
+    store: ObjectStore,
+    key: SealKey,
+    stop: threading.Event,
+    *,
+    every_s: float = EVERY_S,
+    events: int = MOST_EVENTS,
+    on_seal: Callable[[int], None] | None = None,
+) -> None:
+    """Seal every ``every_s`` seconds what there is, and sooner once it is ``events``; a last time when told to stop.
+
+    An outage of database or storage is waited out: the next look finds what is open.
+    """
+    begun = time.monotonic()
+    while True:
+        stopped = stop.wait(min(_LOOK_S, every_s))
+        try:
+            due = stopped or time.monotonic() - begun >= every_s or unsealed(database) >= events
+            if due:
+                begun = time.monotonic()
+                count = seal(database, store, key)
+                if count and on_seal is not None:
+                    on_seal(count)
+        except TransientError as error:
+            _log.warning("not_sealed", error=str(error))
+        if stopped:
+            return
+
+
+def unsealed(database: Database) -> int:
+    """How many events no seal covers yet."""
+    with database.read() as connection:
+        return size(rows.unsealed_ranges(connection))
+
+
+def _seal_next(database: Database, store: ObjectStore, key: SealKey) -> int:
+    with database.read() as connection:
+        open_ranges = _first(rows.unsealed_ranges(connection), MOST_EVENTS)
+        if not open_ranges:
+            return 0
+        last = rows.last_seal(connection)
+        merkle_root = root(rows.bodies(connection, open_ranges)).hex()
+    number, kept = last["number"] + 1 if last else 1, store.retention
+    told: Json = {
+        "v": 1,
+        "number": number,
+        "prev": last["hash"] if last else GENESIS,
+        "sealed_at_ms": time.time_ns() // 1_000_000,
+        "events": size(open_ranges),
+        "ranges": [list(each) for each in open_ranges],
+        "merkle_root": merkle_root,
+        "public_key": key.public_hex,
+    }
+    if kept is not None:
+        told["lock"] = {"mode": kept.mode, "days": kept.days}
+    return _publish(database, store, number, rfc8785.dumps(told).decode(), key)
+
+
+def _first(found: Ranges, most: int) -> Ranges:
+    """The first ``most`` events of these ranges."""
+    taken: Ranges = []
+    for writer, first, last in found:
+        if most <= 0:
+            break
+        end = min(last, first + most - 1)
+        taken.append((writer, first, end))
+        most -= end - first + 1
+    return taken
+
+
+def size(found: Ranges) -> int:
+    """How many events lie in these ranges."""
+    return sum(last - first + 1 for _, first, last in found)
+
+
+def _publish(database: Database, store: ObjectStore, number: int, body: str, key: SealKey) -> int:
+    name, signature = seal_name(number), key.sign(body)
+    try:
+        stored = store.put(name, seal_object(body, signature), content_type="application/json", retained=True)
+    except ObjectConflictError:
+        # A sealer died between storage and database: what it signed stands, if this database has what it sealed.
+        body, signature = read_seal(store.get(name))
+        with database.read() as connection:
+            if not (key.signed(body, signature) and covers(connection, json.loads(body))):
+                raise older_than(name) from None
+        stored = store.put(name, seal_object(body, signature), content_type="application/json", retained=True)
+    row = {"number": number, "body": body, "signature": signature, "hash": digest(body), "key": name}
+    sealed = ranges(json.loads(body))
+    with database.write() as connection:
+        first_to_seal = rows.insert_seal(connection, row | {"version_id": stored.version_id}, sealed)
+    return size(sealed) if first_to_seal else 0
+
+
+def ranges(body: Json) -> Ranges:
+    """(writer, first, last sequence number) of what a seal covers, in the order of its leaves."""
+    return [(writer, first, last) for writer, first, last in body["ranges"]]
+
+
+def covers(connection: Connection, body: Json) -> bool:
+    """Whether the database's events are those that were sealed."""
+    return root(rows.bodies(connection, ranges(body))).hex() == str(body["merkle_root"])
+
+
+def seal_name(number: int) -> str:
+    """Where seal number ``number`` lies in storage."""
+    return f"audit/seals/{number:08d}.json"
+
+
+def seal_object(body: str, signature: str) -> bytes:
+    """A seal as storage holds it."""
+    return rfc8785.dumps({"body": body, "signature": signature})
+
+
+def read_seal(data: bytes) -> tuple[str, str]:
+    """Body and signature of a stored seal; raises KeyError, TypeError or ValueError for what is none."""
+    found = json.loads(data)
+    return str(found["body"]), str(found["signature"])
+
+
+def digest(text: str) -> str:
+    """The SHA-256 that chains events and seals."""
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def older_than(seal: str) -> AuditBrokenError:
+    """The error for a database that a seal in storage is ahead of."""
+    return AuditBrokenError(
+        f"the database is older than {seal} in storage: a restored backup, or another database's storage?"
+    )

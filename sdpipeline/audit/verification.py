@@ -1,0 +1,49 @@
+"""The check of database, storage and seals against each other."""
+
+from __future__ import annotations
+
+from sdpipeline.audit.archives import verify_archive
+from sdpipeline.audit.chains import verify_chains, verify_newest, verify_seals, verify_stored_seal
+from sdpipeline.audit.findings import Verification
+from sdpipeline.audit.jobs import verify_jobs
+from sdpipeline.audit.keys import SealKey
+from sdpipeline.audit.pictures import objects_of, verify_images, verify_objects
+from sdpipeline.db import archives
+from sdpipeline.db.connection import Database
+from sdpipeline.storage import ObjectStore
+
+
+def verify(
+    database: Database,
+    store: ObjectStore,
+    key: SealKey,
+    *,
+    sample: int | None = None,
+) -> Verification:
+    """Check every chain, seal, job row and picture; ``sample`` limits the pictures whose bytes are read.
+
+    Workers may go on meanwhile: rows are compared as they stood at one moment, storage afterwards.
+    """
+    found = Verification()
+    with database.snapshot() as connection:
+        told = verify_chains(connection, found)
+        found.gaps = told.gaps
+        sealed = verify_seals(connection, key, found, told.lost)
+        verify_jobs(connection, found, told)
+        pictures, gone = verify_images(connection, found, told, sample)
+        archived = archives.archives(connection)
+    for row in archived:
+        of_archive = verify_archive(store, found, told, row)
+        found.skipped += len(of_archive) if sample is not None else 0
+        found.images += len(of_archive) if sample is None else 0
+        pictures += [each for picture in of_archive for each in objects_of(picture)] if sample is None else []
+    for campaign_id, edition in set(told.archived) - {(row["campaign_id"], row["edition"]) for row in archived}:
+        found.fault("archive-missing", f"campaign:{campaign_id}", f"the archive of edition {edition!r} has no row")
+    for row in sealed:
+        verify_stored_seal(store, found, row)
+    verify_newest(database, store, found)
+    for deleted in gone:
+        if store.versions(deleted):
+            found.fault("object-not-deleted", deleted, "the audit log says that it was deleted, and storage has it")
+    verify_objects(store, found, pictures)
+    return found

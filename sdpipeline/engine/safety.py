@@ -1,0 +1,21 @@
+"""What a safety checker says of finished pictures: CLIP embeddings compared with those of unwanted concepts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from sdpipeline.engine import Pixels
+from sdpipeline.engine.pictures import to_pil
+from sdpipeline.engine.residency import Loaded
+
+
+def flagged(loaded: Loaded, pictures: Sequence[Pixels]) -> list[bool]:
+    """Which pictures are close to a concept, by the thresholds in the checker's own weights."""
+    network, processor = loaded.parts["safety_checker"], loaded.parts["processor"]
+    inputs = processor(images=[to_pil(pixels) for pixels in pictures], return_tensors="pt")
+    seen = inputs["pixel_values"].to(network.device, network.dtype)
+    # It blackens what it objects to, which nobody here looks at.
+    _, found = network(clip_input=seen, images=torch.zeros(len(pictures), 1))
+    return [bool(each) for each in found]

@@ -1,0 +1,104 @@
+"""What the deployed campaign flow does: submit what is asked for, and have a fleet of workers work it."""
+
+from __future__ import annotations
+
+from datetime import datetime
+from typing import TYPE_CHECKING, Any
+
+import structlog
+
+from sdpipeline import bootstrap, intake
+from sdpipeline.db import reports
+from sdpipeline.orchestration import dispatch
+from sdpipeline.orchestration.fleet import Bounds, Fleet
+from sdpipeline.orchestration.request import CampaignRequest, Reopen
+from sdpipeline.settings import Settings
+
+if TYPE_CHECKING:
+    from prefect.client.schemas.objects import State
+
+CAMPAIGN_DEPLOYMENT = "campaign/campaign"
+
+log = structlog.get_logger(__name__)
+
+
+def carry_out(settings: Settings, request: CampaignRequest) -> State[Any]:
+    """Work what is asked for to its end; returns the state the flow run ends in. Called inside that run."""
+    name = _submitted(settings, request)
+    if name is None:
+        return _start_everything(settings)
+    if request.reopen is not Reopen.NOTHING:
+        reopened, _ = intake.reopen(settings, name, request.reopen)
+        log.info("jobs.reopened", campaign=name, status=str(request.reopen), jobs=reopened)
+    fleet = Fleet(campaign=name, label=f"fleet:{settings.team}/{name}", bounds=_bounds(settings, request))
+    return dispatch.work_off(settings, name, fleet)
+
+
+def _submitted(settings: Settings, request: CampaignRequest) -> str | None:
+    """The campaign's name, its file submitted under the edition of the moment the schedule fired, not of now."""
+    from prefect.logging import get_run_logger
+
+    if request.file is None and request.text is None:
+        return request.campaign
+    with intake.campaign_file(settings, url=request.file, text=request.text) as file:
+        name, done = intake.submit(settings, file, prune=request.prune, edition=request.edition, now=_fired_at())
+    if done.left_out:
+        get_run_logger().warning("%s: %s", name, done.left_out)
+    return name
+
+
+def _fired_at() -> datetime | None:
+    from prefect.runtime import flow_run
+
+    scheduled: datetime | None = flow_run.get_scheduled_start_time()
+    return scheduled
+
+
+def _bounds(settings: Settings, request: CampaignRequest) -> Bounds:
+    least = request.min_workers or settings.dispatch.min_workers
+    most = request.max_workers or settings.dispatch.max_workers
+    return Bounds(min_workers=min(least, most), max_workers=most, jobs_per_worker=settings.dispatch.jobs_per_worker)
+
+
+def _start_everything(settings: Settings) -> State[Any]:
+    """Give every campaign that has something to do, and no run that lives, a run of its own."""
+    from prefect.deployments import run_deployment
+    from prefect.states import Completed
+
+    idle = [name for name in _unfinished(settings) if not _has_run(name)]
+    for name in idle:
+        run_deployment(
+            CAMPAIGN_DEPLOYMENT,
+            parameters={"request": CampaignRequest(campaign=name).document()},
+            timeout=0,
+            as_subflow=False,  # it outlives this run, and is cancelled on its own
+            flow_run_name=name,
+            tags=[f"campaign:{name}"],
+        )
+    return Completed(message=f"started: {', '.join(idle)}" if idle else "nothing is left to do")
+
+
+def _unfinished(settings: Settings) -> list[str]:
+    with bootstrap.services(settings, create=False) as have, have.database.read() as connection:
+        names = reports.campaign_names(connection, team=settings.team)
+        ids = {name: reports.campaign_id(connection, team=settings.team, name=name) for name in names}
+        return [name for name, of in ids.items() if of is not None and reports.work_left(connection, of)]
+
+
+def _has_run(name: str) -> bool:
+    from prefect.client.orchestration import get_client
+    from prefect.client.schemas import filters
+    from prefect.client.schemas.objects import TERMINAL_STATES, StateType
+
+    unfinished = filters.FlowRunFilterStateType(any_=[kind for kind in StateType if kind not in TERMINAL_STATES])
+    with get_client(sync_client=True) as client:
+        return bool(
+            client.read_flow_runs(
+                flow_filter=filters.FlowFilter(name=filters.FlowFilterName(any_=["campaign"])),
+                flow_run_filter=filters.FlowRunFilter(
+                    tags=filters.FlowRunFilterTags(all_=[f"campaign:{name}"]),
+                    state=filters.FlowRunFilterState(type=unfinished),
+                ),
+                limit=1,
+            )
+        )

@@ -1,0 +1,52 @@
+"""What Prefect is told of a campaign in events of our own, so that automations can page someone."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+
+from sdpipeline.db.reports import Progress
+
+PREFIX = "sdpipeline.campaign"
+
+
+class CampaignEvent(StrEnum):
+    """Every event, by the name that an automation's trigger expects."""
+
+    STARTED = f"{PREFIX}.started"
+    FINISHED = f"{PREFIX}.finished"
+    FAILED = f"{PREFIX}.failed"
+    PAUSED = f"{PREFIX}.paused"
+    BUDGET_SPENT = f"{PREFIX}.budget-spent"
+    RESUMED = f"{PREFIX}.resumed"
+
+
+def tell(event: CampaignEvent, team: str, progress: Progress) -> None:
+    """Emit it, with the campaign as its resource; whoever sends it later in the background may fail without harm.
+
+    Called inside a flow run, which becomes a related resource.
+    """
+    from prefect.events import emit_event
+
+    emit_event(
+        event=str(event),
+        resource={
+            "prefect.resource.id": f"{PREFIX}.{team}.{progress.name}",
+            "prefect.resource.name": progress.name,
+            "sdpipeline.team": team,
+        },
+        payload=progress.document(),
+    )
+
+
+def outcome(progress: Progress) -> CampaignEvent | None:
+    """How a run ended that leaves nothing to do; None while something is left."""
+    if progress.remaining:
+        return None
+    return CampaignEvent.FAILED if progress.failed or progress.blocked else CampaignEvent.FINISHED
+
+
+def turn(before: str | None, progress: Progress) -> CampaignEvent | None:
+    """What happened to a campaign whose status was ``before`` when it was last looked at."""
+    if progress.status == "paused" and before != "paused" and progress.remaining:
+        return CampaignEvent.BUDGET_SPENT if progress.paused_because else CampaignEvent.PAUSED
+    return CampaignEvent.RESUMED if before == "paused" and progress.status == "active" else None

@@ -1,0 +1,22 @@
+"""The settings of a flow's run: where it is deployed, what the environment of its `prefect worker` says."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from sdpipeline import bootstrap, telemetry
+from sdpipeline.errors import Mistake, SettingsError
+from sdpipeline.settings import DEFAULT_HOME, Settings
+
+
+def load(home: Path | None = None) -> Settings:
+    """Settings and logging of this process; raises SettingsError where nothing says which database is meant.
+
+    A deployed run works in a folder that is deleted when it ends, which is where the embedded default would lie.
+    """
+    settings = bootstrap.load_settings(home)
+    telemetry.configure_logging(settings)
+    if home is None and settings.embedded and settings.home == DEFAULT_HOME.resolve():
+        fix = "set it in the environment of `prefect worker start`, or SDP_HOME as a whole path"
+        raise SettingsError(Mistake(key="SDP_DATABASE_URL", message="is not set where this flow runs", fix=fix))
+    return settings

@@ -1,0 +1,78 @@
+"""What a person or a schedule asks the deployed campaign flow for: the form in the Prefect UI."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+EDITION_NAME = r"^[a-z0-9][a-z0-9-]{0,62}$"
+CAMPAIGN_NAME = r"^[a-z0-9][a-z0-9-]{0,62}$"
+WHAT = ("campaign", "file", "text")
+
+
+class Reopen(StrEnum):
+    """Which jobs that ended without a picture are tried again."""
+
+    NOTHING = "nothing"
+    FAILED = "failed"
+    BLOCKED = "blocked"
+    CANCELLED = "cancelled"
+
+
+class CampaignRequest(BaseModel):
+    """A submitted campaign's name, or a campaign file; with none of them, every campaign that has something to do."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    campaign: Annotated[str, Field(pattern=CAMPAIGN_NAME)] | None = Field(
+        None, title="Campaign", description="name of a campaign that was submitted before: go on with it"
+    )
+    file: Annotated[str, Field(pattern=r"^s3://[^/]+/.+$", max_length=1100)] | None = Field(
+        None, title="Campaign file", description="s3://bucket/key.yaml below SDP_INPUTS__ALLOWED: submit it, then work"
+    )
+    text: Annotated[str, Field(max_length=1_000_000)] | None = Field(
+        None, title="Campaign text", description="a campaign file's YAML itself: submit it, then work"
+    )
+    prune: bool = Field(
+        False, title="Prune", description="cancel what the campaign file or text no longer asks for", strict=True
+    )
+    edition: Annotated[str, Field(pattern=EDITION_NAME)] | None = Field(
+        None, title="Edition", description="make all of it as this edition; default what its schedule says"
+    )
+    reopen: Reopen = Field(
+        Reopen.NOTHING, title="Try again", description="jobs that ended like this are opened again first"
+    )
+    min_workers: Annotated[int, Field(ge=1, le=1000)] | None = Field(
+        None, title="Fewest workers", description="default SDP_DISPATCH__MIN_WORKERS"
+    )
+    max_workers: Annotated[int, Field(ge=1, le=1000)] | None = Field(
+        None, title="Most workers", description="default SDP_DISPATCH__MAX_WORKERS"
+    )
+
+    @model_validator(mode="after")
+    def _one_of_three(self) -> CampaignRequest:
+        named = [name for name in WHAT if getattr(self, name) is not None]
+        if len(named) > 1:
+            raise ValueError(f"{' and '.join(named)} are given: choose one")
+        if self.prune and self.file is None and self.text is None:
+            raise ValueError("prune goes with file or text: a campaign's name asks for nothing else than before")
+        if self.edition is not None and self.file is None and self.text is None:
+            raise ValueError("edition goes with file or text: a campaign that was submitted has its editions")
+        if self.min_workers is not None and self.max_workers is not None and self.min_workers > self.max_workers:
+            raise ValueError("min_workers is more than max_workers")
+        return self
+
+    def __str__(self) -> str:
+        """What a run is called until the campaign is known."""
+        if self.campaign or self.file:
+            return str(self.campaign or self.file)
+        return "a campaign's text" if self.text else "all campaigns"
+
+    def document(self) -> dict[str, Any]:
+        """The flow's parameter, with only what was asked for."""
+        return self.model_dump(mode="json", exclude_defaults=True)
+
+
+EVERYTHING = CampaignRequest()

@@ -1,0 +1,85 @@
+"""What is done again and again, so that queue, storage and audit log stay right: by commands, and by schedules."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from sdpipeline import audit, bootstrap
+from sdpipeline import reconcile as reconciling
+from sdpipeline import retention as forgetting
+from sdpipeline.audit import Verification
+from sdpipeline.db import queue
+from sdpipeline.reconcile import Reconciliation
+from sdpipeline.retention import Forgotten
+from sdpipeline.settings import Settings
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reclaimed:
+    """Jobs whose lease had run out, and jobs whose back-off was over."""
+
+    expired: int
+    due: int
+
+
+def reclaim(s: Settings) -> Reclaimed:
+    """Make ready what dead workers held and what waited long enough; living workers do so too, where there are any."""
+    with bootstrap.services(s, create=False) as have:
+
+        def expired() -> int:
+            with have.audit.transaction() as tx:
+                return queue.reap(tx)
+
+        def due() -> int:
+            with have.database.write() as connection:
+                return queue.promote(connection)
+
+        return Reclaimed(expired=_until_none(expired), due=_until_none(due))
+
+
+def _until_none(some: Callable[[], int]) -> int:
+    """Each call takes a bounded number, so that no transaction is long."""
+    total = 0
+    while count := some():
+        total += count
+    return total
+
+
+def reconcile(s: Settings, *, repair: bool = False, adopt: bool = False) -> Reconciliation:
+    """Compare the database with storage; changes nothing unless told to."""
+    with bootstrap.services(s, create=False) as have:
+        have.store.check()
+        done = reconciling.reconcile(
+            have.audit,
+            have.store,
+            lambda: bootstrap.seal_key(s),
+            grace_s=s.reconcile_grace_s,
+            repair=repair,
+            adopt=adopt,
+        )
+        if done.adoption is not None and done.adoption.gap is not None:
+            # From here on nobody can take the gap back without being found out.
+            audit.seal(have.database, have.store, bootstrap.seal_key(s))
+    return done
+
+
+def forget(s: Settings, *, dry_run: bool = False) -> Forgotten:
+    """Do what the retention settings say is due, and seal it."""
+    with bootstrap.services(s, create=False) as have:
+        have.store.check()
+        audit.refuse_restored(have.database, have.store)
+        periods = forgetting.Periods(**s.retention.model_dump())
+        done = forgetting.forget(
+            have.audit, have.store, lambda: bootstrap.seal(s), team=s.team, periods=periods, dry_run=dry_run
+        )
+    if not dry_run:
+        bootstrap.seal(s)
+    return done
+
+
+def verify(s: Settings, *, sample: int | None = None) -> Verification:
+    """Check every event, seal, job row and picture (or only ``sample`` of those) against each other."""
+    with bootstrap.services(s, create=False) as have:
+        have.store.check()
+        return audit.verify(have.database, have.store, bootstrap.seal_key(s), sample=sample)

@@ -1,0 +1,211 @@
+"""Every service of deploy/compose.yaml as a plain process, with its own command and settings: a campaign goes through.
+
+Stands in for what a container engine would do: names of hosts become ports here, mounted files their places here. The
+S3 server is another one (the image's is no Python package), and so is the engine of pictures, for there is no GPU.
+Prefect's database is SQLite, for the PostgreSQL out of a wheel lacks pg_trgm; SDP_TEST_PREFECT_DATABASE_URL names
+another.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import httpx
+import psycopg
+import pytest
+
+from sdpipeline.audit import load_key
+from tests.chaos.postgres import postgres_server
+from tests.integration.certificates import signing_settings
+from tests.integration.commands import FAKE_ENGINE
+from tests.integration.compose_file import DEPLOY, services, variables
+from tests.integration.conftest import free_port, served
+
+pytestmark = pytest.mark.timeout(300)
+
+STARTED = ("bucket", "migrate", "roles", "prefect-server", "deploy", "cpu-worker", "gpu-worker")
+ELSEWHERE = {"postgres": "a server out of a wheel", "s3": "moto"}
+CAMPAIGN = """\
+name: composed
+checkpoint: shapes
+seeds: {start: 0, count: 4}
+defaults: {width: 64, height: 64, num_inference_steps: 2, guidance_scale: 1.0}
+stages:
+  - {id: draft, task: text-to-image, prompt: a red circle}
+"""
+
+
+@dataclass(slots=True)
+class Stack:
+    """The services that run, and how their addresses and paths are spelt here."""
+
+    folder: Path
+    bin_path: Path
+    places: Mapping[str, str]
+    running: list[subprocess.Popen[bytes]] = field(default_factory=list)
+
+    def here(self, text: str) -> str:
+        for there, here in self.places.items():
+            text = text.replace(there, here)
+        return text
+
+    def environment(self, name: str, **more: str) -> dict[str, str]:
+        own = {key: self.here(value) for key, value in services()[name]["environment"].items()}
+        homes = {"HOME": str(self.folder), "SDP_HOME": str(self.folder / name), "PREFECT_HOME": str(self.folder / name)}
+        kept = {key: os.environ[key] for key in ("PATH", "OMP_NUM_THREADS", "LANG") if key in os.environ}
+        return kept | homes | own | more
+
+    def command(self, words: Sequence[str]) -> list[str]:
+        programs = {
+            "python": [sys.executable],
+            "psql": [str(self.bin_path / "psql")],
+            "sdpipeline": [sys.executable, "-m", "sdpipeline"],
+            "prefect": [sys.executable, "-m", "prefect"],
+        }
+        return [*programs[words[0]], *(self.here(word) for word in words[1:])]
+
+    def once(self, name: str, *words: object, **more: str) -> str:
+        """Run a service that ends, or another command with its settings."""
+        command = self.command([*map(str, words)] or services()[name]["command"])
+        environment = self.environment(name, **more)
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
+        assert done.returncode == 0, done.stderr + done.stdout
+        return done.stdout
+
+    def start(self, name: str, **more: str) -> None:
+        """Start a service that stays."""
+        with (self.folder / f"{name}.log").open("wb") as log:
+            command, environment = self.command(services()[name]["command"]), self.environment(name, **more)
+            process = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
+        self.running.append(process)
+
+    def stop(self) -> None:
+        for process in self.running:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+
+    def logs(self) -> str:
+        return "\n".join(f"{log.name}\n{log.read_text()[-3000:]}" for log in self.folder.glob("*.log"))
+
+
+@pytest.fixture(scope="module")
+def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
+    """All services, started in the order of their dependencies."""
+    folder = tmp_path_factory.mktemp("stack")
+    load_key(folder / "seal.pem", create=True)
+    signing_settings(folder)
+    database, s3, prefect = free_port(), free_port(), free_port()
+    places = {
+        "postgres:5432": f"127.0.0.1:{database}",
+        "s3:8333": f"127.0.0.1:{s3}",
+        "prefect-server:4200": f"127.0.0.1:{prefect}",
+        "0.0.0.0": "127.0.0.1",
+        "4200": str(prefect),
+        "5432": str(database),
+        "/run/secrets": str(folder),
+        "/deploy/": f"{DEPLOY}/",
+    }
+    moto = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(s3)]
+    with ExitStack() as open_until_the_end:
+        # The last of two `-h` counts.
+        server = open_until_the_end.enter_context(postgres_server(f"-h 127.0.0.1 -p {database}"))
+        open_until_the_end.enter_context(served(moto, s3, folder))
+        found = Stack(folder, Path(server._package.bin_path), places)
+        open_until_the_end.callback(found.stop)
+        _initialise(found, f"postgresql://postgres@127.0.0.1:{database}/postgres", database)
+        prefects = os.environ.get("SDP_TEST_PREFECT_DATABASE_URL", f"sqlite+aiosqlite:///{folder}/prefect.db")
+        found.start("prefect-server", PREFECT_API_DATABASE_CONNECTION_URL=prefects)
+        for name in ("bucket", "migrate"):
+            found.once(name)
+        found.once("roles", PGHOST="127.0.0.1", PGPORT=str(database))
+        _wait_for(found, lambda: httpx.get(f"http://127.0.0.1:{prefect}/api/health").is_success)
+        found.once("deploy")
+        for name in ("cpu-worker", "gpu-worker"):
+            found.start(name, **{FAKE_ENGINE: "0.1", "PREFECT_WORKER_QUERY_SECONDS": "1"})
+        yield found
+
+
+def _initialise(stack: Stack, superuser: str, port: int) -> None:
+    """What the image does with an empty folder: the owner, the database, then the mounted script."""
+    settings = services()["postgres"]["environment"]
+    with psycopg.connect(superuser, autocommit=True) as connection:
+        connection.execute(f"CREATE ROLE {settings['POSTGRES_USER']} SUPERUSER LOGIN".encode())
+        connection.execute(f"CREATE DATABASE {settings['POSTGRES_DB']} OWNER {settings['POSTGRES_USER']}".encode())
+    path = f"{stack.bin_path}:{os.environ['PATH']}"
+    environment = settings | {"PGHOST": "127.0.0.1", "PGPORT": str(port), "PATH": path}
+    subprocess.run(["/bin/sh", DEPLOY / "postgres-init.sh"], env=environment, check=True, capture_output=True)
+
+
+def _wait_for(stack: Stack, ask: Any, patience_s: float = 120) -> None:
+    deadline = time.monotonic() + patience_s
+    while True:
+        with suppress(httpx.HTTPError):
+            if ask():
+                return
+        assert time.monotonic() < deadline, stack.logs()
+        assert [process.args for process in stack.running if process.poll() is not None] == [], stack.logs()
+        time.sleep(0.3)
+
+
+def _made(stack: Stack, api: httpx.Client, path: str, **body: Any) -> str:
+    """The id of something new; a busy SQLite may refuse, and Prefect's own client would ask again too."""
+    answers: list[httpx.Response] = []
+
+    def ask() -> bool:
+        answers.append(api.post(path, json=body))
+        return answers[-1].is_success
+
+    _wait_for(stack, ask)
+    return str(answers[-1].json()["id"])
+
+
+@pytest.fixture(scope="module")
+def api(stack: Stack) -> Iterator[httpx.Client]:
+    """Prefect's API as somebody with the password."""
+    user, _, password = variables()["PREFECT_AUTH"].partition(":")
+    with httpx.Client(base_url=f"{stack.here('http://prefect-server:4200')}/api/", auth=(user, password)) as client:
+        yield client
+
+
+def test_every_service_is_accounted_for() -> None:
+    assert {*STARTED, *ELSEWHERE} == set(services())
+
+
+def test_prefect_asks_for_the_password(stack: Stack, api: httpx.Client) -> None:
+    assert httpx.post(f"{api.base_url}flows/filter", json={}).status_code == 401
+    assert api.post("flows/filter", json={}).status_code == 200
+
+
+def test_both_workers_are_online(stack: Stack, api: httpx.Client) -> None:
+    def online() -> bool:
+        pools = {pool["name"]: pool["status"] for pool in api.post("work_pools/filter", json={}).json()}
+        return pools == {"cpu": "READY", "gpu": "READY"}
+
+    _wait_for(stack, online)
+
+
+def test_a_campaign_is_worked_through_the_pool(stack: Stack, api: httpx.Client) -> None:
+    file = stack.folder / "campaign.yaml"
+    file.write_text(CAMPAIGN)
+    stack.once("cpu-worker", "sdpipeline", "submit", file)
+    deployed = api.get("deployments/name/gpu-worker/gpu-worker").raise_for_status().json()["id"]
+    run = _made(stack, api, f"deployments/{deployed}/create_flow_run", state={"type": "SCHEDULED"})
+    final = {"COMPLETED", "FAILED", "CRASHED", "CANCELLED"}
+    _wait_for(stack, lambda: api.get(f"flow_runs/{run}").json().get("state_type") in final)
+    assert api.get(f"flow_runs/{run}").json()["state_type"] == "COMPLETED", stack.logs()
+    assert '"succeeded": 4' in stack.once("gpu-worker", "sdpipeline", "status", "composed", "--json")
+
+
+def test_the_dispatcher_seals_under_object_lock_and_verifies(stack: Stack) -> None:
+    stack.once("cpu-worker", "sdpipeline", "audit", "seal")
+    assert '"ok": true' in stack.once("cpu-worker", "sdpipeline", "audit", "verify", "--json")

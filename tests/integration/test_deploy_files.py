@@ -1,0 +1,225 @@
+"""What lies in deploy/ is what its readers take it for: compose, Kubernetes, a Dockerfile, policies."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+import tempfile
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import kubernetes_validate
+import pytest
+import yaml
+from compose_spec import PyCompose
+from moto.iam.access_control import IAMPolicy, PermissionResult
+from prefect.utilities.templating import apply_values
+
+from sdpipeline.settings import setting_names
+from tests.integration.compose_file import DEPLOY, composed, services, variables
+
+ROOT = DEPLOY.parent
+KUBERNETES = "1.33"
+DOCKERFILE = (DEPLOY / "Dockerfile").read_text()
+OURS = ("bucket", "migrate", "prefect-server", "deploy", "cpu-worker", "gpu-worker")
+
+
+@cache
+def rendered() -> list[Any]:
+    """The kustomize base with its example secrets, as the API server would get it."""
+    kubectl = shutil.which("kubectl")
+    if kubectl is None:
+        pytest.skip("kubectl is not installed (Debian: kubernetes-client)")
+    with tempfile.TemporaryDirectory() as folder:
+        base = Path(shutil.copytree(DEPLOY / "kubernetes", Path(folder) / "base"))
+        for example in base.glob("secrets/*.example"):
+            shutil.copy(example, example.with_suffix(""))
+        for name in ("seal.pem", "certificates_file.pem", "key_file.pem"):
+            (base / "secrets" / name).write_text("a key")
+        done = subprocess.run([kubectl, "kustomize", base], capture_output=True, text=True, check=True)
+    return list(yaml.safe_load_all(done.stdout))
+
+
+def pods() -> dict[str, Any]:
+    """Every pod that is described, the GPU job's too."""
+    found = {
+        m["metadata"]["name"]: m["spec"]["template"]["spec"] for m in rendered() if "template" in m.get("spec", {})
+    }
+    return found | {"gpu-job": gpu_job()["spec"]["template"]["spec"]}
+
+
+def gpu_job() -> Any:
+    """What Prefect makes of the template, with its defaults, for one run."""
+    template = json.loads((DEPLOY / "kubernetes" / "gpu-job-template.json").read_text())
+    properties = template["variables"]["properties"]
+    values = {name: each["default"] for name, each in properties.items() if "default" in each}
+    run = {"command": ["prefect", "flow-run", "execute"], "env": [{"name": "A", "value": "1"}], "name": "a-run"}
+    return apply_values(template["job_configuration"]["job_manifest"], values | run)
+
+
+def test_the_compose_file_follows_the_specification() -> None:
+    compose = PyCompose.from_yaml(yaml.safe_dump(composed()))
+    compose.validate()
+    assert set(compose.service_names()) == {*OURS, "postgres", "s3", "roles"}
+
+
+def test_every_secret_of_the_compose_file_comes_from_the_environment() -> None:
+    text = (DEPLOY / "compose.yaml").read_text()
+    asked = set(re.findall(r"\$\{(\w+)", text))
+    assert {name for name in variables() if "change-me" in variables()[name]} <= asked
+    assert not re.search(r"(PASSWORD|SECRET|AUTH_STRING|SECRET_ACCESS_KEY): (?!\$)\S", text)
+
+
+def test_nothing_is_published_beyond_this_machine() -> None:
+    ports = [port for service in services().values() for port in service.get("ports", [])]
+    assert ports
+    assert [port for port in ports if not port.startswith("127.0.0.1:")] == []
+
+
+def test_images_name_their_version() -> None:
+    images = [service["image"] for service in services().values()]
+    assert [image for image in images if ":" not in image or image.endswith(":latest")] == []
+
+
+@pytest.mark.parametrize("name", OURS)
+def test_our_containers_hold_no_more_rights_than_they_need(name: str) -> None:
+    service = services()[name]
+    assert (service["read_only"], service["cap_drop"]) == (True, ["ALL"])
+    assert service["build"]["target"] in re.findall(r"^FROM .* AS (\w+)$", DOCKERFILE, re.MULTILINE)
+
+
+def test_files_that_are_mounted_exist() -> None:
+    mounts = [mount for service in services().values() for mount in service.get("volumes", [])]
+    files = [mount.split(":")[0] for mount in mounts if mount.startswith("./") and "/models" not in mount]
+    assert files
+    assert [file for file in files if not (DEPLOY / file).is_file()] == []
+
+
+def settings_used() -> set[str]:
+    compose = {name for service in services().values() for name in service.get("environment", {})}
+    base = [*(DEPLOY / "kubernetes").glob("*.env"), *(DEPLOY / "kubernetes").glob("secrets/*.example")]
+    files = {line.split("=")[0] for file in base for line in file.read_text().splitlines()}
+    return compose | files | set(re.findall(r"\bSDP_\w+", DOCKERFILE))
+
+
+def test_every_setting_that_is_named_exists() -> None:
+    used = {name for name in settings_used() if name.startswith("SDP_")}
+    assert {"SDP_DATABASE_URL", "SDP_STORAGE_URL"} <= used
+    assert used - set(setting_names()) == set()
+
+
+def test_every_manifest_is_valid() -> None:
+    kinds = []
+    for manifest in [*rendered(), gpu_job()]:
+        kubernetes_validate.validate(manifest, KUBERNETES, strict=True)
+        kinds.append(manifest["kind"])
+    assert {"Job", "Deployment", "NetworkPolicy", "Secret", "ConfigMap", "Role", "PersistentVolumeClaim"} <= set(kinds)
+
+
+def test_what_is_not_kubernetes_is_refused() -> None:
+    wrong = gpu_job()
+    wrong["spec"]["template"]["spec"]["nodeSelektor"] = {}
+    with pytest.raises(kubernetes_validate.ValidationError):
+        kubernetes_validate.validate(wrong, KUBERNETES, strict=True)
+
+
+@pytest.mark.parametrize("name", ["migrate", "prefect-server", "cpu-worker", "gpu-pool", "gpu-job"])
+def test_a_pod_runs_as_nobody_in_particular(name: str) -> None:
+    pod = pods()[name]
+    assert pod["securityContext"]["runAsNonRoot"] is True
+    for container in [*pod.get("initContainers", []), *pod["containers"]]:
+        assert container["securityContext"]["readOnlyRootFilesystem"] is True
+        assert container["securityContext"]["capabilities"] == {"drop": ["ALL"]}
+        assert "memory" in container["resources"]["limits"]
+
+
+def test_a_gpu_job_asks_for_one_gpu_on_a_node_that_has_one() -> None:
+    pod = gpu_job()["spec"]["template"]["spec"]
+    assert pod["nodeSelector"] == {"nvidia.com/gpu.present": "true"}
+    assert pod["containers"][0]["resources"]["limits"]["nvidia.com/gpu"] == 1
+    assert gpu_job()["spec"]["backoffLimit"] == 0  # the campaign's run starts another, and the lease brings work back
+
+
+def test_the_pool_watches_the_namespace_that_its_role_is_for() -> None:
+    (role,) = [m for m in rendered() if m["kind"] == "Role"]
+    (watcher,) = pods()["gpu-pool"]["containers"]
+    watched = {"name": "PREFECT_INTEGRATIONS_KUBERNETES_OBSERVER_NAMESPACES", "value": role["metadata"]["namespace"]}
+    assert watcher["env"] == [watched]
+    assert gpu_job()["metadata"]["namespace"] == role["metadata"]["namespace"]
+
+
+def test_secrets_and_settings_that_pods_name_are_made() -> None:
+    made = {m["metadata"]["name"] for m in rendered() if m["kind"] in {"Secret", "ConfigMap"}}
+    named = set()
+    for pod in pods().values():
+        for container in [*pod.get("initContainers", []), *pod["containers"]]:
+            named |= {next(iter(source.values()))["name"] for source in container["envFrom"]}
+    assert named <= made
+    assert {"owner", "prefect", "dispatcher", "worker", "sdpipeline"} <= named
+
+
+def test_no_pod_but_the_dispatchers_has_the_key_that_seals() -> None:
+    assert [name for name, pod in pods().items() if "seal-key" in json.dumps(pod)] == ["cpu-worker"]
+    assert [name for name, service in services().items() if "seal-key" in json.dumps(service)] == ["cpu-worker"]
+
+
+def test_nobody_but_who_makes_pictures_has_the_key_that_signs_them() -> None:
+    assert [name for name, pod in pods().items() if "picture-key" in json.dumps(pod)] == ["gpu-job"]
+    assert [name for name, service in services().items() if "picture-key" in json.dumps(service)] == ["gpu-worker"]
+
+
+def test_everything_starts_from_no_connections() -> None:
+    (nothing,) = [m for m in rendered() if m["metadata"]["name"] == "nothing-by-default"]
+    assert nothing["spec"] == {"podSelector": {}, "policyTypes": ["Ingress", "Egress"]}
+
+
+def test_the_dockerfile_copies_what_there_is_and_ends_without_root() -> None:
+    copied = re.findall(r"^COPY (?!--from)(.+) \S+$", DOCKERFILE, re.MULTILINE)
+    assert [name for names in copied for name in names.split() if not (ROOT / name).exists()] == []
+    runtime = DOCKERFILE.partition("AS runtime")[2]
+    assert re.search(r"^USER 10001$", runtime, re.MULTILINE)
+    assert "USER root" not in runtime
+    allowed = {line.removeprefix("!") for line in (ROOT / ".dockerignore").read_text().splitlines() if line[:1] == "!"}
+    assert {name for names in copied for name in names.split()} <= allowed
+
+
+@pytest.mark.parametrize("path", sorted((DEPLOY / "policies").glob("*.json")), ids=lambda path: path.stem)
+def test_no_policy_lets_anybody_bypass_retention(path: Path) -> None:
+    statements = json.loads(path.read_text())["Statement"]
+    allowed = [action for each in statements if each["Effect"] == "Allow" for action in each["Action"]]
+    assert not {"s3:*", "s3:BypassGovernanceRetention", "s3:PutBucketObjectLockConfiguration"} & set(allowed)
+
+
+PICTURE, INPUT = "team/spring/draft/f/sha.png", "inputs/0a1b"
+SEAL, ARCHIVE = "audit/seals/00000001.json", "archive/team/spring/2026.jsonl.gz"
+
+
+@pytest.mark.parametrize(
+    ("policy", "action", "key", "allowed"),
+    [
+        ("worker", "GetObject", INPUT, True),
+        ("worker", "PutObject", PICTURE, True),
+        ("worker", "PutObject", SEAL, False),
+        ("worker", "PutObject", ARCHIVE, False),
+        ("worker", "DeleteObject", PICTURE, False),
+        ("worker", "DeleteObjectVersion", SEAL, False),
+        ("worker", "BypassGovernanceRetention", SEAL, False),
+        ("dispatcher", "PutObject", INPUT, True),
+        ("dispatcher", "PutObject", SEAL, True),
+        ("dispatcher", "PutObjectRetention", SEAL, True),
+        ("dispatcher", "DeleteObjectVersion", PICTURE, True),
+        ("dispatcher", "DeleteObjectVersion", SEAL, False),
+        ("dispatcher", "BypassGovernanceRetention", SEAL, False),
+        ("reader", "GetObjectVersion", SEAL, True),
+        ("reader", "PutObject", PICTURE, False),
+        ("reader", "DeleteObject", PICTURE, False),
+        ("bucket", "BypassGovernanceRetention", SEAL, False),
+    ],
+)
+def test_a_policy_allows_its_own_work_and_no_other(policy: str, action: str, key: str, allowed: bool) -> None:
+    found = IAMPolicy((DEPLOY / "policies" / f"{policy}.json").read_text())
+    result = found.is_action_permitted(f"s3:{action}", f"arn:aws:s3:::BUCKET/PREFIX/{key}")
+    assert (result is PermissionResult.PERMITTED) is allowed

@@ -1,0 +1,94 @@
+"""The maintenance flows under a real Prefect server: they do what is due, and fail where they find a fault."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from sdpipeline import bootstrap, intake, orchestration
+from sdpipeline.flows import maintenance
+from sdpipeline.prefect_server import own_server
+from sdpipeline.settings import Settings
+from tests.factories import leased, statuses
+
+pytestmark = pytest.mark.timeout(180)
+
+CAMPAIGN = """\
+name: spring
+checkpoint: shapes
+seeds: {start: 0, count: 8}
+defaults: {width: 64, height: 64, num_inference_steps: 1, guidance_scale: 1.0}
+stages:
+  - {id: draft, task: text-to-image, prompt: a red circle}
+"""
+
+
+@pytest.fixture
+def api_url(prefect_home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """A Prefect server, and a home that the environment names, as it does where a deployed flow runs."""
+    monkeypatch.setenv("SDP_HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("SDP_ENGINE__FAKE_SECONDS_PER_BATCH", "0")
+    monkeypatch.setenv("PREFECT_LOGGING_TO_API_ENABLED", "false")
+    with own_server(prefect_home) as server:
+        monkeypatch.setenv("PREFECT_API_URL", server.api_url)
+        with orchestration.local_server(bootstrap.load_settings()):
+            yield server.api_url
+
+
+@pytest.fixture
+def spring(api_url: str, tmp_path: Path) -> Settings:
+    """A submitted campaign."""
+    (tmp_path / "spring.yaml").write_text(CAMPAIGN)
+    settings = bootstrap.load_settings()
+    intake.submit(settings, tmp_path / "spring.yaml")
+    return settings
+
+
+def ended(flow: Any, **parameters: Any) -> tuple[str, str]:
+    """The state a run of it ends in, and what that says."""
+    state = flow(**parameters, return_state=True)
+    return str(state.type.value), str(state.message)
+
+
+def test_reclaiming_makes_ready_what_dead_workers_held(spring: Settings) -> None:
+    with bootstrap.services(spring) as have:
+        lease = leased(have.audit)
+        with have.audit.transaction() as tx:
+            tx.connection.exec_driver_sql("UPDATE lease SET expires_at = 0")
+        assert ended(maintenance.reclaim) == (
+            "COMPLETED",
+            f"{len(lease.jobs)} jobs of dead workers are ready again, 0 jobs waited long enough",
+        )
+        assert set(statuses(have.database)) == {"ready"}
+
+
+def test_maintenance_fails_where_a_picture_is_missing_until_it_is_repaired(spring: Settings, api_url: str) -> None:
+    bootstrap.run_worker(spring, campaign="spring", until_idle=True, device="cpu")
+    assert ended(maintenance.seal)[0] == "COMPLETED"
+    assert ended(maintenance.audit_verify, sample=2)[0] == "COMPLETED"
+    assert ended(maintenance.reconcile) == ("COMPLETED", "0 findings, nothing left to do")
+    assert ended(maintenance.retention) == ("COMPLETED", "0 pictures, 0 prompts, 0 sources, 0 editions")
+    victim = next((spring.home / "storage" / "default").rglob("*.png"))
+    victim.unlink()
+    kind, message = ended(maintenance.audit_verify)
+    assert (kind, message.split(":")[0]) == ("FAILED", "1 faults")
+    assert ended(maintenance.reconcile)[0] == "FAILED"
+    tables = httpx.post(f"{api_url}/artifacts/latest/filter", json={}).raise_for_status().json()
+    assert victim.name in str([each["data"] for each in tables if each["key"] == "reconcile-faults"])
+    assert ended(maintenance.reconcile, repair=True)[0] == "COMPLETED"
+    assert ended(maintenance.reconcile)[0] == "COMPLETED"
+
+
+def test_a_flow_that_nobody_told_of_a_database_says_so(
+    api_url: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.delenv("SDP_HOME")
+    monkeypatch.chdir(tmp_path)
+    kind, message = ended(maintenance.seal)
+    assert kind == "FAILED"
+    assert "SDP_DATABASE_URL: is not set where this flow runs" in message
+    assert not (tmp_path / "sdp-home").exists()
