@@ -15,7 +15,7 @@ from sdpipeline.domain import Json
 from sdpipeline.engine import Batch, Engine, GenerationFailure
 from sdpipeline.errors import BadPictureError
 
-_PLAIN = 0
+_PLAIN, _CEILING = 0, -1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,11 +31,12 @@ class Plan:
 def measure(
     engine: Engine, open_plain: Callable[[], PlainLoop], workload: Workload, plan: Plan, on_progress: OnProgress
 ) -> Json:
-    """Every round runs each batch size and the plain loop in turn, so that a busy machine is busy for all of them.
+    """Every round runs each batch size, the plain loop and matrix products in turn, so that a busy machine is busy for
+    all of them.
 
     The plain loop is opened after the engine's first pictures, whose time is told too: that of a start.
     """
-    numbers, steps = Numbers(), Steps(on_progress, len(plan.batches) + 2 + plan.rounds * (len(plan.batches) + 1))
+    numbers, steps = Numbers(), Steps(on_progress, len(plan.batches) + 1 + plan.rounds * (len(plan.batches) + 2))
     first = []
     for size in plan.batches:
         took = make(engine, workload.batch(numbers.take(size), size))
@@ -44,9 +45,8 @@ def measure(
     plain = open_plain()
     tflop = plain.flops(numbers.take(1)) / 1e12
     steps.done()
-    ceiling = matmul_ceiling(plan.device, plan.dtype)
-    steps.done()
     taken = _rounds(engine, plain, workload, plan, numbers=numbers, steps=steps)
+    ceiling = max(taken.pop(_CEILING))
     largest = max(plan.batches)
     idle = idle_share(plan.device, lambda: make(engine, workload.batch(numbers.take(largest), largest)))
     baseline = 1 / middle(taken[_PLAIN])
@@ -66,7 +66,7 @@ def measure(
 def _rounds(
     engine: Engine, plain: PlainLoop, workload: Workload, plan: Plan, *, numbers: Numbers, steps: Steps
 ) -> dict[int, list[float]]:
-    """Seconds a picture, by batch size; those of the plain loop under ``_PLAIN``."""
+    """Seconds a picture, by batch size and for the plain loop; TFLOP/s of matrix products for the ceiling."""
     taken: dict[int, list[float]] = defaultdict(list)
     for _ in range(plan.rounds):
         for size in plan.batches:
@@ -75,6 +75,8 @@ def _rounds(
         started = time.perf_counter()
         plain.picture(numbers.take(1))
         taken[_PLAIN].append(time.perf_counter() - started)
+        steps.done()
+        taken[_CEILING].append(matmul_ceiling(plan.device, plan.dtype))
         steps.done()
     return taken
 
