@@ -22,6 +22,9 @@ from sdpipeline.domain import CheckpointRef
 from sdpipeline.engine import Batch, GeneratedImage, PreparedRequest
 from sdpipeline.engine.checkpoints import inspect
 from sdpipeline.engine.diffusers_engine import DiffusersEngine
+from sdpipeline.errors import ObjectConflictError
+from sdpipeline.storage import S3Options
+from sdpipeline.storage.scratch import Scratch, scratch_storage
 from tests.factories import chains, published, request, statuses
 from tests.integration.commands import document
 from tests.integration.conftest import Bucket
@@ -144,6 +147,20 @@ def test_storage_is_measured_under_a_prefix_that_is_emptied(moto_bucket: Bucket)
     ]
     assert all(0 < row["p50_ms"] <= row["p99_ms"] for row in found["verbs"])
     assert list(store.list()) == ["kept"]
+
+
+def put_twice(scratch: Scratch) -> None:
+    scratch.save("c.png", b"plain")
+    assert len(list(scratch.store.list())) == 1
+    for data in (b"checked", b"other"):
+        scratch.store.put("a/b.png", data, content_type="image/png")
+
+
+def test_the_scratch_prefix_is_emptied_also_where_the_measurement_fails(moto_bucket: Bucket) -> None:
+    options = S3Options(endpoint_url=moto_bucket.endpoint_url, addressing_style="path")
+    with pytest.raises(ObjectConflictError), scratch_storage(f"s3://{moto_bucket.name}/own", options) as scratch:
+        put_twice(scratch)
+    assert list(moto_bucket.store().list()) == []
 
 
 @pytest.mark.parametrize(
