@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -47,6 +48,14 @@ class _Taken:
     line: list[float] = field(default_factory=list)
     plain: list[float] = field(default_factory=list)
     lost: list[Json] = field(default_factory=list)
+    cpu: dict[str, list[float]] = field(default_factory=lambda: {"engine": [], "line": [], "plain": []})
+
+    @contextmanager
+    def counting(self, what: str, pictures: int) -> Iterator[None]:
+        """Note what all threads of this process take of the cores for a picture, which other work does not change."""
+        started = time.process_time()
+        yield
+        self.cpu[what].append((time.process_time() - started) / pictures)
 
 
 def measure(
@@ -69,12 +78,15 @@ def measure(
     steps.done()
     taken, campaigns = _Taken(), []
     for number in range(plan.rounds):
-        alone = _alone(worker.engine, workload, plan, numbers)
+        with taken.counting("engine", plan.pictures):
+            alone = _alone(worker.engine, workload, plan, numbers)
         steps.done()
         campaign_id = publish(worker.audit, workload.jobs(numbers.take(plan.pictures), plan.pictures), name=f"{number}")
-        wall, summary = _line(worker, campaign_id, plan)
+        with taken.counting("line", plan.pictures):
+            wall, summary = _line(worker, campaign_id, plan)
         steps.done()
-        taken.plain.append(_plain(plain, scratch, plan, numbers) / plan.plain)
+        with taken.counting("plain", plan.plain):
+            taken.plain.append(_plain(plain, scratch, plan, numbers) / plan.plain)
         steps.done()
         taken.engine.append(alone / plan.pictures)
         taken.line.append(wall / plan.pictures)
@@ -136,9 +148,17 @@ def _document(plan: Plan, taken: _Taken, beside: Json) -> Json:
     engine, line, plain = (middle(each) for each in (taken.engine, taken.line, taken.plain))
     shares = [alone / whole for alone, whole in zip(taken.engine, taken.line, strict=True)]
     faster = [slow / whole for slow, whole in zip(taken.plain, taken.line, strict=True)]
-    rows = [("engine alone", plan.batch, engine), ("whole line", plan.batch, line), ("plain loop, saved", 1, plain)]
+    cpu = {what: middle(seconds) for what, seconds in taken.cpu.items()}
+    rows = [
+        ("engine alone", plan.batch, engine, cpu["engine"]),
+        ("whole line", plan.batch, line, cpu["line"]),
+        ("plain loop, saved", 1, plain, cpu["plain"]),
+    ]
     return {
-        "rows": [{"what": what, "batch": batch, "pictures_per_s": round(1 / s, 4)} for what, batch, s in rows],
+        "rows": [
+            {"what": what, "batch": batch, "pictures_per_s": round(1 / s, 4), "cpu_s": round(c, 4)}
+            for what, batch, s, c in rows
+        ],
         "share_of_engine": round(middle(shares), 4),
         "against_plain": round(middle(faster), 3),
         "by_round": [

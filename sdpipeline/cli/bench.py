@@ -213,7 +213,7 @@ def _check_plot(path: Path | None) -> None:
 
 
 def _say_pipeline(found: Json) -> None:
-    print_records(_title(found), ("what", "batch", "pictures_per_s"), found["rows"])
+    print_records(_title(found), ("what", "batch", "pictures_per_s", "cpu_s"), found["rows"])
     print_records("Lost", ("what", "share"), [row | {"share": f"{row['share']:.2%}"} for row in found["lost"]])
     beside = ", ".join(
         f"{name.removesuffix('_s')} {s * 1e3:.0f} ms" for name, s in found["beside_the_device_s"].items()
