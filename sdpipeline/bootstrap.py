@@ -28,7 +28,7 @@ from sdpipeline.db.queue import Patience
 from sdpipeline.db.reports import Progress
 from sdpipeline.domain import CheckpointRef, Json
 from sdpipeline.engine import Engine
-from sdpipeline.engine.checkpoints import CheckpointFiles, inspect
+from sdpipeline.engine.checkpoints import CheckpointFiles, inspect, read_ahead
 from sdpipeline.engine.devices import gpu_count
 from sdpipeline.errors import BadInputError, CampaignError, CheckpointError, Mistake, SettingsError
 from sdpipeline.inputs import InputFolder
@@ -247,13 +247,9 @@ def build_engine(s: Settings, device: str, database: Database | None, *, dtype: 
         from sdpipeline.engine.fake import FakeEngine
 
         return FakeEngine(seconds_per_batch=s.engine.fake_seconds_per_batch)
-    # Threads that spin for one another make a busy CPU four to six times slower; read when torch is first imported.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    try:
-        from sdpipeline.engine.diffusers_engine import DiffusersEngine
-    except ModuleNotFoundError as error:
-        fix = "pip install 'sdpipeline[engine]'"
-        raise SettingsError(Mistake(message=f"this machine cannot make pictures: no {error.name}", fix=fix)) from error
+    _need_engine()
+    from sdpipeline.engine.diffusers_engine import DiffusersEngine
+
     by_digest = _runnable(s, database)
 
     def locate(ref: CheckpointRef) -> CheckpointFiles:
@@ -265,6 +261,25 @@ def build_engine(s: Settings, device: str, database: Database | None, *, dtype: 
 
     resident = int(s.engine.resident_gib * 2**30) if s.engine.resident_gib else None
     return DiffusersEngine(device=device, dtype=dtype or s.engine.dtype, locate=locate, resident_bytes=resident)
+
+
+def _need_engine() -> None:
+    """Import what makes pictures; raises SettingsError where it is not installed."""
+    # Threads that spin for one another make a busy CPU four to six times slower; read when torch is first imported.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    try:
+        import sdpipeline.engine.diffusers_engine  # noqa: F401
+    except ModuleNotFoundError as error:
+        fix = "pip install 'sdpipeline[engine]'"
+        raise SettingsError(Mistake(message=f"this machine cannot make pictures: no {error.name}", fix=fix)) from error
+
+
+def random_checkpoint(name: str, folder: Path, device: str) -> Path:
+    """A checkpoint of a well-known shape with random weights, for benches; see :mod:`sdpipeline.bench.shapes`."""
+    _need_engine()
+    from sdpipeline.bench.random_weights import ensure
+
+    return ensure(name, folder, device=device)
 
 
 def devices(s: Settings) -> list[str]:
@@ -309,38 +324,62 @@ def open_worker(s: Settings, *, device: str | None = None) -> Iterator[OpenWorke
         audit.refuse_restored(have.database, have.store)
         chosen = device or devices(s)[0]
         engine = build_engine(s, chosen, have.database)
-        worker_id = secrets.token_hex(16)
-        log = AuditLog(have.database, actor=f"worker:{worker_id} sdpipeline/{__version__}")
-        limits = WorkerLimits(
-            max_batch=s.engine.max_batch,
-            lease_ttl_s=s.lease_ttl_s,
-            max_pixels=s.inputs.max_pixels,
-            gpu_second_cost=(s.cost_per_gpu_hour or 0.0) / 3600,
-            shutdown_grace_s=s.shutdown_grace_s,
-        )
-        worker = Worker(
-            worker_id,
-            log,
-            have.store,
-            engine,
-            limits,
-            key,
-            ForeignObjects(s3_options(s)),
-            breaker=Breaker(max_failures=s.worker_max_failures),
-            pace=Pace(s.batch_timeout_s),
-            patience=Patience(s.fairness_max_wait_s),
-        )
-        with log.transaction() as tx:
-            declare(tx, "marks", _marking(s, key))
-            host, description = socket.gethostname(), engine.describe()
-            workers.register(
-                tx, worker_id=worker_id, host=host, pid=os.getpid(), device=chosen, description=description
-            )
-        try:
+        with registered(s, make_worker(s, have.database, have.store, engine, key), chosen) as worker:
             yield OpenWorker(worker, s.team)
-        finally:
-            with log.transaction() as tx:
-                workers.stop(tx, worker_id=worker_id)
+
+
+@contextmanager
+def registered(s: Settings, worker: Worker, device: str) -> Iterator[Worker]:
+    """The database knows of the worker while the block lasts."""
+    description = worker.engine.describe()
+    with worker.audit.transaction() as tx:
+        declare(tx, "marks", _marking(s, worker.signing))
+        about = {"worker_id": worker.worker_id, "host": socket.gethostname(), "device": device}
+        workers.register(tx, pid=os.getpid(), description=description, **about)
+    try:
+        yield worker
+    finally:
+        with worker.audit.transaction() as tx:
+            workers.stop(tx, worker_id=worker.worker_id)
+
+
+def make_worker(s: Settings, database: Database, store: ObjectStore, engine: Engine, key: SigningKey) -> Worker:
+    """A worker as the settings want it, not registered yet."""
+    worker_id = secrets.token_hex(16)
+    limits = WorkerLimits(
+        max_batch=s.engine.max_batch,
+        lease_ttl_s=s.lease_ttl_s,
+        max_pixels=s.inputs.max_pixels,
+        gpu_second_cost=(s.cost_per_gpu_hour or 0.0) / 3600,
+        shutdown_grace_s=s.shutdown_grace_s,
+        deliverers=s.deliverers,
+    )
+    return Worker(
+        worker_id,
+        AuditLog(database, actor=f"worker:{worker_id} sdpipeline/{__version__}"),
+        store,
+        engine,
+        limits,
+        key,
+        ForeignObjects(s3_options(s)),
+        breaker=Breaker(max_failures=s.worker_max_failures),
+        pace=Pace(s.batch_timeout_s),
+        patience=Patience(s.fairness_max_wait_s),
+        foresee=_foreseeing(engine),
+    )
+
+
+def _foreseeing(engine: Engine) -> Callable[[CheckpointRef], None] | None:
+    """Let the kernel read weights that are needed next; the double has none."""
+    residency = getattr(engine, "residency", None)
+    if residency is None:
+        return None
+
+    def foresee(ref: CheckpointRef) -> None:
+        with suppress(CheckpointError):  # whoever loads them says what is wrong
+            read_ahead(residency.files(ref))
+
+    return foresee
 
 
 def run_worker(

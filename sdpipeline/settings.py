@@ -159,6 +159,9 @@ class Settings(BaseSettings):
     shutdown_grace_s: float = Field(
         20.0, ge=0.0, le=3600.0, description="seconds in which a worker that is told to end finishes its batch"
     )
+    deliverers: int = Field(
+        4, ge=1, le=64, description="pictures of a worker that are encoded, marked and stored at the same time"
+    )
     worker_max_failures: int = Field(
         5, ge=1, le=1000, description="batches in a row that fail through no job's fault before a worker pauses"
     )
@@ -168,7 +171,7 @@ class Settings(BaseSettings):
         description="seconds after which a batch hangs; 0: twenty times what such batches took, 600 at least",
     )
     fairness_max_wait_s: float = Field(
-        120.0, gt=0.0, description="seconds after which a campaign with ready jobs and no lease goes first"
+        120.0, gt=0.0, description="seconds after which what has ready jobs and no lease goes first"
     )
     reconcile_grace_s: float = Field(
         3600.0, ge=0.0, description="seconds that an object without a row is left alone by reconcile"

@@ -10,6 +10,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TypeVar
@@ -24,7 +25,7 @@ from sdpipeline.db import queue as jobs
 from sdpipeline.db.audit import AuditLog
 from sdpipeline.db.originals import Original
 from sdpipeline.db.queue import Lease, LeasedJob, Patience, StoredImage
-from sdpipeline.domain import Status
+from sdpipeline.domain import CheckpointRef, Status
 from sdpipeline.engine import Batch, Engine, GeneratedImage, GenerationFailure, PreparedRequest
 from sdpipeline.errors import (
     DatabaseUnavailableError,
@@ -57,7 +58,8 @@ _log = structlog.get_logger(__name__)
 class WorkerSummary:
     """What one run of a worker did; ``idle`` says that no work was left when it ended.
 
-    ``reused`` counts those of ``succeeded`` whose picture was there already.
+    ``reused`` counts those of ``succeeded`` whose picture was there already. ``waited_for`` says what the device waited
+    for between its batches, in seconds: ``work`` to be leased and fetched, the ``database``, pictures to be delivered.
     """
 
     succeeded: int = 0
@@ -67,18 +69,21 @@ class WorkerSummary:
     batches: int = 0
     gpu_seconds: float = 0.0
     idle: bool = False
+    waited_for: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WorkerLimits:
     """``max_batch`` pictures per forward pass, leases of ``lease_ttl_s`` seconds, inputs up to ``max_pixels``, what
-    a second of the device costs, and how long the end may take once ``stop`` is set."""
+    a second of the device costs, how long the end may take once ``stop`` is set, and how many pictures are encoded,
+    marked and stored at the same time."""
 
     max_batch: int
     lease_ttl_s: float
     max_pixels: int
     gpu_second_cost: float = 0.0
     shutdown_grace_s: float = math.inf
+    deliverers: int = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +91,7 @@ class Worker:
     """One process's device with what it needs; ``run`` may be called many times and keeps checkpoints warm.
 
     What it learned outlives a run too: ``breaker`` of failures, ``pace`` of batches, ``patience`` of campaigns.
+    ``foresee`` is told of weights that are not on the device and will be needed next; it must not touch the device.
     """
 
     worker_id: str
@@ -98,6 +104,7 @@ class Worker:
     breaker: Breaker = field(default_factory=Breaker)
     pace: Pace = field(default_factory=Pace)
     patience: Patience = field(default_factory=Patience)
+    foresee: Callable[[CheckpointRef], None] | None = None
 
     def run(
         self,
@@ -124,8 +131,8 @@ class _Work:
     """One lease on its way through the stages; ``jobs`` and ``consumed`` stay in step.
 
     ``making`` are the fingerprints that others may wait for; ``waiting`` are jobs whose picture is being made for
-    another job, here or in the lease before. ``fault`` is why a picture was made and not stored, where that was not
-    its job's fault.
+    another job, here or in the lease before. ``deliveries`` end with why a picture was made and not stored, where that
+    was not its job's fault.
     """
 
     lease: Lease
@@ -136,8 +143,8 @@ class _Work:
     consumed: list[Consumed] = field(default_factory=list)
     results: list[GeneratedImage | GenerationFailure] = field(default_factory=list)
     gpu_seconds: float = 0.0
+    deliveries: list[Future[TransientError | None]] = field(default_factory=list)
     delivered: int = 0
-    fault: TransientError | None = None
 
     @property
     def share_s(self) -> float:
@@ -160,7 +167,8 @@ class _Ended(Exception):  # noqa: N818 -- unwinds a stage; never leaves this mod
 
 
 class _Run:
-    """The threads of one run: the caller's owns the device, one fetches ahead, one stores behind, one beats."""
+    """The threads of one run: the caller's owns the device, one fetches ahead, some deliver what it made, one puts an
+    end to what was delivered, one beats."""
 
     def __init__(self, worker: Worker, bounds: _Bounds, on_progress: Callable[[int], None] | None) -> None:
         self.worker = worker
@@ -174,11 +182,14 @@ class _Run:
         self._lost: set[str] = set()
         self._on_device: Lease | None = None
         self._trial: str | None = None
+        self._next_checkpoint: CheckpointRef | None = None
         self._watchdog = Watchdog(self.stop, worker.limits.shutdown_grace_s, late=self._leave, hung=self._leave_hung)
         self._engine = str(worker.engine.describe()["engine"])
         self._on_the_way: set[str] = set()
         self._cursor = jobs.Cursor(worker.patience)
         self._counting = threading.Lock()
+        self._outage = threading.Lock()
+        self._waited_for = dict.fromkeys(("work", "database", "delivery"), 0.0)
         self._ended_as = Counter[str]()
         self._batches = 0
         self._gpu_seconds = 0.0
@@ -196,11 +207,15 @@ class _Run:
             batches=self._batches,
             gpu_seconds=self._gpu_seconds,
             idle=self._idle,
+            waited_for=self._waited_for,
         )
 
     def _run_stages(self) -> None:
         try:
-            with ThreadPoolExecutor(3, thread_name_prefix="sdp-worker") as pool:
+            with (
+                self._deliverers() as self._delivering,
+                ThreadPoolExecutor(3, thread_name_prefix="sdp-worker") as pool,
+            ):
                 fetcher, storer = (pool.submit(self._ending_all, stage) for stage in (self._fetch, self._store))
                 heart = pool.submit(self._ending_all, self._beat)
                 try:
@@ -211,6 +226,14 @@ class _Run:
             _first_error(heart)
         finally:
             self._give_back()
+
+    @contextmanager
+    def _deliverers(self) -> Iterator[ThreadPoolExecutor]:
+        pool = ThreadPoolExecutor(self.worker.limits.deliverers, thread_name_prefix="sdp-deliver")
+        try:
+            yield pool
+        finally:
+            pool.shutdown(cancel_futures=True)
 
     def _ending_all(self, stage: Callable[[], None]) -> None:
         """Run one stage; if it fails, the others stop waiting for it."""
@@ -301,7 +324,15 @@ class _Run:
         if lease is not None:
             self._trial = lease.id if alone else None
             self._leases[lease.id] = lease
+            self._next_checkpoint = lease.jobs[0].request.checkpoint
+            if self.worker.foresee and lease.checkpoint_digest not in self.worker.engine.resident():
+                self.worker.foresee(self._next_checkpoint)
         return lease
+
+    def _resident(self) -> frozenset[str]:
+        """What will be on the device when the next lease's turn comes: the last one's checkpoint at least."""
+        resident, needed = self.worker.engine.resident(), self._next_checkpoint
+        return resident if needed is None or needed.digest in resident else frozenset({needed.digest})
 
     def _take_lease(self, *, alone: bool) -> Lease | None:
         with self.worker.audit.transaction() as tx:
@@ -320,7 +351,7 @@ class _Run:
                 limit=1 if alone else limits.max_batch,
                 ttl_s=limits.lease_ttl_s,
                 campaign_id=self.bounds.campaign_id,
-                resident=self.worker.engine.resident(),
+                resident=self._resident(),
                 full_only=bool(self._leases),
                 cursor=self._cursor,
             )
@@ -407,16 +438,25 @@ class _Run:
     # Generating, on the caller's thread.
 
     def _generate(self) -> None:
-        while (work := self._take(self._fetched)) is not None:
+        while (work := self._timed("work", partial(self._take, self._fetched))) is not None:
             if self.stop.is_set():
                 continue
-            if not self._wanted(work.lease):
+            if not self._timed("database", partial(self._wanted, work.lease)):
                 self._put_back(work)
                 continue
-            if work.requests and self._still_ours(work.lease):
+            if bool(work.requests) and self._timed("database", partial(self._still_ours, work.lease)):
                 self._make(work)
-            self._hand_on(self._generated, work)
+            self._begin_delivery(work)
+            self._timed("delivery", partial(self._hand_on, self._generated, work))
         self._hand_on(self._generated, None)
+
+    def _timed(self, what: str, act: Callable[[], _T]) -> _T:
+        """Note what the device waits for; at the end there is nothing to wait for."""
+        started = time.perf_counter()
+        done = act()
+        if done is not None or what == "delivery":
+            self._waited_for[what] += time.perf_counter() - started
+        return done
 
     def _make(self, work: _Work) -> None:
         started = time.perf_counter()
@@ -468,19 +508,20 @@ class _Run:
 
     # Encoding, storing and completing, behind the device.
 
+    def _begin_delivery(self, work: _Work) -> None:
+        """Hand each picture to a thread of its own turn; how much is under way is bounded by the works in the queue."""
+        for leased, consumed, result in zip(work.jobs, work.consumed, work.results, strict=False):
+            work.deliveries.append(self._delivering.submit(self._account_for, work, leased, consumed, result))
+        work.results = []
+
     def _store(self) -> None:
+        """One lease after the other: a job may wait for a picture of the lease before."""
         while (work := self._take(self._generated)) is not None:
-            for leased, consumed, result in zip(work.jobs, work.consumed, work.results, strict=False):
-                if work.lease.id in self._lost:
-                    break
-                if isinstance(result, GenerationFailure):
-                    self._fail(work.lease, leased, result.error, gpu_seconds=work.share_s)
-                else:
-                    self._deliver(work, leased, consumed, result)
+            faults = [delivery.result() for delivery in work.deliveries]
             if work.delivered:
                 self._recovered()
-            elif work.fault is not None:
-                self._suspect(work.fault)
+            elif last := next((fault for fault in reversed(faults) if fault), None):
+                self._suspect(last)
             self._finish(work)
 
     def _suspect(self, error: TransientError) -> None:
@@ -503,7 +544,19 @@ class _Run:
             self._deliver_waiting(work)
         self._close(work.lease)
 
-    def _deliver(self, work: _Work, leased: LeasedJob, consumed: Consumed, generated: GeneratedImage) -> None:
+    def _account_for(
+        self, work: _Work, leased: LeasedJob, consumed: Consumed, result: GeneratedImage | GenerationFailure
+    ) -> TransientError | None:
+        if work.lease.id in self._lost:
+            return None
+        if isinstance(result, GenerationFailure):
+            self._fail(work.lease, leased, result.error, gpu_seconds=work.share_s)
+            return None
+        return self._deliver(work, leased, consumed, result)
+
+    def _deliver(
+        self, work: _Work, leased: LeasedJob, consumed: Consumed, generated: GeneratedImage
+    ) -> TransientError | None:
         attempt = self._attempt(work.lease, leased, gpu_seconds=work.share_s)
         try:
             # Once, not at each try to store it: what an outage left half stored would be met with other bytes.
@@ -511,11 +564,12 @@ class _Run:
             picture = self._when_parts_answer(work.lease, finish)
             stored = self._when_parts_answer(work.lease, partial(delivery.deliver, self.worker.store, picture))
         except SdpError as error:
-            work.fault = error if isinstance(error, TransientError) else work.fault
             self._fail(work.lease, leased, error, gpu_seconds=work.share_s)
-        else:
+            return error if isinstance(error, TransientError) else None
+        with self._counting:
             work.delivered += 1
-            self._complete(work.lease, leased, stored)
+        self._complete(work.lease, leased, stored)
+        return None
 
     def _deliver_waiting(self, work: _Work) -> None:
         """Copies of what was made meanwhile; jobs whose picture was not made after all are given back."""
@@ -575,11 +629,11 @@ class _Run:
         self._leases.pop(lease.id, None)
 
     def _count(self, *outcomes: str) -> None:
-        """One job ended; jobs end where pictures are fetched and where they are stored, on two threads."""
+        """One job ended; jobs end where pictures are fetched and where they are stored, on several threads."""
         with self._counting:
             self._ended_as.update(outcomes)
-        if self.on_progress is not None:
-            self.on_progress(1)
+            if self.on_progress is not None:
+                self.on_progress(1)
 
     # Staying alive.
 
@@ -602,24 +656,42 @@ class _Run:
 
     def _when_parts_answer(self, lease: Lease, ask: Callable[[], _T]) -> _T:
         """Wait out an outage of storage or of the signing key while the lease lives: its jobs are not to blame."""
-        pause_s = 1.0
         while True:
             try:
-                answer = ask()
+                return ask()
             except (StorageUnavailableError, SigningUnavailableError) as error:
-                what = "storage" if isinstance(error, StorageUnavailableError) else "signing"
-                _log.warning(f"{what}_unavailable", error=str(error), retry_in_s=pause_s)
-                self._note(f"waits for {what}: {error}")
-                self._suspect(error)
-                self._pause(pause_s, error)
-                if lease.id in self._lost:
-                    raise LeaseLostError(f"{what} did not answer while the lease lived") from error
-                pause_s = min(LONGEST_OUTAGE_PAUSE_S, pause_s * 2)
+                # One thread asks again for all, so that an outage counts once, however many pictures meet it.
+                if self._outage.acquire(blocking=False):
+                    try:
+                        return self._waited_out(lease, ask, error)
+                    finally:
+                        self._outage.release()
+                with self._outage:
+                    self._go_on(lease, error)
+
+    def _waited_out(self, lease: Lease, ask: Callable[[], _T], error: TransientError) -> _T:
+        pause_s = 1.0
+        while True:
+            what = "storage" if isinstance(error, StorageUnavailableError) else "signing"
+            _log.warning(f"{what}_unavailable", error=str(error), retry_in_s=pause_s)
+            self._note(f"waits for {what}: {error}")
+            self._suspect(error)
+            self._pause(pause_s, error)
+            self._go_on(lease, error)
+            try:
+                answer = ask()
+            except (StorageUnavailableError, SigningUnavailableError) as again:
+                error, pause_s = again, min(LONGEST_OUTAGE_PAUSE_S, pause_s * 2)
             else:
-                if pause_s > 1.0:
-                    self._note(None)
-                    self._recovered()
+                self._note(None)
+                self._recovered()
                 return answer
+
+    def _go_on(self, lease: Lease, error: TransientError) -> None:
+        """Asked after waiting: whether there is anybody left to deliver for."""
+        self._pause(0.0, error)
+        if lease.id in self._lost:
+            raise LeaseLostError(f"{error}, and the lease was lost meanwhile") from error
 
     def _when_database_answers(self, ask: Callable[[], _T]) -> _T:
         """Wait out a database outage. Every transition is fenced, so asking twice does no harm."""

@@ -12,6 +12,7 @@ from typer.exceptions import TyperException
 from sdpipeline import __version__
 from sdpipeline.cli import (
     auditing,
+    bench,
     campaigns,
     checkpoints,
     demo,
@@ -74,6 +75,7 @@ deploying.add_to(app)
 operations.add_to(app)
 auditing.add_to(app)
 reconciling.add_to(app)
+bench.add_to(app)
 
 _UNUSABLE = {
     AuditBrokenError: ("SDP_DATABASE_URL", "sdpipeline reconcile --adopt"),

@@ -132,7 +132,7 @@ class StoredImage:
 
 @dataclass(slots=True)
 class Patience:
-    """How long a campaign with ready jobs may go without a lease, whatever goes before it.
+    """How long a checkpoint for which a campaign has ready jobs may go without a lease, whatever goes before it.
 
     One that waited longer goes first, but not twice in a row at one worker: many that wait take no more
     than half of it from a campaign whose turn it is.
@@ -189,10 +189,10 @@ def take_lease(
 ) -> Lease | None:
     """Lease up to ``limit`` ready jobs of one group, or ``None`` if there are none.
 
-    The campaign of the lowest priority number goes first, but for one that waited too long. Among equals
-    full batches go first, then campaigns that use a checkpoint in ``resident``, then the one whose last lease is
-    longest ago; within a campaign deeper stages, so that chains are finished rather than begun. With ``full_only``
-    a part of a batch is left alone: the caller still has work in flight that may fill it.
+    The campaign of the lowest priority number goes first, but for one that waited too long. Among equals what uses a
+    checkpoint in ``resident`` goes first, then full batches, then the campaign whose last lease is longest ago; within
+    a campaign deeper stages, so that chains are finished rather than begun. With ``full_only`` a part of a batch is
+    left alone where the work that the caller still has in flight may fill it.
     """
     cursor = cursor or Cursor()
     patience = cursor.patience
@@ -209,10 +209,12 @@ def take_lease(
     if not (groups and groups[0].ready >= limit) and cursor.forget(older_than_s=SHORT_HINT_S):
         groups = _groups(tx.connection, wish, cursor)
     patience.gave_way = False
-    for group_id, checkpoint_digest, _, out_of_turn in groups:
+    for group_id, checkpoint_digest, ready, out_of_turn in groups:
         lease_id = secrets.token_hex(16)
         _insert_lease(tx.connection, lease_id, worker_id, group_id, ttl_s)
-        rows = _claim(tx.connection, group_id, lease_id, limit, cursor)
+        # Beside work in flight a job that may be poison would be lost with it, or it with the job.
+        alone_too = not full_only or ready >= limit or bool(out_of_turn)
+        rows = _claim(tx.connection, group_id, lease_id, limit, cursor, alone_too=alone_too)
         if rows:
             patience.gave_way = bool(out_of_turn)
             _insert_attempts(tx.connection, rows, lease_id, worker_id)
@@ -270,25 +272,30 @@ def _filled(wish: _Wish, cursor: Cursor) -> Subquery:
 
 
 def _ordered(filled: Subquery, wish: _Wish) -> Select[Any]:
-    """The groups to try, in their order; a campaign waits since its last lease, or since it was published."""
+    """The groups to try, in their order; a campaign waits since its last lease, or since it was published.
+
+    What is on the device is worked off, to the last part of a batch, before another checkpoint is loaded: that takes
+    longer than most batches. Each checkpoint of a campaign waits by itself, so that this has a bound.
+    """
     since = case((filled.c.leased_at > filled.c.published_at, filled.c.leased_at), else_=filled.c.published_at)
-    ready_and_loaded = case((filled.c.ready >= 1, filled.c.loaded), else_=1)
     now = select(now_s()).scalar_subquery()  # PostgreSQL would ask its clock again for each group
+    of_checkpoint = [filled.c.campaign_id, filled.c.checkpoint_digest]
     g = select(
         *filled.c,
         (now - func.max(since).over(partition_by=filled.c.campaign_id)).label("waited"),
-        func.min(ready_and_loaded).over(partition_by=filled.c.campaign_id).label("familiar"),
+        (now - func.max(since).over(partition_by=of_checkpoint)).label("checkpoint_waited"),
     ).subquery()
     full = g.c.ready >= wish.limit
-    turn = (g.c.priority, case((full, 0), else_=1), g.c.familiar, g.c.waited.desc())
-    best = (g.c.depth.desc(), g.c.loaded, g.c.ready.desc(), g.c.id)
-    enough = full if wish.full_only else g.c.ready >= 1
+    turn = (g.c.priority, g.c.loaded, case((full, 0), else_=1), g.c.waited.desc())
+    best = (g.c.depth.desc(), g.c.ready.desc(), g.c.checkpoint_waited.desc(), g.c.id)
+    # Work in flight cannot fill a part of a batch of roots: held back, it would need its checkpoint once more.
+    enough = or_(full, and_(g.c.ready >= 1, g.c.loaded == 0, g.c.depth == 0)) if wish.full_only else g.c.ready >= 1
     if wish.max_wait_s is None:
         chosen = select(g.c.id, g.c.checkpoint_digest, g.c.ready, literal(0).label("out_of_turn"))
         return chosen.where(enough).order_by(*turn, *best)
-    overdue = g.c.waited > wish.max_wait_s
+    overdue = g.c.checkpoint_waited > wish.max_wait_s
     # Served in the order of wait x weight, each of several that waited too long gets a share as its weight.
-    urgency = case((overdue, g.c.waited / (g.c.priority + EQUALISER)), else_=0.0)
+    urgency = case((overdue, g.c.checkpoint_waited / (g.c.priority + EQUALISER)), else_=0.0)
     chosen = select(g.c.id, g.c.checkpoint_digest, g.c.ready, case((overdue, 1), else_=0).label("out_of_turn"))
     return chosen.where(or_(enough, and_(overdue, g.c.ready >= 1))).order_by(urgency.desc(), *turn, *best)
 
@@ -298,9 +305,11 @@ def _insert_lease(connection: Connection, lease_id: str, worker_id: str, group_i
     connection.execute(insert(lease).values(id=lease_id, worker_id=worker_id, group_id=group_id, **times))
 
 
-def _claim(connection: Connection, group_id: int, lease_id: str, limit: int, cursor: Cursor) -> Sequence[Any]:
+def _claim(
+    connection: Connection, group_id: int, lease_id: str, limit: int, cursor: Cursor, *, alone_too: bool
+) -> Sequence[Any]:
     """Neighbours first; a job whose lease once expired only by itself."""
-    for alone, count in ((False, limit), (True, 1)):
+    for alone, count in ((False, limit), (True, 1))[: 2 if alone_too else 1]:
         after = None if alone else cursor.after.get(group_id)
         picked = pick(group_id, count, alone=alone, after=after).with_for_update(skip_locked=True).cte("picked")
         claim = (

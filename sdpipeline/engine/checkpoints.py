@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -88,6 +90,17 @@ def verify(files: CheckpointFiles) -> None:
             )
     if digest(dict(files.manifest)) != files.digest:
         raise CheckpointError(f"checkpoint {files.alias!r}: its manifest does not hash to its digest")
+
+
+def read_ahead(files: CheckpointFiles) -> None:
+    """Ask the kernel to read the weights into its page cache, where there is room, while something else goes on.
+
+    Loading itself cannot be done ahead: ``from_pretrained`` changes torch's defaults for the whole process while it
+    runs, and a forward pass beside it would be silently wrong.
+    """
+    for name in files.manifest:
+        with suppress(OSError), (files.directory / name).open("rb") as file:  # loading tells what is missing
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_WILLNEED)
 
 
 def misfit(task: Task, base: CheckpointFiles, controlnet: CheckpointFiles) -> str | None:

@@ -14,7 +14,7 @@ from sdpipeline.db.audit import AuditLog
 from sdpipeline.db.connection import Database
 from sdpipeline.db.queue import Cursor, Lease, Patience
 from sdpipeline.domain import CheckpointRef
-from tests.factories import chains, completed, leased, published, try_lease
+from tests.factories import CHECKPOINT, chains, completed, leased, published, try_lease
 
 OTHER = CheckpointRef(alias="other", digest="0f" * 32)
 MAX_WAIT_S = 120.0
@@ -139,3 +139,29 @@ def test_a_job_of_a_lower_number_goes_first_within_its_campaign(audit: AuditLog,
     with database.write() as connection:
         connection.execute(update(tables.job).where(tables.job.c.id == 3).values(priority=50))
     assert Device().work(audit, "worker-1").jobs[0].id == 3
+
+
+def test_what_is_on_the_device_is_worked_off_to_its_last_part_before_a_checkpoint_is_changed(audit: AuditLog) -> None:
+    published(audit, chains(3), name="spring")
+    published(audit, chains(4, checkpoint=OTHER), name="autumn")
+    first = leased(audit, limit=2, resident=[CHECKPOINT.digest])
+    rest = leased(audit, limit=2, resident=[CHECKPOINT.digest], full_only=True)
+    assert [len(lease.jobs) for lease in (first, rest)] == [2, 1]
+    assert {lease.jobs[0].campaign for lease in (first, rest)} == {"spring"}
+
+
+def test_a_part_of_a_deeper_stage_waits_for_the_work_in_flight_that_may_fill_it(audit: AuditLog) -> None:
+    published(audit, chains(1, "draft", "final"))
+    completed(audit, leased(audit, limit=2))
+    assert try_lease(audit, limit=2, resident=[CHECKPOINT.digest], full_only=True) is None
+    assert [job.stage for job in leased(audit, limit=2, resident=[CHECKPOINT.digest]).jobs] == ["final"]
+
+
+def test_each_checkpoint_of_one_campaign_gets_its_turn_in_time(audit: AuditLog, database: Database) -> None:
+    published(audit, (*chains(60), *chains(60, "other", checkpoint=OTHER)))
+    device = Device()
+    for _ in rounds(audit, database, [device], 40):
+        pass
+    used = [[lease.checkpoint_digest] for lease in device.leases]
+    assert longest_wait_s(used, OTHER.digest) <= MAX_WAIT_S + 3 * BATCH_S
+    assert device.switches <= 40 * BATCH_S / MAX_WAIT_S

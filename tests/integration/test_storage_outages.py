@@ -126,7 +126,7 @@ def test_a_bucket_that_fails_in_the_middle_is_waited_for(
         shift = Shift(audit, store)
         with shift.at_work():
             shift.waits_because(reason)
-            assert statuses(audit.database).count("succeeded") == 1
+            assert statuses(audit.database).count("succeeded") < 6  # several are on their way at the same time
             assert sum(fault is not None for _, fault in proxy.seen) < 30
             outage.end()
         shift.is_whole(tmp_path)
@@ -152,7 +152,7 @@ def test_a_full_disk_is_waited_for(audit: AuditLog, database: Database, tmp_path
         shift = Shift(audit, store)
         with shift.at_work():
             shift.waits_because("No space left on device")
-            assert statuses(database).count("succeeded") == 1
+            assert statuses(database).count("succeeded") < 6
             store.ballast.unlink()
         shift.is_whole(tmp_path)
 

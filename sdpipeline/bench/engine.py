@@ -1,0 +1,127 @@
+"""The engine by itself: pictures a second against the batch size, beside a plain loop and the device's ceiling."""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from sdpipeline.bench.plain import PlainLoop, matmul_ceiling, peak_memory_gib
+from sdpipeline.bench.spread import OnProgress, middle
+from sdpipeline.bench.trace import idle_share
+from sdpipeline.bench.workload import Workload
+from sdpipeline.domain import Json
+from sdpipeline.engine import Batch, Engine, GenerationFailure
+from sdpipeline.errors import BadPictureError
+
+_PLAIN, _CEILING = 0, -1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """Which batch sizes, how often each, and on what."""
+
+    batches: Sequence[int]
+    rounds: int
+    device: str
+    dtype: str
+
+
+def measure(
+    engine: Engine, open_plain: Callable[[], PlainLoop], workload: Workload, plan: Plan, on_progress: OnProgress
+) -> Json:
+    """Every round runs each batch size, the plain loop and matrix products in turn, so that a busy machine is busy for
+    all of them.
+
+    The plain loop is opened after the engine's first pictures, whose time is told too: that of a start.
+    """
+    numbers, steps = Numbers(), Steps(on_progress, len(plan.batches) + 1 + plan.rounds * (len(plan.batches) + 2))
+    first = []
+    for size in plan.batches:
+        took = make(engine, workload.batch(numbers.take(size), size))
+        first.append({"batch": size, "seconds": round(took, 3)})
+        steps.done()
+    plain = open_plain()
+    tflop = plain.flops(numbers.take(1)) / 1e12
+    steps.done()
+    taken = _rounds(engine, plain, workload, plan, numbers=numbers, steps=steps)
+    ceiling = max(taken.pop(_CEILING))
+    largest = max(plan.batches)
+    idle = idle_share(plan.device, lambda: make(engine, workload.batch(numbers.take(largest), largest)))
+    baseline = 1 / middle(taken[_PLAIN])
+    beside = {"baseline": baseline, "tflop": tflop, "ceiling": ceiling}
+    rates = [("plain loop", 1, baseline), *(("engine", size, 1 / middle(taken[size])) for size in plan.batches)]
+    return {
+        "rows": [_row(what, size, rate, **beside) for what, size, rate in rates],
+        "tflop_per_picture": round(tflop, 6),
+        "ceiling_tflop_per_s": round(ceiling, 6),
+        "rounds": plan.rounds,
+        "first_batch_s": first,
+        "device_idle_share": idle,
+        "peak_memory_gib": peak_memory_gib(plan.device),
+    }
+
+
+def _rounds(
+    engine: Engine, plain: PlainLoop, workload: Workload, plan: Plan, *, numbers: Numbers, steps: Steps
+) -> dict[int, list[float]]:
+    """Seconds a picture, by batch size and for the plain loop; TFLOP/s of matrix products for the ceiling."""
+    taken: dict[int, list[float]] = defaultdict(list)
+    for _ in range(plan.rounds):
+        for size in plan.batches:
+            taken[size].append(make(engine, workload.batch(numbers.take(size), size)) / size)
+            steps.done()
+        started = time.perf_counter()
+        plain.picture(numbers.take(1))
+        taken[_PLAIN].append(time.perf_counter() - started)
+        steps.done()
+        taken[_CEILING].append(matmul_ceiling(plan.device, plan.dtype))
+        steps.done()
+    return taken
+
+
+def make(engine: Engine, batch: Batch) -> float:
+    """Seconds that a batch takes; raises what is wrong with a picture of it."""
+    started = time.perf_counter()
+    results = engine.generate(batch)
+    took = time.perf_counter() - started
+    for result in results:
+        if isinstance(result, GenerationFailure):
+            raise BadPictureError(f"the engine made no picture to measure: {result.error}") from result.error
+    return took
+
+
+def _row(what: str, batch: int, rate: float, *, baseline: float, tflop: float, ceiling: float) -> Json:
+    return {
+        "what": what,
+        "batch": batch,
+        "pictures_per_s": round(rate, 4),
+        "against_plain": round(rate / baseline, 3),
+        "tflop_per_s": round(tflop * rate, 6),
+        "share_of_ceiling": round(tflop * rate / ceiling, 4),
+    }
+
+
+class Numbers:
+    """Pictures are numbered through, so that none is made twice."""
+
+    def __init__(self) -> None:
+        self._next = 0
+
+    def take(self, count: int) -> int:
+        """The first of so many."""
+        first, self._next = self._next, self._next + count
+        return first
+
+
+class Steps:
+    """Counts for the progress bar."""
+
+    def __init__(self, on_progress: OnProgress, total: int) -> None:
+        self._on_progress, self._total, self._count = on_progress, total, 0
+
+    def done(self) -> None:
+        """One more."""
+        self._count += 1
+        self._on_progress(self._count, self._total)

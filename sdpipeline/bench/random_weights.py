@@ -1,0 +1,79 @@
+"""Checkpoints of the real shapes with random weights: as fast as the real ones, made offline, worth nothing."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+import transformers
+
+from sdpipeline.bench.shapes import shape
+from sdpipeline.domain import Json
+
+SEED = 0
+
+
+def ensure(name: str, folder: Path, *, device: str) -> Path:
+    """``folder/name`` in diffusers' layout, made where it is not there; half a file is never left under that name."""
+    directory, unfinished = folder / name, folder / f".{name}.unfinished"
+    if directory.is_dir():
+        return directory
+    shutil.rmtree(unfinished, ignore_errors=True)
+    pipeline = build(shape(name), device=device, dtype=torch.bfloat16)
+    pipeline.save_pretrained(unfinished)
+    unfinished.rename(directory)
+    return directory
+
+
+def build(about: Json, *, device: str, dtype: torch.dtype) -> Any:
+    """A pipeline of that shape; its weights are drawn as each layer draws its own before training."""
+    pipeline_class = getattr(diffusers, about["pipeline"])
+    transformers.utils.logging.disable_progress_bar()
+    with _drawing(device, dtype):
+        parts: dict[str, Any] = {
+            "unet": diffusers.UNet2DConditionModel(**about["unet"]),
+            "vae": diffusers.AutoencoderKL(**about["vae"]),
+        }
+        for name, config in about["text_encoders"].items():
+            tokenizer_name, tokenizer = name.replace("text_encoder", "tokenizer"), _tokenizer(name)
+            parts |= {name: _text_encoder(config, tokenizer), tokenizer_name: tokenizer}
+    scheduler = {key: value for key, value in about["scheduler"].items() if key != "class"}
+    parts["scheduler"] = getattr(diffusers, about["scheduler"]["class"])(**scheduler)
+    if about["pipeline"] == "StableDiffusionPipeline":
+        parts |= {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+    return pipeline_class(**parts)
+
+
+@contextmanager
+def _drawing(device: str, dtype: torch.dtype) -> Iterator[None]:
+    """The same weights each time on one device; billions of them are drawn where that is fast."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.random.fork_rng(), torch.device(device):
+            torch.manual_seed(SEED)
+            yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+def _text_encoder(config: Json, tokenizer: Any) -> Any:
+    own = {key: value for key, value in config.items() if key != "class"}
+    special = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    return getattr(transformers, config["class"])(transformers.CLIPTextConfig(**own, **special))
+
+
+def _tokenizer(encoder: str) -> Any:
+    """CLIP's letters without its merges: more tokens for a prompt, and the same 77 for the text encoder."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [byte for byte in range(256) if byte not in printable]
+    letters = [chr(byte) for byte in printable] + [chr(256 + n) for n in range(len(others))]
+    words = [*letters, *(letter + "</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
+    pad = "!" if encoder.endswith("_2") else "<|endoftext|>"
+    vocabulary = {word: n for n, word in enumerate(words)}
+    return transformers.CLIPTokenizer(vocab=vocabulary, merges=[], model_max_length=77, pad_token=pad)

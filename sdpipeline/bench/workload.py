@@ -1,0 +1,79 @@
+"""What a bench asks for: pictures of one kind, no two alike, as requests and as jobs of a campaign."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import product
+
+from sdpipeline.batching import batch_key, bucket_for
+from sdpipeline.db import staging
+from sdpipeline.db.audit import AuditLog
+from sdpipeline.db.submit import Publication, submit
+from sdpipeline.domain import CheckpointRef, GenerationRequest, JobSpec, Task, fingerprint
+from sdpipeline.engine import Batch, PreparedRequest
+
+_COLOURS = ("red", "green", "blue", "yellow", "purple", "orange")
+_SHAPES = ("circle", "square", "triangle", "star", "heart")
+_GROUNDS = ("white", "black", "green", "blue")
+PROMPTS = tuple(
+    f"a {size} {colour} {shape} on a {ground} background"
+    for size, colour, shape, ground in product(("small", "large"), _COLOURS, _SHAPES, _GROUNDS)
+    if colour != ground
+)
+"""In the words that the shipped checkpoint knows; any other draws something too."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Workload:
+    """One kind of text-to-image; sizes in pixels."""
+
+    checkpoint: CheckpointRef
+    width: int
+    height: int
+    num_inference_steps: int
+    guidance_scale: float
+    scheduler: str
+
+    def request(self, number: int) -> GenerationRequest:
+        """The picture of that number; its prompt comes again after some hundreds, its seed never."""
+        return GenerationRequest(
+            task=Task.TEXT_TO_IMAGE,
+            checkpoint=self.checkpoint,
+            prompt=PROMPTS[number % len(PROMPTS)],
+            seed=number,
+            width=self.width,
+            height=self.height,
+            num_inference_steps=self.num_inference_steps,
+            guidance_scale=self.guidance_scale,
+            scheduler=self.scheduler,
+        )
+
+    def batch(self, first: int, count: int) -> Batch:
+        """``count`` pictures from the number ``first`` on, as one forward pass."""
+        requests = [PreparedRequest(request=self.request(number)) for number in range(first, first + count)]
+        return Batch(requests=requests, bucket=bucket_for(count))
+
+    def jobs(self, first: int, count: int) -> Iterator[JobSpec]:
+        """The same pictures as jobs of one stage."""
+        for number in range(first, first + count):
+            asked = self.request(number)
+            yield JobSpec(
+                stage="picture",
+                depth=0,
+                row_key=str(number),
+                variables=(),
+                axes=(),
+                seed=number,
+                request=asked,
+                fingerprint=fingerprint(asked),
+                batch_key=batch_key(asked),
+                chain=number,
+            )
+
+
+def publish(audit: AuditLog, jobs: Iterator[JobSpec], *, name: str) -> int:
+    """Submit jobs as a campaign of that name; returns its id."""
+    asked = Publication(team="bench", name=name, source="", priority=100, max_attempts=1)
+    with staging.prepared(jobs) as ready, audit.transaction() as tx:
+        return submit(tx, ready, asked).campaign_id

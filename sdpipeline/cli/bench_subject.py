@@ -1,0 +1,150 @@
+"""What a bench measures, by its options: checkpoint, pictures, engine and the loop beside it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from sdpipeline import bootstrap
+from sdpipeline.bench.shapes import NAMES, shape
+from sdpipeline.bench.spread import OnProgress
+from sdpipeline.bench.workload import Workload
+from sdpipeline.cli.output import refuse, stderr
+from sdpipeline.domain import CheckpointRef, Json, Task
+from sdpipeline.engine import Engine
+from sdpipeline.engine.checkpoints import CheckpointFiles
+from sdpipeline.engine.devices import gpu_count
+from sdpipeline.engine.families import family, scheduler_refusal
+from sdpipeline.settings import Settings
+from sdpipeline.spec import nearest
+
+if TYPE_CHECKING:
+    from sdpipeline.bench.plain import PlainLoop
+
+Checkpoint = Annotated[str, typer.Option(help="An alias; or sd15 or sdxl: their shapes, with random weights.")]
+Width = Annotated[int | None, typer.Option(min=64, help="Pixels; default what fits checkpoint and device.")]
+Height = Annotated[int | None, typer.Option(min=64, help="Pixels; default what fits checkpoint and device.")]
+Steps = Annotated[int | None, typer.Option("--num-inference-steps", min=1, help="Default as for the size.")]
+Guidance = Annotated[float | None, typer.Option("--guidance-scale", min=1.0, help="1 is without guidance.")]
+Scheduler = Annotated[str, typer.Option(help="As in a campaign file.")]
+Device = Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N; default the first GPU, else cpu.")]
+
+SHIPPED = {"width": 128, "height": 128, "num_inference_steps": 20, "guidance_scale": 4.0}
+ON_A_CPU = {"width": 128, "height": 128, "num_inference_steps": 2}
+"""Large checkpoints would take a CPU minutes for a picture."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Wanted:
+    """The options, as they were given."""
+
+    checkpoint: str
+    width: int | None
+    height: int | None
+    num_inference_steps: int | None
+    guidance_scale: float | None
+    scheduler: str
+    device: str | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Subject:
+    """What is measured on which device."""
+
+    settings: Settings
+    files: CheckpointFiles
+    workload: Workload
+    device: str
+    dtype: str
+
+    def engine(self) -> Engine:
+        """The engine as workers have it."""
+        return bootstrap.build_engine(self.settings, self.device, None, dtype=self.dtype)
+
+    def plain(self) -> PlainLoop:
+        """The loop that a script would be. After ``engine``, which has torch imported as it should be."""
+        from sdpipeline.bench.plain import PlainLoop
+
+        return PlainLoop(self.files.directory, self.workload, device=self.device, dtype=self.dtype)
+
+    def document(self) -> Json:
+        """What a reader of the figures has to know."""
+        w = self.workload
+        return {
+            "checkpoint": self.files.alias,
+            "device": self.device,
+            "dtype": self.dtype,
+            "width": w.width,
+            "height": w.height,
+            "num_inference_steps": w.num_inference_steps,
+            "guidance_scale": w.guidance_scale,
+            "scheduler": w.scheduler,
+        }
+
+
+def subject(s: Settings, wanted: Wanted) -> Subject:
+    """Raises BadInputError for what this machine or the checkpoint cannot do; builds a checkpoint that is not there."""
+    device = _device(s, wanted)
+    s, files = _checkpoint(s, wanted.checkpoint, device)
+    row = family(files.family)
+    if row.cell(Task.TEXT_TO_IMAGE) is None:
+        raise refuse(f"--checkpoint {files.alias} makes no pictures from text", "name one that does")
+    if fault := scheduler_refusal(files.family, wanted.scheduler):
+        raise refuse(f"--scheduler: {fault}")
+    usual = _usual(files, device)
+    given = {name: getattr(wanted, name) for name in SHIPPED}
+    chosen = usual | {name: value for name, value in given.items() if value is not None}
+    for name in ("width", "height"):
+        if chosen[name] % row.size_multiple:
+            raise refuse(f"--{name} {chosen[name]} is no multiple of {row.size_multiple}", "name the nearest one")
+    ref = CheckpointRef(alias=files.alias, digest=files.digest)
+    workload = Workload(checkpoint=ref, scheduler=wanted.scheduler, **chosen)
+    dtype = s.engine.dtype or (row.cuda_dtype if device.startswith("cuda") else "float32")
+    return Subject(settings=s, files=files, workload=workload, device=device, dtype=dtype)
+
+
+def _device(s: Settings, wanted: Wanted) -> str:
+    device = wanted.device or bootstrap.devices(s)[0]
+    number = device.removeprefix("cuda").removeprefix(":") or "0"
+    if device != "cpu" and not (device.startswith("cuda") and number.isdigit() and int(number) < gpu_count()):
+        raise refuse(f"--device {device} is not on this machine", f"it has cpu and {gpu_count()} GPUs")
+    return device
+
+
+def _checkpoint(s: Settings, alias: str, device: str) -> tuple[Settings, CheckpointFiles]:
+    if alias in NAMES:
+        folder = s.home / "bench"
+        folder.mkdir(parents=True, exist_ok=True)
+        s = s.model_copy(update={"checkpoints_dir": folder})
+        if not (folder / alias).is_dir():
+            stderr.print(f"building {alias} with random weights in {folder / alias}")
+        bootstrap.random_checkpoint(alias, folder, device)
+    known = bootstrap.catalog(s)
+    if alias not in known:
+        raise refuse(f"--checkpoint {alias}: there is no such checkpoint", nearest(alias, [*known, *NAMES]))
+    return s, known[alias]
+
+
+def _usual(files: CheckpointFiles, device: str) -> Json:
+    if files.directory.parent == bootstrap.BUILTIN_CHECKPOINTS:
+        return SHIPPED
+    row = family(files.family)
+    size = 1024 if row.text in ("sdxl", "sd3", "flux") else 512
+    own = {"width": size, "height": size, "num_inference_steps": 20, "guidance_scale": row.guidance_scale}
+    own = shape(files.alias)["defaults"] if files.alias in NAMES else own
+    return own if device.startswith("cuda") else own | ON_A_CPU
+
+
+@contextmanager
+def progress(title: str, *, shown: bool) -> Iterator[OnProgress]:
+    """A bar on stderr for people."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=stderr, disable=not shown) as bar:
+        line = bar.add_task(title, total=None)
+        yield lambda done, total: bar.update(line, completed=done, total=total)
