@@ -235,7 +235,8 @@ def _per_image(weights: Weights, members: Sequence[Member]) -> Iterator[None]:
         active.enter_context(float32_noise())
         if weights.row.text == "flux":
             guidance = [member.request.guidance_scale for member in members]
-            active.enter_context(distilled_guidance(weights.denoiser, guidance))
+            for network in {weights.denoiser, *modules}:
+                active.enter_context(distilled_guidance(network, guidance))
         yield
 
 
