@@ -7,7 +7,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -22,13 +22,16 @@ from sdpipeline.engine.families import FAMILIES, family
 from sdpipeline.engine.gan import upscale
 from sdpipeline.engine.ladder import Ladder, Result, Rung
 from sdpipeline.engine.learned import annotate_with
-from sdpipeline.engine.passes import Member, PassSettings, Weights, denoise, settings_of
+from sdpipeline.engine.passes import Latents, Member, PassSettings, Weights, denoise, settings_of
 from sdpipeline.engine.pictures import paste_back
 from sdpipeline.engine.preparing import adapters_of, annotator_parameters, check, given, pictures
 from sdpipeline.engine.record import Setting, library_versions, ran
 from sdpipeline.engine.residency import Loaded, Residency, release
+from sdpipeline.engine.steps import denoise_stepwise
 from sdpipeline.engine.text import Embedding, EmbeddingCache, PromptEncoder
 from sdpipeline.errors import BadPictureError, CheckpointError, DeviceExhaustedError, RequestRefusedError, SdpError
+
+Item = TypeVar("Item")
 
 PROMPT_CACHE_BYTES = 256 * 2**20
 ZEROS = "force_zeros_for_empty_prompt"
@@ -73,7 +76,8 @@ class DiffusersEngine:
             except SdpError as error:
                 results[index] = GenerationFailure(error=error)
             else:
-                groups[settings_of(member, weights)].append(member)
+                settings = settings_of(member, weights)
+                groups[settings.in_lockstep() if settings.stepwise else settings].append(member)
         # Requests of one batch key make one group, unless their prompts differ in length by a whole chunk.
         for settings, members in groups.items():
             with exactly(wanted=settings.exact):
@@ -116,7 +120,13 @@ class DiffusersEngine:
             reference(loaded, given(prepared, f"ip_adapters.{n}")) for n, (loaded, _) in enumerate(weights.ip_adapters)
         )
         return Member(
-            index=index, request=request, pictures=seen, prompt=prompt, negative=negative, references=references
+            index=index,
+            request=request,
+            pictures=seen,
+            prompt=prompt,
+            negative=negative,
+            references=references,
+            calls=prepared.calls,
         )
 
     def _upscaled(self, prepared: PreparedRequest, weights: Weights) -> Result:
@@ -202,18 +212,26 @@ class DiffusersEngine:
         return held
 
     def _forward(self, settings: PassSettings, members: Sequence[Member], rung: Rung) -> list[Result]:
-        """One forward pass, padded with copies of its last member."""
+        """One forward pass, padded with copies of its last member; step by step where their steps differ."""
         weights = self._weights(members[0].request)
         self._wardrobe.dress(weights)
-        padded = [*members, *[members[-1]] * (rung.bucket - len(members))]
         with self._means(weights, rung) as offload_to:
-            latents = denoise(weights, settings, padded, offload_to=offload_to)
+            if settings.stepwise:
+                denoised = denoise_stepwise(weights, members, offload_to=offload_to)
+            else:
+                denoised = denoise(weights, settings, _padded(members, rung.bucket), offload_to=offload_to)
             weights.autoencoder.to(self._device)
-            developed = develop(weights, latents)
-        setting = self._setting(weights, latents.scheduler, latents.values.dtype, bucket=rung.bucket)
+            developed = develop(weights, torch.stack(_padded([each.values for each in denoised], rung.bucket)))
         return [
-            self._result(member, picture, setting, _details(member, settings), slot=slot, rung=rung)
-            for slot, (member, picture) in enumerate(zip(members, developed, strict=False))
+            self._result(
+                member,
+                picture,
+                self._setting(weights, latents.scheduler, latents.values.dtype, bucket=rung.bucket),
+                _details(member, settings_of(member, weights), latents),
+                slot=slot,
+                rung=rung,
+            )
+            for slot, (member, latents, picture) in enumerate(zip(members, denoised, developed, strict=False))
         ]
 
     @contextmanager
@@ -266,7 +284,11 @@ def _digests(request: GenerationRequest) -> set[str]:
     return {ref.digest for ref in request.checkpoints()}
 
 
-def _details(member: Member, settings: PassSettings) -> Json:
+def _padded(items: Sequence[Item], bucket: int) -> list[Item]:
+    return [*items, *[items[-1]] * (bucket - len(items))]
+
+
+def _details(member: Member, settings: PassSettings, latents: Latents) -> Json:
     """What only some requests have, with what the family decided where the request said nothing."""
     request = member.request
     details: Json = {"prompt_tokens": settings.prompt_tokens}
@@ -277,6 +299,8 @@ def _details(member: Member, settings: PassSettings) -> Json:
         "resize": request.resize,
     }
     details |= {name: value for name, value in resolved.items() if value is not None}
+    if latents.calls:
+        details["calls"] = [list(pair) for pair in latents.calls]
     details |= {name: [_worn(use) for use in uses] for name, _, uses in adapters_of(request) if uses}
     if request.controlnets:
         details["controlnets"] = [_steered(use) for use in request.controlnets]
