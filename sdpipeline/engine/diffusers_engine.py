@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import platform
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, TypeVar
 
 import torch
 
-from sdpipeline.domain import AdapterInput, CheckpointRef, ControlNetInput, GenerationRequest, Json
+from sdpipeline.domain import AdapterInput, CheckpointRef, ControlNetInput, GenerationRequest, Json, Profile
 from sdpipeline.engine import Batch, GeneratedImage, GenerationFailure, Pixels, PreparedRequest
 from sdpipeline.engine.adapters import Wardrobe, outfit, reference, refuse_unused, words
 from sdpipeline.engine.checkpoints import CheckpointFiles
@@ -25,6 +25,7 @@ from sdpipeline.engine.learned import annotate_with
 from sdpipeline.engine.passes import Latents, Member, PassSettings, Weights, denoise, settings_of
 from sdpipeline.engine.pictures import paste_back
 from sdpipeline.engine.preparing import adapters_of, annotator_parameters, check, given, pictures
+from sdpipeline.engine.profiles import PROFILES, Shortcuts
 from sdpipeline.engine.record import Setting, library_versions, ran
 from sdpipeline.engine.residency import Loaded, Residency, release
 from sdpipeline.engine.steps import denoise_stepwise
@@ -48,10 +49,12 @@ class DiffusersEngine:
         dtype: str | None,
         locate: Callable[[CheckpointRef], CheckpointFiles],
         resident_bytes: int | None = None,
+        profiles: Mapping[Profile, Shortcuts] = PROFILES,
     ) -> None:
         allow_exactness()
         self._device = torch.device(device)
         self._dtype = dtype
+        self._profiles = profiles
         self._libraries = library_versions()
         self._prompts = EmbeddingCache(PROMPT_CACHE_BYTES)
         self._wardrobe = Wardrobe()
@@ -217,7 +220,7 @@ class DiffusersEngine:
         self._wardrobe.dress(weights)
         with self._means(weights, rung) as offload_to:
             if settings.stepwise:
-                denoised = denoise_stepwise(weights, members, offload_to=offload_to)
+                denoised = denoise_stepwise(weights, members, self._profiles[settings.profile], offload_to=offload_to)
             else:
                 denoised = denoise(weights, settings, _padded(members, rung.bucket), offload_to=offload_to)
             weights.autoencoder.to(self._device)

@@ -28,14 +28,16 @@ def shallow(unet: Any, feature: torch.Tensor) -> Iterator[None]:
     DeepCache (Ma, Fang, Wang, arXiv 2312.00858), cut at the outermost block. The package of that name counts the
     steps of one pipeline in the network itself; here each picture of a call is at a step of its own.
     """
+    nothing = feature.new_zeros(())
     with ExitStack() as restored:
         for block in unet.down_blocks[1:]:
             # The U-Net counts these residuals, and adds a ControlNet's to each, before it gives them to nobody.
             count = len(block.resnets) + bool(block.downsamplers)
-            _exchange(restored, block, lambda *_, count=count, **__: (feature, (feature.new_zeros(()),) * count))
-        for block in (unet.mid_block, *unet.up_blocks[:-1]):
-            if block is not None:
-                _exchange(restored, block, lambda *_, **__: feature)
+            _exchange(restored, block, lambda *_, count=count, **__: (nothing, (nothing,) * count))
+        if unet.mid_block is not None:
+            _exchange(restored, unet.mid_block, lambda *_, **__: nothing)
+        for block in unet.up_blocks[:-1]:
+            _exchange(restored, block, lambda *_, **__: feature)
         yield
 
 

@@ -24,7 +24,7 @@ from sdpipeline.engine.passes import (
     settings_of,
     shared_means,
 )
-from sdpipeline.engine.profiles import PROFILES, Shortcuts
+from sdpipeline.engine.profiles import Shortcuts
 
 FEWEST_ROWS_CUT = 5
 """A call of fewer rows is padded rather than cut in two: the second call would cost more than the padding."""
@@ -34,7 +34,8 @@ FEWEST_ROWS_CUT = 5
 class Denoising:
     """How far one picture is: ``done`` calls of the denoiser, and ``sizes`` in rows of all its calls.
 
-    ``recorded`` are the sizes of a picture that is made again. ``feature`` is what the U-Net's deep half last gave.
+    ``recorded`` are the sizes of a picture that is made again. ``feature`` is what the U-Net's deep half last gave,
+    ``difference`` what the prompt last changed in its output.
     """
 
     settings: PassSettings
@@ -44,17 +45,11 @@ class Denoising:
     sizes: list[int] = field(default_factory=list)
     done: int = 0
     feature: torch.Tensor | None = None
-
-    @property
-    def share(self) -> float:
-        """The share of its calls that are done, 0 to 1; schedulers of second order make two for a step."""
-        steps = self.settings.num_inference_steps
-        skipped = 0 if self.settings.strength is None else steps - int(steps * self.settings.strength)
-        return self.done / float(len(self.scheduler.timesteps) - skipped * self.scheduler.order)
+    difference: torch.Tensor | None = None
 
 
 def denoise_stepwise(
-    weights: Weights, members: Sequence[Member], *, offload_to: torch.device | None = None
+    weights: Weights, members: Sequence[Member], shortcuts: Shortcuts, *, offload_to: torch.device | None = None
 ) -> list[Latents]:
     """The latents of these members, in order, with the calls that each took part in."""
     pictures = [_begun(weights, member) for member in members]
@@ -63,7 +58,7 @@ def denoise_stepwise(
         for member, picture in zip(members, pictures, strict=True)
     ]
     networks = [*dict.fromkeys(loaded.module for loaded in weights.controlnets), weights.denoiser]
-    answers = _Answers(weights.denoiser, pictures, PROFILES[pictures[0].settings.profile])
+    answers = _Answers(weights.denoiser, pictures, shortcuts)
     with shared_means(weights), torch.no_grad():
         made = in_lockstep(bodies, networks, answers)
     return [replace(latents, calls=_pairs(picture.sizes)) for latents, picture in zip(made, pictures, strict=True)]
@@ -94,7 +89,7 @@ class _Answers:
 
     def __call__(self, halted: Mapping[int, Call]) -> dict[int, Any]:
         """What the network gives to each."""
-        halved = [n for n in halted if self._past_guidance(self._pictures[n])]
+        halved = [n for n in halted if self._unguided(self._pictures[n])]
         calls = {n: call.later_half() if n in halved else call for n, call in halted.items()}
         alike: dict[Any, list[int]] = defaultdict(list)
         for n, call in calls.items():
@@ -106,16 +101,32 @@ class _Answers:
             for count in cuts([calls[n].rows for n in numbers]):
                 outputs |= self._together({n: calls[n] for n in numbers[start : start + count]})
                 start += count
-        for n, call in halted.items():
-            self._pictures[n].done += call.network is self._denoiser
-        # Without guidance both halves are the same, and scale x (half - half) adds nothing.
-        return {n: _doubled(output) if n in halved else output for n, output in outputs.items()}
+        for n, output in outputs.items():
+            outputs[n] = self._advanced(self._pictures[n], output, halted[n].network, halved=n in halved)
+        return outputs
 
-    def _past_guidance(self, picture: Denoising) -> bool:
-        return picture.guided and picture.share >= self._shortcuts.guidance_until
+    def _unguided(self, picture: Denoising) -> bool:
+        """Whether this step's rows without the prompt are left out."""
+        return picture.guided and picture.done % self._shortcuts.guidance_every > 0
+
+    def _advanced(self, picture: Denoising, output: Any, network: torch.nn.Module, *, halved: bool) -> Any:
+        """The output as the pipeline expects it, with the rows that were left out; and the picture a step further."""
+        if network is not self._denoiser:
+            return _doubled(output) if halved else output
+        picture.done += 1
+        if not halved:
+            if picture.guided and self._shortcuts.guidance_every > 1:
+                without, with_prompt = output[0].chunk(2)
+                picture.difference = with_prompt - without
+            return output
+        (with_prompt,) = output
+        return (torch.cat([with_prompt - picture.difference, with_prompt]),)
 
     def _leaves_out(self, n: int, call: Call) -> bool:
-        return call.network is self._denoiser and self._pictures[n].done % self._shortcuts.whole_unet_every > 0
+        picture = self._pictures[n]
+        if call.network is not self._denoiser or picture.done % self._shortcuts.whole_unet_every == 0:
+            return False
+        return picture.feature is not None and len(picture.feature) >= call.rows
 
     def _together(self, calls: Mapping[int, Call]) -> dict[int, Any]:
         """One call for pictures of one kind, of a size that is a power of two or the recorded one."""

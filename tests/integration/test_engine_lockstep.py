@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import cache
 from typing import Any
 
 import pytest
@@ -12,28 +13,39 @@ import torch
 
 from sdpipeline.domain import GenerationRequest, Task
 from sdpipeline.engine import GeneratedImage, PreparedRequest
+from sdpipeline.engine.diffusers_engine import DiffusersEngine
 from sdpipeline.engine.lockstep import in_lockstep
+from sdpipeline.engine.profiles import Shortcuts
 from sdpipeline.engine.steps import cuts
 from tests.integration.engine_requests import (
     SOURCE,
     controlnet,
     distance,
-    engine,
     equal,
     failure_of,
     image_of,
-    images,
     new_engine,
     noise,
     prepared,
     request,
     results,
 )
+from tests.integration.engine_requests import images as images_of
 from tests.integration.test_engine_families import CELLS
 from tests.integration.test_engine_families import asked as asked_for
 
 STEPS_AND_GUIDANCE = [(2, 4.0), (6, 1.0), (3, 7.5), (4, 2.0)]
-"""None is guided past the share of its steps in which ``fast`` guides, so that only sharing calls is new."""
+
+
+@cache
+def sharing() -> DiffusersEngine:
+    """Under ``fast`` it shares calls and leaves nothing out, so that pictures are those of ``exact``."""
+    return new_engine(profiles={"exact": Shortcuts(), "fast": Shortcuts()})
+
+
+def images(*asked: PreparedRequest, bucket: int | None = None) -> list[GeneratedImage]:
+    return images_of(*asked, bucket=bucket, on=sharing())
+
 
 OTHERS = {"sdxl": 1, "sd3": 1, "flux": 1, "sd-inpaint": 0, "upscale": 0}
 """Families beside SD 1.x, whose every cell is looked at, and with how many ControlNets."""
@@ -77,7 +89,7 @@ def calls_of_the_unet(asked: GenerationRequest) -> Iterator[list[int]]:
     """The rows of every call that really runs meanwhile."""
     images(prepared(replace(asked, num_inference_steps=1)))
     rows = list[int]()
-    first_layer = engine().residency.get(asked.checkpoint).parts["unet"].conv_in
+    first_layer = sharing().residency.get(asked.checkpoint).parts["unet"].conv_in
     handle = first_layer.register_forward_pre_hook(lambda _module, inputs: rows.append(len(inputs[0])))
     try:
         yield rows
@@ -154,14 +166,14 @@ def test_ranges_of_steps_of_a_controlnet_may_differ() -> None:
 
 
 def test_a_picture_that_fails_in_lockstep_fails_alone_and_leaves_the_networks_as_they_were() -> None:
-    on = new_engine()
-    images(*mixed(), on=on)
-    unet = on.residency.get(request().checkpoint).parts["unet"]
+    images(*mixed())
+    unet = sharing().residency.get(request().checkpoint).parts["unet"]
 
     asked = mixed()
     broken = prepared(replace(asked[2].request, prompt="no cat at all " * 40))
-    unet.register_forward_pre_hook(_refuses_long_prompts, with_kwargs=True)
-    made = results(*asked[:2], broken, asked[3], on=on)
+    handle = unet.register_forward_pre_hook(_refuses_long_prompts, with_kwargs=True)
+    made = results(*asked[:2], broken, asked[3], on=sharing())
+    handle.remove()
     assert "RequestRefusedError: the pipeline refused it: ValueError: long" in failure_of(made[2])
     for n in (0, 1, 3):
         assert distance(image_of(made[n]), images(exact(asked[n]))[0]) <= 1
