@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from sdpipeline import __version__, audit, policy, report, settings
+from sdpipeline.batching import split
 from sdpipeline.breaker import Breaker
 from sdpipeline.campaign import Campaign, Catalog
 from sdpipeline.campaign import load as load_campaign_file
@@ -192,8 +193,11 @@ def build_engine(s: Settings, device: str, database: Database | None, *, dtype: 
         return FakeEngine(seconds_per_batch=s.engine.fake_seconds_per_batch)
     # Threads that spin for one another make a busy CPU four to six times slower; read when torch is first imported.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # What was compiled once is read from here at the next start.
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(s.home / "compiled"))
     try:
         from sdpipeline.engine.diffusers_engine import DiffusersEngine
+        from sdpipeline.engine.speedups import Speedups, check_compiler
     except ModuleNotFoundError as error:
         fix = "pip install 'sdpipeline[engine]'"
         raise SettingsError(Mistake(message=f"this machine cannot make pictures: no {error.name}", fix=fix)) from error
@@ -207,7 +211,17 @@ def build_engine(s: Settings, device: str, database: Database | None, *, dtype: 
         return by_digest[ref.digest]
 
     resident = int(s.engine.resident_gib * 2**30) if s.engine.resident_gib else None
-    return DiffusersEngine(device=device, dtype=dtype or s.engine.dtype, locate=locate, resident_bytes=resident)
+    if s.engine.compile:
+        check_compiler()
+    speedups = Speedups(
+        compile=s.engine.compile,
+        channels_last=s.engine.channels_last,
+        attention=s.engine.attention,
+        decode_batch=split(s.engine.decode_batch, s.engine.decode_batch)[0] if s.engine.decode_batch else None,
+    )
+    return DiffusersEngine(
+        device=device, dtype=dtype or s.engine.dtype, locate=locate, resident_bytes=resident, speedups=speedups
+    )
 
 
 def devices(s: Settings) -> list[str]:

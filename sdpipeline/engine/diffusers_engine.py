@@ -28,6 +28,7 @@ from sdpipeline.engine.preparing import adapters_of, annotator_parameters, check
 from sdpipeline.engine.profiles import PROFILES, Shortcuts
 from sdpipeline.engine.record import Setting, library_versions, ran
 from sdpipeline.engine.residency import Loaded, Residency, release
+from sdpipeline.engine.speedups import Speedups, Workshop
 from sdpipeline.engine.steps import denoise_stepwise
 from sdpipeline.engine.text import Embedding, EmbeddingCache, PromptEncoder
 from sdpipeline.errors import BadPictureError, CheckpointError, DeviceExhaustedError, RequestRefusedError, SdpError
@@ -50,11 +51,14 @@ class DiffusersEngine:
         locate: Callable[[CheckpointRef], CheckpointFiles],
         resident_bytes: int | None = None,
         profiles: Mapping[Profile, Shortcuts] = PROFILES,
+        speedups: Speedups | None = None,
     ) -> None:
         allow_exactness()
         self._device = torch.device(device)
         self._dtype = dtype
         self._profiles = profiles
+        self._speedups = speedups or Speedups()
+        self._workshop = Workshop(self._speedups)
         self._libraries = library_versions()
         self._prompts = EmbeddingCache(PROMPT_CACHE_BYTES)
         self._wardrobe = Wardrobe()
@@ -100,6 +104,7 @@ class DiffusersEngine:
             "device": str(self._device),
             "device_name": name,
             "dtype": self._dtype or "by family",
+            "speedups": self._speedups.document(),
             "libraries": self._libraries,
         }
 
@@ -218,23 +223,28 @@ class DiffusersEngine:
         """One forward pass, padded with copies of its last member; step by step where their steps differ."""
         weights = self._weights(members[0].request)
         self._wardrobe.dress(weights)
-        with self._means(weights, rung) as offload_to:
+        decoded_at_once = rung.bucket
+        with (
+            self._means(weights, rung) as offload_to,
+            self._workshop.applied(weights, wanted=settings.stepwise),
+        ):
             if settings.stepwise:
                 denoised = denoise_stepwise(weights, members, self._profiles[settings.profile], offload_to=offload_to)
+                decoded_at_once = min(rung.bucket, self._speedups.decode_batch or rung.bucket)
             else:
                 denoised = denoise(weights, settings, _padded(members, rung.bucket), offload_to=offload_to)
             weights.autoencoder.to(self._device)
-            developed = develop(weights, torch.stack(_padded([each.values for each in denoised], rung.bucket)))
+            developed = _developed(weights, denoised[: len(members)], decoded_at_once)
         return [
             self._result(
                 member,
                 picture,
-                self._setting(weights, latents.scheduler, latents.values.dtype, bucket=rung.bucket),
+                self._setting(weights, latents.scheduler, latents.values.dtype, bucket=decoded_at_once),
                 _details(member, settings_of(member, weights), latents),
-                slot=slot,
+                slot=n % decoded_at_once,
                 rung=rung,
             )
-            for slot, (member, latents, picture) in enumerate(zip(members, denoised, developed, strict=False))
+            for n, (member, latents, picture) in enumerate(zip(members, denoised, developed, strict=False))
         ]
 
     @contextmanager
@@ -264,6 +274,8 @@ class DiffusersEngine:
             details["unmasked_pixels"] = "pasted back from the input"
         fallbacks = [*rung.fallbacks(), *picture.fallbacks]
         record = ran(request, setting, slot=slot, fallbacks=fallbacks, details=details)
+        if request.profile != "exact":
+            record["profile"] |= self._speedups.document()
         return GeneratedImage(pixels=pixels, ran=record, control_maps=seen.control_maps)
 
     def _setting(self, weights: Weights, scheduler: Json, dtype: torch.dtype, *, bucket: int) -> Setting:
@@ -285,6 +297,13 @@ def _no_annotator(use: ControlNetInput, _: Pixels) -> Pixels:
 
 def _digests(request: GenerationRequest) -> set[str]:
     return {ref.digest for ref in request.checkpoints()}
+
+
+def _developed(weights: Weights, denoised: Sequence[Latents], at_once: int) -> list[Developed]:
+    """Decoded so many at a time, the last ones padded with copies."""
+    values = [latents.values for latents in denoised]
+    parts = [values[start : start + at_once] for start in range(0, len(values), at_once)]
+    return [picture for part in parts for picture in develop(weights, torch.stack(_padded(part, at_once)))[: len(part)]]
 
 
 def _padded(items: Sequence[Item], bucket: int) -> list[Item]:

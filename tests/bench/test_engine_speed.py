@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -11,7 +12,8 @@ import pytest
 
 from sdpipeline.domain import Profile, Task
 from sdpipeline.engine import GeneratedImage, PreparedRequest
-from tests.integration.engine_requests import SOURCE, disc, images, prepared, request
+from sdpipeline.engine.speedups import Speedups
+from tests.integration.engine_requests import SOURCE, disc, images, new_engine, prepared, request
 
 pytestmark = [pytest.mark.bench, pytest.mark.timeout(3600)]
 
@@ -77,3 +79,17 @@ def _compare(what: str, mixed: Sequence[PreparedRequest], *, key: Callable[[Prep
     one, several = in_turn(lambda: images(*mixed), lambda: [images(*kind) for kind in kinds])
     print(f"{len(mixed)} pictures of {len(kinds)} {what}: one batch takes {one / several:.2f} of a batch for each")
     assert one < several * 1.05
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="needs a C++ compiler")
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")  # torch, about itself
+def test_compiled_blocks_make_the_same_pictures() -> None:
+    on, plain = new_engine(speedups=Speedups(compile=True)), new_engine()
+    given = [asked(n, num_inference_steps=4, profile="fast") for n in range(4)]
+    started = time.perf_counter()
+    made = images(*given, on=on)
+    first_s = time.perf_counter() - started
+    grey, _ = apart(made, images(*given, on=plain))
+    compiled, eager = in_turn(lambda: images(*given, on=on), lambda: images(*given, on=plain))
+    print(f"compiled {eager / compiled:.2f}x, {grey:.4f} grey levels apart; the first batch took {first_s:.0f} s")
+    assert grey < 0.1

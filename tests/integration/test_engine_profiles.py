@@ -10,12 +10,14 @@ import torch
 
 from sdpipeline.domain import Profile, Task
 from sdpipeline.engine import GeneratedImage, PreparedRequest
+from sdpipeline.engine.speedups import Speedups
 from tests.integration.engine_requests import (
     SOURCE,
     controlnet,
     engine,
     equal,
     images,
+    new_engine,
     noise,
     prepared,
     request,
@@ -125,3 +127,47 @@ def test_what_a_profile_did_to_a_resident_checkpoint_is_gone_when_an_exact_pictu
     assert not any("forward" in vars(module) for module in unet.modules())
     assert not any(module._forward_hooks for module in unet.modules())
     assert torch.is_grad_enabled()
+
+
+@pytest.mark.parametrize(
+    ("speedups", "recorded"),
+    [
+        (Speedups(channels_last=True), {"channels_last": True}),
+        (Speedups(attention="math"), {"attention": "math"}),
+        (Speedups(decode_batch=2), {}),
+    ],
+)
+def test_what_the_deployment_allows_touches_no_exact_picture_and_stands_in_the_record(
+    speedups: Speedups, recorded: dict[str, object]
+) -> None:
+    on = new_engine(speedups=speedups)
+    asked = [under("fast", n) for n in range(3)]
+    made = images(*asked, on=on)
+    assert made[0].ran["profile"] == {"name": "fast", "guidance_every": 2} | recorded
+    assert apart(made, images(*asked)) < 0.5
+    for given, one in zip(asked, made, strict=True):
+        assert equal(images(replace(given, calls=one.ran["calls"]), bucket=one.ran["bucket"], on=on)[0], one)
+    for profile in ("strict", "tolerant"):
+        plain = replace(under("exact"), request=replace(under("exact").request, reproducibility=profile))
+        alone, here = images(plain)[0], images(plain, on=on)[0]
+        assert equal(alone, here)
+        assert here.ran == alone.ran
+
+
+def test_pictures_decoded_in_parts_say_so_by_bucket_and_slot() -> None:
+    made = images(*[under("fast", n) for n in range(3)], on=new_engine(speedups=Speedups(decode_batch=2)))
+    assert [(each.ran["bucket"], each.ran["slot"]) for each in made] == [(2, 0), (2, 1), (2, 0)]
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")  # torch, about itself
+def test_blocks_are_compiled_for_a_profile_and_run_as_they_are_for_exact_pictures() -> None:
+    on, compiled = new_engine(speedups=Speedups(compile=True)), list[bool]()
+    unet = on.residency.get(request().checkpoint).parts["unet"]
+    block = next(module for module in unet.modules() if type(module).__name__ == "BasicTransformerBlock")
+    block.register_forward_pre_hook(lambda module, _: compiled.append(module._compiled_call_impl is not None))
+    # What compiling itself gives is for tests/bench and tests/gpu to see: it takes most of a minute.
+    with torch.compiler.set_stance("force_eager"):
+        made = images(under("fast", steps=1), under("fast", steps=1), on=on)
+        images(under("exact", steps=1), on=on)
+    assert compiled == [True, False]
+    assert made[0].ran["profile"]["compile"] is True
