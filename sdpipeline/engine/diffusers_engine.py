@@ -224,17 +224,16 @@ class DiffusersEngine:
         weights = self._weights(members[0].request)
         self._wardrobe.dress(weights)
         decoded_at_once = rung.bucket
-        with (
-            self._means(weights, rung) as offload_to,
-            self._workshop.applied(weights, wanted=settings.stepwise),
-        ):
+        with self._means(weights, rung) as offload_to, self._workshop.applied(weights, wanted=settings.stepwise):
             if settings.stepwise:
                 denoised = denoise_stepwise(weights, members, self._profiles[settings.profile], offload_to=offload_to)
                 decoded_at_once = min(rung.bucket, self._speedups.decode_batch or rung.bucket)
+                batches = [_joined(part, decoded_at_once) for part in _parts(denoised, decoded_at_once)]
             else:
-                denoised = denoise(weights, settings, _padded(members, rung.bucket), offload_to=offload_to)
+                whole = denoise(weights, settings, _padded(members, rung.bucket), offload_to=offload_to)
+                denoised, batches = [whole] * len(members), [whole.values]
             weights.autoencoder.to(self._device)
-            developed = _developed(weights, denoised[: len(members)], decoded_at_once)
+            developed = [picture for batch in batches for picture in develop(weights, batch)]
         return [
             self._result(
                 member,
@@ -299,11 +298,13 @@ def _digests(request: GenerationRequest) -> set[str]:
     return {ref.digest for ref in request.checkpoints()}
 
 
-def _developed(weights: Weights, denoised: Sequence[Latents], at_once: int) -> list[Developed]:
-    """Decoded so many at a time, the last ones padded with copies."""
-    values = [latents.values for latents in denoised]
-    parts = [values[start : start + at_once] for start in range(0, len(values), at_once)]
-    return [picture for part in parts for picture in develop(weights, torch.stack(_padded(part, at_once)))[: len(part)]]
+def _parts(items: Sequence[Item], size: int) -> list[Sequence[Item]]:
+    return [items[start : start + size] for start in range(0, len(items), size)]
+
+
+def _joined(latents: Sequence[Latents], bucket: int) -> torch.Tensor:
+    """Latents of single pictures as one batch, padded with copies of the last."""
+    return torch.cat(_padded([each.values for each in latents], bucket)).contiguous()
 
 
 def _padded(items: Sequence[Item], bucket: int) -> list[Item]:

@@ -132,7 +132,8 @@ class Weights:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Latents:
-    """One picture still to be decoded, the scheduler that made it, and its network calls where they were shared."""
+    """Pictures still to be decoded, lying in memory as their pipeline left them (bits depend on it); the scheduler that
+    made them, and the network calls of one that shared them."""
 
     values: torch.Tensor
     scheduler: Json
@@ -168,7 +169,7 @@ def settings_of(member: Member, weights: Weights) -> PassSettings:
 
 def denoise(
     weights: Weights, settings: PassSettings, members: Sequence[Member], *, offload_to: torch.device | None = None
-) -> list[Latents]:
+) -> Latents:
     """The latents of these members, in order; every one has its own noise from its own CPU generator.
 
     With ``offload_to``, only the network that is at work lies on that device.
@@ -188,7 +189,7 @@ def denoise_alone(
     arguments = _arguments(weights, settings, [member]) | _own_scales(weights, settings, member)
     with _offloaded(pipe, offload_to):
         values = pipe(**arguments, **_references(pipe, [member])).images
-    return _latents(pipe, values, weights, settings)[0]
+    return _latents(pipe, values, weights, settings)
 
 
 @contextmanager
@@ -198,13 +199,12 @@ def shared_means(weights: Weights) -> Iterator[None]:
         yield
 
 
-def _latents(pipe: Any, values: torch.Tensor, weights: Weights, settings: PassSettings) -> list[Latents]:
+def _latents(pipe: Any, values: torch.Tensor, weights: Weights, settings: PassSettings) -> Latents:
     if weights.row.text == "flux":
         values = pipe._unpack_latents(values, settings.height, settings.width, pipe.vae_scale_factor)  # noqa: SLF001
     name = type(pipe.scheduler).__name__
     config = {key: value for key, value in pipe.scheduler.config.items() if not key.startswith("_")}
-    scheduler = {"name": settings.scheduler, "class": name, "config": config}
-    return [Latents(values=each, scheduler=scheduler) for each in values]
+    return Latents(values=values, scheduler={"name": settings.scheduler, "class": name, "config": config})
 
 
 def decode(weights: Weights, latents: torch.Tensor, *, float32: bool = False) -> npt.NDArray[np.float32]:
