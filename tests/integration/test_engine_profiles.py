@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -152,6 +153,23 @@ def test_what_the_deployment_allows_touches_no_exact_picture_and_stands_in_the_r
         alone, here = images(plain)[0], images(plain, on=on)[0]
         assert equal(alone, here)
         assert here.ran == alone.ran
+
+
+def test_networks_are_laid_out_for_a_profile_and_as_they_were_loaded_for_exact_pictures() -> None:
+    on = new_engine(speedups=Speedups(channels_last=True))
+    unet = on.residency.get(request().checkpoint).parts["unet"]
+    loaded, seen = _strides(unet), list[Any]()
+    unet.conv_in.register_forward_pre_hook(lambda _module, _inputs: seen.append(_strides(unet)))
+    quick_then_exact: list[Profile] = ["fast", "exact"]
+    for profile in quick_then_exact:
+        images(under(profile, steps=1), on=on)
+    assert unet.conv_in.weight.is_contiguous()
+    assert seen[0] != loaded
+    assert seen[1] == loaded
+
+
+def _strides(network: torch.nn.Module) -> list[tuple[int, ...]]:
+    return [parameter.stride() for parameter in network.parameters()]
 
 
 def test_pictures_decoded_in_parts_say_so_by_bucket_and_slot() -> None:
