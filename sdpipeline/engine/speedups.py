@@ -97,7 +97,6 @@ class Workshop:
             return
         for parameter in network.parameters():
             if parameter.ndim == 4:
-                # A copy: strides of 1x1 kernels would stay as they are, and what computes is chosen by them.
                 form = torch.channels_last if channels_last else torch.contiguous_format
-                parameter.data = parameter.data.clone(memory_format=form)
+                parameter.data = parameter.data.to(memory_format=form)
         (self._channels_last.add if channels_last else self._channels_last.discard)(network)
