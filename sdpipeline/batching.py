@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 from sdpipeline.domain import GenerationRequest, Json, digest, to_document
@@ -12,6 +13,10 @@ BUCKETS = (1, 2, 4, 8, 16, 32, 64)
 FREE_PARAMETERS = ("prompt", "negative_prompt", "seed", "image", "mask_image", "guidance_scale", "output")
 """What may differ between the pictures of one batch: each is a per-image tensor or happens outside the engine."""
 
+STEPWISE_PARAMETERS = ("num_inference_steps", "strength", "scheduler")
+"""What may differ as well between pictures of a profile that shares single network calls."""
+STEPWISE_CONTROL = ("control_guidance_start", "control_guidance_end")
+
 
 def batch_key(request: GenerationRequest) -> str:
     """Hash of everything that must be equal inside one batch, 64 hexadecimal digits."""
@@ -20,11 +25,16 @@ def batch_key(request: GenerationRequest) -> str:
 
 def batch_document(request: GenerationRequest) -> Json:
     """The values behind :func:`batch_key`, readable for people in ``plan`` and ``status``."""
-    document: Json = {k: v for k, v in to_document(request).items() if k not in FREE_PARAMETERS}
-    document["guidance"] = request.guidance_scale > 1.0
+    stepwise = request.profile != "exact"
+    free = FREE_PARAMETERS + STEPWISE_PARAMETERS if stepwise else FREE_PARAMETERS
+    document: Json = {k: v for k, v in to_document(request).items() if k not in free}
+    if not stepwise:
+        document["guidance"] = request.guidance_scale > 1.0
     document["images"] = sorted(request.sources())
     if "controlnets" in document:
         document["controlnets"] = [_shared_part(use) for use in document["controlnets"]]
+        if stepwise:
+            document["controlnets"] = [_without(use, STEPWISE_CONTROL) for use in document["controlnets"]]
     for name in ("ip_adapters",):
         if name in document:
             document[name] = [_shared_part(use) for use in document[name]]
@@ -45,7 +55,11 @@ def split(count: int, cap: int) -> list[int]:
 
 
 def _shared_part(use: Json) -> Json:
-    return {k: v for k, v in use.items() if k not in ("image", "controlnet_conditioning_scale")}
+    return _without(use, ("image", "controlnet_conditioning_scale"))
+
+
+def _without(document: Json, names: Collection[str]) -> Json:
+    return {k: v for k, v in document.items() if k not in names}
 
 
 def _digests_only(value: Any) -> Any:

@@ -15,6 +15,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from sdpipeline import __version__, audit, contact_sheet, policy, report, settings, signing
+from sdpipeline.batching import split
 from sdpipeline.breaker import Breaker
 from sdpipeline.campaign import Campaign, Catalog
 from sdpipeline.campaign import load as load_campaign_file
@@ -247,8 +248,11 @@ def build_engine(s: Settings, device: str, database: Database | None, *, dtype: 
         from sdpipeline.engine.fake import FakeEngine
 
         return FakeEngine(seconds_per_batch=s.engine.fake_seconds_per_batch)
+    # What was compiled once is read from here at the next start.
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(s.home / "compiled"))
     _need_engine()
     from sdpipeline.engine.diffusers_engine import DiffusersEngine
+    from sdpipeline.engine.speedups import Speedups, check_compiler
 
     by_digest = _runnable(s, database)
 
@@ -260,7 +264,17 @@ def build_engine(s: Settings, device: str, database: Database | None, *, dtype: 
         return by_digest[ref.digest]
 
     resident = int(s.engine.resident_gib * 2**30) if s.engine.resident_gib else None
-    return DiffusersEngine(device=device, dtype=dtype or s.engine.dtype, locate=locate, resident_bytes=resident)
+    if s.engine.compile:
+        check_compiler()
+    speedups = Speedups(
+        compile=s.engine.compile,
+        channels_last=s.engine.channels_last,
+        attention=s.engine.attention,
+        decode_batch=split(s.engine.decode_batch, s.engine.decode_batch)[0] if s.engine.decode_batch else None,
+    )
+    return DiffusersEngine(
+        device=device, dtype=dtype or s.engine.dtype, locate=locate, resident_bytes=resident, speedups=speedups
+    )
 
 
 def _need_engine() -> None:

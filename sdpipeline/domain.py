@@ -18,6 +18,10 @@ Reproducibility = Literal["strict", "tolerant", "fast"]
 algorithms, and failed rather than made by a fallback. ``tolerant``: in the deployment's dtype and batches; fallbacks
 are taken and recorded. ``fast``: what gains speed for small differences may be used."""
 
+Profile = Literal["exact", "fast", "turbo"]
+"""What may be traded for speed. ``exact``: nothing. The others: a picture's steps are computed together with those of
+other pictures, and some of its computation is left out; see ``sdpipeline.engine.profiles``."""
+
 # JSON values; recursive aliases need Python 3.12's `type` statement, so this names only the outermost layer.
 Json = dict[str, Any]
 
@@ -134,6 +138,7 @@ class GenerationRequest:
     noise_level: int | None = None
     resize: str | None = None
     reproducibility: Reproducibility = "tolerant"
+    profile: Profile = "exact"
     output: OutputFormat = OutputFormat()
 
     @property

@@ -70,7 +70,7 @@ def _made_again(record: Json, engine: Engine, find_input: FindInput) -> tuple[by
     request = request_from_document(record["asked"])
     ancestors = record.get("ancestors", {})
     images = {role: _image(about, ancestors, engine, find_input) for role, about in record["inputs"].items()}
-    prepared = PreparedRequest(request=request, images=images)
+    prepared = PreparedRequest(request=request, images=images, calls=record["ran"].get("calls", ()))
     (result,) = engine.generate(Batch(requests=(prepared,), bucket=int(record["ran"]["bucket"])))
     if isinstance(result, GenerationFailure):
         raise result.error
@@ -110,6 +110,6 @@ def _encoder_of(record: Json) -> Json:
 
 
 def _compared(ran: Json, encoder: Json) -> Json:
-    names = ("engine", "pipeline", "device", "dtype", "bucket", "scheduler", "fallbacks")
+    names = ("engine", "pipeline", "device", "dtype", "bucket", "profile", "calls", "scheduler", "fallbacks")
     libraries = {f"libraries.{name}": version for name, version in ran.get("libraries", {}).items()}
-    return {name: ran.get(name) for name in names} | libraries | {"encoder": encoder}
+    return {name: ran[name] for name in names if name in ran} | libraries | {"encoder": encoder}

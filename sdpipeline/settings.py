@@ -63,6 +63,16 @@ class EngineSettings(_Section):
     )
     max_batch: int = Field(8, ge=1, le=64, description="largest batch, before memory sets a lower cap")
     resident_gib: float | None = Field(None, gt=0, description="memory for loaded checkpoints, GiB")
+    compile: bool = Field(default=False, description="compile what networks repeat, for `fast` and `turbo` pictures")
+    channels_last: bool = Field(
+        default=False, description="lay networks out for tensor cores, for `fast` and `turbo` pictures"
+    )
+    attention: Literal["flash", "efficient", "cudnn", "math"] | None = Field(
+        None, description="attention kernel of `fast` and `turbo` pictures; default as torch chooses"
+    )
+    decode_batch: int | None = Field(
+        None, ge=1, le=64, description="most `fast` and `turbo` pictures decoded at once; default all of a batch"
+    )
     fake_seconds_per_batch: float | None = Field(
         None, ge=0, description="use the fake engine with this batch time (load tests only)"
     )

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError
 
-from sdpipeline.domain import Reproducibility, Task
+from sdpipeline.domain import Profile, Reproducibility, Task
 from sdpipeline.yamlfile import Faults, KeyPath
 
 NAME = r"^[a-z0-9][a-z0-9-]{0,62}$"
@@ -253,6 +253,8 @@ class Stage(Parameters):
     """Alias of an autoencoder to decode with instead of the checkpoint's own."""
     reproducibility: Reproducibility | None = None
     """How exactly this stage's pictures must come out again; without it as the campaign says."""
+    profile: Profile | None = None
+    """What this stage trades for speed; without it as the campaign says."""
     output: OutputSpec | None = None
     """How this stage's pictures are encoded; without it as the campaign says."""
     quality: Quality | None = None
@@ -322,6 +324,8 @@ class CampaignSpec(_Part):
     """The steps of the chain: each makes one picture per row, combination and seed."""
     reproducibility: Reproducibility = "tolerant"
     """How exactly pictures must come out again."""
+    profile: Profile | None = None
+    """What is traded for speed; without it nothing (`exact`)."""
     quality: Quality = Quality()
     """Scores every picture must reach."""
     output: OutputSpec = OutputSpec()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from sdpipeline import adapter_faults, policy
+from sdpipeline import adapter_faults, policy, profile_rules
 from sdpipeline.domain import Task
 from sdpipeline.engine import conditioning, families
 from sdpipeline.engine.checkpoints import CheckpointFiles
@@ -27,6 +27,7 @@ def check(spec: CampaignSpec, faults: Faults, catalog: Catalog, policies: Sequen
     _check_values(spec.defaults, ("defaults",), faults)
     _check_names(spec, faults)
     _check_quality(spec, faults)
+    profile_rules.check(spec, faults)
     policy.check_words(spec.policy, ("policy",), faults)
     policy.check_safety_checkers(policies, catalog, faults)
     for n, stage in enumerate(spec.stages):
@@ -194,6 +195,7 @@ def _check_checkpoint(
         for n in range(len(stage.controlnets)):
             _check_fit(stage, n, path, faults, files=(base, catalog.get(stage.controlnets[n].checkpoint)))
         adapter_faults.check_fit(stage, path, faults, catalog, base=base, row=row)
+        profile_rules.check_fit(stage, path, faults, row)
 
 
 def _check_parameters(spec: CampaignSpec, stage: Stage, path: KeyPath, faults: Faults, row: Family) -> None:

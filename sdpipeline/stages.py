@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from json.encoder import encode_basestring
 from typing import Any
 
+from sdpipeline import profile_rules
 from sdpipeline.batching import batch_key
 from sdpipeline.domain import (
     AdapterInput,
@@ -216,7 +217,7 @@ class StagePlan:
         self._annotators = [catalog.get(use.annotator_checkpoint or "") for use in stage.controlnets]
         self._adapters = {place: catalog[use.checkpoint] for place, use in stage.adapters()}
         self._vae = catalog.get(stage.vae or "")
-        self._reproducibility = stage.reproducibility or spec.reproducibility
+        self._reproducibility, self._profile = profile_rules.chosen(spec, stage, self.family)
         self._words = [inversion_words(catalog[use.checkpoint]) for use in stage.textual_inversions]
         output = stage.output or spec.output
         self._output = OutputFormat(format=output.format, quality=output.quality)
@@ -309,6 +310,7 @@ class StagePlan:
             ),
             "vae": _ref(self._vae) if self._vae else None,
             "reproducibility": self._reproducibility,
+            "profile": self._profile,
             "output": self._output,
         }
         images = {str(place[0]): source for place, source in sources.items() if len(place) == 1}

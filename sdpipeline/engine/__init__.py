@@ -19,13 +19,21 @@ from sdpipeline.errors import SdpError
 Pixels = npt.NDArray[np.uint8]
 """A picture: height x width x 3, RGB, 0-255."""
 
+Calls = Sequence[Sequence[int]]
+"""The network calls a picture took part in, as pairs: of so many rows, so many times one after another. A row is
+one input of the network, the picture's own, its neighbours' or padding; bits depend on how many there are."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PreparedRequest:
-    """A request with the pictures it consumes, decoded, by the roles of ``GenerationRequest.sources``."""
+    """A request with the pictures it consumes, decoded, by the roles of ``GenerationRequest.sources``.
+
+    ``calls`` are given for a picture that is made again, where its record has some.
+    """
 
     request: GenerationRequest
     images: Mapping[str, Pixels] = field(default_factory=dict)
+    calls: Calls = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

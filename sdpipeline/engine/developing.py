@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from sdpipeline.engine import Pixels
-from sdpipeline.engine.passes import Latents, Weights, decode
+from sdpipeline.engine.passes import Weights, decode
 from sdpipeline.engine.pictures import fault, to_pixels
 
 FLOAT32_DECODE = "float32 decode"
@@ -24,11 +24,11 @@ class Developed:
     fallbacks: tuple[str, ...] = ()
 
 
-def develop(weights: Weights, latents: Latents) -> list[Developed]:
-    """One result per latent. What decodes to no picture is decoded once more in float32."""
-    finite = latents.finite()
+def develop(weights: Weights, latents: torch.Tensor) -> list[Developed]:
+    """One result for each of a batch of latents. What decodes to no picture is decoded once more in float32."""
+    finite = [bool(torch.isfinite(each).all()) for each in latents]
     # A batch keeps its shape, so that a neighbour's bits do not depend on who else is fit to decode.
-    usable = torch.where(_per_picture(finite, latents.values), latents.values, 0)
+    usable = torch.where(_per_picture(finite, latents), latents, 0)
     developed = [
         picture if ok else Developed(pixels=None, fault="its latents are not finite")
         for ok, picture in zip(finite, _decoded(weights, usable), strict=True)

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import platform
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
-from sdpipeline.domain import AdapterInput, CheckpointRef, ControlNetInput, GenerationRequest, Json
+from sdpipeline.domain import AdapterInput, CheckpointRef, ControlNetInput, GenerationRequest, Json, Profile
 from sdpipeline.engine import Batch, GeneratedImage, GenerationFailure, Pixels, PreparedRequest, safety
 from sdpipeline.engine.adapters import Wardrobe, outfit, reference, refuse_unused, words
 from sdpipeline.engine.checkpoints import CheckpointFiles
@@ -22,13 +22,18 @@ from sdpipeline.engine.families import FAMILIES, family
 from sdpipeline.engine.gan import upscale
 from sdpipeline.engine.ladder import Ladder, Result, Rung
 from sdpipeline.engine.learned import annotate_with
-from sdpipeline.engine.passes import Member, PassSettings, Weights, denoise, settings_of
+from sdpipeline.engine.passes import Latents, Member, PassSettings, Weights, denoise, settings_of
 from sdpipeline.engine.pictures import paste_back
 from sdpipeline.engine.preparing import adapters_of, annotator_parameters, check, given, pictures
+from sdpipeline.engine.profiles import PROFILES, Shortcuts
 from sdpipeline.engine.record import Setting, library_versions, ran
 from sdpipeline.engine.residency import Loaded, Residency, release
+from sdpipeline.engine.speedups import Speedups, Workshop
+from sdpipeline.engine.steps import denoise_stepwise
 from sdpipeline.engine.text import Embedding, EmbeddingCache, PromptEncoder
 from sdpipeline.errors import BadPictureError, CheckpointError, DeviceExhaustedError, RequestRefusedError, SdpError
+
+Item = TypeVar("Item")
 
 PROMPT_CACHE_BYTES = 256 * 2**20
 ZEROS = "force_zeros_for_empty_prompt"
@@ -45,10 +50,15 @@ class DiffusersEngine:
         dtype: str | None,
         locate: Callable[[CheckpointRef], CheckpointFiles],
         resident_bytes: int | None = None,
+        profiles: Mapping[Profile, Shortcuts] = PROFILES,
+        speedups: Speedups | None = None,
     ) -> None:
         allow_exactness()
         self._device = torch.device(device)
         self._dtype = dtype
+        self._profiles = profiles
+        self._speedups = speedups or Speedups()
+        self._workshop = Workshop(self._speedups)
         self._libraries = library_versions()
         self._prompts = EmbeddingCache(PROMPT_CACHE_BYTES)
         self._wardrobe = Wardrobe()
@@ -73,7 +83,8 @@ class DiffusersEngine:
             except SdpError as error:
                 results[index] = GenerationFailure(error=error)
             else:
-                groups[settings_of(member, weights)].append(member)
+                settings = settings_of(member, weights)
+                groups[settings.in_lockstep() if settings.stepwise else settings].append(member)
         # Requests of one batch key make one group, unless their prompts differ in length by a whole chunk.
         for settings, members in groups.items():
             with exactly(wanted=settings.exact):
@@ -102,6 +113,7 @@ class DiffusersEngine:
             "device": str(self._device),
             "device_name": name,
             "dtype": self._dtype or "by family",
+            "speedups": self._speedups.document(),
             "libraries": self._libraries,
         }
 
@@ -125,7 +137,13 @@ class DiffusersEngine:
             reference(loaded, given(prepared, f"ip_adapters.{n}")) for n, (loaded, _) in enumerate(weights.ip_adapters)
         )
         return Member(
-            index=index, request=request, pictures=seen, prompt=prompt, negative=negative, references=references
+            index=index,
+            request=request,
+            pictures=seen,
+            prompt=prompt,
+            negative=negative,
+            references=references,
+            calls=prepared.calls,
         )
 
     def _upscaled(self, prepared: PreparedRequest, weights: Weights) -> Result:
@@ -211,18 +229,30 @@ class DiffusersEngine:
         return held
 
     def _forward(self, settings: PassSettings, members: Sequence[Member], rung: Rung) -> list[Result]:
-        """One forward pass, padded with copies of its last member."""
+        """One forward pass, padded with copies of its last member; step by step where their steps differ."""
         weights = self._weights(members[0].request)
         self._wardrobe.dress(weights)
-        padded = [*members, *[members[-1]] * (rung.bucket - len(members))]
-        with self._means(weights, rung) as offload_to:
-            latents = denoise(weights, settings, padded, offload_to=offload_to)
+        decoded_at_once = rung.bucket
+        with self._means(weights, rung) as offload_to, self._workshop.applied(weights, wanted=settings.stepwise):
+            if settings.stepwise:
+                denoised = denoise_stepwise(weights, members, self._profiles[settings.profile], offload_to=offload_to)
+                decoded_at_once = min(rung.bucket, self._speedups.decode_batch or rung.bucket)
+                batches = [_joined(part, decoded_at_once) for part in _parts(denoised, decoded_at_once)]
+            else:
+                whole = denoise(weights, settings, _padded(members, rung.bucket), offload_to=offload_to)
+                denoised, batches = [whole] * len(members), [whole.values]
             weights.autoencoder.to(self._device)
-            developed = develop(weights, latents)
-        setting = self._setting(weights, latents.scheduler, latents.values.dtype, bucket=rung.bucket)
+            developed = [picture for batch in batches for picture in develop(weights, batch)]
         return [
-            self._result(member, picture, setting, _details(member, settings), slot=slot, rung=rung)
-            for slot, (member, picture) in enumerate(zip(members, developed, strict=False))
+            self._result(
+                member,
+                picture,
+                self._setting(weights, latents.scheduler, latents.values.dtype, bucket=decoded_at_once),
+                _details(member, settings_of(member, weights), latents),
+                slot=n % decoded_at_once,
+                rung=rung,
+            )
+            for n, (member, latents, picture) in enumerate(zip(members, denoised, developed, strict=False))
         ]
 
     @contextmanager
@@ -252,6 +282,8 @@ class DiffusersEngine:
             details["unmasked_pixels"] = "pasted back from the input"
         fallbacks = [*rung.fallbacks(), *picture.fallbacks]
         record = ran(request, setting, slot=slot, fallbacks=fallbacks, details=details)
+        if request.profile != "exact":
+            record["profile"] |= self._speedups.document()
         return GeneratedImage(pixels=pixels, ran=record, control_maps=seen.control_maps)
 
     def _setting(self, weights: Weights, scheduler: Json, dtype: torch.dtype, *, bucket: int) -> Setting:
@@ -275,7 +307,20 @@ def _digests(request: GenerationRequest) -> set[str]:
     return {ref.digest for ref in request.checkpoints()}
 
 
-def _details(member: Member, settings: PassSettings) -> Json:
+def _parts(items: Sequence[Item], size: int) -> list[Sequence[Item]]:
+    return [items[start : start + size] for start in range(0, len(items), size)]
+
+
+def _joined(latents: Sequence[Latents], bucket: int) -> torch.Tensor:
+    """Latents of single pictures as one batch, padded with copies of the last."""
+    return torch.cat(_padded([each.values for each in latents], bucket)).contiguous()
+
+
+def _padded(items: Sequence[Item], bucket: int) -> list[Item]:
+    return [*items, *[items[-1]] * (bucket - len(items))]
+
+
+def _details(member: Member, settings: PassSettings, latents: Latents) -> Json:
     """What only some requests have, with what the family decided where the request said nothing."""
     request = member.request
     details: Json = {"prompt_tokens": settings.prompt_tokens}
@@ -286,6 +331,8 @@ def _details(member: Member, settings: PassSettings) -> Json:
         "resize": request.resize,
     }
     details |= {name: value for name, value in resolved.items() if value is not None}
+    if latents.calls:
+        details["calls"] = [list(pair) for pair in latents.calls]
     details |= {name: [_worn(use) for use in uses] for name, _, uses in adapters_of(request) if uses}
     if request.controlnets:
         details["controlnets"] = [_steered(use) for use in request.controlnets]

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from sdpipeline.domain import Task
+from sdpipeline.domain import Profile, Task
 
 TextEncoding = Literal["clip", "clip-hidden", "sdxl", "sd3", "flux", "none"]
 
@@ -62,6 +62,7 @@ class Family:
     ``adapters_of``: the families whose LoRAs, IP-Adapters and textual inversions fit.
     ``latents_of``: the family of the autoencoders that read its latents.
     ``float32_decode``: its autoencoder overflows in float16 where its configuration says so.
+    ``profiles``: those it can run under, the quickest last; ``turbo`` needs a U-Net.
     """
 
     name: str
@@ -82,6 +83,7 @@ class Family:
     textual_inversion: bool = False
     noise_level: int | None = None
     max_noise_level: int | None = None
+    profiles: tuple[Profile, ...] = ("exact", "fast", "turbo")
     controlnets_of: frozenset[str] = frozenset()
     adapters_of: frozenset[str] = frozenset()
     latents_of: str = ""
@@ -122,6 +124,14 @@ def scheduler_refusal(name: str, scheduler: str) -> str | None:
         return None
     known = "" if scheduler in SCHEDULERS else " (unknown)"
     return f"{row.title} cannot use scheduler {scheduler!r}{known}; use one of {', '.join(sorted(row.schedulers))}"
+
+
+def profile_refusal(name: str, profile: Profile) -> str | None:
+    """Why this profile cannot run with this family, naming those that can; ``None`` if it can."""
+    row = FAMILIES[name]
+    if profile in row.profiles:
+        return None
+    return f"{row.title} gains nothing from {profile!r}; use {' or '.join(row.profiles)}"
 
 
 def size_multiple(name: str) -> int:
@@ -304,6 +314,7 @@ FAMILIES: Mapping[str, Family] = {
             guidance_scale=7.0,
             clip_skip=True,
             signed_control_maps=True,
+            profiles=("exact", "fast"),
             controlnets_of=frozenset({"sd3"}),
             adapters_of=frozenset({"sd3"}),
             latents_of="sd3",
@@ -322,6 +333,7 @@ FAMILIES: Mapping[str, Family] = {
             cuda_dtype="bfloat16",
             negative_prompt=False,
             signed_control_maps=True,
+            profiles=("exact", "fast"),
             controlnets_of=frozenset({"flux"}),
             adapters_of=frozenset({"flux"}),
             latents_of="flux",
@@ -354,6 +366,7 @@ FAMILIES: Mapping[str, Family] = {
             num_inference_steps=20,
             guidance_scale=1.0,
             lora=False,
+            profiles=("exact",),
             latents_of="sd1",
             plain={
                 Task.SUPER_RESOLUTION: Cell(
@@ -372,6 +385,7 @@ FAMILIES: Mapping[str, Family] = {
             guidance_scale=1.0,
             negative_prompt=False,
             lora=False,
+            profiles=("exact",),
             plain={Task.SUPER_RESOLUTION: Cell(pipeline="spandrel", image="image", takes_size=False)},
         ),
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import diffusers
@@ -13,8 +13,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from sdpipeline.domain import CheckpointRef, GenerationRequest, Json, Task
-from sdpipeline.engine import Pixels
+from sdpipeline.domain import CheckpointRef, GenerationRequest, Json, Profile, Task
+from sdpipeline.engine import Calls, Pixels
 from sdpipeline.engine.checkpoints import CheckpointFiles
 from sdpipeline.engine.families import SCHEDULERS, Cell, Family
 from sdpipeline.engine.per_image import (
@@ -53,6 +53,25 @@ class PassSettings:
     noise_level: int | None
     prompt_tokens: int
     exact: bool
+    profile: Profile
+
+    @property
+    def stepwise(self) -> bool:
+        """Whether pictures share single network calls rather than a whole call of their pipeline."""
+        return self.profile != "exact"
+
+    def in_lockstep(self) -> PassSettings:
+        """What pictures still have to share whose pipelines go in lockstep."""
+        controlnets = tuple((ref, 0.0, 1.0) for ref, _, _ in self.controlnets)
+        return replace(
+            self,
+            controlnets=controlnets,
+            scheduler="",
+            num_inference_steps=0,
+            strength=None,
+            guided=False,
+            prompt_tokens=0,
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,7 +84,10 @@ class Reference:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Member:
-    """One request of a batch, ready to run; ``index`` is its place in the batch that was asked for."""
+    """One request of a batch, ready to run; ``index`` is its place in the batch that was asked for.
+
+    ``calls`` are the network calls of a picture that is made again, as the record has them.
+    """
 
     index: int
     request: GenerationRequest
@@ -73,6 +95,7 @@ class Member:
     prompt: Embedding
     negative: Embedding | None
     references: tuple[Reference, ...] = ()
+    calls: Calls = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -109,14 +132,12 @@ class Weights:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Latents:
-    """What a pipeline returned, still to be decoded, with the scheduler that made it."""
+    """Pictures still to be decoded, lying in memory as their pipeline left them (bits depend on it); the scheduler that
+    made them, and the network calls of one that shared them."""
 
     values: torch.Tensor
     scheduler: Json
-
-    def finite(self) -> list[bool]:
-        """For each picture, whether every value of its latents is a number."""
-        return [bool(torch.isfinite(value).all()) for value in self.values]
+    calls: Calls = ()
 
 
 def settings_of(member: Member, weights: Weights) -> PassSettings:
@@ -142,6 +163,7 @@ def settings_of(member: Member, weights: Weights) -> PassSettings:
         noise_level=noise_level,
         prompt_tokens=member.prompt.embeds.shape[1],
         exact=request.exact,
+        profile=request.profile,
     )
 
 
@@ -156,9 +178,31 @@ def denoise(
     pipe = assemble(weights, scheduler)
     with _per_image(weights, members), _offloaded(pipe, offload_to), torch.no_grad():
         values = pipe(**_arguments(weights, settings, members), **_references(pipe, members)).images
+    return _latents(pipe, values, weights, settings)
+
+
+def denoise_alone(
+    weights: Weights, settings: PassSettings, member: Member, scheduler: Any, *, offload_to: torch.device | None = None
+) -> Latents:
+    """The latents of one member, whose pipeline may stand beside others; needs :func:`shared_means` around them."""
+    pipe = assemble(weights, scheduler)
+    arguments = _arguments(weights, settings, [member]) | _own_scales(weights, settings, member)
+    with _offloaded(pipe, offload_to):
+        values = pipe(**arguments, **_references(pipe, [member])).images
+    return _latents(pipe, values, weights, settings)
+
+
+@contextmanager
+def shared_means(weights: Weights) -> Iterator[None]:
+    """What is patched for all pipelines that run meanwhile."""
+    with no_global_randomness(weights.autoencoder), float32_noise():
+        yield
+
+
+def _latents(pipe: Any, values: torch.Tensor, weights: Weights, settings: PassSettings) -> Latents:
     if weights.row.text == "flux":
         values = pipe._unpack_latents(values, settings.height, settings.width, pipe.vae_scale_factor)  # noqa: SLF001
-    name = type(scheduler).__name__
+    name = type(pipe.scheduler).__name__
     config = {key: value for key, value in pipe.scheduler.config.items() if not key.startswith("_")}
     return Latents(values=values, scheduler={"name": settings.scheduler, "class": name, "config": config})
 
@@ -231,11 +275,11 @@ def _per_image(weights: Weights, members: Sequence[Member]) -> Iterator[None]:
     ]
     with ExitStack() as active:
         active.enter_context(controlnet_scales(modules, scales))
-        active.enter_context(no_global_randomness(weights.autoencoder))
-        active.enter_context(float32_noise())
+        active.enter_context(shared_means(weights))
         if weights.row.text == "flux":
             guidance = [member.request.guidance_scale for member in members]
-            active.enter_context(distilled_guidance(weights.denoiser, guidance))
+            for network in {weights.denoiser, *modules}:
+                active.enter_context(distilled_guidance(network, guidance))
         yield
 
 
@@ -291,6 +335,17 @@ def _guidance(weights: Weights, settings: PassSettings, members: Sequence[Member
     if weights.row.text == "flux" or not settings.guided:
         return {"guidance_scale": 1.0}
     return {"guidance_scale": PerImageScale([member.request.guidance_scale for member in members])}
+
+
+def _own_scales(weights: Weights, settings: PassSettings, member: Member) -> dict[str, Any]:
+    """The numbers that :func:`_per_image` would exchange, as a pipeline takes them for a picture alone."""
+    own: dict[str, Any] = {}
+    if weights.row.text == "flux":
+        own["guidance_scale"] = member.request.guidance_scale
+    if weights.cell.max_controlnets:
+        scales = [use.controlnet_conditioning_scale for use in member.request.controlnets]
+        own["controlnet_conditioning_scale"] = scales if len(settings.controlnets) > 1 else scales[0]
+    return own
 
 
 def _control(weights: Weights, settings: PassSettings, members: Sequence[Member]) -> dict[str, Any]:

@@ -106,8 +106,8 @@ def no_global_randomness(vae: Any) -> Iterator[None]:
 
 
 @contextmanager
-def distilled_guidance(transformer: torch.nn.Module, guidance_scales: Sequence[float]) -> Iterator[None]:
-    """Give a guidance-distilled transformer each picture's own guidance; its pipelines make one for all."""
+def distilled_guidance(network: torch.nn.Module, guidance_scales: Sequence[float]) -> Iterator[None]:
+    """Give a guidance-distilled network each picture's own guidance; its pipelines make one for all."""
     values = torch.tensor(guidance_scales, dtype=torch.float32)
 
     def replace(_module: torch.nn.Module, inputs: Any, keywords: dict[str, Any]) -> Any:
@@ -116,7 +116,7 @@ def distilled_guidance(transformer: torch.nn.Module, guidance_scales: Sequence[f
             keywords["guidance"] = values.to(device=given.device, dtype=given.dtype)
         return inputs, keywords
 
-    handle = transformer.register_forward_pre_hook(replace, with_kwargs=True)
+    handle = network.register_forward_pre_hook(replace, with_kwargs=True)
     try:
         yield
     finally:

@@ -11,7 +11,7 @@ from sdpipeline.domain import AdapterInput, CheckpointRef, ControlNetInput, Gene
 from sdpipeline.engine import Pixels, PreparedRequest
 from sdpipeline.engine.checkpoints import CheckpointFiles, adapter_misfit, misfit, vae_misfit
 from sdpipeline.engine.conditioning import annotate, known_annotator, resize
-from sdpipeline.engine.families import Cell, Family, family, refusal, scheduler_refusal
+from sdpipeline.engine.families import Cell, Family, family, profile_refusal, refusal, scheduler_refusal
 from sdpipeline.errors import InputImageError, RequestRefusedError
 
 Learned = Callable[[ControlNetInput, Pixels], Pixels]
@@ -33,7 +33,7 @@ def check(request: GenerationRequest, locate: Callable[[CheckpointRef], Checkpoi
     if base.kind != "checkpoint":
         raise RequestRefusedError(f"checkpoint: {base.alias!r} is a {base.kind}; it cannot make pictures by itself")
     reason = refusal(base.family, request.task, controlnets=len(controlnets))
-    reason = reason or scheduler_refusal(base.family, request.scheduler)
+    reason = reason or scheduler_refusal(base.family, request.scheduler) or _profile(request, base.family)
     if not reason:
         row = family(base.family)
         cell = row.cell(request.task, controlnets=len(controlnets))
@@ -121,6 +121,13 @@ def _steps(request: GenerationRequest, cell: Cell) -> str | None:
             "leaves no step to run; raise either"
         )
     return None
+
+
+def _profile(request: GenerationRequest, family_name: str) -> str | None:
+    if request.exact and request.profile != "exact":
+        return f"profile: {request.profile!r} is not strict; use profile exact, or another reproducibility"
+    why = profile_refusal(family_name, request.profile)
+    return f"profile: {why}" if why else None
 
 
 def _own_control_picture(request: GenerationRequest, cell: Cell) -> str | None:

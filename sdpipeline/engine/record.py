@@ -9,6 +9,7 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from sdpipeline.domain import GenerationRequest, Json, Reproducibility
+from sdpipeline.engine.profiles import PROFILES
 
 LIBRARIES = ("torch", "diffusers", "transformers", "peft", "numpy", "opencv-python-headless", "sdpipeline")
 
@@ -49,6 +50,7 @@ def ran(
         "device": setting.device,
         "dtype": setting.dtype,
         "reproducibility": held(request),
+        "profile": {"name": request.profile} | PROFILES[request.profile].document(),
         "bucket": setting.bucket,
         "slot": slot,
         "fallbacks": list(fallbacks),
@@ -58,7 +60,7 @@ def ran(
 
 
 def held(request: GenerationRequest) -> Reproducibility:
-    """What held for this picture: no engine here trades exactness for speed yet, so ``fast`` got ``tolerant``."""
+    """What held for this picture; ``fast``, which older requests say, means ``tolerant``."""
     return "strict" if request.exact else "tolerant"
 
 

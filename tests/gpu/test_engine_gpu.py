@@ -14,6 +14,8 @@ from safetensors.torch import save_file
 from sdpipeline.domain import Task
 from sdpipeline.engine.checkpoints import inspect
 from sdpipeline.engine.diffusers_engine import DiffusersEngine
+from sdpipeline.engine.families import FAMILIES
+from sdpipeline.engine.speedups import Speedups
 from tests.integration.engine_requests import (
     SOURCE,
     adapter,
@@ -172,3 +174,35 @@ def test_learned_annotators_and_adapters_can_run_exactly(annotator: str, on: Dif
         request(prompt="a <toy>", reproducibility="strict", **worn), controlnets_0=noise(1), ip_adapters_0=noise(2)
     )
     assert equal(*(images(exact, on=on)[0] for _ in range(2)))
+
+
+@pytest.mark.parametrize("family", ["sd1", "sdxl", "sd3", "flux"])
+@pytest.mark.parametrize("profile", ["fast", "turbo"])
+def test_a_picture_that_shared_calls_is_made_again_bit_by_bit(on: DiffusersEngine, family: str, profile: str) -> None:
+    if profile not in FAMILIES[family].profiles:
+        profile = "fast"
+    asked = [mixed(family, n, num_inference_steps=2 + 2 * n, profile=profile) for n in range(3)]
+    for given, made in zip(asked, images(*asked, on=on), strict=True):
+        again = images(replace(given, calls=made.ran["calls"]), bucket=made.ran["bucket"], on=on)[0]
+        assert equal(again, made)
+
+
+@pytest.mark.parametrize(
+    "speedups",
+    [
+        Speedups(compile=True),
+        Speedups(channels_last=True),
+        Speedups(attention="flash"),
+        Speedups(attention="efficient"),
+        Speedups(compile=True, channels_last=True, decode_batch=2),
+    ],
+)
+@pytest.mark.parametrize("family", ["sd1", "sdxl"])
+def test_what_the_deployment_allows_keeps_quick_pictures_near_and_exact_ones_the_same(
+    on: DiffusersEngine, family: str, speedups: Speedups
+) -> None:
+    own = new_engine(device="cuda", speedups=speedups)
+    quick = mixed(family, 1, profile="fast")
+    assert distance(images(quick, on=own)[0], images(quick, on=on)[0]) < 24
+    strict = mixed(family, 1, reproducibility="strict")
+    assert equal(images(strict, on=own)[0], images(strict, on=on)[0])

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import pytest
 import torch
 
 from sdpipeline.engine import GeneratedImage, PreparedRequest
@@ -38,10 +37,9 @@ def about(image: GeneratedImage) -> tuple[Any, ...]:
     return tuple(image.ran[name] for name in ("reproducibility", "dtype", "bucket", "slot", "fallbacks"))
 
 
-@pytest.mark.parametrize("asked", ["tolerant", "fast"])
-def test_no_speed_is_bought_with_exactness_yet_so_that_fast_ran_tolerant(asked: str) -> None:
-    made = images(prepared(request(reproducibility=asked)))[0]
-    assert made.ran["reproducibility"] == "tolerant"
+def test_a_request_of_before_there_were_profiles_that_says_fast_is_still_made_as_it_was() -> None:
+    made = images(prepared(request(reproducibility="fast")))[0]
+    assert (made.ran["reproducibility"], made.ran["profile"]) == ("tolerant", {"name": "exact"})
     assert equal(made, images(prepared(request()))[0])
 
 

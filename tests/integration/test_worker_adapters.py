@@ -12,7 +12,7 @@ import pytest
 from sdpipeline import bootstrap, provenance, reproduction
 from sdpipeline.db import registry
 from sdpipeline.domain import Json
-from sdpipeline.errors import CampaignError
+from sdpipeline.errors import CampaignError, InputImageError
 from tests.integration.tiny_checkpoints import tiny_checkpoints
 from tests.integration.worker_campaigns import PICTURE, Workplace, campaign, picture_file, workplace
 
@@ -83,7 +83,7 @@ def test_another_autoencoder_is_felt_and_recorded(place: Workplace, plain: str) 
         ({"clip_skip": 1}, {"clip_skip": 1}),
         ({"prompt": "dog " * 100}, {"prompt_tokens": 154}),
         ({"reproducibility": "strict"}, {"reproducibility": "strict", "bucket": 1, "dtype": "float32"}),
-        ({"reproducibility": "fast"}, {"reproducibility": "tolerant"}),
+        ({"reproducibility": "fast"}, {"profile": {"name": "fast", "guidance_every": 2}}),
         ({"reproducibility": "tolerant"}, {"reproducibility": "tolerant"}),
     ],
     ids=["clip-skip", "long", "strict", "fast", "tolerant"],
@@ -118,6 +118,30 @@ def test_a_plan_counts_strict_pictures_as_batches_of_their_own(
 ) -> None:
     asked = campaign("planned", "sd1", DRAFT, seeds={"count": 5}, reproducibility=reproducibility)
     assert place.plan(asked, max_batch=4).batches == batches
+
+
+def test_jobs_of_other_steps_share_batches_under_a_profile_and_are_made_again_bit_by_bit(place: Workplace) -> None:
+    draft = DRAFT | {"num_inference_steps": "{{ steps }}", "guidance_scale": "{{ guidance }}"}
+    again = {"id": "again", "task": "image-to-image", "prompt": "a cat", "image": {"stage": "draft"}}
+    variables = {"zip": {"steps": [2, 3, 5], "guidance": [1.0, 4.0, 6.0], "strength": [0.5, 0.7, 1.0]}}
+    stages = (draft, again | {"strength": "{{ strength }}"})
+    asked = campaign("mixed", "sd1", *stages, variables=variables, profile="turbo")
+    assert place.plan(asked | {"profile": "exact"}, max_batch=8).batches == 6
+    assert place.plan(asked, max_batch=8).batches == 2
+    for job in place.made(asked):
+        assert _again(place, job) == (True, [])
+
+
+def _again(place: Workplace, job: Json) -> tuple[bool, list[Json]]:
+    data = picture_file(job).read_bytes()
+    record = reproduction.checked_record(provenance.read_record(data), "a picture")
+    pixels = provenance.decode(data, max_pixels=2**20)
+    made = reproduction.reproduce(record, place.engine, _no_input, original=pixels, pixels_sha256=None)
+    return made.bit_equal, made.differences
+
+
+def _no_input(about: Json) -> bytes:
+    raise InputImageError(f"no input {about}")
 
 
 def test_a_weight_may_be_another_for_each_row(place: Workplace) -> None:

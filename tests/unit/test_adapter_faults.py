@@ -142,9 +142,9 @@ def test_an_ip_adapters_reference_is_a_parents_picture_of_any_size() -> None:
 
 
 def test_a_stage_may_want_another_reproducibility_than_its_campaign() -> None:
-    text = "reproducibility: strict\n" + STAGE + "    reproducibility: fast\n"
+    text = "reproducibility: strict\n" + STAGE + "    reproducibility: tolerant\n"
     asked = {job.stage: job.request.reproducibility for job in jobs_of(text, catalog=WEIGHTS)}
-    assert asked == {"draft": "strict", "final": "fast"}
+    assert asked == {"draft": "strict", "final": "tolerant"}
 
 
 def test_the_default_reproducibility_changes_no_fingerprint() -> None:

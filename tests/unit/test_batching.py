@@ -13,6 +13,7 @@ from sdpipeline.domain import (
     ImageSource,
     OutputFormat,
     Task,
+    fingerprint,
 )
 from tests.factories import CHECKPOINT, request
 
@@ -78,6 +79,34 @@ def test_pictures_may_share_a_pass_although_they_differ_in(changes: dict[str, An
 )
 def test_pictures_cannot_share_a_pass_if_they_differ_in(changes: dict[str, Any]) -> None:
     assert batch_key(request(**EDIT)) != batch_key(request(**EDIT | changes))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"num_inference_steps": 5},
+        {"strength": 0.6},
+        {"scheduler": "euler"},
+        {"guidance_scale": 1.0},
+        {"controlnets": (replace(CANNY, control_guidance_end=0.5),)},
+    ],
+)
+@pytest.mark.parametrize("profile", ["fast", "turbo"])
+def test_pictures_of_a_profile_that_goes_step_by_step_may_differ_in(changes: dict[str, Any], profile: str) -> None:
+    one = request(**EDIT, profile=profile)
+    assert batch_key(one) == batch_key(replace(one, **changes))
+
+
+@pytest.mark.parametrize("changes", [{"width": 128}, {"profile": "turbo"}, {"profile": "exact"}, {"loras": (LORA,)}])
+def test_pictures_of_a_profile_cannot_share_calls_if_they_differ_in(changes: dict[str, Any]) -> None:
+    one = request(**EDIT, profile="fast")
+    assert batch_key(one) != batch_key(replace(one, **changes))
+
+
+def test_the_profile_that_trades_nothing_changes_no_fingerprint_and_no_batch_key() -> None:
+    assert "profile" not in batch_document(request())
+    assert fingerprint(request(profile="exact")) == fingerprint(request())
+    assert fingerprint(request(profile="fast")) != fingerprint(request())
 
 
 @pytest.mark.parametrize("field", ["loras", "textual_inversions", "ip_adapters"])

@@ -111,6 +111,7 @@ STAGE = st.fixed_dictionaries(
         ),
         "vae": WORDS | VALUES,
         "reproducibility": WORDS | VALUES,
+        "profile": WORDS | VALUES,
         "output": VALUES,
     },
 )

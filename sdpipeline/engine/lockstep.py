@@ -1,0 +1,177 @@
+"""Pipelines that go in lockstep: each halts where it calls a network, until all their calls can be made as one."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, TypeVar
+
+import torch
+from greenlet import getcurrent, greenlet
+
+Made = TypeVar("Made")
+
+PER_ROW = "timestep"
+"""Pipelines give one timestep for all their rows; networks take one for each as well."""
+SCALE = "conditioning_scale"
+"""What a ControlNet multiplies its residuals by at the end, one number for all its rows."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Call:
+    """A network's call that a pipeline waits for; ``arguments`` are by name, and the first has a row for each input."""
+
+    network: torch.nn.Module
+    forward: Callable[..., Any]
+    arguments: Mapping[str, Any]
+
+    @property
+    def rows(self) -> int:
+        """Inputs in this call: two for a guided picture, without a prompt and with it."""
+        return int(next(iter(self.arguments.values())).shape[0])
+
+    def later_half(self) -> Call:
+        """The same call for the rows with the prompt alone."""
+        half = {name: _part(value, self.rows // 2, self.rows, self.rows) for name, value in self.arguments.items()}
+        return replace(self, arguments=half)
+
+    def kind(self) -> tuple[Any, ...]:
+        """What has to be equal between calls that are made as one."""
+        own = tuple((name, _kind(value, self.rows)) for name, value in self.arguments.items() if name != SCALE)
+        return (self.network, own)
+
+
+def in_lockstep(
+    bodies: Sequence[Callable[[], Made]],
+    networks: Sequence[torch.nn.Module],
+    answer: Callable[[Mapping[int, Call]], Mapping[int, Any]],
+) -> list[Made]:
+    """What the bodies return, run side by side on this thread.
+
+    ``answer`` gets the calls of all that halt at the same network, by the number of the body, and gives what the
+    network returns to each. ``networks`` are in the order in which a step calls them, so that who is behind catches up.
+    """
+    ended: dict[int, Made] = {}
+    halted: dict[int, Call] = {}
+    running = [greenlet(body) for body in bodies]
+
+    def go_on(n: int, *given: Any) -> None:
+        came = running[n].switch(*given)
+        halted.pop(n, None)
+        (ended if running[n].dead else halted)[n] = came
+
+    with _halting(networks):
+        try:
+            for n in range(len(bodies)):
+                go_on(n)
+            while halted:
+                first = min((call.network for call in halted.values()), key=networks.index)
+                for n, output in answer({n: call for n, call in halted.items() if call.network is first}).items():
+                    go_on(n, output)
+        finally:
+            for each in running:
+                each.throw()  # ends those that another one's error left halted
+    return [ended[n] for n in range(len(bodies))]
+
+
+def make_as_one(calls: Sequence[Call], size: int) -> list[Any]:
+    """Each call's own output of one call of the network, padded to ``size`` rows by repeating the last row."""
+    rows = [call.rows for call in calls]
+    arguments = {
+        name: _joined([_rowwise(name, call.arguments[name], call.rows) for call in calls], rows, size)
+        for name in calls[0].arguments
+        if name != SCALE
+    }
+    scaled = SCALE in calls[0].arguments
+    output = calls[0].forward(**arguments, **{SCALE: 1.0} if scaled else {})
+    parts = split(output, rows, size)
+    return [_times(part, call.arguments[SCALE]) for call, part in zip(calls, parts, strict=True)] if scaled else parts
+
+
+def split(output: Any, rows: Sequence[int], size: int) -> list[Any]:
+    """The parts of what a call of ``size`` rows gave that belong to so many rows each, from its first row on."""
+    starts = [sum(rows[:n]) for n in range(len(rows))]
+    return [_part(output, start, start + count, size) for start, count in zip(starts, rows, strict=True)]
+
+
+def join(tensors: Sequence[torch.Tensor], size: int) -> torch.Tensor:
+    """Tensors of some rows each as one, padded to ``size`` rows by repeating the last."""
+    missing = size - sum(tensor.shape[0] for tensor in tensors)
+    whole = torch.cat([*tensors, *[tensors[-1][-1:]] * missing])
+    # What a concatenation lies like in memory depends on its parts, and the arithmetic's order on that.
+    return whole.contiguous()
+
+
+@contextmanager
+def _halting(networks: Sequence[torch.nn.Module]) -> Iterator[None]:
+    """Have the networks hand every call over to the current greenlet."""
+    hub = getcurrent()
+    with ExitStack() as restored:
+        for network in networks:
+            own, patched = network.forward, "forward" in vars(network)
+            signature = inspect.signature(own)
+            network.forward = partial(_halt, hub, network, own, signature)
+            restored.callback(setattr, network, "forward", own) if patched else restored.callback(
+                delattr, network, "forward"
+            )
+        yield
+
+
+def _halt(
+    hub: greenlet,
+    network: torch.nn.Module,
+    own: Callable[..., Any],
+    signature: inspect.Signature,
+    *inputs: Any,
+    **keywords: Any,
+) -> Any:
+    arguments = signature.bind(*inputs, **keywords).arguments
+    return hub.switch(Call(network=network, forward=own, arguments=arguments))
+
+
+def _rowwise(name: str, value: Any, rows: int) -> Any:
+    if name == PER_ROW and torch.is_tensor(value) and value.ndim == 0:
+        return value.expand(rows)
+    return value
+
+
+def _has_rows(value: Any, rows: int) -> bool:
+    return torch.is_tensor(value) and value.ndim > 0 and value.shape[0] == rows
+
+
+def _kind(value: Any, rows: int) -> Any:
+    if torch.is_tensor(value):
+        shape = ("rows", *value.shape[1:]) if _has_rows(value, rows) or value.ndim == 0 else tuple(value.shape)
+        return (*shape, value.dtype)
+    if isinstance(value, Mapping):
+        return tuple((name, _kind(each, rows)) for name, each in value.items())
+    return tuple(_kind(each, rows) for each in value) if isinstance(value, tuple | list) else value
+
+
+def _joined(values: Sequence[Any], rows: Sequence[int], size: int) -> Any:
+    """Tensors with a row for each input one after another; of everything else, which is equal, the first."""
+    first = values[0]
+    if _has_rows(first, rows[0]):
+        return join(values, size)
+    if isinstance(first, Mapping):
+        return {name: _joined([value[name] for value in values], rows, size) for name in first}
+    if isinstance(first, tuple | list):
+        return type(first)([_joined(each, rows, size) for each in zip(*values, strict=True)])
+    return first
+
+
+def _part(value: Any, start: int, stop: int, rows: int) -> Any:
+    if _has_rows(value, rows):
+        return value[start:stop]
+    if isinstance(value, Mapping):
+        return {name: _part(each, start, stop, rows) for name, each in value.items()}
+    return type(value)([_part(each, start, stop, rows) for each in value]) if isinstance(value, tuple | list) else value
+
+
+def _times(value: Any, scale: float) -> Any:
+    if isinstance(value, tuple | list):
+        return type(value)([_times(each, scale) for each in value])
+    return value * scale if torch.is_tensor(value) else value
