@@ -10,7 +10,7 @@ from sdpipeline.batching import batch_key, bucket_for
 from sdpipeline.db import staging
 from sdpipeline.db.audit import AuditLog
 from sdpipeline.db.submit import Publication, submit
-from sdpipeline.domain import CheckpointRef, GenerationRequest, JobSpec, Task, fingerprint
+from sdpipeline.domain import CheckpointRef, GenerationRequest, JobSpec, Profile, Task, fingerprint
 from sdpipeline.engine import Batch, PreparedRequest
 
 _COLOURS = ("red", "green", "blue", "yellow", "purple", "orange")
@@ -34,6 +34,7 @@ class Workload:
     num_inference_steps: int
     guidance_scale: float
     scheduler: str
+    profile: Profile = "exact"
 
     def request(self, number: int) -> GenerationRequest:
         """The picture of that number; its prompt comes again after some hundreds, its seed never."""
@@ -47,6 +48,7 @@ class Workload:
             num_inference_steps=self.num_inference_steps,
             guidance_scale=self.guidance_scale,
             scheduler=self.scheduler,
+            profile=self.profile,
         )
 
     def batch(self, first: int, count: int) -> Batch:

@@ -18,6 +18,7 @@ from sdpipeline.cli.bench_subject import (
     Device,
     Guidance,
     Height,
+    ProfileName,
     Scheduler,
     Steps,
     Wanted,
@@ -52,6 +53,7 @@ def engine(
     num_inference_steps: Steps = None,
     guidance_scale: Guidance = None,
     scheduler: Scheduler = "dpmpp-2m",
+    profile: ProfileName = "exact",
     rounds: Rounds = 3,
     device: Device = None,
     plot_file: PlotFile = None,
@@ -68,6 +70,7 @@ def engine(
         num_inference_steps=num_inference_steps,
         guidance_scale=guidance_scale,
         scheduler=scheduler,
+        profile=profile,
         device=device,
     )
     on = subject(settings(home), wanted)
@@ -105,6 +108,7 @@ def pipeline(
     num_inference_steps: Steps = None,
     guidance_scale: Guidance = None,
     scheduler: Scheduler = "dpmpp-2m",
+    profile: ProfileName = "exact",
     rounds: Rounds = 3,
     device: Device = None,
     plot_file: PlotFile = None,
@@ -121,6 +125,7 @@ def pipeline(
         num_inference_steps=num_inference_steps,
         guidance_scale=guidance_scale,
         scheduler=scheduler,
+        profile=profile,
         device=device,
     )
     s = settings(home)
@@ -228,7 +233,7 @@ def _say_pipeline(found: Json) -> None:
 
 def _title(found: Json) -> str:
     what = f"{found['checkpoint']} {found['width']}x{found['height']}, {found['num_inference_steps']} steps"
-    return f"{what} on {found['device']} in {found['dtype']}"
+    return f"{what}, {found['profile']}, on {found['device']} in {found['dtype']}"
 
 
 def _say_engine(found: Json) -> None:

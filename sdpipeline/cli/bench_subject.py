@@ -14,7 +14,7 @@ from sdpipeline.bench.shapes import NAMES, shape
 from sdpipeline.bench.spread import OnProgress
 from sdpipeline.bench.workload import Workload
 from sdpipeline.cli.output import refuse, stderr
-from sdpipeline.domain import CheckpointRef, Json, Task
+from sdpipeline.domain import CheckpointRef, Json, Profile, Task
 from sdpipeline.engine import Engine
 from sdpipeline.engine.checkpoints import CheckpointFiles
 from sdpipeline.engine.devices import gpu_count
@@ -31,6 +31,7 @@ Height = Annotated[int | None, typer.Option(min=64, help="Pixels; default what f
 Steps = Annotated[int | None, typer.Option("--num-inference-steps", min=1, help="Default as for the size.")]
 Guidance = Annotated[float | None, typer.Option("--guidance-scale", min=1.0, help="1 is without guidance.")]
 Scheduler = Annotated[str, typer.Option(help="As in a campaign file.")]
+ProfileName = Annotated[Profile, typer.Option(help="exact, fast or turbo, as in a campaign file.")]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N; default the first GPU, else cpu.")]
 
 SHIPPED = {"width": 128, "height": 128, "num_inference_steps": 20, "guidance_scale": 4.0}
@@ -48,6 +49,7 @@ class Wanted:
     num_inference_steps: int | None
     guidance_scale: float | None
     scheduler: str
+    profile: Profile
     device: str | None
 
 
@@ -83,6 +85,7 @@ class Subject:
             "num_inference_steps": w.num_inference_steps,
             "guidance_scale": w.guidance_scale,
             "scheduler": w.scheduler,
+            "profile": w.profile,
         }
 
 
@@ -102,7 +105,7 @@ def subject(s: Settings, wanted: Wanted) -> Subject:
         if chosen[name] % row.size_multiple:
             raise refuse(f"--{name} {chosen[name]} is no multiple of {row.size_multiple}", "name the nearest one")
     ref = CheckpointRef(alias=files.alias, digest=files.digest)
-    workload = Workload(checkpoint=ref, scheduler=wanted.scheduler, **chosen)
+    workload = Workload(checkpoint=ref, scheduler=wanted.scheduler, profile=wanted.profile, **chosen)
     dtype = s.engine.dtype or (row.cuda_dtype if device.startswith("cuda") else "float32")
     return Subject(settings=s, files=files, workload=workload, device=device, dtype=dtype)
 

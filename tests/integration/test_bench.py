@@ -58,9 +58,9 @@ def test_the_engine_is_measured_beside_a_plain_loop_and_the_ceiling(tmp_path: Pa
 
 
 def test_the_whole_line_is_measured_and_leaves_nothing(tmp_path: Path) -> None:
-    found = document("bench", "pipeline", "--batch", 2, "--batches", 2, *SMALL, "--home", tmp_path)
+    found = document("bench", "pipeline", "--profile", "fast", "--batch", 2, "--batches", 2, *SMALL, "--home", tmp_path)
     assert [row["what"] for row in found["rows"]] == ["engine alone", "whole line", "plain loop, saved"]
-    assert found["pictures"] == 4
+    assert (found["pictures"], found["profile"]) == (4, "fast")
     # What the shares say is lost is what is lost.
     lost = sum(row["share"] for row in found["lost"])
     assert 1 - lost == pytest.approx(found["share_of_engine"], abs=0.002)
