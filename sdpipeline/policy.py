@@ -137,10 +137,10 @@ def check_safety_checkers(policies: Iterable[Rules], catalog: Mapping[str, Check
         if alias is None or (alias in catalog and catalog[alias].kind == SAFETY_CHECKER):
             continue
         known = [name for name, files in catalog.items() if files.kind == SAFETY_CHECKER]
-        why = f"is a {catalog[alias].kind}" if alias in catalog else "is not registered"
+        why = f"is a {catalog[alias].kind}, not a safety checker" if alias in catalog else "is not registered"
         place: KeyPath = ("policy", "safety_checker") if rules.name == CAMPAIGN else ()
         fix = f"sdpipeline checkpoints add {alias} DIR" if not known else nearest(alias, known)
-        faults.add(place, f"{rules.name}.safety_checker: {alias!r} {why}, not a safety checker", fix)
+        faults.add(place, f"{'' if place else f'{rules.name}.safety_checker: '}{alias!r} {why}", fix)
 
 
 def safety_checks(policies: Iterable[Rules], catalog: Mapping[str, CheckpointFiles]) -> list[Json]:

@@ -83,7 +83,8 @@ class SigningSettings(_Section):
 
     seal_key_file: Path | None = Field(None, description="PEM file with the Ed25519 key that seals the audit log")
     retired_seal_keys: list[Annotated[str, Field(pattern="^[0-9a-f]{64}$")]] = Field(
-        default_factory=list, description="public keys, as JSON, whose seals from before are still believed"
+        default_factory=list,
+        description="public keys (64 hexadecimal digits each), as JSON, whose seals from before are still believed",
     )
     certificates_file: Path | None = Field(
         None, description="PEM file with the chain that signs pictures: its certificate first, the root left out"

@@ -16,7 +16,17 @@ from sdpipeline.audit.findings import Verification
 from sdpipeline.audit.offline import verify_export
 from sdpipeline.audit.proof import Success, prove, success_of_job, success_of_picture, verify_proof
 from sdpipeline.audit.seals import EVERY_S, MOST_EVENTS
-from sdpipeline.cli.output import FOUND_FAULTS, AsJson, Home, print_json, print_table, refuse, settings, stdout
+from sdpipeline.cli.output import (
+    FOUND_FAULTS,
+    AsJson,
+    Home,
+    print_json,
+    print_table,
+    refuse,
+    refuse_place,
+    settings,
+    stdout,
+)
 from sdpipeline.db import evidence
 from sdpipeline.db.connection import Connection
 from sdpipeline.domain import Json
@@ -113,8 +123,7 @@ def export(
     s = settings(home)
     if as_json and out is None:
         raise refuse("--json needs --out: the export itself goes to standard output", "--out audit.jsonl")
-    if out is not None and not out.parent.is_dir():
-        raise refuse(f"--out {out}: no folder {out.parent}", "make it first")
+    refuse_place(out)
     with bootstrap.services(s, create=False) as have:
         bootstrap.seal(s)
         if out is None:
@@ -140,8 +149,7 @@ def prove_image(
 ) -> None:
     """Write the proof that a picture's success stands in the sealed log, for audit verify --proof."""
     s = settings(home)
-    if out is not None and not out.parent.is_dir():
-        raise refuse(f"--out {out}: no folder {out.parent}", "make it first")
+    refuse_place(out)
     with bootstrap.services(s, create=False) as have:
         with have.database.read() as connection:
             success = _success(connection, picture)

@@ -63,6 +63,7 @@ class _Result:
     seconds: dict[str, float]
     signer: str
     newest: str
+    home: str
 
     def document(self) -> dict[str, Any]:
         rate = round(self.images / self.wall_s, 3)
@@ -101,6 +102,7 @@ def _result(s: Settings, name: str, wall_s: float) -> _Result:
         places=places,
         seconds=seconds,
         signer=bootstrap.picture_key(s).identity,
+        home="" if s.home == bootstrap.load_settings().home else f" --home {shlex.quote(str(s.home))}",
         newest=unquote(urlsplit(newest[0]["url"]).path) if newest else "PICTURE",
     )
 
@@ -118,11 +120,11 @@ def _print(result: _Result, *, nothing_new: bool) -> None:
         "What to try next",
         ("to", "type"),
         (
-            ("see every job", "sdpipeline jobs demo"),
-            ("know all about one", "sdpipeline show 1"),
-            ("check that nothing was changed", "sdpipeline audit verify"),
-            ("see what a picture is and who signed it", f"sdpipeline verify {shlex.quote(result.newest)}"),
-            ("have the pictures under readable names", "sdpipeline export demo --to DIR"),
+            ("see every job", f"sdpipeline jobs demo{result.home}"),
+            ("know all about one", f"sdpipeline show 1{result.home}"),
+            ("check that nothing was changed", f"sdpipeline audit verify{result.home}"),
+            ("see what a picture is and who signed it", f"sdpipeline verify {shlex.quote(result.newest)}{result.home}"),
+            ("have the pictures under readable names", f"sdpipeline export demo --to DIR{result.home}"),
             ("write your own", "sdpipeline init DIR, and there: sdpipeline run catalogue.yaml"),
             ("check this installation", "sdpipeline doctor"),
         ),

@@ -78,6 +78,14 @@ def refuse(message: str, fix: str | None = None) -> BadInputError:
     return BadInputError(Mistake(message=message, fix=fix))
 
 
+def refuse_place(out: Path | None) -> None:
+    """Refuse what a file cannot be written to, before anything is done for it."""
+    if out is not None and not out.parent.is_dir():
+        raise refuse(f"--out {out}: no folder {out.parent}", "make it first")
+    if out is not None and out.is_dir():
+        raise refuse(f"--out {out} is a folder", "name a file in it")
+
+
 def _mistake_document(mistake: Mistake) -> Mapping[str, Any]:
     names = ("file", "line", "column", "key", "message", "fix")
     return {name: getattr(mistake, name) for name in names}

@@ -11,7 +11,17 @@ from typing import Annotated
 import typer
 
 from sdpipeline import archive, bootstrap, provenance, reproduction
-from sdpipeline.cli.output import FOUND_FAULTS, AsJson, Home, print_json, print_records, refuse, settings, stdout
+from sdpipeline.cli.output import (
+    FOUND_FAULTS,
+    AsJson,
+    Home,
+    print_json,
+    print_records,
+    refuse,
+    refuse_place,
+    settings,
+    stdout,
+)
 from sdpipeline.db import reports
 from sdpipeline.domain import Json
 from sdpipeline.engine import Pixels
@@ -39,8 +49,7 @@ def reproduce(
 ) -> None:
     """Make a picture again from its record, ancestors first, and compare the pixels; exit 3 where they differ."""
     s = settings(home)
-    if out is not None and not out.parent.is_dir():
-        raise refuse(f"--out {out}: no folder {out.parent}", "make it first")
+    refuse_place(out)
     asked = _from_file(Path(picture)) if not picture.isdigit() or Path(picture).exists() else _from_job(s, int(picture))
     engine = bootstrap.build_engine(
         s, bootstrap.devices(s)[0], bootstrap.existing_database(s), dtype=asked.record["ran"].get("dtype")
@@ -78,8 +87,11 @@ def _from_file(path: Path) -> _Asked:
         data = path.read_bytes()
     except OSError as error:
         raise refuse(f"{path} cannot be read: {error.strerror}", "give a job's id or a picture") from error
-    record = checked_record(provenance.read_record(data), str(path))
-    return _Asked(record=record, pixels=provenance.decode(data, max_pixels=LARGEST_PICTURE))
+    try:
+        record = checked_record(provenance.read_record(data), str(path))
+        return _Asked(record=record, pixels=provenance.decode(data, max_pixels=LARGEST_PICTURE))
+    except InputImageError as error:
+        raise refuse(f"{path}: {error}", "give a job's id or a picture") from error
 
 
 def _from_job(s: Settings, job_id: int) -> _Asked:

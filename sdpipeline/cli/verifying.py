@@ -40,18 +40,23 @@ def verify(
     """Say who signed a picture, what it is marked as and made from, and whether our database knows it."""
     s = settings(home)
     trusted = bootstrap.trust_anchors(s)
+    if not picture:
+        raise refuse("no picture is named", "a file, a folder or s3://bucket/key")
     named, single = _named(s, picture)
     with _register(s) as register:
         check = partial(_checked, trust_anchors=trusted, register=register, single=single)
         checked = [check(each) for each in _shown(named, hidden=as_json or single)]
     ok = all(each.ok for each in checked)
+    asked = register is not None
     if as_json:
-        documents = [each.document() for each in checked]
+        documents = [each.document() | ({} if asked else {"known": None}) for each in checked]
         print_json(documents[0] if single else {"ok": ok, "images": len(checked), "pictures": documents})
     elif single:
         _say(checked[0])
     else:
         _say_all(checked)
+    if not (asked or as_json):
+        stdout.print(f"no database was asked: there is none in {s.home} (--home names another place)")
     if not ok:
         raise typer.Exit(FOUND_FAULTS)
 

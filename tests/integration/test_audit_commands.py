@@ -240,3 +240,13 @@ def test_each_part_of_the_settings_is_told_by_itself(home: Path) -> None:
         assert declare(tx, "marks", {"a": 1})
     with log.transaction() as tx:
         assert (declare(tx, "marks", {"a": 1}), declare(tx, "seals", {"a": 1})) == (False, True)
+
+
+@pytest.mark.parametrize("words", [("audit", "export"), ("audit", "prove", "1"), ("reproduce", "1")])
+def test_a_folder_is_no_place_to_write_a_file_to(
+    home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], words: tuple[str, ...]
+) -> None:
+    (folder := tmp_path / "folder").mkdir()
+    ran(*words, "--out", folder, "--home", home, exit_code=2)
+    assert "is a folder" in capsys.readouterr().err
+    assert list(tmp_path.glob("*.part")) == []
