@@ -276,13 +276,14 @@ def test_prompts_that_are_kept_back_stand_in_no_file_of_the_chain(
 
 
 def test_what_keeps_its_prompt_back_is_made_again_from_its_sidecar_and_not_from_its_file(place: Place) -> None:
-    jobs = chain()
+    jobs = chain(prompt=SECRET, negative_prompt=SECRET)
     *_, final = place.work(*jobs, rules={each.stage: {"include_prompt": "none"} for each in jobs})
     record = reproduction.checked_record(place.sidecar(final)["record"], "sidecar")
     done = reproduction.reproduce(
         record, FakeEngine(), lambda _: b"", original=None, pixels_sha256=final["pixels_sha256"]
     )
     assert done.bit_equal
+    assert SECRET.encode() not in done.data
     with pytest.raises(BadInputError, match=r"keeps the prompt back \(give its job's number"):
         reproduction.checked_record(provenance.read_record(place.store.get(final["key"])), "a.png")
 
