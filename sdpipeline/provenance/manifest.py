@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -177,7 +178,9 @@ def _signed(
 
 
 def _unavailable(error: c2pa.C2paError) -> SigningUnavailableError:
-    return SigningUnavailableError(f"the picture cannot be signed: {error}")
+    # It may name the time authority's address, with whatever stands before its host.
+    why = re.sub(r"//\S*@", "//", str(error))
+    return SigningUnavailableError(f"the picture cannot be signed: {why}")
 
 
 def _unfit(ingredient: Ingredient, error: c2pa.C2paError) -> InputImageError:
