@@ -15,6 +15,7 @@ from sdpipeline.engine import Pixels, PreparedRequest
 from sdpipeline.errors import InputImageError, ObjectConflictError, ObjectMissingError
 from sdpipeline.inputs import LARGEST_INPUT_BYTES, input_key
 from sdpipeline.provenance import GENERATED, Ingredient
+from sdpipeline.signing import SigningKey
 from sdpipeline.storage import ForeignObjects, ObjectStore
 
 
@@ -41,8 +42,11 @@ class Fetched:
     consumed: Consumed
 
 
-def fetch(store: ObjectStore, foreign: ForeignObjects, leased: LeasedJob, *, max_pixels: int) -> Fetched:
-    """The job's request with its pictures decoded; raises InputImageError for one that is missing or altered."""
+def fetch(
+    store: ObjectStore, foreign: ForeignObjects, leased: LeasedJob, *, max_pixels: int, signing: SigningKey
+) -> Fetched:
+    """The job's request with its pictures decoded; raises InputImageError for one that is missing or altered, or from
+    outside with marks so damaged that no picture could be signed that names it: before the device works for it."""
     images: dict[str, Pixels] = {}
     inputs: dict[str, Json] = {}
     ancestors: dict[str, Json] = {}
@@ -54,7 +58,9 @@ def fetch(store: ObjectStore, foreign: ForeignObjects, leased: LeasedJob, *, max
         images[role] = provenance.decode(data, max_pixels=max_pixels)
         inputs[role] = about
         ingredients.append(Ingredient(role=role, data=data))
-        if parent is not None:
+        if parent is None:
+            provenance.rehearse(signing, ingredients[-1:])
+        else:
             # With its ancestors' records in it, a picture alone is enough to make its whole chain again.
             ancestors |= _records(store, parent, data)
     consumed = Consumed(inputs=inputs, ancestors=ancestors, ingredients=ingredients, edits=_edits(ingredients))

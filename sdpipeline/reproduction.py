@@ -75,7 +75,8 @@ def _made_again(record: Json, engine: Engine, find_input: FindInput) -> tuple[by
     if isinstance(result, GenerationFailure):
         raise result.error
     own = _own_record(record, request, result.ran)
-    return provenance.encode(result.pixels, output=request.output, record=own).data, result.ran
+    shown = provenance.disclosed(own)
+    return provenance.encode(result.pixels, output=request.output, record=shown).data, result.ran
 
 
 def _image(about: Json, ancestors: Json, engine: Engine, find_input: FindInput) -> Pixels:

@@ -99,6 +99,14 @@ class SigningSettings(_Section):
         None, description="PEM file with the roots that are trusted, old ones and the time authority's among them"
     )
 
+    @field_validator("kms_endpoint_url", "tsa_url")
+    @classmethod
+    def _without_password(cls, url: str | None) -> str | None:
+        """These stand in the audit log, and c2pa puts them into its errors."""
+        if url is not None and "@" in urlsplit(url).netloc:
+            raise ValueError("expected an address without user and password: a proxy beside us may add them")
+        return url
+
 
 class DispatchSettings(_Section):
     """How many workers a deployed campaign has, by the jobs that could be made at this moment."""
@@ -500,7 +508,8 @@ def _mistake(fault: Any, name: str, found: list[_Written]) -> Mistake:
             f"holds settings, as in {name}__{next(n for n in setting_names() if n.startswith(name)).split('__')[1]}"
         )
     elif not secret and isinstance(fault["input"], str | int | float):
-        message = f"found {str(fault['input'])[:60]!r}: {message[0].lower()}{message[1:]}"
+        given = re.sub(r"//\S*@", "//", str(fault["input"]))
+        message = f"found {given[:60]!r}: {message[0].lower()}{message[1:]}"
     if place is None:
         return Mistake(key=name, message=message)
     return Mistake(file=place.file, line=place.line, key=place.written, message=message)

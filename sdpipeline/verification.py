@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from dataclasses import dataclass, field
 from typing import Literal
 
 from sdpipeline import archive, provenance
-from sdpipeline.db import archives, lookup
+from sdpipeline.db import archives, audit, lookup
+from sdpipeline.db.audit import Event
 from sdpipeline.db.connection import Database
 from sdpipeline.db.lookup import MOST_BITS, RecordedPicture
 from sdpipeline.domain import Json
@@ -78,27 +80,46 @@ class Register:
     team: str
     _rest: list[RecordedPicture] | None = field(default=None)
 
-    def match(self, data: bytes, pixels: Pixels) -> Match | None:
-        """The recorded picture that this is, if there is one."""
+    def match(self, data: bytes, pixels: Pixels, record: Json | None = None) -> Match | None:
+        """The recorded picture that this is, if there is one; ``record`` is what it says of itself, signed."""
         digest, looks = provenance.pixels_sha256(pixels), perceptual_hash(pixels)
         with self.database.read() as connection:
             same = lookup.of_pixels(connection, team=self.team, pixels_sha256=digest)
             near = [] if same else lookup.alike(connection, team=self.team, perceptual_hash=looks)
         found = _closest(near, looks)
-        if not same and found is None:
-            same = [each for each in self._others() if each.pixels_sha256 == digest]
-            found = _closest(self._others(), looks)
-        if not same:
-            return found
         sha256 = hashlib.sha256(data).hexdigest()
         whole = next((each for each in same if each.sha256 == sha256), None)
+        if whole is None and record is not None:
+            whole = self._delivered(sha256, record)
+        if whole is None and not same and found is None:
+            same = [each for each in self._others() if each.pixels_sha256 == digest]
+            whole = next((each for each in same if each.sha256 == sha256), None)
+            found = _closest(self._others(), looks)
+        if whole is None and not same:
+            return found
         return Match(by="file" if whole else "pixels", distance=0, picture=whole or same[0])
+
+    def told(self, data: bytes) -> bool:
+        """Whether the audit log knows of this very file, as it does of one that was made again since."""
+        sha256 = hashlib.sha256(data).hexdigest()
+        with self.database.read() as connection:
+            events = [json.loads(row.body) for row in audit.holding(connection, sha256)]
+        successes = [each for each in events if each["event"] in (Event.JOB_SUCCEEDED, Event.JOB_ADOPTED)]
+        return any(each["image"]["sha256"] == sha256 for each in successes)
 
     def made(self, record: Json) -> list[RecordedPicture]:
         """What was recorded for the job that a record names."""
         with self.database.read() as connection:
             found = lookup.of_fingerprint(connection, team=self.team, fingerprint=str(record.get("fingerprint")))
         return [each for each in found if each.identity == record.get("identity")]
+
+    def _delivered(self, sha256: str, record: Json) -> RecordedPicture | None:
+        """The same pixels may lie in many files: each edition's own, byte copies of them, archived ones."""
+        fingerprint = str(record.get("fingerprint"))
+        with self.database.read() as connection:
+            found = lookup.of_fingerprint(connection, team=self.team, fingerprint=fingerprint, copies=True)
+        here = next((each for each in found if each.sha256 == sha256), None)
+        return here or next((each for each in self._others() if each.sha256 == sha256), None)
 
     def _others(self) -> list[RecordedPicture]:
         if self._rest is None:
@@ -121,8 +142,9 @@ def check(name: str, data: bytes, *, trust_anchors: str, register: Register | No
         faults.append("signer.untrusted")
     match = None
     if register is not None and (pixels := _decoded(data)) is not None:
-        match = register.match(data, pixels)
-        faults += _contradictions(marks, match, register, provenance.pixels_sha256(pixels))
+        match = register.match(data, pixels, marks.record if marks.c2pa in ("valid", "trusted") else None)
+        against = _contradictions(marks, match, register, provenance.pixels_sha256(pixels))
+        faults += [] if against and register.told(data) else against
     return Checked(name=name, marks=marks, match=match, faults=tuple(faults))
 
 

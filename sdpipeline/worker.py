@@ -379,7 +379,9 @@ class _Run:
 
     def _fetch_inputs(self, leased: LeasedJob) -> fetching.Fetched:
         worker = self.worker
-        return fetching.fetch(worker.store, worker.foreign, leased, max_pixels=worker.limits.max_pixels)
+        return fetching.fetch(
+            worker.store, worker.foreign, leased, max_pixels=worker.limits.max_pixels, signing=worker.signing
+        )
 
     # Delivering what was made before.
 

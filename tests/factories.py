@@ -8,6 +8,7 @@ import json
 import secrets
 import shutil
 import tempfile
+import zlib
 from collections.abc import Iterable, Iterator
 from functools import cache
 from pathlib import Path
@@ -283,3 +284,16 @@ def events(database: Database) -> list[Json]:
     """Every audit event, chain by chain."""
     with database.read() as connection:
         return [json.loads(row.body) for row in audit_rows.events(connection)]
+
+
+def damaged(signed: bytes, *, cut: bool = False) -> bytes:
+    """A signed PNG that is whole for whoever decodes it, but with marks that are cut short or cannot be decoded."""
+    start = signed.index(b"caBX") - 4
+    end = start + 8 + int.from_bytes(signed[start : start + 4], "big")
+    marks = bytearray(signed[start + 4 : end])
+    if cut:
+        del marks[len(marks) // 2 :]
+    else:
+        marks[marks.index(b"djson", marks.index(b"sdpipeline.record")) - 1] = 0xFF
+    chunk = (len(marks) - 4).to_bytes(4, "big") + marks + zlib.crc32(marks).to_bytes(4, "big")
+    return signed[:start] + chunk + signed[end + 4 :]

@@ -52,10 +52,13 @@ def of_pixels(connection: Connection, *, team: str, pixels_sha256: str) -> list[
     return _owned(connection, team, connection.execute(_of_pixels(pixels_sha256)).mappings())
 
 
-def of_fingerprint(connection: Connection, *, team: str, fingerprint: str) -> list[RecordedPicture]:
-    """Pictures made for this fingerprint, the newest first."""
-    made = _images(image.c.fingerprint == fingerprint, image.c.reused_from.is_(None))
-    return _owned(connection, team, connection.execute(made).mappings())
+def of_fingerprint(
+    connection: Connection, *, team: str, fingerprint: str, copies: bool = False
+) -> list[RecordedPicture]:
+    """Pictures made for this fingerprint, the newest first; with those that are copies of them, where asked."""
+    own = [] if copies else [image.c.reused_from.is_(None)]
+    found = _images(image.c.fingerprint == fingerprint, *own)
+    return _owned(connection, team, connection.execute(found).mappings())
 
 
 def alike(connection: Connection, *, team: str, perceptual_hash: str) -> list[RecordedPicture]:

@@ -14,7 +14,7 @@ from sdpipeline.provenance.encoding import (
     pixels_sha256,
     read_record,
 )
-from sdpipeline.provenance.manifest import Ingredient, ParentPicture, VerifiedPicture, sign, verify
+from sdpipeline.provenance.manifest import Ingredient, ParentPicture, VerifiedPicture, rehearse, sign, verify
 
 __all__ = [
     "COMPOSITE",
@@ -34,6 +34,7 @@ __all__ = [
     "own_part",
     "pixels_sha256",
     "read_record",
+    "rehearse",
     "sign",
     "tells_more",
     "verify",

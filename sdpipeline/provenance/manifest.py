@@ -5,14 +5,16 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
 import c2pa
+import numpy as np
 
 from sdpipeline import __version__
-from sdpipeline.domain import Json
+from sdpipeline.domain import Json, OutputFormat
 from sdpipeline.errors import InputImageError, SigningUnavailableError
 from sdpipeline.provenance.disclosure import own_part
 from sdpipeline.provenance.encoding import (
@@ -20,6 +22,7 @@ from sdpipeline.provenance.encoding import (
     GENERATED,
     EncodedImage,
     content_type,
+    encode,
     parsed_record,
     read_marks,
     record_text,
@@ -127,23 +130,62 @@ def sign(
             refusals.append(error)  # c2pa keeps no more than a text of what its callback raises
             raise
 
-    signed = io.BytesIO()
-    algorithm = c2pa.C2paSigningAlg[key.algorithm.upper()]
     try:
-        with (
-            c2pa.Signer.from_callback(signature, algorithm, key.certificates, key.tsa_url) as signer,
-            _context() as context,
-            c2pa.Builder(_manifest(record, ingredients, from_photograph=from_photograph), context=context) as builder,
-        ):
-            for ingredient in ingredients:
-                _add(builder, ingredient)
-            builder.sign(signer, image.content_type, io.BytesIO(image.data), signed)
+        data = _signed(image, replace(key, sign=signature), record, ingredients, from_photograph=from_photograph)
     except c2pa.C2paError as error:
         if refusals:
             raise refusals[0]  # noqa: B904 - its own cause says more than c2pa's echo of it
-        raise SigningUnavailableError(f"the picture cannot be signed: {error}") from error
-    data = signed.getvalue()
+        rehearse(key, ingredients)
+        raise _unavailable(error) from error
     return replace(image, data=data, sha256=hashlib.sha256(data).hexdigest())
+
+
+def rehearse(key: SigningKey, ingredients: Sequence[Ingredient]) -> None:
+    """Raises InputImageError where no picture could be signed that names these, SigningUnavailableError where none
+    could at all. Neither the private key nor the time authority is asked."""
+    blank = encode(np.zeros((8, 8, 3), np.uint8), output=OutputFormat(), record={})
+    offline = replace(key, sign=lambda _: bytes(64), tsa_url=None)
+    for ingredient in ingredients:
+        try:
+            _signed(blank, offline, {}, [ingredient])
+        except c2pa.C2paError as error:
+            try:
+                _signed(blank, offline, {}, ())
+            except c2pa.C2paError as without:
+                raise _unavailable(without) from without
+            raise _unfit(ingredient, error) from error
+
+
+def _signed(
+    image: EncodedImage,
+    key: SigningKey,
+    record: Json,
+    ingredients: Sequence[Ingredient],
+    *,
+    from_photograph: bool = False,
+) -> bytes:
+    signed = io.BytesIO()
+    algorithm = c2pa.C2paSigningAlg[key.algorithm.upper()]
+    with (
+        c2pa.Signer.from_callback(key.sign, algorithm, key.certificates, key.tsa_url) as signer,
+        _context() as context,
+        c2pa.Builder(_manifest(record, ingredients, from_photograph=from_photograph), context=context) as builder,
+    ):
+        for ingredient in ingredients:
+            _add(builder, ingredient)
+        builder.sign(signer, image.content_type, io.BytesIO(image.data), signed)
+    return signed.getvalue()
+
+
+def _unavailable(error: c2pa.C2paError) -> SigningUnavailableError:
+    # It may name the time authority's address, with whatever stands before its host.
+    why = re.sub(r"//\S*@", "//", str(error))
+    return SigningUnavailableError(f"the picture cannot be signed: {why}")
+
+
+def _unfit(ingredient: Ingredient, error: c2pa.C2paError) -> InputImageError:
+    fix = "save it again without its metadata"
+    return InputImageError(f"{ingredient.role} cannot be named as an ingredient: {error} ({fix})")
 
 
 def verify(data: bytes, *, trust_anchors: str = "") -> VerifiedPicture:
@@ -167,6 +209,9 @@ def verify(data: bytes, *, trust_anchors: str = "") -> VerifiedPicture:
             record=embedded,
             faults=("c2pa.missing" if missing else f"c2pa.unreadable: {error}",),
         )
+    if document["active_manifest"] not in document["manifests"]:
+        fault = "c2pa.unreadable: its manifest cannot be decoded"
+        return VerifiedPicture(c2pa="invalid", digital_source_type=source_type, record=embedded, faults=(fault,))
     return _verified(document, embedded, source_type)
 
 
@@ -201,7 +246,7 @@ def _add(builder: c2pa.Builder, ingredient: Ingredient) -> None:
     try:
         builder.add_ingredient(described, content_type(ingredient.data), io.BytesIO(ingredient.data))
     except c2pa.C2paError as error:
-        raise InputImageError(f"{ingredient.role} cannot be named as an ingredient: {error}") from error
+        raise _unfit(ingredient, error) from error
 
 
 def _verified(document: Json, embedded: Json | None, source_type: str | None) -> VerifiedPicture:

@@ -29,7 +29,7 @@ from sdpipeline.provenance import COMPOSITE, GENERATED, VerifiedPicture, verify
 from sdpipeline.signing import SigningKey
 from sdpipeline.storage import LocalStore, ObjectStore
 from sdpipeline.worker import Worker, WorkerLimits
-from tests.factories import CHECKPOINT, job_spec, published, signing_key, statuses
+from tests.factories import CHECKPOINT, damaged, job_spec, published, signing_key, statuses
 from tests.integration.conftest import Bucket
 from tests.integration.databases import on_sqlite
 from tests.integration.fault_proxy import FaultProxy
@@ -139,6 +139,19 @@ def test_a_photograph_that_only_steers_leaves_the_picture_generated(place: Place
     assert [(each.role, each.relationship) for each in found.parents] == [("controlnets.0", "inputTo")]
     (about,) = place.sidecar(picture)["control_maps"]
     assert verify(place.store.get(about["key"])).digital_source_type == COMPOSITE
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("cut", [False, True], ids=["undecodable", "cut"])
+def test_an_input_with_damaged_marks_fails_its_job_before_the_device_works_for_it(place: Place, *, cut: bool) -> None:
+    encoded = provenance.encode(noise(), output=OutputFormat(), record={"asked": {}})
+    data = damaged(provenance.sign(encoded, key=place.key, record={"asked": {}}).data, cut=cut)
+    source = ImageSource(digest=hashed(data))
+    place.store.put(input_key(source.digest), data, content_type="image/png")
+    (picture,) = place.work(job_spec("a", task=Task.IMAGE_TO_IMAGE, image=source, strength=0.5), job_spec("b"))
+    assert place.marks(picture).ok
+    assert statuses(place.audit.database, "status", "error_kind") == [("failed", "InputImage"), ("succeeded", None)]
+    assert place.engine.asked == 1
 
 
 def test_two_roles_of_one_picture_do_not_double_what_is_told_of_it(place: Place) -> None:
@@ -263,13 +276,14 @@ def test_prompts_that_are_kept_back_stand_in_no_file_of_the_chain(
 
 
 def test_what_keeps_its_prompt_back_is_made_again_from_its_sidecar_and_not_from_its_file(place: Place) -> None:
-    jobs = chain()
+    jobs = chain(prompt=SECRET, negative_prompt=SECRET)
     *_, final = place.work(*jobs, rules={each.stage: {"include_prompt": "none"} for each in jobs})
     record = reproduction.checked_record(place.sidecar(final)["record"], "sidecar")
     done = reproduction.reproduce(
         record, FakeEngine(), lambda _: b"", original=None, pixels_sha256=final["pixels_sha256"]
     )
     assert done.bit_equal
+    assert SECRET.encode() not in done.data
     with pytest.raises(BadInputError, match=r"keeps the prompt back \(give its job's number"):
         reproduction.checked_record(provenance.read_record(place.store.get(final["key"])), "a.png")
 

@@ -32,6 +32,7 @@ from sdpipeline.provenance import (
 )
 from sdpipeline.scores import perceptual_distance, perceptual_hash
 from sdpipeline.signing import SigningKey, development_key, development_root
+from tests.factories import damaged
 
 ASTRONAUT, *OTHERS = (getattr(skimage.data, name)() for name in ("astronaut", "coffee", "rocket", "chelsea"))
 RECORD = {"prompt": "a <red> cup & 猫\n\x00", "seed": 2**62, "ran": {"dtype": "float32", "sigmas": [0.1, 14.0, 1e-7]}}
@@ -199,6 +200,15 @@ def test_a_key_that_does_not_answer_is_said_so(key: SigningKey) -> None:
 def test_a_key_whose_certificate_is_refused_is_unavailable(key: SigningKey) -> None:
     with pytest.raises(SigningUnavailableError, match="the picture cannot be signed"):
         signed(replace(key, certificates="no certificate"))
+
+
+@pytest.mark.parametrize("cut", [False, True], ids=["undecodable", "cut"])
+def test_an_ingredient_with_damaged_marks_is_the_inputs_fault_and_not_the_keys(key: SigningKey, *, cut: bool) -> None:
+    broken = damaged(signed(key).data, cut=cut)
+    with pytest.raises(InputImageError, match="image cannot be named as an ingredient"):
+        signed(key, ingredients={"controlnets.0": saved(noise()), "image": broken})
+    found = verify(broken)
+    assert (found.c2pa, found.ok) == ("invalid", False)
 
 
 def test_something_that_is_no_picture_is_refused() -> None:

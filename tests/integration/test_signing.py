@@ -236,9 +236,10 @@ def test_a_confirmed_time_keeps_a_picture_trusted_when_its_certificate_has_run_o
 
 
 def test_a_time_authority_that_is_away_is_transient(tmp_path: Path) -> None:
-    away = replace(development_key(tmp_path), tsa_url=f"http://127.0.0.1:{free_port()}")
-    with pytest.raises(SigningUnavailableError, match="the picture cannot be signed"):
+    away = replace(development_key(tmp_path), tsa_url=f"http://user:hidden-word@127.0.0.1:{free_port()}")
+    with pytest.raises(SigningUnavailableError, match="the picture cannot be signed") as refused:
         signed_picture(away)
+    assert "hidden-word" not in str(refused.value)
 
 
 def test_the_settings_name_the_keys_and_a_bundle_of_old_and_new_roots(tmp_path: Path) -> None:

@@ -22,6 +22,7 @@ from sdpipeline.domain import JobSpec, Json, OutputFormat
 from sdpipeline.engine import Batch, GeneratedImage, Pixels
 from sdpipeline.engine.fake import FakeEngine
 from sdpipeline.provenance import GENERATED
+from sdpipeline.reconcile import reconcile
 from sdpipeline.scores import perceptual_hash
 from sdpipeline.storage import LocalStore
 from sdpipeline.verification import Checked, Register, check
@@ -107,13 +108,44 @@ def test_pictures_that_the_release_before_recorded_are_found_too(place: Place) -
 def test_pictures_of_an_archived_edition_are_found_too(place: Place, tmp_path: Path) -> None:
     first, *_ = place.work(*(replace(spec, edition="monday") for spec in four()))
     place.work(replace(job_spec("another", seed=1), edition="tuesday"))
+    assert archived(place, tmp_path) == 1
+    is_found_stripped_and_smaller(place, first)
+
+
+def test_the_same_pixels_in_an_archived_a_copied_and_a_new_file_are_each_editions_own(
+    place: Place, tmp_path: Path
+) -> None:
+    (first,) = place.work(replace(job_spec("a"), edition="monday"))
+    *_, copy = place.work(replace(job_spec("a"), edition="tuesday"))
+    assert archived(place, tmp_path) == 1
+    *_, again = place.work(replace(job_spec("a"), edition="wednesday"), rules={"draft": {"reuse": False}})
+    assert (copy["reused_from"], again["reused_from"]) == (first["key"], None)
+    checked = [place.check(place.store.get(picture["key"])) for picture in (first, copy, again)]
+    assert [(each.faults, each.match and each.match.by) for each in checked] == [((), "file")] * 3
+
+
+@on_sqlite
+def test_a_copy_of_a_file_that_was_lost_and_made_again_is_still_what_was_delivered(
+    place: Place, tmp_path: Path
+) -> None:
+    (picture,) = place.work(job_spec("a"))
+    data = place.store.get(picture["key"])
+    place.store.delete(picture["key"])
     key = load_key(tmp_path / "key.pem", create=True)
+    reconcile(place.audit, place.store, lambda: key, grace_s=3600.0, repair=True)
+    (again,) = place.work(job_spec("a"))
+    assert again["sha256"] != picture["sha256"]
+    assert place.check(data).faults == ()
+
+
+def archived(place: Place, folder: Path) -> int:
+    """How many closed editions left the tables."""
+    key = load_key(folder / "key.pem", create=True)
 
     def seal_all() -> None:
         seal(place.audit.database, place.store, key)
 
-    assert archiving.archive(place.audit, place.store, seal_all, team="default", days=0) == 1
-    is_found_stripped_and_smaller(place, first)
+    return archiving.archive(place.audit, place.store, seal_all, team="default", days=0)
 
 
 def is_found_stripped_and_smaller(place: Place, picture: Json) -> None:

@@ -186,6 +186,17 @@ def test_a_password_is_shown_nowhere(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "hidden-word" not in str(refused.value) + repr(refused.value.mistakes) + str(refused.value.__cause__)
 
 
+@pytest.mark.parametrize("name", ["SDP_SIGNING__TSA_URL", "SDP_SIGNING__KMS_ENDPOINT_URL"])
+def test_an_address_that_is_told_to_the_audit_log_holds_no_password(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.setenv(name, "http://user:hidden-word@host/tsa")
+    with pytest.raises(SettingsError) as refused:
+        settings.load()
+    assert f"{name}: found 'http://host/tsa': expected an address without user and password" in str(refused.value)
+    assert "hidden-word" not in str(refused.value) + repr(refused.value.mistakes) + str(refused.value.__cause__)
+    monkeypatch.setenv(name, "http://host/tsa")
+    assert settings.load().signing.model_dump()[name.removeprefix("SDP_SIGNING__").lower()] == "http://host/tsa"
+
+
 def test_every_setting_has_a_name_a_description_and_a_default_that_is_accepted() -> None:
     names = settings.setting_names()
     assert {"SDP_HOME", "SDP_LEASE_TTL_S", "SDP_S3__REGION", "SDP_INPUTS__MAX_PIXELS", "SDP_ENGINE__DTYPE"} <= set(
