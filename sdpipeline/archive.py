@@ -110,6 +110,12 @@ def _read(data: bytes, key: str, sha256: str) -> Iterator[Json]:
             yield json.loads(line)
 
 
+def with_scores(picture: Json, secret: Json | None) -> Json:
+    """An archived picture with its scores, which of a subject's are in the private part alone."""
+    scores = (secret or {}).get("scores", {})
+    return picture | {"scores": scores.get(picture["fingerprint"], picture["scores"])}
+
+
 def pictures(store: ObjectStore, rows: Iterable[Json]) -> Iterator[Json]:
     """The pictures of these archived editions, but for those that were deleted."""
     for row in rows:
@@ -130,6 +136,7 @@ def show(connection: Connection, store: ObjectStore, job_id: int) -> Json | None
 
 def _document(connection: Connection, store: ObjectStore, row: Json, found: Json, secret: Json) -> Json:
     own = next((each for each in found["images"] if each["fingerprint"] == found["fingerprint"]), None)
+    own = with_scores(own, secret) if own is not None else None
     there = own is not None and found["status"] == "succeeded"
     deleted_at = own["deleted_at"] or row["pictures_deleted_at"] if own is not None and there else None
     # A picture that was erased since has its tombstone in the audit log alone.

@@ -128,6 +128,7 @@ def _kept(line: Json) -> Json | None:
     if line["subject"] is None or not stored_inputs(line["request"]):
         return None
     nothing: Json = {"row_key": "", "variables": {}, "axes": {}, "error": None, "salt": ""}
+    nothing |= {"scores": {}} if "scores" in line else {}
     return line | nothing | {"request": forgetting.without_prompts(line["request"], line["salt"])}
 
 

@@ -127,7 +127,7 @@ class Register:
                 self._rest = list(lookup.without_index(connection, team=self.team))
                 editions = archives.archives(connection, team=self.team)
             for row in editions:
-                self._rest += lookup.archived(row, archive.jobs(self.store, row))
+                self._rest += lookup.archived(row, archive.jobs(self.store, row), archive.private(self.store, row))
         return self._rest
 
 

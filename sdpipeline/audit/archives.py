@@ -29,7 +29,8 @@ def verify_archive(store: ObjectStore, found: Verification, told: Told, row: Jso
             found.erased += ERASED in secrets.get(job["id"], {}).get("request", {ERASED: ""})
             for detail in _archived_faults(row, job, secrets.get(job["id"]), told):
                 found.fault("job-altered", f"job:{job['id']}", f"{detail}, in {row['key']}")
-            pictures += [picture for picture in job["images"] if _is_kept(store, found, told, picture)]
+            own = [archive.with_scores(picture, secrets.get(job["id"])) for picture in job["images"]]
+            pictures += [picture for picture in own if _is_kept(store, found, told, picture)]
     except ObjectMissingError as error:
         found.fault("archive-missing", name, str(error))
     except (ObjectConflictError, OSError, ValueError, KeyError) as error:
@@ -53,9 +54,10 @@ def _archived_faults(row: Json, job: Json, secret: Json | None, told: Told) -> I
 
 def _is_kept(store: ObjectStore, found: Verification, told: Told, picture: Json) -> bool:
     event = told.succeeded.get((picture["job_id"], picture["fingerprint"]))
-    if event is None or differs(picture, event):
+    deleted = (picture["job_id"], picture["fingerprint"]) in told.deleted
+    if event is None or differs(picture, event, deleted=deleted):
         found.fault("image-altered", f"image:{picture['key']}", "its archived row differs from the audit log")
-    if (picture["job_id"], picture["fingerprint"]) not in told.deleted:
+    if not deleted:
         return True
     found.deleted += 1
     if store.versions(picture["key"]):

@@ -12,6 +12,7 @@ from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 from filelock import FileLock
 
+from sdpipeline.audit.findings import UNREADABLE
 from sdpipeline.errors import Mistake, SettingsError
 
 _RAW = serialization.Encoding.Raw, serialization.PublicFormat.Raw
@@ -47,7 +48,7 @@ def signer(body: str) -> str:
     """The public key that a signed statement names as its own; empty where it names none."""
     try:
         return str(json.loads(body)["public_key"])
-    except (KeyError, TypeError, ValueError):
+    except UNREADABLE:
         return ""
 
 

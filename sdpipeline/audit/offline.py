@@ -7,7 +7,7 @@ import json
 from collections.abc import Iterable
 
 from sdpipeline.audit.export import END, FORMAT, HEAD, SEAL
-from sdpipeline.audit.findings import Verification
+from sdpipeline.audit.findings import UNREADABLE, Verification
 from sdpipeline.audit.keys import Succession, is_signed, signer
 from sdpipeline.audit.seals import digest, ranges, size
 from sdpipeline.audit.told import GAP
@@ -70,7 +70,7 @@ class _Reading:
     def _head(self, line: bytes) -> None:
         try:
             known = line.startswith(HEAD) and json.loads(line)["export"]["format"] == FORMAT
-        except (KeyError, TypeError, ValueError):
+        except UNREADABLE:
             known = False
         if not known:
             raise BadInputError(f"this is no {FORMAT} (write one with sdpipeline audit export)")
@@ -105,7 +105,7 @@ class _Reading:
                 found.gaps.append({name: told[name] for name in GAP})
                 # A gap that is under no seal excuses nothing: whoever cut the log could have written it.
                 self._lost += [range(told["first_seal"], told["last_seal"] + 1)] if self._left else []
-        except (KeyError, TypeError, ValueError):
+        except UNREADABLE:
             found.fault("event-altered", f"event:{found.events}", "it is no event that was written here")
 
     def _begin_seal(self, line: bytes) -> None:
@@ -117,16 +117,19 @@ class _Reading:
             given = json.loads(line)["seal"]
             body, signature = str(given["body"]), str(given["signature"])
             told = json.loads(body)
-            continues = (int(told["number"]), told["prev"]) == (self._number + 1, self._previous)
+            number, own = told["number"], digest(body)
+            continues = (number, told["prev"]) == (self._number + 1, self._previous)
             events = size(ranges(told))
-        except (KeyError, TypeError, ValueError):
+            if type(number) is not int or type(events) is not int:
+                raise TypeError
+        except UNREADABLE:
             found.fault("seal-invalid", subject, "it is no seal that was written here")
             return
         if wrong := self._keys.fault(body, signature, self._trusted):
             found.fault(wrong[0], subject, wrong[1])
         if not continues:
             found.fault("seal-missing", subject, "it does not continue the seal before it")
-        self._previous, self._number, self._seal = digest(body), told["number"], told
+        self._previous, self._number, self._seal = own, number, told
         self._tree, self._left = Tree(), events
 
     def _close_seal(self) -> None:
@@ -158,7 +161,7 @@ class _Reading:
             body, signature = str(given["body"]), str(given["signature"])
             told = json.loads(body)
             counts = told["events"], told["seals"], told["last_seal"], told["sha256"]
-        except (KeyError, TypeError, ValueError):
+        except UNREADABLE:
             found.fault("export-altered", "end", "it is no end that was written here")
             return
         if self._trusted is not None and signer(body) not in self._trusted:

@@ -47,9 +47,9 @@ def verify_images(
     living: set[str] = set()
     for picture in evidence.images(connection):
         event = told.succeeded.get((picture["job_id"], picture["fingerprint"]))
-        if event is None or differs(picture, event):
-            found.fault("image-altered", f"image:{picture['key']}", "its row differs from the audit log")
         deleted = picture["deleted_at"] is not None
+        if event is None or differs(picture, event, deleted=deleted):
+            found.fault("image-altered", f"image:{picture['key']}", "its row differs from the audit log")
         found.deleted += deleted
         if not deleted:
             living.add(picture["key"])
@@ -69,16 +69,18 @@ def verify_images(
     return objects, [key for key in gone if key not in living]
 
 
-def differs(picture: Json, event: Json) -> bool:
-    """Whether a picture's row is not what the event of its success says."""
+def differs(picture: Json, event: Json, *, deleted: bool) -> bool:
+    """Whether a picture's row is not what the event of its success says; of a deleted one the scores may be gone."""
     told = event["image"] | {"attempt": event["attempt"], "worker_id": event["worker"]}
-    return any(picture[name] != value for name, value in told.items()) or _looks_else(picture, event["image"])
+    if deleted and not picture["scores"]:
+        told.pop("scores", None)
+    return any(picture[name] != value for name, value in told.items()) or _looks_else(picture, told)
 
 
 def _looks_else(picture: Json, made: Json) -> bool:
     """Whether a copy that lost its marks would not lead to this row; rows of releases before have no such columns."""
     there = {name: picture.get(name) for name in LOOKS}
-    wanted = dict.fromkeys(LOOKS) | looks(made.get("scores") or {})
+    wanted = dict.fromkeys(LOOKS) | looks(made["scores"] if "scores" in made else picture["scores"])
     return any(value is not None for value in there.values()) and there != wanted
 
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from sdpipeline import provenance
-from sdpipeline.audit.findings import Verification
+from sdpipeline.audit.findings import UNREADABLE, Verification
 from sdpipeline.audit.keys import Succession
 from sdpipeline.audit.seals import ranges
 from sdpipeline.db import audit as rows
@@ -147,7 +147,7 @@ def _parsed(document: Json) -> _Proof:
             size=int(seal["events"]),
             root=bytes.fromhex(seal["merkle_root"]),
         )
-    except (KeyError, TypeError, ValueError) as error:
+    except UNREADABLE as error:
         raise refusal from error
 
 

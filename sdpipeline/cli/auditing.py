@@ -183,7 +183,7 @@ def _success(connection: Connection, picture: str) -> Success:
 def _proof(path: Path) -> Json:
     try:
         document = json.loads(_read(path))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise refuse(f"{path} is not JSON", "write one with sdpipeline audit prove") from error
     if not isinstance(document, dict):
         raise refuse(f"{path} is no proof", "write one with sdpipeline audit prove")

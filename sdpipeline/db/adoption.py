@@ -13,7 +13,7 @@ from sdpipeline.db.audit import Event, Transaction
 from sdpipeline.db.budgets import Charge
 from sdpipeline.db.connection import insert_ignoring, now_s
 from sdpipeline.db.locks import have_campaign
-from sdpipeline.db.queue import LEASED, StoredImage, commitment, descendants
+from sdpipeline.db.queue import LEASED, StoredImage, commitment, descendants, told_of
 from sdpipeline.db.tables import campaign, found_picture, image, job
 from sdpipeline.domain import Json
 
@@ -120,7 +120,7 @@ def _matching(campaign_id: int) -> Any:
     """Jobs without a picture with what was found of each, the best first."""
     f = found_picture.c
     found = (f.sidecar_key, f.stored, f.attempt, f.worker_id)
-    columns = (job.c.group_id, job.c.identity, job.c.salt, job.c.request, *found)
+    columns = (job.c.group_id, job.c.identity, job.c.salt, job.c.request, job.c.subject, *found)
     return (
         select(job.c.id.label("job_id"), job.c.fingerprint, *columns)
         .select_from(campaign)
@@ -148,7 +148,7 @@ def _adopt(tx: Transaction, campaign_id: int, row: Any) -> None:
         identity=row.identity,
         commitment=commitment(row.salt, row.request),
         worker=row.worker_id,
-        image=_fields(stored),
+        image=told_of(_fields(stored), row.subject),
         **about,
     )
 

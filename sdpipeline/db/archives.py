@@ -12,7 +12,7 @@ from sdpipeline.db.audit import Event, Transaction
 from sdpipeline.db.connection import now_s
 from sdpipeline.db.forgetting import DAY_S, UNFINISHED, committed
 from sdpipeline.db.locks import have_campaign
-from sdpipeline.db.tables import archive, attempt, audit_event, campaign, image, job, job_parent
+from sdpipeline.db.tables import LOOKS, archive, attempt, audit_event, campaign, image, job, job_parent
 from sdpipeline.domain import Json
 
 _PAGE = 500
@@ -32,6 +32,8 @@ _PUBLIC = (
     "finished_at",
     "erased_at",
 )
+_UNSEEN: Json = {"scores": {}} | dict.fromkeys(LOOKS)
+"""What the object that is kept for good says of how a subject's picture looks: nothing."""
 _ENDED_AT = func.coalesce(job.c.finished_at, job.c.created_at)
 
 
@@ -106,9 +108,12 @@ def lines(connection: Connection, edition: Edition) -> Iterator[tuple[Json, Json
             public["parents"] = sorted(each["parent_id"] for each in parents.get(row["id"], ()))
             # An error may name a file or a value.
             public["attempts"] = [{n: v for n, v in each.items() if n != "error"} for each in tries.get(row["id"], ())]
-            public["images"] = pictures.get(row["id"], [])
+            own = pictures.get(row["id"], [])
+            public["images"] = own if row["subject"] is None else [each | _UNSEEN for each in own]
             public["events"] = told.get(row["id"], [])
             private = {"id": row["id"]} | {name: row[name] for name in _PRIVATE}
+            if row["subject"] is not None:
+                private["scores"] = {each["fingerprint"]: each["scores"] for each in own}
             yield public, None if row["erased_at"] is not None and row["subject"] is None else private
         after = ids[-1]
 

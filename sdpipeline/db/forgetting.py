@@ -28,7 +28,7 @@ from sdpipeline.db import control
 from sdpipeline.db.audit import Event, Transaction
 from sdpipeline.db.connection import now_s
 from sdpipeline.db.queue import commitment
-from sdpipeline.db.tables import attempt, campaign, campaign_version, image, job, job_parent
+from sdpipeline.db.tables import LOOKS, attempt, campaign, campaign_version, image, job, job_parent
 from sdpipeline.domain import Json, request_from_document
 
 ERASED = "erased"
@@ -164,12 +164,15 @@ def erase_prompts(tx: Transaction, job_ids: Collection[int], *, because: str) ->
 
 
 def erase_subject(tx: Transaction, job_ids: Collection[int], subject: Subject) -> int:
-    """Take all that may tell of the subject from its ended jobs: requests, variables, row keys, errors and salts."""
+    """Take all that may tell of the subject from its ended jobs: requests, variables, row keys, errors and salts, and
+    what its pictures looked like."""
     rows = _ended(tx.connection, and_(job.c.id.in_(job_ids), job.c.subject == subject.name))
     changed = [{"row": row.id, "left": {ERASED: committed(row.request, row.salt)}} for row in rows]
     nothing = {"variables": {}, "axes": {}, "row_key": "", "error": null()}
     done = _erase(tx, rows, changed, because="erasure", subject=subject, **nothing)
-    tx.connection.execute(update(attempt).where(attempt.c.job_id.in_([row.id for row in rows])).values(error=null()))
+    own, unseen = [row.id for row in rows], dict.fromkeys(LOOKS, null())
+    tx.connection.execute(update(attempt).where(attempt.c.job_id.in_(own)).values(error=null()))
+    tx.connection.execute(update(image).where(image.c.job_id.in_(own)).values(scores={}, **unseen))
     return done
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
-from sqlalchemy import ColumnElement, Connection, Select, literal_column, or_, select
+from sqlalchemy import ColumnElement, Connection, Select, Text, cast, literal_column, or_, select
 
 from sdpipeline.db.tables import LOOKS, campaign, image, job
 from sdpipeline.domain import Json
@@ -20,6 +20,9 @@ _PAGE = 500
 
 _INDEXED: ColumnElement[bool] = literal_column("look_1 IS NOT NULL")
 """As the partial indexes say it."""
+
+_KNOWN = or_(job.c.erased_at.is_(None), cast(job.c.request, Text).contains("checkpoint"))
+"""Not a job of an erased subject, whose request is gone as a whole."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,11 +79,15 @@ def without_index(connection: Connection, *, team: str) -> Iterator[RecordedPict
         yield from _owned(connection, team, some)
 
 
-def archived(row: Json, lines: Iterator[Json]) -> Iterator[RecordedPicture]:
-    """The pictures of an archived edition, from its lines."""
+def archived(row: Json, lines: Iterator[Json], private: Iterator[Json]) -> Iterator[RecordedPicture]:
+    """The pictures of an archived edition, from its lines, but for those of jobs that were erased there."""
+    scores = {line["id"]: line.get("scores", {}) for line in private}
     for line in lines:
+        if line["id"] not in scores and line["erased_at"] is None:
+            continue
         for each in line["images"]:
-            yield _picture(each | {name: line[name] for name in ("stage", "identity")} | _place(row))
+            own = {"scores": scores.get(line["id"], {}).get(each["fingerprint"], each["scores"])}
+            yield _picture(each | own | {name: line[name] for name in ("stage", "identity")} | _place(row))
 
 
 def _place(row: Json) -> Json:
@@ -113,7 +120,7 @@ def _owned(connection: Connection, team: str, rows: Iterable[Any]) -> list[Recor
         statement = (
             select(job.c.id, job.c.edition, job.c.stage, job.c.identity, campaign.c.name)
             .join(campaign, campaign.c.id == job.c.campaign_id)
-            .where(job.c.id.in_(ids), campaign.c.team == team)
+            .where(job.c.id.in_(ids), campaign.c.team == team, _KNOWN)
         )
         owners |= {row["id"]: row for row in connection.execute(statement).mappings()}
     return [_picture({**owners[row["job_id"]], **row}) for row in found if row["job_id"] in owners]

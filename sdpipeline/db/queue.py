@@ -419,7 +419,7 @@ def complete(tx: Transaction, *, lease_id: str, leased: LeasedJob, stored: Store
         update(job)
         .where(_still_ours(lease_id, leased.id), job.c.fingerprint == leased.fingerprint)
         .values(status="succeeded", lease_id=null(), error_kind=null(), error=null(), finished_at=now_s())
-        .returning(job.c.campaign_id, job.c.group_id, job.c.salt, job.c.identity, job.c.request)
+        .returning(job.c.campaign_id, job.c.group_id, job.c.salt, job.c.identity, job.c.request, job.c.subject)
     ).first()
     if row is None:
         return False
@@ -448,9 +448,14 @@ def complete(tx: Transaction, *, lease_id: str, leased: LeasedJob, stored: Store
         fingerprint=leased.fingerprint,
         commitment=commitment(row.salt, row.request),
         worker=charge.worker_id,
-        image=fields,
+        image=told_of(fields, row.subject),
     )
     return True
+
+
+def told_of(fields: Json, subject: str | None) -> Json:
+    """What the audit log may say of a picture for ever: by its perceptual hash a subject's would be known again."""
+    return fields if subject is None else {name: value for name, value in fields.items() if name != "scores"}
 
 
 def fail(

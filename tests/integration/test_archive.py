@@ -18,6 +18,7 @@ from sdpipeline.db.tables import archive as archive_table
 from sdpipeline.db.tables import attempt, image, job, job_parent
 from sdpipeline.domain import JobSpec, Json
 from sdpipeline.storage import LocalStore
+from sdpipeline.verification import Match, Register, check
 from tests.factories import chains, events, job_spec
 from tests.integration.commands import FAKE_ENGINE
 from tests.integration.conftest import Bucket
@@ -142,6 +143,24 @@ def test_tables_are_emptied_in_bounded_transactions(place: Editions, monkeypatch
     monkeypatch.setattr(archiving, "DROPPED", 1)
     assert place.archive() == 1
     assert place.ids() == [5, 6]
+
+
+def test_an_archive_knows_how_a_subjects_picture_looks_until_it_is_erased(place: Editions) -> None:
+    hers = next(row for row in place.rows(image) if row["job_id"] == 1)
+    data = place.store.get(hers["key"])
+
+    def known() -> Match | None:
+        register = Register(place.audit.database, place.store, "default")
+        return check("hers", data, trust_anchors="", register=register).match
+
+    place.archive()
+    (row,) = place.rows(archive_table)
+    assert hers["scores"]["perceptual_hash"] not in gzip.decompress(place.store.get(row["key"])).decode()
+    match = known()
+    assert match is not None
+    assert match.picture.perceptual_hash == hers["scores"]["perceptual_hash"]
+    place.erase()
+    assert known() is None
 
 
 def test_a_subject_is_erased_from_the_archive_too(place: Editions) -> None:

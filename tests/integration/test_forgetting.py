@@ -19,12 +19,13 @@ from sdpipeline.audit import SealKey, Verification, load_key, seal, verify
 from sdpipeline.db import control, forgetting, originals, reports
 from sdpipeline.db.audit import AuditLog
 from sdpipeline.db.queue import commitment
-from sdpipeline.db.tables import campaign_version, image, job
+from sdpipeline.db.tables import LOOKS, campaign_version, image, job
 from sdpipeline.domain import ImageSource, JobSpec, Json, Task
 from sdpipeline.engine.fake import FakeEngine
 from sdpipeline.inputs import input_key
 from sdpipeline.retention import Periods
 from sdpipeline.storage import LocalStore
+from sdpipeline.verification import Register, check
 from sdpipeline.worker import Worker, WorkerLimits
 from tests.factories import chains, events, job_spec, leased, published, signing_key, statuses
 from tests.integration.commands import FAKE_ENGINE
@@ -252,6 +253,30 @@ def test_the_receipt_shows_whose_data_it_was_and_the_log_what_was_erased(place: 
     assert done.subject.salt not in place.stored_text()
 
 
+def test_nothing_is_left_by_which_an_erased_picture_is_known_again(place: Place) -> None:
+    place.made(list(of(ANNA, job_spec("a", prompt="a portrait"))))
+    (made,) = place.rows(image)
+    (told,) = (event["image"] for event in events(place.audit.database) if event["event"] == "job.succeeded")
+    assert made["scores"]["perceptual_hash"] not in json.dumps(told)
+    assert place.faults() == []
+    data = place.store.get(made["key"])
+    place.erase()
+    (left,) = place.rows(image)
+    assert (left["scores"], [left[name] for name in LOOKS]) == ({}, [None] * 4)
+    assert made["scores"]["perceptual_hash"] not in place.stored_text()
+    register = Register(place.audit.database, place.store, "default")
+    assert check("hers", data, trust_anchors="", register=register).match is None
+    assert place.faults() == []
+
+
+def test_scores_that_the_release_before_told_of_go_too_and_are_no_fault(place: Place) -> None:
+    place.made([job_spec("a")])
+    place.edit(job, job.c.id == 1, subject=ANNA)
+    assert place.erase().pictures == 1
+    assert place.rows(image)[0]["scores"] == {}
+    assert place.faults() == []
+
+
 def test_erasing_again_finds_nothing(place: Place) -> None:
     place.made(list(of(ANNA, job_spec("a"))))
     place.erase()
@@ -333,7 +358,7 @@ def test_a_submit_that_only_says_whose_jobs_they_are_makes_nothing_again(place: 
 def test_an_audit_finds_what_came_back_and_what_went_without_a_word(place: Place) -> None:
     place.made([*of(ANNA, job_spec("a")), job_spec("b"), job_spec("c")])
     before = place.rows(job)[0]
-    key = place.rows(image)[0]["key"]
+    key = next(row["key"] for row in place.rows(image) if row["job_id"] == 1)
     place.erase()
     place.store.put(key, b"back again", content_type="image/png")
     assert place.faults() == ["object-not-deleted the audit log says that it was deleted, and storage has it"]

@@ -23,7 +23,7 @@ from sqlalchemy import delete, select, update
 
 from sdpipeline import provenance
 from sdpipeline.audit import SealKey, load_key, seal, seal_name, verify
-from sdpipeline.audit.export import write
+from sdpipeline.audit.export import END, SEAL, write
 from sdpipeline.audit.offline import verify_export
 from sdpipeline.audit.proof import prove, success_of_job, verify_proof
 from sdpipeline.db import queue
@@ -33,6 +33,7 @@ from sdpipeline.db.connection import Database
 from sdpipeline.db.tables import audit_event, audit_seal, audit_seal_range
 from sdpipeline.domain import Json, OutputFormat
 from sdpipeline.engine import Pixels
+from sdpipeline.errors import BadInputError
 from sdpipeline.storage import LocalStore, ObjectStore, S3Store
 from tests.factories import chains, leased, published, stored_image
 from tests.integration.conftest import Bucket
@@ -359,6 +360,13 @@ def test_every_part_of_a_proof_counts(log: Log) -> None:
         assert verify_proof(document | {name: value}, trusted=log.key.public).faults != [], name
 
 
+@pytest.mark.parametrize("body", ["[" * 200_000, '{"number": Infinity, "events": 1, "merkle_root": "00"}'])
+def test_a_proof_that_cannot_be_read_is_none(log: Log, body: str) -> None:
+    document = proof_of(log, 2)
+    with pytest.raises(BadInputError, match="this is no sdpipeline/audit-proof/1"):
+        verify_proof(document | {"seal": document["seal"] | {"body": body}})
+
+
 def test_a_picture_whose_event_is_not_sealed_yet_has_no_proof(log: Log) -> None:
     with log.database.read() as connection:
         assert prove(connection, success_of_job(connection, 3)) is None
@@ -374,6 +382,29 @@ def test_an_export_that_was_cut_or_changed_anywhere_is_found(log: Log) -> None:
         for changed in (before, before + after, [*before, line.replace(b"1", b"2"), *after], [*lines, line]):
             assert changed == lines or verify_export(changed, trusted=log.key.public).faults, (n, line)
     assert verify_export(lines, trusted=log.key.public).faults == []
+
+
+def reworded(line: bytes, part: str, **values: object) -> bytes:
+    """A seal's or the end's line whose body says something else."""
+    given = json.loads(line)
+    body = json.loads(given[part]["body"]) | values
+    given[part]["body"] = json.dumps(body)
+    return json.dumps(given, separators=(",", ":")).encode() + b"\n"
+
+
+@pytest.mark.parametrize("number", ["1", 1.0, True, float("inf"), None])
+def test_a_seal_whose_number_is_none_is_named(log: Log, number: object) -> None:
+    lines = log.exported().splitlines(keepends=True)
+    at = next(n for n, line in enumerate(lines) if line.startswith(SEAL))
+    lines[at] = reworded(lines[at], "seal", number=number)
+    assert "seal-invalid" in {fault.kind for fault in verify_export(lines, trusted=log.key.public).faults}
+
+
+@pytest.mark.parametrize(("start", "kind"), [(b"", "event-altered"), (SEAL, "seal-invalid"), (END, "export-altered")])
+def test_a_line_that_is_nested_too_deeply_is_named(log: Log, start: bytes, kind: str) -> None:
+    lines = log.exported().splitlines(keepends=True)
+    found = verify_export([*lines[:-1], start + b"[" * 200_000 + b"\n"], trusted=log.key.public)
+    assert kind in {fault.kind for fault in found.faults}
 
 
 def test_what_no_seal_covers_in_an_export_is_held_by_its_last_line(log: Log) -> None:
