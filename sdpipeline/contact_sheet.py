@@ -46,12 +46,13 @@ def draw(
     max_bytes: int,
     kept: Thumbnails | None = None,
 ) -> bytes | None:
-    """A JPEG of at most ``max_bytes``, or None before the first picture.
+    """A JPEG of at most ``max_bytes``, or None before the first picture that is nobody's.
 
+    A sheet outlives what is erased: it is kept by Prefect and handed around, so no picture with a subject is on it.
     ``kept`` holds thumbnails by key from one drawing to the next, so that each picture is read once.
     """
     with database.read() as connection:
-        newest = reports.newest_images(connection, campaign_id, MOST_PICTURES)
+        newest = reports.newest_images(connection, campaign_id, MOST_PICTURES, without_subject=True)
     before = dict(kept or {})
     found = {each["key"]: before.get(each["key"]) or _thumbnail(store, each["key"]) for each in newest}
     thumbnails = {key: thumbnail for key, thumbnail in found.items() if thumbnail is not None}

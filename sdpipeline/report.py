@@ -105,9 +105,9 @@ def _sealed(connection: Connection) -> str:
 
 
 def _failures(failed: Sequence[Json], count: int) -> Iterator[str]:
-    if not failed:
+    if not count:
         return
-    yield from ("", f"{count} jobs failed" + (f", the first {len(failed)}:" if count > len(failed) else ":"), "")
+    yield from ("", f"{count} jobs failed" + (f", {len(failed)} of them here:" if count > len(failed) else ":"), "")
     yield from ("| failed job | stage | row | attempts | reason |", "|---|---|---|---|---|")
     for each in failed:
         cells = (each["job_id"], each["stage"], each["row"], each["attempts"], each["error"])

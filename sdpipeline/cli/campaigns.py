@@ -108,9 +108,9 @@ def run(
     from sdpipeline import orchestration
 
     s = settings(home)
-    bootstrap.picture_key(s)
-    if not s.embedded:
-        bootstrap.seal_key(s)  # a missing key is found before any work is done; the embedded default makes its own
+    if not s.embedded:  # a missing key is found before any work is done; the embedded default makes its own
+        bootstrap.picture_key(s)
+        bootstrap.seal_key(s)
     name, done = intake.submit(s, file, edition=edition)
     if not as_json:
         stderr.print(_submitted(name, done))

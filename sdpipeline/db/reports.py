@@ -230,7 +230,7 @@ def show(connection: Connection, job_id: int) -> Json | None:
 
 
 def failures(connection: Connection, campaign_id: int, limit: int) -> list[Json]:
-    """The first failed jobs with their reasons."""
+    """The first failed jobs with their reasons; none with a subject, for Prefect keeps what it is shown."""
     statement = (
         select(
             job.c.id.label("job_id"),
@@ -242,14 +242,14 @@ def failures(connection: Connection, campaign_id: int, limit: int) -> list[Json]
             job.c.error_kind.label("kind"),
             job.c.error,
         )
-        .where(job.c.campaign_id == campaign_id, job.c.status == "failed")
+        .where(job.c.campaign_id == campaign_id, job.c.status == "failed", job.c.subject.is_(None))
         .order_by(job.c.id)
         .limit(limit)
     )
     return [dict(row) for row in connection.execute(statement).mappings()]
 
 
-def newest_images(connection: Connection, campaign_id: int, limit: int) -> list[Json]:
+def newest_images(connection: Connection, campaign_id: int, limit: int, *, without_subject: bool = False) -> list[Json]:
     """The newest finished pictures, deepest stages first among equals."""
     statement = (
         select(
@@ -266,6 +266,8 @@ def newest_images(connection: Connection, campaign_id: int, limit: int) -> list[
         .order_by(job.c.depth.desc(), image.c.created_at.desc())
         .limit(limit)
     )
+    if without_subject:
+        statement = statement.where(job.c.subject.is_(None))
     return [dict(row) for row in connection.execute(statement).mappings()]
 
 

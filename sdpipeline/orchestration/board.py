@@ -134,7 +134,7 @@ class Board:
             each | {"variables": ", ".join(map(str, each["variables"].values()))}
             for each in bootstrap.failures(self._settings, self._campaign)
         ]
-        first = f", the first {len(failed)}" if progress.failed > len(failed) else ""
+        first = f", {len(failed)} of them here" if progress.failed > len(failed) else ""
         self._put("failures", failed, f"{progress.failed} jobs failed{first}")
 
     def _put(self, name: str, data: Any, description: str) -> None:

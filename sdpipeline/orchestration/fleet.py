@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 from uuid import UUID
@@ -18,7 +19,7 @@ from sdpipeline.orchestration.board import shown
 
 if TYPE_CHECKING:
     from prefect.client.orchestration import SyncPrefectClient
-    from prefect.client.schemas.objects import FlowRun
+    from prefect.client.schemas.objects import FlowRun, State
 
 WORKER_FLOW = "gpu-worker"
 WORKER_DEPLOYMENT = "gpu-worker/gpu-worker"
@@ -87,6 +88,9 @@ class Fleet:
         # A request more is cheaper than the trace of half a dispatch; a server that is away is asked again soon.
         with shown(), temporary_settings({PREFECT_CLIENT_MAX_RETRIES: 2}), get_client(sync_client=True) as client:
             living = _living(client, self.label)
+            if progress.status == "paused":
+                self._let_end({run.id for run in living})
+                return
             self._count_deaths(client, {run.id for run in living}, progress)
             if self._deaths > MAX_RESTARTS * wanted:
                 raise WorkersLostError(f"{self._deaths} workers of {self.campaign} ended without finishing any job")
@@ -127,13 +131,18 @@ class Fleet:
         self._starts += 1
         self._finished_at_start[run.id] = progress.finished
 
+    def _let_end(self, living: set[UUID]) -> None:
+        """Workers of a paused campaign find nothing to do, and so end: that is no death."""
+        for run_id in self._finished_at_start.keys() - living:
+            del self._finished_at_start[run_id]
+
     def _count_deaths(self, client: SyncPrefectClient, living: set[UUID], progress: Progress) -> None:
         """A run that ended well found nothing to do; one that left work untouched is as good as dead."""
         if progress.finished > self._finished:
             self._finished, self._deaths = progress.finished, 0
         for run_id in self._finished_at_start.keys() - living:
             untouched = self._finished_at_start.pop(run_id) == progress.finished and progress.ready > 0
-            state = client.read_flow_run(run_id).state
+            state = _state(client, run_id)
             if state is not None and (state.is_crashed() or state.is_failed() or (state.is_completed() and untouched)):
                 log.warning("worker.died", flow_run=str(run_id), state=state.name, message=state.message)
                 self._deaths += 1
@@ -180,8 +189,20 @@ def _living(client: SyncPrefectClient, label: str) -> list[FlowRun]:
     return found
 
 
+def _state(client: SyncPrefectClient, run_id: UUID) -> State[Any] | None:
+    """None where somebody deleted the run: it has ended, and tells nothing of its worker."""
+    from prefect.exceptions import ObjectNotFound
+
+    try:
+        return client.read_flow_run(run_id).state
+    except ObjectNotFound:
+        return None
+
+
 def _cancel(client: SyncPrefectClient, run_id: UUID, why: str) -> None:
-    """Whoever runs it ends it in order; what nobody runs is cancelled at once."""
+    """Whoever runs it ends it in order; what nobody runs is cancelled at once, and what was deleted has ended."""
+    from prefect.exceptions import ObjectNotFound
     from prefect.states import Cancelling
 
-    client.set_flow_run_state(run_id, Cancelling(message=why))
+    with suppress(ObjectNotFound):
+        client.set_flow_run_state(run_id, Cancelling(message=why))

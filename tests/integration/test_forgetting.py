@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 from sqlalchemy import Table, select, update
 
-from sdpipeline import cli, retention
+from sdpipeline import cli, contact_sheet, report, retention
 from sdpipeline.audit import SealKey, Verification, load_key, seal, verify
 from sdpipeline.db import control, forgetting, originals, reports
 from sdpipeline.db.audit import AuditLog
@@ -404,6 +404,20 @@ def test_forgetting_works_in_bounded_transactions(place: Place, monkeypatch: pyt
     told = [event for event in events(place.audit.database) if event["event"] == "jobs.erased"]
     assert [len(event["jobs"]) for event in told] == [2, 2, 1]
     assert place.faults() == []
+
+
+def test_what_prefect_keeps_names_no_subject_and_shows_no_picture_of_one(place: Place) -> None:
+    place.engine = FakeEngine(poison=["bad"])
+    hers = of(ANNA, job_spec(ANNA), job_spec(f"{ANNA} too", prompt="bad"))
+    place.made([*hers, job_spec("nobody's", seed=1), job_spec("nobody's too", prompt="bad", seed=1)])
+    drawn: contact_sheet.Thumbnails = {}
+    assert contact_sheet.draw(place.audit.database, place.store, 1, max_bytes=200_000, kept=drawn)
+    assert set(drawn) == {row["key"] for row in place.rows(image) if row["job_id"] == 3}
+    with place.audit.database.read() as connection:
+        assert [each["row"] for each in reports.failures(connection, 1, 100)] == ["nobody's too"]
+    told = report.closing_report(place.audit.database, place.store, 1)
+    assert "2 jobs failed, 1 of them here" in told
+    assert ANNA not in told
 
 
 def test_an_erasure_belongs_to_one_team(place: Place) -> None:
