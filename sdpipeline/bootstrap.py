@@ -380,6 +380,7 @@ def make_worker(s: Settings, database: Database, store: ObjectStore, engine: Eng
         pace=Pace(s.batch_timeout_s),
         patience=Patience(s.fairness_max_wait_s),
         foresee=_foreseeing(engine),
+        trust_anchors=trust_anchors(s),
     )
 
 

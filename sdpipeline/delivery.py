@@ -135,18 +135,27 @@ def deliver(store: ObjectStore, picture: FinishedPicture) -> StoredImage:
     )
 
 
-def reuse(store: ObjectStore, leased: LeasedJob, original: Original, attempt: Attempt, *, engine: str) -> StoredImage:
+def reuse(
+    store: ObjectStore,
+    leased: LeasedJob,
+    original: Original,
+    attempt: Attempt,
+    *,
+    engine: str,
+    signing: SigningKey,
+    trust_anchors: str = "",
+) -> StoredImage:
     """Copy a picture made for the same fingerprint, byte by byte: its record stays the one of the job it was made for.
 
-    Raises InputImageError where it is not what was recorded of it, or not what ``engine`` would make, and
-    BadPictureError where it scores less than the campaign asks for.
+    Raises InputImageError where it is not what was recorded of it, not what ``engine`` would make, or not signed as
+    well as ``signing`` and the trusted roots ask for, and BadPictureError where it scores less than the campaign does.
     """
     started, made, thresholds = time.perf_counter(), original.stored, leased.rules.get("quality", {})
     if thresholds and not made.scores:
         raise InputImageError(f"{made.key} was never measured, and the campaign asks for {', '.join(thresholds)}")
     scores.check(made.scores, thresholds)
     data, told = verified(store, made.key, made.sha256), _sidecar_of(store, made)
-    if wrong := _unfit(leased, told["record"], engine) or _unmarked(data):
+    if wrong := _unfit(leased, told["record"], engine) or _unmarked(data, signing, trust_anchors):
         raise InputImageError(f"{made.key} {wrong}")
     # The jobs of one stage that ask for the same picture share its folder, and each has a picture of its own.
     folder = f"{_folder(leased)}/{leased.identity[:16]}"
@@ -284,10 +293,17 @@ def _sidecar_of(store: ObjectStore, made: StoredImage) -> Json:
     return told
 
 
-def _unmarked(data: bytes) -> str | None:
-    """A release before signatures made it, or its certificate ran out: the copy would fail whoever verifies it."""
-    marks = provenance.verify(data)
-    return None if marks.ok else f"is not marked as it should be: {', '.join(marks.faults)}"
+def _unmarked(data: bytes, signing: SigningKey, trust_anchors: str) -> str | None:
+    """A release before signatures made it, its certificate ran out, or its signer is trusted no more: the copy would
+    fail whoever verifies it."""
+    marks = provenance.verify(data, trust_anchors=trust_anchors)
+    if not marks.ok:
+        return f"is not marked as it should be: {', '.join(marks.faults)}"
+    if marks.development_key and not signing.development:
+        return "was signed by a development key"
+    if trust_anchors and marks.c2pa != "trusted":
+        return f"was signed by {marks.signed_by}, whom no root of SDP_SIGNING__TRUST_FILE stands behind"
+    return None
 
 
 def _unfit(leased: LeasedJob, made: Json, engine: str) -> str | None:

@@ -92,6 +92,7 @@ class Worker:
 
     What it learned outlives a run too: ``breaker`` of failures, ``pace`` of batches, ``patience`` of campaigns.
     ``foresee`` is told of weights that are not on the device and will be needed next; it must not touch the device.
+    With ``trust_anchors``, roots in PEM, only pictures that one of them stands behind are delivered as copies.
     """
 
     worker_id: str
@@ -105,6 +106,7 @@ class Worker:
     pace: Pace = field(default_factory=Pace)
     patience: Patience = field(default_factory=Patience)
     foresee: Callable[[CheckpointRef], None] | None = None
+    trust_anchors: str = ""
 
     def run(
         self,
@@ -423,11 +425,19 @@ class _Run:
         original = there.get(leased.fingerprint)
         if original is None:
             return False
-        attempt = self._attempt(lease, leased, gpu_seconds=0.0)
+        worker, attempt = self.worker, self._attempt(lease, leased, gpu_seconds=0.0)
+        copy = partial(
+            delivery.reuse,
+            worker.store,
+            leased,
+            original,
+            attempt,
+            engine=self._engine,
+            signing=worker.signing,
+            trust_anchors=worker.trust_anchors,
+        )
         try:
-            stored = self._when_parts_answer(
-                lease, partial(delivery.reuse, self.worker.store, leased, original, attempt, engine=self._engine)
-            )
+            stored = self._when_parts_answer(lease, copy)
         except (InputImageError, ObjectConflictError) as error:
             _log.warning("picture_not_reused", job_id=leased.id, key=original.stored.key, error=str(error))
             return False

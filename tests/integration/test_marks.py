@@ -16,7 +16,7 @@ import pytest
 from PIL import Image
 from sqlalchemy import select, update
 
-from sdpipeline import provenance, reproduction
+from sdpipeline import bootstrap, provenance, reproduction
 from sdpipeline.adopt import examine
 from sdpipeline.db.audit import AuditLog
 from sdpipeline.db.tables import image, job
@@ -30,6 +30,7 @@ from sdpipeline.signing import SigningKey
 from sdpipeline.storage import LocalStore, ObjectStore
 from sdpipeline.worker import Worker, WorkerLimits
 from tests.factories import CHECKPOINT, damaged, job_spec, published, signing_key, statuses
+from tests.integration.certificates import signing_settings
 from tests.integration.conftest import Bucket
 from tests.integration.databases import on_sqlite
 from tests.integration.fault_proxy import FaultProxy
@@ -66,6 +67,9 @@ class Place:
         published(self.audit, jobs, **options)
         limits = WorkerLimits(max_batch=8, lease_ttl_s=60.0, max_pixels=10**7)
         Worker("worker-1", self.audit, self.store, self.engine, limits, self.key).run()
+        return self.pictures()
+
+    def pictures(self) -> list[Json]:
         with self.audit.database.read() as connection:
             statement = select(image, job.c.stage).join(job, image.c.job_id == job.c.id).order_by(job.c.id)
             return [dict(row) for row in connection.execute(statement).mappings()]
@@ -255,6 +259,32 @@ def test_a_picture_of_a_time_before_signatures_is_made_again_and_not_copied(plac
     *_, again = place.work(job_spec("a"), name="autumn")
     assert (again["reused_from"], place.engine.asked) == (None, 2)
     assert place.marks(again).ok
+
+
+def test_what_an_older_key_signed_is_made_again_where_it_is_not_trusted(
+    place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    companies = {}
+    for company in ("one", "two"):
+        (tmp_path / company).mkdir()
+        companies[company] = signing_settings(tmp_path / company)
+
+    def work_for(company: str, name: str, *, trust: bool) -> Json:
+        for setting, value in companies[company].items():
+            if trust or "TRUST" not in setting:
+                monkeypatch.setenv(setting, value)
+        published(place.audit, [job_spec("a")], name=name)
+        s = bootstrap.load_settings(tmp_path)
+        key = bootstrap.picture_key(s)
+        bootstrap.make_worker(s, place.audit.database, place.store, place.engine, key).run()
+        return place.pictures()[-1]
+
+    place.work(job_spec("a"), name="by-a-development-key")
+    first, second = work_for("one", "by-the-first", trust=False), work_for("two", "by-the-second", trust=True)
+    assert [(each["reused_from"], place.marks(each).development_key) for each in (first, second)] == [(None, False)] * 2
+    assert place.engine.asked == 3
+    again = work_for("two", "by-the-second-again", trust=True)
+    assert again["reused_from"] == second["key"]
 
 
 @pytest.mark.parametrize("told", ["hash", "none"])

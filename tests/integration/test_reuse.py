@@ -397,7 +397,8 @@ def test_a_worker_killed_between_copy_and_commit_leaves_nothing_wrong(place: Pla
     with database.read() as connection:
         found = originals.newest(connection, team="default", fingerprints=[first["fingerprint"]])
     attempt = delivery.Attempt(number=1, lease_id=lease.id, worker_id="worker-0", gpu_seconds=0.0)
-    copied = delivery.reuse(place.store, lease.jobs[0], found[first["fingerprint"]], attempt, engine="fake")
+    original = found[first["fingerprint"]]
+    copied = delivery.reuse(place.store, lease.jobs[0], original, attempt, engine="fake", signing=signing_key())
     expired(place.audit, lease)
     assert place.work().reused == 1
     (copy,) = place.pictures("autumn")
