@@ -470,7 +470,7 @@ def release_worker_leases(s: Settings, pid: int) -> int:
 
 
 def seal(s: Settings) -> int:
-    """Sign what the audit log gained, as a flow does every minute; returns the number of events."""
+    """Sign what the audit log gained, as a flow does every half hour; returns the number of events."""
     with services(s) as have:
         key = seal_key(s)
         _declare_sealing(have, key)

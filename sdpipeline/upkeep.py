@@ -78,8 +78,12 @@ def forget(s: Settings, *, dry_run: bool = False) -> Forgotten:
     return done
 
 
-def verify(s: Settings, *, sample: int | None = None) -> Verification:
-    """Check every event, seal, job row and picture (or only ``sample`` of those) against each other."""
+def verify(s: Settings, *, sample: int | None = None, trusted: tuple[str, ...] | None = None) -> Verification:
+    """Check every event, seal, job row and picture (or only ``sample`` of those) against each other.
+
+    ``trusted`` are the public keys whose seals are believed; None takes those of the settings' own seal key.
+    """
     with bootstrap.services(s, create=False) as have:
         have.store.check()
-        return audit.verify(have.database, have.store, bootstrap.seal_key(s), sample=sample)
+        key = bootstrap.seal_key(s) if trusted is None else audit.PublicKeys(trusted)
+        return audit.verify(have.database, have.store, key, sample=sample)

@@ -8,7 +8,7 @@ from datetime import UTC, datetime, timedelta
 
 from sdpipeline.audit.findings import Verification
 from sdpipeline.audit.gaps import forgotten
-from sdpipeline.audit.keys import SealKey, Succession
+from sdpipeline.audit.keys import PublicKeys, SealKey, Succession
 from sdpipeline.audit.seals import covers, digest, ranges, seal_name, seal_object
 from sdpipeline.audit.told import Told
 from sdpipeline.db import audit as rows
@@ -45,7 +45,9 @@ def verify_chains(connection: Connection, found: Verification) -> Told:
     return told
 
 
-def verify_seals(connection: Connection, key: SealKey, found: Verification, lost: Collection[int]) -> list[Json]:
+def verify_seals(
+    connection: Connection, key: SealKey | PublicKeys, found: Verification, lost: Collection[int]
+) -> list[Json]:
     """Check every seal against the key and the events it covers; returns their rows. ``lost`` are the numbers of those
     over events that a gap names as missing."""
     sealed = rows.seals(connection)

@@ -62,6 +62,13 @@ def is_signed(body: str, signature: str) -> bool:
     return True
 
 
+@dataclass(frozen=True, slots=True)
+class PublicKeys:
+    """The keys of whoever only checks seals."""
+
+    public: tuple[str, ...]
+
+
 @dataclass(slots=True)
 class Succession:
     """The keys of a chain of seals, one after the other: none comes back once another has signed."""

@@ -6,7 +6,7 @@ from sdpipeline.audit.archives import verify_archive
 from sdpipeline.audit.chains import verify_chains, verify_newest, verify_seals, verify_stored_seal
 from sdpipeline.audit.findings import Verification
 from sdpipeline.audit.jobs import verify_jobs
-from sdpipeline.audit.keys import SealKey
+from sdpipeline.audit.keys import PublicKeys, SealKey
 from sdpipeline.audit.pictures import objects_of, verify_images, verify_objects
 from sdpipeline.db import archives
 from sdpipeline.db.connection import Database
@@ -16,7 +16,7 @@ from sdpipeline.storage import ObjectStore
 def verify(
     database: Database,
     store: ObjectStore,
-    key: SealKey,
+    key: SealKey | PublicKeys,
     *,
     sample: int | None = None,
 ) -> Verification:

@@ -50,7 +50,7 @@ def verify(
     proof: Annotated[Path | None, typer.Option(help="Check this proof alone, by no settings.")] = None,
     image: Annotated[Path | None, typer.Option(help="With --proof: is this the picture it is about?")] = None,
     key: Annotated[
-        list[str] | None, typer.Option(help="With --export or --proof: a public key to trust; may be repeated.")
+        list[str] | None, typer.Option(help="A public key to trust, in place of the settings' own; may be repeated.")
     ] = None,
     home: Home = None,
     as_json: AsJson = False,
@@ -59,12 +59,13 @@ def verify(
     alone = [each for each in (exported, proof) if each is not None]
     if len(alone) > 1 or (alone and (sample is not None or full)):
         raise refuse("--export, --proof and --sample or --full are checks of their own", "give one of them")
-    if (key and not alone) or (image and proof is None):
-        raise refuse("--key goes with --export or --proof, --image with --proof")
+    if image and proof is None:
+        raise refuse("--image goes with --proof")
+    trusted = tuple(audit.public_key(each) for each in key or ()) or None
     if alone:
-        found = _verified_alone(exported, proof, image, tuple(audit.public_key(each) for each in key or ()) or None)
+        found = _verified_alone(exported, proof, image, trusted)
     else:
-        found = upkeep.verify(settings(home), sample=None if full else sample)
+        found = upkeep.verify(settings(home), sample=None if full else sample, trusted=trusted)
     _show(found, as_json=as_json, compare=bool(alone) and not key)
     if found.faults:
         raise typer.Exit(FOUND_FAULTS)

@@ -96,7 +96,7 @@ def test_without_a_file_an_export_goes_to_standard_output(home: Path, capfdbinar
         ["--proof", "nowhere.json"],
         ["--export", "a", "--proof", "b"],
         ["--export", "a", "--sample", "1"],
-        ["--key", "0" * 64],
+        ["--key", "no key"],
         ["--image", "a.png"],
         ["--export", __file__],
         ["--proof", __file__],

@@ -103,7 +103,11 @@ def test_each_role_does_its_own_part_of_a_campaign(office: Office) -> None:
     office.run("maintainer", "retention")
     office.run("maintainer", "reconcile", "--repair")
     office.run("sealer", "audit", "seal")
-    assert office.run("reader", "audit", "verify")["ok"]
+    public = load_key(office.folder / "seal.pem", create=False).public_hex
+    office.monkeypatch.delenv("SDP_SIGNING__SEAL_KEY_FILE")
+    assert office.run("reader", "audit", "verify", "--key", public)["ok"]
+    found = office.run("reader", "audit", "verify", "--key", "0" * 64, exit_code=3)
+    assert {fault["kind"] for fault in found["faults"]} == {"seal-key-unknown"}
 
 
 @pytest.mark.parametrize(

@@ -269,6 +269,13 @@ def test_beside_sqlite_a_development_key_is_made_and_named_as_such(tmp_path: Pat
     assert [(check.ok, check.detail) for check in told] == [(True, expected)]
 
 
+def test_a_process_without_any_picture_key_is_no_fault_and_half_of_one_is(tmp_path: Path) -> None:
+    (told,) = checkup._picture_key(on_postgresql(tmp_path))
+    assert (told.ok, told.detail[:9]) == (True, "none here")
+    with pytest.raises(SettingsError):
+        list(checkup._picture_key(on_postgresql(tmp_path, key_file="key.pem")))
+
+
 @pytest.mark.parametrize(
     ("own", "named"),
     [
