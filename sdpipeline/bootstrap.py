@@ -442,7 +442,7 @@ def newest_pictures(
 
 
 def failures(s: Settings, campaign: str, *, limit: int = 100) -> list[Json]:
-    """The first failed jobs with their reasons."""
+    """The first failed and then blocked jobs with their reasons."""
     with services(s) as have:
         campaign_id = known_campaign(have.database, s.team, campaign)
         with have.database.read() as connection:

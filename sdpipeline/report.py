@@ -58,7 +58,7 @@ def closing_report(database: Database, store: ObjectStore, campaign_id: int, *, 
         "| where the time went | seconds |",
         "|---|---|",
         *(f"| {name.removesuffix('_s')} | {seconds:.1f} |" for name, seconds in spent.items()),
-        *_failures(failed, progress.failed),
+        *_failures(failed, progress),
     ]
     return "\n".join(lines) + "\n"
 
@@ -104,13 +104,20 @@ def _sealed(connection: Connection) -> str:
     return f"seal {seal['number']}, SHA-256 `{seal['hash']}`; {after or 'no'} events since"
 
 
-def _failures(failed: Sequence[Json], count: int) -> Iterator[str]:
-    if not count:
+def unlucky(progress: Progress, *, shown: int) -> str:
+    """How many jobs failed or were blocked, and how many of them are listed."""
+    blocked = f", {progress.blocked} blocked" if progress.blocked else ""
+    here = f", {shown} of them here" if progress.failed + progress.blocked > shown else ""
+    return f"{progress.failed} jobs failed{blocked}{here}"
+
+
+def _failures(failed: Sequence[Json], progress: Progress) -> Iterator[str]:
+    if not progress.failed + progress.blocked:
         return
-    yield from ("", f"{count} jobs failed" + (f", {len(failed)} of them here:" if count > len(failed) else ":"), "")
-    yield from ("| failed job | stage | row | attempts | reason |", "|---|---|---|---|---|")
+    yield from ("", f"{unlucky(progress, shown=len(failed))}:", "")
+    yield from ("| job | status | stage | row | attempts | reason |", "|---|---|---|---|---|---|")
     for each in failed:
-        cells = (each["job_id"], each["stage"], each["row"], each["attempts"], each["error"])
+        cells = (each[name] for name in ("job_id", "status", "stage", "row", "attempts", "error"))
         yield f"| {' | '.join(_cell(value) for value in cells)} |"
 
 

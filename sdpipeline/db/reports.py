@@ -230,10 +230,15 @@ def show(connection: Connection, job_id: int) -> Json | None:
 
 
 def failures(connection: Connection, campaign_id: int, limit: int) -> list[Json]:
-    """The first failed jobs with their reasons; none with a subject, for Prefect keeps what it is shown."""
+    """The first failed and then blocked jobs with their reasons.
+
+    None has a subject, for Prefect keeps what it is shown.
+    """
+    unlucky = (job.c.status.in_(("failed", "blocked")), job.c.subject.is_(None))
     statement = (
         select(
             job.c.id.label("job_id"),
+            job.c.status,
             job.c.stage,
             job.c.row_key.label("row"),
             job.c.variables,
@@ -242,8 +247,8 @@ def failures(connection: Connection, campaign_id: int, limit: int) -> list[Json]
             job.c.error_kind.label("kind"),
             job.c.error,
         )
-        .where(job.c.campaign_id == campaign_id, job.c.status == "failed", job.c.subject.is_(None))
-        .order_by(job.c.id)
+        .where(job.c.campaign_id == campaign_id, *unlucky)
+        .order_by(job.c.status.desc(), job.c.id)
         .limit(limit)
     )
     return [dict(row) for row in connection.execute(statement).mappings()]

@@ -12,7 +12,7 @@ from uuid import UUID
 
 import structlog
 
-from sdpipeline import bootstrap
+from sdpipeline import bootstrap, report
 from sdpipeline.bootstrap import Progress, Span, Thumbnails
 from sdpipeline.errors import TransientError
 from sdpipeline.orchestration import events
@@ -80,7 +80,7 @@ class Board:
         self._status = progress.status
         self._move(progress, now=now)
         self._refresh("contact-sheet", progress.images, lambda: self._put_pictures(progress), now=now)
-        self._refresh("failures", progress.failed, lambda: self._put_failures(progress), now=now)
+        self._refresh("failures", progress.failed + progress.blocked, lambda: self._put_failures(progress), now=now)
 
     def close(self, progress: Progress) -> None:
         """The last progress, pictures and failures, the closing report, and the event that says how it ended."""
@@ -134,8 +134,7 @@ class Board:
             each | {"variables": ", ".join(map(str, each["variables"].values()))}
             for each in bootstrap.failures(self._settings, self._campaign)
         ]
-        first = f", {len(failed)} of them here" if progress.failed > len(failed) else ""
-        self._put("failures", failed, f"{progress.failed} jobs failed{first}")
+        self._put("failures", failed, report.unlucky(progress, shown=len(failed)))
 
     def _put(self, name: str, data: Any, description: str) -> None:
         """Make an artifact of this run, or change the one it made."""

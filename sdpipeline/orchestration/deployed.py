@@ -65,7 +65,7 @@ def _start_everything(settings: Settings) -> State[Any]:
     from prefect.deployments import run_deployment
     from prefect.states import Completed
 
-    idle = [name for name in _unfinished(settings) if not _has_run(name)]
+    idle = [name for name in _unfinished(settings) if not _has_run(settings.team, name)]
     for name in idle:
         run_deployment(
             CAMPAIGN_DEPLOYMENT,
@@ -73,7 +73,7 @@ def _start_everything(settings: Settings) -> State[Any]:
             timeout=0,
             as_subflow=False,  # it outlives this run, and is cancelled on its own
             flow_run_name=name,
-            tags=[f"campaign:{name}"],
+            tags=[f"campaign:{name}", f"team:{settings.team}"],
         )
     return Completed(message=f"started: {', '.join(idle)}" if idle else "nothing is left to do")
 
@@ -85,7 +85,7 @@ def _unfinished(settings: Settings) -> list[str]:
         return [name for name, of in ids.items() if of is not None and reports.work_left(connection, of)]
 
 
-def _has_run(name: str) -> bool:
+def _has_run(team: str, name: str) -> bool:
     from prefect.client.orchestration import get_client
     from prefect.client.schemas import filters
     from prefect.client.schemas.objects import TERMINAL_STATES, StateType
@@ -96,7 +96,7 @@ def _has_run(name: str) -> bool:
             client.read_flow_runs(
                 flow_filter=filters.FlowFilter(name=filters.FlowFilterName(any_=["campaign"])),
                 flow_run_filter=filters.FlowRunFilter(
-                    tags=filters.FlowRunFilterTags(all_=[f"campaign:{name}"]),
+                    tags=filters.FlowRunFilterTags(all_=[f"campaign:{name}", f"team:{team}"]),
                     state=filters.FlowRunFilterState(type=unfinished),
                 ),
                 limit=1,

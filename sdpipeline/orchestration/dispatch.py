@@ -185,8 +185,9 @@ def _closing_state(progress: Progress) -> State[None]:
 
 
 def _tags(settings: Settings, progress: Progress) -> Sequence[str]:
-    """The campaign and its checkpoints, by the names people use."""
+    """The campaign, its team and its checkpoints, by the names people use."""
     with bootstrap.services(settings) as have, have.database.read() as connection:
         used = set(reports.checkpoints_of(connection, progress.id))
         aliases = {files.alias for files in registry.known(connection) if {files.alias, files.digest} & used}
-    return [f"campaign:{progress.name}", *(f"checkpoint:{alias}" for alias in sorted(aliases))]
+    own = (f"campaign:{progress.name}", f"team:{settings.team}")
+    return [*own, *(f"checkpoint:{alias}" for alias in sorted(aliases))]

@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 EDITION_NAME = r"^[a-z0-9][a-z0-9-]{0,62}$"
 CAMPAIGN_NAME = r"^[a-z0-9][a-z0-9-]{0,62}$"
 WHAT = ("campaign", "file", "text")
+OF_ONE = ("reopen", "min_workers", "max_workers")
 
 
 class Reopen(StrEnum):
@@ -60,6 +61,8 @@ class CampaignRequest(BaseModel):
             raise ValueError("prune goes with file or text: a campaign's name asks for nothing else than before")
         if self.edition is not None and self.file is None and self.text is None:
             raise ValueError("edition goes with file or text: a campaign that was submitted has its editions")
+        if not named and (asked := [name for name in OF_ONE if name in self.document()]):
+            raise ValueError(f"{' and '.join(asked)}: goes with campaign, file or text, and none of them is given")
         if self.min_workers is not None and self.max_workers is not None and self.min_workers > self.max_workers:
             raise ValueError("min_workers is more than max_workers")
         return self

@@ -98,7 +98,9 @@ def test_what_is_deployed_has_its_schedules_its_form_and_its_limit(here: Site) -
 
 def test_two_workers_of_a_pool_make_each_picture_once(here: Site, together: dict[str, Any]) -> None:
     assert sorted(together) == ["spring · worker 0", "spring · worker 1"]
-    assert all({"campaign:spring", "checkpoint:shapes"} <= set(run["tags"]) for run in together.values())
+    assert all(
+        {"campaign:spring", "team:default", "checkpoint:shapes"} <= set(run["tags"]) for run in together.values()
+    )
     made = Counter(each.worker_id for each in here.attempts("spring"))
     assert len(made) == 2, "one of them came too late to take part"
     assert here.succeeded("spring") == sum(made.values()) == JOBS  # so that no job was attempted twice

@@ -1,0 +1,47 @@
+"""Jobs that a policy blocks are seen where failed ones are, though nothing failed."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from prefect import flow
+from prefect.client.orchestration import get_client
+from prefect.client.schemas import filters
+
+from sdpipeline import bootstrap, orchestration
+from sdpipeline.orchestration.board import Board
+from sdpipeline.prefect_server import own_server
+from tests.integration.commands import document
+
+CAMPAIGN = """\
+name: parlour
+checkpoint: shapes
+policy: {deny: [widow]}
+variables: {who: [widow, spider]}
+defaults: {width: 64, height: 64}
+stages: [{id: only, task: text-to-image, prompt: "a {{ who }}"}]
+"""
+
+
+def test_blocked_jobs_are_listed_with_their_rule(prefect_home: Path, tmp_path: Path) -> None:
+    (tmp_path / "parlour.yaml").write_text(CAMPAIGN)
+    document("submit", tmp_path / "parlour.yaml", "--home", tmp_path)
+    settings = bootstrap.load_settings(tmp_path)
+
+    @flow
+    def shows() -> None:
+        Board(settings, "parlour").show(bootstrap.campaign_progress(settings, "parlour"))
+
+    with own_server(prefect_home), orchestration.local_server(bootstrap.load_settings(prefect_home), always_own=True):
+        shows()
+        mine = filters.ArtifactFilter(key=filters.ArtifactFilterKey(any_=["failures-parlour"]))
+        with get_client(sync_client=True) as client:
+            (table,) = client.read_artifacts(artifact_filter=mine)
+    assert table.description == "0 jobs failed, 1 blocked"
+    assert [(each["status"], each["error"]) for each in json.loads(str(table.data))] == [
+        ("blocked", "policy.deny: 'widow'")
+    ]
+    told = bootstrap.finish_report(settings, "parlour")
+    assert "0 jobs failed, 1 blocked:" in told
+    assert "| 1 | blocked | only |  | 0 | policy.deny: 'widow' |" in told
