@@ -137,7 +137,7 @@ def survivor(launch: Launch, tmp_path_factory: pytest.TempPathFactory) -> tuple[
 def test_the_run_has_a_readable_name_and_tags(survivor: tuple[Running, int, set[float]]) -> None:
     (parent,) = [run for run in survivor[0].runs() if run["parent_task_run_id"] is None]
     assert parent["name"] == f"spring-catalogue · v1 · {JOBS} jobs"
-    assert set(parent["tags"]) == {"campaign:spring-catalogue", "checkpoint:shapes"}
+    assert set(parent["tags"]) == {"campaign:spring-catalogue", "checkpoint:shapes", "team:default"}
     assert (parent["state"]["type"], parent["state"]["message"]) == (
         "COMPLETED",
         f"spring-catalogue: {JOBS} of {JOBS} succeeded",
