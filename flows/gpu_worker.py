@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 from prefect import flow, task
@@ -25,10 +26,13 @@ def gpu_worker(
     # for many batches: a task run costs the server 30 ms.
     def work(stop: Stop) -> None:
         @task(name="chunk", task_run_name="chunk {number}", cache_policy=NO_CACHE, persist_result=False)
-        def work_chunk(number: int) -> bootstrap.WorkerSummary:  # noqa: ARG001 - names the task run
-            return worker.run(campaign=campaign, until_idle=True, deadline_s=worker_process.CHUNK_S, stop=stop)
+        def chunk(number: int) -> None:  # noqa: ARG001 - names the task run
+            chunks.wait()
 
-        with bootstrap.open_worker(settings, device=device) as worker:
-            worker_process.work_in_chunks(work_chunk, stop)
+        with (
+            bootstrap.open_worker(settings, device=device) as worker,
+            worker_process.in_chunks(partial(worker.run, campaign=campaign, stop=stop), stop) as chunks,
+        ):
+            chunks.tell(chunk)
 
     worker_process.until_told(work)

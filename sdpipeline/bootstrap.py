@@ -318,15 +318,12 @@ class OpenWorker:
         *,
         campaign: str | None = None,
         until_idle: bool = True,
-        deadline_s: float | None = None,
         stop: threading.Event | None = None,
         on_progress: Callable[[int], None] | None = None,
     ) -> WorkerSummary:
         """As :meth:`sdpipeline.worker.Worker.run`, with the campaign by name."""
         campaign_id = None if campaign is None else known_campaign(self.worker.audit.database, self.team, campaign)
-        return self.worker.run(
-            campaign_id=campaign_id, until_idle=until_idle, deadline_s=deadline_s, stop=stop, on_progress=on_progress
-        )
+        return self.worker.run(campaign_id=campaign_id, until_idle=until_idle, stop=stop, on_progress=on_progress)
 
 
 @contextmanager
@@ -403,15 +400,12 @@ def run_worker(
     campaign: str | None,
     until_idle: bool,
     device: str | None,
-    deadline_s: float | None = None,
     stop: threading.Event | None = None,
     on_progress: Callable[[int], None] | None = None,
 ) -> WorkerSummary:
     """One worker from start to end, outside a flow."""
     with open_worker(s, device=device) as worker:
-        return worker.run(
-            campaign=campaign, until_idle=until_idle, deadline_s=deadline_s, stop=stop, on_progress=on_progress
-        )
+        return worker.run(campaign=campaign, until_idle=until_idle, stop=stop, on_progress=on_progress)
 
 
 def known_campaign(database: Database, team: str, name: str) -> int:

@@ -24,7 +24,7 @@ from sdpipeline.db import budgets, originals, reports, workers
 from sdpipeline.db import queue as jobs
 from sdpipeline.db.audit import AuditLog
 from sdpipeline.db.originals import Original
-from sdpipeline.db.queue import Lease, LeasedJob, Patience, StoredImage
+from sdpipeline.db.queue import Lease, LeasedJob, Patience, Standing, StoredImage
 from sdpipeline.domain import CheckpointRef, Status
 from sdpipeline.engine import Batch, Engine, GeneratedImage, GenerationFailure, PreparedRequest
 from sdpipeline.errors import (
@@ -113,18 +113,16 @@ class Worker:
         *,
         campaign_id: int | None = None,
         until_idle: bool = True,
-        deadline_s: float | None = None,
         stop: threading.Event | None = None,
         on_progress: Callable[[int], None] | None = None,
     ) -> WorkerSummary:
-        """Work until there is nothing left, ``deadline_s`` seconds passed, or ``stop`` is set.
+        """Work until there is nothing left, or ``stop`` is set.
 
         What was leased but not begun is given back. An error that is not ours ends the run, and the
         jobs it touched are leased alone from then on. ``on_progress`` hears how many jobs just ended.
         A batch that hangs ends the process, and so does an end that takes too long or is wanted at once.
         """
-        deadline = time.monotonic() + deadline_s if deadline_s is not None else None
-        bounds = _Bounds(campaign_id, until_idle, deadline, stop or threading.Event())
+        bounds = _Bounds(campaign_id, until_idle, stop or threading.Event())
         return _Run(self, bounds, on_progress).execute()
 
 
@@ -156,11 +154,10 @@ class _Work:
 
 @dataclass(frozen=True, slots=True)
 class _Bounds:
-    """Whose jobs a run takes, and when it ends; ``deadline`` is on the monotonic clock."""
+    """Whose jobs a run takes, and when it ends."""
 
     campaign_id: int | None
     until_idle: bool
-    deadline: float | None
     stop: threading.Event
 
 
@@ -312,8 +309,7 @@ class _Run:
         self._hand_on(self._fetched, None)
 
     def _over(self) -> bool:
-        late = self.bounds.deadline is not None and time.monotonic() >= self.bounds.deadline
-        return late or self.stop.is_set() or self._ended.is_set()
+        return self.stop.is_set() or self._ended.is_set()
 
     def _may_lease(self) -> bool:
         """While the breaker is open one job at a time, and none before its pause is over."""
@@ -456,7 +452,7 @@ class _Run:
             if not self._timed("database", partial(self._wanted, work.lease)):
                 self._put_back(work)
                 continue
-            if bool(work.requests) and self._timed("database", partial(self._still_ours, work.lease)):
+            if work.requests and work.lease.id not in self._lost:
                 self._make(work)
             self._begin_delivery(work)
             self._timed("delivery", partial(self._hand_on, self._generated, work))
@@ -489,15 +485,25 @@ class _Run:
             self._suspect(transient[-1])
 
     def _wanted(self, lease: Lease) -> bool:
-        """Asked before each forward pass: no batch is begun of a paused campaign, nor by a worker that pauses."""
+        """Asked before each forward pass: no batch is begun of a paused campaign, nor by a worker that pauses; one
+        that was cancelled is lost.
 
-        def ask() -> bool:
+        The device waits for the answer, so this only reads, unless the heart has missed a beat.
+        """
+
+        def ask() -> Standing:
             with self.worker.audit.database.read() as connection:
-                return jobs.paused(connection, lease.group_id)
+                return jobs.standing(connection, lease.id)
 
         if self.worker.breaker.is_open and lease.id != self._trial:
             return False
-        return not self._when_database_answers(ask)
+        found = self._when_database_answers(ask)
+        if found.left_s is None or (
+            found.left_s < self.worker.limits.lease_ttl_s / 2
+            and not self._when_database_answers(partial(self._heartbeat, (lease.id,)))
+        ):
+            self._lost.add(lease.id)
+        return found.active
 
     def _put_back(self, work: _Work) -> None:
         """Not begun after all: the attempt does not count."""
@@ -511,12 +517,6 @@ class _Run:
                 jobs.release(tx, lease_id=lease.id)
 
         self._when_database_answers(give_back)
-
-    def _still_ours(self, lease: Lease) -> bool:
-        """Asked before each forward pass, so that a cancelled batch is not begun."""
-        if not self._when_database_answers(partial(self._heartbeat, (lease.id,))):
-            self._lost.add(lease.id)
-        return lease.id not in self._lost
 
     # Encoding, storing and completing, behind the device.
 

@@ -399,10 +399,26 @@ def heartbeat(connection: Connection, lease_ids: Collection[str], *, ttl_s: floa
     return frozenset(connection.execute(statement).scalars())
 
 
-def paused(connection: Connection, group_id: int) -> bool:
-    """Whether nothing of this group's campaign is to be begun now."""
-    status = select(campaign.c.status).join(work_group, work_group.c.campaign_id == campaign.c.id)
-    return bool(connection.execute(status.where(work_group.c.id == group_id)).scalar() != "active")
+@dataclass(frozen=True, slots=True)
+class Standing:
+    """What a batch is asked for before it begins: whether its campaign is ``active``, and the seconds its lease still
+    has, None where it was closed."""
+
+    active: bool
+    left_s: float | None
+
+
+def standing(connection: Connection, lease_id: str) -> Standing:
+    """Read only: it waits for nobody who writes, so that a device does not either."""
+    left_s = case((lease.c.closed_at.is_(None), lease.c.expires_at - now_s()))
+    asked = (
+        select(campaign.c.status, left_s.label("left_s"))
+        .join_from(lease, work_group, work_group.c.id == lease.c.group_id)
+        .join(campaign, campaign.c.id == work_group.c.campaign_id)
+        .where(lease.c.id == lease_id)
+    )
+    row = connection.execute(asked).one()
+    return Standing(active=row.status == "active", left_s=row.left_s)
 
 
 def close_lease(connection: Connection, lease_id: str) -> None:

@@ -1,4 +1,4 @@
-"""What the gpu-worker flow does: one process that works in chunks until nothing is left or it is told to end."""
+"""What the gpu-worker flow does: one process that works until nothing is left or it is told to end, told in chunks."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from contextvars import copy_context
+from dataclasses import dataclass
 from pathlib import Path
 
 from sdpipeline.bootstrap import WorkerSummary
@@ -81,10 +82,35 @@ def _held_back(number: signal.Signals) -> Iterator[None]:
             signal.raise_signal(number)
 
 
-def work_in_chunks(work: Callable[[int], WorkerSummary], stop: threading.Event) -> None:
-    """Call ``work`` until it reports that nothing is left, the worker must end, or nobody watches it any more."""
-    watcher = os.getppid()
-    for number in itertools.count(1):
-        # A process whose parent died gets another: its device is the next worker's that is started there.
-        if work(number).idle or stop.is_set() or os.getppid() != watcher:
-            return
+@dataclass(frozen=True, slots=True)
+class Chunks:
+    """Work that goes on while Prefect is told of it in chunks, one after the other: the device waits for none."""
+
+    working: Future[WorkerSummary]
+
+    def wait(self) -> None:
+        """Until the chunk is over, or the work, whose error is raised."""
+        wait([self.working], timeout=CHUNK_S)
+        if self.working.done():
+            self.working.result()
+
+    def tell(self, chunk: Callable[[int], object]) -> None:
+        """Call ``chunk``, which waits, until the work is over or nobody watches it any more."""
+        watcher = os.getppid()
+        for number in itertools.count(1):
+            chunk(number)
+            # A process whose parent died gets another: its device is the next worker's that is started there.
+            if self.working.done() or os.getppid() != watcher:
+                return
+
+
+@contextmanager
+def in_chunks(work: Callable[[], WorkerSummary], stop: threading.Event) -> Iterator[Chunks]:
+    """Work in a thread of its own. At the end of the block, however it comes, it is told to end, and waited for."""
+    with ThreadPoolExecutor(1, thread_name_prefix="device") as pool:
+        working = pool.submit(work)
+        try:
+            yield Chunks(working)
+        finally:
+            stop.set()
+    working.result()

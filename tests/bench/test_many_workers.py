@@ -112,7 +112,9 @@ def _work(url: str, folder: Path, name: str, times: Times) -> None:
     _time_device_thread(database, times)
     limits = WorkerLimits(max_batch=BATCH, lease_ttl_s=LEASE_TTL_S, max_pixels=10_000_000)
     worker = Worker(name, TimedLog(database, times), LocalStore(folder), TimedEngine(times), limits, signing_key())
-    worker.run(until_idle=False, deadline_s=RUN_S)
+    stop = threading.Event()
+    threading.Timer(RUN_S, stop.set).start()
+    worker.run(until_idle=False, stop=stop)
     database.close()
 
 

@@ -18,7 +18,7 @@ from tests.integration.commands import FAKE_ENGINE, SDPIPELINE, environment
 pytestmark = [pytest.mark.bench, pytest.mark.timeout(600)]
 
 WORKERS, BATCH, SECONDS_PER_BATCH = 2, 8, 1.0
-BATCHES_EACH = 70  # more than a chunk of 45 s: Prefect is spoken to between chunks, so one such place counts
+BATCHES_EACH = 70  # more than a chunk of 45 s, so that Prefect's task between two counts
 MOST_OVERHEAD = 0.01
 SETTLE_S = 15.0  # what the server still writes down belongs to the campaign
 CAMPAIGN = f"""\
@@ -32,14 +32,14 @@ stages:
 FAKE = {FAKE_ENGINE: str(SECONDS_PER_BATCH), "SDP_ENGINE__MAX_BATCH": str(BATCH), "SDP_WORKERS": str(WORKERS)}
 
 
-def test_devices_of_a_campaign_under_prefect_wait_no_longer_than_without(tmp_path: Path) -> None:
+def test_devices_of_a_campaign_under_prefect_hardly_wait(tmp_path: Path) -> None:
     (tmp_path / "campaign.yaml").write_text(CAMPAIGN)
     cpu, pictures = _under_prefect(tmp_path)
     _without_prefect(tmp_path)
     under, without = (_outside_the_engine(tmp_path / name) for name in ("under", "without"))
     print(f"outside the engine: {under:.2%} of the time under Prefect, {without:.2%} without: {under - without:+.2%}")
     print(f"server: {1000 * cpu / pictures:.2f} s of CPU for 1,000 pictures")
-    assert under - without < MOST_OVERHEAD
+    assert under < MOST_OVERHEAD
 
 
 def _under_prefect(folder: Path) -> tuple[float, int]:

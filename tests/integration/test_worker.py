@@ -7,8 +7,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import pytest
-
 from sdpipeline.db import control
 from sdpipeline.db.audit import AuditLog
 from sdpipeline.db.connection import Database
@@ -99,12 +97,3 @@ def test_a_run_that_is_stopped_gives_back_what_it_did_not_begin(
     assert done.succeeded == 4
     rows = statuses(database, "status", "attempt")
     assert sorted(rows) == [("ready", 0)] * 8 + [("succeeded", 1)] * 4
-
-
-@pytest.mark.parametrize("deadline_s", [0.0])
-def test_a_run_past_its_deadline_leases_nothing(
-    deadline_s: float, audit: AuditLog, database: Database, tmp_path: Path
-) -> None:
-    published(audit, chains(2, "only"))
-    done = _worker(audit, tmp_path, lambda prompts: None).run(deadline_s=deadline_s)
-    assert (done.succeeded, done.idle) == (0, False)

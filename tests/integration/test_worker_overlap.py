@@ -10,9 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from sqlalchemy import func, select, update
 
 from sdpipeline.db.audit import AuditLog
-from sdpipeline.db.connection import Database
+from sdpipeline.db.connection import Database, now_s
+from sdpipeline.db.tables import lease
 from sdpipeline.domain import CheckpointRef
 from sdpipeline.engine import Batch, GeneratedImage, GenerationFailure
 from sdpipeline.engine.fake import FakeEngine
@@ -20,6 +22,7 @@ from sdpipeline.storage import LocalStore
 from sdpipeline.worker import Worker, WorkerLimits
 from tests.factories import CHECKPOINT, chains, published, signing_key, statuses
 from tests.integration.databases import on_sqlite
+from tests.integration.test_worker_life import wait_for
 
 pytestmark = [on_sqlite, pytest.mark.timeout(60)]
 """What a worker overlaps does not depend on its database."""
@@ -109,3 +112,48 @@ def test_weights_that_the_next_lease_needs_are_foreseen_while_the_device_is_busy
     worker(audit, LocalStore(tmp_path), engine, foresee=lambda ref: foreseen.append((time.perf_counter(), ref))).run()
     assert {ref.digest for _, ref in foreseen} == {CHECKPOINT.digest, OTHER.digest}
     assert foreseen[-1][0] < engine.begun[1]
+
+
+def test_the_device_waits_for_nobody_who_writes_to_the_database(
+    audit: AuditLog, database: Database, tmp_path: Path
+) -> None:
+    published(audit, chains(16))
+    writing, begun, waited = threading.Event(), threading.Event(), list[bool]()
+
+    def write_meanwhile() -> None:
+        with database.write():
+            writing.set()
+            waited.append(not begun.wait(10))
+
+    class Watched(FakeEngine):
+        def generate(self, batch: Batch) -> Sequence[GeneratedImage | GenerationFailure]:
+            if not writing.is_set():
+                wait_for(lambda: statuses(database).count("leased") == 16)
+                threading.Thread(target=write_meanwhile).start()
+                assert writing.wait(10)
+                time.sleep(0.2)  # what was leased is fetched
+            else:
+                begun.set()
+            return super().generate(batch)
+
+    worker(audit, LocalStore(tmp_path), Watched()).run()
+    assert waited == [False]
+
+
+def test_a_lease_whose_heart_missed_beats_is_extended_before_its_batch_begins(
+    audit: AuditLog, database: Database, tmp_path: Path
+) -> None:
+    published(audit, chains(16))
+    left_s: list[float] = []
+
+    class Watched(FakeEngine):
+        def generate(self, batch: Batch) -> Sequence[GeneratedImage | GenerationFailure]:
+            wait_for(lambda: left_s or statuses(database).count("leased") == 16)
+            with database.write() as connection:
+                left = select(func.max(lease.c.expires_at - now_s())).where(lease.c.closed_at.is_(None))
+                left_s.append(connection.execute(left).scalar_one())
+                connection.execute(update(lease).values(expires_at=now_s() + 20.0))
+            return super().generate(batch)
+
+    worker(audit, LocalStore(tmp_path), Watched()).run()
+    assert left_s[1] > 30.0

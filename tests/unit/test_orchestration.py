@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import signal
 import threading
-from collections.abc import Callable
 
 import pytest
 from prefect.exceptions import TerminationSignal
@@ -19,26 +18,97 @@ from sdpipeline.stopping import Stop
 from tests.factories import progress
 
 
-def working(*, idle_after: int, seen: list[int]) -> Callable[[int], WorkerSummary]:
-    def work(number: int) -> WorkerSummary:
-        seen.append(number)
-        return WorkerSummary(idle=number >= idle_after)
-
-    return work
+@pytest.fixture
+def short_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(worker_process, "CHUNK_S", 0.01)
 
 
-def test_chunks_follow_one_another_until_nothing_is_left() -> None:
-    seen: list[int] = []
-    worker_process.work_in_chunks(working(idle_after=3, seen=seen), threading.Event())
+@pytest.mark.usefixtures("short_chunks")
+def test_work_goes_on_from_chunk_to_chunk_until_it_is_over() -> None:
+    enough, seen = threading.Event(), list[int]()
+
+    def work() -> WorkerSummary:
+        assert enough.wait(10)
+        return WorkerSummary()
+
+    with worker_process.in_chunks(work, threading.Event()) as chunks:
+
+        def chunk(number: int) -> None:
+            seen.append(number)
+            if number == 3:
+                enough.set()
+            chunks.wait()
+            if number >= 3:
+                chunks.working.result(10)
+
+        chunks.tell(chunk)
     assert seen == [1, 2, 3]
 
 
-def test_a_worker_that_must_end_begins_no_other_chunk() -> None:
-    seen: list[int] = []
-    stop = threading.Event()
-    stop.set()
-    worker_process.work_in_chunks(working(idle_after=3, seen=seen), stop)
-    assert seen == [1]
+@pytest.mark.usefixtures("short_chunks")
+def test_work_goes_on_while_prefect_is_told_of_it() -> None:
+    """A chunk that begins late, as when the server is slow, holds nothing up."""
+    done, stop = threading.Event(), threading.Event()
+
+    def work() -> WorkerSummary:
+        done.set()
+        return WorkerSummary()
+
+    with worker_process.in_chunks(work, stop) as chunks:
+        assert done.wait(10)
+        assert not stop.is_set()
+        chunks.tell(lambda _number: chunks.wait())
+
+
+@pytest.mark.usefixtures("short_chunks")
+def test_work_of_which_prefect_cannot_be_told_ends_in_order() -> None:
+    stop, seen = threading.Event(), list[str]()
+
+    def work() -> WorkerSummary:
+        assert stop.wait(10)
+        seen.append("gave back")
+        return WorkerSummary()
+
+    def chunk(_number: int) -> None:
+        raise ConnectionError("no server")
+
+    with pytest.raises(ConnectionError), worker_process.in_chunks(work, stop) as chunks:
+        chunks.tell(chunk)
+    assert seen == ["gave back"]
+
+
+@pytest.mark.usefixtures("short_chunks")
+def test_work_that_nobody_watches_any_more_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    stop, parents = threading.Event(), iter([1000, 1])
+    monkeypatch.setattr(os, "getppid", lambda: next(parents))
+
+    def work() -> WorkerSummary:
+        assert stop.wait(10)
+        return WorkerSummary()
+
+    with worker_process.in_chunks(work, stop) as chunks:
+        chunks.tell(lambda _number: chunks.wait())
+    assert stop.is_set()
+
+
+@pytest.mark.usefixtures("short_chunks")
+def test_an_error_of_the_work_is_the_chunks() -> None:
+    seen: list[str] = []
+
+    def work() -> WorkerSummary:
+        raise RuntimeError("the device is on fire")
+
+    def run() -> None:
+        with worker_process.in_chunks(work, threading.Event()) as chunks:
+            chunks.working.exception(10)
+            try:
+                chunks.wait()
+            except RuntimeError:
+                seen.append("the chunk failed")
+
+    with pytest.raises(RuntimeError, match="on fire"):
+        run()
+    assert seen == ["the chunk failed"]
 
 
 @pytest.mark.parametrize(
