@@ -188,6 +188,10 @@ def test_what_each_transition_costs_the_server(server: PostgresServer) -> None:
         with database.write() as connection:
             queue.heartbeat(connection, [leases[0].id], ttl_s=LEASE_TTL_S)
 
+    def look() -> None:
+        with database.read() as connection:
+            queue.standing(connection, leases[0].id)
+
     def complete(each: queue.Lease, job: queue.LeasedJob) -> None:
         with log.transaction() as tx:
             assert queue.complete(tx, lease_id=each.id, leased=job, stored=stored_image(job), charge=charge)
@@ -198,6 +202,7 @@ def test_what_each_transition_costs_the_server(server: PostgresServer) -> None:
 
     costs["lease of 8"] = _cost(server, database, [lease] * LEASES)
     costs["heartbeat"] = _cost(server, database, [heartbeat] * LEASES * BATCH)
+    costs["look"] = _cost(server, database, [look] * LEASES * BATCH)
     costs["completion"] = _cost(server, database, [_later(complete, each, job) for each in leases for job in each.jobs])
     costs["closing"] = _cost(server, database, [_later(close, each) for each in leases])
     database.close()
@@ -205,7 +210,7 @@ def test_what_each_transition_costs_the_server(server: PostgresServer) -> None:
         print(
             f"{name:11} {cpu * 1e3:6.3f} ms of the server's CPU, {wall * 1e3:6.2f} ms in all, {wal:7,.0f} bytes of WAL"
         )
-    batch = costs["lease of 8"][0] + BATCH * costs["completion"][0] + costs["heartbeat"][0] + costs["closing"][0]
+    batch = costs["lease of 8"][0] + BATCH * costs["completion"][0] + costs["look"][0] + costs["closing"][0]
     print(f"a batch of {BATCH}: {batch * 1e3:.2f} ms of the server's CPU")
 
 
