@@ -27,6 +27,7 @@ from sdpipeline.db.connection import Database, open_database, sqlite_path
 from sdpipeline.db.declarations import declare
 from sdpipeline.db.queue import Patience
 from sdpipeline.db.reports import Progress
+from sdpipeline.delivery_process import DeliveryProcess, Destination
 from sdpipeline.domain import CheckpointRef, Json
 from sdpipeline.engine import Engine
 from sdpipeline.engine.checkpoints import CheckpointFiles, inspect, read_ahead
@@ -335,7 +336,10 @@ def open_worker(s: Settings, *, device: str | None = None) -> Iterator[OpenWorke
         audit.refuse_restored(have.database, have.store)
         chosen = device or devices(s)[0]
         engine = build_engine(s, chosen, have.database)
-        with registered(s, make_worker(s, have.database, have.store, engine, key), chosen) as worker:
+        with (
+            delivered_apart(s, make_worker(s, have.database, have.store, engine, key), s.storage) as made,
+            registered(s, made, chosen) as worker,
+        ):
             yield OpenWorker(worker, s.team)
 
 
@@ -352,6 +356,23 @@ def registered(s: Settings, worker: Worker, device: str) -> Iterator[Worker]:
     finally:
         with worker.audit.transaction() as tx:
             workers.stop(tx, worker_id=worker.worker_id)
+
+
+@contextmanager
+def delivered_apart(s: Settings, worker: Worker, storage_url: str) -> Iterator[Worker]:
+    """The worker with a process that delivers for it while the block lasts; beside the engine's double, which it would
+    help nothing, as it is."""
+    if s.engine.fake_seconds_per_batch is not None:
+        yield worker
+        return
+    database_url = worker.audit.database.writer.url.render_as_string(hide_password=False)
+    to = Destination(settings=s, storage_url=storage_url, database_url=database_url, actor=worker.audit.actor)
+    deliverer = DeliveryProcess(to)
+    deliverer.begin()
+    try:
+        yield replace(worker, deliverer=deliverer)
+    finally:
+        deliverer.close()
 
 
 def make_worker(s: Settings, database: Database, store: ObjectStore, engine: Engine, key: SigningKey) -> Worker:

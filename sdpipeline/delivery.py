@@ -9,8 +9,12 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import PurePosixPath
+from typing import Protocol
 
 from sdpipeline import provenance, scores
+from sdpipeline.db import queue as jobs
+from sdpipeline.db.audit import AuditLog
+from sdpipeline.db.budgets import Charge
 from sdpipeline.db.originals import Original
 from sdpipeline.db.queue import LeasedJob, StoredImage
 from sdpipeline.domain import Json, OutputFormat, canonical, to_document
@@ -53,6 +57,45 @@ class FinishedPicture:
     scores: Json
     timings: Json
     attempt: Attempt
+
+
+class Deliverer(Protocol):
+    """Turns what an engine made into pictures in storage. Called from several threads."""
+
+    def finish(
+        self, leased: LeasedJob, consumed: Consumed, generated: GeneratedImage, attempt: Attempt
+    ) -> FinishedPicture:
+        """As :func:`finish`."""
+
+    def deliver(self, picture: FinishedPicture) -> StoredImage:
+        """As :func:`deliver`."""
+
+    def complete(self, lease_id: str, leased: LeasedJob, stored: StoredImage, charge: Charge) -> bool:
+        """Record the picture, as :func:`sdpipeline.db.queue.complete` in a transaction of its own."""
+
+
+@dataclass(frozen=True, slots=True)
+class LocalDeliverer:
+    """Delivers in this process."""
+
+    store: ObjectStore
+    signing: SigningKey
+    audit: AuditLog
+
+    def finish(
+        self, leased: LeasedJob, consumed: Consumed, generated: GeneratedImage, attempt: Attempt
+    ) -> FinishedPicture:
+        """As :func:`finish`."""
+        return finish(leased, consumed, generated, attempt, self.signing)
+
+    def deliver(self, picture: FinishedPicture) -> StoredImage:
+        """As :func:`deliver`."""
+        return deliver(self.store, picture)
+
+    def complete(self, lease_id: str, leased: LeasedJob, stored: StoredImage, charge: Charge) -> bool:
+        """As the protocol says."""
+        with self.audit.transaction() as tx:
+            return jobs.complete(tx, lease_id=lease_id, leased=leased, stored=stored, charge=charge)
 
 
 def finish(

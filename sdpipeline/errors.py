@@ -11,6 +11,7 @@
     │   ├── DatabaseUnavailableError
     │   ├── OrchestratorUnavailableError
     │   ├── SigningUnavailableError
+    │   ├── DeliveryLostError     the process that encodes, signs and stores died of this picture again and again
     │   └── DeviceExhaustedError  out of memory although every fallback was taken
     ├── PermanentError            the job fails; the message names the field and the fix
     │   ├── RequestRefusedError   the engine cannot do what the request asks
@@ -89,6 +90,10 @@ class OrchestratorUnavailableError(TransientError):
 
 class SigningUnavailableError(TransientError):
     """The key that signs pictures did not answer, or its certificate is not accepted (any more)."""
+
+
+class DeliveryLostError(TransientError):
+    """The process that encodes, signs and stores pictures does not start, or died again and again."""
 
 
 class DeviceExhaustedError(TransientError):

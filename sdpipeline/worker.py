@@ -25,6 +25,7 @@ from sdpipeline.db import queue as jobs
 from sdpipeline.db.audit import AuditLog
 from sdpipeline.db.originals import Original
 from sdpipeline.db.queue import Lease, LeasedJob, Patience, Standing, StoredImage
+from sdpipeline.delivery import Deliverer, LocalDeliverer
 from sdpipeline.domain import CheckpointRef, Status
 from sdpipeline.engine import Batch, Engine, GeneratedImage, GenerationFailure, PreparedRequest
 from sdpipeline.errors import (
@@ -92,6 +93,7 @@ class Worker:
 
     What it learned outlives a run too: ``breaker`` of failures, ``pace`` of batches, ``patience`` of campaigns.
     ``foresee`` is told of weights that are not on the device and will be needed next; it must not touch the device.
+    Without a ``deliverer`` pictures are encoded, signed, stored and recorded in this process.
     With ``trust_anchors``, roots in PEM, only pictures that one of them stands behind are delivered as copies.
     """
 
@@ -107,6 +109,7 @@ class Worker:
     patience: Patience = field(default_factory=Patience)
     foresee: Callable[[CheckpointRef], None] | None = None
     trust_anchors: str = ""
+    deliverer: Deliverer | None = None
 
     def run(
         self,
@@ -186,6 +189,7 @@ class _Run:
         self._engine = str(worker.engine.describe()["engine"])
         self._on_the_way: set[str] = set()
         self._cursor = jobs.Cursor(worker.patience)
+        self._deliverer = worker.deliverer or LocalDeliverer(worker.store, worker.signing, worker.audit)
         self._counting = threading.Lock()
         self._outage = threading.Lock()
         self._waited_for = dict.fromkeys(("work", "database", "delivery"), 0.0)
@@ -572,9 +576,9 @@ class _Run:
         attempt = self._attempt(work.lease, leased, gpu_seconds=work.share_s)
         try:
             # Once, not at each try to store it: what an outage left half stored would be met with other bytes.
-            finish = partial(delivery.finish, leased, consumed, generated, attempt, self.worker.signing)
+            finish = partial(self._deliverer.finish, leased, consumed, generated, attempt)
             picture = self._when_parts_answer(work.lease, finish)
-            stored = self._when_parts_answer(work.lease, partial(delivery.deliver, self.worker.store, picture))
+            stored = self._when_parts_answer(work.lease, partial(self._deliverer.deliver, picture))
         except SdpError as error:
             self._fail(work.lease, leased, error, gpu_seconds=work.share_s)
             return error if isinstance(error, TransientError) else None
@@ -596,11 +600,7 @@ class _Run:
         )
 
     def _complete(self, lease: Lease, leased: LeasedJob, stored: StoredImage) -> None:
-        def complete() -> bool:
-            with self.worker.audit.transaction() as tx:
-                charge = self._charge(stored.gpu_seconds)
-                return jobs.complete(tx, lease_id=lease.id, leased=leased, stored=stored, charge=charge)
-
+        complete = partial(self._deliverer.complete, lease.id, leased, stored, self._charge(stored.gpu_seconds))
         if self._when_database_answers(complete):
             self._count(*(("succeeded",) if stored.reused_from is None else ("succeeded", "reused")))
         else:

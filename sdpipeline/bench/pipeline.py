@@ -9,6 +9,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+import psutil
+
 from sdpipeline.bench.engine import Numbers, Steps, make
 from sdpipeline.bench.spread import OnProgress, middle
 from sdpipeline.bench.trace import idle_share
@@ -52,10 +54,10 @@ class _Taken:
 
     @contextmanager
     def counting(self, what: str, pictures: int) -> Iterator[None]:
-        """Note what all threads of this process take of the cores for a picture, which other work does not change."""
-        started = time.process_time()
+        """Note what this process and those it started take of the cores for a picture; other work changes it little."""
+        started = _cpu_s()
         yield
-        self.cpu[what].append((time.process_time() - started) / pictures)
+        self.cpu[what].append((_cpu_s() - started) / pictures)
 
 
 def measure(
@@ -97,6 +99,12 @@ def measure(
     campaign_id = publish(worker.audit, workload.jobs(first, plan.pictures), name="traced")
     idle = idle_share(plan.device, lambda: _line(worker, campaign_id, plan))
     return _document(plan, taken, beside) | {"device_idle_share": idle}
+
+
+def _cpu_s() -> float:
+    own = psutil.Process()
+    times = [each.cpu_times() for each in (own, *own.children(recursive=True))]
+    return float(sum(each.user + each.system for each in times))
 
 
 def _alone(engine: Engine, workload: Workload, plan: Plan, numbers: Numbers) -> float:

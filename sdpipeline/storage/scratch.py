@@ -18,8 +18,9 @@ from sdpipeline.storage.s3_errors import translated
 
 @dataclass(frozen=True, slots=True)
 class Scratch:
-    """The store, and ``save``: what a script does with a picture, one plain write and nothing checked."""
+    """The store at ``url``, and ``save``: what a script does with a picture, one plain write and nothing checked."""
 
+    url: str
     store: ObjectStore
     save: Callable[[str, bytes], None]
 
@@ -30,7 +31,7 @@ def scratch_storage(url: str, options: S3Options) -> Iterator[Scratch]:
     own = f"{url.rstrip('/')}/bench/{secrets.token_hex(8)}"
     store = open_store(own, options)
     try:
-        yield Scratch(store, _saver(own, options))
+        yield Scratch(own, store, _saver(own, options))
     finally:
         for key in list(store.list()):
             store.delete(key)

@@ -11,23 +11,24 @@ import pytest
 
 from tests.integration.certificates import signing_settings
 from tests.integration.commands import document
-from tests.integration.conftest import Bucket, moto_bucket, moto_url, s3_credentials  # noqa: F401 -- fixtures
+from tests.integration.conftest import Bucket, rclone_url, s3_credentials, weak_bucket  # noqa: F401 -- fixtures
 
 pytestmark = [pytest.mark.bench, pytest.mark.timeout(3600)]
 
 LEAST_OF_ENGINE, LEAST_AGAINST_PLAIN = 0.95, 3.0
-ARGUMENTS = os.environ.get("SDP_TEST_BENCH_PIPELINE", "--batch 8 --batches 4 --rounds 3").split()
+DEFAULT = "--width 64 --height 64 --batch 16 --batches 16 --rounds 5"
+ARGUMENTS = os.environ.get("SDP_TEST_BENCH_PIPELINE", DEFAULT).split()
 
 
 def test_the_whole_line_keeps_up_with_the_engine(
     postgres_url: str,
-    moto_bucket: Bucket,  # noqa: F811
+    weak_bucket: Bucket,  # noqa: F811
     tmp_path: Path,
 ) -> None:
     given = {
         "SDP_DATABASE_URL": postgres_url,
-        "SDP_STORAGE_URL": f"s3://{moto_bucket.name}/bench",
-        "SDP_S3__ENDPOINT_URL": moto_bucket.endpoint_url,
+        "SDP_STORAGE_URL": f"s3://{weak_bucket.name}/bench",
+        "SDP_S3__ENDPOINT_URL": weak_bucket.endpoint_url,
         "SDP_S3__ADDRESSING_STYLE": "path",
         **signing_settings(tmp_path),
     }
