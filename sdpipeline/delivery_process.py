@@ -1,47 +1,39 @@
 """Delivery in a process of its own: to encode, sign, store and record pictures takes Python's lock, which an engine's
 thread needs for every operation that it gives to its device.
 
-Started as ``python -m sdpipeline.delivery_process``; it ends with whoever started it, however that ended.
+This is the side of whoever asks; :mod:`sdpipeline.delivery_server` is the other.
 """
 
 from __future__ import annotations
 
-import os
 import pickle
 import secrets
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass, field
 from multiprocessing.managers import BaseManager
-from pathlib import Path
-from tempfile import TemporaryDirectory
-from typing import Any, BinaryIO
+from typing import Any
 
 import structlog
 
-from sdpipeline.db.audit import AuditLog
 from sdpipeline.db.budgets import Charge
-from sdpipeline.db.connection import open_database
 from sdpipeline.db.queue import LeasedJob, StoredImage
-from sdpipeline.delivery import Attempt, Deliverer, FinishedPicture, LocalDeliverer
+from sdpipeline.delivery import Attempt, FinishedPicture
 from sdpipeline.engine import GeneratedImage
 from sdpipeline.errors import DeliveryLostError
 from sdpipeline.fetching import Consumed
 from sdpipeline.settings import Settings
-from sdpipeline.storage import open_store
 
+SERVER = "sdpipeline.delivery_server"
 TRIES = 3
-NICENESS = 10
-"""Whoever gives work to a device goes first where cores are short."""
 LAST_WORDS_S = 5.0
 
 _log = structlog.get_logger(__name__)
 
 
-class _Manager(BaseManager):
+class _Calls(BaseManager):
     """Calls of another process's deliverer; each thread has a connection of its own, and a thread at the other end."""
 
 
@@ -143,7 +135,7 @@ class DeliveryProcess:
 
 def _start(to: Destination) -> _Running:
     secret = secrets.token_bytes(32)
-    command = [sys.executable, "-m", "sdpipeline.delivery_process"]
+    command = [sys.executable, "-m", SERVER]
     # A group of its own, as a Ctrl-C is for whoever started it; in a session of its own it would be the engine's equal
     # for Linux, however nice.
     process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, process_group=0)
@@ -157,41 +149,9 @@ def _start(to: Destination) -> _Running:
     if not address:
         process.stdin.close()
         raise DeliveryLostError(f"the process that delivers pictures ended with {process.wait()}")
-    manager = _Manager(address=address, authkey=secret)
-    manager.connect()
-    return _Running(process, manager.deliverer())  # type: ignore[attr-defined]
+    calls = _Calls(address=address, authkey=secret)
+    calls.connect()
+    return _Running(process, calls.deliverer())  # type: ignore[attr-defined]
 
 
-@contextmanager
-def _serving(deliverer: Deliverer, secret: bytes) -> Iterator[str]:
-    """Answer calls from threads in the background while the block lasts; the address."""
-    _Manager.register("deliverer", callable=lambda: deliverer)
-    with TemporaryDirectory(prefix="sdpipeline-", ignore_cleanup_errors=True) as folder:
-        address = str(Path(folder) / "socket")
-        server = _Manager(address=address, authkey=secret).get_server()
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        yield address
-
-
-def _serve(asked: BinaryIO) -> None:
-    from sdpipeline import bootstrap, telemetry
-
-    to, secret = pickle.load(asked)  # noqa: S301 - from our own parent
-    telemetry.configure_logging(to.settings)
-    os.nice(NICENESS)
-    deliverer = LocalDeliverer(
-        open_store(to.storage_url, bootstrap.s3_options(to.settings)),
-        bootstrap.picture_key(to.settings),
-        AuditLog(open_database(to.database_url), actor=to.actor),
-    )
-    with _serving(deliverer, secret) as address:
-        print(address, flush=True)  # noqa: T201 - to whoever started it
-        os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
-        asked.read()  # its end is that of the process that asked
-    os._exit(0)  # nothing that is still being delivered is waited for: nobody would hear of it
-
-
-_Manager.register("deliverer")
-
-if __name__ == "__main__":
-    _serve(sys.stdin.buffer)
+_Calls.register("deliverer")

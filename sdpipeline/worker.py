@@ -139,6 +139,7 @@ class _Work:
     """
 
     lease: Lease
+    leased_at: float = field(default_factory=time.monotonic)
     jobs: list[LeasedJob] = field(default_factory=list)
     making: set[str] = field(default_factory=set)
     waiting: list[LeasedJob] = field(default_factory=list)
@@ -474,6 +475,7 @@ class _Run:
         started = time.perf_counter()
         batch = Batch(requests=work.requests, bucket=bucket_for(len(work.requests)))
         self._on_device, group_id = work.lease, work.lease.group_id
+        self.worker.patience.begun(time.monotonic() - work.leased_at)
         with self._watchdog.batch(self.worker.pace.allowed_s(group_id)):
             made = self.worker.engine.generate(batch)
             work.results = judged(self.worker.engine, [leased.rules for leased in work.jobs], made)

@@ -55,6 +55,9 @@ LOOKING_SHARE = 0.02
 EQUALISER = 100.0
 """Added to a priority number where it is a weight: the highest waits no more than eleven times as long as 0."""
 
+LEAD_KEPT = 0.8
+"""Of what it was, when a lease begins sooner."""
+
 SKIPPED: Mapping[str, Any] = {
     "finished_at": now_s(),
     "error_kind": "AncestorNotSucceeded",
@@ -135,11 +138,25 @@ class Patience:
     """How long a checkpoint for which a campaign has ready jobs may go without a lease, whatever goes before it.
 
     One that waited longer goes first, but not twice in a row at one worker: many that wait take no more
-    than half of it from a campaign whose turn it is.
+    than half of it from a campaign whose turn it is. What is leased begins ``lead_s`` later, behind what was leased
+    before, and the last of ``others`` that wait begins after a turn of each and the one that each gives back: all of
+    them go first so much sooner.
     """
 
     max_wait_s: float = math.inf
     gave_way: bool = False
+    lead_s: float = 0.0
+    others: int = 0
+
+    @property
+    def due_after_s(self) -> float:
+        """After so long without a lease a checkpoint goes first, so that it begins within ``max_wait_s``; at least half
+        of that, or devices would do little else than load."""
+        return self.max_wait_s - min(2 * self.lead_s * self.others, self.max_wait_s / 2)
+
+    def begun(self, after_s: float) -> None:
+        """A lease began so long after it was taken: the next may take as long, and a short one proves little."""
+        self.lead_s = max(after_s, self.lead_s * LEAD_KEPT)
 
 
 @dataclass(slots=True)
@@ -203,12 +220,13 @@ def take_lease(
         campaign_id=campaign_id,
         resident=resident,
         full_only=full_only,
-        max_wait_s=patience.max_wait_s if bounded else None,
+        max_wait_s=patience.due_after_s if bounded else None,
     )
     groups = _groups(tx.connection, wish, cursor)
     if not (groups and groups[0].ready >= limit) and cursor.forget(older_than_s=SHORT_HINT_S):
         groups = _groups(tx.connection, wish, cursor)
     patience.gave_way = False
+    patience.others = len({group.checkpoint_digest for group in groups}.difference(resident))
     for group_id, checkpoint_digest, ready, out_of_turn in groups:
         lease_id = secrets.token_hex(16)
         _insert_lease(tx.connection, lease_id, worker_id, group_id, ttl_s)

@@ -124,7 +124,6 @@ def test_a_planned_backlog_is_done_in_less_than_half_of_the_time(postgres_url: s
     print(
         f"by plan:             {planned_s:6.1f} s, {engine.loads} loads, {fifo_s / planned_s:.2f} times the throughput"
     )
-    print(f"a checkpoint with ready jobs waited {max(waits):.1f} s at most, the bound is {MAX_WAIT_S} s and what runs")
+    print(f"a checkpoint with ready jobs waited {max(waits):.1f} s at most, the bound is {MAX_WAIT_S} s")
     assert fifo_s >= 2 * planned_s
-    # What was leased before: a batch on the device, one or two ahead of it, and the turns of the others that waited.
-    assert max(waits) <= MAX_WAIT_S + len(CHECKPOINTS) * 2 * (LOAD_S + BATCH * PICTURE_S)
+    assert max(waits) <= MAX_WAIT_S

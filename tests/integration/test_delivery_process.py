@@ -17,7 +17,7 @@ from sdpipeline import bootstrap, provenance
 from sdpipeline.bootstrap import Services
 from sdpipeline.db.budgets import Charge
 from sdpipeline.delivery import Attempt
-from sdpipeline.delivery_process import DeliveryProcess, Destination
+from sdpipeline.delivery_process import SERVER, DeliveryProcess, Destination
 from sdpipeline.engine import Batch, GeneratedImage, GenerationFailure, PreparedRequest
 from sdpipeline.engine.fake import FakeEngine
 from sdpipeline.errors import DatabaseUnavailableError, DeliveryLostError, StorageUnavailableError
@@ -66,7 +66,7 @@ def work(have: Services, engine: FakeEngine) -> WorkerSummary:
 
 def beside() -> list[psutil.Process]:
     """The delivery processes of this one."""
-    return [each for each in psutil.Process().children() if "sdpipeline.delivery_process" in each.cmdline()]
+    return [each for each in psutil.Process().children() if SERVER in each.cmdline()]
 
 
 def one_picture(have: Services) -> tuple[Any, tuple[Any, ...]]:

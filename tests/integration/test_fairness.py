@@ -83,6 +83,23 @@ def test_equal_campaigns_share_a_device_and_change_its_checkpoint_rarely(audit: 
     assert device.switches <= 78 * BATCH_S / MAX_WAIT_S
 
 
+def test_a_checkpoint_is_leased_so_much_sooner_as_its_batch_begins_later(audit: AuditLog, database: Database) -> None:
+    published(audit, chains(60), name="urgent", priority=10)
+    published(audit, chains(10, checkpoint=OTHER), name="usual", priority=100)
+    device = Device(Cursor(Patience(MAX_WAIT_S, lead_s=BATCH_S)))
+    worked = list(rounds(audit, database, [device], 40))
+    assert longest_wait_s(worked, "usual") <= MAX_WAIT_S - BATCH_S
+
+
+def test_several_that_wait_are_let_go_first_by_turns_and_never_before_half_of_the_bound() -> None:
+    assert Patience(100.0, lead_s=5.0, others=3).due_after_s == 70.0
+    assert Patience(100.0, lead_s=50.0, others=3).due_after_s == 50.0
+    patience = Patience(100.0)
+    for after_s in (10.0, 1.0, 1.0):
+        patience.begun(after_s)
+    assert 6.0 < patience.lead_s < 7.0
+
+
 def test_equal_campaigns_with_one_checkpoint_take_turns(audit: AuditLog, database: Database) -> None:
     for name in ("a", "b", "c"):
         published(audit, chains(5), name=name)

@@ -95,11 +95,13 @@ def test_a_slow_storage_holds_the_device_back_after_a_few_batches_and_the_worker
 ) -> None:
     published(audit, chains(48))
     engine = Paced(0.0)
-    done = worker(audit, Slow(tmp_path), engine, deliverers=8).run()
+    slow = worker(audit, Slow(tmp_path), engine, deliverers=8)
+    done = slow.run()
     gaps = [after - before for before, after in zip(engine.begun, engine.begun[1:], strict=False)]
     # One lease's pictures take half a second; one is being delivered, two wait, and one is in the device's hands.
     assert sum(gaps[:3]) < sum(gaps[3:])
     assert done.waited_for["delivery"] > 0.2
+    assert slow.patience.lead_s > 0.2  # what was leased ahead waited too
     assert done.waited_for.keys() == {"work", "database", "delivery"}
 
 
