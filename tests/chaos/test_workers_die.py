@@ -26,7 +26,7 @@ def run_campaign(
     """Torment a crew in the middle of a campaign, then let it finish; returns what was violated."""
     # The second campaign asks for the pictures of the first: some are copied, some are made twice, all are there.
     for name in ("spring", "autumn"):
-        published(audit, chains(int(30 * CHAOS_S), "draft", "scene"), name=name, max_attempts=MAX_ATTEMPTS)
+        published(audit, chains(int(30 * CHAOS_S), "draft", "scene"), name=f"{name}-{seed}", max_attempts=MAX_ATTEMPTS)
     # One picture at a time leaves more of a lease unfinished when its worker freezes: the mutant is met sooner.
     crew = Crew(home, database_url, seed, fencing=fencing, settings={} if fencing else {"SDP_DELIVERERS": "1"})
     try:
@@ -51,6 +51,11 @@ def test_nothing_is_lost_and_nothing_made_twice(
 
 @on_postgresql
 def test_the_suite_catches_a_queue_without_fencing(audit: AuditLog, database_url: str, home: Path) -> None:
-    crew, found = run_campaign(audit, database_url, home, seed=1, fencing=False)
-    print("without fencing:", *(found + crew.crashes)[:5], sep="\n  ")
-    assert found + crew.crashes, f"nobody noticed after {crew.freezes} freezes"
+    freezes = 0
+    for seed in (1, 2, 3):  # whether a frozen worker held something that another had made by then is chance
+        crew, found = run_campaign(audit, database_url, home, seed=seed, fencing=False)
+        print("without fencing:", *(found + crew.crashes)[:5], sep="\n  ")
+        freezes += crew.freezes
+        if found + crew.crashes:
+            return
+    pytest.fail(f"nobody noticed after {freezes} freezes")
