@@ -335,12 +335,11 @@ def open_worker(s: Settings, *, device: str | None = None) -> Iterator[OpenWorke
         have.store.check()
         audit.refuse_restored(have.database, have.store)
         chosen = device or devices(s)[0]
-        engine = build_engine(s, chosen, have.database)
-        with (
-            delivered_apart(s, make_worker(s, have.database, have.store, engine, key), s.storage) as made,
-            registered(s, made, chosen) as worker,
-        ):
-            yield OpenWorker(worker, s.team)
+        with delivery_process(s, key, have.database, s.storage) as (worker_id, deliverer):
+            engine = build_engine(s, chosen, have.database)
+            worker = make_worker(s, have.database, have.store, engine, key, worker_id=worker_id, deliverer=deliverer)
+            with registered(s, worker, chosen):
+                yield OpenWorker(worker, s.team)
 
 
 @contextmanager
@@ -359,25 +358,51 @@ def registered(s: Settings, worker: Worker, device: str) -> Iterator[Worker]:
 
 
 @contextmanager
-def delivered_apart(s: Settings, worker: Worker, storage_url: str) -> Iterator[Worker]:
-    """The worker with a process that delivers for it while the block lasts; beside the engine's double, which it would
-    help nothing, as it is."""
+def delivery_process(
+    s: Settings, key: SigningKey, database: Database, storage_url: str
+) -> Iterator[tuple[str, DeliveryProcess | None]]:
+    """The identity of a new worker, and a process that delivers for it while the block lasts; none beside the engine's
+    double, which it would help nothing. It starts meanwhile."""
+    worker_id = secrets.token_hex(16)
     if s.engine.fake_seconds_per_batch is not None:
-        yield worker
+        yield worker_id, None
         return
-    database_url = worker.audit.database.writer.url.render_as_string(hide_password=False)
-    to = Destination(settings=s, storage_url=storage_url, database_url=database_url, actor=worker.audit.actor)
-    deliverer = DeliveryProcess(to)
+    to = Destination(
+        settings=s,
+        storage_url=storage_url,
+        database_url=database.writer.url.render_as_string(hide_password=False),
+        actor=_worker_actor(worker_id),
+        certificate=key.fingerprint,
+    )
+    deliverer = DeliveryProcess(to, connections=s.deliverers + 1)  # copies are recorded by who fetches
     deliverer.begin()
     try:
-        yield replace(worker, deliverer=deliverer)
+        yield worker_id, deliverer
     finally:
         deliverer.close()
 
 
-def make_worker(s: Settings, database: Database, store: ObjectStore, engine: Engine, key: SigningKey) -> Worker:
-    """A worker as the settings want it, not registered yet."""
-    worker_id = secrets.token_hex(16)
+def _worker_actor(worker_id: str) -> str:
+    return f"worker:{worker_id} sdpipeline/{__version__}"
+
+
+def make_worker(
+    s: Settings,
+    database: Database,
+    store: ObjectStore,
+    engine: Engine,
+    key: SigningKey,
+    *,
+    worker_id: str | None = None,
+    deliverer: DeliveryProcess | None = None,
+) -> Worker:
+    """A worker as the settings want it, not registered yet.
+
+    Raises DeliveryUnavailableError where its ``deliverer`` does not start: before it leases anything.
+    """
+    worker_id = worker_id or secrets.token_hex(16)
+    if deliverer is not None:
+        deliverer.check()
     limits = WorkerLimits(
         max_batch=s.engine.max_batch,
         lease_ttl_s=s.lease_ttl_s,
@@ -388,7 +413,7 @@ def make_worker(s: Settings, database: Database, store: ObjectStore, engine: Eng
     )
     return Worker(
         worker_id,
-        AuditLog(database, actor=f"worker:{worker_id} sdpipeline/{__version__}"),
+        AuditLog(database, actor=_worker_actor(worker_id)),
         store,
         engine,
         limits,
@@ -399,6 +424,7 @@ def make_worker(s: Settings, database: Database, store: ObjectStore, engine: Eng
         patience=Patience(s.fairness_max_wait_s),
         foresee=_foreseeing(engine),
         trust_anchors=trust_anchors(s),
+        deliverer=deliverer,
     )
 
 

@@ -97,6 +97,11 @@ class LocalDeliverer:
         with self.audit.transaction() as tx:
             return jobs.complete(tx, lease_id=lease_id, leased=leased, stored=stored, charge=charge)
 
+    def recorded(self, leased: LeasedJob, stored: StoredImage) -> bool:
+        """Whether this very attempt's picture is recorded."""
+        with self.audit.database.read() as connection:
+            return jobs.recorded(connection, leased, stored)
+
 
 def finish(
     leased: LeasedJob, consumed: Consumed, generated: GeneratedImage, attempt: Attempt, signing: SigningKey

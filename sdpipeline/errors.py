@@ -11,7 +11,8 @@
     │   ├── DatabaseUnavailableError
     │   ├── OrchestratorUnavailableError
     │   ├── SigningUnavailableError
-    │   ├── DeliveryLostError     the process that encodes, signs and stores died of this picture again and again
+    │   ├── DeliveryLostError     the process that delivers pictures died of this one again and again
+    │   ├── DeliveryUnavailableError  ... or does not start
     │   └── DeviceExhaustedError  out of memory although every fallback was taken
     ├── PermanentError            the job fails; the message names the field and the fix
     │   ├── RequestRefusedError   the engine cannot do what the request asks
@@ -93,7 +94,11 @@ class SigningUnavailableError(TransientError):
 
 
 class DeliveryLostError(TransientError):
-    """The process that encodes, signs and stores pictures does not start, or died again and again."""
+    """The process that encodes, signs, stores and records pictures died of this one, again and again."""
+
+
+class DeliveryUnavailableError(TransientError):
+    """The process that encodes, signs, stores and records pictures does not start."""
 
 
 class DeviceExhaustedError(TransientError):

@@ -25,14 +25,14 @@ class Stop(threading.Event):
 
     def ask(self, number: int) -> None:
         """A signal arrived."""
-        self.at_once = self.is_set()
+        self.at_once = self.received is not None
         self.received = self.received or number
         self.set()
 
     @property
     def exit_code(self) -> int:
-        """What a shell expects of a process that a signal ended: 130 for Ctrl-C, 143 for SIGTERM."""
-        return 128 + (self.received or signal.SIGTERM)
+        """What a shell expects of a process that a signal ended: 130 for Ctrl-C, 143 for SIGTERM; 1 where none did."""
+        return 128 + self.received if self.received is not None else 1
 
 
 @contextmanager

@@ -30,6 +30,7 @@ from sdpipeline.domain import CheckpointRef, Status
 from sdpipeline.engine import Batch, Engine, GeneratedImage, GenerationFailure, PreparedRequest
 from sdpipeline.errors import (
     DatabaseUnavailableError,
+    DeliveryUnavailableError,
     InputImageError,
     LeaseLostError,
     ObjectConflictError,
@@ -50,6 +51,12 @@ POLL_S = 0.25
 LONGEST_POLL_S = 2.0
 LONGEST_OUTAGE_PAUSE_S = 30.0
 FAILED_EXIT_CODE = 1
+OUTAGES: Mapping[type[TransientError], str] = {
+    StorageUnavailableError: "storage",
+    SigningUnavailableError: "signing",
+    DeliveryUnavailableError: "delivery",
+}
+"""What is waited out while a lease lives, by the name of what is out."""
 
 _T = TypeVar("_T")
 _log = structlog.get_logger(__name__)
@@ -603,7 +610,11 @@ class _Run:
 
     def _complete(self, lease: Lease, leased: LeasedJob, stored: StoredImage) -> None:
         complete = partial(self._deliverer.complete, lease.id, leased, stored, self._charge(stored.gpu_seconds))
-        if self._when_database_answers(complete):
+        try:
+            done = self._when_database_answers(partial(self._when_parts_answer, lease, complete))
+        except LeaseLostError:
+            done = False
+        if done:
             self._count(*(("succeeded",) if stored.reused_from is None else ("succeeded", "reused")))
         else:
             _log.warning("lease_lost", job_id=leased.id, attempt=leased.attempt)
@@ -673,7 +684,7 @@ class _Run:
         while True:
             try:
                 return ask()
-            except (StorageUnavailableError, SigningUnavailableError) as error:
+            except tuple(OUTAGES) as error:
                 # One thread asks again for all, so that an outage counts once, however many pictures meet it.
                 if self._outage.acquire(blocking=False):
                     try:
@@ -686,7 +697,7 @@ class _Run:
     def _waited_out(self, lease: Lease, ask: Callable[[], _T], error: TransientError) -> _T:
         pause_s = 1.0
         while True:
-            what = "storage" if isinstance(error, StorageUnavailableError) else "signing"
+            what = next(name for kind, name in OUTAGES.items() if isinstance(error, kind))
             _log.warning(f"{what}_unavailable", error=str(error), retry_in_s=pause_s)
             self._note(f"waits for {what}: {error}")
             self._suspect(error)
@@ -694,7 +705,7 @@ class _Run:
             self._go_on(lease, error)
             try:
                 answer = ask()
-            except (StorageUnavailableError, SigningUnavailableError) as again:
+            except tuple(OUTAGES) as again:
                 error, pause_s = again, min(LONGEST_OUTAGE_PAUSE_S, pause_s * 2)
             else:
                 self._note(None)

@@ -139,10 +139,14 @@ def pipeline(
     with (
         scratch_database(s.database) as database,
         scratch_storage(s.storage, bootstrap.s3_options(s)) as scratch,
-        bootstrap.delivered_apart(
-            on.settings, bootstrap.make_worker(on.settings, database, scratch.store, under_test, key), scratch.url
-        ) as made,
-        bootstrap.registered(on.settings, made, on.device) as worker,
+        bootstrap.delivery_process(on.settings, key, database, scratch.url) as (worker_id, deliverer),
+        bootstrap.registered(
+            on.settings,
+            bootstrap.make_worker(
+                on.settings, database, scratch.store, under_test, key, worker_id=worker_id, deliverer=deliverer
+            ),
+            on.device,
+        ) as worker,
         progress("bench pipeline", shown=not as_json) as on_progress,
     ):
         found = pipeline_bench.measure(worker, scratch, on.workload, plan, open_plain=on.plain, on_progress=on_progress)

@@ -487,6 +487,12 @@ def complete(tx: Transaction, *, lease_id: str, leased: LeasedJob, stored: Store
     return True
 
 
+def recorded(connection: Connection, leased: LeasedJob, stored: StoredImage) -> bool:
+    """Whether :func:`complete` was committed for this attempt and picture."""
+    this = and_(image.c.job_id == leased.id, image.c.attempt == leased.attempt, image.c.sha256 == stored.sha256)
+    return bool(connection.execute(select(exists().where(this))).scalar_one())
+
+
 def told_of(fields: Json, subject: str | None) -> Json:
     """What the audit log may say of a picture for ever: by its perceptual hash a subject's would be known again."""
     return fields if subject is None else {name: value for name, value in fields.items() if name != "scores"}

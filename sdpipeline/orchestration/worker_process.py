@@ -14,8 +14,12 @@ from contextvars import copy_context
 from dataclasses import dataclass
 from pathlib import Path
 
+import structlog
+
 from sdpipeline.bootstrap import WorkerSummary
 from sdpipeline.stopping import Stop
+
+_log = structlog.get_logger(__name__)
 
 CHUNK_S = 45.0
 LISTEN_EVERY_S = 1.0
@@ -111,6 +115,9 @@ def in_chunks(work: Callable[[], WorkerSummary], stop: threading.Event) -> Itera
         working = pool.submit(work)
         try:
             yield Chunks(working)
+        except Exception as error:
+            _log.warning("worker_ends", error=repr(error))  # its batch comes first, and may take long
+            raise
         finally:
             stop.set()
     working.result()

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import os
+import queue
 import signal
+import socket
+import struct
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +22,15 @@ from sdpipeline import bootstrap, provenance
 from sdpipeline.bootstrap import Services
 from sdpipeline.db.budgets import Charge
 from sdpipeline.delivery import Attempt
-from sdpipeline.delivery_process import SERVER, DeliveryProcess, Destination
+from sdpipeline.delivery_process import SERVER, DeliveryProcess, Destination, _GoneError, _Server
 from sdpipeline.engine import Batch, GeneratedImage, GenerationFailure, PreparedRequest
 from sdpipeline.engine.fake import FakeEngine
-from sdpipeline.errors import DatabaseUnavailableError, DeliveryLostError, StorageUnavailableError
+from sdpipeline.errors import (
+    DatabaseUnavailableError,
+    DeliveryLostError,
+    DeliveryUnavailableError,
+    StorageUnavailableError,
+)
 from sdpipeline.fetching import Consumed
 from sdpipeline.worker import WorkerSummary
 from tests.chaos.invariants import violations
@@ -28,6 +38,8 @@ from tests.factories import chains, leased, published, statuses
 from tests.integration.test_worker_life import wait_for
 
 pytestmark = pytest.mark.timeout(120)
+
+CHARGE = Charge(worker_id="worker-1", gpu_seconds=1.0, cost=0.0)
 
 
 @pytest.fixture
@@ -38,13 +50,9 @@ def have(tmp_path: Path) -> Iterator[Services]:
 
 def destination(have: Services, **changes: Any) -> Destination:
     s = have.settings
-    known: dict[str, Any] = {
-        "settings": s,
-        "storage_url": s.storage,
-        "database_url": s.database,
-        "actor": "worker:test",
-    }
-    return Destination(**known | changes)
+    known: dict[str, Any] = {"settings": s, "storage_url": s.storage, "database_url": s.database}
+    certificate = bootstrap.picture_key(s).fingerprint
+    return Destination(**{"actor": "worker:test", "certificate": certificate} | known | changes)
 
 
 @pytest.fixture
@@ -55,13 +63,13 @@ def process(have: Services) -> Iterator[DeliveryProcess]:
 
 
 def work(have: Services, engine: FakeEngine) -> WorkerSummary:
-    key = bootstrap.picture_key(have.settings)
-    worker = bootstrap.make_worker(have.settings, have.database, have.store, engine, key)
-    with (
-        bootstrap.delivered_apart(have.settings, worker, have.settings.storage) as made,
-        bootstrap.registered(have.settings, made, "cpu") as registered,
-    ):
-        return registered.run()
+    s, key = have.settings, bootstrap.picture_key(have.settings)
+    with bootstrap.delivery_process(s, key, have.database, s.storage) as (worker_id, deliverer):
+        worker = bootstrap.make_worker(
+            s, have.database, have.store, engine, key, worker_id=worker_id, deliverer=deliverer
+        )
+        with bootstrap.registered(s, worker, "cpu"):
+            return worker.run()
 
 
 def beside() -> list[psutil.Process]:
@@ -116,31 +124,40 @@ def test_one_that_is_killed_is_replaced_and_no_picture_is_lost(have: Services) -
     done = work(have, Killing(seconds_per_batch=0.2))
     assert len(set(killed)) >= 2
     assert statuses(have.database) == ["succeeded"] * 64
-    assert done.failed == 0
+    assert (done.succeeded, done.failed) == (64, 0)
     assert violations(have.database, have.store, bootstrap.seal_key(have.settings)) == []
 
 
-def test_it_ends_with_a_worker_that_was_killed_and_leaves_nothing_behind(have: Services, tmp_path: Path) -> None:
-    temporary = tmp_path / "temporary"
-    temporary.mkdir()
+def test_it_ends_with_a_worker_that_was_killed(have: Services, tmp_path: Path) -> None:
     script = (
         "import sys, time; from pathlib import Path; from sdpipeline import bootstrap;"
-        "from sdpipeline.delivery_process import DeliveryProcess, Destination;"
-        "s = bootstrap.load_settings(Path(sys.argv[1]));"
-        "to = Destination(settings=s, storage_url=s.storage, database_url=s.database, actor='worker:test');"
-        "process = DeliveryProcess(to); process._process(); print('ready', flush=True); time.sleep(60)"
+        "s = bootstrap.load_settings(Path(sys.argv[1])); key = bootstrap.picture_key(s);"
+        "database = bootstrap.existing_database(s);"
+        "made = bootstrap.delivery_process(s, key, database, s.storage); _, process = made.__enter__();"
+        "process.check(); print('ready', flush=True); time.sleep(60)"
     )
-    environment = os.environ | {"TMPDIR": str(temporary)}
-    command = [sys.executable, "-c", script, str(have.settings.home)]
-    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as owner:
+    (tmp_path / "queue.py").write_text("raise ImportError('the folder that one works in is no library')")
+    command = [sys.executable, "-P", "-c", script, str(have.settings.home)]
+    with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, text=True) as owner:
         assert owner.stdout is not None
         assert owner.stdout.readline() == "ready\n"
         (child,) = psutil.Process(owner.pid).children()
         assert os.getpgid(child.pid) != os.getpgid(owner.pid)  # a Ctrl-C in a terminal is not for it
-        assert list(temporary.iterdir())
         owner.kill()
     wait_for(lambda: not child.is_running() or child.status() == psutil.STATUS_ZOMBIE)
-    assert not list(temporary.iterdir())
+
+
+def test_one_that_is_told_to_end_with_its_worker_goes_on_until_that_ends(
+    have: Services, process: DeliveryProcess
+) -> None:
+    _, asked = one_picture(have)
+    process.check()
+    (before,) = beside()
+    before.terminate()
+    before.send_signal(signal.SIGINT)
+    picture = process.finish(*asked)
+    assert process.deliver(picture).sha256 == picture.encoded.sha256
+    assert beside() == [before]
 
 
 def test_an_outage_of_storage_or_of_the_database_comes_across_as_what_it_is(have: Services, tmp_path: Path) -> None:
@@ -154,37 +171,75 @@ def test_an_outage_of_storage_or_of_the_database_comes_across_as_what_it_is(have
             no_storage.deliver(picture)
         assert no_storage.finish(*asked).record["fingerprint"] == asked[0].fingerprint  # it lives on
         stored = no_database.deliver(picture)
-        charge = Charge(worker_id="worker-1", gpu_seconds=1.0, cost=0.0)
         with pytest.raises(DatabaseUnavailableError):
-            no_database.complete(lease.id, asked[0], stored, charge)
+            no_database.complete(lease.id, asked[0], stored, CHARGE)
     finally:
         no_storage.close()
         no_database.close()
 
 
-def test_a_lost_lease_is_told(have: Services, process: DeliveryProcess) -> None:
+def test_an_error_of_ours_comes_across_with_the_place_it_happened_at(process: DeliveryProcess) -> None:
+    with pytest.raises(AttributeError) as raised:
+        process.deliver("no picture")  # type: ignore[arg-type]
+    assert "delivery.py" in raised.value.__notes__[0]
+    assert len(beside()) == 1
+
+
+def test_a_lost_lease_is_told_but_not_where_only_the_answer_was_lost(
+    have: Services, process: DeliveryProcess, tmp_path: Path
+) -> None:
     lease, asked = one_picture(have)
     stored = process.deliver(process.finish(*asked))
-    charge = Charge(worker_id="worker-1", gpu_seconds=1.0, cost=0.0)
-    assert not process.complete("another lease", asked[0], stored, charge)
-    assert process.complete(lease.id, asked[0], stored, charge)
+    assert not process.complete("another lease", asked[0], stored, CHARGE)
+    assert process.complete(lease.id, asked[0], stored, CHARGE)
     assert statuses(have.database) == ["succeeded"]
+    assert not process.complete(lease.id, asked[0], stored, CHARGE)
+    dies_first: Any = DeadlyOnce(asked[0], tmp_path / "died")
+    assert process.complete(lease.id, dies_first, stored, CHARGE)
+    assert (tmp_path / "died").exists()
 
 
-def test_one_that_does_not_start_or_dies_of_every_picture_is_no_fault_of_the_job(
-    have: Services, process: DeliveryProcess
-) -> None:
+def test_what_kills_it_each_time_fails_alone(have: Services, process: DeliveryProcess) -> None:
     _, asked = one_picture(have)
-    broken = DeliveryProcess(destination(have, storage_url="ftp://nowhere"))
-    with pytest.raises(DeliveryLostError, match="ended with 1"):
-        broken.finish(*asked)
+    poison: Any = DeadlyOnce(None, Path("/nowhere/at/all"))
+    with ThreadPoolExecutor(4) as pool:
+        dead = [pool.submit(process.deliver, poison) for _ in range(2)]
+        made = [pool.submit(process.finish, *asked) for _ in range(6)]
+    assert [type(each.exception()) for each in dead] == [DeliveryLostError] * 2
+    assert [each.result().folder for each in made] == [made[0].result().folder] * 6
 
-    with pytest.raises(DeliveryLostError, match="died 3 times"):
-        process.deliver(Deadly())  # type: ignore[arg-type]
+
+def test_one_that_cannot_start_is_an_outage_and_says_why(have: Services, monkeypatch: pytest.MonkeyPatch) -> None:
+    for wrong, why in (
+        ({"storage_url": "ftp://nowhere"}, "ftp"),
+        ({"certificate": "another"}, "start the worker again"),
+    ):
+        with pytest.raises(DeliveryUnavailableError, match=why):
+            DeliveryProcess(destination(have, **wrong)).check()
+    monkeypatch.setattr(sys, "executable", "/nowhere/python")
+    with pytest.raises(DeliveryUnavailableError, match="No such file"):
+        work(have, FakeEngine())
 
 
-class Deadly:
-    """Ends the process that reads it."""
+def test_a_process_that_dies_in_the_middle_of_an_answer_is_gone() -> None:
+    mine, other = socket.socketpair()
+    other.sendall(struct.pack("!i", 1000) + b"the beginning")
+    other.close()
+    connection = Connection(mine.detach())
+    with subprocess.Popen(["true"]) as ended:
+        server = _Server(ended, queue.SimpleQueue(), (connection,))
+        server.free.put(connection)
+        with pytest.raises(_GoneError):
+            server.ask("finish")
+        server.end()
 
-    def __reduce__(self) -> tuple[Callable[..., Any], tuple[int]]:
-        return os._exit, (7,)
+
+class DeadlyOnce:
+    """What it stands for, but it ends the first process that reads it; where no file can be made, every one."""
+
+    def __init__(self, what: Any, died: Path) -> None:
+        self.what, self.died = what, died
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        die = "what if died.exists() else (died.parent.exists() and died.touch(), __import__('os')._exit(7))"
+        return eval, (die, {"what": self.what, "died": self.died})
