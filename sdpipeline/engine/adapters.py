@@ -46,7 +46,7 @@ class Wardrobe:
         wanted = outfit(weights)
         if self._worn.get(weights.base, Outfit()) == wanted:
             return
-        pipe = assemble(weights, make_scheduler(weights.row.scheduler, weights))
+        pipe = assemble(weights, make_scheduler(weights.row.scheduler, weights), with_text_encoders=True)
         self._undress(pipe, weights.base)
         # From here on a fault may leave any part of it behind, so that the next call has to undress first.
         self._worn[weights.base] = wanted

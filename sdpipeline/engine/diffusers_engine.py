@@ -27,7 +27,7 @@ from sdpipeline.engine.pictures import paste_back
 from sdpipeline.engine.preparing import adapters_of, annotator_parameters, check, given, pictures
 from sdpipeline.engine.profiles import PROFILES, Shortcuts
 from sdpipeline.engine.record import Setting, library_versions, ran
-from sdpipeline.engine.residency import Loaded, Residency, release
+from sdpipeline.engine.residency import Loaded, Residency, TextEncoders, release
 from sdpipeline.engine.speedups import Speedups, Workshop
 from sdpipeline.engine.steps import denoise_stepwise
 from sdpipeline.engine.text import Embedding, EmbeddingCache, PromptEncoder
@@ -52,6 +52,7 @@ class DiffusersEngine:
         resident_bytes: int | None = None,
         profiles: Mapping[Profile, Shortcuts] = PROFILES,
         speedups: Speedups | None = None,
+        text_encoders: TextEncoders | None = None,
     ) -> None:
         allow_exactness()
         self._device = torch.device(device)
@@ -62,9 +63,16 @@ class DiffusersEngine:
         self._libraries = library_versions()
         self._prompts = EmbeddingCache(PROMPT_CACHE_BYTES)
         self._wardrobe = Wardrobe()
-        self._ladder = Ladder(forward=self._forward, free=lambda: release(self._device))
+        self._text_encoders = text_encoders or TextEncoders()
         self.residency = Residency(
-            device=self._device, dtype=self._dtype_of, locate=locate, budget_bytes=resident_bytes
+            device=self._device,
+            dtype=self._dtype_of,
+            locate=locate,
+            budget_bytes=resident_bytes,
+            text_encoders=self._text_encoders,
+        )
+        self._ladder = Ladder(
+            forward=self._forward, free=lambda: release(self._device), spare=self.residency.spare_encoders
         )
 
     def generate(self, batch: Batch) -> Sequence[Result]:
@@ -85,6 +93,7 @@ class DiffusersEngine:
             else:
                 settings = settings_of(member, weights)
                 groups[settings.in_lockstep() if settings.stepwise else settings].append(member)
+        self.residency.prompts_encoded()
         # Requests of one batch key make one group, unless their prompts differ in length by a whole chunk.
         for settings, members in groups.items():
             with exactly(wanted=settings.exact):
@@ -114,6 +123,7 @@ class DiffusersEngine:
             "device_name": name,
             "dtype": self._dtype or "by family",
             "speedups": self._speedups.document(),
+            "text_encoders": {"offload": self._text_encoders.offload},
             "libraries": self._libraries,
         }
 
@@ -224,6 +234,7 @@ class DiffusersEngine:
         held = self._prompts.get(key)
         if held is None:
             self._wardrobe.dress(weights)
+            self.residency.recall_encoders(weights.base, keep=_digests(request))
             held = encoder.encode(text, length=length, clip_skip=request.clip_skip)
             self._prompts.put(key, held)
         return held
@@ -260,6 +271,7 @@ class DiffusersEngine:
         """The means of this rung that cost time and save memory, for one pass; gives the device to offload to."""
         if rung.offload:
             self.residency.drop(keep={loaded.files.digest for loaded in weights.loaded()})
+            self.residency.dismiss_encoders()
         if rung.tiling:
             weights.autoencoder.enable_tiling()
         try:
