@@ -280,7 +280,7 @@ def build_engine(s: Settings, device: str, database: Database | None, *, dtype: 
         locate=locate,
         resident_bytes=resident,
         speedups=speedups,
-        text_encoders=TextEncoders(offload=s.engine.offload_text_encoders),
+        text_encoders=TextEncoders(offload=s.engine.offload_text_encoders, ahead=s.engine.encode_ahead),
     )
 
 

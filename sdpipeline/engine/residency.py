@@ -43,10 +43,12 @@ class TextEncoders:
     """What the deployment says of them.
 
     ``offload``: when they leave the device for ``host``, their prompts being encoded: once its memory was short, after
-    every batch, or for nothing but a picture that fits in no other way.
+    every batch, or for nothing but a picture that fits in no other way. ``ahead``: whether the next batch's prompts are
+    encoded beside a pass.
     """
 
     offload: Literal["auto", "always", "never"] = "auto"
+    ahead: bool = False
     host: torch.device = HOST
 
 
@@ -116,6 +118,12 @@ class Residency:
                 f"checkpoint {ref.alias!r} was pinned as {ref.digest[:12]}, but {files.digest[:12]} is registered now"
             )
         return files
+
+    def at_hand(self, ref: CheckpointRef) -> Loaded | None:
+        """The checkpoint as ``get`` gives it, if all of it is on the device already."""
+        held = self._held.get(ref.digest)
+        whole = held is not None and held.dtype == self._dtype(held.files) and not _elsewhere(held, self._device)
+        return held if whole else None
 
     def get(self, ref: CheckpointRef, *, keep: Collection[str] = (), exact: bool = False) -> Loaded:
         """The checkpoint, loaded if it is not; those in ``keep`` are not dropped to make room for it.
