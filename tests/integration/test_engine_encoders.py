@@ -17,6 +17,7 @@ from sdpipeline.settings import EngineSettings, Settings
 from tests.integration.engine_requests import (
     adapter,
     distance,
+    engine,
     equal,
     failure_of,
     images,
@@ -147,7 +148,7 @@ def test_the_last_fallback_takes_them_off_whatever_was_told() -> None:
 
 def with_room(when: str, *, lacking_bytes: int) -> tuple[DiffusersEngine, Loaded, int]:
     """An engine that holds sd1 and has too little room for sdxl beside it; the bytes of sd1 that are on its device."""
-    sd1_bytes = resident(new_engine()).size_bytes(CPU)
+    sd1_bytes = resident(engine()).size_bytes(CPU)
     room = sd1_bytes + tiny_checkpoints().files("sdxl").size_bytes - lacking_bytes
     on = leaving(when, resident_bytes=room)
     return on, resident(on), sd1_bytes
