@@ -253,6 +253,7 @@ def build_engine(s: Settings, device: str, database: Database | None, *, dtype: 
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(s.home / "compiled"))
     _need_engine()
     from sdpipeline.engine.diffusers_engine import DiffusersEngine
+    from sdpipeline.engine.residency import TextEncoders
     from sdpipeline.engine.speedups import Speedups, check_compiler
 
     by_digest = _runnable(s, database)
@@ -274,7 +275,12 @@ def build_engine(s: Settings, device: str, database: Database | None, *, dtype: 
         decode_batch=split(s.engine.decode_batch, s.engine.decode_batch)[0] if s.engine.decode_batch else None,
     )
     return DiffusersEngine(
-        device=device, dtype=dtype or s.engine.dtype, locate=locate, resident_bytes=resident, speedups=speedups
+        device=device,
+        dtype=dtype or s.engine.dtype,
+        locate=locate,
+        resident_bytes=resident,
+        speedups=speedups,
+        text_encoders=TextEncoders(offload=s.engine.offload_text_encoders, ahead=s.engine.encode_ahead),
     )
 
 

@@ -63,6 +63,13 @@ class EngineSettings(_Section):
     )
     max_batch: int = Field(8, ge=1, le=64, description="largest batch, before memory sets a lower cap")
     resident_gib: float | None = Field(None, gt=0, description="memory for loaded checkpoints, GiB")
+    offload_text_encoders: Literal["auto", "always", "never"] = Field(
+        "auto",
+        description="whether text encoders leave the device when prompts are encoded; `auto`: once memory is short",
+    )
+    encode_ahead: bool = Field(
+        default=False, description="encode the next batch's prompts while this one is made, on the same device"
+    )
     compile: bool = Field(default=False, description="compile what networks repeat, for `fast` and `turbo` pictures")
     channels_last: bool = Field(
         default=False, description="lay networks out for tensor cores, for `fast` and `turbo` pictures"

@@ -66,13 +66,19 @@ class GenerationFailure:
 
 
 class Engine(Protocol):
-    """Turns batches into pictures. Called from one thread only."""
+    """Turns batches into pictures. Called from one thread only, but for ``prepare``."""
 
     def generate(self, batch: Batch) -> Sequence[GeneratedImage | GenerationFailure]:
         """One result per request, in order.
 
         Raises nothing for a request's own fault: that is a GenerationFailure. An unknown exception
         means the process is not to be trusted any more and ends it.
+        """
+
+    def prepare(self, requests: Sequence[GenerationRequest]) -> None:
+        """Told by another thread what comes next: what can be done for it beside a batch that is being made.
+
+        It may wait for that batch. What cannot be done ahead is left to ``generate``, a request's fault too.
         """
 
     def flagged(self, checker: CheckpointRef, pictures: Sequence[Pixels]) -> Sequence[bool]:

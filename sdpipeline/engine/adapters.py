@@ -44,9 +44,9 @@ class Wardrobe:
     def dress(self, weights: Weights) -> None:
         """Leave the checkpoint with exactly these adapters, whatever it wore before."""
         wanted = outfit(weights)
-        if self._worn.get(weights.base, Outfit()) == wanted:
+        if self.worn_by(weights.base) == wanted:
             return
-        pipe = assemble(weights, make_scheduler(weights.row.scheduler, weights))
+        pipe = assemble(weights, make_scheduler(weights.row.scheduler, weights), with_text_encoders=True)
         self._undress(pipe, weights.base)
         # From here on a fault may leave any part of it behind, so that the next call has to undress first.
         self._worn[weights.base] = wanted
@@ -62,6 +62,10 @@ class Wardrobe:
             self._undress(pipe, weights.base)
             names = ", ".join(repr(files.alias) for files, _ in (*weights.loras, *_files(weights.ip_adapters)))
             raise CheckpointError(f"adapters {names} do not fit {weights.base.files.alias!r}: {error}") from error
+
+    def worn_by(self, base: Loaded) -> Outfit:
+        """What it wears now."""
+        return self._worn.get(base, Outfit())
 
     def _undress(self, pipe: Any, base: Loaded) -> None:
         worn = self._worn.pop(base, Outfit())

@@ -5,7 +5,7 @@ from __future__ import annotations
 import platform
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from typing import Any, TypeVar
 
@@ -13,24 +13,25 @@ import torch
 
 from sdpipeline.domain import AdapterInput, CheckpointRef, ControlNetInput, GenerationRequest, Json, Profile
 from sdpipeline.engine import Batch, GeneratedImage, GenerationFailure, Pixels, PreparedRequest, safety
-from sdpipeline.engine.adapters import Wardrobe, outfit, reference, refuse_unused, words
+from sdpipeline.engine.adapters import Outfit, Wardrobe, outfit, reference, refuse_unused, words
 from sdpipeline.engine.checkpoints import CheckpointFiles
 from sdpipeline.engine.conditioning import known_annotator
 from sdpipeline.engine.developing import Developed, develop
 from sdpipeline.engine.exactness import allow_exactness, exactly
 from sdpipeline.engine.families import FAMILIES, family
 from sdpipeline.engine.gan import upscale
-from sdpipeline.engine.ladder import Ladder, Result, Rung
+from sdpipeline.engine.ladder import FAULTS, Ladder, Result, Rung
 from sdpipeline.engine.learned import annotate_with
 from sdpipeline.engine.passes import Latents, Member, PassSettings, Weights, denoise, settings_of
 from sdpipeline.engine.pictures import paste_back
 from sdpipeline.engine.preparing import adapters_of, annotator_parameters, check, given, pictures
 from sdpipeline.engine.profiles import PROFILES, Shortcuts
 from sdpipeline.engine.record import Setting, library_versions, ran
-from sdpipeline.engine.residency import Loaded, Residency, release
+from sdpipeline.engine.residency import Loaded, Residency, TextEncoders, release
 from sdpipeline.engine.speedups import Speedups, Workshop
 from sdpipeline.engine.steps import denoise_stepwise
 from sdpipeline.engine.text import Embedding, EmbeddingCache, PromptEncoder
+from sdpipeline.engine.turns import Turns
 from sdpipeline.errors import BadPictureError, CheckpointError, DeviceExhaustedError, RequestRefusedError, SdpError
 
 Item = TypeVar("Item")
@@ -41,7 +42,7 @@ ZEROS = "force_zeros_for_empty_prompt"
 
 
 class DiffusersEngine:
-    """Implements :class:`sdpipeline.engine.Engine` on one device; call it from one thread only."""
+    """Implements :class:`sdpipeline.engine.Engine` on one device; call it from one thread only, but for ``prepare``."""
 
     def __init__(
         self,
@@ -52,6 +53,7 @@ class DiffusersEngine:
         resident_bytes: int | None = None,
         profiles: Mapping[Profile, Shortcuts] = PROFILES,
         speedups: Speedups | None = None,
+        text_encoders: TextEncoders | None = None,
     ) -> None:
         allow_exactness()
         self._device = torch.device(device)
@@ -62,13 +64,45 @@ class DiffusersEngine:
         self._libraries = library_versions()
         self._prompts = EmbeddingCache(PROMPT_CACHE_BYTES)
         self._wardrobe = Wardrobe()
-        self._ladder = Ladder(forward=self._forward, free=lambda: release(self._device))
+        self._turns = Turns()
+        self._text_encoders = text_encoders or TextEncoders()
         self.residency = Residency(
-            device=self._device, dtype=self._dtype_of, locate=locate, budget_bytes=resident_bytes
+            device=self._device,
+            dtype=self._dtype_of,
+            locate=locate,
+            budget_bytes=resident_bytes,
+            text_encoders=self._text_encoders,
+        )
+        self._ladder = Ladder(
+            forward=self._forward, free=lambda: release(self._device), spare=self.residency.spare_encoders
         )
 
     def generate(self, batch: Batch) -> Sequence[Result]:
         """One result per request, in order; see :class:`sdpipeline.engine.Engine`."""
+        with self._turns.taken():
+            return self._generated(batch)
+
+    def prepare(self, requests: Sequence[GenerationRequest]) -> None:
+        """Encode prompts beside a pass, where both are sure to have the bits that they have one after the other."""
+        for request in requests if self._text_encoders.ahead else ():
+            with self._turns.borrowed() as mine, suppress(SdpError, *FAULTS):
+                if not mine:
+                    return
+                if weights := self._at_hand(request):
+                    self._embeddings(request, weights)
+
+    def _at_hand(self, request: GenerationRequest) -> Weights | None:
+        """What reads the request's prompts, if that takes no loading, no adapter and no mode of the whole process."""
+        base = self.residency.at_hand(request.checkpoint)
+        if request.exact or base is None or any(uses for _, _, uses in adapters_of(request)):
+            return None
+        row = family(base.files.family)
+        cell = row.cell(request.task, controlnets=len(request.controlnets))
+        if cell is None or row.text == "none" or self._wardrobe.worn_by(base) != Outfit():
+            return None
+        return Weights(row=row, cell=cell, base=base)
+
+    def _generated(self, batch: Batch) -> Sequence[Result]:
         results: dict[int, Result] = {}
         groups: dict[PassSettings, list[Member]] = defaultdict(list)
         broken: dict[str, SdpError] = {}
@@ -85,6 +119,7 @@ class DiffusersEngine:
             else:
                 settings = settings_of(member, weights)
                 groups[settings.in_lockstep() if settings.stepwise else settings].append(member)
+        self.residency.prompts_encoded()
         # Requests of one batch key make one group, unless their prompts differ in length by a whole chunk.
         for settings, members in groups.items():
             with exactly(wanted=settings.exact):
@@ -114,6 +149,7 @@ class DiffusersEngine:
             "device_name": name,
             "dtype": self._dtype or "by family",
             "speedups": self._speedups.document(),
+            "text_encoders": {"offload": self._text_encoders.offload, "ahead": self._text_encoders.ahead},
             "libraries": self._libraries,
         }
 
@@ -224,6 +260,7 @@ class DiffusersEngine:
         held = self._prompts.get(key)
         if held is None:
             self._wardrobe.dress(weights)
+            self.residency.recall_encoders(weights.base, keep=_digests(request))
             held = encoder.encode(text, length=length, clip_skip=request.clip_skip)
             self._prompts.put(key, held)
         return held
@@ -233,7 +270,12 @@ class DiffusersEngine:
         weights = self._weights(members[0].request)
         self._wardrobe.dress(weights)
         decoded_at_once = rung.bucket
-        with self._means(weights, rung) as offload_to, self._workshop.applied(weights, wanted=settings.stepwise):
+        undisturbed = settings.exact or rung.offload or (settings.stepwise and self._speedups.touch_all)
+        with (
+            self._means(weights, rung) as offload_to,
+            self._workshop.applied(weights, wanted=settings.stepwise),
+            self._turns.lent(wanted=not undisturbed),
+        ):
             if settings.stepwise:
                 denoised = denoise_stepwise(weights, members, self._profiles[settings.profile], offload_to=offload_to)
                 decoded_at_once = min(rung.bucket, self._speedups.decode_batch or rung.bucket)
@@ -260,6 +302,7 @@ class DiffusersEngine:
         """The means of this rung that cost time and save memory, for one pass; gives the device to offload to."""
         if rung.offload:
             self.residency.drop(keep={loaded.files.digest for loaded in weights.loaded()})
+            self.residency.dismiss_encoders()
         if rung.tiling:
             weights.autoencoder.enable_tiling()
         try:

@@ -36,6 +36,9 @@ class FakeEngine:
         time.sleep(self._seconds_per_batch)
         return [self._result(prepared, slot, batch.bucket) for slot, prepared in enumerate(batch.requests)]
 
+    def prepare(self, requests: Sequence[GenerationRequest]) -> None:
+        """Nothing: this double reads no prompt."""
+
     def flagged(self, checker: CheckpointRef, pictures: Sequence[Pixels]) -> Sequence[bool]:  # noqa: ARG002
         """Cannot tell: this double runs no network, and nothing it made may pass for checked."""
         raise CheckpointError(f"safety checker {checker.alias!r}: the fake engine runs no network")

@@ -48,9 +48,12 @@ class Ladder:
         *,
         forward: Callable[[PassSettings, Sequence[Member], Rung], Sequence[Result]],
         free: Callable[[], None],
+        spare: Callable[[], bool],
     ) -> None:
+        """``spare`` has leave the device what no pass needs, and says whether anything did."""
         self._forward = forward
         self._free = free
+        self._spare = spare
         self._learned: dict[PassSettings, Rung] = {}
 
     def run(self, settings: PassSettings, members: Sequence[Member], bucket: int) -> Iterator[tuple[Member, Result]]:
@@ -83,8 +86,11 @@ class Ladder:
         else:
             yield from zip(members, results, strict=True)
             return
+        spared = exhausted and self._spare()
         self._free()
-        if exhausted:
+        if spared:
+            yield from self._attempt(settings, members, rung)  # no fallback: the picture has the same bits
+        elif exhausted:
             yield from self._climb_down(settings, members, rung)
         else:
             yield from self._isolate(settings, members, rung, reason)

@@ -26,7 +26,7 @@ from sdpipeline.engine.per_image import (
 )
 from sdpipeline.engine.pictures import to_pil
 from sdpipeline.engine.preparing import Pictures
-from sdpipeline.engine.residency import Loaded
+from sdpipeline.engine.residency import TEXT_ENCODER, Loaded
 from sdpipeline.engine.text import Embedding
 
 LEGACY_FAMILIES = frozenset({"sd1", "sd2", "sd-inpaint"})
@@ -121,8 +121,13 @@ class Weights:
         return [self.base, *self.controlnets, *adapters, *([self.vae] if self.vae else [])]
 
     def networks(self) -> list[torch.nn.Module]:
-        """Every network that takes part."""
-        return [network for loaded in self.loaded() for network in loaded.networks()]
+        """Every network that takes part; text encoders have done theirs before."""
+        return [
+            network
+            for loaded in self.loaded()
+            for network in loaded.networks()
+            if network not in loaded.text_encoders()
+        ]
 
     @property
     def denoiser(self) -> Any:
@@ -230,10 +235,18 @@ def make_scheduler(name: str, weights: Weights) -> Any:
     return scheduler_class.from_config({key: value for key, value in config.items() if key in known})
 
 
-def assemble(weights: Weights, scheduler: Any) -> Any:
-    """The cell's pipeline around the resident parts; it holds no weights of its own."""
+def assemble(weights: Weights, scheduler: Any, *, with_text_encoders: bool = False) -> Any:
+    """The cell's pipeline around the resident parts; it holds no weights of its own.
+
+    Without text encoders, as it is given embeddings: where they lie on another device, it might take that for its own.
+    """
     pipeline_class = getattr(diffusers, weights.cell.pipeline)
-    parts = dict(weights.base.parts) | dict(weights.base.options)
+    parts = {
+        name: part
+        for name, part in weights.base.parts.items()
+        if with_text_encoders or not name.startswith(TEXT_ENCODER)
+    }
+    parts |= dict(weights.base.options)
     parts |= {"scheduler": scheduler, "vae": weights.autoencoder, "controlnet": _controlnet(weights)}
     parts |= {"requires_safety_checker": False, "add_watermarker": False}
     if config := weights.base.scheduler_configs.get("low_res_scheduler"):

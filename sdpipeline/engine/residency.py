@@ -7,10 +7,10 @@ import json
 import threading
 import warnings
 from collections import OrderedDict
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import diffusers
 import structlog
@@ -29,8 +29,27 @@ _log = structlog.get_logger(__name__)
 _LOADING = threading.Lock()
 """``from_pretrained`` patches torch.nn for the whole process while it runs: two at once leave it corrupted."""
 
+HOST = torch.device("cpu")
+
+TEXT_ENCODER = "text_encoder"
+"""What their names in a pipeline begin with."""
+
 IGNORED = frozenset({"safety_checker", "feature_extractor", "image_encoder", "watermarker"})
 """Parts of old checkpoints that no pipeline here uses."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TextEncoders:
+    """What the deployment says of them.
+
+    ``offload``: when they leave the device for ``host``, their prompts being encoded: once its memory was short, after
+    every batch, or for nothing but a picture that fits in no other way. ``ahead``: whether the next batch's prompts are
+    encoded beside a pass.
+    """
+
+    offload: Literal["auto", "always", "never"] = "auto"
+    ahead: bool = False
+    host: torch.device = HOST
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False, weakref_slot=True)
@@ -52,15 +71,21 @@ class Loaded:
         """Every part that holds weights."""
         return [part for part in self.parts.values() if isinstance(part, torch.nn.Module)]
 
-    def size_bytes(self) -> int:
-        """What its weights occupy in memory."""
-        tensors = [t for network in self.networks() for t in (*network.parameters(), *network.buffers())]
-        tensors += self.parts.get("tensors", {}).values()
-        return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+    def text_encoders(self) -> list[torch.nn.Module]:
+        """Those parts that only read prompts."""
+        return [network for name, network in self.parts.items() if name.startswith(TEXT_ENCODER)]
+
+    def size_bytes(self, device: torch.device) -> int:
+        """What its weights occupy in that device's memory."""
+        return _size_bytes(self.networks(), device) + _sum_bytes(self.parts.get("tensors", {}).values(), device)
 
 
 class Residency:
-    """Loads checkpoints on demand and keeps the most recently used ones."""
+    """Loads checkpoints on demand and keeps the most recently used ones.
+
+    Text encoders run only for prompts that are not kept yet, and may wait in host memory until then. ``budget_bytes``
+    is for what is on the device; encoders that come back to it come on top.
+    """
 
     def __init__(
         self,
@@ -69,11 +94,14 @@ class Residency:
         dtype: Callable[[CheckpointFiles], torch.dtype],
         locate: Callable[[CheckpointRef], CheckpointFiles],
         budget_bytes: int | None,
+        text_encoders: TextEncoders,
     ) -> None:
         self._device = device
         self._dtype = dtype
         self._locate = locate
         self._budget_bytes = budget_bytes
+        self._text_encoders = text_encoders
+        self._was_short = False
         self._held: OrderedDict[str, Loaded] = OrderedDict()
 
     def digests(self) -> frozenset[str]:
@@ -91,6 +119,12 @@ class Residency:
             )
         return files
 
+    def at_hand(self, ref: CheckpointRef) -> Loaded | None:
+        """The checkpoint as ``get`` gives it, if all of it is on the device already."""
+        held = self._held.get(ref.digest)
+        whole = held is not None and held.dtype == self._dtype(held.files) and not _elsewhere(held, self._device)
+        return held if whole else None
+
     def get(self, ref: CheckpointRef, *, keep: Collection[str] = (), exact: bool = False) -> Loaded:
         """The checkpoint, loaded if it is not; those in ``keep`` are not dropped to make room for it.
 
@@ -106,12 +140,16 @@ class Residency:
             del held
             self.drop(keep=self._held.keys() - {ref.digest})
         self._make_room(files.size_bytes, keep)
-        loaded = self._loaded(files, dtype) or self._loaded(files, dtype, instead_of_all_but=keep)
+        loaded = self._loaded(files, dtype)
+        if loaded is None and self.spare_encoders():
+            loaded = self._loaded(files, dtype)
+        loaded = loaded or self._loaded(files, dtype, instead_of_all_but=keep)
         if loaded is None:
             raise DeviceExhaustedError(
                 f"out of memory while loading checkpoint {ref.alias!r}, with no other one resident"
             )
-        self._make_room(loaded.size_bytes(), keep)  # weights may lie in the file in half their size in memory
+        # Weights may lie in the file in half their size in memory.
+        self._make_room(loaded.size_bytes(self._device), keep)
         self._held[ref.digest] = loaded
         return loaded
 
@@ -134,15 +172,82 @@ class Residency:
         release(self._device)
         return dropped
 
+    def recall_encoders(self, loaded: Loaded, *, keep: Collection[str] = ()) -> None:
+        """Have its text encoders on the device; DeviceExhaustedError where they do not fit beside those in ``keep``."""
+        if self._recalled(loaded):
+            return
+        self.drop(keep={loaded.files.digest, *keep})
+        if not self._recalled(loaded):
+            raise DeviceExhaustedError(
+                f"out of memory while the text encoders of checkpoint {loaded.files.alias!r} were brought back"
+            )
+
+    def _recalled(self, loaded: Loaded) -> bool:
+        try:
+            _move(loaded, self._device)
+        except torch.OutOfMemoryError:
+            return False
+        return True
+
+    def prompts_encoded(self) -> None:
+        """Told when all prompts of a batch are kept: the text encoders leave the device, if they are to."""
+        offload = self._text_encoders.offload
+        if offload == "always" or (offload == "auto" and self._was_short):
+            self.dismiss_encoders()
+
+    def spare_encoders(self) -> bool:
+        """Told when memory is short: the text encoders leave the device unless they are to stay; whether any did."""
+        self._was_short = True
+        left = self._text_encoders.offload != "never" and self.dismiss_encoders()
+        if left:
+            release(self._device)
+        return left
+
+    def dismiss_encoders(self) -> bool:
+        """Have all text encoders wait in host memory; whether any was on the device."""
+        left = [loaded for loaded in self._held.values() if _move(loaded, self._text_encoders.host)]
+        return bool(left)
+
     def _make_room(self, size_bytes: int, keep: Collection[str]) -> None:
         if self._budget_bytes is None:
             return
-        held_bytes = sum(loaded.size_bytes() for loaded in self._held.values())
+        held_bytes = sum(loaded.size_bytes(self._device) for loaded in self._held.values())
+        if held_bytes + size_bytes <= self._budget_bytes:
+            return
+        encoders_bytes = sum(_size_bytes(loaded.text_encoders(), self._device) for loaded in self._held.values())
+        if held_bytes - encoders_bytes + size_bytes <= self._budget_bytes and self.spare_encoders():
+            return
         for digest in [digest for digest in self._held if digest not in keep]:
             if held_bytes + size_bytes <= self._budget_bytes:
                 return
-            held_bytes -= self._held.pop(digest).size_bytes()
+            held_bytes -= self._held.pop(digest).size_bytes(self._device)
             release(self._device)
+
+
+def _move(loaded: Loaded, device: torch.device) -> bool:
+    """Its text encoders to that device; whether any was elsewhere, wholly or in part."""
+    elsewhere = _elsewhere(loaded, device)
+    for network in elsewhere:
+        network.to(device)
+    if elsewhere:
+        _log.info("text_encoders.moved", checkpoint=loaded.files.alias, device=str(device))
+    return bool(elsewhere)
+
+
+def _elsewhere(loaded: Loaded, device: torch.device) -> list[torch.nn.Module]:
+    return [
+        network
+        for network in loaded.text_encoders()
+        if any(parameter.device.type != device.type for parameter in network.parameters())
+    ]
+
+
+def _size_bytes(networks: Iterable[torch.nn.Module], device: torch.device) -> int:
+    return sum(_sum_bytes((*network.parameters(), *network.buffers()), device) for network in networks)
+
+
+def _sum_bytes(tensors: Iterable[torch.Tensor], device: torch.device) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors if tensor.device.type == device.type)
 
 
 def release(device: torch.device) -> None:

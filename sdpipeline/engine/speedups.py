@@ -36,6 +36,11 @@ class Speedups:
     attention: Attention | None = None
     decode_batch: int | None = None
 
+    @property
+    def touch_all(self) -> bool:
+        """Whether other networks of this process than those they are put on may feel them."""
+        return self.compile or self.attention is not None
+
     def document(self) -> Json:
         """What may change bits, as the record holds it."""
         used = {"compile": self.compile, "channels_last": self.channels_last, "attention": self.attention}

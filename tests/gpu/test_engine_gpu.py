@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +16,7 @@ from sdpipeline.domain import Task
 from sdpipeline.engine.checkpoints import inspect
 from sdpipeline.engine.diffusers_engine import DiffusersEngine
 from sdpipeline.engine.families import FAMILIES
+from sdpipeline.engine.residency import TextEncoders
 from sdpipeline.engine.speedups import Speedups
 from tests.integration.engine_requests import (
     SOURCE,
@@ -144,6 +146,51 @@ def test_checkpoints_are_dropped_from_the_device() -> None:
         for family in ("sd1", "sdxl"):
             images(prepared(request(family, num_inference_steps=1)), on=own)
     assert torch.cuda.memory_allocated() - before < 3 * tiny_checkpoints().files("sdxl").size_bytes
+
+
+@pytest.mark.parametrize("family", ["sd1", "sdxl", "sd3", "flux"])
+def test_text_encoders_leave_the_devices_memory_and_come_back_for_a_new_prompt(family: str) -> None:
+    rules = (TextEncoders(offload="always"), TextEncoders(offload="never"))
+    always, never = (new_engine(device="cuda", text_encoders=each) for each in rules)
+    images(prepared(request(family)), on=always)
+    loaded = always.residency.get(ref(family))
+    left, left_bytes = torch.cuda.memory_allocated(), loaded.size_bytes(torch.device("cuda"))
+    always.residency.recall_encoders(loaded)
+    back_bytes = loaded.size_bytes(torch.device("cuda")) - left_bytes
+    assert torch.cuda.memory_allocated() - left >= back_bytes > 0
+    always.residency.dismiss_encoders()
+    assert torch.cuda.memory_allocated() == left
+    for prompt in ("a cat", "a dog", "a cat"):
+        asked = prepared(request(family, prompt=prompt, seed=2, reproducibility="strict"))
+        assert equal(images(asked, on=always)[0], images(asked, on=never)[0])
+
+
+def test_a_lora_is_put_on_text_encoders_that_wait_in_host_memory() -> None:
+    own = new_engine(device="cuda", text_encoders=TextEncoders(offload="always"))
+    dressed = [request(loras=(adapter(name),), reproducibility="strict") for name in ("lora-sd1", "lora-sd1-other")]
+    for asked in (*dressed, *dressed):
+        assert equal(*(images(prepared(asked), on=each)[0] for each in (own, new_engine(device="cuda"))))
+
+
+def test_a_prompt_that_is_encoded_beside_a_pass_has_the_same_bits(on: DiffusersEngine) -> None:
+    own = new_engine(device="cuda", text_encoders=TextEncoders(ahead=True))
+    busy = [mixed("sdxl", n, num_inference_steps=20) for n in range(4)]
+    coming = [prepared(request("sdxl", prompt=f"a dog {n}", seed=n)) for n in range(8)]
+    images(busy[0], on=own)
+    begun = threading.Event()
+    handle = own.residency.get(ref("sdxl")).parts["unet"].register_forward_pre_hook(lambda *_: begun.set())
+
+    def prepare() -> None:
+        begun.wait()
+        own.prepare([each.request for each in coming])
+
+    other = threading.Thread(target=prepare)
+    other.start()
+    made = images(*busy, on=own)
+    other.join()
+    handle.remove()
+    made += images(*coming, on=own)
+    assert all(equal(one, same) for one, same in zip(made, images(*busy, on=on) + images(*coming, on=on), strict=True))
 
 
 @pytest.mark.parametrize(("name", "task", "controlnets"), CELLS)
