@@ -64,7 +64,7 @@ def size_bytes(tensor: torch.Tensor) -> int:
 
 
 def _configuration(wanted: Quantization, device: torch.device) -> Any:
-    """Without torchao's own settings for the compiler: among them is a global one that changes exact pictures too."""
+    """Without torchao's own settings for the compiler, which would hold for the whole process from then on."""
     from torchao.quantization import (
         Float8DynamicActivationFloat8WeightConfig,
         Int8DynamicActivationInt8WeightConfig,
