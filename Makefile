@@ -40,7 +40,7 @@ soak: $(VENV)/.installed-dev  ## All faults together, ten times SOAK_S seconds (
 
 constraints:  ## Write constraints.txt anew: the newest versions that pyproject.toml admits
 	rm -rf build/constraints && $(PYTHON) -m venv build/constraints
-	build/constraints/bin/python -m pip install --quiet '.[all,dev,kubernetes]'
+	build/constraints/bin/python -m pip install --quiet '.[all,dev,kubernetes,quantize]'
 	{ sed -n '/^#/p' constraints.txt; \
 	  build/constraints/bin/python -m pip freeze --exclude sdpipeline | sed -E 's/\+[^ ]*//'; } > build/constraints.txt
 	mv build/constraints.txt constraints.txt
@@ -50,7 +50,7 @@ clean:  ## Remove .venv, builds and caches; pictures and databases stay
 
 # torch goes first and alone, so that its build is chosen once and nothing later replaces it.
 $(VENV)/.installed-run: EXTRAS := engine
-$(VENV)/.installed-dev: EXTRAS := all,dev
+$(VENV)/.installed-dev: EXTRAS := all,dev,quantize
 $(VENV)/.installed-run $(VENV)/.installed-dev: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP_INSTALL) torch

@@ -268,10 +268,12 @@ def build_engine(s: Settings, device: str, database: Database | None, *, dtype: 
     resident = int(s.engine.resident_gib * 2**30) if s.engine.resident_gib else None
     if s.engine.compile:
         check_compiler()
+    check_quantization(s, device)
     speedups = Speedups(
         compile=s.engine.compile,
         channels_last=s.engine.channels_last,
         attention=s.engine.attention,
+        quantize=s.engine.quantize,
         decode_batch=split(s.engine.decode_batch, s.engine.decode_batch)[0] if s.engine.decode_batch else None,
     )
     return DiffusersEngine(
@@ -282,6 +284,17 @@ def build_engine(s: Settings, device: str, database: Database | None, *, dtype: 
         speedups=speedups,
         text_encoders=TextEncoders(offload=s.engine.offload_text_encoders, ahead=s.engine.encode_ahead),
     )
+
+
+def check_quantization(s: Settings, device: str | None = None) -> None:
+    """SettingsError where this device, or any of this machine's, cannot do what ``SDP_ENGINE__QUANTIZE`` asks."""
+    if s.engine.quantize is None or s.engine.fake_seconds_per_batch is not None:
+        return
+    _need_engine()
+    from sdpipeline.engine.quantization import check
+
+    for each in [device] if device else sorted(set(devices(s))):
+        check(s.engine.quantize, each, s.engine.dtype)
 
 
 def _need_engine() -> None:

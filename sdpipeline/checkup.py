@@ -88,6 +88,7 @@ def _engine(s: Settings) -> Iterator[Check]:
         fix = "pip install 'sdpipeline[engine]' on machines that make pictures"
         yield Check(name="engine", ok=False, detail="torch is not installed", fix=fix)
         return
+    bootstrap.check_quantization(s)
     yield Check(name="engine", ok=True, detail=f"torch {version} on {', '.join(bootstrap.devices(s))}")
 
 

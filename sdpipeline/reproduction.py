@@ -30,6 +30,14 @@ class Reproduction:
         return {"bit_equal": self.bit_equal, "max_abs_diff": self.max_abs_diff, "differences": self.differences}
 
 
+SETTINGS = {
+    "profile.compile": "SDP_ENGINE__COMPILE",
+    "profile.channels_last": "SDP_ENGINE__CHANNELS_LAST",
+    "profile.attention": "SDP_ENGINE__ATTENTION",
+    "profile.quantize": "SDP_ENGINE__QUANTIZE",
+}
+"""What makes these differences: how a machine is set, and not what it is."""
+
 FindInput = Callable[[Json], bytes]
 """The bytes of an outside input by what the record says of it: its ``sha256``, and its ``url`` if it has one.
 Raises InputImageError."""
@@ -100,10 +108,18 @@ def _differences(record: Json, ran: Json) -> list[Json]:
     then, now = _compared(record["ran"], record["encoder"]), _compared(ran, _encoder_of(record))
     names = sorted({*then, *now})
     return [
-        {"what": name, "then": then.get(name), "now": now.get(name)}
+        {"what": name, "then": then.get(name), "now": now.get(name)} | _setting(name, then.get(name))
         for name in names
         if then.get(name) != now.get(name)
     ]
+
+
+def _setting(name: str, then: Json | str | None) -> Json:
+    """What to set for a picture as it was then."""
+    if name not in SETTINGS:
+        return {}
+    value = str(then).lower() if then else None
+    return {"setting": f"{SETTINGS[name]}={value}" if value else f"no {SETTINGS[name]}"}
 
 
 def _encoder_of(record: Json) -> Json:
@@ -111,6 +127,7 @@ def _encoder_of(record: Json) -> Json:
 
 
 def _compared(ran: Json, encoder: Json) -> Json:
-    names = ("engine", "pipeline", "device", "dtype", "bucket", "profile", "calls", "scheduler", "fallbacks")
+    names = ("engine", "pipeline", "device", "dtype", "bucket", "calls", "scheduler", "fallbacks")
+    profile = {f"profile.{name}": value for name, value in ran.get("profile", {}).items()}
     libraries = {f"libraries.{name}": version for name, version in ran.get("libraries", {}).items()}
-    return {name: ran[name] for name in names if name in ran} | libraries | {"encoder": encoder}
+    return {name: ran[name] for name in names if name in ran} | profile | libraries | {"encoder": encoder}

@@ -77,6 +77,9 @@ class EngineSettings(_Section):
     attention: Literal["flash", "efficient", "cudnn", "math"] | None = Field(
         None, description="attention kernel of `fast` and `turbo` pictures; default as torch chooses"
     )
+    quantize: Literal["int8", "fp8"] | None = Field(
+        None, description="eight-bit matrix products in the denoiser, for `fast` and `turbo` pictures; fp8 needs a GPU"
+    )
     decode_batch: int | None = Field(
         None, ge=1, le=64, description="most `fast` and `turbo` pictures decoded at once; default all of a batch"
     )

@@ -5,14 +5,16 @@ from __future__ import annotations
 import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+
+import numpy as np
 
 from sdpipeline.bench.plain import PlainLoop, matmul_ceiling, peak_memory_gib
 from sdpipeline.bench.spread import OnProgress, middle
 from sdpipeline.bench.trace import idle_share
 from sdpipeline.bench.workload import Workload
 from sdpipeline.domain import Json
-from sdpipeline.engine import Batch, Engine, GenerationFailure
+from sdpipeline.engine import Batch, Engine, GeneratedImage, GenerationFailure
 from sdpipeline.errors import BadPictureError
 
 _PLAIN, _CEILING = 0, -1
@@ -60,6 +62,7 @@ def measure(
         "first_batch_s": first,
         "device_idle_share": idle,
         "peak_memory_gib": peak_memory_gib(plan.device),
+        "differs_from_exact": _difference(engine, workload, numbers.take(largest), largest),
     }
 
 
@@ -86,10 +89,31 @@ def make(engine: Engine, batch: Batch) -> float:
     started = time.perf_counter()
     results = engine.generate(batch)
     took = time.perf_counter() - started
+    _pictures(results)
+    return took
+
+
+def _pictures(results: Sequence[GeneratedImage | GenerationFailure]) -> list[GeneratedImage]:
+    made = []
     for result in results:
         if isinstance(result, GenerationFailure):
             raise BadPictureError(f"the engine made no picture to measure: {result.error}") from result.error
-    return took
+        made.append(result)
+    return made
+
+
+def _difference(engine: Engine, workload: Workload, first: int, count: int) -> Json | None:
+    """How far a profile's pictures are from the exact ones of the same prompts and seeds: the mean absolute difference
+    in grey levels of 0-255, and the peak signal-to-noise ratio, ``None`` where they are equal."""
+    if workload.profile == "exact":
+        return None
+    made, exact = (
+        np.stack([each.pixels for each in _pictures(engine.generate(asked.batch(first, count)))]).astype(float)
+        for asked in (workload, replace(workload, profile="exact"))
+    )
+    squared = float(np.square(made - exact).mean())
+    decibels = round(10 * float(np.log10(255**2 / squared)), 2) if squared else None
+    return {"grey_levels": round(float(np.abs(made - exact).mean()), 3), "decibels": decibels}
 
 
 def _row(what: str, batch: int, rate: float, *, baseline: float, tflop: float, ceiling: float) -> Json:

@@ -249,6 +249,9 @@ def _say_engine(found: Json) -> None:
         f"{found['tflop_per_picture']:.4g} TFLOP a picture; matrix products reach {found['ceiling_tflop_per_s']:.4g} "
         f"TFLOP/s; first picture after {found['build_s'] + found['first_batch_s'][0]['seconds']:.1f} s"
     )
+    if apart := found["differs_from_exact"]:
+        psnr = "" if apart["decibels"] is None else f", {apart['decibels']:.1f} dB"
+        stdout.print(f"its pictures differ from exact ones by {apart['grey_levels']:.2f} grey levels{psnr}")
     if found["device_idle_share"] is not None:
         stdout.print(
             f"the GPU waits {found['device_idle_share']:.2%} of a batch; {found['peak_memory_gib']} GiB at most"

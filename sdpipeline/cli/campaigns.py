@@ -111,6 +111,7 @@ def run(
     if not s.embedded:  # a missing key is found before any work is done; the embedded default makes its own
         bootstrap.picture_key(s)
         bootstrap.seal_key(s)
+    bootstrap.check_quantization(s)  # its workers would die of it one after another
     name, done = intake.submit(s, file, edition=edition)
     if not as_json:
         stderr.print(_submitted(name, done))

@@ -68,6 +68,8 @@ def reproduce(
     else:
         if done.differences:
             print_records("What was different then", ("what", "then", "now"), done.differences)
+        if settings_then := [each["setting"] for each in done.differences if "setting" in each]:
+            stdout.print(f"made with {', '.join(settings_then)}: set it so and every pixel may come again")
         verdict = "every pixel is equal" if done.bit_equal else f"pixels differ by up to {done.max_abs_diff} of 255"
         stdout.print(verdict)
     if not done.bit_equal:

@@ -6,6 +6,7 @@ This module, ``families`` and ``checkpoints`` import no torch, so that a machine
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -15,6 +16,11 @@ import numpy.typing as npt
 
 from sdpipeline.domain import CheckpointRef, GenerationRequest, Json
 from sdpipeline.errors import SdpError
+
+# Where torchao is installed, diffusers and peft import it though nobody quantizes, and each start would tell of what
+# neither needs: kernels for other devices, names of an older torchao.
+for _name in ("torchao", "torch.utils._pytree", "diffusers.quantizers.torchao.torchao_quantizer"):
+    logging.getLogger(_name).setLevel(logging.ERROR)
 
 Pixels = npt.NDArray[np.uint8]
 """A picture: height x width x 3, RGB, 0-255."""

@@ -26,8 +26,9 @@ from sdpipeline.engine.passes import Latents, Member, PassSettings, Weights, den
 from sdpipeline.engine.pictures import paste_back
 from sdpipeline.engine.preparing import adapters_of, annotator_parameters, check, given, pictures
 from sdpipeline.engine.profiles import PROFILES, Shortcuts
+from sdpipeline.engine.quantization import Quantization, library_of
 from sdpipeline.engine.record import Setting, library_versions, ran
-from sdpipeline.engine.residency import Loaded, Residency, TextEncoders, release
+from sdpipeline.engine.residency import Form, Loaded, Residency, TextEncoders, release
 from sdpipeline.engine.speedups import Speedups, Workshop
 from sdpipeline.engine.steps import denoise_stepwise
 from sdpipeline.engine.text import Embedding, EmbeddingCache, PromptEncoder
@@ -150,7 +151,7 @@ class DiffusersEngine:
             "dtype": self._dtype or "by family",
             "speedups": self._speedups.document(),
             "text_encoders": {"offload": self._text_encoders.offload, "ahead": self._text_encoders.ahead},
-            "libraries": self._libraries,
+            "libraries": self._libraries | library_of(self._speedups.quantize),
         }
 
     def _dtype_of(self, files: CheckpointFiles) -> torch.dtype:
@@ -197,13 +198,13 @@ class DiffusersEngine:
 
     def _weights(self, request: GenerationRequest, broken: dict[str, SdpError] | None = None) -> Weights:
         """The resident parts this request runs on, loaded where they are not."""
-        keep = _digests(request)
+        keep = self._forms(request)
 
         def get(ref: CheckpointRef) -> Loaded:
             if broken and ref.digest in broken:
                 raise broken[ref.digest]
             try:
-                return self.residency.get(ref, keep=keep, exact=request.exact)
+                return self.residency.get(ref, keep=keep, exact=request.exact, quantized=self._quantized(request, ref))
             except (CheckpointError, DeviceExhaustedError) as error:
                 if broken is not None:
                     broken[ref.digest] = error
@@ -223,17 +224,25 @@ class DiffusersEngine:
             ip_adapters=tuple((get(use.checkpoint), use.weight) for use in request.ip_adapters),
         )
 
+    def _quantized(self, request: GenerationRequest, ref: CheckpointRef) -> Quantization | None:
+        """How this checkpoint's denoiser is quantized for this request: never for an exact one."""
+        return self._speedups.quantize if request.profile != "exact" and ref == request.checkpoint else None
+
+    def _forms(self, request: GenerationRequest) -> set[Form]:
+        """What has to be in memory together for this request."""
+        return {(ref.digest, self._quantized(request, ref)) for ref in request.checkpoints()}
+
     def _control_map(self, request: GenerationRequest, use: ControlNetInput, pixels: Pixels) -> Pixels:
         """The map of an annotator with weights."""
         learned = known_annotator(use.annotator).learned
         assert learned is not None
         assert use.annotator_checkpoint is not None
-        loaded = self.residency.get(use.annotator_checkpoint, keep=_digests(request), exact=request.exact)
+        loaded = self.residency.get(use.annotator_checkpoint, keep=self._forms(request), exact=request.exact)
         return annotate_with(loaded, learned, pixels, annotator_parameters(use))
 
     def _embeddings(self, request: GenerationRequest, weights: Weights) -> tuple[Embedding, Embedding | None]:
         """Prompt and negative prompt of equal length; the second only where guidance is on."""
-        keep = _digests(request)
+        keep = self._forms(request)
         inversions = [
             self.residency.get(use.checkpoint, keep=keep, exact=request.exact) for use in request.textual_inversions
         ]
@@ -260,7 +269,7 @@ class DiffusersEngine:
         held = self._prompts.get(key)
         if held is None:
             self._wardrobe.dress(weights)
-            self.residency.recall_encoders(weights.base, keep=_digests(request))
+            self.residency.recall_encoders(weights.base, keep=self._forms(request))
             held = encoder.encode(text, length=length, clip_skip=request.clip_skip)
             self._prompts.put(key, held)
         return held
@@ -301,7 +310,7 @@ class DiffusersEngine:
     def _means(self, weights: Weights, rung: Rung) -> Iterator[torch.device | None]:
         """The means of this rung that cost time and save memory, for one pass; gives the device to offload to."""
         if rung.offload:
-            self.residency.drop(keep={loaded.files.digest for loaded in weights.loaded()})
+            self.residency.drop(keep={loaded.form for loaded in weights.loaded()})
             self.residency.dismiss_encoders()
         if rung.tiling:
             weights.autoencoder.enable_tiling()
@@ -338,16 +347,12 @@ class DiffusersEngine:
             device=self._device.type,
             dtype=str(dtype).removeprefix("torch."),
             bucket=bucket,
-            libraries=self._libraries,
+            libraries=self._libraries | library_of(weights.base.quantized),
         )
 
 
 def _no_annotator(use: ControlNetInput, _: Pixels) -> Pixels:
     raise RequestRefusedError(f"controlnets: annotator {use.annotator!r} has nothing to steer here")
-
-
-def _digests(request: GenerationRequest) -> set[str]:
-    return {ref.digest for ref in request.checkpoints()}
 
 
 def _parts(items: Sequence[Item], size: int) -> list[Sequence[Item]]:

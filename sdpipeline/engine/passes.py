@@ -132,7 +132,7 @@ class Weights:
     @property
     def denoiser(self) -> Any:
         """The network that runs once per step."""
-        return self.base.parts.get("transformer") or self.base.parts.get("unet")
+        return self.base.denoiser
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -8,7 +8,7 @@ import threading
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,6 +22,7 @@ from safetensors.torch import load_file
 from sdpipeline.domain import CheckpointRef
 from sdpipeline.engine.checkpoints import SAFETY_CHECKER, WEIGHTS, CheckpointFiles, header, verify
 from sdpipeline.engine.gan import load_upscaler
+from sdpipeline.engine.quantization import Quantization, quantize, size_bytes
 from sdpipeline.errors import CheckpointError, DeviceExhaustedError
 
 _log = structlog.get_logger(__name__)
@@ -52,6 +53,10 @@ class TextEncoders:
     host: torch.device = HOST
 
 
+Form = tuple[str, Quantization | None]
+"""A checkpoint's digest, and how its denoiser is quantized if it is."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False, weakref_slot=True)
 class Loaded:
     """A checkpoint in memory: its parts by their names in the pipeline, its schedulers as configurations."""
@@ -61,6 +66,17 @@ class Loaded:
     dtype: torch.dtype
     scheduler_configs: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     options: Mapping[str, Any] = field(default_factory=dict)
+    quantized: Quantization | None = None
+
+    @property
+    def form(self) -> Form:
+        """What it is held as."""
+        return self.files.digest, self.quantized
+
+    @property
+    def denoiser(self) -> Any:
+        """The network that runs once per step; ``None`` where there is none."""
+        return self.parts.get("transformer") or self.parts.get("unet")
 
     @property
     def module(self) -> Any:
@@ -102,16 +118,17 @@ class Residency:
         self._budget_bytes = budget_bytes
         self._text_encoders = text_encoders
         self._was_short = False
-        self._held: OrderedDict[str, Loaded] = OrderedDict()
+        self._held: OrderedDict[Form, Loaded] = OrderedDict()
 
     def digests(self) -> frozenset[str]:
         """What is held now."""
-        return frozenset(self._held)
+        return frozenset(digest for digest, _ in self._held)
 
     def files(self, ref: CheckpointRef) -> CheckpointFiles:
         """Where the weights lie; CheckpointError if the registry now holds others under that name."""
-        if ref.digest in self._held:
-            return self._held[ref.digest].files
+        for (digest, _), loaded in self._held.items():
+            if digest == ref.digest:
+                return loaded.files
         files = self._locate(ref)
         if files.digest != ref.digest:
             raise CheckpointError(
@@ -120,63 +137,78 @@ class Residency:
         return files
 
     def at_hand(self, ref: CheckpointRef) -> Loaded | None:
-        """The checkpoint as ``get`` gives it, if all of it is on the device already."""
-        held = self._held.get(ref.digest)
+        """The checkpoint in some form that ``get`` gives, if all of it is on the device already."""
+        held = next((loaded for (digest, _), loaded in self._held.items() if digest == ref.digest), None)
         whole = held is not None and held.dtype == self._dtype(held.files) and not _elsewhere(held, self._device)
         return held if whole else None
 
-    def get(self, ref: CheckpointRef, *, keep: Collection[str] = (), exact: bool = False) -> Loaded:
+    def get(
+        self,
+        ref: CheckpointRef,
+        *,
+        keep: Collection[Form] = (),
+        exact: bool = False,
+        quantized: Quantization | None = None,
+    ) -> Loaded:
         """The checkpoint, loaded if it is not; those in ``keep`` are not dropped to make room for it.
 
-        ``exact`` wants it in float32. It is held in one dtype at a time: twice would fit into less devices.
+        ``exact`` wants it in float32. It is held in one dtype at a time: twice would fit into less devices. With its
+        denoiser ``quantized`` it is a checkpoint of its own beside the plain one, sharing no part with it, so that
+        adapters put on one are not on the other; where memory is short, the one that is not needed goes.
         """
         files = self.files(ref)
         dtype = torch.float32 if exact else self._dtype(files)
-        held = self._held.get(ref.digest)
+        form = (ref.digest, quantized)
+        held = self._held.get(form)
         if held is not None and held.dtype == dtype:
-            self._held.move_to_end(ref.digest)
+            self._held.move_to_end(form)
             return held
         if held is not None:
             del held
-            self.drop(keep=self._held.keys() - {ref.digest})
+            self.drop(keep=self._held.keys() - {form})
         self._make_room(files.size_bytes, keep)
-        loaded = self._loaded(files, dtype)
+        loaded = self._loaded(files, dtype, quantized)
         if loaded is None and self.spare_encoders():
-            loaded = self._loaded(files, dtype)
-        loaded = loaded or self._loaded(files, dtype, instead_of_all_but=keep)
+            loaded = self._loaded(files, dtype, quantized)
+        loaded = loaded or self._loaded(files, dtype, quantized, instead_of_all_but=keep)
         if loaded is None:
             raise DeviceExhaustedError(
                 f"out of memory while loading checkpoint {ref.alias!r}, with no other one resident"
             )
         # Weights may lie in the file in half their size in memory.
         self._make_room(loaded.size_bytes(self._device), keep)
-        self._held[ref.digest] = loaded
+        self._held[form] = loaded
         return loaded
 
     def _loaded(
-        self, files: CheckpointFiles, dtype: torch.dtype, *, instead_of_all_but: Collection[str] | None = None
+        self,
+        files: CheckpointFiles,
+        dtype: torch.dtype,
+        quantized: Quantization | None,
+        *,
+        instead_of_all_but: Collection[Form] | None = None,
     ) -> Loaded | None:
         """``None`` if the device has no room; the second try drops every checkpoint that is not needed now."""
         if instead_of_all_but is not None:
             self.drop(keep=instead_of_all_but)
         try:
-            return load(files, device=self._device, dtype=dtype)
+            return load(files, device=self._device, dtype=dtype, quantized=quantized)
         except torch.OutOfMemoryError:
             return None
 
-    def drop(self, *, keep: Collection[str]) -> list[str]:
+    def drop(self, *, keep: Collection[Form]) -> list[Form]:
         """Forget every checkpoint but those, and say which went."""
-        dropped = [digest for digest in self._held if digest not in keep]
-        for digest in dropped:
-            del self._held[digest]
+        dropped = [form for form in self._held if form not in keep]
+        for form in dropped:
+            del self._held[form]
         release(self._device)
         return dropped
 
-    def recall_encoders(self, loaded: Loaded, *, keep: Collection[str] = ()) -> None:
+    def recall_encoders(self, loaded: Loaded, *, keep: Collection[Form] = ()) -> None:
         """Have its text encoders on the device; DeviceExhaustedError where they do not fit beside those in ``keep``."""
         if self._recalled(loaded):
             return
-        self.drop(keep={loaded.files.digest, *keep})
+        self.drop(keep={loaded.form, *keep})
         if not self._recalled(loaded):
             raise DeviceExhaustedError(
                 f"out of memory while the text encoders of checkpoint {loaded.files.alias!r} were brought back"
@@ -208,19 +240,19 @@ class Residency:
         left = [loaded for loaded in self._held.values() if _move(loaded, self._text_encoders.host)]
         return bool(left)
 
-    def _make_room(self, size_bytes: int, keep: Collection[str]) -> None:
+    def _make_room(self, needed_bytes: int, keep: Collection[Form]) -> None:
         if self._budget_bytes is None:
             return
         held_bytes = sum(loaded.size_bytes(self._device) for loaded in self._held.values())
-        if held_bytes + size_bytes <= self._budget_bytes:
+        if held_bytes + needed_bytes <= self._budget_bytes:
             return
         encoders_bytes = sum(_size_bytes(loaded.text_encoders(), self._device) for loaded in self._held.values())
-        if held_bytes - encoders_bytes + size_bytes <= self._budget_bytes and self.spare_encoders():
+        if held_bytes - encoders_bytes + needed_bytes <= self._budget_bytes and self.spare_encoders():
             return
-        for digest in [digest for digest in self._held if digest not in keep]:
-            if held_bytes + size_bytes <= self._budget_bytes:
+        for form in [form for form in self._held if form not in keep]:
+            if held_bytes + needed_bytes <= self._budget_bytes:
                 return
-            held_bytes -= self._held.pop(digest).size_bytes(self._device)
+            held_bytes -= self._held.pop(form).size_bytes(self._device)
             release(self._device)
 
 
@@ -247,7 +279,7 @@ def _size_bytes(networks: Iterable[torch.nn.Module], device: torch.device) -> in
 
 
 def _sum_bytes(tensors: Iterable[torch.Tensor], device: torch.device) -> int:
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors if tensor.device.type == device.type)
+    return sum(size_bytes(tensor) for tensor in tensors if tensor.device.type == device.type)
 
 
 def release(device: torch.device) -> None:
@@ -257,7 +289,9 @@ def release(device: torch.device) -> None:
         torch.cuda.empty_cache()
 
 
-def load(files: CheckpointFiles, *, device: torch.device, dtype: torch.dtype) -> Loaded:
+def load(
+    files: CheckpointFiles, *, device: torch.device, dtype: torch.dtype, quantized: Quantization | None = None
+) -> Loaded:
     """Read a checkpoint after hashing it: safetensors only, nothing fetched, no key missing, no code run."""
     verify(files)
     transformers.utils.logging.disable_progress_bar()
@@ -270,6 +304,9 @@ def load(files: CheckpointFiles, *, device: torch.device, dtype: torch.dtype) ->
     for network in loaded.networks():
         network.to(device)
         network.requires_grad_(requires_grad=False)
+    if quantized:
+        quantize(loaded.denoiser, quantized)
+        loaded = replace(loaded, quantized=quantized)
     _log.info("checkpoint.loaded", checkpoint=files.alias, digest=files.digest[:16], device=str(device))
     return loaded
 

@@ -1,6 +1,7 @@
 """How networks run for profiles that trade bits for speed: compiled, laid out and attending as the deployment says.
 
-All of it is put on for a pass and taken off after it, so that an exact picture never meets it.
+All of it is put on for a pass and taken off after it, so that an exact picture never meets it; a quantized denoiser,
+which cannot be taken back, is a copy of its own in :mod:`sdpipeline.engine.residency`.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from sdpipeline.domain import Json
 from sdpipeline.engine.passes import Weights
+from sdpipeline.engine.quantization import Quantization
 from sdpipeline.errors import Mistake, SettingsError
 
 Attention = Literal["flash", "efficient", "cudnn", "math"]
@@ -34,6 +36,7 @@ class Speedups:
     compile: bool = False
     channels_last: bool = False
     attention: Attention | None = None
+    quantize: Quantization | None = None
     decode_batch: int | None = None
 
     @property
@@ -43,7 +46,12 @@ class Speedups:
 
     def document(self) -> Json:
         """What may change bits, as the record holds it."""
-        used = {"compile": self.compile, "channels_last": self.channels_last, "attention": self.attention}
+        used = {
+            "compile": self.compile,
+            "channels_last": self.channels_last,
+            "attention": self.attention,
+            "quantize": self.quantize,
+        }
         return {name: value for name, value in used.items() if value}
 
 

@@ -81,6 +81,18 @@ def _compare(what: str, mixed: Sequence[PreparedRequest], *, key: Callable[[Prep
     assert one < several * 1.05
 
 
+@pytest.mark.parametrize("profile", ["fast", "turbo"])
+def test_int8_against_the_same_profile_and_against_exact(profile: Profile) -> None:
+    on, plain = new_engine(speedups=Speedups(quantize="int8")), new_engine()
+    exact, quick = [asked(n) for n in range(8)], [asked(n, profile=profile) for n in range(8)]
+    made, unquantized, quantized = images(*exact, on=plain), images(*quick, on=plain), images(*quick, on=on)
+    took = in_turn(lambda: images(*exact, on=plain), lambda: images(*quick, on=plain), lambda: images(*quick, on=on))
+    print(f"{profile} in int8: {took[1] / took[2]:.2f}x of {profile}, {took[0] / took[2]:.2f}x of exact")
+    for name, others in ((profile, unquantized), ("exact", made)):
+        grey, decibels = apart(quantized, others)
+        print(f"{profile} in int8 differs from {name} by {grey:.2f} grey levels, {decibels:.1f} dB")
+
+
 @pytest.mark.skipif(not shutil.which("g++"), reason="needs a C++ compiler")
 @pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")  # torch, about itself
 def test_compiled_blocks_make_the_same_pictures() -> None:

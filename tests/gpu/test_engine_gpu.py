@@ -16,6 +16,7 @@ from sdpipeline.domain import Task
 from sdpipeline.engine.checkpoints import inspect
 from sdpipeline.engine.diffusers_engine import DiffusersEngine
 from sdpipeline.engine.families import FAMILIES
+from sdpipeline.engine.quantization import FP8_CAPABILITY
 from sdpipeline.engine.residency import TextEncoders
 from sdpipeline.engine.speedups import Speedups
 from tests.integration.engine_requests import (
@@ -242,6 +243,8 @@ def test_a_picture_that_shared_calls_is_made_again_bit_by_bit(on: DiffusersEngin
         Speedups(attention="flash"),
         Speedups(attention="efficient"),
         Speedups(compile=True, channels_last=True, decode_batch=2),
+        Speedups(quantize="int8"),
+        Speedups(compile=True, quantize="int8"),
     ],
 )
 @pytest.mark.parametrize("family", ["sd1", "sdxl"])
@@ -253,3 +256,19 @@ def test_what_the_deployment_allows_keeps_quick_pictures_near_and_exact_ones_the
     assert distance(images(quick, on=own)[0], images(quick, on=on)[0]) < 24
     strict = mixed(family, 1, reproducibility="strict")
     assert equal(images(strict, on=own)[0], images(strict, on=on)[0])
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("family", ["sd1", "sdxl", "sd3", "flux"])
+def test_fp8_keeps_quick_pictures_near_and_exact_ones_the_same(family: str, compiled: bool) -> None:
+    if torch.cuda.get_device_capability() < FP8_CAPABILITY:
+        pytest.skip("needs a GPU that multiplies in fp8")
+    plain = new_engine(device="cuda", dtype="bfloat16")
+    own = new_engine(device="cuda", dtype="bfloat16", speedups=Speedups(compile=compiled, quantize="fp8"))
+    quick = mixed(family, 1, profile="fast")
+    made = images(quick, on=own)[0]
+    assert 0 < distance(made, images(quick, on=plain)[0]) < 64
+    again = images(replace(quick, calls=made.ran["calls"]), bucket=made.ran["bucket"], on=own)[0]
+    assert compiled or equal(again, made)
+    exact = mixed(family, 1)
+    assert equal(images(exact, on=own)[0], images(exact, on=plain)[0])
