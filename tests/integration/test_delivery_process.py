@@ -11,6 +11,7 @@ import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -73,8 +74,12 @@ def work(have: Services, engine: FakeEngine) -> WorkerSummary:
 
 
 def beside() -> list[psutil.Process]:
-    """The delivery processes of this one."""
-    return [each for each in psutil.Process().children() if SERVER in each.cmdline()]
+    """The delivery processes of this one that live."""
+    found = []
+    for each in psutil.Process().children():
+        with suppress(psutil.NoSuchProcess):  # or it is dead, and not buried yet
+            found += [each] if SERVER in each.cmdline() else []
+    return found
 
 
 def one_picture(have: Services) -> tuple[Any, tuple[Any, ...]]:
