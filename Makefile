@@ -7,11 +7,10 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --quiet --constraint constraints.txt
 
-# tests/bench and the long runs are opt-in; `make test PYTEST_ARGS="-k queue"` narrows. A process more than
-# there are cores, as many tests wait for servers, and four at the most (each has its own PostgreSQL, S3 and Prefect
-# servers); a file's tests stay together and share theirs.
+# tests/bench and the long runs are opt-in; `make test PYTEST_ARGS="-k queue"` narrows. A process per core, four at
+# the most (each has its own PostgreSQL, S3 and Prefect servers); a file's tests stay together and share theirs.
 PYTEST_ARGS ?=
-PYTEST_PROCESSES ?= --numprocesses $(shell n=$$(getconf _NPROCESSORS_ONLN); echo $$((n < 3 ? n + 1 : 4))) --dist loadfile
+PYTEST_PROCESSES ?= --numprocesses auto --maxprocesses 4 --dist loadfile
 BENCH_ARGS ?=
 SOAK_S ?= 60
 
