@@ -103,16 +103,14 @@ class DeliveryProcess:
     _changing: threading.Lock = field(default_factory=threading.Lock)
     _again: threading.Lock = field(default_factory=threading.Lock)
 
-    def begin(self) -> threading.Thread:
+    def begin(self) -> None:
         """Start the process in the background; what is wrong with it is told to the first who asks."""
 
         def begin() -> None:
             with suppress(DeliveryUnavailableError):
                 self._current()
 
-        thread = threading.Thread(target=begin, daemon=True)
-        thread.start()
-        return thread
+        threading.Thread(target=begin, daemon=True).start()
 
     def check(self) -> None:
         """Wait until the process answers; raises DeliveryUnavailableError."""

@@ -4,6 +4,7 @@ however that ended."""
 from __future__ import annotations
 
 import os
+import pickle
 import signal
 import sys
 import threading
@@ -57,19 +58,30 @@ def _deliverer(to: Destination) -> LocalDeliverer:
 def _answer(connection: Connection, deliverer: LocalDeliverer) -> None:
     while True:
         try:
-            method, arguments = connection.recv()
+            asked = connection.recv_bytes()
         except (EOFError, OSError):
             return
         try:
-            answer = True, getattr(deliverer, method)(*arguments)
+            method, arguments = pickle.loads(asked)  # noqa: S301 - from whoever started it
+            answer = pickle.dumps((True, getattr(deliverer, method)(*arguments)))
         except Exception as error:  # noqa: BLE001 -- it is raised on the other side
-            if not isinstance(error, SdpError):
-                error.add_note(traceback.format_exc())  # of which the other side sees nothing else
-            answer = False, error
+            answer = _raised(error)
         try:
-            connection.send(answer)
+            connection.send_bytes(answer)
         except OSError:
             return
+
+
+def _raised(error: Exception) -> bytes:
+    """The error as it is read on the other side, with the traceback of one that is not ours, or that alone."""
+    if not isinstance(error, SdpError):
+        error.add_note(traceback.format_exc())
+    try:
+        answer = pickle.dumps((False, error))
+        pickle.loads(answer)  # noqa: S301 - what was just written
+    except Exception:  # noqa: BLE001 -- there is no knowing what an error of a library is made of
+        return pickle.dumps((False, RuntimeError("".join(traceback.format_exception(error)))))
+    return answer
 
 
 if __name__ == "__main__":

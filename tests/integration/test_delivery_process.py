@@ -187,7 +187,21 @@ def test_an_error_of_ours_comes_across_with_the_place_it_happened_at(process: De
     with pytest.raises(AttributeError) as raised:
         process.deliver("no picture")  # type: ignore[arg-type]
     assert "delivery.py" in raised.value.__notes__[0]
+    with pytest.raises(ModuleNotFoundError):
+        process.deliver(Evaluated("__import__('no_such_module')"))  # type: ignore[arg-type]
+    with pytest.raises(RuntimeError, match="Odd"):
+        process.deliver(Evaluated("(_ for _ in ()).throw(type('Odd', (Exception,), {})('made up'))"))  # type: ignore[arg-type]
     assert len(beside()) == 1
+
+
+class Evaluated:
+    """What the process that reads it makes of an expression."""
+
+    def __init__(self, expression: str) -> None:
+        self.expression = expression
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return eval, (self.expression,)
 
 
 def test_a_lost_lease_is_told_but_not_where_only_the_answer_was_lost(
