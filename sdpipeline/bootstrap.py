@@ -7,7 +7,7 @@ import os
 import secrets
 import socket
 import threading
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from datetime import datetime
@@ -28,10 +28,13 @@ from sdpipeline.db.declarations import declare
 from sdpipeline.db.queue import Patience
 from sdpipeline.db.reports import Progress
 from sdpipeline.delivery_process import DeliveryProcess, Destination
+from sdpipeline.demo.manifest import read_manifest
 from sdpipeline.domain import CheckpointRef, Json
 from sdpipeline.engine import Engine
 from sdpipeline.engine.checkpoints import CheckpointFiles, inspect, read_ahead
+from sdpipeline.engine.checkpoints import verify as verify_checkpoint
 from sdpipeline.engine.devices import gpu_count
+from sdpipeline.engine.hash_cache import HashCache
 from sdpipeline.errors import BadInputError, CampaignError, CheckpointError, Mistake, SettingsError
 from sdpipeline.inputs import InputFolder
 from sdpipeline.report import Span
@@ -43,6 +46,8 @@ from sdpipeline.worker import Worker, WorkerLimits, WorkerSummary
 
 BUILTIN_CHECKPOINTS = Path(__file__).parent / "demo" / "checkpoints"
 BUILTIN_LICENCE = "Apache-2.0"
+HASH_CACHE = "checkpoint-hashes.json"
+"""Hashes of unchanged weights, for commands that load none."""
 
 __all__ = ["Progress", "Span", "Thumbnails", "WorkerSummary"]
 
@@ -166,6 +171,15 @@ def trust_anchors(s: Settings) -> str:
 
 def catalog(s: Settings, database: Database | None = None) -> Catalog:
     """Every checkpoint a campaign may name: the shipped ones, those of the folder, those already registered."""
+    return _catalog(s, database)[0]
+
+
+def refused_checkpoints(s: Settings, database: Database | None = None) -> dict[str, CheckpointError]:
+    """Directories that look like checkpoints and are not accepted, by name, with the reason."""
+    return _catalog(s, database)[1]
+
+
+def _catalog(s: Settings, database: Database | None) -> tuple[dict[str, CheckpointFiles], dict[str, CheckpointError]]:
     known: dict[str, CheckpointFiles] = {}
     revoked: frozenset[str] = frozenset()
     expired: frozenset[tuple[str, str]] = frozenset()
@@ -175,14 +189,35 @@ def catalog(s: Settings, database: Database | None = None) -> Catalog:
             revoked, expired = registry.withdrawn(connection)
     # The shipped weights are small and change with the package; what else was approved stands as it was approved.
     approved = {alias: files for alias, files in known.items() if files.directory.parent != BUILTIN_CHECKPOINTS}
-    shipped = _inspected(BUILTIN_CHECKPOINTS)
+    cache = HashCache(s.home / HASH_CACHE)
+    shipped, refused = _inspected(BUILTIN_CHECKPOINTS, cache)
+    for alias, why in _altered_shipped(shipped).items():
+        refused[alias] = why
+        del shipped[alias]
     found = {alias: _on_terms(files, known.get(alias)) for alias, files in shipped.items()}
-    found |= _inspected(s.checkpoints, but={files.directory for files in known.values()}) | approved
-    return {
+    own, refused_own = _inspected(s.checkpoints, cache, but={files.directory for files in known.values()})
+    cache.save()
+    found |= own | approved
+    running = {
         alias: files
         for alias, files in found.items()
         if files.digest not in revoked and (files.digest, alias) not in expired
     }
+    return running, {alias: why for alias, why in (refused | refused_own).items() if alias not in running}
+
+
+def _altered_shipped(shipped: Mapping[str, CheckpointFiles]) -> dict[str, CheckpointError]:
+    """Shipped checkpoints that are not the ones of this release."""
+    released = read_manifest(BUILTIN_CHECKPOINTS)
+    altered = {}
+    for alias, files in shipped.items():
+        differing = dict(files.manifest).items() ^ dict(released.get(alias, {})).items()
+        if differing:
+            message = (
+                f"checkpoint {alias!r}: {min(differing)[0]} is not as this release ships it; install sdpipeline again"
+            )
+            altered[alias] = CheckpointError(message)
+    return altered
 
 
 def _on_terms(shipped: CheckpointFiles, approved: CheckpointFiles | None) -> CheckpointFiles:
@@ -201,14 +236,19 @@ def _runnable(s: Settings, database: Database | None) -> dict[str, CheckpointFil
     return {files.digest: files for files in (*approved, *catalog(s, database).values())}
 
 
-def _inspected(folder: Path, *, but: Collection[Path] = ()) -> dict[str, CheckpointFiles]:
-    """The checkpoints that lie in a folder, by the names of their own; what may not run is left out."""
-    found = {}
+def _inspected(
+    folder: Path, cache: HashCache, *, but: Collection[Path] = ()
+) -> tuple[dict[str, CheckpointFiles], dict[str, CheckpointError]]:
+    """Checkpoints of a folder by their directories' names, and why others are refused."""
+    found, refused = {}, {}
     for directory in sorted(folder.iterdir()) if folder.is_dir() else ():
         if directory.is_dir() and directory not in but:
-            with suppress(CheckpointError):
-                found[directory.name] = inspect(directory.name, directory)
-    return found
+            try:
+                found[directory.name] = inspect(directory.name, directory, cache=cache)
+            except CheckpointError as error:
+                if not directory.name.startswith("."):  # where `checkpoints add` puts what it fetches
+                    refused[directory.name] = error
+    return found, refused
 
 
 def input_folder(s: Settings, folder: Path) -> InputFolder:
@@ -236,11 +276,48 @@ def load_campaign(
     deployment's policy is wrong. ``now`` is when its schedule fired."""
     inputs = input_folder(s, path.absolute().parent)
     rules = policy.load(s.policy_file) if s.policy_file else None
-    campaign = load_campaign_file(path, catalog(s, database), inputs, edition=edition, now=now, deployment=rules)
+    known, refused = _catalog(s, database)
+    try:
+        campaign = load_campaign_file(path, known, inputs, edition=edition, now=now, deployment=rules)
+    except CampaignError as error:
+        raise CampaignError(*(_with_reason(mistake, refused) for mistake in error.mistakes)) from error
+    _check_weights(s, campaign)
     if campaign.spec.budget.max_cost is not None and s.cost_per_gpu_hour is None:
         place = ("budget", "max_cost")
         raise CampaignError(campaign.source.mistake(place, "has no price to count by", "set SDP_COST_PER_GPU_HOUR"))
     return campaign, inputs
+
+
+def _with_reason(mistake: Mistake, refused: Mapping[str, CheckpointError]) -> Mistake:
+    """A mistake about a checkpoint that is not in the catalogue, with the reason if its directory was refused."""
+    for alias, why in refused.items():
+        if mistake.message.startswith("no ") and repr(alias) in mistake.message:
+            return replace(mistake, message=str(why), fix=None)
+    return mistake
+
+
+def _check_weights(s: Settings, campaign: Campaign) -> None:
+    """Raise CampaignError for weights that are not as they were approved, if they are on this machine."""
+    spec, source = campaign.spec, campaign.source
+    used: dict[str, tuple[str | int, ...]] = {spec.checkpoint: ("checkpoint",)}
+    for n, stage in enumerate(spec.stages):
+        used |= {alias: ("stages", n) for alias in stage.aliases() if alias not in used}
+    for rules in campaign.policies:
+        if (checker := rules.policy.safety_checker) and checker not in used:
+            used[checker] = ("policy", "safety_checker")
+    cache = HashCache(s.home / HASH_CACHE)
+    mistakes = []
+    for alias, place in used.items():
+        files = campaign.catalog.get(alias)
+        if files is None or not os.path.lexists(files.directory):
+            continue
+        try:
+            verify_checkpoint(files, cache=cache)
+        except CheckpointError as error:
+            mistakes.append(source.mistake(place, str(error)))
+    cache.save()
+    if mistakes:
+        raise CampaignError(*mistakes)
 
 
 def build_engine(s: Settings, device: str, database: Database | None, *, dtype: str | None = None) -> Engine:

@@ -13,7 +13,7 @@ from sdpipeline.db import migrate
 from sdpipeline.db.connection import open_database
 from sdpipeline.domain import Json
 from sdpipeline.engine.checkpoints import verify
-from sdpipeline.errors import BadInputError, SdpError
+from sdpipeline.errors import BadInputError, CheckpointError, SdpError
 from sdpipeline.settings import Settings
 
 PREFECT_TIMEOUT_S = 10.0
@@ -93,10 +93,18 @@ def _engine(s: Settings) -> Iterator[Check]:
 
 
 def _checkpoints(s: Settings) -> Iterator[Check]:
-    for files in bootstrap.catalog(s, bootstrap.existing_database(s)).values():
-        verify(files)
+    database = bootstrap.existing_database(s)
+    for files in bootstrap.catalog(s, database).values():
+        name = f"checkpoint {files.alias}"
+        try:
+            verify(files)
+        except CheckpointError as error:
+            yield Check(name=name, ok=False, detail=str(error), fix=_FIXES["checkpoints"])
+            continue
         detail = f"{files.kind}, {files.family}, {files.size_bytes / 1e6:.1f} MB, digest {files.digest[:16]}"
-        yield Check(name=f"checkpoint {files.alias}", ok=True, detail=detail)
+        yield Check(name=name, ok=True, detail=detail)
+    for alias, why in bootstrap.refused_checkpoints(s, database).items():
+        yield Check(name=f"checkpoint {alias}", ok=False, detail=str(why), fix=_FIXES["checkpoints"])
 
 
 def _picture_key(s: Settings) -> Iterator[Check]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -9,7 +10,9 @@ from sdpipeline import audit, bootstrap
 from sdpipeline import reconcile as reconciling
 from sdpipeline import retention as forgetting
 from sdpipeline.audit import Verification
-from sdpipeline.db import queue
+from sdpipeline.db import queue, registry
+from sdpipeline.engine import checkpoints
+from sdpipeline.errors import CheckpointError
 from sdpipeline.reconcile import Reconciliation
 from sdpipeline.retention import Forgotten
 from sdpipeline.settings import Settings
@@ -86,4 +89,24 @@ def verify(s: Settings, *, sample: int | None = None, trusted: tuple[str, ...] |
     with bootstrap.services(s, create=False) as have:
         have.store.check()
         key = bootstrap.seal_key(s) if trusted is None else audit.PublicKeys(trusted)
-        return audit.verify(have.database, have.store, key, sample=sample)
+        found = audit.verify(have.database, have.store, key, sample=sample)
+        if sample is None:
+            _verify_weights(have, found)
+    return found
+
+
+def _verify_weights(have: bootstrap.Services, found: Verification) -> None:
+    """Compare the approved weights that are on this machine with their manifests."""
+    with have.database.read() as connection:
+        approved = {files.alias: files for files in registry.known(connection)}
+    for files in approved.values():
+        # Shipped weights change with the package, and are compared with its own manifest.
+        if files.directory.parent == bootstrap.BUILTIN_CHECKPOINTS or not os.path.lexists(files.directory):
+            continue
+        try:
+            checkpoints.verify(files)
+        except CheckpointError as error:
+            found.fault("checkpoint-changed", f"checkpoint:{files.digest[:16]}", str(error))
+    for alias, why in bootstrap.refused_checkpoints(have.settings, have.database).items():
+        if alias in approved:
+            found.fault("checkpoint-changed", f"checkpoint:{approved[alias].digest[:16]}", str(why))

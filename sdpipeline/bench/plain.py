@@ -29,7 +29,11 @@ class PlainLoop:
         diffusers.utils.logging.disable_progress_bar()
         transformers.utils.logging.disable_progress_bar()
         pipe: Any = diffusers.DiffusionPipeline.from_pretrained(
-            directory, dtype=getattr(torch, dtype), local_files_only=True
+            directory,
+            dtype=getattr(torch, dtype),
+            local_files_only=True,
+            use_safetensors=True,
+            trust_remote_code=False,
         )
         class_name, overrides = SCHEDULERS[workload.scheduler]
         pipe.scheduler = getattr(diffusers, class_name).from_config(pipe.scheduler.config, **overrides)

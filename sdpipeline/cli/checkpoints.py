@@ -93,12 +93,14 @@ def verify_all(
     home: Home = None,
     as_json: AsJson = False,
 ) -> None:
-    """Hash every file of the weights again and compare with what was approved."""
+    """Hash every file of the weights again, and compare the set of files with what was approved."""
     s = settings(home)
-    known = bootstrap.catalog(s, bootstrap.existing_database(s))
-    if alias is not None and alias not in known:
+    database = bootstrap.existing_database(s)
+    known, refused = bootstrap.catalog(s, database), bootstrap.refused_checkpoints(s, database)
+    if alias is not None and alias not in known | refused:
         raise refuse(f"no checkpoint {alias!r}", nearest(alias, known))
     checked = [_verified(files) for name, files in sorted(known.items()) if alias in (None, name)]
+    checked += [_refused(name, why) for name, why in sorted(refused.items()) if alias in (None, name)]
     if as_json:
         print_json({"ok": all(row["ok"] for row in checked), "checkpoints": checked})
     else:
@@ -150,6 +152,10 @@ def _unused(files: CheckpointFiles) -> Json:
     terms = dict.fromkeys(("approved_by", "source", "expires_at", "revoked_at", "revoked_because"))
     own = {name: getattr(files, name) for name in names}
     return own | terms | {"licence": files.licence, "location": str(files.directory), "purposes": [], "status": "ok"}
+
+
+def _refused(alias: str, why: CheckpointError) -> Json:
+    return {"alias": alias, "digest": None, "ok": False, "detail": str(why)}
 
 
 def _verified(files: CheckpointFiles) -> Json:

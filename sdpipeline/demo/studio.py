@@ -97,7 +97,7 @@ class Studio:
 
     @cached_property
     def _controlled(self) -> StableDiffusionControlNetPipeline:
-        controlnet = ControlNetModel.from_pretrained(self.checkpoints / "shapes-canny", dtype=torch.float32)
+        controlnet = ControlNetModel.from_pretrained(self.checkpoints / "shapes-canny", **_SAFELY)
         return self._sharing(StableDiffusionControlNetPipeline, controlnet=controlnet)
 
     @cached_property
@@ -111,7 +111,7 @@ class Studio:
     @cached_property
     def _upscaler(self) -> StableDiffusionUpscalePipeline:
         directory = self.checkpoints / "shapes-upscale"
-        return self._prepared(StableDiffusionUpscalePipeline.from_pretrained(directory, dtype=torch.float32))
+        return self._prepared(StableDiffusionUpscalePipeline.from_pretrained(directory, **_SAFELY))
 
     def _sharing(self, pipeline_class: type[DiffusionPipeline], **more: Any) -> Any:
         """A second pipeline over the same weights, with a scheduler of its own."""
@@ -133,4 +133,5 @@ def to_picture(image: Image.Image) -> Picture:
     return np.asarray(image.convert("RGB"), np.uint8)
 
 
-_LOADING: dict[str, Any] = {"dtype": torch.float32, "safety_checker": None}
+_SAFELY: dict[str, Any] = {"dtype": torch.float32, "local_files_only": True, "use_safetensors": True}
+_LOADING: dict[str, Any] = _SAFELY | {"safety_checker": None}

@@ -10,13 +10,12 @@ from weakref import WeakKeyDictionary
 
 import torch
 import transformers
-from safetensors.torch import load_file
 
 from sdpipeline.engine import Pixels
-from sdpipeline.engine.checkpoints import CheckpointFiles, verify, words_of
+from sdpipeline.engine.checkpoints import CheckpointFiles, unchanged, words_of
 from sdpipeline.engine.passes import Reference, Weights, assemble, make_scheduler
 from sdpipeline.engine.pictures import to_pil
-from sdpipeline.engine.residency import Loaded
+from sdpipeline.engine.residency import Loaded, copy_mapped, load_copied
 from sdpipeline.engine.text import Vectors
 from sdpipeline.errors import CheckpointError, RequestRefusedError
 
@@ -55,7 +54,7 @@ class Wardrobe:
                 warnings.simplefilter("ignore", UserWarning)  # peft, about a second LoRA beside the first
                 _put_on_loras(pipe, weights)
                 _put_on_ip_adapters(pipe, weights)
-        except torch.OutOfMemoryError:
+        except (torch.OutOfMemoryError, CheckpointError):
             self._undress(pipe, weights.base)
             raise
         except MISFITS as error:
@@ -137,14 +136,16 @@ def _vectors(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 def _put_on_loras(pipe: Any, weights: Weights) -> None:
     names = [f"lora_{n}" for n in range(len(weights.loras))]
     for name, (files, _) in zip(names, weights.loras, strict=True):
-        verify(files)
-        pipe.load_lora_weights(
-            str(files.directory),
-            weight_name=_weights_file(files),
-            adapter_name=name,
-            local_files_only=True,
-            use_safetensors=True,
-        )
+        with unchanged(files) as directory:
+            pipe.load_lora_weights(
+                str(directory),
+                weight_name=_weights_file(files),
+                adapter_name=name,
+                local_files_only=True,
+                use_safetensors=True,
+            )
+            for network in weights.base.networks():
+                copy_mapped(each for each in network.named_parameters() if f".{name}." in each[0])
         taken = {adapter for adapters in pipe.get_list_adapters().values() for adapter in adapters}
         if name not in taken:
             raise ValueError(f"{files.alias!r} has no layer that this checkpoint has")
@@ -162,9 +163,10 @@ def _put_on_ip_adapters(pipe: Any, weights: Weights) -> None:
 
 
 def _ip_adapter_state(files: CheckpointFiles) -> dict[str, dict[str, torch.Tensor]]:
-    verify(files)
+    with unchanged(files) as directory:
+        tensors = load_copied(directory / _weights_file(files))
     state: dict[str, dict[str, torch.Tensor]] = {"image_proj": {}, "ip_adapter": {}}
-    for name, tensor in load_file(files.directory / _weights_file(files)).items():
+    for name, tensor in tensors.items():
         part, _, rest = name.partition(".")
         state[part][rest] = tensor
     return state

@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from sdpipeline.domain import Task, digest
+from sdpipeline.engine import components, weight_files
 from sdpipeline.engine.families import FAMILIES
+from sdpipeline.engine.hash_cache import HashCache
+from sdpipeline.engine.weight_files import MATTERS, WEIGHTS, WeightFiles
 from sdpipeline.errors import CheckpointError
 
-WEIGHTS = ".safetensors"
-PICKLES = frozenset({".bin", ".ckpt", ".pt", ".pth", ".pkl", ".pickle", ".msgpack", ".h5", ".onnx"})
-MATTERS = frozenset({WEIGHTS, ".json", ".txt", ".model"})
-"""Weights, configurations and tokenizer files decide the picture; readme files and licences do not."""
+__all__ = ["MATTERS", "WEIGHTS"]
 
 SAFETY_CHECKER = "safety-checker"
 """The kind of a network that judges finished pictures."""
@@ -57,39 +55,87 @@ class CheckpointFiles:
     purposes: Sequence[str] = ()
 
 
-def inspect(alias: str, directory: Path) -> CheckpointFiles:
-    """Read what lies there without loading it; CheckpointError for what may not or cannot run."""
-    if not directory.is_dir():
-        raise CheckpointError(f"checkpoint {alias!r}: {directory} is not a directory; register it again")
-    names = sorted(_files(directory))
-    _refuse_unsafe(alias, names)
-    kind, family, scale = _classify(alias, directory, names)
-    manifest = {name: _sha256(directory / name) for name in names if Path(name).suffix in MATTERS}
-    return CheckpointFiles(
-        alias=alias,
-        digest=digest(manifest),
-        kind=kind,
-        family=family,
-        directory=directory,
-        scale=scale,
-        manifest=manifest,
-        size_bytes=sum((directory / name).stat().st_size for name in manifest),
-    )
+def inspect(alias: str, directory: Path, *, cache: HashCache | None = None) -> CheckpointFiles:
+    """Classify and hash a directory without loading it; CheckpointError for what may not or cannot run.
+
+    ``cache`` saves reading files that were hashed before and have not changed since.
+    """
+    with weight_files.opened(alias, directory) as found:
+        names = found.approvable()
+        if not any(name.endswith(WEIGHTS) for name in names):
+            raise CheckpointError(f"checkpoint {alias!r} holds no {WEIGHTS} file")
+        _check_configurations(alias, found.path, frozenset(names))
+        kind, family, scale = _classify(alias, found.path, names)
+        manifest = {name: found.sha256(name, cache) for name in names}
+        return CheckpointFiles(
+            alias=alias,
+            digest=digest(manifest),
+            kind=kind,
+            family=family,
+            directory=directory,
+            scale=scale,
+            manifest=manifest,
+            size_bytes=sum(found.keys[name].size for name in manifest),
+        )
 
 
-def verify(files: CheckpointFiles) -> None:
-    """Hash every file again; CheckpointError names the first that is gone or has other bytes."""
-    for name, expected in files.manifest.items():
-        path = files.directory / name
-        if not path.is_file():
-            raise CheckpointError(f"checkpoint {files.alias!r}: {name} is missing from {files.directory}")
-        if _sha256(path) != expected:
-            raise CheckpointError(
-                f"checkpoint {files.alias!r}: {name} does not have the bytes that were registered; "
-                "restore the file, or register the directory again under a new alias"
-            )
+def verify(files: CheckpointFiles, *, cache: HashCache | None = None) -> None:
+    """Compare the directory with what was approved; CheckpointError names the first file that differs.
+
+    Every file is hashed again, unless ``cache`` knows it. A file that was added is a difference too.
+    """
+    with _verified(files, cache):
+        pass
+
+
+@contextmanager
+def unchanged(files: CheckpointFiles) -> Iterator[Path]:
+    """Verify a directory, and give the path to load it from.
+
+    Raises CheckpointError at the end if anything in it changed during the block. So nothing read there may be used
+    before the block has ended, and everything has to be read within it: mapped weights have to be copied.
+    """
+    with _verified(files) as found:
+        yield found.path
+        found.check_unchanged()
+
+
+@contextmanager
+def _verified(files: CheckpointFiles, cache: HashCache | None = None) -> Iterator[WeightFiles]:
+    where = f"checkpoint {files.alias!r}"
     if digest(dict(files.manifest)) != files.digest:
-        raise CheckpointError(f"checkpoint {files.alias!r}: its manifest does not hash to its digest")
+        raise CheckpointError(f"{where}: its manifest does not hash to its digest")
+    with weight_files.opened(files.alias, files.directory) as found:
+        for name in sorted(files.manifest.keys() - set(found.names)):
+            raise CheckpointError(f"{where}: {name} is missing from {files.directory}")
+        for name in sorted(set(found.approvable()) - files.manifest.keys()):
+            raise CheckpointError(
+                f"{where}: {name} was added after approval, and a loader could prefer it; "
+                f"remove it from {files.directory}, or approve the directory with `sdpipeline checkpoints add`"
+            )
+        for name, expected in files.manifest.items():
+            if found.sha256(name, cache) != expected:
+                raise CheckpointError(
+                    f"{where}: {name} does not have the bytes that were registered; "
+                    "restore the file, or register the directory again under a new alias"
+                )
+        _check_configurations(files.alias, found.path, frozenset(files.manifest))
+        yield found
+
+
+def _check_configurations(alias: str, directory: Path, names: frozenset[str]) -> None:
+    """Raise CheckpointError for classes and keys outside the allow-list, and for an index that names other files."""
+    for name in sorted(names):
+        file = name.rpartition("/")[2]
+        if file.endswith(".index.json"):
+            components.check_shards(alias, name, _json(alias, directory / name), names)
+        elif file == "adapter_config.json" and f"{name.removesuffix(file)}config.json" in names:
+            raise CheckpointError(f"checkpoint {alias!r}: {name} loads an adapter on top of the network; remove it")
+        elif file == "model_index.json" or file.endswith("config.json"):
+            document = _json(alias, directory / name)
+            components.check_configuration(alias, name, document)
+            if name == "model_index.json":
+                components.check_index(alias, document)
 
 
 def read_ahead(files: CheckpointFiles) -> None:
@@ -98,9 +144,7 @@ def read_ahead(files: CheckpointFiles) -> None:
     Loading itself cannot be done ahead: ``from_pretrained`` changes torch's defaults for the whole process while it
     runs, and a forward pass beside it would be silently wrong.
     """
-    for name in files.manifest:
-        with suppress(OSError), (files.directory / name).open("rb") as file:  # loading tells what is missing
-            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_WILLNEED)
+    weight_files.read_ahead(files.directory, sorted(files.manifest))
 
 
 def misfit(task: Task, base: CheckpointFiles, controlnet: CheckpointFiles) -> str | None:
@@ -156,31 +200,6 @@ def words_of(alias: str, tensors: Iterable[str]) -> list[str]:
     return [f"<{alias}>", *(name for name in tensors if name not in UNNAMED)]
 
 
-def _files(directory: Path) -> Iterator[str]:
-    for path in directory.rglob("*"):
-        if path.is_file() and not any(part.startswith(".") for part in path.relative_to(directory).parts):
-            yield path.relative_to(directory).as_posix()
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _refuse_unsafe(alias: str, names: list[str]) -> None:
-    code = [name for name in names if name.endswith(".py")]
-    if code:
-        raise CheckpointError(f"checkpoint {alias!r} brings code of its own ({code[0]}), which is never run; remove it")
-    if any(name.endswith(WEIGHTS) for name in names):
-        return
-    pickles = [name for name in names if Path(name).suffix in PICKLES]
-    if pickles:
-        raise CheckpointError(
-            f"checkpoint {alias!r} holds {pickles[0]} but no safetensors: a pickle can run code; convert it first"
-        )
-    raise CheckpointError(f"checkpoint {alias!r} holds no {WEIGHTS} file")
-
-
 def _classify(alias: str, directory: Path, names: list[str]) -> tuple[str, str, int]:
     """(kind, family, scale) from the configurations, else from the tensors' names."""
     if "model_index.json" in names:
@@ -197,7 +216,6 @@ def _classify(alias: str, directory: Path, names: list[str]) -> tuple[str, str, 
 
 def _pipeline(alias: str, directory: Path) -> tuple[str, str, int]:
     index = _json(alias, directory / "model_index.json")
-    _refuse_foreign_components(alias, index)
     name = str(index.get("_class_name", ""))
     if name == "StableDiffusionUpscalePipeline":
         vae = _json(alias, directory / "vae" / "config.json")
@@ -211,16 +229,6 @@ def _pipeline(alias: str, directory: Path) -> tuple[str, str, int]:
     if name.startswith("StableDiffusion") and "unet" in index:
         return _unet_family(alias, index, _json(alias, directory / "unet" / "config.json"))
     raise CheckpointError(f"checkpoint {alias!r}: no family runs a {name or 'pipeline without a name'}")
-
-
-def _refuse_foreign_components(alias: str, index: Mapping[str, Any]) -> None:
-    for name, entry in index.items():
-        if not isinstance(entry, list) or len(entry) != 2 or entry[0] is None:
-            continue
-        if entry[0] not in ("diffusers", "transformers", "stable_diffusion"):
-            raise CheckpointError(
-                f"checkpoint {alias!r}: component {name} asks for code from {entry[0]!r}, which is never run"
-            )
 
 
 def _flux(alias: str, directory: Path) -> tuple[str, str, int]:
@@ -319,7 +327,7 @@ def header(alias: str, path: Path) -> dict[str, list[int]]:
                 raise CheckpointError(f"checkpoint {alias!r}: {path.name} is not a safetensors file")
             entries = json.loads(file.read(length))
         return {name: entry["shape"] for name, entry in entries.items() if name != "__metadata__"}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"checkpoint {alias!r}: {path.name} is not a safetensors file") from error
 
 
@@ -330,6 +338,8 @@ def _json(alias: str, path: Path) -> dict[str, Any]:
         raise CheckpointError(f"checkpoint {alias!r}: {path.parent.name}/{path.name} is missing") from error
     except ValueError as error:
         raise CheckpointError(f"checkpoint {alias!r}: {path.name} is not JSON: {error}") from error
+    except RecursionError as error:
+        raise CheckpointError(f"checkpoint {alias!r}: {path.name} is nested too deeply") from error
     if not isinstance(document, dict):
         raise CheckpointError(f"checkpoint {alias!r}: {path.name} is not a JSON object")
     return document

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import colorsys
-import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,9 +14,6 @@ import torch
 from sdpipeline.engine import Pixels
 from sdpipeline.engine.pictures import to_pil
 from sdpipeline.engine.residency import Loaded
-
-PALETTE = "palette.json"
-"""An annotator's directory may bring the colours its ControlNet was trained on, as a list of [red, green, blue]."""
 
 ARMS = ((5, 7), (7, 9), (6, 8), (8, 10))
 LEGS = ((11, 13), (13, 15), (12, 14), (14, 16))
@@ -55,9 +51,8 @@ def _segmentation(logits: torch.Tensor, pixels: Pixels, palette: npt.NDArray[np.
 
 def _palette(loaded: Loaded, count: int) -> npt.NDArray[np.uint8]:
     """The directory's own colours, else hues spread over the circle."""
-    path = loaded.files.directory / PALETTE
-    if path.is_file():
-        return np.array(json.loads(path.read_text(encoding="utf-8")), dtype=np.uint8)
+    if "palette" in loaded.options:
+        return np.array(loaded.options["palette"], dtype=np.uint8)
     hues = [colorsys.hsv_to_rgb(n * 0.618034 % 1, 0.85, 0.95) for n in range(count)]
     return np.array([[round(channel * 255) for channel in hue] for hue in hues], dtype=np.uint8)
 

@@ -20,7 +20,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from sdpipeline.domain import CheckpointRef
-from sdpipeline.engine.checkpoints import SAFETY_CHECKER, WEIGHTS, CheckpointFiles, header, verify
+from sdpipeline.engine.checkpoints import SAFETY_CHECKER, WEIGHTS, CheckpointFiles, header, unchanged
+from sdpipeline.engine.components import ANNOTATOR_NETWORKS, check_index, check_network
 from sdpipeline.engine.gan import load_upscaler
 from sdpipeline.engine.quantization import Quantization, quantize, size_bytes
 from sdpipeline.errors import CheckpointError, DeviceExhaustedError
@@ -34,6 +35,9 @@ HOST = torch.device("cpu")
 
 TEXT_ENCODER = "text_encoder"
 """What their names in a pipeline begin with."""
+
+PALETTE = "palette.json"
+"""An annotator's directory may hold the colours its ControlNet was trained on, as a list of [red, green, blue]."""
 
 IGNORED = frozenset({"safety_checker", "feature_extractor", "image_encoder", "watermarker"})
 """Parts of old checkpoints that no pipeline here uses."""
@@ -292,18 +296,18 @@ def release(device: torch.device) -> None:
 def load(
     files: CheckpointFiles, *, device: torch.device, dtype: torch.dtype, quantized: Quantization | None = None
 ) -> Loaded:
-    """Read a checkpoint after hashing it: safetensors only, nothing fetched, no key missing, no code run."""
-    verify(files)
+    """Read a checkpoint after hashing it: safetensors only, nothing fetched, no key missing, no code run.
+
+    The files are compared once more after they were read, so what was loaded is what was hashed.
+    """
     transformers.utils.logging.disable_progress_bar()
-    try:
-        with _LOADING, warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # diffusers about imports of its own
-            loaded = _read(files, dtype)
-    except (OSError, SafetensorError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"checkpoint {files.alias!r} does not load: {error}") from error
-    for network in loaded.networks():
-        network.to(device)
-        network.requires_grad_(requires_grad=False)
+    with unchanged(files) as directory:
+        loaded = replace(_read_at(directory, files, dtype), files=files)
+        for network in loaded.networks():
+            network.to(device)
+            network.requires_grad_(requires_grad=False)
+            copy_mapped(network.named_parameters())
+            copy_mapped(network.named_buffers())
     if quantized:
         quantize(loaded.denoiser, quantized)
         loaded = replace(loaded, quantized=quantized)
@@ -311,13 +315,31 @@ def load(
     return loaded
 
 
+def copy_mapped(tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
+    """Copy tensors in host memory: safetensors maps them, and a later write to the file would change them."""
+    for _, tensor in tensors:
+        if tensor.device.type == "cpu":
+            tensor.data = tensor.data.clone()
+
+
+def _read_at(directory: Path, files: CheckpointFiles, dtype: torch.dtype) -> Loaded:
+    try:
+        with _LOADING, warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # diffusers about imports of its own
+            return _read(replace(files, directory=directory), dtype)
+    except (OSError, SafetensorError, ValueError, KeyError, TypeError, AttributeError) as error:
+        why = str(error).replace(str(directory), str(files.directory))
+        raise CheckpointError(f"checkpoint {files.alias!r} does not load: {why}") from error
+
+
 def _read(files: CheckpointFiles, dtype: torch.dtype) -> Loaded:
     if files.kind in ("controlnet", "vae"):
         config = json.loads((files.directory / "config.json").read_text(encoding="utf-8"))
-        network = _network(files, files.directory, getattr(diffusers, config["_class_name"]), dtype)
+        network_class = getattr(diffusers, check_network(files.alias, config["_class_name"]))
+        network = _network(files, files.directory, network_class, dtype)
         return Loaded(files=files, dtype=dtype, parts={files.kind: network})
     if files.kind == "textual-inversion":
-        return Loaded(files=files, dtype=dtype, parts={"tensors": load_file(_single_file(files))})
+        return Loaded(files=files, dtype=dtype, parts={"tensors": load_copied(_single_file(files))})
     if files.kind == "annotator":
         return _annotator(files, dtype)
     if files.kind == SAFETY_CHECKER:
@@ -333,18 +355,24 @@ def _read(files: CheckpointFiles, dtype: torch.dtype) -> Loaded:
 
 def _annotator(files: CheckpointFiles, dtype: torch.dtype) -> Loaded:
     config = json.loads((files.directory / "config.json").read_text(encoding="utf-8"))
-    network = _network(files, files.directory, _class(files, ["transformers", config["architectures"][0]]), dtype)
+    class_name = check_network(files.alias, config["architectures"][0], ANNOTATOR_NETWORKS)
+    network = _network(files, files.directory, _class(files, ["transformers", class_name]), dtype)
     processor = transformers.AutoImageProcessor.from_pretrained(
         files.directory, local_files_only=True, trust_remote_code=False
     )
-    return Loaded(files=files, dtype=dtype, parts={"annotator": network, "processor": processor})
+    options = {}
+    if PALETTE in files.manifest:
+        options["palette"] = json.loads((files.directory / PALETTE).read_text(encoding="utf-8"))
+    return Loaded(files=files, dtype=dtype, parts={"annotator": network, "processor": processor}, options=options)
 
 
 def _safety_checker(files: CheckpointFiles, dtype: torch.dtype) -> Loaded:
     from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
 
     network = _network(files, files.directory, StableDiffusionSafetyChecker, dtype)
-    processor = transformers.CLIPImageProcessor.from_pretrained(files.directory, local_files_only=True)
+    processor = transformers.CLIPImageProcessor.from_pretrained(
+        files.directory, local_files_only=True, trust_remote_code=False
+    )
     return Loaded(files=files, dtype=dtype, parts={"safety_checker": network, "processor": processor})
 
 
@@ -363,8 +391,14 @@ def _single_file(files: CheckpointFiles) -> Path:
     return files.directory / next(name for name in files.manifest if name.endswith(WEIGHTS) and "/" not in name)
 
 
+def load_copied(path: Path) -> dict[str, torch.Tensor]:
+    """Tensors of a safetensors file in memory of their own."""
+    return {name: tensor.clone() for name, tensor in load_file(path).items()}
+
+
 def _pipeline(files: CheckpointFiles, dtype: torch.dtype) -> Loaded:
     index = json.loads((files.directory / "model_index.json").read_text(encoding="utf-8"))
+    check_index(files.alias, index)
     parts: dict[str, Any] = {}
     schedulers: dict[str, Mapping[str, Any]] = {}
     for name, entry in index.items():
@@ -375,7 +409,9 @@ def _pipeline(files: CheckpointFiles, dtype: torch.dtype) -> Loaded:
             path = directory / "scheduler_config.json"
             schedulers[name] = json.loads(path.read_text(encoding="utf-8")) | {"_class_name": entry[1]}
         elif name.startswith("tokenizer"):
-            parts[name] = getattr(transformers, entry[1]).from_pretrained(directory, local_files_only=True)
+            parts[name] = _class(files, entry).from_pretrained(
+                directory, local_files_only=True, trust_remote_code=False
+            )
         else:
             parts[name] = _network(files, directory, _class(files, entry), dtype)
     options = {name: value for name, value in index.items() if not name.startswith("_") and not isinstance(value, list)}
@@ -392,9 +428,14 @@ def _class(files: CheckpointFiles, entry: list[str]) -> Any:
 
 def _network(files: CheckpointFiles, directory: Path, network_class: Any, dtype: torch.dtype) -> Any:
     """A network with every key accounted for: a U-Net with a missing one would load and paint noise."""
-    named = "torch_dtype" if issubclass(network_class, diffusers.ModelMixin) else "dtype"
+    # diffusers' own networks have no way to run code of a checkpoint, and no argument to forbid it.
+    own = {"torch_dtype": dtype} if issubclass(network_class, diffusers.ModelMixin) else None
     network, info = network_class.from_pretrained(
-        directory, local_files_only=True, use_safetensors=True, output_loading_info=True, **{named: dtype}
+        directory,
+        local_files_only=True,
+        use_safetensors=True,
+        output_loading_info=True,
+        **(own or {"dtype": dtype, "trust_remote_code": False}),
     )
     missing = sorted(info["missing_keys"])
     mismatched = sorted(str(key) for key in info.get("mismatched_keys", ()))
