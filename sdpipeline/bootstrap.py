@@ -31,7 +31,7 @@ from sdpipeline.delivery_process import DeliveryProcess, Destination
 from sdpipeline.demo.manifest import read_manifest
 from sdpipeline.domain import CheckpointRef, Json
 from sdpipeline.engine import Engine
-from sdpipeline.engine.checkpoints import CheckpointFiles, inspect, read_ahead
+from sdpipeline.engine.checkpoints import WEIGHTS, CheckpointFiles, inspect, read_ahead
 from sdpipeline.engine.checkpoints import verify as verify_checkpoint
 from sdpipeline.engine.devices import gpu_count
 from sdpipeline.engine.hash_cache import HashCache
@@ -213,10 +213,10 @@ def _altered_shipped(shipped: Mapping[str, CheckpointFiles]) -> dict[str, Checkp
     for alias, files in shipped.items():
         differing = dict(files.manifest).items() ^ dict(released.get(alias, {})).items()
         if differing:
-            message = (
-                f"checkpoint {alias!r}: {min(differing)[0]} is not as this release ships it; install sdpipeline again"
+            name = min(differing)[0]
+            altered[alias] = CheckpointError(
+                f"checkpoint {alias!r}: {name} is not as shipped; install sdpipeline again"
             )
-            altered[alias] = CheckpointError(message)
     return altered
 
 
@@ -246,7 +246,8 @@ def _inspected(
             try:
                 found[directory.name] = inspect(directory.name, directory, cache=cache)
             except CheckpointError as error:
-                if not directory.name.startswith("."):  # where `checkpoints add` puts what it fetches
+                # Hidden folders are where `checkpoints add` puts what it fetches.
+                if not directory.name.startswith(".") and any(directory.rglob(f"*{WEIGHTS}")):
                     refused[directory.name] = error
     return found, refused
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 from typing import Annotated
@@ -90,8 +91,17 @@ _UNUSABLE = {
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run one command and leave with its exit code: 0, 1, 2, 3, 130 or 143."""
+    _close_stdin()
     words = list(sys.argv[1:] if arguments is None else arguments)
     sys.exit(run(words))
+
+
+def _close_stdin() -> None:
+    """No command reads stdin. A library that would ask a question there gets an end of file instead."""
+    descriptor = os.open(os.devnull, os.O_RDONLY)
+    os.dup2(descriptor, 0)
+    if descriptor:
+        os.close(descriptor)
 
 
 def run(arguments: Sequence[str]) -> int:

@@ -45,9 +45,7 @@ def add_to(app: typer.Typer) -> None:
 def verify(
     *,
     sample: Annotated[int | None, typer.Option(min=0, help="Read only so many pictures, chosen at random.")] = None,
-    full: Annotated[
-        bool, typer.Option("--full", help="Read every picture and the approved weights (the default).")
-    ] = False,
+    full: Annotated[bool, typer.Option("--full", help="Read all pictures and approved weights (the default).")] = False,
     exported: Annotated[Path | None, typer.Option("--export", help="Check this export alone, by no settings.")] = None,
     proof: Annotated[Path | None, typer.Option(help="Check this proof alone, by no settings.")] = None,
     image: Annotated[Path | None, typer.Option(help="With --proof: is this the picture it is about?")] = None,

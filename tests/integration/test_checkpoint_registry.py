@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import json
+import os
+import pty
 import shutil
+import subprocess
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -10,7 +15,7 @@ import pytest
 from sdpipeline import bootstrap
 from sdpipeline.db import registry
 from tests.factories import events
-from tests.integration.commands import FAKE_ENGINE, document, pictures, sdpipeline
+from tests.integration.commands import FAKE_ENGINE, SDPIPELINE, document, environment, pictures, sdpipeline
 
 CAMPAIGN = """\
 name: two-bases
@@ -79,6 +84,85 @@ def test_a_changed_file_of_an_added_checkpoint_is_found_by_name(home: Path, weig
     file.write_bytes(bytes(data))
     checked = document("checkpoints", "verify", "mine", "--home", home, exit_code=3)["checkpoints"]
     assert "unet/diffusion_pytorch_model.safetensors" in checked[0]["detail"]
+
+
+def _on_a_terminal(*arguments: object) -> tuple[int, str]:
+    """Exit code and output of a command that has a terminal for stdin, stdout and stderr."""
+    ours, theirs = pty.openpty()
+    with subprocess.Popen(
+        [*SDPIPELINE, *map(str, arguments)], env=environment(), stdin=theirs, stdout=theirs, stderr=theirs
+    ) as process:
+        os.close(theirs)
+        said = b""
+        with suppress(OSError):  # Linux's end of file of a terminal
+            while data := os.read(ours, 65536):
+                said += data
+    os.close(ours)
+    return process.returncode, " ".join(said.decode().split())
+
+
+def _bring_code(weights: Path) -> None:
+    """What made transformers ask at a terminal if it may run the checkpoint's own code."""
+    index = json.loads((weights / "model_index.json").read_text())
+    (weights / "model_index.json").write_text(json.dumps(index | {"tokenizer": ["transformers", "AutoTokenizer"]}))
+    config = weights / "tokenizer" / "tokenizer_config.json"
+    (weights / "tokenizer" / "evil.py").write_text("raise SystemExit('code of the checkpoint ran')")
+    config.write_text(json.dumps({"auto_map": {"AutoTokenizer": ["evil.Evil", "evil.Evil"]}}))
+
+
+def test_every_command_names_a_file_that_was_added_to_approved_weights(
+    tmp_path: Path, home: Path, weights: Path
+) -> None:
+    document("checkpoints", "add", "mine", weights, "--home", home)
+    file = _campaign(tmp_path, "mine")
+    assert document("submit", file, "--home", home)["added"] == 6
+    added = weights / "unet" / "diffusion_pytorch_model.safetensors.index.json"
+    added.write_text('{"metadata": {}, "weight_map": {"conv_in.bias": "diffusion_pytorch_model.safetensors"}}')
+    checked = document("checkpoints", "verify", "mine", "--home", home, exit_code=3)["checkpoints"]
+    assert f"unet/{added.name} was added after approval" in checked[0]["detail"]
+    (fault,) = document("audit", "verify", "--full", "--home", home, exit_code=3)["faults"]
+    assert (fault["kind"], added.name in fault["detail"]) == ("checkpoint-changed", True)
+    for command in ("plan", "submit"):
+        refused = sdpipeline(command, file, "--home", home)
+        assert (refused.returncode, f"unet/{added.name} was added after" in refused.stderr) == (2, True)
+    added.unlink()
+    assert document("checkpoints", "verify", "mine", "--home", home)["ok"] is True
+    assert document("audit", "verify", "--full", "--home", home)["ok"] is True
+
+
+def test_neither_registration_nor_a_worker_asks_about_code_in_weights(
+    tmp_path: Path, home: Path, weights: Path
+) -> None:
+    document("checkpoints", "add", "mine", weights, "--home", home)
+    document("submit", _campaign(tmp_path, "mine"), "--home", home)
+    _bring_code(weights)
+    exit_code, said = _on_a_terminal("checkpoints", "add", "other", weights, "--home", home)
+    assert (exit_code, "brings code of its own (tokenizer/evil.py)" in said) == (2, True)
+    _, said = _on_a_terminal("worker", "--until-idle", "--home", home)
+    assert "[y/N]" not in said
+    assert "brings code of its own" in said
+    assert {job["status"] for job in pictures(home, "two-bases")} == {"failed", "skipped"}
+
+
+def test_weights_of_the_folder_that_are_refused_are_named_with_the_reason(
+    tmp_path: Path, home: Path, weights: Path
+) -> None:
+    (home / "checkpoints").mkdir(parents=True)
+    weights = weights.rename(home / "checkpoints" / "mine")
+    _bring_code(weights)
+    (checked,) = document("checkpoints", "verify", "mine", "--home", home, exit_code=3)["checkpoints"]
+    assert "brings code of its own" in checked["detail"]
+    refused = sdpipeline("plan", _campaign(tmp_path, "mine"), "--home", home)
+    assert (refused.returncode, "brings code of its own (tokenizer/evil.py)" in refused.stderr) == (2, True)
+
+
+def test_a_file_added_to_shipped_weights_is_found(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shipped = Path(shutil.copytree(bootstrap.BUILTIN_CHECKPOINTS, tmp_path / "shipped"))
+    (shipped / "shapes" / "unet" / "more.json").write_text("{}")
+    monkeypatch.setattr(bootstrap, "BUILTIN_CHECKPOINTS", shipped)
+    s = bootstrap.load_settings(home)
+    assert "unet/more.json is not as shipped" in str(bootstrap.refused_checkpoints(s)["shapes"])
+    assert {"shapes-canny", "shapes-upscale"} == bootstrap.catalog(s).keys()
 
 
 def test_revoking_blocks_what_is_not_made_lists_what_was_and_refuses_new_campaigns(tmp_path: Path, home: Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+from pathlib import Path
 from typing import Any
 
 import diffusers
@@ -11,6 +13,7 @@ import pytest
 import torch
 
 from sdpipeline.engine import GeneratedImage
+from sdpipeline.engine.checkpoints import inspect
 from sdpipeline.engine.pictures import to_pixels
 from tests.integration.engine_requests import (
     SOURCE,
@@ -106,6 +109,37 @@ def test_a_refused_lora_takes_the_good_one_beside_it_off_again() -> None:
         refused = failure_of(results(prepared(request(loras=loras)))[0])
         assert "CheckpointError: adapters 'lora-sd1', 'lora-sdxl' do not fit 'sd1'" in refused
     assert equal(one(), before)
+
+
+def _own_lora(tmp_path: Path) -> Path:
+    """The weights of a LoRA of one's own, known to the engine as lora-<name of the folder>."""
+    folder = Path(shutil.copytree(tiny_checkpoints().directory("lora-sd1"), tmp_path / "lora"))
+    tiny_checkpoints().add(inspect(f"lora-{tmp_path.name}", folder))
+    return next(folder.iterdir())
+
+
+def _zero_last_half(path: Path) -> None:
+    size = path.stat().st_size
+    with path.open("r+b") as file:
+        file.seek(size // 2)
+        file.write(bytes(size - size // 2))
+
+
+def test_an_altered_lora_fails_each_of_its_jobs_and_its_base_goes_on_without_it(tmp_path: Path) -> None:
+    _zero_last_half(_own_lora(tmp_path))
+    fresh, asked = new_engine(), prepared(request(loras=(adapter(f"lora-{tmp_path.name}"),)))
+    for made in (*results(asked, asked, on=fresh), *results(asked, on=fresh)):
+        assert "does not have the bytes that were registered" in failure_of(made)
+    assert equal(images(prepared(request()), on=fresh)[0], one())
+
+
+def test_a_lora_that_is_overwritten_while_it_is_worn_does_not_change_pictures(tmp_path: Path) -> None:
+    path = _own_lora(tmp_path)
+    fresh, asked = new_engine(), request(loras=(adapter(f"lora-{tmp_path.name}"),))
+    before = images(prepared(asked), on=fresh)[0]
+    assert equal(before, one(loras=(adapter("lora-sd1"),)))
+    _zero_last_half(path)
+    assert equal(images(prepared(asked), on=fresh)[0], before)
 
 
 def test_fifty_switches_leave_memory_and_base_weights_as_they_were() -> None:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import shutil
 from dataclasses import replace
+from hashlib import sha256
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from sdpipeline.domain import CheckpointRef
+from sdpipeline.domain import CheckpointRef, digest
 from sdpipeline.engine.checkpoints import CheckpointFiles, inspect, vae_misfit, verify
 from sdpipeline.errors import CheckpointError
 from tests.integration.engine_requests import failure_of, image_of, new_engine, prepared, ref, request, results
@@ -106,11 +107,50 @@ def test_a_pickle_without_safetensors_is_refused(tmp_path: Path) -> None:
         inspect("pickled", tmp_path)
 
 
-def test_a_part_that_is_only_a_pickle_is_refused_when_it_is_loaded(copy: Path) -> None:
+def test_a_part_that_is_only_a_pickle_is_refused(copy: Path) -> None:
     tensors = load_file(copy / UNET)
     (copy / UNET).unlink()
     torch.save(tensors, copy / "unet" / "diffusion_pytorch_model.bin")
-    assert "CheckpointError" in failure(inspect("half-pickled", copy))
+    with pytest.raises(CheckpointError, match=r"unet/diffusion_pytorch_model.bin.* a pickle can run code"):
+        inspect("half-pickled", copy)
+
+
+def test_an_index_and_a_shard_added_after_approval_make_no_picture(copy: Path) -> None:
+    files = inspect("mine", copy)
+    tensors = {name: tensor + 1 for name, tensor in load_file(copy / UNET).items()}
+    save_file(tensors, copy / "unet" / "other.safetensors", metadata={"format": "pt"})
+    index = {"metadata": {}, "weight_map": dict.fromkeys(tensors, "other.safetensors")}
+    (copy / f"{UNET}.index.json").write_text(json.dumps(index))
+    assert f"{UNET}.index.json was added after approval" in failure(files)
+
+
+def test_weights_that_an_earlier_release_approved_run_no_code_and_ask_nothing(copy: Path) -> None:
+    index = json.loads((copy / "model_index.json").read_text())
+    (copy / "model_index.json").write_text(json.dumps(index | {"tokenizer": ["transformers", "AutoTokenizer"]}))
+    config = copy / "tokenizer" / "tokenizer_config.json"
+    config.write_text(json.dumps({"auto_map": {"AutoTokenizer": ["evil.Evil", None]}}))
+    manifest = {
+        path.relative_to(copy).as_posix(): sha256(path.read_bytes()).hexdigest()
+        for path in copy.rglob("*")
+        if path.is_file()
+    }
+    files = replace(tiny_checkpoints().files("sd1"), alias="old", directory=copy, manifest=manifest)
+    why = failure(replace(files, digest=digest(manifest)))
+    assert "component tokenizer asks for transformers.AutoTokenizer, which is not loaded" in why
+
+
+def test_a_file_that_is_overwritten_after_loading_does_not_change_pictures(copy: Path) -> None:
+    files = inspect("mine", copy)
+    own = TinyCheckpoints(copy)
+    on, asked = new_engine(own), replace(request(), checkpoint=own.add(files))
+    before = image_of(results(prepared(asked), on=on)[0])
+    for path in copy.rglob("*.safetensors"):
+        size = path.stat().st_size
+        with path.open("r+b") as file:
+            file.seek(size // 2)
+            file.write(bytes(size - size // 2))
+    assert (image_of(results(prepared(replace(asked, prompt="a dog")), on=on)[0]).pixels != before.pixels).any()
+    assert (image_of(results(prepared(asked), on=on)[0]).pixels == before.pixels).all()
 
 
 def test_code_in_the_directory_is_refused(copy: Path) -> None:
