@@ -67,6 +67,7 @@ def inspect(alias: str, directory: Path, *, cache: HashCache | None = None) -> C
         _check_configurations(alias, found.path, frozenset(names))
         kind, family, scale = _classify(alias, found.path, names)
         manifest = {name: found.sha256(name, cache) for name in names}
+        found.check_unchanged()
         return CheckpointFiles(
             alias=alias,
             digest=digest(manifest),

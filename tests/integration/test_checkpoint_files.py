@@ -122,6 +122,11 @@ def test_a_fifo_is_refused_and_never_waited_for(folder: Path) -> None:
     assert "unet/config.json is not a regular file" in refused(files)
 
 
+def test_names_that_differ_in_case_only_are_not_approved(folder: Path) -> None:
+    shutil.copytree(folder / "vae", folder / "VAE")
+    assert "VAE/config.json and vae/config.json differ in upper and lower case only" in unapprovable(folder)
+
+
 @pytest.mark.parametrize(
     ("part", "entry"),
     [
