@@ -97,7 +97,7 @@ def verify_all(
     s = settings(home)
     database = bootstrap.existing_database(s)
     known, refused = bootstrap.catalog(s, database), bootstrap.refused_checkpoints(s, database)
-    if alias is not None and alias not in known | refused:
+    if alias is not None and alias not in known.keys() | refused.keys():
         raise refuse(f"no checkpoint {alias!r}", nearest(alias, known))
     checked = [_verified(files) for name, files in sorted(known.items()) if alias in (None, name)]
     checked += [_refused(name, why) for name, why in sorted(refused.items()) if alias in (None, name)]

@@ -429,13 +429,14 @@ def _class(files: CheckpointFiles, entry: list[str]) -> Any:
 def _network(files: CheckpointFiles, directory: Path, network_class: Any, dtype: torch.dtype) -> Any:
     """A network with every key accounted for: a U-Net with a missing one would load and paint noise."""
     # diffusers' own networks have no way to run code of a checkpoint, and no argument to forbid it.
-    own = {"torch_dtype": dtype} if issubclass(network_class, diffusers.ModelMixin) else None
+    ours = issubclass(network_class, diffusers.ModelMixin)
+    more: dict[str, Any] = {"torch_dtype": dtype} if ours else {"dtype": dtype, "trust_remote_code": False}
     network, info = network_class.from_pretrained(
         directory,
         local_files_only=True,
         use_safetensors=True,
         output_loading_info=True,
-        **(own or {"dtype": dtype, "trust_remote_code": False}),
+        **more,
     )
     missing = sorted(info["missing_keys"])
     mismatched = sorted(str(key) for key in info.get("mismatched_keys", ()))
