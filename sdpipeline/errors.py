@@ -9,6 +9,7 @@
     ├── TransientError            the same work may succeed later: the job is tried again
     │   ├── StorageUnavailableError
     │   ├── DatabaseUnavailableError
+    │   │   └── ChainTakenError   another process wrote into this process's chain of audit events
     │   ├── OrchestratorUnavailableError
     │   ├── SigningUnavailableError
     │   ├── DeliveryLostError     the process that delivers pictures died of this one again and again
@@ -83,6 +84,10 @@ class StorageUnavailableError(TransientError):
 
 class DatabaseUnavailableError(TransientError):
     """The database did not answer."""
+
+
+class ChainTakenError(DatabaseUnavailableError):
+    """Another process wrote into this process's chain of audit events; the next transaction begins a new chain."""
 
 
 class OrchestratorUnavailableError(TransientError):

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from sqlalchemy import Connection, and_, exists, or_, select
 
 from sdpipeline.db.submit import jobs_root
-from sdpipeline.db.tables import campaign, image, job
+from sdpipeline.db.tables import campaign, campaign_version, checkpoint, image, job, spending
 from sdpipeline.domain import Json
 
 _JOB = ("id", "edition", "stage", "row_key", "axes", "seed", "identity", "fingerprint", "request", "salt", "status")
@@ -57,3 +57,29 @@ def succeeded_without_image(connection: Connection) -> list[int]:
     own = and_(image.c.job_id == job.c.id, image.c.fingerprint == job.c.fingerprint)
     statement = select(job.c.id).where(job.c.status == "succeeded", ~exists().where(own)).order_by(job.c.id)
     return list(connection.execute(statement).scalars())
+
+
+def campaigns(connection: Connection) -> list[Json]:
+    """Every campaign row."""
+    return [dict(row) for row in connection.execute(select(campaign).order_by(campaign.c.id)).mappings()]
+
+
+def versions(connection: Connection) -> Iterator[Json]:
+    """Every version row with its campaign file's text, which is read one at a time."""
+    statement = select(campaign_version).order_by(campaign_version.c.id).execution_options(yield_per=10)
+    for row in connection.execute(statement).mappings():
+        yield dict(row)
+
+
+def checkpoints(connection: Connection) -> list[Json]:
+    """Every checkpoint row, without its manifest."""
+    columns = [column for column in checkpoint.columns if column.name != "manifest"]
+    rows = connection.execute(select(*columns).order_by(checkpoint.c.digest, checkpoint.c.alias)).mappings()
+    return [dict(row) for row in rows]
+
+
+def spent(connection: Connection) -> Iterator[Json]:
+    """Every row of what attempts have cost."""
+    statement = select(spending).order_by(spending.c.campaign_id, spending.c.group_id, spending.c.worker_id)
+    for row in connection.execute(statement.execution_options(yield_per=1000)).mappings():
+        yield dict(row)
