@@ -18,6 +18,9 @@
 -- sdp_dispatcher nor in sdp_maintainer writes events as `worker:ID` only, and only those that a worker writes; one that
 -- is in sdp_sealer alone writes only which keys seal.
 
+-- In one transaction: processes that go on meanwhile never miss a right.
+BEGIN;
+
 DO $$
 DECLARE
   name text;
@@ -72,3 +75,5 @@ GRANT UPDATE, DELETE ON found_picture TO sdp_dispatcher;
 GRANT INSERT, UPDATE, DELETE ON job, job_parent, attempt, lease, image, found_picture, archive TO sdp_maintainer;
 GRANT INSERT, UPDATE ON spending, worker TO sdp_maintainer;
 GRANT UPDATE ON campaign, campaign_version, work_group TO sdp_maintainer;
+
+COMMIT;

@@ -33,6 +33,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+PERCENT_ENCODE = "percent-encode user and password: @ is %40, # %23, / %2F, : %3A, ? %3F, % %25"
+"""How to write a password in an address."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Mistake:
