@@ -17,9 +17,9 @@ down_revision = "0003"
 _GUARDED = {"worker": "INSERT OR UPDATE", "campaign": "UPDATE", "spending": "INSERT OR UPDATE", "audit_event": "INSERT"}
 
 _WORKER_EVENTS = (
-    "lease.taken lease.released lease.expired job.succeeded job.failed job.deferred jobs.skipped"
-    " worker.started worker.stopped campaign.paused settings.changed audit.chain_taken"
-).split()
+    "lease.taken,lease.released,lease.expired,job.succeeded,job.failed,job.deferred,jobs.skipped,"
+    "worker.started,worker.stopped,campaign.paused,settings.changed,audit.chain_taken"
+)
 
 _LOGIN_KIND = """
 CREATE FUNCTION {schema}.sdp_login_kind() RETURNS text LANGUAGE plpgsql STABLE
@@ -196,7 +196,7 @@ def _guard() -> None:
     schema = op.get_bind().execute(sa.text("SELECT quote_ident(current_schema())")).scalar_one()
     functions = (_LOGIN_KIND, _OF_ANOTHER, _GUARD_WORKER, _GUARD_CAMPAIGN, _GUARD_SPENDING, _GUARD_AUDIT_EVENT)
     for function in functions:
-        source = function.format(schema=schema, worker_events=",".join(_WORKER_EVENTS))
+        source = function.format(schema=schema, worker_events=_WORKER_EVENTS)
         op.get_bind().exec_driver_sql(source.replace("%", "%%"))
     for table, when in _GUARDED.items():
         op.execute(

@@ -93,7 +93,9 @@ class Transaction:
             self.connection.execute(insert(audit_event), rows)
         except IntegrityError as error:
             first = f"{rows[0]['writer_id']}/{rows[0]['seq']}"
-            raise ChainTakenError(f"another process wrote audit event {first}: this process begins a new chain") from error
+            raise ChainTakenError(
+                f"another process wrote audit event {first}: this process begins a new chain"
+            ) from error
 
 
 class AuditLog:

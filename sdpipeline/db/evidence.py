@@ -46,10 +46,10 @@ def jobs_with(connection: Connection, sha256: str) -> list[int]:
     return list(connection.execute(statement).scalars())
 
 
-def digest_at(connection: Connection, place: str) -> str | None:
-    """The SHA-256 of the picture whose key or address that is."""
-    statement = select(image.c.sha256).where(or_(image.c.key == place, image.c.url == place)).limit(1)
-    return connection.execute(statement).scalar_one_or_none()
+def digest_at(connection: Connection, place: str, *, team: str) -> str | None:
+    """The SHA-256 of the team's picture whose key or address that is."""
+    there = select(image.c.sha256).where(or_(image.c.key == place, image.c.url == place))
+    return connection.execute(there.where(image.c.key.startswith(f"{team}/")).limit(1)).scalar_one_or_none()
 
 
 def succeeded_without_image(connection: Connection) -> list[int]:

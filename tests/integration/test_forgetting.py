@@ -107,7 +107,7 @@ class Place:
 
     def show(self, job_id: int) -> Json:
         with self.audit.database.read() as connection:
-            found = reports.show(connection, job_id)
+            found = reports.show(connection, job_id, team="default")
         assert found is not None
         return found
 

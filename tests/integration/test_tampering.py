@@ -329,7 +329,7 @@ def test_a_lock_that_was_taken_off_or_shortened_is_found(locked: Log, locked_buc
 
 def proof_of(log: Log, job_id: int) -> Json:
     with log.database.read() as connection:
-        document = prove(connection, success_of_job(connection, job_id))
+        document = prove(connection, success_of_job(connection, job_id, team="default"))
     assert document is not None
     return document
 
@@ -337,7 +337,7 @@ def proof_of(log: Log, job_id: int) -> Json:
 def test_a_proof_holds_by_itself_and_for_its_picture_alone(log: Log) -> None:
     document = json.loads(json.dumps(proof_of(log, 1)))
     with log.database.read() as connection:
-        sha256 = success_of_job(connection, 1).told["image"]["sha256"]
+        sha256 = success_of_job(connection, 1, team="default").told["image"]["sha256"]
     own = next(path.read_bytes() for path in log.pictures() if path.stem == sha256)
     other = next(path.read_bytes() for path in log.pictures() if path.stem != sha256)
     assert verify_proof(document, trusted=log.key.public, picture=own).faults == []
@@ -369,7 +369,7 @@ def test_a_proof_that_cannot_be_read_is_none(log: Log, body: str) -> None:
 
 def test_a_picture_whose_event_is_not_sealed_yet_has_no_proof(log: Log) -> None:
     with log.database.read() as connection:
-        assert prove(connection, success_of_job(connection, 3)) is None
+        assert prove(connection, success_of_job(connection, 3, team="default")) is None
 
 
 # Exports.
