@@ -311,7 +311,7 @@ def test_an_event_rewritten_with_all_that_follow_is_found_by_its_seal(archive: A
         row = rehashed(event | {"prev": head, "actor": "user:someone-else"})
         head = row["hash"]
         archive.edit(audit_event, audit_event.c.seq == event["seq"], **row)
-    assert archive.kinds() == {"sealed-events-altered"}
+    assert "sealed-events-altered" in archive.kinds()
 
 
 def test_every_field_of_a_finished_job_that_counts_is_covered(archive: Archive) -> None:

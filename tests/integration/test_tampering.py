@@ -30,7 +30,7 @@ from sdpipeline.db import queue
 from sdpipeline.db.audit import GENESIS, AuditLog, Event
 from sdpipeline.db.budgets import Charge
 from sdpipeline.db.connection import Database
-from sdpipeline.db.tables import audit_event, audit_seal, audit_seal_range
+from sdpipeline.db.tables import audit_event, audit_seal, audit_seal_range, campaign_version
 from sdpipeline.domain import Json, OutputFormat
 from sdpipeline.engine import Pixels
 from sdpipeline.errors import BadInputError
@@ -179,7 +179,9 @@ def drop_the_newest_seal(log: Log) -> None:
 
 
 def rewrite_all(log: Log, key: SealKey) -> None:
-    """Every event, every hash, every seal in the database and in storage."""
+    """Every event, every hash, every row about them, every seal in the database and in storage."""
+    with log.database.write() as connection:
+        connection.execute(update(campaign_version).values(actor="user:none"))
     head = GENESIS
     for row in log.events():
         new = rehashed(json.loads(row.body) | {"prev": head, "actor": "user:none"})
@@ -409,7 +411,7 @@ def test_a_line_that_is_nested_too_deeply_is_named(log: Log, start: bytes, kind:
 
 def test_what_no_seal_covers_in_an_export_is_held_by_its_last_line(log: Log) -> None:
     lines = log.exported().splitlines(keepends=True)
-    newest = lines[-2].replace(b"user:test", b"user:none")
+    newest = lines[-2].replace(b"worker-1", b"worker-2")
     assert newest != lines[-2]
     found = verify_export([*lines[:-2], newest, lines[-1]], trusted=log.key.public)
     assert [fault.kind for fault in found.faults] == ["export-altered"]
