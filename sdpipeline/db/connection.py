@@ -103,8 +103,9 @@ def open_database(url: str) -> Database:
     """Connect lazily to SQLite or PostgreSQL; raises SettingsError for any other URL."""
     try:
         parsed = make_url(url)
-    except (ArgumentError, ValueError) as error:
-        raise SettingsError(_wrong_url("is not a database URL")) from error
+    except (ArgumentError, ValueError):
+        # `from None`: such an error quotes the address, password included.
+        raise SettingsError(_wrong_url("is not a database URL")) from None
     if url.count("@") > 1 and parsed.get_backend_name() != "sqlite":
         # What follows the first one would be taken for the host, and shown.
         raise SettingsError(_wrong_url("holds more than one @"))
