@@ -36,6 +36,8 @@ class CampaignReplay:
     dropped: set[tuple[int, int]] = field(default_factory=set)
     """(campaign, version number) of campaign files that were deleted."""
     spent: dict[tuple[int, int, str], list[float]] = field(default_factory=dict)
+    attempts: dict[tuple[int, str], tuple[float, float]] = field(default_factory=dict)
+    """GPU-seconds and cost of attempts, by job and lease."""
     unpriced: set[str] = field(default_factory=set)
     """Workers of releases whose events did not say what an attempt cost."""
     approved: dict[tuple[str, str], Json] = field(default_factory=dict)
@@ -66,6 +68,9 @@ class CampaignReplay:
             sums = self.spent.setdefault((one["campaign"], one["group"], event["worker"]), [0.0] * len(AMOUNTS))
             for n, name in enumerate(AMOUNTS):
                 sums[n] += one[name]
+            if "lease" in event:
+                job_id = int(event["subject"].removeprefix("job:"))
+                self.attempts[job_id, event["lease"]] = one["gpu_seconds"], one["cost"]
 
 
 def _keep_newest(known: dict[_Key, Json], key: _Key, event: Json) -> None:
@@ -147,6 +152,12 @@ def _verify_spending(connection: Connection, found: Verification, replay: Campai
             if _differ(row[name], expected) and (known or row[name] < expected):
                 detail = f"worker {row['worker_id']} spent {name} {row[name]:g}, the audit log says {expected:g}"
                 found.fault("cost-altered", f"campaign:{row['campaign_id']}", detail)
+    for attempt in evidence.ended_attempts(connection):
+        cost = replay.attempts.get((attempt["job_id"], attempt["lease_id"]))
+        there = attempt["gpu_seconds"] or 0.0, attempt["cost"] or 0.0
+        if cost is not None and any(map(_differ, there, cost)):
+            detail = f"attempt {attempt['number']} cost {there[1]:g}, the audit log says {cost[1]:g}"
+            found.fault("cost-altered", f"job:{attempt['job_id']}", detail)
     for (campaign_id, _, worker_id), sums in told.items():
         if any(sums):
             detail = f"what worker {worker_id} spent is in the audit log, and not in the database"

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from sqlalchemy import Connection, and_, exists, or_, select
 
 from sdpipeline.db.submit import jobs_root
-from sdpipeline.db.tables import campaign, campaign_version, checkpoint, image, job, spending
+from sdpipeline.db.tables import attempt, campaign, campaign_version, checkpoint, image, job, spending
 from sdpipeline.domain import Json
 
 _JOB = ("id", "edition", "stage", "row_key", "axes", "seed", "identity", "fingerprint", "request", "salt", "status")
@@ -81,5 +81,13 @@ def checkpoints(connection: Connection) -> list[Json]:
 def spent(connection: Connection) -> Iterator[Json]:
     """Every row of what attempts have cost."""
     statement = select(spending).order_by(spending.c.campaign_id, spending.c.group_id, spending.c.worker_id)
+    for row in connection.execute(statement.execution_options(yield_per=1000)).mappings():
+        yield dict(row)
+
+
+def ended_attempts(connection: Connection) -> Iterator[Json]:
+    """Every attempt that made a picture or failed, with what it cost."""
+    columns = (attempt.c.job_id, attempt.c.lease_id, attempt.c.number, attempt.c.gpu_seconds, attempt.c.cost)
+    statement = select(*columns).where(attempt.c.outcome.in_(("succeeded", "failed")))
     for row in connection.execute(statement.execution_options(yield_per=1000)).mappings():
         yield dict(row)

@@ -21,7 +21,7 @@ from sdpipeline.db.audit import GENESIS, AuditLog, Event, canonical_event
 from sdpipeline.db.budgets import Charge
 from sdpipeline.db.connection import Database
 from sdpipeline.db.registry import Approval
-from sdpipeline.db.tables import audit_event, campaign, campaign_version, checkpoint, spending
+from sdpipeline.db.tables import attempt, audit_event, campaign, campaign_version, checkpoint, spending
 from sdpipeline.domain import Json, Status
 from sdpipeline.errors import ChainTakenError
 from sdpipeline.storage import LocalStore
@@ -111,6 +111,8 @@ CHANGES: dict[str, tuple[Any, str]] = {
     "time zeroed": (update(spending).values(gpu_seconds=0.0), "cost-altered"),
     "pictures uncounted": (update(spending).values(images=0), "cost-altered"),
     "cost raised": (update(spending).values(cost=spending.c.cost + 1), "cost-altered"),
+    "an attempt's cost": (update(attempt).values(cost=0.0), "cost-altered"),
+    "an attempt's time": (update(attempt).values(gpu_seconds=0.0), "cost-altered"),
     "cost deleted": (delete(spending), "cost-altered"),
     "revoked": (update(checkpoint).values(revoked_at=1.0), "checkpoint-altered"),
     "licence": (update(checkpoint).values(licence="mine"), "checkpoint-altered"),
@@ -131,7 +133,7 @@ def test_every_changed_row_of_campaigns_costs_and_checkpoints_is_found(ledger: L
     assert ledger.kinds() == set()
 
 
-_TABLES = (campaign, campaign_version, spending, checkpoint)
+_TABLES = (campaign, campaign_version, spending, checkpoint, attempt)
 
 
 def _put_back(ledger: Ledger, rows: dict[Any, Any]) -> None:

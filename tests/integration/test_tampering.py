@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
-from sqlalchemy import delete, select, update
+from sqlalchemy import delete, insert, select, update
 
 from sdpipeline import provenance
 from sdpipeline.audit import SealKey, load_key, seal, seal_name, verify
@@ -30,7 +30,7 @@ from sdpipeline.db import queue
 from sdpipeline.db.audit import GENESIS, AuditLog, Event
 from sdpipeline.db.budgets import Charge
 from sdpipeline.db.connection import Database
-from sdpipeline.db.tables import audit_event, audit_seal, audit_seal_range, campaign_version
+from sdpipeline.db.tables import audit_event, audit_seal, audit_seal_range, campaign, campaign_version
 from sdpipeline.domain import Json, OutputFormat
 from sdpipeline.engine import Pixels
 from sdpipeline.errors import BadInputError
@@ -235,11 +235,26 @@ def strip_and_add_metadata(log: Log) -> None:
     path.write_bytes(provenance.encode(pixels, output=OutputFormat(), record={"schema": "forged"}).data)
 
 
+def write_as_somebody_else(log: Log) -> None:
+    last = log.events()[-1]
+    row = rehashed(json.loads(last.body) | {"seq": last.seq + 1, "prev": last.hash, "actor": "user:none"})
+    with log.database.write() as connection:
+        about = {"writer_id": last.writer_id, "seq": last.seq + 1, "subject": last.subject}
+        connection.execute(insert(audit_event).values(**row, **about))
+
+
+def change_a_campaign(log: Log) -> None:
+    with log.database.write() as connection:
+        connection.execute(update(campaign).values(budget={"max_images": 1}))
+
+
 UNDETECTABLE = "undetectable"
 MATRIX: dict[str, tuple[Callable[[Log], None], str, str]] = {
     "edit an event": (edit, "event-altered", "sealed-events-altered"),
     "edit an event and its hash": (edit_and_rehash, "chain-broken", "chain-broken"),
     "delete events in the middle": (delete_the_middle, "event-missing", "event-missing"),
+    "write an event as somebody else": (write_as_somebody_else, "event-forged", "event-forged"),
+    "change a campaign's status, budget or cost": (change_a_campaign, "campaign-altered", UNDETECTABLE),
     "cut the tail, sealed": (cut_a_sealed_tail, "sealed-events-altered", "sealed-events-altered"),
     "cut the tail, not sealed yet": (cut_an_unsealed_tail, UNDETECTABLE, UNDETECTABLE),
     "drop a seal": (drop_a_seal, "seal-missing", "seal-missing"),
