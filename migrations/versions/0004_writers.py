@@ -53,7 +53,7 @@ SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
 DECLARE
   told record;
   bound record;
-  kind text := {schema}.sdp_login_kind();
+  login_kind text := {schema}.sdp_login_kind();
   acts_as text;
 BEGIN
   SELECT * INTO told FROM json_to_record(NEW.body::json) AS t(
@@ -67,7 +67,7 @@ BEGIN
     RAISE insufficient_privilege USING MESSAGE = 'audit event refused: it names another login';
   END IF;
   acts_as := CASE WHEN told.actor LIKE 'worker:%' THEN split_part(substr(told.actor, 8), ' ', 1) END;
-  IF kind = 'worker' AND (
+  IF login_kind = 'worker' AND (
     acts_as IS NULL
     OR told.event <> ALL ('{{{worker_events}}}'::text[])
     OR told.worker <> acts_as
@@ -78,7 +78,7 @@ BEGIN
     RAISE insufficient_privilege USING MESSAGE = format(
       'audit event refused: a worker''s login does not write %s as %s', told.event, split_part(told.actor, ' ', 1));
   END IF;
-  IF kind = 'sealer' AND (acts_as IS NOT NULL
+  IF login_kind = 'sealer' AND (acts_as IS NOT NULL
      OR told.event NOT IN ('settings.changed', 'audit.chain_taken')
      OR (told.event = 'settings.changed' AND told.subject <> 'settings:seals')) THEN
     RAISE insufficient_privilege USING MESSAGE = format(
@@ -91,16 +91,16 @@ BEGIN
     END IF;
     RETURN NEW;
   END IF;
-  IF kind = 'worker' AND {schema}.sdp_worker_of_another_login(acts_as) THEN
+  IF login_kind = 'worker' AND {schema}.sdp_worker_of_another_login(acts_as) THEN
     RAISE insufficient_privilege USING MESSAGE = 'audit event refused: this worker belongs to another login';
   END IF;
   IF FOUND THEN
     UPDATE {schema}.audit_writer w
-    SET login = session_user, kind = sdp_guard_audit_event.kind, actor = told.actor, worker_id = acts_as
+    SET login = session_user, kind = login_kind, actor = told.actor, worker_id = acts_as
     WHERE w.writer_id = NEW.writer_id;
   ELSE
     INSERT INTO {schema}.audit_writer (writer_id, login, kind, actor, worker_id)
-    VALUES (NEW.writer_id, session_user, kind, told.actor, acts_as);
+    VALUES (NEW.writer_id, session_user, login_kind, told.actor, acts_as);
   END IF;
   RETURN NEW;
 END

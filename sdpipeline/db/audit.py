@@ -14,7 +14,7 @@ from enum import StrEnum
 from typing import Any
 
 import rfc8785
-from sqlalchemy import Connection, func, insert, literal_column, select
+from sqlalchemy import ColumnElement, Connection, func, insert, literal_column, select
 from sqlalchemy.exc import IntegrityError
 
 from sdpipeline.db.connection import Database, insert_ignoring, now_s
@@ -23,6 +23,7 @@ from sdpipeline.domain import Json
 from sdpipeline.errors import ChainTakenError
 
 GENESIS = "0" * 64
+_SESSION_USER: ColumnElement[str] = literal_column("session_user::text")
 
 
 class Event(StrEnum):
@@ -153,7 +154,7 @@ def _stamp(connection: Connection) -> Json:
     """
     if connection.dialect.name == "sqlite":
         return {"at_us": time.time_ns() // 1000}
-    clock, login = connection.execute(select(now_s(), literal_column("session_user::text"))).one()
+    clock, login = connection.execute(select(now_s(), _SESSION_USER)).one()
     return {"at_us": int(clock * 1e6), "login": login}
 
 

@@ -105,7 +105,7 @@ def open_database(url: str) -> Database:
         parsed = make_url(url)
     except (ArgumentError, ValueError):
         # `from None`: such an error quotes the address, password included.
-        raise SettingsError(_wrong_url("is not a database URL")) from None
+        raise SettingsError(_wrong_url("is no database URL")) from None
     if url.count("@") > 1 and parsed.get_backend_name() != "sqlite":
         # What follows the first one would be taken for the host, and shown.
         raise SettingsError(_wrong_url("holds more than one @"))

@@ -23,7 +23,7 @@ from tests.integration.certificates import signing_settings
 
 PIECES = ("Kt7", "qXz", "v9W")
 MARKS = ("@#", "##", "/@", ":@", "?@", "@/", "@?", "@:", "% ", " @", "@[", "é@")
-PASSWORDS = [PIECES[0] + one + PIECES[1] + other + PIECES[2] for one, other in MARKS]
+PASSWORDS = [PIECES[0] + mark[0] + PIECES[1] + mark[1] + PIECES[2] for mark in MARKS]
 COMMANDS = ["status", "show 1", "doctor --json", "audit verify", "db upgrade", "jobs spring", "worker --until-idle"]
 PLACE = "127.0.0.1:1/nowhere"
 
