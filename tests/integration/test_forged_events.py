@@ -17,11 +17,11 @@ from sdpipeline.audit.export import write
 from sdpipeline.audit.offline import verify_export
 from sdpipeline.audit.seals import digest
 from sdpipeline.db import budgets, control, registry, workers
-from sdpipeline.db.audit import GENESIS, AuditLog, Event, canonical_event
+from sdpipeline.db.audit import GENESIS, AuditLog, Event, canonical_event, writers
 from sdpipeline.db.budgets import Charge
 from sdpipeline.db.connection import Database
 from sdpipeline.db.registry import Approval
-from sdpipeline.db.tables import attempt, audit_event, campaign, campaign_version, checkpoint, spending
+from sdpipeline.db.tables import attempt, audit_event, audit_writer, campaign, campaign_version, checkpoint, spending
 from sdpipeline.domain import Json, Status
 from sdpipeline.errors import ChainTakenError
 from sdpipeline.storage import LocalStore
@@ -191,6 +191,18 @@ def test_an_event_written_around_the_triggers_is_found_by_its_login(ledger: Ledg
     alone = ledger.forge("user:boss", Event.SETTINGS_CHANGED, "settings:marks", values={})
     appended = ledger.forge(WORKER, Event.LEASE_RELEASED, "lease:1", into=ledger.worker, jobs=[])
     assert {alone, appended} <= ledger.subjects("event-forged")
+
+
+@on_postgresql
+def test_a_chain_from_before_the_migration_is_bound_to_a_login_by_its_next_event(ledger: Ledger) -> None:
+    ledger.edit(update(audit_writer).values(login=None, kind=None))
+    with ledger.worker.transaction() as tx:
+        workers.stop(tx, worker_id="worker-1")
+    with ledger.database.read() as connection:
+        bound = {name: each.login for name, each in writers(connection).items()}
+    login = ledger.database.writer.url.username
+    assert bound == {ledger.worker.writer_id: login, ledger.user.writer_id: None}
+    assert ledger.kinds() == set()
 
 
 def test_a_writer_whose_chain_was_continued_goes_on_in_a_new_one_and_names_the_foreign_event(ledger: Ledger) -> None:
