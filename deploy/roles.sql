@@ -3,7 +3,10 @@
 --
 --     psql "$SDP_DATABASE_URL" --set ON_ERROR_STOP=1 --file deploy/roles.sql
 --
--- They are groups without a login. Give each process a user of its own: CREATE ROLE w1 LOGIN IN ROLE sdp_worker …
+-- They are groups without a login. Give each machine a login of its own: CREATE ROLE gpu_1 LOGIN IN ROLE sdp_worker;
+-- A chain of audit events belongs to the login that wrote its first event, and a worker to the login that registered
+-- it: triggers refuse every other login. Two machines behind one login cannot be told apart. Behind a pgbouncer, let it
+-- pass each client's login through (no `user=` in its [databases]).
 --
 --   sdp_reader      reads: status, reports, an auditor's verify
 --   sdp_worker      leases and finishes jobs
@@ -11,7 +14,12 @@
 --   sdp_sealer      writes seals, and into the audit log which keys it seals by
 --   sdp_maintainer  what retention, erasure, archives and reconcile change and delete
 --
--- Nobody but the owner may change or delete an audit event or a seal.
+-- Nobody but the owner may change or delete an audit event or a seal. A login that is in sdp_worker and neither in
+-- sdp_dispatcher nor in sdp_maintainer writes events as `worker:ID` only, and only those that a worker writes; one that
+-- is in sdp_sealer alone writes only which keys seal.
+
+-- In one transaction: processes that go on meanwhile never miss a right.
+BEGIN;
 
 DO $$
 DECLARE
@@ -47,9 +55,16 @@ ALTER DEFAULT PRIVILEGES IN SCHEMA public GRANT SELECT ON TABLES TO sdp_reader;
 GRANT INSERT ON audit_event TO sdp_worker, sdp_dispatcher, sdp_sealer, sdp_maintainer;
 GRANT INSERT ON audit_seal, audit_seal_range TO sdp_sealer;
 
-GRANT UPDATE ON job, campaign TO sdp_worker;
-GRANT INSERT, UPDATE ON attempt, image, spending, worker TO sdp_worker;
-GRANT INSERT, UPDATE, DELETE ON lease TO sdp_worker;
+-- A worker changes what becomes of a job, never what was asked for; it pauses a campaign for its budget and nothing
+-- else, and only adds to what was spent (triggers see to both).
+GRANT UPDATE (status, lease_id, attempt, alone, parents_left, not_before, error_kind, error, finished_at)
+  ON job TO sdp_worker;
+GRANT UPDATE (status, paused_because, admitted) ON campaign TO sdp_worker;
+GRANT INSERT ON attempt, image, spending, worker, lease TO sdp_worker;
+GRANT UPDATE (finished_at, outcome, error_kind, error, gpu_seconds, cost) ON attempt TO sdp_worker;
+GRANT UPDATE (images, size_bytes, gpu_seconds, cost) ON spending TO sdp_worker;
+GRANT UPDATE (seen_at, stopped_at, note, paused_at) ON worker TO sdp_worker;
+GRANT UPDATE (expires_at, closed_at), DELETE ON lease TO sdp_worker;
 
 GRANT INSERT, UPDATE ON campaign, campaign_version, work_group, job, attempt, lease, image, spending, worker
   TO sdp_dispatcher;
@@ -60,3 +75,5 @@ GRANT UPDATE, DELETE ON found_picture TO sdp_dispatcher;
 GRANT INSERT, UPDATE, DELETE ON job, job_parent, attempt, lease, image, found_picture, archive TO sdp_maintainer;
 GRANT INSERT, UPDATE ON spending, worker TO sdp_maintainer;
 GRANT UPDATE ON campaign, campaign_version, work_group TO sdp_maintainer;
+
+COMMIT;

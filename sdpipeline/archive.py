@@ -124,9 +124,9 @@ def pictures(store: ObjectStore, rows: Iterable[Json]) -> Iterator[Json]:
                 yield from (each for each in job["images"] if each["deleted_at"] is None)
 
 
-def show(connection: Connection, store: ObjectStore, job_id: int) -> Json | None:
+def show(connection: Connection, store: ObjectStore, job_id: int, *, team: str) -> Json | None:
     """An archived job as :func:`sdpipeline.db.reports.show` would have shown it."""
-    for row in archives.archives(connection, job_id=job_id):
+    for row in archives.archives(connection, team=team, job_id=job_id):
         found = next((job for job in jobs(store, row) if job["id"] == job_id), None)
         if found is not None:
             secret = next((line for line in private(store, row) if line["id"] == job_id), {})

@@ -139,7 +139,7 @@ _CHECKS: dict[str, Callable[[Settings], Iterator[Check]]] = {
     "picture key": _picture_key,
 }
 _FIXES = {
-    "database": "check SDP_DATABASE_URL: does the server run, are host, port and password right?",
+    "database": "check SDP_DATABASE_URL: does the server run, are host, port and password right (percent-encoded)?",
     "storage": "check SDP_STORAGE_URL, the endpoint, the bucket and its credentials",
     "prefect": "check PREFECT_API_URL",
     "engine": "pip install 'sdpipeline[engine]'",

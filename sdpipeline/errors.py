@@ -9,6 +9,7 @@
     ├── TransientError            the same work may succeed later: the job is tried again
     │   ├── StorageUnavailableError
     │   ├── DatabaseUnavailableError
+    │   │   └── ChainTakenError   another process wrote into this process's chain of audit events
     │   ├── OrchestratorUnavailableError
     │   ├── SigningUnavailableError
     │   ├── DeliveryLostError     the process that delivers pictures died of this one again and again
@@ -31,6 +32,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+
+PERCENT_ENCODE = "percent-encode user and password: @ is %40, # %23, / %2F, : %3A, ? %3F, % %25"
+"""How to write a password in an address."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -83,6 +87,10 @@ class StorageUnavailableError(TransientError):
 
 class DatabaseUnavailableError(TransientError):
     """The database did not answer."""
+
+
+class ChainTakenError(DatabaseUnavailableError):
+    """Another process wrote into this process's chain of audit events; the next transaction begins a new chain."""
 
 
 class OrchestratorUnavailableError(TransientError):

@@ -18,7 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, V
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, TomlConfigSettingsSource
 from pydantic_settings.exceptions import SettingsError as UnreadableValueError
 
-from sdpipeline.errors import Mistake, SettingsError
+from sdpipeline.errors import PERCENT_ENCODE, Mistake, SettingsError
 
 if TYPE_CHECKING:
     from pydantic.fields import FieldInfo
@@ -27,6 +27,13 @@ PREFIX = "SDP_"
 TEST_PREFIX = "SDP_TEST_"
 TOML_NAME = "sdpipeline.toml"
 DEFAULT_HOME = Path("sdp-home")
+
+
+def _refuse_password(url: str | None, fix: str) -> str | None:
+    """Refuse an address that holds a password: addresses are shown in errors and logs."""
+    if url is not None and "@" in url:
+        raise ValueError(f"expected an address without user and password: {fix}")
+    return url
 
 
 class _Section(BaseModel):
@@ -43,6 +50,11 @@ class S3Settings(_Section):
     tags: dict[str, str] = Field(default_factory=dict, description="tags put on every object, as JSON")
     object_lock_mode: Literal["GOVERNANCE", "COMPLIANCE"] | None = Field(None, description="lock seals and exports")
     object_lock_days: int = Field(365, ge=1, description="days a locked seal or export is retained")
+
+    @field_validator("endpoint_url")
+    @classmethod
+    def _without_password(cls, url: str | None) -> str | None:
+        return _refuse_password(url, "write AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY")
 
 
 class InputSettings(_Section):
@@ -113,9 +125,7 @@ class SigningSettings(_Section):
     @classmethod
     def _without_password(cls, url: str | None) -> str | None:
         """These stand in the audit log, and c2pa puts them into its errors."""
-        if url is not None and "@" in urlsplit(url).netloc:
-            raise ValueError("expected an address without user and password: a proxy beside us may add them")
-        return url
+        return _refuse_password(url, "a proxy beside us may add them")
 
 
 class DispatchSettings(_Section):
@@ -239,7 +249,7 @@ class Settings(BaseSettings):
     @classmethod
     def _known_database(cls, url: SecretStr | None) -> SecretStr | None:
         if url is not None and not _is_database_url(url.get_secret_value()):
-            raise ValueError("expected sqlite:///FILE or postgresql://USER:PASSWORD@HOST/NAME")
+            raise ValueError(f"expected sqlite:///FILE or postgresql://USER:PASSWORD@HOST/NAME; {PERCENT_ENCODE}")
         return url
 
     @field_validator("storage_url")
@@ -247,6 +257,8 @@ class Settings(BaseSettings):
     def _known_storage(cls, url: str | None) -> str | None:
         if url is not None and not url.startswith(("file://", "s3://")):
             raise ValueError("expected file:///FOLDER or s3://BUCKET/PREFIX")
+        if url is not None and url.startswith("s3://") and {"@", ":"} & set(url[5:].partition("/")[0]):
+            raise ValueError("expected s3://BUCKET/PREFIX: write keys as AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY")
         return url
 
     @field_validator("home", "checkpoints_dir", "policy_file")
@@ -278,8 +290,12 @@ class Settings(BaseSettings):
 
     @property
     def prefect_api_url(self) -> str | None:
-        """A Prefect server of one's own, by Prefect's own variable."""
-        return os.environ.get("PREFECT_API_URL") or None
+        """A Prefect server of one's own, by Prefect's own variable; raises SettingsError if it holds a password."""
+        url = os.environ.get("PREFECT_API_URL") or None
+        if url is not None and "@" in url:
+            message, fix = "holds user and password", "write them as PREFECT_API_AUTH_STRING=user:password"
+            raise SettingsError(Mistake(key="PREFECT_API_URL", message=message, fix=fix))
+        return url
 
 
 def embedded_database(home: Path) -> str:
@@ -312,7 +328,10 @@ def _is_database_url(url: str) -> bool:
         port = urlsplit(url).port
     except ValueError:
         return False
-    return port != 0 and re.match(r"(sqlite|postgresql)(\+\w+)?://", url) is not None
+    if url.startswith("sqlite"):
+        return re.match(r"sqlite(\+\w+)?://", url) is not None
+    # What follows a second @ would be taken for the host, and shown.
+    return port != 0 and url.count("@") < 2 and re.match(r"postgresql(\+\w+)?://", url) is not None
 
 
 def find_toml(start: Path) -> Path | None:
@@ -518,7 +537,7 @@ def _mistake(fault: Any, name: str, found: list[_Written]) -> Mistake:
             f"holds settings, as in {name}__{next(n for n in setting_names() if n.startswith(name)).split('__')[1]}"
         )
     elif not secret and isinstance(fault["input"], str | int | float):
-        given = re.sub(r"//\S*@", "//", str(fault["input"]))
+        given = re.sub(r"//.*@", "//", str(fault["input"]), flags=re.DOTALL)
         message = f"found {given[:60]!r}: {message[0].lower()}{message[1:]}"
     if place is None:
         return Mistake(key=name, message=message)

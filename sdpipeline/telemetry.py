@@ -14,7 +14,10 @@ def configure_logging(s: Settings) -> None:
     """Set up structlog as the settings ask; stdout stays free for results."""
     renderer: structlog.typing.Processor = structlog.processors.JSONRenderer()
     if s.log_format == "console":
-        renderer = structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty())
+        # The default shows local variables, prompts and passwords among them.
+        renderer = structlog.dev.ConsoleRenderer(
+            colors=sys.stderr.isatty(), exception_formatter=structlog.dev.plain_traceback
+        )
     structlog.configure(
         processors=[
             structlog.contextvars.merge_contextvars,

@@ -105,7 +105,8 @@ class Register:
         with self.database.read() as connection:
             events = [json.loads(row.body) for row in audit.holding(connection, sha256)]
         successes = [each for each in events if each["event"] in (Event.JOB_SUCCEEDED, Event.JOB_ADOPTED)]
-        return any(each["image"]["sha256"] == sha256 for each in successes)
+        own = [each["image"] for each in successes if each["image"]["key"].startswith(f"{self.team}/")]
+        return any(image["sha256"] == sha256 for image in own)
 
     def made(self, record: Json) -> list[RecordedPicture]:
         """What was recorded for the job that a record names."""

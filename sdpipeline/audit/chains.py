@@ -6,6 +6,7 @@ import json
 from collections.abc import Collection
 from datetime import UTC, datetime, timedelta
 
+from sdpipeline.audit.authority import Authors
 from sdpipeline.audit.findings import Verification
 from sdpipeline.audit.gaps import forgotten
 from sdpipeline.audit.keys import PublicKeys, SealKey, Succession
@@ -22,6 +23,7 @@ from sdpipeline.storage import ObjectStore
 def verify_chains(connection: Connection, found: Verification) -> Told:
     """Read every chain in order; returns what the events say."""
     told = Told()
+    authors = Authors(None if connection.dialect.name == "sqlite" else rows.writers(connection))
     writer, expected, head = "", 0, GENESIS
     for row in rows.events(connection):
         found.events += 1
@@ -38,10 +40,14 @@ def verify_chains(connection: Connection, found: Verification) -> Told:
                 found.fault("chain-broken", subject, "it does not continue the event before it")
             if body["subject"] != row.subject:
                 found.fault("event-altered", subject, "its subject column differs from its bytes")
+            for detail in authors.faults(body):
+                found.fault("event-forged", subject, detail)
             told.hear(body)
         except (KeyError, TypeError, ValueError):
             found.fault("event-altered", subject, "it is no event that was written here")
         expected, head = row.seq + 1, row.hash
+    for subject in authors.foreign():
+        found.fault("event-forged", subject, "the process that owns its chain did not write it")
     return told
 
 

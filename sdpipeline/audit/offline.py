@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Iterable
 
+from sdpipeline.audit.authority import Authors
 from sdpipeline.audit.export import END, FORMAT, HEAD, SEAL
 from sdpipeline.audit.findings import UNREADABLE, Verification
 from sdpipeline.audit.keys import Succession, is_signed, signer
@@ -35,6 +36,7 @@ class _Reading:
         self._trusted = trusted
         self._keys = Succession(self.found.signers)
         self._chains: dict[str, tuple[int, str]] = {}
+        self._authors = Authors()
         self._seal: Json | None = None
         self._tree = Tree()
         self._left = 0
@@ -62,6 +64,8 @@ class _Reading:
         if not self._ended:
             self._close_seal()
             self.found.fault("export-cut", "end", "the file does not end with a signed end: its tail is missing")
+        for subject in self._authors.foreign():
+            self.found.fault("event-forged", subject, "the process that owns its chain did not write it")
         for number in self._empty:
             if not any(number in each for each in self._lost):
                 self.found.fault("sealed-events-altered", f"seal:{number}", "none of the events it covers is here")
@@ -101,6 +105,8 @@ class _Reading:
                 subject = f"event:{writer}/{seq}"
                 found.fault("chain-broken", subject, "it does not continue the event before it")
             self._chains[writer] = seq + 1, hashlib.sha256(body).hexdigest()
+            for detail in self._authors.faults(told):
+                found.fault("event-forged", f"event:{writer}/{seq}", detail)
             if told["event"] == Event.AUDIT_GAP:
                 found.gaps.append({name: told[name] for name in GAP})
                 # A gap that is under no seal excuses nothing: whoever cut the log could have written it.

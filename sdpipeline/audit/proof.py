@@ -41,19 +41,20 @@ class Success:
     told: Json
 
 
-def success_of_job(connection: Connection, job_id: int) -> Success:
-    """The newest picture of a job; raises BadInputError where it has none."""
-    found = _successes(rows.about(connection, f"job:{job_id}"))
+def success_of_job(connection: Connection, job_id: int, *, team: str) -> Success:
+    """The newest picture of one of the team's jobs; raises BadInputError if it has none."""
+    found = _successes(rows.about(connection, f"job:{job_id}"), team)
     if not found:
         raise BadInputError(Mistake(message=f"the audit log knows of no picture of job {job_id}"))
     return max(found, key=lambda each: int(each.told["at_us"]))
 
 
-def success_of_picture(connection: Connection, sha256: str) -> Success:
-    """The oldest job with a picture of these bytes, for copies came later; raises BadInputError where there is none."""
+def success_of_picture(connection: Connection, sha256: str, *, team: str) -> Success:
+    """The team's oldest job with a picture of these bytes, for copies came later; raises BadInputError if it has
+    none."""
     told = [row for job_id in evidence.jobs_with(connection, sha256) for row in rows.about(connection, f"job:{job_id}")]
     # A picture of an archived edition has no row any more, and its event is looked for.
-    found = _successes(told) or _successes(rows.holding(connection, sha256))
+    found = _successes(told, team) or _successes(rows.holding(connection, sha256), team)
     own = [each for each in found if each.told["image"]["sha256"] == sha256]
     if not own:
         fix = "a picture whose metadata was changed has other bytes: give the job's id"
@@ -61,11 +62,12 @@ def success_of_picture(connection: Connection, sha256: str) -> Success:
     return min(own, key=lambda each: int(each.told["at_us"]))
 
 
-def _successes(events: Sequence[Any]) -> list[Success]:
+def _successes(events: Sequence[Any], team: str) -> list[Success]:
     found = []
     for row in events:
         told = json.loads(row.body)
-        if told["event"] in _SUCCESSES:
+        # A picture's key begins with its team; of an archived job nothing else says whose it is.
+        if told["event"] in _SUCCESSES and told["image"]["key"].startswith(f"{team}/"):
             found.append(Success(writer_id=row.writer_id, seq=row.seq, body=row.body, told=told))
     return found
 

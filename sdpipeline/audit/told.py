@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from sdpipeline.audit.campaigns import CampaignReplay
 from sdpipeline.db.audit import Event
 from sdpipeline.domain import Json
 
@@ -53,10 +54,12 @@ class Told:
     erased: dict[int, tuple[int, str]] = field(default_factory=dict)
     changed: dict[int, int] = field(default_factory=dict)
     archived: dict[tuple[int, str], tuple[str, str]] = field(default_factory=dict)
+    campaigns: CampaignReplay = field(default_factory=CampaignReplay)
 
     def hear(self, event: Json) -> None:
         """Take in one event; raises KeyError, TypeError or ValueError for one that we did not write."""
         kind, at, subject = event["event"], event["at_us"], event["subject"]
+        self.campaigns.apply(event)
         if kind == Event.CAMPAIGN_SUBMITTED:
             self.roots[event["version_id"]] = event["jobs_root"]
         elif kind in (Event.LEASE_TAKEN, Event.LEASE_RELEASED, Event.LEASE_EXPIRED):

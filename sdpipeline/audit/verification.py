@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from sdpipeline.audit.archives import verify_archive
+from sdpipeline.audit.campaigns import verify_campaigns
 from sdpipeline.audit.chains import verify_chains, verify_newest, verify_seals, verify_stored_seal
 from sdpipeline.audit.findings import Verification
 from sdpipeline.audit.jobs import verify_jobs
@@ -30,6 +31,7 @@ def verify(
         found.gaps = told.gaps
         sealed = verify_seals(connection, key, found, told.lost)
         verify_jobs(connection, found, told)
+        verify_campaigns(connection, found, told.campaigns)
         pictures, gone = verify_images(connection, found, told, sample)
         archived = archives.archives(connection)
     for row in archived:

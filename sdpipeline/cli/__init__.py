@@ -82,7 +82,7 @@ _UNUSABLE = {
     AuditBrokenError: ("SDP_DATABASE_URL", "sdpipeline reconcile --adopt"),
     DatabaseUnavailableError: (
         "SDP_DATABASE_URL",
-        "check that the server runs, and host, port and password",
+        "check that the server runs, and host, port and password (percent-encoded)",
     ),
     StorageUnavailableError: ("SDP_STORAGE_URL", "check the endpoint, the bucket and its credentials"),
     OrchestratorUnavailableError: ("PREFECT_API_URL", "check that the Prefect server runs there"),

@@ -55,7 +55,7 @@ def verify(
     home: Home = None,
     as_json: AsJson = False,
 ) -> None:
-    """Check every event, seal, job row and picture, or an export or a proof alone; exit 3 names what is wrong."""
+    """Check all teams' events, seals, jobs, campaigns and pictures, or an export or a proof; exit 3 names faults."""
     alone = [each for each in (exported, proof) if each is not None]
     if len(alone) > 1 or (alone and (sample is not None or full)):
         raise refuse("--export, --proof and --sample or --full are checks of their own", "give one of them")
@@ -153,7 +153,7 @@ def prove_image(
     refuse_place(out)
     with bootstrap.services(s, create=False) as have:
         with have.database.read() as connection:
-            success = _success(connection, picture)
+            success = _success(connection, picture, s.team)
             document = prove(connection, success)
         if document is None:
             bootstrap.seal(s)
@@ -169,16 +169,16 @@ def prove_image(
         stdout.print(f"{out} proves {success.told['subject']}, {success.told['image']['sha256']}")
 
 
-def _success(connection: Connection, picture: str) -> Success:
+def _success(connection: Connection, picture: str, team: str) -> Success:
     path = Path(picture)
     if path.is_file():
-        return success_of_picture(connection, hashlib.sha256(_read(path)).hexdigest())
+        return success_of_picture(connection, hashlib.sha256(_read(path)).hexdigest(), team=team)
     if picture.isdigit():
-        return success_of_job(connection, int(picture))
-    sha256 = evidence.digest_at(connection, picture)
+        return success_of_job(connection, int(picture), team=team)
+    sha256 = evidence.digest_at(connection, picture, team=team)
     if sha256 is None:
         raise refuse(f"{picture} is no file, and no picture's key or address", "see sdpipeline jobs CAMPAIGN --json")
-    return success_of_picture(connection, sha256)
+    return success_of_picture(connection, sha256, team=team)
 
 
 def _proof(path: Path) -> Json:

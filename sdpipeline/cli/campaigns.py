@@ -176,7 +176,8 @@ def show(
 ) -> None:
     """Show everything known about one job."""
     with bootstrap.services(settings(home), create=False) as have, have.database.read() as connection:
-        found = reports.show(connection, job) or archive.show(connection, have.store, job)
+        team = have.settings.team
+        found = reports.show(connection, job, team=team) or archive.show(connection, have.store, job, team=team)
     if found is None:
         raise refuse(f"no job {job}", "sdpipeline jobs CAMPAIGN lists them")
     found["events"] = [json.loads(event) for event in found["events"]]

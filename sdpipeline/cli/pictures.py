@@ -100,7 +100,8 @@ def _from_job(s: Settings, job_id: int) -> _Asked:
     """From the database: the sidecar holds the record, the picture in storage the pixels if it is still there."""
     with bootstrap.services(s, create=False) as have:
         with have.database.read() as connection:
-            job = reports.show(connection, job_id) or archive.show(connection, have.store, job_id)
+            job = reports.show(connection, job_id, team=s.team)
+            job = job or archive.show(connection, have.store, job_id, team=s.team)
         if job is not None and job["image_deleted_at"] is not None:
             raise refuse(f"job {job_id} cannot be made again: its picture was deleted", "see show for when it was")
         if job is None or job["image"] is None:

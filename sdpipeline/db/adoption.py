@@ -139,9 +139,10 @@ def _adopt(tx: Transaction, campaign_id: int, row: Any) -> None:
     values = about | {"job_id": row.job_id, "worker_id": row.worker_id, "created_at": now_s()} | _fields(stored)
     values |= lookup.looks(stored.scores) if stored.reused_from is None else {}
     tx.connection.execute(insert(image).values(**values))
+    spent = None
     if stored.reused_from is None:
         charge = Charge(worker_id=row.worker_id, gpu_seconds=stored.gpu_seconds)
-        budgets.spend(tx.connection, campaign_id, row.group_id, charge, size_bytes=stored.size_bytes)
+        spent = budgets.spend(tx.connection, campaign_id, row.group_id, charge, size_bytes=stored.size_bytes)
     tx.record(
         Event.JOB_ADOPTED,
         f"job:{row.job_id}",
@@ -149,6 +150,7 @@ def _adopt(tx: Transaction, campaign_id: int, row: Any) -> None:
         commitment=commitment(row.salt, row.request),
         worker=row.worker_id,
         image=told_of(_fields(stored), row.subject),
+        spent=spent,
         **about,
     )
 

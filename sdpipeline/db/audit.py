@@ -14,13 +14,16 @@ from enum import StrEnum
 from typing import Any
 
 import rfc8785
-from sqlalchemy import Connection, func, insert, select
+from sqlalchemy import ColumnElement, Connection, func, insert, literal_column, select
+from sqlalchemy.exc import IntegrityError
 
 from sdpipeline.db.connection import Database, insert_ignoring, now_s
-from sdpipeline.db.tables import audit_event, audit_seal, audit_seal_range
+from sdpipeline.db.tables import audit_event, audit_seal, audit_seal_range, audit_writer
 from sdpipeline.domain import Json
+from sdpipeline.errors import ChainTakenError
 
 GENESIS = "0" * 64
+_SESSION_USER: ColumnElement[str] = literal_column("session_user::text")
 
 
 class Event(StrEnum):
@@ -45,6 +48,7 @@ class Event(StrEnum):
     IMAGE_LOST = "image.lost"
     OBJECT_QUARANTINED = "object.quarantined"
     AUDIT_GAP = "audit.gap"
+    CHAIN_TAKEN = "audit.chain_taken"
     WORKER_STARTED = "worker.started"
     WORKER_STOPPED = "worker.stopped"
     PICTURES_DELETED = "pictures.deleted"
@@ -79,17 +83,20 @@ class Transaction:
         """Chain and send the collected events; called once, before the commit."""
         if not self._told:
             return
-        at_us, rows = _clock_us(self.connection), []
+        stamp, rows = {"actor": self.actor} | _stamp(self.connection), []
         for told in self._told:
-            body = canonical_event(
-                {"writer": self.writer_id, "seq": self.seq, "prev": self.head, "actor": self.actor, "at_us": at_us}
-                | told
-            )
+            body = canonical_event({"writer": self.writer_id, "seq": self.seq, "prev": self.head} | stamp | told)
             self.head = hashlib.sha256(body.encode()).hexdigest()
             row = {"writer_id": self.writer_id, "seq": self.seq, "body": body, "hash": self.head}
             rows.append(row | {"subject": told["subject"]})
             self.seq += 1
-        self.connection.execute(insert(audit_event), rows)
+        try:
+            self.connection.execute(insert(audit_event), rows)
+        except IntegrityError as error:
+            first = f"{rows[0]['writer_id']}/{rows[0]['seq']}"
+            raise ChainTakenError(
+                f"another process wrote audit event {first}: this process begins a new chain"
+            ) from error
 
 
 class AuditLog:
@@ -99,6 +106,7 @@ class AuditLog:
         self.database = database
         self.actor = actor
         self._lock = threading.Lock()
+        self._taken: list[tuple[str, int]] = []
         self._start_chain()
 
     def _start_chain(self) -> None:
@@ -113,11 +121,24 @@ class AuditLog:
                 self._start_chain()
             with self.database.write() as connection:
                 tx = Transaction(connection, self.writer_id, self.actor, self._seq, self._head)
+                for writer_id, seq in self._taken:
+                    tx.record(Event.CHAIN_TAKEN, f"event:{writer_id}/{seq}", chain=writer_id, first=seq)
                 yield tx
-                tx.flush()
+                self._flush(tx)
                 # Whether a commit arrived is unknown if it fails: the old chain goes on only once it did.
                 self._start_chain()
             self.writer_id, self._seq, self._head = tx.writer_id, tx.seq, tx.head
+            self._taken.clear()
+
+    def _flush(self, tx: Transaction) -> None:
+        """Send the events. If another process continued this chain, begin a new one whose first event says so."""
+        begun = (self.writer_id, self._seq)
+        try:
+            tx.flush()
+        except ChainTakenError:
+            self._taken.append(begun)
+            self._start_chain()
+            raise
 
 
 def canonical_event(event: Json) -> str:
@@ -125,11 +146,16 @@ def canonical_event(event: Json) -> str:
     return rfc8785.dumps({"v": 1} | event).decode()
 
 
-def _clock_us(connection: Connection) -> int:
-    """One clock for all writers: the server's on PostgreSQL, the machine's on SQLite (whose own has milliseconds)."""
+def _stamp(connection: Connection) -> Json:
+    """Time and database login of new events.
+
+    One clock for all writers: the server's on PostgreSQL, the machine's on SQLite (whose own has milliseconds).
+    SQLite has no logins.
+    """
     if connection.dialect.name == "sqlite":
-        return time.time_ns() // 1000
-    return int(connection.execute(select(now_s())).scalar_one() * 1e6)
+        return {"at_us": time.time_ns() // 1000}
+    clock, login = connection.execute(select(now_s(), _SESSION_USER)).one()
+    return {"at_us": int(clock * 1e6), "login": login}
 
 
 def unsealed_ranges(connection: Connection) -> list[tuple[str, int, int]]:
@@ -241,3 +267,22 @@ def events(connection: Connection) -> Iterator[Any]:
     """Every event row, chain by chain in order."""
     statement = select(audit_event).order_by(audit_event.c.writer_id, audit_event.c.seq)
     yield from connection.execute(statement.execution_options(yield_per=1000))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Writer:
+    """The database login that a chain of events is bound to; None for a chain that ended before logins were kept.
+
+    ``kind`` is "worker" or "sealer" if that login may write only what such a process writes.
+    """
+
+    login: str | None
+    kind: str | None
+    actor: str | None
+
+
+def writers(connection: Connection) -> dict[str, Writer]:
+    """The login of every chain, by writer; empty on SQLite."""
+    columns = (audit_writer.c.writer_id, audit_writer.c.login, audit_writer.c.kind, audit_writer.c.actor)
+    rows = connection.execute(select(*columns))
+    return {row.writer_id: Writer(login=row.login, kind=row.kind, actor=row.actor) for row in rows}

@@ -36,13 +36,15 @@ class Charge:
     cost: float = 0.0
 
 
-def set_budget(connection: Connection, campaign_id: int, budget: Json | None) -> None:
-    """The newest version's budget; a campaign that paused itself goes on if it may."""
+def set_terms(tx: Transaction, campaign_id: int, *, budget: Json | None, priority: int) -> None:
+    """The newest version's budget and priority; a campaign that paused itself goes on if it may."""
     this = campaign.c.id == campaign_id
-    values = {"budget": budget if budget is not None else null()}
-    connection.execute(update(campaign).where(this).values(**values))
+    values = {"budget": budget if budget is not None else null(), "priority": priority}
+    tx.connection.execute(update(campaign).where(this).values(**values))
     paused = and_(this, campaign.c.paused_because.is_not(None))
-    connection.execute(update(campaign).where(paused).values(status="active", paused_because=null()))
+    again = update(campaign).where(paused).values(status="active", paused_because=null())
+    if tx.connection.execute(again.returning(campaign.c.id)).first():
+        tx.record(Event.CAMPAIGN_RESUMED, f"campaign:{campaign_id}", reason="submitted")
 
 
 def start_over(connection: Connection, campaign_id: int) -> None:
@@ -59,8 +61,11 @@ def let_go(connection: Connection, campaign_id: int) -> None:
     connection.execute(update(job).where(numbered).values(chain=null()))
 
 
-def spend(connection: Connection, campaign_id: int, group_id: int, charge: Charge, *, size_bytes: int | None) -> None:
-    """Add an attempt to what a campaign's group has cost; ``size_bytes`` of its picture, None where it made none."""
+def spend(connection: Connection, campaign_id: int, group_id: int, charge: Charge, *, size_bytes: int | None) -> Json:
+    """Add an attempt to what a campaign's group has cost; ``size_bytes`` of its picture, None where it made none.
+
+    Returns what the attempt's audit event says of it.
+    """
     amounts: dict[str, float] = {"images": int(size_bytes is not None), "size_bytes": size_bytes or 0}
     amounts |= {"gpu_seconds": charge.gpu_seconds, "cost": charge.cost}
     row = {"campaign_id": campaign_id, "group_id": group_id, "worker_id": charge.worker_id} | amounts
@@ -68,6 +73,7 @@ def spend(connection: Connection, campaign_id: int, group_id: int, charge: Charg
     add = {name: spending.c[name] + value for name, value in amounts.items()}
     keys = [spending.c.campaign_id, spending.c.group_id, spending.c.worker_id]
     connection.execute(dialect.insert(spending).values(**row).on_conflict_do_update(index_elements=keys, set_=add))
+    return {"campaign": campaign_id, "group": group_id} | amounts
 
 
 def spent(connection: Connection, campaign_id: int) -> Amounts:
@@ -185,7 +191,7 @@ def _pause(tx: Transaction, campaign_id: int, budget: Json) -> None:
     why = f"budget: what is left of {limits} does not cover another chain"
     own = {"status": "paused", "paused_because": why}
     tx.connection.execute(update(campaign).where(campaign.c.id == campaign_id).values(**own))
-    tx.record(Event.CAMPAIGN_PAUSED, f"campaign:{campaign_id}", reason="budget")
+    tx.record(Event.CAMPAIGN_PAUSED, f"campaign:{campaign_id}", reason="budget", budget=budget)
 
 
 def _held() -> ColumnElement[bool]:

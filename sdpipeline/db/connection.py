@@ -11,18 +11,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import URL, Connection, Double, Engine, Table, create_engine, event, make_url
+from sqlalchemy import URL, Connection, Double, Engine, ExceptionContext, Table, create_engine, event, make_url
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.exc import ArgumentError, DBAPIError, DisconnectionError, NoSuchModuleError, OperationalError
 from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.sql.functions import GenericFunction
 
-from sdpipeline.errors import DatabaseUnavailableError, Mistake, SettingsError
+from sdpipeline.errors import PERCENT_ENCODE, DatabaseUnavailableError, Mistake, SettingsError
 
 __all__ = ["Connection", "Database", "copy_rows", "insert_ignoring", "now_s", "open_database", "sqlite_path"]
 
 SQLITE_BUSY_TIMEOUT_S = 30
 CHUNK = 5000
+_INSUFFICIENT_PRIVILEGE = "42501"
 
 _POSTGRES_CONNECTION = {
     # Per address of a host name: two of them must fail within 15 s.
@@ -102,8 +103,12 @@ def open_database(url: str) -> Database:
     """Connect lazily to SQLite or PostgreSQL; raises SettingsError for any other URL."""
     try:
         parsed = make_url(url)
-    except (ArgumentError, ValueError) as error:
-        raise SettingsError(_wrong_url("is no database URL")) from error
+    except (ArgumentError, ValueError):
+        # `from None`: such an error quotes the address, password included.
+        raise SettingsError(_wrong_url("is no database URL")) from None
+    if url.count("@") > 1 and parsed.get_backend_name() != "sqlite":
+        # What follows the first one would be taken for the host, and shown.
+        raise SettingsError(_wrong_url("holds more than one @"))
     backend = parsed.get_backend_name()
     if backend == "sqlite":
         return _open_sqlite(parsed)
@@ -146,23 +151,32 @@ def copy_rows(connection: Connection, table: Table, columns: Sequence[str], rows
         with cursor.copy(f"COPY {table.name} ({names}) FROM STDIN", writer=QueuedLibpqWriter(cursor)) as copy:
             for row in rows:
                 copy.write_row(row)
-    except connection.dialect.loaded_dbapi.OperationalError as error:
-        raise DatabaseUnavailableError(f"{_place(connection.engine.url)}: {error}".splitlines()[0]) from error
+    except connection.dialect.loaded_dbapi.Error as error:
+        _keep_first_line(error)
+        if not isinstance(error, connection.dialect.loaded_dbapi.OperationalError):
+            raise
+        raise DatabaseUnavailableError(f"{_place(connection.engine.url)}: {error}") from error
 
 
 def _wrong_url(fault: str) -> Mistake:
     return Mistake(
-        key="SDP_DATABASE_URL", message=fault, fix="write sqlite:///file.db or postgresql://user:password@host/database"
+        key="SDP_DATABASE_URL",
+        message=fault,
+        fix=f"write sqlite:///file.db or postgresql://user:password@host/database; {PERCENT_ENCODE}",
     )
+
+
+def _not_allowed(fault: str) -> Mistake:
+    fix = "use the login that deploy/roles.sql gives the right to, and run that file after each db upgrade"
+    return Mistake(key="SDP_DATABASE_URL", message=f"this database login may not do that: {fault}", fix=fix)
 
 
 def _open_sqlite(url: URL) -> Database:
     if url.database in (None, "", ":memory:") or "uri" in url.query:
         raise SettingsError(_wrong_url("names no SQLite file that several processes can share"))
     Path(str(url.database)).parent.mkdir(parents=True, exist_ok=True)
-    writer, reader = (
-        create_engine(url, connect_args={"timeout": SQLITE_BUSY_TIMEOUT_S, "isolation_level": None}) for _ in range(2)
-    )
+    arguments = {"timeout": SQLITE_BUSY_TIMEOUT_S, "isolation_level": None}
+    writer, reader = (create_engine(url, connect_args=arguments, hide_parameters=True) for _ in range(2))
     _on_connect(writer, "PRAGMA journal_mode = WAL", "PRAGMA synchronous = NORMAL", "PRAGMA foreign_keys = ON")
     _on_connect(reader, "PRAGMA query_only = ON")
     _on_begin(writer, "BEGIN IMMEDIATE")
@@ -176,12 +190,13 @@ def _open_postgresql(url: URL) -> Database:
     # What the URL says itself wins.
     arguments = {name: value for name, value in _POSTGRES_CONNECTION.items() if name not in url.query}
     try:
-        engine = create_engine(url, pool_pre_ping=True, pool_size=8, connect_args=arguments)
+        engine = create_engine(url, pool_pre_ping=True, pool_size=8, connect_args=arguments, hide_parameters=True)
     except (NoSuchModuleError, ModuleNotFoundError) as error:
         raise SettingsError(
             Mistake(key="SDP_DATABASE_URL", message="needs psycopg", fix="pip install 'sdpipeline[postgres]'")
         ) from error
     _leave_to_parent(engine)
+    event.listen(engine, "handle_error", _hide_values)
     return Database(engine, engine)
 
 
@@ -212,6 +227,17 @@ def _leave_to_parent(engine: Engine) -> None:
             raise DisconnectionError("this connection belongs to the parent process")
 
 
+def _hide_values(context: ExceptionContext) -> None:
+    """Keep the first line of a server's error: its DETAIL and CONTEXT lines hold values, a prompt among them."""
+    for error in (context.original_exception, context.sqlalchemy_exception):
+        if error is not None:
+            _keep_first_line(error)
+
+
+def _keep_first_line(error: BaseException) -> None:
+    error.args = tuple(each.strip().split("\n", 1)[0] if isinstance(each, str) else each for each in error.args)
+
+
 @contextmanager
 def _translated(url: URL) -> Iterator[None]:
     try:
@@ -222,6 +248,8 @@ def _translated(url: URL) -> Iterator[None]:
             raise
         raise DatabaseUnavailableError(f"{_place(url)}: {_first_line(error)}") from error
     except DBAPIError as error:
+        if getattr(error.orig, "sqlstate", None) == _INSUFFICIENT_PRIVILEGE:
+            raise SettingsError(_not_allowed(_first_line(error))) from error
         if error.connection_invalidated:
             raise DatabaseUnavailableError(f"{_place(url)}: {_first_line(error)}") from error
         if error.statement is None and not error.params and not isinstance(error.orig, sqlite3.Error):

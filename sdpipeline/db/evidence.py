@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from sqlalchemy import Connection, and_, exists, or_, select
 
 from sdpipeline.db.submit import jobs_root
-from sdpipeline.db.tables import campaign, image, job
+from sdpipeline.db.tables import attempt, campaign, campaign_version, checkpoint, image, job, spending
 from sdpipeline.domain import Json
 
 _JOB = ("id", "edition", "stage", "row_key", "axes", "seed", "identity", "fingerprint", "request", "salt", "status")
@@ -46,10 +46,10 @@ def jobs_with(connection: Connection, sha256: str) -> list[int]:
     return list(connection.execute(statement).scalars())
 
 
-def digest_at(connection: Connection, place: str) -> str | None:
-    """The SHA-256 of the picture whose key or address that is."""
-    statement = select(image.c.sha256).where(or_(image.c.key == place, image.c.url == place)).limit(1)
-    return connection.execute(statement).scalar_one_or_none()
+def digest_at(connection: Connection, place: str, *, team: str) -> str | None:
+    """The SHA-256 of the team's picture whose key or address that is."""
+    there = select(image.c.sha256).where(or_(image.c.key == place, image.c.url == place))
+    return connection.execute(there.where(image.c.key.startswith(f"{team}/")).limit(1)).scalar_one_or_none()
 
 
 def succeeded_without_image(connection: Connection) -> list[int]:
@@ -57,3 +57,37 @@ def succeeded_without_image(connection: Connection) -> list[int]:
     own = and_(image.c.job_id == job.c.id, image.c.fingerprint == job.c.fingerprint)
     statement = select(job.c.id).where(job.c.status == "succeeded", ~exists().where(own)).order_by(job.c.id)
     return list(connection.execute(statement).scalars())
+
+
+def campaigns(connection: Connection) -> list[Json]:
+    """Every campaign row."""
+    return [dict(row) for row in connection.execute(select(campaign).order_by(campaign.c.id)).mappings()]
+
+
+def versions(connection: Connection) -> Iterator[Json]:
+    """Every version row with its campaign file's text, which is read one at a time."""
+    statement = select(campaign_version).order_by(campaign_version.c.id).execution_options(yield_per=10)
+    for row in connection.execute(statement).mappings():
+        yield dict(row)
+
+
+def checkpoints(connection: Connection) -> list[Json]:
+    """Every checkpoint row, without its manifest."""
+    columns = [column for column in checkpoint.columns if column.name != "manifest"]
+    rows = connection.execute(select(*columns).order_by(checkpoint.c.digest, checkpoint.c.alias)).mappings()
+    return [dict(row) for row in rows]
+
+
+def spent(connection: Connection) -> Iterator[Json]:
+    """Every row of what attempts have cost."""
+    statement = select(spending).order_by(spending.c.campaign_id, spending.c.group_id, spending.c.worker_id)
+    for row in connection.execute(statement.execution_options(yield_per=1000)).mappings():
+        yield dict(row)
+
+
+def ended_attempts(connection: Connection) -> Iterator[Json]:
+    """Every attempt that made a picture or failed, with what it cost."""
+    columns = (attempt.c.job_id, attempt.c.lease_id, attempt.c.number, attempt.c.gpu_seconds, attempt.c.cost)
+    statement = select(*columns).where(attempt.c.outcome.in_(("succeeded", "failed")))
+    for row in connection.execute(statement.execution_options(yield_per=1000)).mappings():
+        yield dict(row)

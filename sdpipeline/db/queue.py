@@ -470,8 +470,9 @@ def complete(tx: Transaction, *, lease_id: str, leased: LeasedJob, stored: Store
         )
     )
     _end_attempt(tx.connection, leased.id, lease_id, "succeeded", gpu_seconds=charge.gpu_seconds, cost=charge.cost)
+    spent = None
     if stored.reused_from is None:
-        budgets.spend(tx.connection, row.campaign_id, row.group_id, charge, size_bytes=stored.size_bytes)
+        spent = budgets.spend(tx.connection, row.campaign_id, row.group_id, charge, size_bytes=stored.size_bytes)
     _count_down_children(tx.connection, leased.id)
     tx.record(
         Event.JOB_SUCCEEDED,
@@ -483,6 +484,7 @@ def complete(tx: Transaction, *, lease_id: str, leased: LeasedJob, stored: Store
         commitment=commitment(row.salt, row.request),
         worker=charge.worker_id,
         image=told_of(fields, row.subject),
+        spent=spent,
     )
     return True
 
@@ -531,10 +533,11 @@ def fail(
     wrong = {"error_kind": error_kind, "error": error}
     spent = {"gpu_seconds": charge.gpu_seconds, "cost": charge.cost}
     _end_attempt(tx.connection, leased.id, lease_id, "failed", **wrong, **spent)
+    about: Json = {"lease": lease_id, "attempt": leased.attempt, "fingerprint": leased.fingerprint, "spent": None}
+    about["worker"] = charge.worker_id
     if charge.gpu_seconds:
-        budgets.spend(tx.connection, row.campaign_id, row.group_id, charge, size_bytes=None)
+        about["spent"] = budgets.spend(tx.connection, row.campaign_id, row.group_id, charge, size_bytes=None)
     event = Event.JOB_DEFERRED if again else Event.JOB_FAILED
-    about = {"lease": lease_id, "attempt": leased.attempt, "fingerprint": leased.fingerprint}
     about |= {"rule": error} if status is Status.BLOCKED else {}
     tx.record(event, f"job:{leased.id}", error_kind=error_kind, **about)
     if not again:
@@ -613,7 +616,7 @@ def _exhaust(tx: Transaction, held: Sequence[Any]) -> None:
     values = {"status": "failed", "lease_id": null(), "finished_at": now_s(), "error_kind": "WorkerLost", "error": lost}
     tx.connection.execute(update(job).where(job.c.id.in_(ids)).values(**values))
     for row in held:
-        about = {"lease": row.lease_id, "attempt": row.attempt, "fingerprint": row.fingerprint}
+        about = {"lease": row.lease_id, "attempt": row.attempt, "fingerprint": row.fingerprint, "spent": None}
         tx.record(Event.JOB_FAILED, f"job:{row.id}", error_kind="WorkerLost", **about)
     skip_descendants(tx, ids, f"lease:{held[0].lease_id}")
 

@@ -200,22 +200,24 @@ def _job_document(row: Any, parents: list[int]) -> Json:
     }
 
 
-def show(connection: Connection, job_id: int) -> Json | None:
-    """Everything known about one job."""
+def show(connection: Connection, job_id: int, *, team: str) -> Json | None:
+    """Everything known about one of the team's jobs; None for any other."""
     row = connection.execute(
-        select(job, *_PICTURE, *_ABOUT).outerjoin(image, _OWN_IMAGE).where(job.c.id == job_id)
+        select(job, *_PICTURE, *_ABOUT, campaign.c.team, campaign.c.name)
+        .join(campaign, campaign.c.id == job.c.campaign_id)
+        .outerjoin(image, _OWN_IMAGE)
+        .where(job.c.id == job_id, campaign.c.team == team)
     ).first()
     if row is None:
         return None
     document = _job_document(row, _parents(connection, [job_id]).get(job_id, []))
-    owner = connection.execute(select(campaign.c.team, campaign.c.name).where(campaign.c.id == row.campaign_id)).one()
     tries = connection.execute(select(attempt).where(attempt.c.job_id == job_id).order_by(attempt.c.started_at))
     pictures = connection.execute(select(image).where(image.c.job_id == job_id)).mappings()
     children = select(job_parent.c.job_id).where(job_parent.c.parent_id == job_id).order_by(job_parent.c.job_id)
     happened = select(audit_event.c.body).where(audit_event.c.subject == f"job:{job_id}")
     return document | {
-        "team": owner.team,
-        "campaign": owner.name,
+        "team": row.team,
+        "campaign": row.name,
         "edition": row.edition,
         "identity": row.identity,
         "request": row.request,

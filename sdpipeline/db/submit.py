@@ -83,8 +83,7 @@ def submit(tx: Transaction, ready: Prepared, asked: Publication, *, prune: bool 
     groups = [_group_id(connection, campaign_id, group) for group in ready.groups]
     with temporary_tables(connection):
         have_campaign(connection, campaign_id)
-        connection.execute(update(campaign).where(campaign.c.id == campaign_id).values(priority=asked.priority))
-        budgets.set_budget(connection, campaign_id, asked.budget)
+        budgets.set_terms(tx, campaign_id, budget=asked.budget, priority=asked.priority)
         if not _any(connection, job.c.campaign_id == campaign_id):
             version_id, number = _insert_version(tx, campaign_id, source)
             constants = {"campaign_id": campaign_id, "version_id": version_id, "max_attempts": asked.max_attempts}
@@ -136,6 +135,10 @@ def submit(tx: Transaction, ready: Prepared, asked: Publication, *, prune: bool 
         added=added,
         unchanged=unchanged,
         cancelled=cancelled,
+        team=asked.team,
+        name=asked.name,
+        budget=asked.budget,
+        priority=asked.priority,
     )
     counts = {"added": added, "changed": changed, "unchanged": unchanged, "cancelled": cancelled}
     return _submitted(ready, campaign_id, number, **counts)

@@ -351,6 +351,20 @@ audit_event = Table(
     Index("ix_audit_event_subject", "subject"),
 )
 
+# The database login that each chain of events belongs to, kept by a trigger; empty on SQLite, which has no logins.
+# ``login`` is NULL for a chain that ended before migration 0004; ``kind`` is "worker" or "sealer" for a login
+# that may write that kind of event only.
+audit_writer = Table(
+    "audit_writer",
+    metadata,
+    Column("writer_id", String(32), primary_key=True),
+    Column("login", Text),
+    Column("kind", String(12)),
+    Column("actor", Text),
+    Column("worker_id", Text),
+    Index("ix_audit_writer_worker_id", "worker_id"),
+)
+
 audit_seal = Table(
     "audit_seal",
     metadata,

@@ -48,7 +48,7 @@ class Editions(Place):
 
     def archived_job(self, job_id: int) -> Json | None:
         with self.audit.database.read() as connection:
-            return archive.show(connection, self.store, job_id)
+            return archive.show(connection, self.store, job_id, team="default")
 
     def ids(self) -> list[int]:
         return sorted(row["id"] for row in self.rows(job))

@@ -105,9 +105,9 @@ class Place:
         for table, of, column in ((image, image.c.job_id, "created_at"), (job, job.c.id, "finished_at")):
             self.edit(table, of.in_(job_ids), **{column: table.c[column] - days * DAY_S})
 
-    def show(self, job_id: int) -> Json:
+    def show(self, job_id: int, *, team: str = "default") -> Json:
         with self.audit.database.read() as connection:
-            found = reports.show(connection, job_id)
+            found = reports.show(connection, job_id, team=team)
         assert found is not None
         return found
 
@@ -423,7 +423,7 @@ def test_what_prefect_keeps_names_no_subject_and_shows_no_picture_of_one(place: 
 def test_an_erasure_belongs_to_one_team(place: Place) -> None:
     place.made(list(of(ANNA, job_spec("a"))), team="other")
     assert place.erase().jobs == 0
-    assert forgetting.ERASED not in place.show(1)["request"]
+    assert forgetting.ERASED not in place.show(1, team="other")["request"]
 
 
 # From the command line.

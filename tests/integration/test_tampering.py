@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
-from sqlalchemy import delete, select, update
+from sqlalchemy import delete, insert, select, update
 
 from sdpipeline import provenance
 from sdpipeline.audit import SealKey, load_key, seal, seal_name, verify
@@ -30,7 +30,7 @@ from sdpipeline.db import queue
 from sdpipeline.db.audit import GENESIS, AuditLog, Event
 from sdpipeline.db.budgets import Charge
 from sdpipeline.db.connection import Database
-from sdpipeline.db.tables import audit_event, audit_seal, audit_seal_range
+from sdpipeline.db.tables import audit_event, audit_seal, audit_seal_range, campaign, campaign_version
 from sdpipeline.domain import Json, OutputFormat
 from sdpipeline.engine import Pixels
 from sdpipeline.errors import BadInputError
@@ -179,7 +179,9 @@ def drop_the_newest_seal(log: Log) -> None:
 
 
 def rewrite_all(log: Log, key: SealKey) -> None:
-    """Every event, every hash, every seal in the database and in storage."""
+    """Every event, every hash, every row about them, every seal in the database and in storage."""
+    with log.database.write() as connection:
+        connection.execute(update(campaign_version).values(actor="user:none"))
     head = GENESIS
     for row in log.events():
         new = rehashed(json.loads(row.body) | {"prev": head, "actor": "user:none"})
@@ -233,11 +235,26 @@ def strip_and_add_metadata(log: Log) -> None:
     path.write_bytes(provenance.encode(pixels, output=OutputFormat(), record={"schema": "forged"}).data)
 
 
+def write_as_somebody_else(log: Log) -> None:
+    last = log.events()[-1]
+    row = rehashed(json.loads(last.body) | {"seq": last.seq + 1, "prev": last.hash, "actor": "user:none"})
+    with log.database.write() as connection:
+        about = {"writer_id": last.writer_id, "seq": last.seq + 1, "subject": last.subject}
+        connection.execute(insert(audit_event).values(**row, **about))
+
+
+def change_a_campaign(log: Log) -> None:
+    with log.database.write() as connection:
+        connection.execute(update(campaign).values(budget={"max_images": 1}))
+
+
 UNDETECTABLE = "undetectable"
 MATRIX: dict[str, tuple[Callable[[Log], None], str, str]] = {
     "edit an event": (edit, "event-altered", "sealed-events-altered"),
     "edit an event and its hash": (edit_and_rehash, "chain-broken", "chain-broken"),
     "delete events in the middle": (delete_the_middle, "event-missing", "event-missing"),
+    "write an event as somebody else": (write_as_somebody_else, "event-forged", "event-forged"),
+    "change a campaign's status, budget or cost": (change_a_campaign, "campaign-altered", UNDETECTABLE),
     "cut the tail, sealed": (cut_a_sealed_tail, "sealed-events-altered", "sealed-events-altered"),
     "cut the tail, not sealed yet": (cut_an_unsealed_tail, UNDETECTABLE, UNDETECTABLE),
     "drop a seal": (drop_a_seal, "seal-missing", "seal-missing"),
@@ -329,7 +346,7 @@ def test_a_lock_that_was_taken_off_or_shortened_is_found(locked: Log, locked_buc
 
 def proof_of(log: Log, job_id: int) -> Json:
     with log.database.read() as connection:
-        document = prove(connection, success_of_job(connection, job_id))
+        document = prove(connection, success_of_job(connection, job_id, team="default"))
     assert document is not None
     return document
 
@@ -337,7 +354,7 @@ def proof_of(log: Log, job_id: int) -> Json:
 def test_a_proof_holds_by_itself_and_for_its_picture_alone(log: Log) -> None:
     document = json.loads(json.dumps(proof_of(log, 1)))
     with log.database.read() as connection:
-        sha256 = success_of_job(connection, 1).told["image"]["sha256"]
+        sha256 = success_of_job(connection, 1, team="default").told["image"]["sha256"]
     own = next(path.read_bytes() for path in log.pictures() if path.stem == sha256)
     other = next(path.read_bytes() for path in log.pictures() if path.stem != sha256)
     assert verify_proof(document, trusted=log.key.public, picture=own).faults == []
@@ -369,7 +386,7 @@ def test_a_proof_that_cannot_be_read_is_none(log: Log, body: str) -> None:
 
 def test_a_picture_whose_event_is_not_sealed_yet_has_no_proof(log: Log) -> None:
     with log.database.read() as connection:
-        assert prove(connection, success_of_job(connection, 3)) is None
+        assert prove(connection, success_of_job(connection, 3, team="default")) is None
 
 
 # Exports.
@@ -409,7 +426,7 @@ def test_a_line_that_is_nested_too_deeply_is_named(log: Log, start: bytes, kind:
 
 def test_what_no_seal_covers_in_an_export_is_held_by_its_last_line(log: Log) -> None:
     lines = log.exported().splitlines(keepends=True)
-    newest = lines[-2].replace(b"user:test", b"user:none")
+    newest = lines[-2].replace(b"worker-1", b"worker-2")
     assert newest != lines[-2]
     found = verify_export([*lines[:-2], newest, lines[-1]], trusted=log.key.public)
     assert [fault.kind for fault in found.faults] == ["export-altered"]

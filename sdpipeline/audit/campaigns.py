@@ -1,0 +1,185 @@
+"""Check campaigns, their versions and costs, and checkpoints against the events."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+from sdpipeline.audit.findings import Verification
+from sdpipeline.db import evidence
+from sdpipeline.db.audit import Event
+from sdpipeline.db.connection import Connection
+from sdpipeline.domain import Json
+
+AMOUNTS = ("images", "size_bytes", "gpu_seconds", "cost")
+_TERMS = ("team", "name", "budget", "priority")
+_STATUSES = (Event.CAMPAIGN_PAUSED, Event.CAMPAIGN_RESUMED)
+_ATTEMPTS = (Event.JOB_SUCCEEDED, Event.JOB_FAILED, Event.JOB_DEFERRED, Event.JOB_ADOPTED)
+_Key = TypeVar("_Key")
+_TOLERANCE = 1e-6
+"""Sums of the same numbers in another order differ by less."""
+
+
+@dataclass(slots=True)
+class CampaignReplay:
+    """What the events say of campaigns, versions, costs and checkpoints, collected while the chains are read.
+
+    Chains are read one after the other, so the newest event is the one with the latest time.
+    """
+
+    statuses: dict[int, Json] = field(default_factory=dict)
+    versions: dict[int, Json] = field(default_factory=dict)
+    newest: dict[int, Json] = field(default_factory=dict)
+    dropped: set[tuple[int, int]] = field(default_factory=set)
+    """(campaign, version number) of campaign files that were deleted."""
+    spent: dict[tuple[int, int, str], list[float]] = field(default_factory=dict)
+    attempts: dict[tuple[int, str], tuple[float, float]] = field(default_factory=dict)
+    """GPU-seconds and cost of attempts, by job and lease."""
+    unpriced: set[str] = field(default_factory=set)
+    """Workers of releases whose events did not say what an attempt cost."""
+    approved: dict[tuple[str, str], Json] = field(default_factory=dict)
+    judged: dict[str, Json] = field(default_factory=dict)
+
+    def apply(self, event: Json) -> None:
+        """Take in one event; raises KeyError, TypeError or ValueError for a malformed one."""
+        kind = event["event"]
+        if kind in _ATTEMPTS:
+            self._spend(event)
+        elif kind in (Event.CHECKPOINT_ADDED, Event.CHECKPOINT_REVOKED):
+            _keep_newest(self.judged, event["digest"], event)
+            if kind == Event.CHECKPOINT_ADDED:
+                _keep_newest(self.approved, (event["digest"], event["alias"]), event)
+        elif kind in _STATUSES:
+            _keep_newest(self.statuses, _campaign(event), event)
+        elif kind == Event.CAMPAIGN_SUBMITTED:
+            self.versions[event["version_id"]] = event
+            _keep_newest(self.newest, _campaign(event), event)
+        elif kind == Event.SOURCES_DELETED:
+            self.dropped.update((_campaign(event), number) for number in event["versions"])
+
+    def _spend(self, event: Json) -> None:
+        if "spent" not in event:
+            actor = str(event["actor"]).partition(" ")[0]
+            self.unpriced.add(event["worker"] if "worker" in event else actor.removeprefix("worker:"))
+        elif (one := event["spent"]) is not None:
+            sums = self.spent.setdefault((one["campaign"], one["group"], event["worker"]), [0.0] * len(AMOUNTS))
+            for n, name in enumerate(AMOUNTS):
+                sums[n] += one[name]
+            if "lease" in event:
+                job_id = int(event["subject"].removeprefix("job:"))
+                self.attempts[job_id, event["lease"]] = one["gpu_seconds"], one["cost"]
+
+
+def _keep_newest(known: dict[_Key, Json], key: _Key, event: Json) -> None:
+    if known.get(key, event)["at_us"] <= event["at_us"]:
+        known[key] = event
+
+
+def _campaign(event: Json) -> int:
+    return int(event["subject"].removeprefix("campaign:"))
+
+
+def verify_campaigns(connection: Connection, found: Verification, replay: CampaignReplay) -> None:
+    """Compare every row of campaigns, versions, spending and checkpoints with the events."""
+    campaigns = {row["id"]: row for row in evidence.campaigns(connection)}
+    for campaign_id, row in campaigns.items():
+        for detail in _campaign_faults(row, replay):
+            found.fault("campaign-altered", f"campaign:{campaign_id}", detail)
+    for campaign_id in sorted((replay.newest.keys() | replay.statuses.keys()) - campaigns.keys()):
+        found.fault("campaign-missing", f"campaign:{campaign_id}", "the audit log knows it, the database does not")
+    _verify_versions(connection, found, replay)
+    _verify_spending(connection, found, replay)
+    for row in evidence.checkpoints(connection):
+        for detail in _checkpoint_faults(row, replay):
+            found.fault("checkpoint-altered", f"checkpoint:{row['digest'][:16]}", f"{row['alias']}: {detail}")
+
+
+def _campaign_faults(row: Json, replay: CampaignReplay) -> Iterator[str]:
+    last = replay.statuses.get(row["id"], {})
+    for_budget = last.get("reason") == "budget"
+    expected = "paused" if last.get("event") == Event.CAMPAIGN_PAUSED else "active"
+    # The release before wrote no event when a submit ended a pause for the budget.
+    unsure = for_budget and "budget" not in last and row["status"] == "active"
+    if row["status"] != expected and not unsure:
+        yield f"it is {row['status']}, the audit log says {expected}"
+    if row["status"] == expected == "paused" and (row["paused_because"] is not None) != for_budget:
+        yield "the reason why it is paused is not the one in the audit log"
+    newest = replay.newest.get(row["id"], {})
+    # The release before wrote no terms.
+    for name in [name for name in _TERMS if name in newest]:
+        if row[name] != newest[name]:
+            yield f"its {name} is {row[name]!r}, the audit log says {newest[name]!r}"
+    if newest.get("version_id") != row["version_id"]:
+        yield "its present version is not the one that was submitted last"
+
+
+def _verify_versions(connection: Connection, found: Verification, replay: CampaignReplay) -> None:
+    missing = dict(replay.versions)
+    for row in evidence.versions(connection):
+        event = missing.pop(row["id"], None)
+        for detail in _version_faults(row, event, replay):
+            found.fault("campaign-altered", f"version:{row['id']}", detail)
+    for version_id in missing:
+        found.fault("campaign-missing", f"version:{version_id}", "the audit log knows it, the database does not")
+
+
+def _version_faults(row: Json, event: Json | None, replay: CampaignReplay) -> Iterator[str]:
+    if event is None:
+        yield "the audit log does not know that it was submitted"
+        return
+    told = {"number": event["version"], "actor": event["actor"]}
+    told |= {name: event[name] for name in ("source_sha256", "jobs_root")} | {"campaign_id": _campaign(event)}
+    for name, value in told.items():
+        if row[name] != value:
+            yield f"its {name} is {row[name]!r}, the audit log says {value!r}"
+    dropped = (row["campaign_id"], row["number"]) in replay.dropped
+    if dropped != (row["source"] == "" and event["source_sha256"] != hashlib.sha256(b"").hexdigest()):
+        yield "its file was deleted, and is here" if dropped else "its file is gone, and no deletion is known"
+    elif not dropped and hashlib.sha256(row["source"].encode()).hexdigest() != event["source_sha256"]:
+        yield "its file is not the one that was submitted"
+
+
+def _verify_spending(connection: Connection, found: Verification, replay: CampaignReplay) -> None:
+    told = dict(replay.spent)
+    for row in evidence.spent(connection):
+        key = row["campaign_id"], row["group_id"], row["worker_id"]
+        sums = told.pop(key, [0.0] * len(AMOUNTS))
+        for name, expected in zip(AMOUNTS, sums, strict=True):
+            known = row["worker_id"] not in replay.unpriced
+            if _differ(row[name], expected) and (known or row[name] < expected):
+                detail = f"worker {row['worker_id']} spent {name} {row[name]:g}, the audit log says {expected:g}"
+                found.fault("cost-altered", f"campaign:{row['campaign_id']}", detail)
+    for attempt in evidence.ended_attempts(connection):
+        cost = replay.attempts.get((attempt["job_id"], attempt["lease_id"]))
+        there = attempt["gpu_seconds"] or 0.0, attempt["cost"] or 0.0
+        if cost is not None and any(map(_differ, there, cost)):
+            detail = f"attempt {attempt['number']} cost {there[1]:g}, the audit log says {cost[1]:g}"
+            found.fault("cost-altered", f"job:{attempt['job_id']}", detail)
+    for (campaign_id, _, worker_id), sums in told.items():
+        if any(sums):
+            detail = f"what worker {worker_id} spent is in the audit log, and not in the database"
+            found.fault("cost-altered", f"campaign:{campaign_id}", detail)
+
+
+def _differ(there: float, expected: float) -> bool:
+    return not math.isclose(there, expected, rel_tol=_TOLERANCE, abs_tol=_TOLERANCE)
+
+
+def _checkpoint_faults(row: Json, replay: CampaignReplay) -> Iterator[str]:
+    event = replay.approved.get((row["digest"], row["alias"]))
+    if event is None:
+        yield "the audit log does not know that it was approved"
+        return
+    for name in ("licence", "purposes", "expires_at"):
+        if name in event and row[name] != event[name]:
+            yield f"its {name} is {row[name]!r}, the audit log says {event[name]!r}"
+    last = replay.judged[row["digest"]]
+    revoked = row["revoked_at"] is not None
+    # An approval under another alias may be a campaign's use of it, which lifts no revocation.
+    if last["event"] == Event.CHECKPOINT_REVOKED and not revoked:
+        yield "it is approved, the audit log says that it was revoked"
+    if last == event and revoked:
+        yield "it is revoked, the audit log says that it was approved"
