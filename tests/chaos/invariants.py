@@ -11,6 +11,7 @@ from sqlalchemy import func, select
 
 from sdpipeline.audit import SealKey, seal, verify
 from sdpipeline.db.connection import Database
+from sdpipeline.db.reconcile import open_attempts
 from sdpipeline.db.tables import image, job
 from sdpipeline.domain import TERMINAL
 from sdpipeline.storage import ObjectStore
@@ -35,6 +36,9 @@ def violations(database: Database, store: ObjectStore, key: SealKey, *, max_atte
     jobs = _jobs(database)
     found = [wrong for row in jobs for wrong in _wrong(row, told.pop(f"job:{row.id}", 0), max_attempts)]
     found += [f"{subject} succeeded in the audit log alone" for subject in told]
+    with database.read() as connection:
+        left_open = open_attempts(connection)
+    found += [f"job {job_id} has an open attempt under lease {lease_id}" for job_id, lease_id in left_open]
     # Chains without a gap, seals, job rows against events, and the bytes of every picture and sidecar.
     seal(database, store, key)
     return found + [f"{fault.kind} {fault.subject}: {fault.detail}" for fault in verify(database, store, key).faults]
