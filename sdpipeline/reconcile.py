@@ -130,7 +130,7 @@ def _leases(log: AuditLog, done: Reconciliation) -> None:
         with log.transaction() as tx:
             rows.reap(tx, [each.lease_id for each in stale])
             rows.reopen(tx, stranded)
-            rows.end_attempts(tx, left_open)
+            rows.end_attempts(tx)
 
 
 def _pictureless(log: AuditLog, done: Reconciliation) -> None:

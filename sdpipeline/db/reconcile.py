@@ -135,8 +135,9 @@ def open_attempts(connection: Connection) -> list[tuple[int, str]]:
     return [(job_id, lease_id) for job_id, lease_id in connection.execute(statement)]
 
 
-def end_attempts(tx: Transaction, attempts: Sequence[tuple[int, str]]) -> None:
-    """End these attempts as abandoned."""
+def end_attempts(tx: Transaction) -> None:
+    """End the attempts that :func:`open_attempts` finds as abandoned."""
+    attempts = open_attempts(tx.connection)
     for start in range(0, len(attempts), PAGE):
         these = tuple_(attempt.c.job_id, attempt.c.lease_id).in_(attempts[start : start + PAGE])
         lost = and_(these, attempt.c.outcome.is_(None), ~held_by_lease())
