@@ -27,7 +27,7 @@ from sdpipeline.db.connection import Database, open_database, sqlite_path
 from sdpipeline.db.declarations import declare
 from sdpipeline.db.queue import Patience
 from sdpipeline.db.reports import Progress
-from sdpipeline.delivery_process import DeliveryProcess, Destination
+from sdpipeline.delivery_process import Bounds, DeliveryProcess, Destination
 from sdpipeline.demo.manifest import read_manifest
 from sdpipeline.domain import CheckpointRef, Json
 from sdpipeline.engine import Engine
@@ -471,7 +471,8 @@ def delivery_process(
         actor=_worker_actor(worker_id),
         certificate=key.fingerprint,
     )
-    deliverer = DeliveryProcess(to, connections=s.deliverers + 1)  # copies are recorded by who fetches
+    # One connection more than deliverers: copies are recorded by the thread that fetches.
+    deliverer = DeliveryProcess(to, connections=s.deliverers + 1, bounds=Bounds.of(s))
     deliverer.begin()
     try:
         yield worker_id, deliverer

@@ -5,11 +5,12 @@ from __future__ import annotations
 import importlib.metadata
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from datetime import UTC, datetime
 
 import httpx
 
 from sdpipeline import bootstrap
-from sdpipeline.db import migrate
+from sdpipeline.db import migrate, reports
 from sdpipeline.db.connection import open_database
 from sdpipeline.domain import Json
 from sdpipeline.engine.checkpoints import verify
@@ -58,6 +59,30 @@ def _database(s: Settings) -> Iterator[Check]:
     at, newest = migrate.current(database), migrate.newest()
     fix = None if at == newest or s.embedded else "sdpipeline db upgrade"
     yield Check(name="database", ok=fix is None, detail=f"{kind}, schema {at or 'empty'}, newest {newest}", fix=fix)
+
+
+def _workers(s: Settings) -> Iterator[Check]:
+    database = bootstrap.existing_database(s)
+    if database is None:
+        return
+    try:
+        with database.read() as connection:
+            found = reports.live_workers(connection, lost_after_s=s.lease_ttl_s)
+    finally:
+        database.close()
+    lost = [each for each in found if each["status"] == "lost"]
+    detail = f"{len(found) - len(lost)} alive, {len(lost)} lost"
+    if not lost:
+        yield Check(name="workers", ok=True, detail=detail)
+        return
+    names = ", ".join(f"process {each['pid']} on {each['host']} since {_time(each['lost_since'])}" for each in lost)
+    # Their jobs are made by others: no fault of the installation, but somebody may have to start them again.
+    fix = "start them again, unless a supervisor does; their jobs are leased by others"
+    yield Check(name="workers", ok=True, detail=f"{detail}: {names}", fix=fix)
+
+
+def _time(seconds: float) -> str:
+    return datetime.fromtimestamp(seconds, UTC).isoformat(sep=" ", timespec="seconds")
 
 
 def _storage(s: Settings) -> Iterator[Check]:
@@ -131,6 +156,7 @@ def _signing(s: Settings) -> Iterator[Check]:
 
 _CHECKS: dict[str, Callable[[Settings], Iterator[Check]]] = {
     "database": _database,
+    "workers": _workers,
     "storage": _storage,
     "prefect": _prefect,
     "engine": _engine,
@@ -140,6 +166,7 @@ _CHECKS: dict[str, Callable[[Settings], Iterator[Check]]] = {
 }
 _FIXES = {
     "database": "check SDP_DATABASE_URL: does the server run, are host, port and password right (percent-encoded)?",
+    "workers": "check SDP_DATABASE_URL",
     "storage": "check SDP_STORAGE_URL, the endpoint, the bucket and its credentials",
     "prefect": "check PREFECT_API_URL",
     "engine": "pip install 'sdpipeline[engine]'",

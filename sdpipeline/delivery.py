@@ -73,6 +73,9 @@ class Deliverer(Protocol):
     def complete(self, lease_id: str, leased: LeasedJob, stored: StoredImage, charge: Charge) -> bool:
         """Record the picture, as :func:`sdpipeline.db.queue.complete` in a transaction of its own."""
 
+    def silent_s(self) -> float:
+        """Seconds since whatever delivers stopped showing that it runs; 0 while it does, also during an outage."""
+
 
 @dataclass(frozen=True, slots=True)
 class LocalDeliverer:
@@ -96,6 +99,10 @@ class LocalDeliverer:
         """As the protocol says."""
         with self.audit.transaction() as tx:
             return jobs.complete(tx, lease_id=lease_id, leased=leased, stored=stored, charge=charge)
+
+    def silent_s(self) -> float:
+        """Always 0: this process delivers."""
+        return 0.0
 
     def recorded(self, leased: LeasedJob, stored: StoredImage) -> bool:
         """Whether this very attempt's picture is recorded."""

@@ -3,33 +3,40 @@ however that ended."""
 
 from __future__ import annotations
 
+import ctypes
 import os
 import pickle
 import signal
 import sys
 import threading
+import time
 import traceback
 from collections.abc import Sequence
+from contextlib import suppress
 from multiprocessing.connection import Connection
 
 from sdpipeline import bootstrap, telemetry
 from sdpipeline.db.audit import AuditLog
 from sdpipeline.db.connection import open_database
 from sdpipeline.delivery import LocalDeliverer
-from sdpipeline.delivery_process import Destination
+from sdpipeline.delivery_process import BEAT_S, Destination
 from sdpipeline.errors import SdpError, SettingsError
 from sdpipeline.storage import open_store
 
+PR_SET_PDEATHSIG = 1
 NICENESS = 10
 """Whoever gives work to a device goes first where cores are short."""
 
 
 def main(descriptors: Sequence[str]) -> None:
-    """Answer on the connections of these file descriptors until the other side closes them."""
+    """Send heartbeats on the first of these file descriptors, and answer on the others until they are closed."""
+    _die_with_owner()
     for number in (signal.SIGTERM, signal.SIGINT):  # told by those who tell a whole group or container
         signal.signal(number, signal.SIG_IGN)
+    heart, *connections = [Connection(int(each)) for each in descriptors]
+    # Before the others: Linux keeps a niceness for each thread, and this one must not be late on a busy machine.
+    threading.Thread(target=_beat, args=(heart,), daemon=True).start()
     os.nice(NICENESS)
-    connections = [Connection(int(each)) for each in descriptors]
     try:
         _, (to,) = connections[0].recv()
         deliverer = _deliverer(to)
@@ -44,6 +51,19 @@ def main(descriptors: Sequence[str]) -> None:
         thread.start()
     threads[0].join()
     os._exit(0)  # what is still being delivered is not waited for: nobody would hear of it
+
+
+def _die_with_owner() -> None:
+    """Have the kernel kill this process with the thread that started it, also while this process is stopped."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def _beat(heart: Connection) -> None:
+    with suppress(OSError):
+        while True:
+            heart.send_bytes(b"")
+            time.sleep(BEAT_S)
 
 
 def _deliverer(to: Destination) -> LocalDeliverer:

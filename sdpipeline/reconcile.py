@@ -113,16 +113,24 @@ def _refuse_another_storage(log: AuditLog, store: ObjectStore) -> None:
 
 def _leases(log: AuditLog, done: Reconciliation) -> None:
     with log.database.read() as connection:
-        stale, stranded = rows.stale_leases(connection), rows.stranded(connection)
+        stale, stranded, left_open = (
+            rows.stale_leases(connection),
+            rows.stranded(connection),
+            rows.open_attempts(connection),
+        )
     for each in stale:
         action = f"closed: its {each.jobs} jobs are leased again"
         done.found("lease-stale", f"lease:{each.lease_id}", each.because, action)
     for job_id in stranded:
         done.found("lease-stale", f"job:{job_id}", "it is leased, and its lease was closed", "made again")
-    if done.repair and (stale or stranded):
+    for job_id, lease_id in left_open:
+        detail = f"its attempt under lease {lease_id} is open, and the job is not leased under it"
+        done.found("attempt-open", f"job:{job_id}", detail, "ended as abandoned")
+    if done.repair and (stale or stranded or left_open):
         with log.transaction() as tx:
             rows.reap(tx, [each.lease_id for each in stale])
             rows.reopen(tx, stranded)
+            rows.end_attempts(tx)
 
 
 def _pictureless(log: AuditLog, done: Reconciliation) -> None:

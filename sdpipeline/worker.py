@@ -50,6 +50,7 @@ from sdpipeline.watchdog import HUNG_EXIT_CODE, Pace, Watchdog
 POLL_S = 0.25
 LONGEST_POLL_S = 2.0
 LONGEST_OUTAGE_PAUSE_S = 30.0
+LONGEST_LOOK_S = 1.0
 FAILED_EXIT_CODE = 1
 OUTAGES: Mapping[type[TransientError], str] = {
     StorageUnavailableError: "storage",
@@ -200,6 +201,7 @@ class _Run:
         self._deliverer = worker.deliverer or LocalDeliverer(worker.store, worker.signing, worker.audit)
         self._counting = threading.Lock()
         self._outage = threading.Lock()
+        self._told_silence = False
         self._waited_for = dict.fromkeys(("work", "database", "delivery"), 0.0)
         self._ended_as = Counter[str]()
         self._batches = 0
@@ -325,7 +327,9 @@ class _Run:
         return self.stop.is_set() or self._ended.is_set()
 
     def _may_lease(self) -> bool:
-        """While the breaker is open one job at a time, and none before its pause is over."""
+        """While the breaker is open one job at a time, and none before its pause is over; none without delivery."""
+        if self._delivery_is_silent():
+            return False
         breaker = self.worker.breaker
         return not breaker.is_open or not (breaker.is_resting or self._leases)
 
@@ -512,10 +516,10 @@ class _Run:
         if self.worker.breaker.is_open and lease.id != self._trial:
             return False
         found = self._when_database_answers(ask)
-        if found.left_s is None or (
-            found.left_s < self.worker.limits.lease_ttl_s / 2
-            and not self._when_database_answers(partial(self._heartbeat, (lease.id,)))
-        ):
+        late = found.left_s is not None and found.left_s < self.worker.limits.lease_ttl_s / 2
+        if late and self._delivery_is_silent():
+            return False
+        if found.left_s is None or (late and not self._when_database_answers(partial(self._heartbeat, (lease.id,)))):
             self._lost.add(lease.id)
         return found.active
 
@@ -664,10 +668,19 @@ class _Run:
     # Staying alive.
 
     def _beat(self) -> None:
-        """Extend open leases four times in their life; a lease that is not there any more is lost."""
-        while not self._ended.wait(self.worker.limits.lease_ttl_s / 4):
-            held = tuple(self._leases)
+        """Extend open leases four times in their life; a lease that is not there any more is lost.
+
+        No lease is extended while delivery is silent: its pictures may never be recorded here.
+        """
+        every_s = self.worker.limits.lease_ttl_s / 4
+        beaten_at = time.monotonic()
+        while not self._ended.wait(min(every_s, LONGEST_LOOK_S)):
+            held = () if self._delivery_is_silent() else tuple(self._leases)
             try:
+                self._tell_silence()
+                if time.monotonic() - beaten_at < 0.9 * every_s:  # the wait may end a little early
+                    continue
+                beaten_at = time.monotonic()
                 alive = self._heartbeat(held)
             except DatabaseUnavailableError as error:
                 _log.warning("heartbeat_failed", error=str(error))
@@ -679,6 +692,20 @@ class _Run:
         with self.worker.audit.database.write() as connection:
             workers.seen(connection, self.worker.worker_id)
             return jobs.heartbeat(connection, lease_ids, ttl_s=self.worker.limits.lease_ttl_s)
+
+    def _delivery_is_silent(self) -> bool:
+        return self._deliverer.silent_s() >= self.worker.limits.lease_ttl_s / 4
+
+    def _tell_silence(self) -> None:
+        """Have ``status`` say that the delivery process does not answer, until it does."""
+        silent_s = self._deliverer.silent_s()
+        if bool(silent_s) == self._told_silence:
+            return
+        if not self.worker.breaker.is_open:  # else the note says why the worker paused
+            why = "waits for delivery: its process does not answer, and is replaced" if silent_s else None
+            with self.worker.audit.database.write() as connection:
+                workers.note(connection, self.worker.worker_id, why)
+        self._told_silence = bool(silent_s)
 
     def _when_parts_answer(self, lease: Lease, ask: Callable[[], _T]) -> _T:
         """Wait out an outage of storage or of the signing key while the lease lives: its jobs are not to blame."""

@@ -7,6 +7,7 @@ import signal
 from collections.abc import Generator, Iterator
 from pathlib import Path
 
+import hypothesis
 import pytest
 
 from sdpipeline.prefect_server import own_server
@@ -20,6 +21,12 @@ os.environ.update(
     OMP_NUM_THREADS=os.environ.get("OMP_NUM_THREADS", "2"),
     OMP_WAIT_POLICY="PASSIVE",
 )
+
+# A busy machine is slow now and then, which says nothing about the code.
+hypothesis.settings.register_profile(
+    "sdpipeline", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
+)
+hypothesis.settings.load_profile("sdpipeline")
 
 REQUIRE_ALL = os.environ.get("SDP_TEST_REQUIRE_ALL") == "1"
 

@@ -137,7 +137,7 @@ def status(
                 found = [reports.campaign_id(connection, team=s.team, name=name) for name in names]
                 ids = [each for each in found if each is not None]
             everything = [reports.progress(connection, each) for each in ids]
-            living = reports.live_workers(connection)
+            living = reports.live_workers(connection, lost_after_s=s.lease_ttl_s)
     show_status(everything, as_json=as_json, workers=living)
 
 
@@ -233,12 +233,14 @@ def resume(campaign: CampaignName, *, home: Home = None, as_json: AsJson = False
     _set_status(campaign, "active", home, as_json=as_json)
 
 
+_SEEN = ("leases", "seen_at", "lost_since", "note")
+
+
 def show_status(campaigns: list[Progress], *, as_json: bool, workers: list[dict[str, Any]] | None = None) -> None:
     """The status table, or its JSON form."""
     documents = [progress.document() for progress in campaigns]
     living = [
-        {name: worker[name] for name in ("id", "host", "pid", "device", "status", "leases", "seen_at", "note")}
-        for worker in workers or []
+        {name: worker[name] for name in ("id", "host", "pid", "device", "status", *_SEEN)} for worker in workers or []
     ]
     if as_json:
         print_json({"campaigns": documents} | ({"workers": living} if workers is not None else {}))
@@ -257,6 +259,10 @@ def show_status(campaigns: list[Progress], *, as_json: bool, workers: list[dict[
     if living:
         for worker in living:
             worker["last seen"] = _time(worker["seen_at"])
+            if worker["lost_since"]:
+                worker["note"] = (
+                    f"no heartbeat since {worker['last seen']}: its leases expire, its jobs are leased again"
+                )
         print_records("Workers", ("id", "host", "pid", "device", "status", "leases", "last seen", "note"), living)
 
 

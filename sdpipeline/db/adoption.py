@@ -163,7 +163,8 @@ def _settle(tx: Transaction, campaign_id: int, adopted: Collection[int]) -> None
     reopened = list(tx.connection.execute(select(job.c.id).where(others).order_by(job.c.id)).scalars())
     if reopened:
         tx.record(Event.JOBS_REOPENED, f"campaign:{campaign_id}", jobs=reopened)
-    control.reset(tx.connection, or_(job.c.id.in_(adopted), job.c.id.in_(reopened)))
+    both = or_(job.c.id.in_(adopted), job.c.id.in_(reopened))
+    control.reset(tx.connection, both, campaign_id=campaign_id)
     control.settle(tx, campaign_id=campaign_id)
 
 

@@ -10,9 +10,9 @@ from sdpipeline.db import budgets, registry
 from sdpipeline.db.audit import Event, Transaction
 from sdpipeline.db.connection import now_s
 from sdpipeline.db.locks import have_campaign
-from sdpipeline.db.queue import LEASED, READY, SKIPPED, WAITING, close_empty, descendants, leases_in, skip_descendants
+from sdpipeline.db.queue import LEASED, READY, SKIPPED, WAITING, abandon_in, descendants, skip_descendants
 from sdpipeline.db.staging import POLICY
-from sdpipeline.db.tables import archive, attempt, campaign, image, job, job_parent
+from sdpipeline.db.tables import archive, campaign, image, job, job_parent
 from sdpipeline.errors import BadInputError, Mistake
 
 _DEAD_ENDS = ("failed", "blocked", "skipped", "cancelled")
@@ -34,8 +34,9 @@ def retry(tx: Transaction, *, campaign_id: int, statuses: Collection[str]) -> in
     there = and_(job.c.erased_at.is_(None), ~archived)
     chosen = and_(mine, there, job.c.error_kind.is_distinct_from(POLICY))
     below = descendants(select(job.c.id).where(chosen))
-    skipped = reset(tx.connection, and_(job.c.id.in_(select(below.c.id)), there, job.c.status == "skipped"))
-    ended = reset(tx.connection, chosen)
+    lost = and_(job.c.id.in_(select(below.c.id)), there, job.c.status == "skipped")
+    skipped = reset(tx.connection, lost, campaign_id=campaign_id)
+    ended = reset(tx.connection, chosen, campaign_id=campaign_id)
     if not skipped and not ended:
         return 0
     tx.record(
@@ -51,9 +52,11 @@ def forbidden(connection: Connection, *, campaign_id: int, status: str) -> int:
     return int(connection.execute(select(func.count()).where(mine)).scalar_one())
 
 
-def reset(connection: Connection, chosen: ColumnElement[bool]) -> list[int]:
-    """Back to the start: no attempts, no error, status ``new`` until :func:`settle` decides. Returns their ids."""
-    abandon_attempts(connection, chosen)
+def reset(connection: Connection, chosen: ColumnElement[bool], *, campaign_id: int) -> list[int]:
+    """Back to the start: no attempts, no error, status ``new`` until :func:`settle` decides. Returns their ids.
+
+    A worker that has one of them will find its lease gone.
+    """
     start = {
         "status": "new",
         "attempt": 0,
@@ -64,14 +67,10 @@ def reset(connection: Connection, chosen: ColumnElement[bool]) -> list[int]:
         "error": null(),
         "finished_at": null(),
     }
-    return list(connection.execute(update(job).where(chosen).values(**start).returning(job.c.id)).scalars())
-
-
-def abandon_attempts(connection: Connection, chosen: ColumnElement[bool]) -> None:
-    """What is being made for these jobs will not be recorded."""
-    leased = select(job.c.id).where(chosen, job.c.status == LEASED)
-    still_open = and_(attempt.c.outcome.is_(None), attempt.c.job_id.in_(leased))
-    connection.execute(update(attempt).where(still_open).values(finished_at=now_s(), outcome="abandoned"))
+    ids = list(connection.execute(update(job).where(chosen).values(**start).returning(job.c.id)).scalars())
+    if ids:
+        abandon_in(connection, campaign_id)
+    return ids
 
 
 def settle(tx: Transaction, *, campaign_id: int) -> None:
@@ -118,11 +117,10 @@ def cancel(tx: Transaction, *, campaign_id: int, chosen: ColumnElement[bool] | N
     have_campaign(tx.connection, campaign_id)
     unfinished = or_(job.c.status == WAITING, job.c.status == READY, job.c.status == LEASED)
     mine = and_(job.c.campaign_id == campaign_id, chosen if chosen is not None else unfinished)
-    abandon_attempts(tx.connection, mine)
     ended = {"status": "cancelled", "lease_id": null(), "not_before": null(), "finished_at": now_s()}
     rows = list(tx.connection.execute(update(job).where(mine).values(**ended).returning(job.c.id)).scalars())
-    close_empty(tx.connection, leases_in(tx.connection, campaign_id))
     if rows:
+        abandon_in(tx.connection, campaign_id)
         tx.record(Event.JOBS_CANCELLED, f"campaign:{campaign_id}", jobs=sorted(rows))
     return len(rows)
 

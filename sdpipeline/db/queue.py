@@ -408,9 +408,12 @@ def _parent_images(connection: Connection, job_ids: Collection[int]) -> dict[int
 
 def heartbeat(connection: Connection, lease_ids: Collection[str], *, ttl_s: float) -> frozenset[str]:
     """Extend the leases that are still open, in database time; the others are lost."""
+    # In one order, as every statement that locks several leases: so no two of them deadlock.
+    mine = select(lease.c.id).where(lease.c.id.in_(lease_ids), lease.c.closed_at.is_(None))
+    locked = mine.order_by(lease.c.id).with_for_update().cte("locked")
     statement = (
         update(lease)
-        .where(lease.c.id.in_(lease_ids), lease.c.closed_at.is_(None))
+        .where(lease.c.id.in_(select(locked.c.id)))
         .values(expires_at=now_s() + ttl_s)
         .returning(lease.c.id)
     )
@@ -547,13 +550,15 @@ def fail(
 
 def release(tx: Transaction, *, lease_id: str) -> int:
     """Give a lease's unfinished jobs back as they were: their attempt does not count."""
+    # The campaign's lock first, then the lease's row: cancel and submit take them in this order too.
+    share_campaigns(tx.connection, and_(job.c.lease_id == lease_id, job.c.status == LEASED))
     mine = and_(lease.c.id == lease_id, lease.c.closed_at.is_(None))
     tx.connection.execute(update(lease).where(mine).values(closed_at=now_s()))
     held = _held_jobs(tx.connection, [lease_id])
+    _end_attempts(tx.connection, [lease_id], "released")
     if not held:
         return 0
     _reopen(tx.connection, held, attempt=job.c.attempt - 1)
-    _end_attempts(tx.connection, [lease_id], "released")
     tx.record(Event.LEASE_RELEASED, f"lease:{lease_id}", jobs=[[row.id, row.attempt - 1] for row in held])
     return len(held)
 
@@ -582,14 +587,15 @@ def reap(tx: Transaction, *, lease_ids: Collection[str] | None = None) -> int:
 
 def _close_dead(connection: Connection, lease_ids: Collection[str] | None) -> list[str]:
     dead = lease.c.id.in_(lease_ids) if lease_ids is not None else lease.c.expires_at < now_s()
-    picked = (
-        select(lease.c.id)
-        .where(lease.c.closed_at.is_(None), dead)
-        .order_by(lease.c.expires_at)
-        .limit(MOST_REAPED)
-        .with_for_update(skip_locked=True)
-        .cte("picked")
-    )
+    still_dead = and_(lease.c.closed_at.is_(None), dead)
+    found = select(lease.c.id).where(still_dead).order_by(lease.c.expires_at).limit(MOST_REAPED)
+    candidates = list(connection.execute(found).scalars())
+    if not candidates:
+        return []
+    # The campaign's lock first, then the lease's row: cancel and submit take them in this order too.
+    share_campaigns(connection, and_(job.c.lease_id.in_(candidates), job.c.status == LEASED))
+    mine = select(lease.c.id).where(lease.c.id.in_(candidates), still_dead)
+    picked = mine.order_by(lease.c.id).with_for_update(skip_locked=True).cte("picked")
     close = update(lease).where(lease.c.id.in_(select(picked.c.id))).values(closed_at=now_s()).returning(lease.c.id)
     return list(connection.execute(close).scalars())
 
@@ -692,24 +698,34 @@ def descendants(of: Collection[int] | Select[int]) -> CTE:
     return below.union(deeper)
 
 
-def leases_of(connection: Connection, chosen: ColumnElement[bool]) -> list[str]:
-    """The leases under which the chosen jobs are being made."""
-    held = select(job.c.lease_id).where(chosen, job.c.status == LEASED).distinct()
-    return [lease_id for lease_id in connection.execute(held).scalars() if lease_id is not None]
+def abandon(connection: Connection, groups: Select[int]) -> None:
+    """End the attempts of these groups whose job was taken from its lease, and close the leases left without a job.
 
-
-def close_empty(connection: Connection, lease_ids: Collection[str]) -> None:
-    """Close those leases that hold no job any more: their worker hears of it before its next forward pass."""
+    Call it after the update of the jobs, never before: a lease that commits while that update waits for its rows is
+    not in the snapshot of any earlier statement. A worker whose lease was closed skips its next forward pass.
+    """
+    leases = select(lease.c.id).where(lease.c.closed_at.is_(None), lease.c.group_id.in_(groups))
+    lease_ids = list(connection.execute(leases).scalars())
+    if not lease_ids:
+        return
+    lost = and_(attempt.c.lease_id.in_(lease_ids), ~held_by_lease())
+    ended = {"finished_at": now_s(), "outcome": "abandoned"}
+    connection.execute(update(attempt).where(attempt.c.outcome.is_(None), lost).values(**ended))
     holding = select(job.c.lease_id).where(job.c.lease_id.in_(lease_ids), job.c.status == LEASED)
     empty = and_(lease.c.id.in_(lease_ids), lease.c.closed_at.is_(None), lease.c.id.not_in(holding))
-    connection.execute(update(lease).where(empty).values(closed_at=now_s()))
+    locked = select(lease.c.id).where(empty).order_by(lease.c.id).with_for_update().cte("locked")
+    connection.execute(update(lease).where(lease.c.id.in_(select(locked.c.id))).values(closed_at=now_s()))
 
 
-def leases_in(connection: Connection, campaign_id: int) -> list[str]:
-    """Every open lease on a campaign's jobs, one included that was taken while the caller waited for those jobs."""
-    groups = select(work_group.c.id).where(work_group.c.campaign_id == campaign_id)
-    held = select(lease.c.id).where(lease.c.closed_at.is_(None), lease.c.group_id.in_(groups))
-    return list(connection.execute(held).scalars())
+def abandon_in(connection: Connection, campaign_id: int) -> None:
+    """As :func:`abandon`, for all groups of a campaign."""
+    abandon(connection, select(work_group.c.id).where(work_group.c.campaign_id == campaign_id))
+
+
+def held_by_lease() -> ColumnElement[bool]:
+    """The job of an attempt is leased under the attempt's lease."""
+    same = (job.c.id == attempt.c.job_id, job.c.lease_id == attempt.c.lease_id)
+    return exists().where(*same, job.c.status == LEASED).correlate(attempt)
 
 
 def open_leases(connection: Connection, worker_ids: Collection[str]) -> list[str]:

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
-from sqlalchemy import Connection, Select, and_, case, delete, exists, func, or_, select, tuple_
+from sqlalchemy import Connection, Select, and_, case, delete, exists, func, or_, select, tuple_, update
 
 from sdpipeline.db import control, queue
 from sdpipeline.db.audit import Event, Transaction
 from sdpipeline.db.connection import now_s
 from sdpipeline.db.locks import have_campaign
-from sdpipeline.db.queue import LEASED, MOST_REAPED, close_empty, descendants, leases_of
+from sdpipeline.db.queue import LEASED, MOST_REAPED, descendants, held_by_lease
 from sdpipeline.db.tables import attempt, campaign, found_picture, image, job, lease, worker
 from sdpipeline.domain import Json
 
@@ -128,6 +128,22 @@ def stranded(connection: Connection) -> list[int]:
     return _ids(connection, select(job.c.id).join(lease, lease.c.id == job.c.lease_id).where(held))
 
 
+def open_attempts(connection: Connection) -> list[tuple[int, str]]:
+    """(job, lease) of attempts that a release before this one left open when their job was taken from its lease."""
+    lost = and_(attempt.c.outcome.is_(None), ~held_by_lease())
+    statement = select(attempt.c.job_id, attempt.c.lease_id).where(lost).order_by(attempt.c.job_id, attempt.c.lease_id)
+    return [(job_id, lease_id) for job_id, lease_id in connection.execute(statement)]
+
+
+def end_attempts(tx: Transaction) -> None:
+    """End the attempts that :func:`open_attempts` finds as abandoned."""
+    attempts = open_attempts(tx.connection)
+    for start in range(0, len(attempts), PAGE):
+        these = tuple_(attempt.c.job_id, attempt.c.lease_id).in_(attempts[start : start + PAGE])
+        lost = and_(these, attempt.c.outcome.is_(None), ~held_by_lease())
+        tx.connection.execute(update(attempt).where(lost).values(finished_at=now_s(), outcome="abandoned"))
+
+
 def forget(tx: Transaction, lost: Json, *, because: str) -> bool:
     """Take back the row of a picture that storage does not have as recorded; False if it is another one by now."""
     mine = and_(image.c.job_id == lost["job_id"], image.c.fingerprint == lost["fingerprint"])
@@ -156,9 +172,7 @@ def reopen(tx: Transaction, job_ids: Collection[int]) -> list[int]:
         below = descendants(ids)
         unmade = and_(job.c.id.in_(select(below.c.id)), job.c.status.in_(("waiting", "ready", "leased")))
         ids = _ids(tx.connection, select(job.c.id).where(or_(job.c.id.in_(ids), unmade)))
-        held = leases_of(tx.connection, job.c.id.in_(ids))
-        control.reset(tx.connection, job.c.id.in_(ids))
-        close_empty(tx.connection, held)
+        control.reset(tx.connection, job.c.id.in_(ids), campaign_id=campaign_id)
         tx.record(Event.JOBS_REOPENED, f"campaign:{campaign_id}", jobs=ids)
         control.settle(tx, campaign_id=campaign_id)
         opened += ids

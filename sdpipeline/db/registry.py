@@ -12,8 +12,8 @@ from sqlalchemy import ColumnElement, Connection, Select, and_, null, or_, selec
 from sdpipeline.db.audit import Event, Transaction
 from sdpipeline.db.connection import insert_ignoring, now_s
 from sdpipeline.db.locks import have_campaigns
-from sdpipeline.db.queue import close_empty, leases_of, skip_descendants
-from sdpipeline.db.tables import attempt, checkpoint, group_checkpoint, job, work_group
+from sdpipeline.db.queue import abandon, skip_descendants
+from sdpipeline.db.tables import checkpoint, group_checkpoint, job, work_group
 from sdpipeline.domain import Json
 from sdpipeline.engine.checkpoints import CheckpointFiles
 
@@ -109,14 +109,12 @@ def block_published(tx: Transaction, *, campaign_id: int, version_id: int) -> No
 def block(connection: Connection, chosen: ColumnElement[bool]) -> list[int]:
     """Block those of the chosen jobs that need revoked weights; a worker that has one will find its lease gone."""
     mine = (chosen, job.c.group_id.in_(_revoked_groups()))
-    held = leases_of(connection, and_(*mine))
-    still_open = (attempt.c.outcome.is_(None), attempt.c.job_id.in_(select(job.c.id).where(*mine)))
-    connection.execute(update(attempt).where(*still_open).values(finished_at=now_s(), outcome="abandoned"))
     ended = {"status": "blocked", "lease_id": null(), "not_before": null(), "finished_at": now_s()}
     why = {"error_kind": REVOKED, "error": "a checkpoint it needs was revoked: see sdpipeline checkpoints list"}
     statement = update(job).where(*mine).values(**ended, **why).returning(job.c.id)
     blocked = list(connection.execute(statement).scalars())
-    close_empty(connection, held)
+    if blocked:
+        abandon(connection, _revoked_groups())
     return blocked
 
 

@@ -9,6 +9,7 @@ from typing import Any
 from sqlalchemy import Connection, and_, case, exists, func, select
 
 from sdpipeline.db import budgets
+from sdpipeline.db.connection import now_s
 from sdpipeline.db.tables import (
     attempt,
     audit_event,
@@ -24,6 +25,9 @@ from sdpipeline.db.tables import (
     worker,
 )
 from sdpipeline.domain import Json, Status
+
+LOST_AFTER_S = 60.0
+LOST_SHOWN_S = 24 * 3600.0
 
 _UNFINISHED = ("waiting", "ready", "leased")
 _OWN_IMAGE = and_(image.c.job_id == job.c.id, image.c.fingerprint == job.c.fingerprint)
@@ -310,17 +314,21 @@ def checkpoints_of(connection: Connection, campaign_id: int) -> list[str]:
     return list(connection.execute(aliases).scalars())
 
 
-def live_workers(connection: Connection) -> list[Json]:
-    """Workers that have not said goodbye: whether they work or paused themselves, and the leases they hold."""
-    held = (
-        select(func.count())
-        .where(lease.c.worker_id == worker.c.id, lease.c.closed_at.is_(None))
-        .correlate(worker)
-        .scalar_subquery()
-    )
-    status = case((worker.c.paused_at.is_not(None), "paused"), else_="working").label("status")
-    living = select(worker, status, held.label("leases")).where(worker.c.stopped_at.is_(None))
-    statement = living.order_by(worker.c.started_at)
+def live_workers(connection: Connection, *, lost_after_s: float = LOST_AFTER_S) -> list[Json]:
+    """Workers that did not stop in order: ``working``, ``paused`` by themselves, or ``lost``; with their open leases.
+
+    A lost worker has sent no heartbeat for ``lost_after_s``, and its leases expired: it was killed, is frozen, or
+    cannot reach the database. Workers lost more than a day ago are left out.
+    """
+    held = select(func.count()).where(lease.c.worker_id == worker.c.id, lease.c.closed_at.is_(None)).correlate(worker)
+    alive = exists().where(lease.c.worker_id == worker.c.id, lease.c.closed_at.is_(None), lease.c.expires_at >= now_s())
+    # Its own lease time may be longer than that of whoever asks.
+    lost = and_(worker.c.seen_at < now_s() - lost_after_s, ~alive)
+    status = case((lost, "lost"), (worker.c.paused_at.is_not(None), "paused"), else_="working").label("status")
+    lost_since = case((lost, worker.c.seen_at)).label("lost_since")
+    recent = worker.c.seen_at >= now_s() - LOST_SHOWN_S
+    columns = (worker, status, lost_since, held.scalar_subquery().label("leases"))
+    statement = select(*columns).where(worker.c.stopped_at.is_(None), recent).order_by(worker.c.started_at)
     return [dict(row) for row in connection.execute(statement).mappings()]
 
 

@@ -29,7 +29,7 @@ from sdpipeline.db import adoption, budgets, control, registry
 from sdpipeline.db.audit import Event, Transaction
 from sdpipeline.db.connection import insert_ignoring, now_s
 from sdpipeline.db.locks import have_campaign
-from sdpipeline.db.queue import close_empty, leases_in, skip_descendants
+from sdpipeline.db.queue import abandon_in, skip_descendants
 from sdpipeline.db.staging import (
     POLICY,
     Group,
@@ -232,7 +232,7 @@ def _change(tx: Transaction, campaign_id: int, version_id: int) -> int:
     """Jobs whose pixels would differ now, and cancelled ones that are wanted again, start anew."""
     connection = tx.connection
     differ = select(known.c.id).where(~known.c.same)
-    ids = control.reset(connection, job.c.id.in_(differ))
+    ids = control.reset(connection, job.c.id.in_(differ), campaign_id=campaign_id)
     if not ids:
         return 0
     tx.record(Event.JOBS_CHANGED, f"campaign:{campaign_id}", jobs=sorted(ids))
@@ -287,12 +287,11 @@ def _to_block() -> ColumnElement[bool]:
 
 def _block_known(connection: Connection, campaign_id: int) -> None:
     chosen = _to_block()
-    control.abandon_attempts(connection, chosen)
     these = and_(job.c.id == known.c.id, incoming.c.identity == known.c.identity, chosen)
     why = {"error_kind": incoming.c.error_kind, "error": incoming.c.error}
     ended = {"status": "blocked", "lease_id": null(), "not_before": null(), "finished_at": now_s()}
     connection.execute(update(job).where(these).values(**ended, **why))
-    close_empty(connection, leases_in(connection, campaign_id))
+    abandon_in(connection, campaign_id)
 
 
 def _tell_blocked(tx: Transaction, campaign_id: int) -> None:

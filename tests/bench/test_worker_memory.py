@@ -1,4 +1,4 @@
-"""A worker's memory after twenty thousand jobs, against that after its first thousand."""
+"""Memory of a worker and its delivery process after five thousand pictures, against that after the first of them."""
 
 from __future__ import annotations
 
@@ -9,50 +9,54 @@ from typing import Any
 import psutil
 import pytest
 
-from sdpipeline.db.audit import AuditLog
-from sdpipeline.db.connection import open_database
-from sdpipeline.db.migrate import upgrade
+from sdpipeline import bootstrap
 from sdpipeline.engine.fake import FakeEngine
-from sdpipeline.storage import LocalStore
-from sdpipeline.worker import Worker, WorkerLimits
-from tests.factories import chains, published, signing_key
+from tests.factories import chains, published
 from tests.integration.databases import processes
 
 pytestmark = [pytest.mark.bench, pytest.mark.timeout(3600)]
 
-JOBS = int(os.environ.get("SDP_TEST_BENCH_JOBS", "20000"))
+JOBS = int(os.environ.get("SDP_TEST_BENCH_JOBS", "5000"))
 FIRST = JOBS // 20
 MOST_GROWTH = 0.05
 
 
-def _work(answers: Any, url: str, folder: Path) -> None:
-    database, me = open_database(url), psutil.Process()
-    done = 0
-    resident = dict[int, float]()
+def _work(answers: Any, home: Path) -> None:
+    s, me = bootstrap.load_settings(home), psutil.Process()
+    key, done = bootstrap.picture_key(s), 0
+    resident = dict[int, dict[str, float]]()
 
     def on_progress(ended: int) -> None:
         nonlocal done
         done += ended
         if done % FIRST == 0:
-            resident[done] = me.memory_info().rss / 2**20
+            (delivery,) = me.children()
+            both = {"worker": me, "delivery": delivery}
+            resident[done] = {name: process.memory_info().rss / 2**20 for name, process in both.items()}
 
-    limits = WorkerLimits(max_batch=8, lease_ttl_s=60.0, max_pixels=10_000_000)
-    worker = Worker("bench", AuditLog(database, actor="bench"), LocalStore(folder), FakeEngine(), limits, signing_key())
-    worker.run(on_progress=on_progress)
-    database.close()
+    with (
+        bootstrap.services(s) as have,
+        bootstrap.delivery_process(s, key, have.database, s.storage) as (worker_id, deliverer),
+    ):
+        worker = bootstrap.make_worker(
+            s, have.database, have.store, FakeEngine(), key, worker_id=worker_id, deliverer=deliverer
+        )
+        with bootstrap.registered(s, worker, "cpu"):
+            worker.run(on_progress=on_progress)
     answers.put(resident)
 
 
-def test_a_worker_needs_no_more_memory_after_twenty_thousand_jobs(tmp_path: Path) -> None:
-    url = f"sqlite:///{tmp_path / 'queue.db'}"
-    database = open_database(url)
-    upgrade(database)
-    published(AuditLog(database, actor="bench"), chains(JOBS))
-    database.close()
+def test_neither_a_worker_nor_its_delivery_process_needs_more_memory_after_five_thousand_pictures(
+    tmp_path: Path,
+) -> None:
+    with bootstrap.services(bootstrap.load_settings(tmp_path)) as have:
+        published(have.audit, chains(JOBS))
     answers: Any = processes.SimpleQueue()
-    child = processes.Process(target=_work, args=(answers, url, tmp_path / "storage"))
+    child = processes.Process(target=_work, args=(answers, tmp_path))
     child.start()
-    resident: dict[int, float] = answers.get()
+    resident: dict[int, dict[str, float]] = answers.get()
     child.join()
-    print(", ".join(f"{done:,}: {mib:.1f} MiB" for done, mib in resident.items()))
-    assert resident[JOBS] <= (1 + MOST_GROWTH) * resident[FIRST]
+    for name in ("worker", "delivery"):
+        print(name, ", ".join(f"{done:,}: {mib[name]:.1f} MiB" for done, mib in resident.items()))
+    for name in ("worker", "delivery"):
+        assert resident[JOBS][name] <= (1 + MOST_GROWTH) * resident[FIRST][name], name

@@ -8,10 +8,14 @@ import signal
 import time
 from collections import Counter
 from collections.abc import Mapping
+from contextlib import suppress
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 
+import psutil
+
 from sdpipeline.db.connection import Database
+from sdpipeline.delivery_process import LAST_WORDS_S, LEAST_SILENCE_S, SERVER
 from sdpipeline.domain import TERMINAL
 from tests.chaos import worker_process
 from tests.factories import statuses
@@ -21,12 +25,15 @@ WORKERS = 3
 LEASE_TTL_S = 1.0
 MAX_ATTEMPTS = 20
 PATIENCE_S = 300.0
+DELIVERY_SHARE = 0.6
+DELIVERY_TICK_S = (0.5, 3.5)
 TICK_S = (0.2, 0.8)
 
 
 class Crew:
     """Workers in ``home``; ``settings`` go to each. ``outages`` says that database and storage may be away when one
-    begins or ends: it leaves then, and is replaced."""
+    begins or ends: it leaves then, and is replaced. With ``delivery`` each has a real delivery process, which is killed
+    and frozen alone too."""
 
     def __init__(
         self,
@@ -37,6 +44,7 @@ class Crew:
         workers: int = WORKERS,
         fencing: bool = True,
         outages: bool = False,
+        delivery: bool = False,
         settings: Mapping[str, str] | None = None,
     ) -> None:
         home.mkdir(parents=True, exist_ok=True)
@@ -54,8 +62,9 @@ class Crew:
         self.home = home
         self.random = random.Random(seed)
         self.fencing = fencing
-        self.good_ends = {0, -signal.SIGKILL} | ({os.EX_TEMPFAIL} if outages else set())
-        self.kills = self.freezes = 0
+        self.delivery = delivery
+        self.good_ends = {0, -signal.SIGKILL} | ({os.EX_TEMPFAIL} if outages or delivery else set())
+        self.kills = self.freezes = self.delivery_kills = self.delivery_freezes = 0
         self.crashes: list[str] = []
         self.frozen: dict[int, float] = {}
         self.workers = [self._start() for _ in range(workers)]
@@ -65,16 +74,20 @@ class Crew:
         """Finished pictures that the database refused, because their lease was lost meanwhile."""
         return sum(log.read_text().count("lease_lost") for log in self.home.glob("worker-*.log"))
 
-    def torment(self, seconds: float, *, kill_share: float = 0.5) -> None:
-        """Kill or freeze somebody about twice a second."""
+    def torment(self, seconds: float, *, kill_share: float = 0.5, tick_s: tuple[float, float] | None = None) -> None:
+        """Kill or freeze somebody about twice a second, or less often where a delivery process has to start."""
+        tick_s = tick_s or (DELIVERY_TICK_S if self.delivery else TICK_S)
         ends = time.monotonic() + seconds
         while time.monotonic() < ends:
-            time.sleep(self.random.uniform(*TICK_S))
+            time.sleep(self.random.uniform(*tick_s))
             self._thaw()
             self._replace()
             standing = [worker for worker in self.workers if worker.is_alive() and worker.pid not in self.frozen]
-            if standing:
-                self._strike(self.random.choice(standing), kill=self.random.random() < kill_share)
+            kill = self.random.random() < kill_share
+            if self.delivery and self.random.random() < DELIVERY_SHARE:
+                self._strike_delivery(kill=kill)
+            elif standing:
+                self._strike(self.random.choice(standing), kill=kill)
         while self.frozen:
             time.sleep(0.05)
             self._thaw()
@@ -99,7 +112,37 @@ class Crew:
             self._note(worker)
 
     def _start(self) -> ForkServerProcess:
-        return worker_process.start(self.environment, fencing=self.fencing)
+        return worker_process.start(self.environment, fencing=self.fencing, delivery=self.delivery)
+
+    def delivery_processes(self) -> list[psutil.Process]:
+        """Those of this crew that exist, whoever started them and whether that still lives."""
+        found = []
+        for process in psutil.process_iter(["cmdline", "status"]):
+            if SERVER in (process.info["cmdline"] or ()) and process.info["status"] != psutil.STATUS_ZOMBIE:
+                with suppress(psutil.NoSuchProcess):
+                    found += [process] if process.environ().get("SDP_HOME") == str(self.home) else []
+        return found
+
+    def left(self) -> list[int]:
+        """Delivery processes that outlived their workers; the last ones get a moment to be gone."""
+        ends = time.monotonic() + LAST_WORDS_S + 1.0
+        while (found := self.delivery_processes()) and time.monotonic() < ends:
+            time.sleep(0.1)
+        return [process.pid for process in found]
+
+    def _strike_delivery(self, *, kill: bool) -> None:
+        standing = [process for process in self.delivery_processes() if process.pid not in self.frozen]
+        if not standing:
+            return
+        victim = self.random.choice(standing).pid
+        if not _send(victim, signal.SIGKILL if kill else signal.SIGSTOP):
+            return
+        if kill:
+            self.delivery_kills += 1
+        else:
+            self.delivery_freezes += 1
+            # Some are replaced before that, the others go on and are fenced.
+            self.frozen[victim] = time.monotonic() + self.random.uniform(1.3 * LEASE_TTL_S, 2 * LEAST_SILENCE_S)
 
     def _strike(self, victim: ForkServerProcess, *, kill: bool) -> None:
         assert victim.pid is not None

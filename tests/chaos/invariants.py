@@ -11,6 +11,7 @@ from sqlalchemy import func, select
 
 from sdpipeline.audit import SealKey, seal, verify
 from sdpipeline.db.connection import Database
+from sdpipeline.db.reconcile import open_attempts
 from sdpipeline.db.tables import image, job
 from sdpipeline.domain import TERMINAL
 from sdpipeline.storage import ObjectStore
@@ -29,12 +30,19 @@ class Orphans:
 def violations(database: Database, store: ObjectStore, key: SealKey, *, max_attempts: int = MAX_ATTEMPTS) -> list[str]:
     """Everything that is not as it must be; the audit log is sealed, so that its seals are looked at too.
 
-    Every job has succeeded, for nothing in these campaigns can fail by itself.
+    Every job has succeeded, for nothing in these campaigns can fail by itself. A job that was changed has a picture for
+    each fingerprint that it was made with.
     """
-    told = Counter(event["subject"] for event in events(database) if event["event"] == "job.succeeded")
+    told = dict[str, Counter[str]]()
+    for event in events(database):
+        if event["event"] == "job.succeeded":
+            told.setdefault(event["subject"], Counter())[event["fingerprint"]] += 1
     jobs = _jobs(database)
-    found = [wrong for row in jobs for wrong in _wrong(row, told.pop(f"job:{row.id}", 0), max_attempts)]
+    found = [wrong for row in jobs for wrong in _wrong(row, told.pop(f"job:{row.id}", Counter()), max_attempts)]
     found += [f"{subject} succeeded in the audit log alone" for subject in told]
+    with database.read() as connection:
+        left_open = open_attempts(connection)
+    found += [f"job {job_id} has an open attempt under lease {lease_id}" for job_id, lease_id in left_open]
     # Chains without a gap, seals, job rows against events, and the bytes of every picture and sidecar.
     seal(database, store, key)
     return found + [f"{fault.kind} {fault.subject}: {fault.detail}" for fault in verify(database, store, key).faults]
@@ -42,21 +50,24 @@ def violations(database: Database, store: ObjectStore, key: SealKey, *, max_atte
 
 def _jobs(database: Database) -> list[Any]:
     """Every job with how many pictures it has."""
-    pictures = select(func.count()).where(image.c.job_id == job.c.id).correlate(job).scalar_subquery()
-    columns = (job.c.id, job.c.status, job.c.attempt, job.c.lease_id, job.c.error, pictures.label("pictures"))
+    pictures_of_job = select(func.count()).where(image.c.job_id == job.c.id).correlate(job)
+    own = pictures_of_job.where(image.c.fingerprint == job.c.fingerprint).scalar_subquery().label("own")
+    names = ("id", "status", "attempt", "lease_id", "error", "fingerprint")
+    columns = (*(job.c[name] for name in names), pictures_of_job.scalar_subquery().label("pictures"), own)
     with database.read() as connection:
         return list(connection.execute(select(*columns).order_by(job.c.id)).all())
 
 
-def _wrong(row: Any, told: int, max_attempts: int) -> Iterator[str]:
+def _wrong(row: Any, told: Counter[str], max_attempts: int) -> Iterator[str]:
     if row.status not in TERMINAL:
         yield f"job {row.id} is {row.status}"
     elif row.status != "succeeded":
         yield f"job {row.id} is {row.status}: {row.error}"
-    if row.pictures != 1:
-        yield f"job {row.id} has {row.pictures} pictures"
-    if told != 1:
-        yield f"job {row.id} succeeded {told} times in the audit log"
+    if row.own != 1 or row.pictures != max(1, len(told)):
+        yield f"job {row.id} has {row.pictures} pictures, {row.own} of them its present one"
+    for fingerprint in {row.fingerprint, *told}:
+        if told[fingerprint] != 1:
+            yield f"job {row.id} succeeded {told[fingerprint]} times in the audit log"
     if not 1 <= row.attempt <= max_attempts:
         yield f"job {row.id} made {row.attempt} attempts"
     if row.lease_id is not None:

@@ -28,7 +28,7 @@ from tests.chaos.crew import Crew
 from tests.chaos.disk import Disk, small_disk
 from tests.chaos.invariants import orphans, violations
 from tests.chaos.postgres import PostgresServer
-from tests.chaos.weather import at_random, recurring, s3_settings, supply
+from tests.chaos.weather import at_random, people, recurring, reopen_all, s3_settings, supply
 from tests.factories import statuses
 from tests.integration.commands import FAKE_ENGINE
 from tests.integration.conftest import Bucket
@@ -38,11 +38,12 @@ pytestmark = [pytest.mark.chaos, pytest.mark.timeout(0)]
 
 SOAK_S = float(os.environ.get("SDP_TEST_SOAK_S", "60"))
 SEEDS = range(5)
-WORKERS = 5
+WORKERS = 3
 KILL_SHARE = 0.75
-LEAST_KILLS_A_MINUTE = 50
+LEAST_KILLS_A_MINUTE = 10
 FAULT_SHARE = 0.03
 CHAINS_AT_ONCE = 40
+PEOPLE_PAUSE_S = (0.3, 1.5)
 OUTAGE_PAUSE_S = (8.0, 12.0)
 SLOWER = {FAKE_ENGINE: "0.2"}
 """So that many die in the middle of a batch."""
@@ -65,6 +66,9 @@ class Soaked:
     done_in_the_storm: int
     kills: int
     freezes: int
+    delivery_kills: int
+    delivery_freezes: int
+    by_people: int
     database_restarts: int | str
     s3_faults: int | str
     full_disks: int | str
@@ -125,13 +129,16 @@ class Soak:
 
     def run(self, crew: Callable[..., Crew], calm: Callable[[], object] = lambda: None) -> None:
         """Torment the crew, then ``calm`` whatever else fails and let it finish."""
-        submit = supply(AuditLog(self.database, actor="user:soak"), chains_at_once=CHAINS_AT_ONCE)
+        audit, chance = AuditLog(self.database, actor="user:soak"), random.Random(self.seed)
+        submit = supply(audit, chains_at_once=CHAINS_AT_ONCE)
+        meddle = people(AuditLog(self.database, actor="user:people"), chance, chains_at_once=CHAINS_AT_ONCE)
         submit()
         started = time.monotonic()
-        self.crew = crew(workers=WORKERS, outages=True)
+        self.crew = crew(workers=WORKERS, outages=True, delivery=True)
         try:
             with ExitStack() as stack:
                 stack.enter_context(recurring(submit, random.Random(self.seed), (0.5, 0.5)))
+                by_people = stack.enter_context(recurring(meddle, chance, PEOPLE_PAUSE_S))
                 counts = [
                     stack.enter_context(recurring(act, random.Random(self.seed + number), pause_s))
                     for number, (act, pause_s) in enumerate(self.outages, 1)
@@ -139,9 +146,12 @@ class Soak:
                 self.crew.torment(SOAK_S, kill_share=KILL_SHARE)
             self.done = statuses(self.database).count("succeeded")
             calm()
+            reopen_all(audit)
             self.crew.finish(self.database)
         finally:
             self.crew.stop()
+        self.left = self.crew.left()
+        self.by_people = by_people[0]
         self.outage_counts = [count[0] for count in counts]
         self.seconds = time.monotonic() - started
         self.violations = violations(self.database, self.store, load_key(self.home / "seal.pem", create=True))
@@ -159,6 +169,9 @@ class Soak:
             done_in_the_storm=self.done,
             kills=self.crew.kills,
             freezes=self.crew.freezes,
+            delivery_kills=self.crew.delivery_kills,
+            delivery_freezes=self.crew.delivery_freezes,
+            by_people=self.by_people,
             fenced=self.crew.fenced,
             wasted_pictures=left.pictures,
             orphans=left.pictures + left.sidecars,
@@ -172,9 +185,11 @@ class Soak:
         """Nothing was violated, nobody crashed for a reason of its own, and there was enough of everything."""
         self.database.close()
         assert self.violations == []
-        assert self.crew.crashes == []
-        assert self.crew.kills >= LEAST_KILLS_A_MINUTE * SOAK_S / 60
+        assert (self.crew.crashes, self.left) == ([], [])
+        assert self.crew.kills + self.crew.delivery_kills >= LEAST_KILLS_A_MINUTE * SOAK_S / 60
+        assert self.crew.delivery_freezes
         assert all(self.outage_counts)
+        assert self.done, "the storm left no time to make a picture"
 
 
 def _full_for(disk: Disk, seconds: float) -> None:
@@ -200,10 +215,12 @@ INTRODUCTION = f"""\
 # What a soak found
 
 `make soak` wrote this. Each line is one campaign after another for {SOAK_S:.0f} seconds on {WORKERS} workers with
-leases of one second, then the rest of the work in peace: workers killed and frozen beyond their leases, the database
-stopped as by a power cut and restarted, {FAULT_SHARE:.0%} of the requests to S3 failing in any of six ways, the disk
-full for a second at a time. `seconds` counts both parts. `fenced` pictures were finished by a worker that had lost its
+leases of one second, then the rest of the work in peace: workers and their delivery processes killed and frozen beyond
+their leases, the database stopped as by a power cut and restarted, {FAULT_SHARE:.0%} of the requests to S3 failing in
+any of six ways, the disk full for a second at a time, and people who cancel, retry, change, prune, pause and resume
+campaigns (`by people`). `seconds` counts both parts. `fenced` pictures were finished by a worker that had lost its
 lease, and were refused; `wasted pictures` are all that were stored and never recorded, `orphans` those and sidecars. A
-violation is a job that did not succeed, or has not exactly one picture and one event of its success, an object that is
-missing or altered, or a fault in chains or seals.
+violation is a job that did not succeed, or has not exactly one picture and one event of its success for each request it
+was made for, an attempt that is open although its job is not leased, an object that is missing or altered, or a fault
+in chains or seals.
 """

@@ -12,7 +12,7 @@ from sqlalchemy import ColumnElement, Connection, delete, insert, select, update
 from sdpipeline.audit import load_key
 from sdpipeline.db.audit import AuditLog
 from sdpipeline.db.connection import Database
-from sdpipeline.db.tables import audit_event, image, job
+from sdpipeline.db.tables import attempt, audit_event, image, job
 from sdpipeline.storage import LocalStore
 from tests.chaos.invariants import Orphans, orphans, violations
 from tests.factories import chains, completed, leased, published
@@ -51,6 +51,7 @@ def _an_event_twice(connection: Connection) -> None:
         (_lost_event(audit_event.c.subject == "job:1"), "job 1 succeeded 0 times"),
         (_an_event_twice, "job 1 succeeded 2 times"),
         (_lost_event(audit_event.c.seq == 1), "event-missing"),
+        (lambda c: c.execute(update(attempt).values(outcome=None)), "job 1 has an open attempt"),
     ],
 )
 def test_what_the_database_has_wrong_is_seen(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+import time
 from pathlib import Path
 
 import pytest
@@ -10,9 +12,10 @@ from sdpipeline.audit import load_key
 from sdpipeline.db.audit import AuditLog
 from sdpipeline.db.connection import Database
 from sdpipeline.storage import LocalStore
-from tests.chaos.crew import MAX_ATTEMPTS, Crew
+from tests.chaos.crew import MAX_ATTEMPTS, TICK_S, Crew
 from tests.chaos.invariants import violations
-from tests.factories import chains, published
+from tests.chaos.weather import people, recurring, reopen_all
+from tests.factories import chains, published, statuses
 from tests.integration.databases import on_postgresql
 
 pytestmark = [pytest.mark.chaos, pytest.mark.timeout(0)]
@@ -47,6 +50,30 @@ def test_nothing_is_lost_and_nothing_made_twice(
     assert found == []
     assert crew.crashes == []
     assert crew.kills + crew.freezes >= CHAOS_S / 2
+
+
+@on_postgresql
+def test_nothing_is_lost_while_delivery_dies_alone_and_people_change_their_minds(
+    audit: AuditLog, database: Database, database_url: str, home: Path
+) -> None:
+    for name in ("spring", "autumn"):
+        published(audit, chains(20, "draft", "scene"), name=name, max_attempts=MAX_ATTEMPTS)
+    crew = Crew(home, database_url, 0, workers=2, delivery=True, settings={"SDP_ENGINE__MAX_BATCH": "4"})
+    chance = random.Random(0)
+    try:
+        while "succeeded" not in statuses(database):  # a delivery process takes a while to start
+            time.sleep(0.05)
+        with recurring(people(audit, chance, chains_at_once=20), chance, (0.1, 0.5)):
+            crew.torment(2 * CHAOS_S, tick_s=TICK_S)
+        reopen_all(audit)
+        crew.finish(database)
+    finally:
+        crew.stop()
+    print(f"{crew.delivery_kills} kills and {crew.delivery_freezes} freezes of delivery alone")
+    key = load_key(home / "seal.pem", create=True)
+    assert violations(database, LocalStore(home / "storage"), key) == []
+    assert (crew.crashes, crew.left()) == ([], [])
+    assert crew.delivery_kills + crew.delivery_freezes
 
 
 @on_postgresql

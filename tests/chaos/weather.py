@@ -12,8 +12,9 @@ from contextlib import contextmanager, suppress
 
 from sqlalchemy import func, select
 
+from sdpipeline.db import control
 from sdpipeline.db.audit import AuditLog
-from sdpipeline.db.tables import job
+from sdpipeline.db.tables import campaign, job
 from sdpipeline.domain import TERMINAL
 from sdpipeline.errors import DatabaseUnavailableError
 from tests.chaos.crew import MAX_ATTEMPTS
@@ -21,6 +22,7 @@ from tests.factories import chains, published
 from tests.integration.conftest import CREDENTIALS, Bucket
 from tests.integration.fault_proxy import Choose, Fault, FaultProxy
 
+UNLUCKY = ("failed", "blocked", "skipped", "cancelled")
 PASSING = (
     Fault.SLOW_DOWN,
     Fault.INTERNAL_ERROR,
@@ -80,6 +82,49 @@ def supply(audit: AuditLog, *, chains_at_once: int) -> Callable[[], None]:
             published(audit, asked, name=f"campaign-{number}", max_attempts=MAX_ATTEMPTS)
 
     return submit
+
+
+def people(audit: AuditLog, chance: random.Random, *, chains_at_once: int) -> Callable[[], None]:
+    """Cancel, retry, change, prune, pause or resume a campaign, while workers lease its jobs."""
+
+    def resubmit(name: str, count: int, *, prune: bool) -> None:
+        asked = chains(count, "draft", "scene", guidance_scale=1.0 + chance.randrange(4))
+        published(audit, asked, name=name, prune=prune, max_attempts=MAX_ATTEMPTS)
+
+    def act() -> None:
+        with suppress(DatabaseUnavailableError):
+            campaigns = _campaigns(audit)
+            if not campaigns:
+                return
+            campaign_id, name = chance.choice(campaigns)
+            what = chance.choice(("cancel", "retry", "change", "prune", "pause", "resume", "resume"))
+            if what in {"change", "prune"}:
+                count = chains_at_once // 2 if what == "prune" else chains_at_once
+                resubmit(name, count, prune=what == "prune")
+                return
+            with audit.transaction() as tx:
+                if what == "cancel":
+                    control.cancel(tx, campaign_id=campaign_id)
+                elif what == "retry":
+                    control.retry(tx, campaign_id=campaign_id, statuses=UNLUCKY)
+                else:
+                    status = "paused" if what == "pause" else "active"
+                    control.set_campaign_status(tx, campaign_id=campaign_id, status=status)
+
+    return act
+
+
+def reopen_all(audit: AuditLog) -> None:
+    """Resume every campaign, and retry whatever did not succeed: nothing in these campaigns can fail by itself."""
+    for campaign_id, _ in _campaigns(audit):
+        with audit.transaction() as tx:
+            control.set_campaign_status(tx, campaign_id=campaign_id, status="active")
+            control.retry(tx, campaign_id=campaign_id, statuses=UNLUCKY)
+
+
+def _campaigns(audit: AuditLog) -> list[tuple[int, str]]:
+    with audit.database.read() as connection:
+        return [(row.id, row.name) for row in connection.execute(select(campaign.c.id, campaign.c.name))]
 
 
 def _unfinished(audit: AuditLog) -> int:

@@ -17,7 +17,8 @@ from sqlalchemy.dialects import postgresql, sqlite
 from sdpipeline import bootstrap
 from sdpipeline.db import queue
 from sdpipeline.db.tables import image, job
-from sdpipeline.errors import DatabaseUnavailableError, SettingsError
+from sdpipeline.errors import DatabaseUnavailableError, DeliveryUnavailableError, SettingsError
+from sdpipeline.settings import Settings
 from tests.integration.databases import processes
 
 if TYPE_CHECKING:
@@ -27,14 +28,17 @@ PAUSE_S = 0.5
 """Before one that found nothing to work with is replaced, as by any supervisor."""
 
 
-def start(environment: Mapping[str, str], *, fencing: bool = True) -> ForkServerProcess:
-    """One worker that works until nothing is left; its output goes to a file in SDP_HOME."""
-    process = processes.Process(target=_work, args=(dict(environment), fencing), daemon=True)
+def start(environment: Mapping[str, str], *, fencing: bool = True, delivery: bool = False) -> ForkServerProcess:
+    """One worker that works until nothing is left; its output goes to a file in SDP_HOME.
+
+    With ``delivery`` a real delivery process works beside the double of the engine.
+    """
+    process = processes.Process(target=_work, args=(dict(environment), fencing, delivery), daemon=True)
     process.start()
     return process
 
 
-def _work(environment: dict[str, str], fencing: bool) -> None:
+def _work(environment: dict[str, str], fencing: bool, delivery: bool) -> None:
     os.environ.update(environment)
     home = Path(environment["SDP_HOME"])
     os.chdir(home)
@@ -44,12 +48,31 @@ def _work(environment: dict[str, str], fencing: bool) -> None:
     if not fencing:
         _switch_fencing_off()
     try:
-        bootstrap.run_worker(bootstrap.load_settings(), campaign=None, until_idle=True, device="cpu")
-    except (DatabaseUnavailableError, SettingsError):
+        s = bootstrap.load_settings()
+        if delivery:
+            _run_with_delivery(s)
+        else:
+            bootstrap.run_worker(s, campaign=None, until_idle=True, device="cpu")
+    except (DatabaseUnavailableError, DeliveryUnavailableError, SettingsError):
         # The database or the bucket was away when it began or ended: as an operator's supervisor would be told.
         traceback.print_exc()
         time.sleep(PAUSE_S)
         sys.exit(os.EX_TEMPFAIL)
+
+
+def _run_with_delivery(s: Settings) -> None:
+    """As ``run_worker``, which starts no delivery process beside the double of the engine."""
+    engine, key = bootstrap.build_engine(s, "cpu", None), bootstrap.picture_key(s)
+    real = s.model_copy(update={"engine": s.engine.model_copy(update={"fake_seconds_per_batch": None})})
+    with (
+        bootstrap.services(s) as have,
+        bootstrap.delivery_process(real, key, have.database, s.storage) as (worker_id, deliverer),
+    ):
+        worker = bootstrap.make_worker(
+            s, have.database, have.store, engine, key, worker_id=worker_id, deliverer=deliverer
+        )
+        with bootstrap.registered(s, worker, "cpu"):
+            worker.run()
 
 
 def _switch_fencing_off() -> None:

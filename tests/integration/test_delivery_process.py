@@ -3,27 +3,31 @@
 from __future__ import annotations
 
 import os
-import queue
 import signal
 import socket
+import sqlite3
 import struct
 import subprocess
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import closing, contextmanager, suppress
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
+from sqlalchemy import select
 
 from sdpipeline import bootstrap, provenance
 from sdpipeline.bootstrap import Services
+from sdpipeline.db import reports, tables
 from sdpipeline.db.budgets import Charge
+from sdpipeline.db.connection import now_s, sqlite_path
 from sdpipeline.delivery import Attempt
-from sdpipeline.delivery_process import SERVER, DeliveryProcess, Destination, _GoneError, _Server
+from sdpipeline.delivery_process import SERVER, Bounds, DeliveryProcess, Destination, _GoneError, _Server
 from sdpipeline.engine import Batch, GeneratedImage, GenerationFailure, PreparedRequest
 from sdpipeline.engine.fake import FakeEngine
 from sdpipeline.errors import (
@@ -33,7 +37,7 @@ from sdpipeline.errors import (
     StorageUnavailableError,
 )
 from sdpipeline.fetching import Consumed
-from sdpipeline.worker import WorkerSummary
+from sdpipeline.worker import Worker, WorkerLimits, WorkerSummary
 from tests.chaos.invariants import violations
 from tests.factories import chains, leased, published, statuses
 from tests.integration.test_worker_life import wait_for
@@ -133,23 +137,57 @@ def test_one_that_is_killed_is_replaced_and_no_picture_is_lost(have: Services) -
     assert violations(have.database, have.store, bootstrap.seal_key(have.settings)) == []
 
 
-def test_it_ends_with_a_worker_that_was_killed(have: Services, tmp_path: Path) -> None:
-    script = (
-        "import sys, time; from pathlib import Path; from sdpipeline import bootstrap;"
-        "s = bootstrap.load_settings(Path(sys.argv[1])); key = bootstrap.picture_key(s);"
-        "database = bootstrap.existing_database(s);"
-        "made = bootstrap.delivery_process(s, key, database, s.storage); _, process = made.__enter__();"
-        "process.check(); print('ready', flush=True); time.sleep(60)"
-    )
-    (tmp_path / "queue.py").write_text("raise ImportError('the folder that one works in is no library')")
-    command = [sys.executable, "-P", "-c", script, str(have.settings.home)]
-    with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, text=True) as owner:
-        assert owner.stdout is not None
-        assert owner.stdout.readline() == "ready\n"
-        (child,) = psutil.Process(owner.pid).children()
+OWNER = (
+    "import sys, time; from pathlib import Path; from sdpipeline import bootstrap;"
+    "from sdpipeline.delivery_process import Bounds;"
+    "s = bootstrap.load_settings(Path(sys.argv[1])); key = bootstrap.picture_key(s);"
+    "database = bootstrap.existing_database(s);"
+    "made = bootstrap.delivery_process(s, key, database, s.storage); _, process = made.__enter__();"
+    "process.bounds = Bounds(silence_s=3.0);"
+    "process.check(); print('ready', flush=True); time.sleep(60)"
+)
+
+
+@contextmanager
+def owned(home: Path, folder: Path) -> Iterator[tuple[psutil.Process, psutil.Process]]:
+    """A process with a delivery process, and that."""
+    (folder / "queue.py").write_text("raise ImportError('the folder that one works in is no library')")
+    command = [sys.executable, "-P", "-c", OWNER, str(home)]
+    with subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, text=True) as owner:
+        try:
+            assert owner.stdout is not None
+            assert owner.stdout.readline() == "ready\n"
+            (child,) = psutil.Process(owner.pid).children()
+            yield psutil.Process(owner.pid), child
+        finally:
+            owner.kill()
+
+
+def gone(process: psutil.Process) -> bool:
+    return not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
+
+
+@pytest.mark.parametrize("frozen", [False, True], ids=["running", "frozen"])
+def test_it_ends_with_a_worker_that_was_killed(have: Services, tmp_path: Path, *, frozen: bool) -> None:
+    with owned(have.settings.home, tmp_path) as (owner, child):
         assert os.getpgid(child.pid) != os.getpgid(owner.pid)  # a Ctrl-C in a terminal is not for it
+        if frozen:
+            child.suspend()
         owner.kill()
-    wait_for(lambda: not child.is_running() or child.status() == psutil.STATUS_ZOMBIE)
+    wait_for(lambda: gone(child))
+
+
+def test_a_worker_that_was_frozen_together_with_its_delivery_process_keeps_it(have: Services, tmp_path: Path) -> None:
+    with owned(have.settings.home, tmp_path) as (owner, child):
+        owner.suspend()
+        child.suspend()
+        time.sleep(3.1)  # longer than its bound
+        owner.resume()
+        time.sleep(0.3)
+        child.resume()
+        time.sleep(0.3)
+        assert not gone(child)
+        assert owner.children() == [child]
 
 
 def test_one_that_is_told_to_end_with_its_worker_goes_on_until_that_ends(
@@ -213,19 +251,146 @@ def test_a_lost_lease_is_told_but_not_where_only_the_answer_was_lost(
     assert process.complete(lease.id, asked[0], stored, CHARGE)
     assert statuses(have.database) == ["succeeded"]
     assert not process.complete(lease.id, asked[0], stored, CHARGE)
-    dies_first: Any = DeadlyOnce(asked[0], tmp_path / "died")
+    dies_first: Any = deadly_once(asked[0], tmp_path / "died")
     assert process.complete(lease.id, dies_first, stored, CHARGE)
     assert (tmp_path / "died").exists()
 
 
 def test_what_kills_it_each_time_fails_alone(have: Services, process: DeliveryProcess) -> None:
     _, asked = one_picture(have)
-    poison: Any = DeadlyOnce(None, Path("/nowhere/at/all"))
+    poison: Any = deadly_once(None, Path("/nowhere/at/all"))
     with ThreadPoolExecutor(4) as pool:
         dead = [pool.submit(process.deliver, poison) for _ in range(2)]
         made = [pool.submit(process.finish, *asked) for _ in range(6)]
     assert [type(each.exception()) for each in dead] == [DeliveryLostError] * 2
     assert [each.result().folder for each in made] == [made[0].result().folder] * 6
+
+
+def test_one_that_is_frozen_is_killed_and_its_calls_are_answered_by_another(
+    have: Services, capfd: pytest.CaptureFixture[str]
+) -> None:
+    _, asked = one_picture(have)
+    with closing(DeliveryProcess(destination(have), bounds=Bounds(silence_s=2.0))) as process:
+        process.check()
+        (frozen,) = beside()
+        frozen.suspend()
+        assert process.finish(*asked).record["fingerprint"] == asked[0].fingerprint
+        assert frozen not in beside()
+        (frozen,) = beside()
+        frozen.suspend()  # nobody asks it for anything
+        wait_for(lambda: beside() and frozen not in beside())
+        process.check()
+        assert process.silent_s() < 1.0
+    assert capfd.readouterr().out.count("delivery_process_silent") == 2
+
+
+def test_one_that_is_frozen_for_less_than_its_bound_answers_itself(have: Services) -> None:
+    _, asked = one_picture(have)
+    with (
+        closing(DeliveryProcess(destination(have), bounds=Bounds(silence_s=60.0))) as process,
+        ThreadPoolExecutor(1) as pool,
+    ):
+        process.check()
+        (frozen,) = beside()
+        frozen.suspend()
+        picture = pool.submit(process.finish, *asked)
+        wait_for(process.silent_s)
+        frozen.resume()
+        assert picture.result().record["fingerprint"] == asked[0].fingerprint
+        assert beside() == [frozen]
+        wait_for(lambda: not process.silent_s())
+
+
+def test_one_that_is_frozen_while_it_starts_is_an_outage_and_the_next_one_answers(have: Services) -> None:
+    with closing(DeliveryProcess(destination(have), bounds=Bounds(start_s=1.0))) as process:
+        process.begin()
+        wait_for(beside)
+        (frozen,) = beside()
+        frozen.suspend()
+        with pytest.raises(DeliveryUnavailableError, match="no heartbeat for 1 s"):
+            process.check()
+        assert gone(frozen)
+        process.bounds = Bounds()
+        process.check()
+
+
+def test_a_call_that_hangs_in_a_living_process_is_answered_by_another(have: Services, tmp_path: Path) -> None:
+    _, asked = one_picture(have)
+    hangs: Any = Once(asked[0], tmp_path / "hung", "__import__('time').sleep(3600)")
+    with closing(DeliveryProcess(destination(have), bounds=Bounds(call_s=5.0))) as process:
+        assert process.finish(hangs, *asked[1:]).record["fingerprint"] == asked[0].fingerprint
+    assert (tmp_path / "hung").exists()
+
+
+def test_one_that_is_frozen_in_a_write_to_sqlite_holds_others_up_no_longer_than_its_bound(
+    have: Services, tmp_path: Path
+) -> None:
+    path, locked = sqlite_path(have.settings.database), tmp_path / "locked"
+    begin = f"c := __import__('sqlite3').connect({str(path)!r}), c.execute('BEGIN IMMEDIATE')"
+    hold = f"({begin}, __import__('time').sleep(3600))"
+    with (
+        closing(DeliveryProcess(destination(have), bounds=Bounds(silence_s=2.0))) as process,
+        ThreadPoolExecutor(1) as pool,
+    ):
+        process.check()
+        (frozen,) = beside()
+        delivered = pool.submit(process.deliver, Once("no picture", locked, hold))  # type: ignore[arg-type]
+        wait_for(locked.exists)
+        wait_for(lambda: is_locked(path))
+        frozen.suspend()
+        published(have.audit, chains(1))
+        with pytest.raises(AttributeError):
+            delivered.result()
+
+
+def is_locked(path: Path | None) -> bool:
+    with closing(sqlite3.connect(str(path), timeout=0)) as connection:
+        try:
+            connection.execute("BEGIN IMMEDIATE")
+        except sqlite3.OperationalError:
+            return True
+    return False
+
+
+def test_leases_are_not_extended_while_the_delivery_process_is_silent_and_status_says_so(have: Services) -> None:
+    published(have.audit, chains(16), max_attempts=9)
+    s, key = have.settings, bootstrap.picture_key(have.settings)
+    stopped: list[psutil.Process] = []
+
+    class Freezing(FakeEngine):
+        def generate(self, batch: Batch) -> Sequence[GeneratedImage | GenerationFailure]:
+            if not stopped:
+                stopped.extend(beside())
+                stopped[0].suspend()
+            return super().generate(batch)
+
+    with closing(DeliveryProcess(destination(have), bounds=Bounds(silence_s=100.0))) as process:
+        limits = WorkerLimits(max_batch=4, lease_ttl_s=1.0, max_pixels=10**7)
+        worker = Worker(
+            "worker-1", have.audit, have.store, Freezing(seconds_per_batch=0.3), limits, key, deliverer=process
+        )
+        process.check()
+        with bootstrap.registered(s, worker, "cpu"), ThreadPoolExecutor(1) as pool:
+            running = pool.submit(worker.run)
+            wait_for(lambda: _expired(have) and "does not answer" in (_note(have) or ""))
+            assert "succeeded" not in statuses(have.database)
+            stopped[0].resume()
+            wait_for(lambda: _note(have) is None)
+            running.result()
+    assert set(statuses(have.database)) == {"succeeded"}
+    assert violations(have.database, have.store, bootstrap.seal_key(s)) == []
+
+
+def _expired(have: Services) -> bool:
+    with have.database.read() as connection:
+        late = select(tables.lease.c.id).where(tables.lease.c.closed_at.is_(None), tables.lease.c.expires_at < now_s())
+        return connection.execute(late).first() is not None
+
+
+def _note(have: Services) -> str | None:
+    with have.database.read() as connection:
+        (found,) = reports.live_workers(connection)
+    return str(found["note"]) if found["note"] else None
 
 
 def test_one_that_cannot_start_is_an_outage_and_says_why(have: Services, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -246,19 +411,24 @@ def test_a_process_that_dies_in_the_middle_of_an_answer_is_gone() -> None:
     other.close()
     connection = Connection(mine.detach())
     with subprocess.Popen(["true"]) as ended:
-        server = _Server(ended, queue.SimpleQueue(), (connection,))
+        server = _Server(ended, connection, (connection,))
         server.free.put(connection)
         with pytest.raises(_GoneError):
             server.ask("finish")
         server.end()
 
 
-class DeadlyOnce:
-    """What it stands for, but it ends the first process that reads it; where no file can be made, every one."""
+class Once:
+    """What it stands for, but the first process that reads it evaluates ``does`` before; every one where no file can
+    be made."""
 
-    def __init__(self, what: Any, died: Path) -> None:
-        self.what, self.died = what, died
+    def __init__(self, what: Any, done: Path, does: str) -> None:
+        self.what, self.done, self.does = what, done, does
 
     def __reduce__(self) -> tuple[Any, ...]:
-        die = "what if died.exists() else (died.parent.exists() and died.touch(), __import__('os')._exit(7))"
-        return eval, (die, {"what": self.what, "died": self.died})
+        first = f"what if done.exists() else (done.parent.exists() and done.touch(), {self.does})"
+        return eval, (first, {"what": self.what, "done": self.done})
+
+
+def deadly_once(what: Any, died: Path) -> Once:
+    return Once(what, died, "__import__('os')._exit(7)")

@@ -5,16 +5,33 @@ from __future__ import annotations
 import os
 import threading
 from collections import Counter
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 
+import pytest
 from sqlalchemy import select
 
-from sdpipeline.db import control, queue, tables
+from sdpipeline.db import control, queue, reconcile, registry, tables
 from sdpipeline.db.audit import AuditLog
 from sdpipeline.db.connection import Database, open_database
+from sdpipeline.db.locks import have_campaign
+from sdpipeline.db.registry import Approval
 from sdpipeline.domain import JobSpec
-from tests.factories import chains, completed, events, failed, job_spec, published, statuses, try_lease
-from tests.integration.databases import processes
+from tests.factories import (
+    CHECKPOINT,
+    chains,
+    checkpoint_files,
+    completed,
+    events,
+    failed,
+    job_spec,
+    leased,
+    published,
+    statuses,
+    try_lease,
+)
+from tests.integration.databases import on_postgresql, processes
+from tests.integration.test_worker_life import wait_for
 
 
 def work(audit: AuditLog, worker_id: str, *, fail_every: int = 0) -> list[int]:
@@ -96,6 +113,84 @@ def test_people_submit_cancel_and_retry_while_workers_work(audit: AuditLog, data
             run.result()
     work(audit, "worker-last")
     assert set(statuses(database)) <= {"succeeded", "failed", "skipped", "cancelled"}
+
+
+Take = Callable[[AuditLog, int], object]
+
+
+def _cancel(audit: AuditLog, campaign_id: int) -> None:
+    with audit.transaction() as tx:
+        control.cancel(tx, campaign_id=campaign_id)
+
+
+def _change(audit: AuditLog, _campaign_id: int) -> None:
+    published(audit, chains(8, guidance_scale=2.0))
+
+
+def _prune(audit: AuditLog, _campaign_id: int) -> None:
+    published(audit, [job_spec("other")], prune=True)
+
+
+def _revoke(audit: AuditLog, _campaign_id: int) -> None:
+    with audit.transaction() as tx:
+        registry.revoke(tx, CHECKPOINT.digest, because="test")
+
+
+def _reset(audit: AuditLog, campaign_id: int) -> None:
+    with audit.transaction() as tx:
+        have_campaign(tx.connection, campaign_id)
+        control.reset(tx.connection, tables.job.c.campaign_id == campaign_id, campaign_id=campaign_id)
+        control.settle(tx, campaign_id=campaign_id)
+
+
+@on_postgresql
+@pytest.mark.parametrize("take", [_cancel, _change, _prune, _revoke, _reset])
+def test_jobs_taken_from_a_lease_that_commits_meanwhile_leave_no_attempt_open(
+    audit: AuditLog, database: Database, take: Take
+) -> None:
+    campaign_id = published(audit, chains(8)).campaign_id
+    with audit.transaction() as tx:
+        registry.add(tx, checkpoint_files("shapes", digest=CHECKPOINT.digest), Approval(approved_by="user:test"))
+    with ThreadPoolExecutor(1) as pool:
+        with audit.transaction() as tx:
+            lease = queue.take_lease(tx, worker_id="worker-1", limit=8, ttl_s=60.0)
+            assert lease is not None
+            running = pool.submit(take, AuditLog(database, actor="user:other"), campaign_id)
+            wait_for(lambda: _waiting_for_a_lock(database))
+        running.result()
+    with database.read() as connection:
+        assert reconcile.open_attempts(connection) == []
+        assert reconcile.open_leases(connection) == []
+    assert "leased" not in statuses(database)
+
+
+def _waiting_for_a_lock(database: Database) -> bool:
+    with database.read() as connection:
+        waits = "SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND datname = current_database()"
+        return bool(connection.exec_driver_sql(waits).scalar_one())
+
+
+@on_postgresql
+@pytest.mark.parametrize("how", ["reap", "release"])
+def test_a_cancel_does_not_deadlock_with_the_end_of_a_lease(audit: AuditLog, database: Database, how: str) -> None:
+    campaign_id = published(audit, chains(8)).campaign_id
+    lease, other = leased(audit), AuditLog(database, actor="user:other")
+
+    def end_lease() -> None:
+        with other.transaction() as tx:
+            if how == "reap":
+                queue.reap(tx, lease_ids=[lease.id])
+            else:
+                queue.release(tx, lease_id=lease.id)
+
+    with ThreadPoolExecutor(1) as pool:
+        with audit.transaction() as tx:
+            have_campaign(tx.connection, campaign_id)
+            running = pool.submit(end_lease)
+            wait_for(lambda: _waiting_for_a_lock(database))
+            assert control.cancel(tx, campaign_id=campaign_id) == 8
+        running.result()
+    assert set(statuses(database)) == {"cancelled"}
 
 
 def test_each_job_and_fingerprint_succeeds_once_in_the_audit_log(

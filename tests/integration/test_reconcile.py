@@ -18,7 +18,7 @@ from sdpipeline.db import workers
 from sdpipeline.db.audit import AuditLog
 from sdpipeline.db.connection import Database
 from sdpipeline.db.queue import Lease
-from sdpipeline.db.tables import image, job, lease
+from sdpipeline.db.tables import attempt, image, job, lease
 from sdpipeline.domain import ControlNetInput, ImageSource, JobSpec, Json
 from sdpipeline.engine import Batch, GeneratedImage, PreparedRequest
 from sdpipeline.engine.fake import FakeEngine
@@ -154,6 +154,28 @@ def test_a_lease_whose_worker_has_stopped_is_stale_before_it_expires(place: Plac
     assert place.kinds() == [("lease-stale", f"lease:{held.id}")]
     place.reconcile(repair=True)
     assert statuses(database) == ["ready"]
+
+
+def test_an_attempt_that_was_left_open_is_found_and_ended(place: Place, database: Database) -> None:
+    published(place.audit, chains(2))
+    held = leased(place.audit)
+    completed(place.audit, held, place.store)
+    with database.write() as connection:
+        connection.execute(update(attempt).where(attempt.c.job_id == 1).values(outcome=None, finished_at=None))
+    assert place.kinds() == [("attempt-open", "job:1")]
+    assert place.reconcile(repair=True).ok
+    assert statuses(database) == ["succeeded", "succeeded"]
+    assert place.kinds() == []
+
+
+def test_a_job_under_a_closed_lease_is_made_again_and_its_attempt_is_ended(place: Place, database: Database) -> None:
+    published(place.audit, chains(1))
+    held = leased(place.audit)
+    with database.write() as connection:
+        connection.execute(update(lease).where(lease.c.id == held.id).values(closed_at=1.0))
+    assert place.kinds() == [("lease-stale", "job:1")]
+    assert place.reconcile(repair=True).ok
+    assert (statuses(database), place.kinds()) == (["ready"], [])
 
 
 def late(database: Database, *leases: Lease) -> None:

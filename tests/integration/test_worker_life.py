@@ -29,7 +29,7 @@ from sdpipeline.storage import LocalStore
 from sdpipeline.watchdog import HUNG_EXIT_CODE, Pace
 from sdpipeline.worker import Worker, WorkerLimits
 from tests.factories import chains, events, published, signing_key, statuses
-from tests.integration.commands import FAKE_ENGINE, start
+from tests.integration.commands import FAKE_ENGINE, document, start
 from tests.integration.databases import on_sqlite, processes
 
 PATIENCE_S = 60.0
@@ -144,12 +144,24 @@ def test_it_leaves_at_its_deadline_or_when_told_again_and_no_attempt_counts(
     assert the_worker(database)["stopped_at"] is not None
 
 
-def test_the_command_leaves_with_the_signals_exit_code(tmp_path: Path) -> None:
-    process = start("worker", "--home", tmp_path, **{FAKE_ENGINE: "0.1"})
-    wait_for(lambda: process.poll() is not None or _workers(tmp_path))
-    process.terminate()
-    assert process.wait(PATIENCE_S) == 143
-    assert _workers(tmp_path) == []
+def test_a_killed_worker_is_lost_and_one_that_is_told_to_end_leaves_with_the_signals_exit_code(tmp_path: Path) -> None:
+    settings = {FAKE_ENGINE: "0.1", "SDP_LEASE_TTL_S": "2"}
+    killed, idle = (start("worker", "--home", tmp_path, **settings) for _ in range(2))
+    try:
+        wait_for(lambda: len(_workers(tmp_path)) == 2)
+        killed.kill()
+        killed.wait()
+        wait_for(lambda: [each["pid"] for each in _workers(tmp_path) if each["status"] == "lost"] == [killed.pid])
+        found = {each["pid"]: each for each in document("status", "--home", tmp_path, given=settings)["workers"]}
+        assert (found[killed.pid]["status"], found[idle.pid]["status"]) == ("lost", "working")
+        assert found[killed.pid]["lost_since"] == found[killed.pid]["seen_at"]
+        checks = {each["name"]: each for each in document("doctor", "--home", tmp_path, given=settings)["checks"]}
+        assert f"1 alive, 1 lost: process {killed.pid} " in checks["workers"]["detail"]
+        idle.terminate()
+        assert idle.wait(PATIENCE_S) == 143
+        assert [each["pid"] for each in _workers(tmp_path)] == [killed.pid]
+    finally:
+        idle.kill()
 
 
 def _workers(home: Path) -> list[Json]:
@@ -157,7 +169,7 @@ def _workers(home: Path) -> list[Json]:
     if not bootstrap.database_exists(found):
         return []
     with bootstrap.services(found) as have, have.database.read() as connection:
-        return reports.live_workers(connection)
+        return reports.live_workers(connection, lost_after_s=2.0)
 
 
 # Stuck.

@@ -45,7 +45,6 @@ FUZZ_S = float(os.environ.get("SDP_TEST_FUZZ_S", "2"))
 # Enough examples that the time decides; what is slow shows as the test's own time-out.
 fuzzed = settings(
     max_examples=1_000_000,
-    deadline=None,
     phases=[Phase.generate],
     suppress_health_check=list(HealthCheck),
     database=None,

@@ -109,7 +109,7 @@ def chosen(draw: st.DrawFn) -> tuple[dict[str, list[int]], list[dict[str, int]],
     return lists, excluded, draw(st.lists(one_of_each, max_size=3))
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(chosen())
 def test_any_choice_makes_the_product_less_the_excluded_with_the_included_each_once(
     case: tuple[dict[str, list[int]], list[dict[str, int]], list[dict[str, int]]],

@@ -437,7 +437,7 @@ def campaigns(draw: st.DrawFn) -> str:
     return "\n".join(f"{key}: {json.dumps(value)}" for key, value in document.items())
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(campaigns())
 def test_expansion_is_deterministic_unique_and_counted_without_expanding(text: str) -> None:
     jobs = jobs_of(text)
@@ -451,7 +451,7 @@ def test_expansion_is_deterministic_unique_and_counted_without_expanding(text: s
     }
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(campaigns())
 def test_what_is_put_together_from_parts_is_that_of_the_whole_job(text: str) -> None:
     for job in jobs_of(text):

@@ -6,7 +6,7 @@ import hashlib
 import itertools
 
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from sdpipeline.merkle import inclusion_proof, leaf_hash, root, verify_inclusion
@@ -92,3 +92,8 @@ def _root_by_definition(entries: list[bytes]) -> bytes:
     return hashlib.sha256(
         b"\x01" + _root_by_definition(entries[:split]) + _root_by_definition(entries[split:])
     ).digest()
+
+
+def test_no_example_of_a_property_has_a_deadline() -> None:
+    assert settings.default.deadline is None
+    assert HealthCheck.too_slow in settings.default.suppress_health_check
