@@ -11,6 +11,7 @@
     │   ├── DatabaseUnavailableError
     │   ├── OrchestratorUnavailableError
     │   ├── SigningUnavailableError
+    │   ├── SealOverdueError      another process has the seal key, and does not seal
     │   ├── DeliveryLostError     the process that delivers pictures died of this one again and again
     │   ├── DeliveryUnavailableError  ... or does not start
     │   └── DeviceExhaustedError  out of memory although every fallback was taken
@@ -91,6 +92,10 @@ class OrchestratorUnavailableError(TransientError):
 
 class SigningUnavailableError(TransientError):
     """The key that signs pictures did not answer, or its certificate is not accepted (any more)."""
+
+
+class SealOverdueError(TransientError):
+    """The process that has the seal key did not seal in time."""
 
 
 class DeliveryLostError(TransientError):

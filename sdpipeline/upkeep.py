@@ -71,10 +71,10 @@ def forget(s: Settings, *, dry_run: bool = False) -> Forgotten:
         audit.refuse_restored(have.database, have.store)
         periods = forgetting.Periods(**s.retention.model_dump())
         done = forgetting.forget(
-            have.audit, have.store, lambda: bootstrap.seal(s), team=s.team, periods=periods, dry_run=dry_run
+            have.audit, have.store, lambda: bootstrap.seal_or_wait(s), team=s.team, periods=periods, dry_run=dry_run
         )
     if not dry_run:
-        bootstrap.seal(s)
+        bootstrap.seal_here(s)
     return done
 
 
@@ -85,5 +85,5 @@ def verify(s: Settings, *, sample: int | None = None, trusted: tuple[str, ...] |
     """
     with bootstrap.services(s, create=False) as have:
         have.store.check()
-        key = bootstrap.seal_key(s) if trusted is None else audit.PublicKeys(trusted)
+        key = bootstrap.believed_seal_keys(s) if trusted is None else audit.PublicKeys(trusted)
         return audit.verify(have.database, have.store, key, sample=sample)
