@@ -77,6 +77,7 @@ class Gateway:
             return await self._forwarded(request, path, None)
         role = self.role(_decoded(request.headers.get("authorization")))
         if role is None:
+            log.warning("gateway_unauthorized", method=request.method, path=path)
             return JSONResponse({"exception_message": "Unauthorized"}, status_code=httpx.codes.UNAUTHORIZED)
         try:
             body = await _json(request)

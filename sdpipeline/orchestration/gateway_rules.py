@@ -142,6 +142,16 @@ async def _only_own_runs(request: Request) -> None:
     request.fields()["work_pools"] = {"name": {"any_": sorted(request.role.runs)}}
 
 
+async def _pod_events(request: Request) -> None:
+    """The worker of a Kubernetes pool asks which events of its pods it has sent."""
+    asked = request.fields(frozenset({"filter", "limit"})).get("filter")
+    resource = asked.get("resource") if isinstance(asked, dict) else None
+    ids = resource.get("id") if isinstance(resource, dict) else None
+    pods = "prefect.kubernetes.pod."
+    if not isinstance(ids, list) or not ids or not all(isinstance(each, str) and each.startswith(pods) for each in ids):
+        raise RefusedError(f"events: only those about {pods}… can be searched")
+
+
 async def _logs(request: Request) -> None:
     if not isinstance(request.body, list):
         raise RefusedError("the body is not a list of log lines")
@@ -207,7 +217,8 @@ _ROUTES: tuple[tuple[str, str, Check], ...] = (
     ("PATCH", f"/flow_runs/{_ID}", _change_run),
     ("PATCH", f"/flow_runs/{_ID}/labels", _own_run),
     ("POST", f"/flow_runs/{_ID}/set_state", _set_state),
-    ("POST", "/flow_runs/filter", _only_own_runs),
+    ("POST", "/flow_runs/(?:filter|count)", _only_own_runs),
+    ("POST", "/events/filter", _pod_events),
     ("POST", "/logs/", _logs),
 )
 _DISPATCH: tuple[tuple[str, str, Check], ...] = (

@@ -110,6 +110,11 @@ WORKER_MAY: dict[str, tuple[Asked, Asked]] = {
         post("work_pools/gpu/get_scheduled_flow_runs", {}),
     ),
     "search runs, but not blocks": (post("block_documents/filter", {}), post("flow_runs/filter", {})),
+    "count runs, but not deployments": (post("deployments/count", {}), post("flow_runs/count", {})),
+    "search events of pods, but not of runs": (
+        post("events/filter", {"filter": {"resource": {"id": ["prefect.flow-run.GPU"]}}}),
+        post("events/filter", {"filter": {"resource": {"id": ["prefect.kubernetes.pod.x"]}}}),
+    ),
     "search runs, but not automations": (post("automations/filter", {}), post("flow_runs/filter", {})),
     "search runs, but not variables": (post("variables/filter", {}), post("flow_runs/filter", {})),
     "ask the version, but not make a block type": (
