@@ -16,7 +16,7 @@ STATE = {"type": "PENDING", "name": "Pending", "message": "a test"}
 RESULT = {"storage_key": "/tmp/result", "serializer": {"type": "pickle"}, "storage_block_id": None}
 LINE = {"name": "prefect", "level": 20, "message": "a test", "timestamp": "2026-11-29T00:00:00Z"}
 STEPS = [{"prefect.deployments.steps.run_shell_script": {"script": "id"}}]
-COMMAND = {"job_variables": {"command": "printenv"}}
+COMMAND: dict[str, Any] = {"job_variables": {"command": "printenv"}}
 MINE = {"description": "mine"}
 NEW = {"name": "mine", "flow_id": "FLOW"}
 
@@ -61,7 +61,7 @@ def start(deployment: str = START, **more: Any) -> Asked:
 
 
 DISPATCHER_MAY: dict[str, tuple[Asked, Asked]] = {
-    "start a run, but not with a command": (start(**COMMAND), start(parameters={"campaign": "spring"})),
+    "start a run, but not with a command": (start(START, **COMMAND), start(parameters={"campaign": "spring"})),
     "start a run, but not with an environment": (start(job_variables={"env": {"PYTHONPATH": "/tmp"}}), start()),
     "start a run, but not in another queue": (start(work_queue_name="mine"), start(name="mine")),
     "start a run, but not with a file to write to": (start(parameters={"log_file": "/etc/x"}), start()),

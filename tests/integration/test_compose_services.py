@@ -143,7 +143,7 @@ def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
 
 def _public_half(folder: Path) -> None:
     """As .env.example says."""
-    words = ["openssl", "pkey", "-in", folder / "seal.pem", "-pubout", "-out", folder / "seal.pub"]
+    words = ["openssl", "pkey", "-in", str(folder / "seal.pem"), "-pubout", "-out", str(folder / "seal.pub")]
     subprocess.run(words, check=True, capture_output=True)
 
 

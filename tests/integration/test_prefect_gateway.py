@@ -13,19 +13,22 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
 import httpx
 import pytest
 from websockets.exceptions import ConnectionClosed, InvalidStatus
-from websockets.sync.client import ClientConnection, connect
+from websockets.sync.client import connect
 
 from sdpipeline.orchestration.gateway_rules import DISPATCHER, WORKER
 from tests.integration.commands import FAKE_ENGINE, document
 from tests.integration.conftest import free_port, served
 from tests.integration.deployed import BUSY
 from tests.integration.gateway_requests import STATE, TWINS, Asked
+
+if TYPE_CHECKING:
+    from websockets.sync.connection import Connection
 
 pytestmark = pytest.mark.timeout(300)
 
@@ -221,7 +224,7 @@ def test_only_events_about_own_runs_reach_the_server(ids: dict[str, str], site: 
 
 
 def test_a_worker_sees_events_of_its_own_runs_only(ids: dict[str, str], site: Site) -> None:
-    def seen(socket: ClientConnection, api: httpx.Client) -> Any:
+    def seen(socket: Connection, api: httpx.Client) -> Any:
         """The first event; a subscription misses what happens while it begins, and so it happens again."""
         for turn in range(30):
             for short in ("CPU", "GPU"):
@@ -245,7 +248,7 @@ def test_a_socket_asks_for_a_credential_and_the_channel_of_workers_is_closed(sit
 
 
 @contextmanager
-def _socket(site: Site, way: str, auth: str) -> Iterator[ClientConnection]:
+def _socket(site: Site, way: str, auth: str) -> Iterator[Connection]:
     """Connected and authenticated as Prefect's clients do."""
     with connect(f"{site.gateway.replace('http', 'ws')}events/{way}", subprotocols=["prefect"]) as socket:  # type: ignore[list-item]
         socket.send(json.dumps({"type": "auth", "token": auth}))
