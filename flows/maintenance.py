@@ -20,11 +20,11 @@ def reclaim() -> State[Any]:
 
 @flow(name="seal", persist_result=False)
 def seal() -> State[Any]:
-    """Sign what the audit log gained."""
+    """Sign what the audit log gained, or check that the process that has the key does."""
     from sdpipeline import bootstrap
     from sdpipeline.orchestration import flow_settings, maintenance
 
-    return maintenance.sealed(bootstrap.seal(flow_settings.load()))
+    return maintenance.sealed(bootstrap.seal_or_wait(flow_settings.load()))
 
 
 @flow(name="reconcile", persist_result=False)

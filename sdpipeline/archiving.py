@@ -27,18 +27,19 @@ def archive(
         due = archives.closed(connection, team=team, days=days)
     if dry_run:
         return len(due)
-    done = 0
+    recorded = []
     for edition in due:
         with audit.database.snapshot() as connection:
             public, private = archived_editions.written(connection, edition)
         stored = archived_editions.store_edition(store, edition, public, private)
         with audit.transaction() as tx:
-            recorded = archives.record(tx, edition, stored)
-        if recorded:
-            seal()
-            _drop(audit, edition.campaign_id, edition.edition)
-            done += 1
-    return done
+            if archives.record(tx, edition, stored):
+                recorded.append(edition)
+    if recorded:
+        seal()  # once for all: where another process seals, this waits for its next turn
+    for edition in recorded:
+        _drop(audit, edition.campaign_id, edition.edition)
+    return len(recorded)
 
 
 def _drop(audit: AuditLog, campaign_id: int, edition: str) -> None:
@@ -48,10 +49,12 @@ def _drop(audit: AuditLog, campaign_id: int, edition: str) -> None:
                 return
 
 
-def take_up(audit: AuditLog, store: ObjectStore, *, team: str) -> None:
+def take_up(audit: AuditLog, store: ObjectStore, seal: Callable[[], object], *, team: str) -> None:
     """Finish what a killed run began: rows of archived editions, and private objects that were replaced."""
     with audit.database.read() as connection:
         left, rows = archives.left_behind(connection, team=team), archives.archives(connection, team=team)
+    if left:
+        seal()  # that run may have ended before it
     for campaign_id, edition in left:
         _drop(audit, campaign_id, edition)
     for row in rows:

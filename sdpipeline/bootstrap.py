@@ -14,6 +14,8 @@ from datetime import datetime
 from importlib.util import find_spec
 from pathlib import Path
 
+import structlog
+
 from sdpipeline import __version__, audit, contact_sheet, policy, report, settings, signing
 from sdpipeline.batching import split
 from sdpipeline.breaker import Breaker
@@ -48,6 +50,10 @@ BUILTIN_CHECKPOINTS = Path(__file__).parent / "demo" / "checkpoints"
 BUILTIN_LICENCE = "Apache-2.0"
 HASH_CACHE = "checkpoint-hashes.json"
 """Hashes of unchanged weights, for commands that load none."""
+SEAL_TIMEOUT_S = 300.0
+"""How long to wait for the process that seals: five of its minutes."""
+
+_log = structlog.get_logger(__name__)
 
 __all__ = ["Progress", "Span", "Thumbnails", "WorkerSummary"]
 
@@ -121,11 +127,23 @@ def s3_options(s: Settings) -> S3Options:
 def seal_key(s: Settings) -> audit.SealKey:
     """The key that seals the audit log; a development key is made beside the embedded database."""
     path = s.signing.seal_key_file
+    if path is None and s.signing.seal_public_key_file is not None:
+        fix = "run this on the machine that seals; SDP_SIGNING__SEAL_PUBLIC_KEY_FILE only checks seals"
+        raise SettingsError(Mistake(key="SDP_SIGNING__SEAL_KEY_FILE", message="is not set", fix=fix))
     if path is None and not s.embedded:
         fix = "name an Ed25519 key: openssl genpkey -algorithm ed25519 -out seal.pem"
         raise SettingsError(Mistake(key="SDP_SIGNING__SEAL_KEY_FILE", message="is not set", fix=fix))
     retired = tuple(s.signing.retired_seal_keys)
     return audit.load_key(path or development_seal_key(s), create=path is None, retired=retired)
+
+
+def believed_seal_keys(s: Settings) -> audit.SealKey | audit.PublicKeys:
+    """The keys whose seals are believed: those of the seal key, or of its public half where another process seals."""
+    path = s.signing.seal_public_key_file
+    if path is None:
+        return seal_key(s)
+    own = audit.public_key(str(path), setting="SDP_SIGNING__SEAL_PUBLIC_KEY_FILE")
+    return audit.PublicKeys((own, *s.signing.retired_seal_keys))
 
 
 def development_seal_key(s: Settings) -> Path:
@@ -616,6 +634,25 @@ def seal(s: Settings) -> int:
         return audit.seal(have.database, have.store, key)
 
 
+def seal_here(s: Settings) -> int | None:
+    """Sign what the audit log gained; None if another process does so, because this one has only the public key."""
+    if s.signing.seal_public_key_file is not None:
+        _log.info("seal_skipped", reason="SDP_SIGNING__SEAL_PUBLIC_KEY_FILE is set: another process seals")
+        return None
+    return seal(s)
+
+
+def seal_or_wait(s: Settings) -> int:
+    """Sign what the audit log gained, or wait until the process that has the seal key did so.
+
+    Raises SealOverdueError if that process does not seal within five minutes. Returns the number of events.
+    """
+    if (sealed := seal_here(s)) is not None:
+        return sealed
+    with services(s) as have:
+        return audit.wait_for_seal(have.database, timeout_s=SEAL_TIMEOUT_S)
+
+
 def keep_sealing(
     s: Settings,
     stop: threading.Event,
@@ -640,7 +677,7 @@ def _declare_sealing(have: Services, key: audit.SealKey) -> None:
 
 def _marking(s: Settings, key: SigningKey) -> Json:
     """Every setting that decides how pictures are marked and signed; of files their names, of secrets nothing."""
-    fields = s.signing.model_dump(exclude={"seal_key_file", "retired_seal_keys"})
+    fields = s.signing.model_dump(exclude={"seal_key_file", "seal_public_key_file", "retired_seal_keys"})
     shown = {name: value.name if isinstance(value, Path) else value for name, value in fields.items()}
     told = {name: value for name, value in shown.items() if isinstance(value, str | int | float | list | None)}
     return told | {"signer": key.identity, "certificate_sha256": key.fingerprint}

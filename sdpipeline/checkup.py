@@ -149,6 +149,10 @@ def _signing(s: Settings) -> Iterator[Check]:
     if s.embedded and s.signing.seal_key_file is None and not bootstrap.development_seal_key(s).is_file():
         yield Check(name="signing key", ok=True, detail="a development key is made with the first seal")
         return
+    if s.signing.seal_public_key_file is not None:
+        public = bootstrap.believed_seal_keys(s).public[0]
+        yield Check(name="signing key", ok=True, detail=f"public half, Ed25519 {public[:16]}: another process seals")
+        return
     key = bootstrap.seal_key(s)
     kind = "development key" if s.signing.seal_key_file is None else str(s.signing.seal_key_file)
     yield Check(name="signing key", ok=True, detail=f"{kind}, Ed25519 {key.public_hex[:16]}")

@@ -12,6 +12,7 @@
     │   │   └── ChainTakenError   another process wrote into this process's chain of audit events
     │   ├── OrchestratorUnavailableError
     │   ├── SigningUnavailableError
+    │   ├── SealOverdueError      another process has the seal key, and does not seal
     │   ├── DeliveryLostError     the process that delivers pictures died of this one again and again
     │   ├── DeliveryUnavailableError  ... or does not start
     │   └── DeviceExhaustedError  out of memory although every fallback was taken
@@ -99,6 +100,10 @@ class OrchestratorUnavailableError(TransientError):
 
 class SigningUnavailableError(TransientError):
     """The key that signs pictures did not answer, or its certificate is not accepted (any more)."""
+
+
+class SealOverdueError(TransientError):
+    """The process that has the seal key did not seal in time."""
 
 
 class DeliveryLostError(TransientError):

@@ -84,7 +84,7 @@ def forget(
     take closed editions out of the tables, each once its archive is under a seal."""
     done = Forgotten()
     if not dry_run:
-        archiving.take_up(audit, store, team=team)
+        archiving.take_up(audit, store, seal, team=team)
     if periods.pictures_days is not None:
         for pictures in _old_pictures(audit, team, periods.pictures_days):
             done.pictures += len(pictures) if dry_run else _delete_pictures(audit, store, pictures)
@@ -143,7 +143,9 @@ def _erase_prompts(audit: AuditLog, job_ids: Collection[int]) -> int:
         return forgetting.erase_prompts(tx, job_ids, because="retention")
 
 
-def erase(audit: AuditLog, store: ObjectStore, name: str, *, team: str, dry_run: bool = False) -> Erasure:
+def erase(
+    audit: AuditLog, store: ObjectStore, seal: Callable[[], object], name: str, *, team: str, dry_run: bool = False
+) -> Erasure:
     """Erase what a team's jobs hold of one subject; again after a kill it goes on where that one ended."""
     subject = Subject(name=name, salt=secrets.token_hex(16))
     done = Erasure(subject)
@@ -156,7 +158,7 @@ def erase(audit: AuditLog, store: ObjectStore, name: str, *, team: str, dry_run:
         done.jobs += sum(len(each.jobs) for each in archived.editions)
         done.pictures += sum(len(each.pictures) for each in archived.editions)
         return done
-    archiving.take_up(audit, store, team=team)
+    archiving.take_up(audit, store, seal, team=team)
     archived = archiving.of_subject(audit, store, name, team=team)
     if campaigns or archived.editions:
         done.quarantined = _quarantined(store)

@@ -104,6 +104,9 @@ class SigningSettings(_Section):
     """The keys that sign; a development key is made only beside the embedded database."""
 
     seal_key_file: Path | None = Field(None, description="PEM file with the Ed25519 key that seals the audit log")
+    seal_public_key_file: Path | None = Field(
+        None, description="PEM file with the seal key's public half, where another process seals"
+    )
     retired_seal_keys: list[Annotated[str, Field(pattern="^[0-9a-f]{64}$")]] = Field(
         default_factory=list,
         description="public keys (64 hexadecimal digits each), as JSON, whose seals from before are still believed",
@@ -120,6 +123,13 @@ class SigningSettings(_Section):
     trust_file: Path | None = Field(
         None, description="PEM file with the roots that are trusted, old ones and the time authority's among them"
     )
+
+    @field_validator("seal_public_key_file")
+    @classmethod
+    def _one_half(cls, key: Path | None, info: ValidationInfo) -> Path | None:
+        if key is not None and info.data.get("seal_key_file") is not None:
+            raise ValueError("SDP_SIGNING__SEAL_KEY_FILE is set too: name one of the two")
+        return key
 
     @field_validator("kms_endpoint_url", "tsa_url")
     @classmethod
@@ -145,6 +155,24 @@ class DispatchSettings(_Section):
         if most < info.data.get("min_workers", most):
             raise ValueError("is fewer than SDP_DISPATCH__MIN_WORKERS")
         return most
+
+
+class GatewaySettings(_Section):
+    """Credentials by which workers reach the Prefect gateway."""
+
+    worker_auth: SecretStr | None = Field(
+        None, description="USER:PASSWORD by which GPU workers reach `prefect-gateway`, as their PREFECT_API_AUTH_STRING"
+    )
+    dispatcher_auth: SecretStr | None = Field(
+        None, description="USER:PASSWORD by which the worker of the pool `cpu` reaches it"
+    )
+
+    @field_validator("worker_auth", "dispatcher_auth")
+    @classmethod
+    def _user_and_password(cls, auth: SecretStr | None) -> SecretStr | None:
+        if auth is not None and not all(auth.get_secret_value().partition(":")):
+            raise ValueError("expected USER:PASSWORD")
+        return auth
 
 
 class RetentionSettings(_Section):
@@ -232,6 +260,7 @@ class Settings(BaseSettings):
     signing: SigningSettings = Field(default_factory=SigningSettings)
     retention: RetentionSettings = Field(default_factory=RetentionSettings)
     dispatch: DispatchSettings = Field(default_factory=DispatchSettings)
+    gateway: GatewaySettings = Field(default_factory=GatewaySettings)
 
     @classmethod
     def settings_customise_sources(

@@ -74,10 +74,10 @@ def forget(s: Settings, *, dry_run: bool = False) -> Forgotten:
         audit.refuse_restored(have.database, have.store)
         periods = forgetting.Periods(**s.retention.model_dump())
         done = forgetting.forget(
-            have.audit, have.store, lambda: bootstrap.seal(s), team=s.team, periods=periods, dry_run=dry_run
+            have.audit, have.store, lambda: bootstrap.seal_or_wait(s), team=s.team, periods=periods, dry_run=dry_run
         )
     if not dry_run:
-        bootstrap.seal(s)
+        bootstrap.seal_here(s)
     return done
 
 
@@ -88,7 +88,7 @@ def verify(s: Settings, *, sample: int | None = None, trusted: tuple[str, ...] |
     """
     with bootstrap.services(s, create=False) as have:
         have.store.check()
-        key = bootstrap.seal_key(s) if trusted is None else audit.PublicKeys(trusted)
+        key = bootstrap.believed_seal_keys(s) if trusted is None else audit.PublicKeys(trusted)
         found = audit.verify(have.database, have.store, key, sample=sample)
         if sample is None:
             _verify_weights(have, found)

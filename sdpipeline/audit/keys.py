@@ -110,7 +110,7 @@ def load_key(path: Path, *, create: bool, retired: tuple[str, ...] = ()) -> Seal
     return SealKey(key, retired)
 
 
-def public_key(given: str) -> str:
+def public_key(given: str, *, setting: str = "--key") -> str:
     """A public key from 64 hexadecimal digits or a PEM file; raises SettingsError for what is neither."""
     if re.fullmatch("[0-9a-fA-F]{64}", given):
         return given.lower()
@@ -119,9 +119,9 @@ def public_key(given: str) -> str:
     except (ValueError, UnsupportedAlgorithm, OSError) as error:
         fix = "openssl pkey -in seal.pem -pubout, or the key as audit export names it"
         message = f"{given} is neither 64 hexadecimal digits nor a file with a public key"
-        raise SettingsError(Mistake(key="--key", message=message, fix=fix)) from error
+        raise SettingsError(Mistake(key=setting, message=message, fix=fix)) from error
     if not isinstance(key, Ed25519PublicKey):
-        raise SettingsError(Mistake(key="--key", message=f"{given} is no Ed25519 key"))
+        raise SettingsError(Mistake(key=setting, message=f"{given} is no Ed25519 key"))
     return key.public_bytes(*_RAW).hex()
 
 

@@ -16,7 +16,7 @@ from sdpipeline.db import audit as rows
 from sdpipeline.db.audit import GENESIS
 from sdpipeline.db.connection import Connection, Database
 from sdpipeline.domain import Json
-from sdpipeline.errors import AuditBrokenError, ObjectConflictError, TransientError
+from sdpipeline.errors import AuditBrokenError, ObjectConflictError, SealOverdueError, TransientError
 from sdpipeline.merkle import root
 from sdpipeline.storage import ObjectStore
 
@@ -72,6 +72,25 @@ def watch(
             _log.warning("not_sealed", error=str(error))
         if stopped:
             return
+
+
+def wait_for_seal(database: Database, *, timeout_s: float) -> int:
+    """Wait until another process sealed the events that are open now; returns their number.
+
+    Raises SealOverdueError if they are not sealed within ``timeout_s``.
+    """
+    with database.read() as connection:
+        asked = rows.unsealed_ranges(connection)
+    last = {writer: end for writer, _, end in asked}
+    deadline = time.monotonic() + timeout_s
+    while True:
+        with database.read() as connection:
+            left = [writer for writer, first, _ in rows.unsealed_ranges(connection) if first <= last.get(writer, -1)]
+        if not left:
+            return size(asked)
+        if time.monotonic() >= deadline:
+            raise SealOverdueError(f"no seal for {timeout_s:g} s: is `sdpipeline audit seal --watch` running?")
+        time.sleep(min(_LOOK_S, timeout_s))
 
 
 def unsealed(database: Database) -> int:

@@ -156,7 +156,7 @@ def prove_image(
             success = _success(connection, picture, s.team)
             document = prove(connection, success)
         if document is None:
-            bootstrap.seal(s)
+            bootstrap.seal_or_wait(s)
             with have.database.read() as connection:
                 document = prove(connection, success)
     if out is None:

@@ -110,13 +110,13 @@ def run(
     s = settings(home)
     if not s.embedded:  # a missing key is found before any work is done; the embedded default makes its own
         bootstrap.picture_key(s)
-        bootstrap.seal_key(s)
+        bootstrap.believed_seal_keys(s)
     bootstrap.check_quantization(s)  # its workers would die of it one after another
     name, done = intake.submit(s, file, edition=edition)
     if not as_json:
         stderr.print(_submitted(name, done))
     progress = orchestration.run_campaign(s, name, keep_ui=keep_ui, console=None if as_json else stderr)
-    bootstrap.seal(s)
+    bootstrap.seal_here(s)
     show_status([progress], as_json=as_json)
     leave(progress)
 

@@ -1,7 +1,8 @@
-"""Commands that tell a Prefect server what to run and when: deploy and schedule."""
+"""Commands about a Prefect server: deploy, schedule and prefect-gateway."""
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
@@ -10,7 +11,7 @@ import typer
 
 from sdpipeline import bootstrap, expand, intake
 from sdpipeline.cli.output import AsJson, Home, print_json, print_table, refuse, settings, stdout
-from sdpipeline.errors import CampaignError, Mistake
+from sdpipeline.errors import CampaignError, Mistake, SettingsError
 from sdpipeline.settings import Settings
 from sdpipeline.spec import CampaignSpec
 from sdpipeline.storage import is_bucket_url
@@ -20,6 +21,7 @@ def add_to(app: typer.Typer) -> None:
     """Put these commands on the application."""
     app.command()(deploy)
     app.command()(schedule)
+    app.command(name="prefect-gateway")(prefect_gateway)
 
 
 def deploy(
@@ -44,6 +46,29 @@ def deploy(
     rows = [("work pool", name) for name in done.pools] + [("deployment", name) for name in done.deployments]
     print_table("On the Prefect server", ("what", "name"), [*rows, ("automation", done.automation)])
     stdout.print(f"campaigns: {limit}; next: prefect worker start --pool cpu, and --pool gpu --limit 1 for each device")
+
+
+def prefect_gateway(
+    *,
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=1, max=65535, help="Port to listen on.")] = 4201,
+    home: Home = None,
+) -> None:
+    """Let workers reach the server of PREFECT_API_URL with a credential of their own, by an allow-list of routes."""
+    from sdpipeline.orchestration import gateway
+
+    s = settings(home)
+    roles = {"worker": s.gateway.worker_auth, "dispatcher": s.gateway.dispatcher_auth}
+    auths = {role: auth.get_secret_value() for role, auth in roles.items() if auth is not None}
+    server_auth = os.environ.get("PREFECT_API_AUTH_STRING")
+    unset = [f"SDP_GATEWAY__{role.upper()}_AUTH" for role in roles if role not in auths]
+    if s.prefect_api_url is None or unset:
+        names = [*unset, *([] if s.prefect_api_url else ["PREFECT_API_URL"])]
+        raise SettingsError(*(Mistake(key=name, message="is not set", fix="see deploy/README.md") for name in names))
+    if len({server_auth, *auths.values()}) <= len(auths):
+        fix = "give the Prefect server and each role a password of its own"
+        raise SettingsError(Mistake(key="SDP_GATEWAY__WORKER_AUTH", message="two credentials are the same", fix=fix))
+    gateway.serve(s.prefect_api_url, server_auth=server_auth, auths=auths, host=host, port=port)
 
 
 def schedule(

@@ -47,9 +47,11 @@ def erase(
     with bootstrap.services(s, create=False) as have:
         have.store.check()
         audit.refuse_restored(have.database, have.store)
-        done = forgetting.erase(have.audit, have.store, name, team=s.team, dry_run=dry_run)
+        done = forgetting.erase(
+            have.audit, have.store, lambda: bootstrap.seal_or_wait(s), name, team=s.team, dry_run=dry_run
+        )
     if done.jobs and not dry_run:
-        bootstrap.seal(s)
+        bootstrap.seal_here(s)
     document = done.document()
     if as_json:
         print_json({"dry_run": dry_run} | document)

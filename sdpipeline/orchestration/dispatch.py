@@ -73,7 +73,7 @@ def work_off(settings: Settings, campaign: str, workers: Workers) -> State[None]
     with tags(*labels):
         progress = _watch(settings, campaign, workers, board)
     try:
-        bootstrap.seal(settings)
+        bootstrap.seal_here(settings)
     except TransientError as error:
         log.warning("audit.unsealed", error=str(error))  # the next seal covers these events too
     board.close(progress)

@@ -17,6 +17,7 @@ from sdpipeline.db.audit import AuditLog
 from sdpipeline.db.tables import archive as archive_table
 from sdpipeline.db.tables import attempt, image, job, job_parent
 from sdpipeline.domain import JobSpec, Json
+from sdpipeline.errors import SealOverdueError
 from sdpipeline.storage import LocalStore
 from sdpipeline.verification import Match, Register, check
 from tests.factories import chains, events, job_spec
@@ -134,6 +135,23 @@ def test_a_run_that_is_killed_before_the_tables_are_emptied_is_taken_up(
     monkeypatch.undo()
     assert place.ids() == [1, 2, 3, 4, 5, 6]
     assert place.faults() == []
+    place.forget()
+    assert place.ids() == [5, 6]
+    assert place.faults() == []
+
+
+def test_an_edition_stays_in_the_tables_until_it_is_sealed_whoever_takes_it_up(
+    place: Editions, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def overdue(_: Place) -> int:
+        raise SealOverdueError
+
+    monkeypatch.setattr(Place, "seal", overdue)
+    for forget in (place.archive, place.forget, place.erase):
+        with pytest.raises(SealOverdueError):
+            forget()
+        assert place.ids() == [1, 2, 3, 4, 5, 6]
+    monkeypatch.undo()
     place.forget()
     assert place.ids() == [5, 6]
     assert place.faults() == []

@@ -8,7 +8,8 @@ import signal
 import subprocess
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -250,3 +251,69 @@ def test_a_folder_is_no_place_to_write_a_file_to(
     ran(*words, "--out", folder, "--home", home, exit_code=2)
     assert "is a folder" in capsys.readouterr().err
     assert list(tmp_path.glob("*.part")) == []
+
+
+# Where another process has the key.
+
+
+@pytest.fixture
+def elsewhere(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The seal key's file; commands of this home have its public half alone."""
+    key = tmp_path / "seal.pem"
+    audit.load_key(key, create=True)
+    public = ["openssl", "pkey", "-in", str(key), "-pubout", "-out", str(tmp_path / "seal.pub")]
+    subprocess.run(public, check=True)
+    monkeypatch.setenv("SDP_SIGNING__SEAL_PUBLIC_KEY_FILE", str(tmp_path / "seal.pub"))
+    return key
+
+
+@contextmanager
+def sealing_elsewhere(home: Path, key: Path) -> Iterator[None]:
+    """Another process, which has the key and seals often."""
+    told_so = {"SDP_SIGNING__SEAL_KEY_FILE": str(key)}
+    process = start("audit", "seal", "--watch", "--every", "0.2", "--home", home, **told_so)
+    try:
+        yield
+    finally:
+        process.terminate()
+        process.wait(60)
+
+
+def test_a_process_without_the_key_waits_for_the_one_that_seals_and_verifies_its_seals(
+    home: Path, elsewhere: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    s = bootstrap.load_settings(home)
+    assert bootstrap.seal_here(s) is None
+    with sealing_elsewhere(home, elsewhere):
+        assert bootstrap.seal_or_wait(s) > 0
+    assert audit.unsealed(opened(home)) == 0
+    ran("audit", "verify", "--home", home)
+    capsys.readouterr()
+    ran("audit", "prove", 2, "--home", home)
+    assert told(capsys)["seal"]
+
+
+def test_a_process_without_the_key_does_not_wait_for_ever(
+    home: Path, elsewhere: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(bootstrap, "SEAL_TIMEOUT_S", 0.1)
+    ran("audit", "prove", 2, "--home", home, exit_code=1)
+    assert "is `sdpipeline audit seal --watch` running?" in capsys.readouterr().err
+    assert audit.unsealed(opened(home)) > 0
+
+
+@pytest.mark.parametrize("words", [("seal",), ("seal", "--watch"), ("export",)])
+def test_what_signs_says_where_it_can_run(
+    home: Path, elsewhere: Path, words: tuple[str, ...], capsys: pytest.CaptureFixture[str]
+) -> None:
+    ran("audit", *words, "--home", home, exit_code=2)
+    said = capsys.readouterr()
+    assert (said.out, said.err.count("\n")) == ("", 1)
+    assert "SDP_SIGNING__SEAL_KEY_FILE: is not set (run this on the machine that seals" in said.err
+
+
+def test_a_process_that_names_both_halves_is_refused(
+    home: Path, elsewhere: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SDP_SIGNING__SEAL_KEY_FILE", str(elsewhere))
+    ran("audit", "seal", "--home", home, exit_code=2)

@@ -9,6 +9,7 @@ another.
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -27,13 +28,14 @@ from sdpipeline.audit import load_key
 from tests.chaos.postgres import postgres_server
 from tests.integration.certificates import signing_settings
 from tests.integration.commands import FAKE_ENGINE
-from tests.integration.compose_file import DEPLOY, services, variables
+from tests.integration.compose_file import DEPLOY, composed, services, variables
 from tests.integration.conftest import free_port, served
 
 pytestmark = pytest.mark.timeout(300)
 
-STARTED = ("bucket", "migrate", "roles", "prefect-server", "deploy", "cpu-worker", "gpu-worker")
-ELSEWHERE = {"postgres": "a server out of a wheel", "s3": "moto"}
+ONCE = ("bucket", "migrate", "roles", "deploy")
+STARTED = ("prefect-server", "prefect-gateway", "sealer", "cpu-worker", "gpu-worker")
+ELSEWHERE = {"postgres": "a server out of a wheel", "seaweedfs": "moto", "s3": "one test's, where there is HAProxy"}
 CAMPAIGN = """\
 name: composed
 checkpoint: shapes
@@ -103,14 +105,17 @@ def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
     """All services, started in the order of their dependencies."""
     folder = tmp_path_factory.mktemp("stack")
     load_key(folder / "seal.pem", create=True)
+    _public_half(folder)
     signing_settings(folder)
-    database, s3, prefect = free_port(), free_port(), free_port()
+    database, s3, prefect, gateway = free_port(), free_port(), free_port(), free_port()
     places = {
         "postgres:5432": f"127.0.0.1:{database}",
         "s3:8333": f"127.0.0.1:{s3}",
         "prefect-server:4200": f"127.0.0.1:{prefect}",
+        "prefect-gateway:4201": f"127.0.0.1:{gateway}",
         "0.0.0.0": "127.0.0.1",
         "4200": str(prefect),
+        "4201": str(gateway),
         "5432": str(database),
         "/run/secrets": str(folder),
         "/deploy/": f"{DEPLOY}/",
@@ -128,11 +133,18 @@ def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
         for name in ("bucket", "migrate"):
             found.once(name)
         found.once("roles", PGHOST="127.0.0.1", PGPORT=str(database))
-        _wait_for(found, lambda: httpx.get(f"http://127.0.0.1:{prefect}/api/health").is_success)
+        found.start("prefect-gateway")
+        _wait_for(found, lambda: httpx.get(f"http://127.0.0.1:{gateway}/api/health").is_success)
         found.once("deploy")
-        for name in ("cpu-worker", "gpu-worker"):
+        for name in ("sealer", "cpu-worker", "gpu-worker"):
             found.start(name, **{FAKE_ENGINE: "0.1", "PREFECT_WORKER_QUERY_SECONDS": "1"})
         yield found
+
+
+def _public_half(folder: Path) -> None:
+    """As .env.example says."""
+    words = ["openssl", "pkey", "-in", str(folder / "seal.pem"), "-pubout", "-out", str(folder / "seal.pub")]
+    subprocess.run(words, check=True, capture_output=True)
 
 
 def _initialise(stack: Stack, superuser: str, port: int) -> None:
@@ -178,7 +190,7 @@ def api(stack: Stack) -> Iterator[httpx.Client]:
 
 
 def test_every_service_is_accounted_for() -> None:
-    assert {*STARTED, *ELSEWHERE} == set(services())
+    assert {*ONCE, *STARTED, *ELSEWHERE} == set(services())
 
 
 def test_prefect_asks_for_the_password(stack: Stack, api: httpx.Client) -> None:
@@ -206,6 +218,24 @@ def test_a_campaign_is_worked_through_the_pool(stack: Stack, api: httpx.Client) 
     assert '"succeeded": 4' in stack.once("gpu-worker", "sdpipeline", "status", "composed", "--json")
 
 
-def test_the_dispatcher_seals_under_object_lock_and_verifies(stack: Stack) -> None:
-    stack.once("cpu-worker", "sdpipeline", "audit", "seal")
+def test_the_sealer_seals_under_object_lock_and_the_dispatcher_verifies_and_cannot_seal(stack: Stack) -> None:
+    stack.once("sealer", "sdpipeline", "audit", "seal")
     assert '"ok": true' in stack.once("cpu-worker", "sdpipeline", "audit", "verify", "--json")
+    command = stack.command(["sdpipeline", "audit", "seal"])
+    refused = subprocess.run(command, env=stack.environment("cpu-worker"), capture_output=True, text=True, check=False)
+    assert (refused.returncode, refused.stdout) == (2, "")
+    assert "SDP_SIGNING__SEAL_KEY_FILE: is not set" in refused.stderr
+    database = psycopg.connect(stack.environment("cpu-worker")["SDP_DATABASE_URL"])
+    with database, pytest.raises(psycopg.errors.InsufficientPrivilege):
+        database.execute("INSERT INTO audit_seal (number) VALUES (99)")
+
+
+def test_the_s3_port_is_forwarded(stack: Stack) -> None:
+    haproxy = shutil.which("haproxy") or shutil.which("haproxy", path="/usr/sbin")
+    if haproxy is None:
+        pytest.skip("haproxy is not installed (Debian: haproxy)")
+    port, behind = free_port(), stack.here("s3:8333")
+    text = composed()["configs"]["s3-port"]["content"].replace(":8333", f"127.0.0.1:{port}")
+    (stack.folder / "haproxy.cfg").write_text(text.replace("127.0.0.1:8334", behind))
+    with served([haproxy, "-db", "-f", str(stack.folder / "haproxy.cfg")], port, stack.folder):
+        stack.once("bucket", SDP_S3__ENDPOINT_URL=f"http://127.0.0.1:{port}")

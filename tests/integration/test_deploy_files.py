@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import re
 import shutil
@@ -24,7 +25,11 @@ from tests.integration.compose_file import DEPLOY, composed, services, variables
 ROOT = DEPLOY.parent
 KUBERNETES = "1.33"
 DOCKERFILE = (DEPLOY / "Dockerfile").read_text()
-OURS = ("bucket", "migrate", "prefect-server", "deploy", "cpu-worker", "gpu-worker")
+OURS = ("bucket", "migrate", "prefect-server", "prefect-gateway", "deploy", "sealer", "cpu-worker", "gpu-worker")
+THEIRS = ("postgres", "s3", "seaweedfs", "roles")
+OUR_PODS = ("migrate", "prefect-server", "prefect-gateway", "deploy", "sealer", "cpu-worker", "gpu-pool")
+HOLDERS = ("prefect-server", "prefect-gateway", "deploy")
+PREFECT_PASSWORDS = {variables()["PREFECT_AUTH"], "admin:change-me"}
 
 
 @cache
@@ -37,7 +42,7 @@ def rendered() -> list[Any]:
         base = Path(shutil.copytree(DEPLOY / "kubernetes", Path(folder) / "base"))
         for example in base.glob("secrets/*.example"):
             shutil.copy(example, example.with_suffix(""))
-        for name in ("seal.pem", "certificates_file.pem", "key_file.pem"):
+        for name in ("seal.pem", "seal.pub", "certificates_file.pem", "key_file.pem"):
             (base / "secrets" / name).write_text("a key")
         done = subprocess.run([kubectl, "kustomize", base], capture_output=True, text=True, check=True)
     return list(yaml.safe_load_all(done.stdout))
@@ -63,7 +68,7 @@ def gpu_job() -> Any:
 def test_the_compose_file_follows_the_specification() -> None:
     compose = PyCompose.from_yaml(yaml.safe_dump(composed()))
     compose.validate()
-    assert set(compose.service_names()) == {*OURS, "postgres", "s3", "roles"}
+    assert set(compose.service_names()) == {*OURS, *THEIRS}
 
 
 def test_every_secret_of_the_compose_file_comes_from_the_environment() -> None:
@@ -126,7 +131,7 @@ def test_what_is_not_kubernetes_is_refused() -> None:
         kubernetes_validate.validate(wrong, KUBERNETES, strict=True)
 
 
-@pytest.mark.parametrize("name", ["migrate", "prefect-server", "cpu-worker", "gpu-pool", "gpu-job"])
+@pytest.mark.parametrize("name", [*OUR_PODS, "gpu-job"])
 def test_a_pod_runs_as_nobody_in_particular(name: str) -> None:
     pod = pods()[name]
     assert pod["securityContext"]["runAsNonRoot"] is True
@@ -158,12 +163,105 @@ def test_secrets_and_settings_that_pods_name_are_made() -> None:
         for container in [*pod.get("initContainers", []), *pod["containers"]]:
             named |= {next(iter(source.values()))["name"] for source in container["envFrom"]}
     assert named <= made
-    assert {"owner", "prefect", "dispatcher", "worker", "sdpipeline"} <= named
+    assert {"owner", "prefect", "dispatcher", "worker", "sealer", "gateway", "sdpipeline"} <= named
 
 
-def test_no_pod_but_the_dispatchers_has_the_key_that_seals() -> None:
-    assert [name for name, pod in pods().items() if "seal-key" in json.dumps(pod)] == ["cpu-worker"]
-    assert [name for name, service in services().items() if "seal-key" in json.dumps(service)] == ["cpu-worker"]
+def environment(pod: Any) -> dict[str, str]:
+    """Every variable that some container of a pod gets, from its settings and secrets too."""
+    found: dict[str, str] = {}
+    for container in [*pod.get("initContainers", []), *pod["containers"]]:
+        for source in container.get("envFrom", []):
+            found |= _values(next(m for m in rendered() if _names(source, m)))
+        found |= {each["name"]: each.get("value", "") for each in container.get("env", [])}
+    return found
+
+
+def _names(source: Any, manifest: Any) -> bool:
+    kind = {"configMapRef": "ConfigMap", "secretRef": "Secret"}
+    return any(
+        manifest["kind"] == kind[how] and manifest["metadata"]["name"] == named["name"] for how, named in source.items()
+    )
+
+
+def _values(manifest: Any) -> dict[str, str]:
+    data: dict[str, str] = manifest["data"]
+    secret = manifest["kind"] == "Secret"
+    return {name: base64.b64decode(value).decode() if secret else value for name, value in data.items()}
+
+
+def everything() -> dict[str, dict[str, str]]:
+    """The environment of every service and pod of ours."""
+    compose = {name: services()[name].get("environment", {}) for name in services()}
+    return compose | {f"pod {name}": environment(pod) for name, pod in pods().items()}
+
+
+def test_only_the_sealer_has_the_key_that_seals_and_nobody_tells_it_what_to_run() -> None:
+    assert [name for name, pod in pods().items() if '"seal-key"' in json.dumps(pod)] == ["sealer"]
+    assert [name for name, service in services().items() if '"seal-key"' in json.dumps(service)] == ["sealer"]
+    for name in ("sealer", "pod sealer"):
+        assert [setting for setting in everything()[name] if setting.startswith("PREFECT_API")] == []
+    for command in (services()["sealer"]["command"], pods()["sealer"]["containers"][0]["command"]):
+        assert command == ["sdpipeline", "audit", "seal", "--watch"]
+
+
+def test_the_prefect_password_is_with_the_server_the_gateway_and_what_ends() -> None:
+    holders = {name for name, own in everything().items() if PREFECT_PASSWORDS & set(own.values())}
+    assert holders == {f"{where}{name}" for where in ("", "pod ") for name in HOLDERS}
+    kinds = {m["metadata"]["name"]: m["kind"] for m in rendered()}
+    assert (services()["deploy"]["restart"], kinds["deploy"]) == ("no", "Job")
+
+
+def test_workers_know_the_gateway_and_have_a_credential_of_their_role() -> None:
+    given = everything()["prefect-gateway"]
+    roles = {"cpu-worker": given["SDP_GATEWAY__DISPATCHER_AUTH"], "gpu-worker": given["SDP_GATEWAY__WORKER_AUTH"]}
+    pod = everything()["pod prefect-gateway"]
+    roles |= dict.fromkeys(("pod gpu-job", "pod gpu-pool"), pod["SDP_GATEWAY__WORKER_AUTH"])
+    roles |= {"pod cpu-worker": pod["SDP_GATEWAY__DISPATCHER_AUTH"]}
+    for name, auth in roles.items():
+        own = everything()[name]
+        assert own["PREFECT_API_URL"] == "http://prefect-gateway:4201/api"
+        assert own["PREFECT_API_AUTH_STRING"] == auth
+    assert len({*roles.values()} & PREFECT_PASSWORDS) == 0
+
+
+def test_seaweedfs_listens_on_the_loopback_of_the_service_that_forwards_its_s3_port() -> None:
+    served = services()["seaweedfs"]
+    bound = {word.partition("=")[0]: word.partition("=")[2] for word in served["command"] if "=" in word}
+    assert {bound["-ip"], bound["-ip.bind"], bound["-s3.ip.bind"]} == {"127.0.0.1"}
+    assert (served["network_mode"], "networks" in served, "ports" in served) == ("service:s3", False, False)
+    assert served["environment"]["WEED_JWT_FILER_SIGNING_KEY"]
+    forwarded = composed()["configs"]["s3-port"]["content"]
+    assert re.findall(r"bind (\S+)|server \S+ (\S+)", forwarded) == [
+        (":8333", ""),
+        ("", f"127.0.0.1:{bound['-s3.port']}"),
+    ]
+
+
+def test_pods_of_pictures_reach_the_gateway_and_not_the_server() -> None:
+    def reach(way: str, app: str) -> set[str]:
+        found = set()
+        for policy in (m["spec"] for m in rendered() if m["kind"] == "NetworkPolicy"):
+            for rule in policy.get(way, []) if _selects(policy["podSelector"], app) else []:
+                found |= {name for peer in rule["from" if way == "ingress" else "to"] for name in _apps(peer)}
+        return found
+
+    workers = {"cpu-worker", "gpu-pool", "gpu-worker"}
+    assert reach("ingress", "prefect-server") == {"prefect-gateway", "deploy"}
+    assert reach("ingress", "prefect-gateway") == workers
+    for app in (*workers, "sealer", "migrate"):
+        assert "prefect-server" not in reach("egress", app)
+    assert reach("egress", "gpu-worker") == {"prefect-gateway"}
+    assert reach("egress", "sealer") == set()
+
+
+def _selects(selector: Any, app: str) -> bool:
+    return not selector or app in _apps({"podSelector": selector})
+
+
+def _apps(peer: Any) -> set[str]:
+    selector = peer.get("podSelector", {})
+    named = {selector["matchLabels"]["app"]} if "matchLabels" in selector else set()
+    return named | {value for each in selector.get("matchExpressions", []) for value in each["values"]}
 
 
 def test_nobody_but_who_makes_pictures_has_the_key_that_signs_them() -> None:
@@ -208,11 +306,19 @@ SEAL, ARCHIVE = "audit/seals/00000001.json", "archive/team/spring/2026.jsonl.gz"
         ("worker", "DeleteObjectVersion", SEAL, False),
         ("worker", "BypassGovernanceRetention", SEAL, False),
         ("dispatcher", "PutObject", INPUT, True),
-        ("dispatcher", "PutObject", SEAL, True),
-        ("dispatcher", "PutObjectRetention", SEAL, True),
+        ("dispatcher", "PutObject", ARCHIVE, True),
+        ("dispatcher", "PutObject", SEAL, False),
+        ("dispatcher", "PutObjectRetention", SEAL, False),
         ("dispatcher", "DeleteObjectVersion", PICTURE, True),
         ("dispatcher", "DeleteObjectVersion", SEAL, False),
         ("dispatcher", "BypassGovernanceRetention", SEAL, False),
+        ("sealer", "PutObject", SEAL, True),
+        ("sealer", "PutObjectRetention", SEAL, True),
+        ("sealer", "GetObject", SEAL, True),
+        ("sealer", "PutObject", PICTURE, False),
+        ("sealer", "GetObject", PICTURE, False),
+        ("sealer", "DeleteObjectVersion", SEAL, False),
+        ("sealer", "BypassGovernanceRetention", SEAL, False),
         ("reader", "GetObjectVersion", SEAL, True),
         ("reader", "PutObject", PICTURE, False),
         ("reader", "DeleteObject", PICTURE, False),

@@ -80,7 +80,7 @@ class Place:
         return done.document()
 
     def erase(self, name: str = ANNA, store: LocalStore | None = None) -> retention.Erasure:
-        return retention.erase(self.audit, store or self.store, name, team="default")
+        return retention.erase(self.audit, store or self.store, self.seal, name, team="default")
 
     def seal(self) -> int:
         return seal(self.audit.database, self.store, self.key)
