@@ -9,6 +9,7 @@
     ├── TransientError            the same work may succeed later: the job is tried again
     │   ├── StorageUnavailableError
     │   ├── DatabaseUnavailableError
+    │   │   └── DatabaseRefusedError  ... it answered: a wrong password, user or database, or a file that is read-only
     │   ├── OrchestratorUnavailableError
     │   ├── SigningUnavailableError
     │   ├── DeliveryLostError     the process that delivers pictures died of this one again and again
@@ -82,7 +83,18 @@ class StorageUnavailableError(TransientError):
 
 
 class DatabaseUnavailableError(TransientError):
-    """The database did not answer."""
+    """The database did not answer, or answered that it cannot do this now.
+
+    ``fix`` says what to do about it; None if the database did not say why.
+    """
+
+    def __init__(self, message: str, *, fix: str | None = None) -> None:
+        super().__init__(message)
+        self.fix = fix
+
+
+class DatabaseRefusedError(DatabaseUnavailableError):
+    """The database refuses this user, password, database or file: wrong at the start, waited for later on."""
 
 
 class OrchestratorUnavailableError(TransientError):

@@ -26,8 +26,9 @@ from sdpipeline.cli.output import (
     stderr,
     stdout,
 )
-from sdpipeline.db import control, reports
+from sdpipeline.db import control, reports, server
 from sdpipeline.db.reports import Progress
+from sdpipeline.db.server import WriteRefusal
 from sdpipeline.db.submit import Submitted
 from sdpipeline.domain import Status
 
@@ -138,7 +139,8 @@ def status(
                 ids = [each for each in found if each is not None]
             everything = [reports.progress(connection, each) for each in ids]
             living = reports.live_workers(connection)
-    show_status(everything, as_json=as_json, workers=living)
+        refusal = server.write_refusal(have.database)
+    show_status(everything, as_json=as_json, workers=living, refusal=refusal)
 
 
 def jobs(
@@ -232,15 +234,24 @@ def resume(campaign: CampaignName, *, home: Home = None, as_json: AsJson = False
     _set_status(campaign, "active", home, as_json=as_json)
 
 
-def show_status(campaigns: list[Progress], *, as_json: bool, workers: list[dict[str, Any]] | None = None) -> None:
-    """The status table, or its JSON form."""
+def show_status(
+    campaigns: list[Progress],
+    *,
+    as_json: bool,
+    workers: list[dict[str, Any]] | None = None,
+    refusal: WriteRefusal | None = None,
+) -> None:
+    """The status table, or its JSON form; ``refusal`` says why the database takes no writes."""
     documents = [progress.document() for progress in campaigns]
     living = [
         {name: worker[name] for name in ("id", "host", "pid", "device", "status", "leases", "seen_at", "note")}
         for worker in workers or []
     ]
     if as_json:
-        print_json({"campaigns": documents} | ({"workers": living} if workers is not None else {}))
+        database = {"writable": refusal is None, "reason": refusal and refusal.reason}
+        print_json(
+            {"campaigns": documents} | ({"workers": living, "database": database} if workers is not None else {})
+        )
         return
     columns = ("total", "succeeded", *_there(documents, ("ready", "waiting", "leased", *UNLUCKY)))
     spent = ("images", "gpu_seconds", *(["cost"] if any(d["cost"] for d in documents) else []))
@@ -253,6 +264,8 @@ def show_status(campaigns: list[Progress], *, as_json: bool, workers: list[dict[
     for d in documents:
         if d["paused_because"]:
             stdout.print(f"{d['name']} is paused: {d['paused_because']}")
+    if refusal is not None:
+        stdout.print(f"workers wait for the database: {refusal.reason} ({refusal.fix})")
     if living:
         for worker in living:
             worker["last seen"] = _time(worker["seen_at"])

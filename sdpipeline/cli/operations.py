@@ -10,6 +10,7 @@ from sdpipeline import bootstrap, checkup, stopping
 from sdpipeline.cli.output import FOUND_FAULTS, AsJson, Home, print_json, print_table, settings, stdout
 from sdpipeline.db import migrate
 from sdpipeline.db.connection import open_database
+from sdpipeline.errors import DatabaseUnavailableError
 
 
 def add_to(app: typer.Typer) -> None:
@@ -34,7 +35,12 @@ def worker(
     """Run one worker process outside a flow; SIGTERM lets it finish its batch, a second one does not."""
     s = settings(home)
     with stopping.told_by(*stopping.SIGNALS) as stop:
-        done = bootstrap.run_worker(s, campaign=None, until_idle=until_idle, device=device, stop=stop)
+        try:
+            done = bootstrap.run_worker(s, campaign=None, until_idle=until_idle, device=device, stop=stop)
+        except DatabaseUnavailableError:
+            if not stop.is_set():
+                raise
+            raise typer.Exit(stop.exit_code) from None  # it was still waiting for the database
     names = ("succeeded", "reused", "failed", "blocked", "batches", "gpu_seconds", "idle")
     document = {name: getattr(done, name) for name in names}
     if as_json:

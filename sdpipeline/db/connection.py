@@ -9,14 +9,17 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
-from sqlalchemy import URL, Connection, Double, Engine, Table, create_engine, event, make_url
+from sqlalchemy import URL, Connection, Double, Engine, ExceptionContext, Table, create_engine, event, make_url
 from sqlalchemy.dialects import postgresql, sqlite
-from sqlalchemy.exc import ArgumentError, DBAPIError, DisconnectionError, NoSuchModuleError, OperationalError
+from sqlalchemy.exc import ArgumentError, DBAPIError, DisconnectionError, NoSuchModuleError
+from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.sql.functions import GenericFunction
 
+from sdpipeline.db import driver_errors
+from sdpipeline.db.sqlite_reader import open_reader
 from sdpipeline.errors import DatabaseUnavailableError, Mistake, SettingsError
 
 __all__ = ["Connection", "Database", "copy_rows", "insert_ignoring", "now_s", "open_database", "sqlite_path"]
@@ -32,9 +35,19 @@ _POSTGRES_CONNECTION = {
     "keepalives_interval": 5,
     "keepalives_count": 3,
     "tcp_user_timeout": 30_000,
-    # A process that is frozen in the middle of a transaction must not hold its row locks for ever.
-    "options": "-c idle_in_transaction_session_timeout=60s",
 }
+_POSTGRES_DRIVER = {
+    # A pooler in transaction mode executes each transaction on another server connection, which has no statements
+    # prepared on the one before.
+    "prepare_threshold": None,
+    # Transactions begin with a statement of ours, in the round trip that the driver's own BEGIN would take.
+    "autocommit": True,
+}
+_IDLE_TIMEOUT = "idle_in_transaction_session_timeout"
+# A process that is frozen in the middle of a transaction must not hold its row locks for ever. Set by the transaction:
+# a pooler refuses start-up options and keeps no session's settings.
+_LIMITED = f"; SET LOCAL {_IDLE_TIMEOUT} = '60s'"
+_ISOLATION = "sdp_isolation"
 
 
 class now_s(GenericFunction[float]):  # noqa: N801 -- reads as the SQL function it is
@@ -88,7 +101,7 @@ class Database:
         """One transaction that only reads, and sees the database as it stood at its first statement."""
         with _translated(self.reader.url), self.reader.connect() as connection:
             if not self.is_sqlite:
-                connection.execution_options(isolation_level="REPEATABLE READ")
+                connection.execution_options(**{_ISOLATION: " ISOLATION LEVEL REPEATABLE READ"})
             with connection.begin():
                 yield connection
 
@@ -146,8 +159,11 @@ def copy_rows(connection: Connection, table: Table, columns: Sequence[str], rows
         with cursor.copy(f"COPY {table.name} ({names}) FROM STDIN", writer=QueuedLibpqWriter(cursor)) as copy:
             for row in rows:
                 copy.write_row(row)
-    except connection.dialect.loaded_dbapi.OperationalError as error:
-        raise DatabaseUnavailableError(f"{_place(connection.engine.url)}: {error}".splitlines()[0]) from error
+    except connection.dialect.loaded_dbapi.Error as error:
+        ours = driver_errors.translated(error, _place(connection.engine.url), connection_lost=bool(driver.closed))
+        if ours is None:
+            raise
+        raise ours from error
 
 
 def _wrong_url(fault: str) -> Mistake:
@@ -164,11 +180,12 @@ def _open_sqlite(url: URL) -> Database:
         create_engine(url, connect_args={"timeout": SQLITE_BUSY_TIMEOUT_S, "isolation_level": None}) for _ in range(2)
     )
     _on_connect(writer, "PRAGMA journal_mode = WAL", "PRAGMA synchronous = NORMAL", "PRAGMA foreign_keys = ON")
-    _on_connect(reader, "PRAGMA query_only = ON")
+    open_reader(reader)
     _on_begin(writer, "BEGIN IMMEDIATE")
     _on_begin(reader, "BEGIN")
     for engine in (writer, reader):
         _leave_to_parent(engine)
+        _reopen_after_errors(engine)
     return Database(writer, reader)
 
 
@@ -176,11 +193,12 @@ def _open_postgresql(url: URL) -> Database:
     # What the URL says itself wins.
     arguments = {name: value for name, value in _POSTGRES_CONNECTION.items() if name not in url.query}
     try:
-        engine = create_engine(url, pool_pre_ping=True, pool_size=8, connect_args=arguments)
+        engine = create_engine(url, pool_pre_ping=True, pool_size=8, connect_args=arguments | _POSTGRES_DRIVER)
     except (NoSuchModuleError, ModuleNotFoundError) as error:
         raise SettingsError(
             Mistake(key="SDP_DATABASE_URL", message="needs psycopg", fix="pip install 'sdpipeline[postgres]'")
         ) from error
+    _on_begin(engine, "BEGIN{isolation}" + ("" if _IDLE_TIMEOUT in str(url.query.get("options", "")) else _LIMITED))
     _leave_to_parent(engine)
     return Database(engine, engine)
 
@@ -195,7 +213,16 @@ def _on_connect(engine: Engine, *pragmas: str) -> None:
 def _on_begin(engine: Engine, statement: str) -> None:
     @event.listens_for(engine, "begin")
     def _begin(connection: Connection) -> None:
-        connection.exec_driver_sql(statement)
+        isolation = connection.get_execution_options().get(_ISOLATION, "")
+        connection.exec_driver_sql(statement.format(isolation=isolation))
+
+
+def _reopen_after_errors(engine: Engine) -> None:
+    """A file that was opened read-only, or moved away, stays so for its connection: the next one opens it again."""
+
+    @event.listens_for(engine, "handle_error")
+    def _check(context: ExceptionContext) -> None:
+        context.is_disconnect = context.is_disconnect or driver_errors.reopens(context.original_exception)
 
 
 def _leave_to_parent(engine: Engine) -> None:
@@ -216,17 +243,20 @@ def _leave_to_parent(engine: Engine) -> None:
 def _translated(url: URL) -> Iterator[None]:
     try:
         yield
-    except OperationalError as error:
-        # SQLite reports a statement that is wrong (SQLITE_ERROR) like a database that is away.
-        if getattr(error.orig, "sqlite_errorcode", None) == sqlite3.SQLITE_ERROR:
-            raise
-        raise DatabaseUnavailableError(f"{_place(url)}: {_first_line(error)}") from error
+    except PoolTimeoutError as error:
+        raise DatabaseUnavailableError(f"{_place(url)}: every connection of this process is in use") from error
     except DBAPIError as error:
-        if error.connection_invalidated:
-            raise DatabaseUnavailableError(f"{_place(url)}: {_first_line(error)}") from error
-        if error.statement is None and not error.params and not isinstance(error.orig, sqlite3.Error):
-            raise SettingsError(_wrong_url(_first_line(error))) from error
-        raise
+        ours = driver_errors.translated(error.orig, _place(url), connection_lost=error.connection_invalidated)
+        if ours is None and error.statement is None and not error.params and _is_of_no_server(error.orig):
+            ours = SettingsError(_wrong_url(driver_errors.first_line(error.orig)))
+        if ours is None:
+            raise
+        raise ours from error
+
+
+def _is_of_no_server(error: BaseException | None) -> TypeGuard[BaseException]:
+    """A driver's own error, before it asked a server: it does not take the address."""
+    return error is not None and not isinstance(error, sqlite3.Error) and driver_errors.sqlstate(error) is None
 
 
 def _place(url: URL) -> str:
@@ -235,7 +265,3 @@ def _place(url: URL) -> str:
         return str(url.database)
     host = url.host or url.query.get("host") or "the local socket"
     return f"database {url.database} at {host}" + (f":{url.port}" if url.port else "")
-
-
-def _first_line(error: DBAPIError) -> str:
-    return str(error.orig).strip().splitlines()[0] if str(error.orig).strip() else type(error.orig).__name__
