@@ -63,6 +63,8 @@ def plan(
     cost = None if s.cost_per_gpu_hour is None else s.cost_per_gpu_hour / 3600
     planning = submission.Planning(team=s.team, max_batch=s.engine.max_batch, gpu_second_cost=cost)
     planned = submission.plan(campaign, inputs, database, planning, explain=diff).document()
+    if database is not None:
+        database.close()
     if as_json:
         print_json(planned)
         return

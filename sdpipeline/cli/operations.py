@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import closing
 from typing import Annotated
 
 import typer
@@ -55,8 +56,8 @@ def worker(
 
 def upgrade(*, home: Home = None, as_json: AsJson = False) -> None:
     """Bring the database to this release's schema."""
-    database = open_database(settings(home).database)
-    before, after = migrate.upgrade(database)
+    with closing(open_database(settings(home).database)) as database:
+        before, after = migrate.upgrade(database)
     if as_json:
         print_json({"before": before, "after": after})
     else:
@@ -66,7 +67,10 @@ def upgrade(*, home: Home = None, as_json: AsJson = False) -> None:
 def current(*, home: Home = None, as_json: AsJson = False) -> None:
     """Show the database's schema and the one this release needs."""
     s = settings(home)
-    at = migrate.current(open_database(s.database)) if bootstrap.database_exists(s) else None
+    at = None
+    if bootstrap.database_exists(s):
+        with closing(open_database(s.database)) as database:
+            at = migrate.current(database)
     if as_json:
         print_json({"current": at, "newest": migrate.newest()})
     else:
