@@ -137,7 +137,8 @@ def seal_key(s: Settings) -> audit.SealKey:
         fix = "name an Ed25519 key: openssl genpkey -algorithm ed25519 -out seal.pem"
         raise SettingsError(Mistake(key="SDP_SIGNING__SEAL_KEY_FILE", message="is not set", fix=fix))
     retired = tuple(s.signing.retired_seal_keys)
-    return audit.load_key(path or development_seal_key(s), create=path is None, retired=retired)
+    with _development_keys(s):
+        return audit.load_key(path or development_seal_key(s), create=path is None, retired=retired)
 
 
 def development_seal_key(s: Settings) -> Path:
@@ -149,7 +150,8 @@ def picture_key(s: Settings) -> SigningKey:
     """The key that signs pictures; a development key is made beside the embedded database."""
     own = s.signing
     if own.certificates_file is None and s.embedded and not (own.key_file or own.kms_key_id):
-        return replace(signing.development_key(development_picture_keys(s)), tsa_url=own.tsa_url)
+        with _development_keys(s):
+            return replace(signing.development_key(development_picture_keys(s)), tsa_url=own.tsa_url)
     if own.certificates_file is None:
         fix = "name the PEM file with your signing certificate and its intermediates"
         raise SettingsError(Mistake(key="SDP_SIGNING__CERTIFICATES_FILE", message="is not set", fix=fix))
@@ -174,6 +176,17 @@ def picture_key(s: Settings) -> SigningKey:
 def development_picture_keys(s: Settings) -> Path:
     """The folder in which the embedded default keeps the chain it made."""
     return s.home / "keys" / "pictures"
+
+
+@contextmanager
+def _development_keys(s: Settings) -> Iterator[None]:
+    """SettingsError if a key cannot be written in the home."""
+    try:
+        yield
+    except OSError as error:
+        message = f"cannot make a development key in {s.home / 'keys'}: {error.strerror}"
+        fix = "name a home on a disk that is writable and has space"
+        raise SettingsError(Mistake(key="SDP_HOME", message=message, fix=fix)) from error
 
 
 def trust_anchors(s: Settings) -> str:

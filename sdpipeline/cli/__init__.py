@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import sys
 from collections.abc import Sequence
 from typing import Annotated
@@ -78,6 +79,11 @@ auditing.add_to(app)
 reconciling.add_to(app)
 bench.add_to(app)
 
+_DISK_FIXES = {
+    errno.EROFS: "the disk is read-only: name a home or an output folder that is writable",
+    errno.ENOSPC: "free space on that disk",
+    errno.EDQUOT: "free space within the disk quota",
+}
 _DATABASE_FIX = "check that the server runs, and host, port and password"
 _UNUSABLE = {
     AuditBrokenError: ("SDP_DATABASE_URL", "sdpipeline reconcile --adopt"),
@@ -121,4 +127,10 @@ def run(arguments: Sequence[str]) -> int:
         return BAD_INPUT
     except SdpError as error:
         print_mistakes([Mistake(message=str(error))], as_json=as_json)
+        return FAILED
+    except OSError as error:
+        if error.errno not in _DISK_FIXES:
+            raise
+        message = f"{error.filename}: {error.strerror}" if error.filename else str(error.strerror)
+        print_mistakes([Mistake(message=message, fix=_DISK_FIXES[error.errno])], as_json=as_json)
         return FAILED

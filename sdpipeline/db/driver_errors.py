@@ -21,17 +21,21 @@ SETTING = "SDP_DATABASE_URL"
 READ_ONLY_FIX = "name the primary server in SDP_DATABASE_URL, or wait until this one accepts writes again"
 _RESTARTING = "wait until the server runs again; its log says why it ended"
 _TRY_AGAIN = "try again: another transaction held what this one needed"
+_PREPARED = "try again: a connection pooler was found, behind which nothing is prepared from now on"
 _CONNECTIONS = "wait, raise the server's connection limit, or put pgbouncer in front of it"
 _CREDENTIALS = "check the user, the password and the database in SDP_DATABASE_URL"
 _TLS = "check sslmode, sslrootcert and sslcert in SDP_DATABASE_URL"
 _DIRECT = "remove that parameter from SDP_DATABASE_URL, or connect to the server directly"
 
+_READ_ONLY_SESSION = "25006"
 _OUTAGES = {
     "08": "check the network and the pooler between this machine and the database server",
-    "25006": READ_ONLY_FIX,
+    _READ_ONLY_SESSION: READ_ONLY_FIX,
     "25P03": "see why this process was frozen for so long",
     "25P04": "raise transaction_timeout",
+    "26000": _PREPARED,
     "40": _TRY_AGAIN,
+    "42P05": _PREPARED,
     "53": "give the database server more of what it lacks",
     "53100": "free space on the database server's disk",
     "53200": "give the database server more memory",
@@ -138,8 +142,18 @@ def sqlite_kind(error: BaseException | None) -> int | None:
 
 
 def reopens(error: BaseException | None) -> bool:
-    """True if a connection to SQLite is of no use after this error, even once its cause is gone."""
-    return sqlite_kind(error) in (*_FORBIDDEN, *_DAMAGED, sqlite3.SQLITE_IOERR)
+    """True if this connection cannot be used after the error, even once its cause is gone.
+
+    A session of PostgreSQL that began read-only stays so, and one with a demoted primary stays with it. A file of
+    SQLite that was opened read-only, or was moved away, stays so for its connection.
+    """
+    kinds = (*_FORBIDDEN, *_DAMAGED, sqlite3.SQLITE_IOERR)
+    return sqlstate(error) == _READ_ONLY_SESSION or sqlite_kind(error) in kinds or is_prepared_elsewhere(error)
+
+
+def is_prepared_elsewhere(error: BaseException | None) -> bool:
+    """True if a pooler had prepared the statement on another server connection."""
+    return sqlstate(error) in {"26000", "42P05"}
 
 
 def _of_sqlite(error: sqlite3.Error, message: str, file: str) -> SdpError | None:

@@ -6,11 +6,10 @@ import sqlite3
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from sqlalchemy import Connection, func, select, text
 
-from sdpipeline.db.connection import Database
+from sdpipeline.db.connection import Database, is_pooled
 from sdpipeline.db.driver_errors import READ_ONLY_FIX, is_full, translated
 from sdpipeline.errors import DatabaseRefusedError, DatabaseUnavailableError, Mistake, SettingsError
 
@@ -54,7 +53,7 @@ def find_pooler(database: Database) -> Pooler | None:
     if database.is_sqlite:
         return None
     with database.read() as connection:
-        if not _is_pooled(connection):
+        if not is_pooled(connection.connection.dbapi_connection):
             return None
     for _ in range(_PROBES):
         with database.reader.connect() as one, database.reader.connect() as other:
@@ -65,16 +64,10 @@ def find_pooler(database: Database) -> Pooler | None:
 
 def require_direct(connection: Connection, command: str) -> None:
     """Raise SettingsError if a pooler is in front of PostgreSQL."""
-    if connection.dialect.name == "postgresql" and _is_pooled(connection):
+    if connection.dialect.name == "postgresql" and is_pooled(connection.connection.dbapi_connection):
         message = f"{command} needs a direct connection, and this one goes through a connection pooler"
         fix = f"for {command}, name the PostgreSQL server's own host and port"
         raise SettingsError(Mistake(key="SDP_DATABASE_URL", message=message, fix=fix))
-
-
-def _is_pooled(connection: Connection) -> bool:
-    """PgBouncer and its kin answer a new connection with a process id that they made up."""
-    driver: Any = connection.connection.dbapi_connection
-    return bool(driver.info.backend_pid != connection.execute(select(func.pg_backend_pid())).scalar_one())
 
 
 def _server_process(connection: Connection) -> int:

@@ -46,7 +46,9 @@ def pgbouncer(server_url: str, mode: str, more: str = "") -> Iterator[int]:
         (folder / "users.txt").write_text("")
         host = url.host or str(url.query["host"])
         settings.write_text(
-            STOCK.format(host=host, port=url.port or 5432, user=url.username, listen_port=port, folder=folder, mode=mode)
+            STOCK.format(
+                host=host, port=url.port or 5432, user=url.username, listen_port=port, folder=folder, mode=mode
+            )
             + more
         )
         # As the server's own user, who may enter the folder of its socket.
