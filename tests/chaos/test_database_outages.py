@@ -38,7 +38,7 @@ def database(crashing_postgres: PostgresServer, name: str) -> Iterator[Database]
     """A migrated database in which the workers' login may do everything."""
     opened = open_database(crashing_postgres.new_database(name))
     with opened.write() as connection:
-        exists = connection.exec_driver_sql(f"SELECT FROM pg_roles WHERE rolname = '{WORKER}'").first()
+        exists = connection.exec_driver_sql(f"SELECT 1 FROM pg_roles WHERE rolname = '{WORKER}'").first()
         connection.exec_driver_sql(f"ALTER ROLE {WORKER} LOGIN" if exists else f"CREATE ROLE {WORKER} LOGIN")
         for things in ("TABLES", "SEQUENCES"):
             connection.exec_driver_sql(f"GRANT ALL ON ALL {things} IN SCHEMA public TO {WORKER}")
