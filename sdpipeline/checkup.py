@@ -106,7 +106,13 @@ def _engine(s: Settings) -> Iterator[Check]:
 
 
 def _checkpoints(s: Settings) -> Iterator[Check]:
-    for files in bootstrap.catalog(s, bootstrap.existing_database(s)).values():
+    database = bootstrap.existing_database(s)
+    try:
+        known = bootstrap.catalog(s, database)
+    finally:
+        if database is not None:
+            database.close()
+    for files in known.values():
         verify(files)
         detail = f"{files.kind}, {files.family}, {files.size_bytes / 1e6:.1f} MB, digest {files.digest[:16]}"
         yield Check(name=f"checkpoint {files.alias}", ok=True, detail=detail)
