@@ -30,7 +30,7 @@ def gpu_worker(
             chunks.wait()
 
         with (
-            bootstrap.open_worker(settings, device=device) as worker,
+            bootstrap.open_worker(settings, device=device, stop=stop) as worker,
             worker_process.in_chunks(partial(worker.run, campaign=campaign, stop=stop), stop) as chunks,
         ):
             chunks.tell(chunk)

@@ -11,6 +11,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from datetime import datetime
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -29,6 +30,7 @@ from sdpipeline.db.connection import Database, open_database, sqlite_path
 from sdpipeline.db.declarations import declare
 from sdpipeline.db.queue import Patience
 from sdpipeline.db.reports import Progress
+from sdpipeline.db.waiting import until_available
 from sdpipeline.delivery_process import Bounds, DeliveryProcess, Destination
 from sdpipeline.demo.manifest import read_manifest
 from sdpipeline.domain import CheckpointRef, Json
@@ -37,7 +39,14 @@ from sdpipeline.engine.checkpoints import WEIGHTS, CheckpointFiles, inspect, rea
 from sdpipeline.engine.checkpoints import verify as verify_checkpoint
 from sdpipeline.engine.devices import gpu_count
 from sdpipeline.engine.hash_cache import HashCache
-from sdpipeline.errors import BadInputError, CampaignError, CheckpointError, Mistake, SettingsError
+from sdpipeline.errors import (
+    BadInputError,
+    CampaignError,
+    CheckpointError,
+    DatabaseUnavailableError,
+    Mistake,
+    SettingsError,
+)
 from sdpipeline.inputs import InputFolder
 from sdpipeline.report import Span
 from sdpipeline.settings import Settings
@@ -57,6 +66,8 @@ _log = structlog.get_logger(__name__)
 
 __all__ = ["Progress", "Span", "Thumbnails", "WorkerSummary"]
 
+_log = structlog.get_logger(__name__)
+
 
 def load_settings(home: Path | None = None) -> Settings:
     """The settings of this process; raises SettingsError."""
@@ -74,14 +85,18 @@ class Services:
 
 
 @contextmanager
-def services(s: Settings, *, create: bool = True) -> Iterator[Services]:
-    """Open database (at this release's schema) and storage; ``create`` makes an embedded database where none is."""
+def services(s: Settings, *, create: bool = True, until: threading.Event | None = None) -> Iterator[Services]:
+    """Open database (at this release's schema) and storage; ``create`` makes an embedded database where none is.
+
+    With ``until`` an outage of the database is waited out until that event is set.
+    """
     if not create and not database_exists(s):
         fix = "sdpipeline demo, or sdpipeline submit FILE; --home names another folder"
         raise BadInputError(Mistake(message=f"nothing was submitted in {s.home} yet", fix=fix))
     database = open_database(s.database)
+    check = partial(ensure_schema, s, database)
     try:
-        ensure_schema(s, database)
+        check() if until is None else until_available(check, until)
         yield Services(s, database, open_storage(s), AuditLog(database, actor=actor(s)))
     finally:
         database.close()
@@ -134,7 +149,8 @@ def seal_key(s: Settings) -> audit.SealKey:
         fix = "name an Ed25519 key: openssl genpkey -algorithm ed25519 -out seal.pem"
         raise SettingsError(Mistake(key="SDP_SIGNING__SEAL_KEY_FILE", message="is not set", fix=fix))
     retired = tuple(s.signing.retired_seal_keys)
-    return audit.load_key(path or development_seal_key(s), create=path is None, retired=retired)
+    with _development_keys(s):
+        return audit.load_key(path or development_seal_key(s), create=path is None, retired=retired)
 
 
 def believed_seal_keys(s: Settings) -> audit.SealKey | audit.PublicKeys:
@@ -155,7 +171,8 @@ def picture_key(s: Settings) -> SigningKey:
     """The key that signs pictures; a development key is made beside the embedded database."""
     own = s.signing
     if own.certificates_file is None and s.embedded and not (own.key_file or own.kms_key_id):
-        return replace(signing.development_key(development_picture_keys(s)), tsa_url=own.tsa_url)
+        with _development_keys(s):
+            return replace(signing.development_key(development_picture_keys(s)), tsa_url=own.tsa_url)
     if own.certificates_file is None:
         fix = "name the PEM file with your signing certificate and its intermediates"
         raise SettingsError(Mistake(key="SDP_SIGNING__CERTIFICATES_FILE", message="is not set", fix=fix))
@@ -180,6 +197,17 @@ def picture_key(s: Settings) -> SigningKey:
 def development_picture_keys(s: Settings) -> Path:
     """The folder in which the embedded default keeps the chain it made."""
     return s.home / "keys" / "pictures"
+
+
+@contextmanager
+def _development_keys(s: Settings) -> Iterator[None]:
+    """SettingsError if a key cannot be written in the home."""
+    try:
+        yield
+    except OSError as error:
+        message = f"cannot make a development key in {s.home / 'keys'}: {error.strerror}"
+        fix = "name a home on a disk that is writable and has space"
+        raise SettingsError(Mistake(key="SDP_HOME", message=message, fix=fix)) from error
 
 
 def trust_anchors(s: Settings) -> str:
@@ -438,38 +466,49 @@ class OpenWorker:
         on_progress: Callable[[int], None] | None = None,
     ) -> WorkerSummary:
         """As :meth:`sdpipeline.worker.Worker.run`, with the campaign by name."""
-        campaign_id = None if campaign is None else known_campaign(self.worker.audit.database, self.team, campaign)
+        database = self.worker.audit.database
+        known = partial(known_campaign, database, self.team)
+        campaign_id = None if campaign is None else until_available(partial(known, campaign), stop)
         return self.worker.run(campaign_id=campaign_id, until_idle=until_idle, stop=stop, on_progress=on_progress)
 
 
 @contextmanager
-def open_worker(s: Settings, *, device: str | None = None) -> Iterator[OpenWorker]:
-    """A worker on one device, registered while it lives; its checkpoints stay warm between runs."""
-    key = picture_key(s)
-    with services(s) as have:
+def open_worker(s: Settings, *, device: str | None = None, stop: threading.Event | None = None) -> Iterator[OpenWorker]:
+    """A worker on one device, registered while it lives; its checkpoints stay warm between runs.
+
+    An outage of the database is waited out; raises DatabaseUnavailableError if ``stop`` is set meanwhile.
+    """
+    key, stop = picture_key(s), stop or threading.Event()
+    with services(s, until=stop) as have:
         have.store.check()
-        audit.refuse_restored(have.database, have.store)
+        until_available(partial(audit.refuse_restored, have.database, have.store), stop)
         chosen = device or devices(s)[0]
         with delivery_process(s, key, have.database, s.storage) as (worker_id, deliverer):
-            engine = build_engine(s, chosen, have.database)
+            engine = until_available(partial(build_engine, s, chosen, have.database), stop)
             worker = make_worker(s, have.database, have.store, engine, key, worker_id=worker_id, deliverer=deliverer)
-            with registered(s, worker, chosen):
+            with registered(s, worker, chosen, stop=stop):
                 yield OpenWorker(worker, s.team)
 
 
 @contextmanager
-def registered(s: Settings, worker: Worker, device: str) -> Iterator[Worker]:
-    """The database knows of the worker while the block lasts."""
-    description = worker.engine.describe()
-    with worker.audit.transaction() as tx:
-        declare(tx, "marks", _marking(s, worker.signing))
-        about = {"worker_id": worker.worker_id, "host": socket.gethostname(), "device": device}
-        workers.register(tx, pid=os.getpid(), description=description, **about)
+def registered(s: Settings, worker: Worker, device: str, *, stop: threading.Event | None = None) -> Iterator[Worker]:
+    """The database knows of the worker while the block lasts. With ``stop`` it waits out an outage at the start."""
+
+    def register() -> None:
+        with worker.audit.transaction() as tx:
+            declare(tx, "marks", _marking(s, worker.signing))
+            about = {"worker_id": worker.worker_id, "host": socket.gethostname(), "device": device}
+            workers.register(tx, pid=os.getpid(), description=worker.engine.describe(), **about)
+
+    register() if stop is None else until_available(register, stop)
     try:
         yield worker
     finally:
-        with worker.audit.transaction() as tx:
-            workers.stop(tx, worker_id=worker.worker_id)
+        try:
+            with worker.audit.transaction() as tx:
+                workers.stop(tx, worker_id=worker.worker_id)
+        except DatabaseUnavailableError as error:  # its leases expire, and its heartbeat ends
+            _log.warning("worker_end_not_recorded", error=str(error))
 
 
 @contextmanager
@@ -567,7 +606,7 @@ def run_worker(
     on_progress: Callable[[int], None] | None = None,
 ) -> WorkerSummary:
     """One worker from start to end, outside a flow."""
-    with open_worker(s, device=device) as worker:
+    with open_worker(s, device=device, stop=stop) as worker:
         return worker.run(campaign=campaign, until_idle=until_idle, stop=stop, on_progress=on_progress)
 
 
@@ -662,9 +701,9 @@ def keep_sealing(
     on_seal: Callable[[int], None] | None = None,
 ) -> None:
     """Sign what the audit log gains until told to stop: every so often, and sooner once it is so many events."""
-    with services(s) as have:
+    with services(s, until=stop) as have:
         key = seal_key(s)
-        _declare_sealing(have, key)
+        until_available(partial(_declare_sealing, have, key), stop)
         audit.watch(have.database, have.store, key, stop, every_s=every_s, events=events, on_seal=on_seal)
 
 

@@ -10,11 +10,11 @@ from datetime import UTC, datetime
 import httpx
 
 from sdpipeline import bootstrap
-from sdpipeline.db import migrate, reports
-from sdpipeline.db.connection import open_database
+from sdpipeline.db import migrate, reports, server
+from sdpipeline.db.connection import Database, open_database
 from sdpipeline.domain import Json
 from sdpipeline.engine.checkpoints import verify
-from sdpipeline.errors import BadInputError, CheckpointError, SdpError
+from sdpipeline.errors import BadInputError, CheckpointError, DatabaseUnavailableError, SdpError
 from sdpipeline.settings import Settings
 
 PREFECT_TIMEOUT_S = 10.0
@@ -46,7 +46,8 @@ def checks(s: Settings) -> list[Check]:
             detail = f"{first.key}: {first.message}" if first.key else first.message
             tried.append(Check(name=name, ok=False, detail=detail, fix=first.fix))
         except SdpError as error:
-            tried.append(Check(name=name, ok=False, detail=str(error), fix=_FIXES[name]))
+            fix = error.fix if isinstance(error, DatabaseUnavailableError) else None
+            tried.append(Check(name=name, ok=False, detail=str(error), fix=fix or _FIXES[name]))
     return tried
 
 
@@ -55,10 +56,22 @@ def _database(s: Settings) -> Iterator[Check]:
         yield Check(name="database", ok=True, detail="SQLite, made by the first command that writes")
         return
     database = open_database(s.database)
-    kind = "SQLite" if s.embedded else "PostgreSQL"
+    try:
+        yield from _database_checks(database, embedded=s.embedded)
+    finally:
+        database.close()
+
+
+def _database_checks(database: Database, *, embedded: bool) -> Iterator[Check]:
+    kind = "SQLite" if database.is_sqlite else "PostgreSQL"
     at, newest = migrate.current(database), migrate.newest()
-    fix = None if at == newest or s.embedded else "sdpipeline db upgrade"
+    fix = None if at == newest or embedded else "sdpipeline db upgrade"
     yield Check(name="database", ok=fix is None, detail=f"{kind}, schema {at or 'empty'}, newest {newest}", fix=fix)
+    if refusal := server.write_refusal(database):
+        yield Check(name="database: writes", ok=False, detail=refusal.reason, fix=refusal.fix)
+    if pooler := server.find_pooler(database):
+        detail = f"through {pooler}; `db upgrade` and `bench` need a direct connection"
+        yield Check(name="database: pooler", ok=True, detail=detail)
 
 
 def _workers(s: Settings) -> Iterator[Check]:
@@ -119,7 +132,12 @@ def _engine(s: Settings) -> Iterator[Check]:
 
 def _checkpoints(s: Settings) -> Iterator[Check]:
     database = bootstrap.existing_database(s)
-    for files in bootstrap.catalog(s, database).values():
+    try:
+        known, refused = bootstrap.catalog(s, database), bootstrap.refused_checkpoints(s, database)
+    finally:
+        if database is not None:
+            database.close()
+    for files in known.values():
         name = f"checkpoint {files.alias}"
         try:
             verify(files)
@@ -128,7 +146,7 @@ def _checkpoints(s: Settings) -> Iterator[Check]:
             continue
         detail = f"{files.kind}, {files.family}, {files.size_bytes / 1e6:.1f} MB, digest {files.digest[:16]}"
         yield Check(name=name, ok=True, detail=detail)
-    for alias, why in bootstrap.refused_checkpoints(s, database).items():
+    for alias, why in refused.items():
         yield Check(name=f"checkpoint {alias}", ok=False, detail=str(why), fix=_FIXES["checkpoints"])
 
 

@@ -10,6 +10,7 @@
     │   ├── StorageUnavailableError
     │   ├── DatabaseUnavailableError
     │   │   └── ChainTakenError   another process wrote into this process's chain of audit events
+    │   │   └── DatabaseRefusedError  ... it answered: a wrong password, user or database, or a file that is read-only
     │   ├── OrchestratorUnavailableError
     │   ├── SigningUnavailableError
     │   ├── SealOverdueError      another process has the seal key, and does not seal
@@ -87,7 +88,18 @@ class StorageUnavailableError(TransientError):
 
 
 class DatabaseUnavailableError(TransientError):
-    """The database did not answer."""
+    """The database did not answer, or answered that it cannot do this now.
+
+    ``fix`` says what to do about it; None if the database did not say why.
+    """
+
+    def __init__(self, message: str, *, fix: str | None = None) -> None:
+        super().__init__(message)
+        self.fix = fix
+
+
+class DatabaseRefusedError(DatabaseUnavailableError):
+    """The database refuses this user, password, database or file: wrong at the start, waited for later on."""
 
 
 class ChainTakenError(DatabaseUnavailableError):

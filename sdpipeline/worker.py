@@ -748,14 +748,37 @@ class _Run:
 
     def _when_database_answers(self, ask: Callable[[], _T]) -> _T:
         """Wait out a database outage. Every transition is fenced, so asking twice does no harm."""
-        pause_s = 0.5
+        pause_s, noted = 0.5, ""
         while True:
             try:
-                return ask()
+                answer = ask()
             except DatabaseUnavailableError as error:
-                _log.warning("database_unavailable", error=str(error), retry_in_s=pause_s)
+                _log.warning("database_unavailable", error=str(error), fix=error.fix, retry_in_s=pause_s)
+                noted = noted or self._note_outage(error)
                 self._pause(pause_s, error)
                 pause_s = min(LONGEST_OUTAGE_PAUSE_S, pause_s * 2)
+            else:
+                if noted:
+                    self._note_outage(None, noted)
+                return answer
+
+    def _note_outage(self, error: DatabaseUnavailableError | None, noted: str = "") -> str:
+        """Write the reason for ``status``, or take back what was ``noted``, where the database takes that much.
+
+        Another note stays. Returns what was noted: nothing while the database does not say itself what is wrong.
+        """
+        if error is not None and error.fix is None:
+            return ""
+        text = noted or f"waits for the database: {error}"
+        try:
+            with self.worker.audit.database.write() as connection:
+                if error is None:
+                    workers.take_back(connection, self.worker.worker_id, text)
+                else:
+                    workers.note_if_none(connection, self.worker.worker_id, text)
+        except DatabaseUnavailableError:
+            return noted
+        return text
 
     def _pause(self, pause_s: float, error: SdpError) -> None:
         if self._ended.wait(pause_s) or self.stop.is_set():

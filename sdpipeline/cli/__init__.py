@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 from collections.abc import Sequence
@@ -30,6 +31,7 @@ from sdpipeline.cli.output import print_mistakes, stdout
 from sdpipeline.errors import (
     AuditBrokenError,
     BadInputError,
+    DatabaseRefusedError,
     DatabaseUnavailableError,
     Mistake,
     OrchestratorUnavailableError,
@@ -78,12 +80,14 @@ auditing.add_to(app)
 reconciling.add_to(app)
 bench.add_to(app)
 
+_DISK_FIXES = {
+    errno.EROFS: "the disk is read-only: name a home or an output folder that is writable",
+    errno.ENOSPC: "free space on that disk",
+    errno.EDQUOT: "free space within the disk quota",
+}
+_DATABASE_FIX = "check that the server runs, and host, port and password (percent-encoded)"
 _UNUSABLE = {
     AuditBrokenError: ("SDP_DATABASE_URL", "sdpipeline reconcile --adopt"),
-    DatabaseUnavailableError: (
-        "SDP_DATABASE_URL",
-        "check that the server runs, and host, port and password (percent-encoded)",
-    ),
     StorageUnavailableError: ("SDP_STORAGE_URL", "check the endpoint, the bucket and its credentials"),
     OrchestratorUnavailableError: ("PREFECT_API_URL", "check that the Prefect server runs there"),
 }
@@ -119,10 +123,24 @@ def run(arguments: Sequence[str]) -> int:
     except BadInputError as error:
         print_mistakes(error.mistakes, as_json=as_json)
         return BAD_INPUT
+    except DatabaseUnavailableError as error:
+        if isinstance(error, DatabaseRefusedError) or error.fix is None:
+            fix = error.fix or _DATABASE_FIX
+            print_mistakes([Mistake(key="SDP_DATABASE_URL", message=str(error), fix=fix)], as_json=as_json)
+            return BAD_INPUT
+        # The address is right: the database itself said what is wrong with it.
+        print_mistakes([Mistake(message=str(error), fix=error.fix)], as_json=as_json)
+        return FAILED
     except tuple(_UNUSABLE) as error:
         key, fix = next(advice for kind, advice in _UNUSABLE.items() if kind in type(error).mro())
         print_mistakes([Mistake(key=key, message=str(error), fix=fix)], as_json=as_json)
         return BAD_INPUT
     except SdpError as error:
         print_mistakes([Mistake(message=str(error))], as_json=as_json)
+        return FAILED
+    except OSError as error:
+        if error.errno not in _DISK_FIXES:
+            raise
+        message = f"{error.filename}: {error.strerror}" if error.filename else str(error.strerror)
+        print_mistakes([Mistake(message=message, fix=_DISK_FIXES[error.errno])], as_json=as_json)
         return FAILED

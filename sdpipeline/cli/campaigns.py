@@ -26,8 +26,9 @@ from sdpipeline.cli.output import (
     stderr,
     stdout,
 )
-from sdpipeline.db import control, reports
+from sdpipeline.db import control, reports, server
 from sdpipeline.db.reports import Progress
+from sdpipeline.db.server import WriteRefusal
 from sdpipeline.db.submit import Submitted
 from sdpipeline.domain import Status
 
@@ -62,6 +63,8 @@ def plan(
     cost = None if s.cost_per_gpu_hour is None else s.cost_per_gpu_hour / 3600
     planning = submission.Planning(team=s.team, max_batch=s.engine.max_batch, gpu_second_cost=cost)
     planned = submission.plan(campaign, inputs, database, planning, explain=diff).document()
+    if database is not None:
+        database.close()
     if as_json:
         print_json(planned)
         return
@@ -138,7 +141,8 @@ def status(
                 ids = [each for each in found if each is not None]
             everything = [reports.progress(connection, each) for each in ids]
             living = reports.live_workers(connection, lost_after_s=s.lease_ttl_s)
-    show_status(everything, as_json=as_json, workers=living)
+        refusal = server.write_refusal(have.database)
+    show_status(everything, as_json=as_json, workers=living, refusal=refusal)
 
 
 def jobs(
@@ -236,14 +240,23 @@ def resume(campaign: CampaignName, *, home: Home = None, as_json: AsJson = False
 _SEEN = ("leases", "seen_at", "lost_since", "note")
 
 
-def show_status(campaigns: list[Progress], *, as_json: bool, workers: list[dict[str, Any]] | None = None) -> None:
-    """The status table, or its JSON form."""
+def show_status(
+    campaigns: list[Progress],
+    *,
+    as_json: bool,
+    workers: list[dict[str, Any]] | None = None,
+    refusal: WriteRefusal | None = None,
+) -> None:
+    """The status table, or its JSON form; ``refusal`` says why the database takes no writes."""
     documents = [progress.document() for progress in campaigns]
     living = [
         {name: worker[name] for name in ("id", "host", "pid", "device", "status", *_SEEN)} for worker in workers or []
     ]
     if as_json:
-        print_json({"campaigns": documents} | ({"workers": living} if workers is not None else {}))
+        database = {"writable": refusal is None, "reason": refusal and refusal.reason}
+        print_json(
+            {"campaigns": documents} | ({"workers": living, "database": database} if workers is not None else {})
+        )
         return
     columns = ("total", "succeeded", *_there(documents, ("ready", "waiting", "leased", *UNLUCKY)))
     spent = ("images", "gpu_seconds", *(["cost"] if any(d["cost"] for d in documents) else []))
@@ -256,6 +269,8 @@ def show_status(campaigns: list[Progress], *, as_json: bool, workers: list[dict[
     for d in documents:
         if d["paused_because"]:
             stdout.print(f"{d['name']} is paused: {d['paused_because']}")
+    if refusal is not None:
+        stdout.print(f"workers wait for the database: {refusal.reason} ({refusal.fix})")
     if living:
         for worker in living:
             worker["last seen"] = _time(worker["seen_at"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import closing
 from typing import Annotated
 
 import typer
@@ -10,6 +11,7 @@ from sdpipeline import bootstrap, checkup, stopping
 from sdpipeline.cli.output import FOUND_FAULTS, AsJson, Home, print_json, print_table, settings, stdout
 from sdpipeline.db import migrate
 from sdpipeline.db.connection import open_database
+from sdpipeline.errors import DatabaseUnavailableError
 
 
 def add_to(app: typer.Typer) -> None:
@@ -34,7 +36,12 @@ def worker(
     """Run one worker process outside a flow; SIGTERM lets it finish its batch, a second one does not."""
     s = settings(home)
     with stopping.told_by(*stopping.SIGNALS) as stop:
-        done = bootstrap.run_worker(s, campaign=None, until_idle=until_idle, device=device, stop=stop)
+        try:
+            done = bootstrap.run_worker(s, campaign=None, until_idle=until_idle, device=device, stop=stop)
+        except DatabaseUnavailableError:
+            if not stop.is_set():
+                raise
+            raise typer.Exit(stop.exit_code) from None  # it was still waiting for the database
     names = ("succeeded", "reused", "failed", "blocked", "batches", "gpu_seconds", "idle")
     document = {name: getattr(done, name) for name in names}
     if as_json:
@@ -49,8 +56,8 @@ def worker(
 
 def upgrade(*, home: Home = None, as_json: AsJson = False) -> None:
     """Bring the database to this release's schema."""
-    database = open_database(settings(home).database)
-    before, after = migrate.upgrade(database)
+    with closing(open_database(settings(home).database)) as database:
+        before, after = migrate.upgrade(database)
     if as_json:
         print_json({"before": before, "after": after})
     else:
@@ -60,7 +67,10 @@ def upgrade(*, home: Home = None, as_json: AsJson = False) -> None:
 def current(*, home: Home = None, as_json: AsJson = False) -> None:
     """Show the database's schema and the one this release needs."""
     s = settings(home)
-    at = migrate.current(open_database(s.database)) if bootstrap.database_exists(s) else None
+    at = None
+    if bootstrap.database_exists(s):
+        with closing(open_database(s.database)) as database:
+            at = migrate.current(database)
     if as_json:
         print_json({"current": at, "newest": migrate.newest()})
     else:

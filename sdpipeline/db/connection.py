@@ -5,25 +5,28 @@ from __future__ import annotations
 import itertools
 import os
 import sqlite3
+import threading
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from sqlalchemy import URL, Connection, Double, Engine, ExceptionContext, Table, create_engine, event, make_url
 from sqlalchemy.dialects import postgresql, sqlite
-from sqlalchemy.exc import ArgumentError, DBAPIError, DisconnectionError, NoSuchModuleError, OperationalError
+from sqlalchemy.exc import ArgumentError, DBAPIError, DisconnectionError, NoSuchModuleError
+from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.sql.functions import GenericFunction
 
+from sdpipeline.db import driver_errors
+from sdpipeline.db.sqlite_reader import open_reader
 from sdpipeline.errors import PERCENT_ENCODE, DatabaseUnavailableError, Mistake, SettingsError
 
 __all__ = ["Connection", "Database", "copy_rows", "insert_ignoring", "now_s", "open_database", "sqlite_path"]
 
 SQLITE_BUSY_TIMEOUT_S = 30
 CHUNK = 5000
-_INSUFFICIENT_PRIVILEGE = "42501"
 
 _POSTGRES_CONNECTION = {
     # Per address of a host name: two of them must fail within 15 s.
@@ -33,9 +36,14 @@ _POSTGRES_CONNECTION = {
     "keepalives_interval": 5,
     "keepalives_count": 3,
     "tcp_user_timeout": 30_000,
-    # A process that is frozen in the middle of a transaction must not hold its row locks for ever.
-    "options": "-c idle_in_transaction_session_timeout=60s",
 }
+# Transactions begin with a statement of ours, in the round trip that the driver's own BEGIN would take.
+_POSTGRES_DRIVER = {"autocommit": True}
+_IDLE_TIMEOUT = "idle_in_transaction_session_timeout"
+# A process that is frozen in the middle of a transaction must not hold its row locks for ever. Set by the transaction:
+# a pooler refuses start-up options and keeps no session's settings.
+_LIMITED = f"; SET LOCAL {_IDLE_TIMEOUT} = '60s'"
+_ISOLATION = "sdp_isolation"
 
 
 class now_s(GenericFunction[float]):  # noqa: N801 -- reads as the SQL function it is
@@ -89,7 +97,7 @@ class Database:
         """One transaction that only reads, and sees the database as it stood at its first statement."""
         with _translated(self.reader.url), self.reader.connect() as connection:
             if not self.is_sqlite:
-                connection.execution_options(isolation_level="REPEATABLE READ")
+                connection.execution_options(**{_ISOLATION: " ISOLATION LEVEL REPEATABLE READ"})
             with connection.begin():
                 yield connection
 
@@ -153,9 +161,10 @@ def copy_rows(connection: Connection, table: Table, columns: Sequence[str], rows
                 copy.write_row(row)
     except connection.dialect.loaded_dbapi.Error as error:
         _keep_first_line(error)
-        if not isinstance(error, connection.dialect.loaded_dbapi.OperationalError):
+        ours = driver_errors.translated(error, _place(connection.engine.url), connection_lost=bool(driver.closed))
+        if ours is None:
             raise
-        raise DatabaseUnavailableError(f"{_place(connection.engine.url)}: {error}") from error
+        raise ours from error
 
 
 def _wrong_url(fault: str) -> Mistake:
@@ -166,11 +175,6 @@ def _wrong_url(fault: str) -> Mistake:
     )
 
 
-def _not_allowed(fault: str) -> Mistake:
-    fix = "use the login that deploy/roles.sql gives the right to, and run that file after each db upgrade"
-    return Mistake(key="SDP_DATABASE_URL", message=f"this database login may not do that: {fault}", fix=fix)
-
-
 def _open_sqlite(url: URL) -> Database:
     if url.database in (None, "", ":memory:") or "uri" in url.query:
         raise SettingsError(_wrong_url("names no SQLite file that several processes can share"))
@@ -178,11 +182,12 @@ def _open_sqlite(url: URL) -> Database:
     arguments = {"timeout": SQLITE_BUSY_TIMEOUT_S, "isolation_level": None}
     writer, reader = (create_engine(url, connect_args=arguments, hide_parameters=True) for _ in range(2))
     _on_connect(writer, "PRAGMA journal_mode = WAL", "PRAGMA synchronous = NORMAL", "PRAGMA foreign_keys = ON")
-    _on_connect(reader, "PRAGMA query_only = ON")
+    open_reader(reader)
     _on_begin(writer, "BEGIN IMMEDIATE")
     _on_begin(reader, "BEGIN")
     for engine in (writer, reader):
         _leave_to_parent(engine)
+        _reopen_after_errors(engine)
     return Database(writer, reader)
 
 
@@ -190,13 +195,18 @@ def _open_postgresql(url: URL) -> Database:
     # What the URL says itself wins.
     arguments = {name: value for name, value in _POSTGRES_CONNECTION.items() if name not in url.query}
     try:
-        engine = create_engine(url, pool_pre_ping=True, pool_size=8, connect_args=arguments, hide_parameters=True)
+        engine = create_engine(
+            url, pool_pre_ping=True, pool_size=8, connect_args=arguments | _POSTGRES_DRIVER, hide_parameters=True
+        )
     except (NoSuchModuleError, ModuleNotFoundError) as error:
         raise SettingsError(
             Mistake(key="SDP_DATABASE_URL", message="needs psycopg", fix="pip install 'sdpipeline[postgres]'")
         ) from error
+    _on_begin(engine, "BEGIN{isolation}" + ("" if _IDLE_TIMEOUT in str(url.query.get("options", "")) else _LIMITED))
     _leave_to_parent(engine)
     event.listen(engine, "handle_error", _hide_values)
+    _reopen_after_errors(engine)
+    _prepare_without_pooler(engine)
     return Database(engine, engine)
 
 
@@ -210,7 +220,38 @@ def _on_connect(engine: Engine, *pragmas: str) -> None:
 def _on_begin(engine: Engine, statement: str) -> None:
     @event.listens_for(engine, "begin")
     def _begin(connection: Connection) -> None:
-        connection.exec_driver_sql(statement)
+        isolation = connection.get_execution_options().get(_ISOLATION, "")
+        connection.exec_driver_sql(statement.format(isolation=isolation))
+
+
+def _reopen_after_errors(engine: Engine) -> None:
+    @event.listens_for(engine, "handle_error")
+    def _check(context: ExceptionContext) -> None:
+        context.is_disconnect = context.is_disconnect or driver_errors.reopens(context.original_exception)
+
+
+def _prepare_without_pooler(engine: Engine) -> None:
+    """Prepare statements on direct connections only, where they save half of the server's work.
+
+    A pooler in transaction mode executes each transaction on another server connection, which does not know what was
+    prepared on the one before. A pooler that :func:`is_pooled` does not recognise is noticed by that.
+    """
+    found = threading.Event()
+
+    @event.listens_for(engine, "connect")
+    def _configure(driver: Any, _record: Any) -> None:
+        if found.is_set() or is_pooled(driver):
+            driver.prepare_threshold = None
+
+    @event.listens_for(engine, "handle_error")
+    def _check(context: ExceptionContext) -> None:
+        if driver_errors.is_prepared_elsewhere(context.original_exception):
+            found.set()
+
+
+def is_pooled(driver: Any) -> bool:
+    """True if a connection of psycopg goes through a pooler, which tells a new client a process id that it made up."""
+    return bool(driver.execute("SELECT pg_backend_pid()").fetchone()[0] != driver.info.backend_pid)
 
 
 def _leave_to_parent(engine: Engine) -> None:
@@ -242,19 +283,20 @@ def _keep_first_line(error: BaseException) -> None:
 def _translated(url: URL) -> Iterator[None]:
     try:
         yield
-    except OperationalError as error:
-        # SQLite reports a statement that is wrong (SQLITE_ERROR) like a database that is away.
-        if getattr(error.orig, "sqlite_errorcode", None) == sqlite3.SQLITE_ERROR:
-            raise
-        raise DatabaseUnavailableError(f"{_place(url)}: {_first_line(error)}") from error
+    except PoolTimeoutError as error:
+        raise DatabaseUnavailableError(f"{_place(url)}: every connection of this process is in use") from error
     except DBAPIError as error:
-        if getattr(error.orig, "sqlstate", None) == _INSUFFICIENT_PRIVILEGE:
-            raise SettingsError(_not_allowed(_first_line(error))) from error
-        if error.connection_invalidated:
-            raise DatabaseUnavailableError(f"{_place(url)}: {_first_line(error)}") from error
-        if error.statement is None and not error.params and not isinstance(error.orig, sqlite3.Error):
-            raise SettingsError(_wrong_url(_first_line(error))) from error
-        raise
+        ours = driver_errors.translated(error.orig, _place(url), connection_lost=error.connection_invalidated)
+        if ours is None and error.statement is None and not error.params and _is_of_no_server(error.orig):
+            ours = SettingsError(_wrong_url(driver_errors.first_line(error.orig)))
+        if ours is None:
+            raise
+        raise ours from error
+
+
+def _is_of_no_server(error: BaseException | None) -> TypeGuard[BaseException]:
+    """A driver's own error, before it asked a server: it does not take the address."""
+    return error is not None and not isinstance(error, sqlite3.Error) and driver_errors.sqlstate(error) is None
 
 
 def _place(url: URL) -> str:
@@ -263,7 +305,3 @@ def _place(url: URL) -> str:
         return str(url.database)
     host = url.host or url.query.get("host") or "the local socket"
     return f"database {url.database} at {host}" + (f":{url.port}" if url.port else "")
-
-
-def _first_line(error: DBAPIError) -> str:
-    return str(error.orig).strip().splitlines()[0] if str(error.orig).strip() else type(error.orig).__name__

@@ -11,6 +11,7 @@ from alembic.script import ScriptDirectory
 from sqlalchemy import Connection, text
 
 from sdpipeline.db.connection import Database
+from sdpipeline.db.server import require_direct
 from sdpipeline.db.tables import metadata
 from sdpipeline.errors import DatabaseUnavailableError
 
@@ -45,6 +46,7 @@ def _deadlocked(error: DatabaseUnavailableError) -> bool:
 
 def _upgrade(database: Database) -> tuple[str | None, str]:
     with database.write() as connection:
+        require_direct(connection, "db upgrade")
         if not database.is_sqlite:
             connection.execute(text(f"SET LOCAL lock_timeout = '{LOCK_TIMEOUT_S}s'"))
             connection.execute(text(f"SELECT pg_advisory_xact_lock({_ADVISORY_LOCK})"))

@@ -12,6 +12,7 @@ from sqlalchemy.exc import ProgrammingError
 
 from sdpipeline.db.connection import Database, open_database, sqlite_path
 from sdpipeline.db.migrate import upgrade
+from sdpipeline.db.server import require_direct
 from sdpipeline.errors import Mistake, SettingsError
 
 PREFIX = "sdp_bench_"
@@ -26,8 +27,8 @@ _HELD = 0x5343
 def scratch_database(url: str) -> Iterator[Database]:
     """At this release's schema, while the block lasts: a file beside SQLite's, a schema in PostgreSQL's database.
 
-    Raises SettingsError where the role may not create schemas. What a killed measurement left in PostgreSQL is
-    dropped by the next one.
+    Raises SettingsError if the role may not create schemas, or if the connection goes through a pooler. What a killed
+    measurement left in PostgreSQL is dropped by the next one.
     """
     path = sqlite_path(url)
     with _file_beside(path) if path is not None else _schema_in(url) as scratch_url:
@@ -59,8 +60,10 @@ def _schema_in(url: str) -> Iterator[str]:
     live, name = open_database(url), f"{PREFIX}{secrets.token_hex(8)}"
     try:
         with live.read() as holder:
+            # A pooler drops the search path that keeps the measurement out of the live tables.
+            require_direct(holder, "bench")
             # The lock is the session's: it outlives this transaction's savepoints and dies with the process.
-            holder.execute(text("SET idle_in_transaction_session_timeout = 0"))
+            holder.execute(text("SET LOCAL idle_in_transaction_session_timeout = 0"))
             holder.execute(select(func.pg_advisory_lock(_HELD, func.hashtext(name))))
             _create(live, name)
             try:
@@ -78,9 +81,7 @@ def _create(live: Database, name: str) -> None:
         with live.write() as connection:
             _drop_abandoned(connection)
             connection.exec_driver_sql(f"CREATE SCHEMA {name}")
-    except ProgrammingError as error:
-        if getattr(error.orig, "sqlstate", None) != "42501":
-            raise
+    except SettingsError as error:
         message = "its role may not create the schema in which a bench works beside your tables"
         fix = "GRANT CREATE ON DATABASE ... TO ..., or measure another database of that server"
         raise SettingsError(Mistake(key="SDP_DATABASE_URL", message=message, fix=fix)) from error
@@ -101,6 +102,6 @@ def _drop(connection: Connection, name: str) -> None:
 
 def _in_schema(url: str, name: str) -> str:
     parsed = make_url(url)
-    own = str(parsed.query.get("options", "-c idle_in_transaction_session_timeout=60s"))
-    searched = parsed.update_query_dict({"options": f"{own} -c search_path={name}"})
+    own = str(parsed.query.get("options", ""))
+    searched = parsed.update_query_dict({"options": f"{own} -c search_path={name}".strip()})
     return searched.render_as_string(hide_password=False)

@@ -30,6 +30,18 @@ def note(connection: Connection, worker_id: str, text: str | None, *, paused: bo
     connection.execute(update(worker).where(worker.c.id == worker_id).values(**values))
 
 
+def note_if_none(connection: Connection, worker_id: str, text: str) -> None:
+    """Note what a worker waits for, unless it has noted something else."""
+    mine = (worker.c.id == worker_id, worker.c.note.is_(None))
+    connection.execute(update(worker).where(*mine).values(note=text))
+
+
+def take_back(connection: Connection, worker_id: str, text: str) -> None:
+    """Remove that note, and no other."""
+    mine = (worker.c.id == worker_id, worker.c.note == text)
+    connection.execute(update(worker).where(*mine).values(note=null()))
+
+
 def stop(tx: Transaction, *, worker_id: str) -> None:
     """A worker ended in order, with its leases given back."""
     for lease_id in open_leases(tx.connection, [worker_id]):

