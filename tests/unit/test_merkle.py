@@ -95,5 +95,5 @@ def _root_by_definition(entries: list[bytes]) -> bytes:
 
 
 def test_no_example_of_a_property_has_a_deadline() -> None:
-    assert settings.default.deadline is None
-    assert HealthCheck.too_slow in settings.default.suppress_health_check
+    assert settings().deadline is None
+    assert HealthCheck.too_slow in settings().suppress_health_check
