@@ -162,7 +162,7 @@ class Gateway:
                     await _first_to_end(*(way(server) for way in ways))
         except (OSError, websockets.WebSocketException, RefusedError) as error:
             log.warning("prefect_unavailable", path=path, error=repr(error))
-        with suppress(RuntimeError):  # the client is gone already
+        with suppress(RuntimeError, WebSocketDisconnect):  # the client is gone already
             await socket.close(SERVER_LOST, reason="the connection to the Prefect server ended")
 
 

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from uuid import uuid4
@@ -216,10 +216,11 @@ def test_only_events_about_own_runs_reach_the_server(ids: dict[str, str], site: 
     with _socket(site, "in", AUTH[WORKER.name]) as socket:
         for event in (forged, *stolen, foreign, own):
             socket.send(json.dumps(event))
-        since = {"filter": {"occurred": {"since": "2026-11-28T00:00:00Z"}, "id": {"id": [own["id"]]}}, "limit": 50}
+        lately = {"since": (datetime.now(UTC) - timedelta(hours=1)).isoformat()}
+        since: dict[str, Any] = {"filter": {"occurred": lately, "id": {"id": [own["id"]]}}, "limit": 50}
         with site.as_("server") as api:
             site.until(lambda: api.post("events/filter", json=since), lambda found: found["total"] == 1)
-            since["filter"]["id"]["id"] = [each["id"] for each in (forged, *stolen, foreign)]  # type: ignore[index]
+            since["filter"]["id"]["id"] = [each["id"] for each in (forged, *stolen, foreign)]
             assert site.until(lambda: api.post("events/filter", json=since))["events"] == []
 
 
@@ -229,13 +230,15 @@ def test_a_worker_sees_events_of_its_own_runs_only(ids: dict[str, str], site: Si
         for turn in range(30):
             for short in ("CPU", "GPU"):
                 moved = {"state": STATE | {"name": f"Seen {turn}"}, "force": True}
-                api.post(f"flow_runs/{ids[short]}/set_state", json=moved)
+                site.until(lambda short=short, moved=moved: api.post(f"flow_runs/{ids[short]}/set_state", json=moved))  # type: ignore[misc]
             with suppress(TimeoutError):
                 return json.loads(socket.recv(timeout=2))["event"]
         raise AssertionError(site.logs())
 
     with _socket(site, "out", AUTH[WORKER.name]) as socket, site.as_("server") as api:
-        socket.send(json.dumps({"type": "filter", "filter": {"event": {"prefix": ["prefect.flow-run.Seen"]}}}))
+        until = {"until": (datetime.now(UTC) + timedelta(hours=1)).isoformat()}  # default now: nothing that comes
+        wanted = {"occurred": until, "event": {"prefix": ["prefect.flow-run.Seen"]}}
+        socket.send(json.dumps({"type": "filter", "filter": wanted}))
         assert seen(socket, api)["resource"]["prefect.resource.id"] == f"prefect.flow-run.{ids['GPU']}"
 
 
