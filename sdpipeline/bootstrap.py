@@ -7,7 +7,7 @@ import os
 import secrets
 import socket
 import threading
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from datetime import datetime
@@ -217,32 +217,42 @@ def trust_anchors(s: Settings) -> str:
 
 def catalog(s: Settings, database: Database | None = None) -> Catalog:
     """Every checkpoint a campaign may name: the shipped ones, those of the folder, those already registered."""
-    return _catalog(s, database)[0]
+    return _catalog(s, database, HashCache(s.home / HASH_CACHE))[0]
 
 
 def refused_checkpoints(s: Settings, database: Database | None = None) -> dict[str, CheckpointError]:
     """Directories that look like checkpoints and are not accepted, by name, with the reason."""
-    return _catalog(s, database)[1]
+    return _catalog(s, database, HashCache(s.home / HASH_CACHE))[1]
 
 
-def _catalog(s: Settings, database: Database | None) -> tuple[dict[str, CheckpointFiles], dict[str, CheckpointError]]:
+def approved_checkpoints(s: Settings, database: Database) -> list[CheckpointFiles]:
+    """Registered checkpoints in force, oldest first; a link in SDP_CHECKPOINTS_DIR stands for its directory."""
+    with database.read() as connection:
+        known = registry.known(connection)
+    return [
+        replace(files, directory=files.directory.resolve()) if files.directory.parent == s.checkpoints else files
+        for files in known
+    ]
+
+
+def _catalog(
+    s: Settings, database: Database | None, cache: HashCache
+) -> tuple[dict[str, CheckpointFiles], dict[str, CheckpointError]]:
     known: dict[str, CheckpointFiles] = {}
     revoked: frozenset[str] = frozenset()
     expired: frozenset[tuple[str, str]] = frozenset()
     if database is not None:
+        known = {files.alias: files for files in approved_checkpoints(s, database)}
         with database.read() as connection:
-            known = {files.alias: files for files in registry.known(connection)}
             revoked, expired = registry.withdrawn(connection)
     # The shipped weights are small and change with the package; what else was approved stands as it was approved.
     approved = {alias: files for alias, files in known.items() if files.directory.parent != BUILTIN_CHECKPOINTS}
-    cache = HashCache(s.home / HASH_CACHE)
     shipped, refused = _inspected(BUILTIN_CHECKPOINTS, cache)
     for alias, why in _altered_shipped(shipped).items():
         refused[alias] = why
         del shipped[alias]
     found = {alias: _on_terms(files, known.get(alias)) for alias, files in shipped.items()}
-    own, refused_own = _inspected(s.checkpoints, cache, but={files.directory for files in known.values()})
-    cache.save()
+    own, refused_own = _inspected(s.checkpoints, cache, but=known)
     found |= own | approved
     running = {
         alias: files
@@ -275,26 +285,32 @@ def _on_terms(shipped: CheckpointFiles, approved: CheckpointFiles | None) -> Che
 
 def _runnable(s: Settings, database: Database | None) -> dict[str, CheckpointFiles]:
     """What may run, by digest: jobs keep the weights they were pinned to when an alias has come to mean others."""
-    approved: list[CheckpointFiles] = []
-    if database is not None:
-        with database.read() as connection:
-            approved = registry.known(connection)
+    approved = approved_checkpoints(s, database) if database is not None else []
     return {files.digest: files for files in (*approved, *catalog(s, database).values())}
 
 
 def _inspected(
-    folder: Path, cache: HashCache, *, but: Collection[Path] = ()
+    folder: Path, cache: HashCache, *, but: Mapping[str, CheckpointFiles] | None = None
 ) -> tuple[dict[str, CheckpointFiles], dict[str, CheckpointError]]:
-    """Checkpoints of a folder by their directories' names, and why others are refused."""
+    """Checkpoints of a folder by their directories' names, and why others are refused.
+
+    A link to a directory is followed once, here: what is registered and loaded is the directory.
+    """
+    known = but or {}
+    approved = {files.directory for files in known.values()}
     found, refused = {}, {}
-    for directory in sorted(folder.iterdir()) if folder.is_dir() else ():
-        if directory.is_dir() and directory not in but:
-            try:
-                found[directory.name] = inspect(directory.name, directory, cache=cache)
-            except CheckpointError as error:
-                # Hidden folders are where `checkpoints add` puts what it fetches.
-                if not directory.name.startswith(".") and any(directory.rglob(f"*{WEIGHTS}")):
-                    refused[directory.name] = error
+    for entry in sorted(folder.iterdir()) if folder.is_dir() else ():
+        if not entry.is_dir() or entry in approved:
+            continue
+        name, directory = entry.name, entry.resolve() if entry.is_symlink() else entry
+        if entry.is_symlink() and name in known and known[name].directory == directory:
+            continue
+        try:
+            found[name] = inspect(name, directory, cache=cache)
+        except CheckpointError as error:
+            # Hidden folders are where `checkpoints add` puts what it fetches.
+            if not name.startswith(".") and any(directory.rglob(f"*{WEIGHTS}")):
+                refused[name] = error
     return found, refused
 
 
@@ -323,12 +339,13 @@ def load_campaign(
     deployment's policy is wrong. ``now`` is when its schedule fired."""
     inputs = input_folder(s, path.absolute().parent)
     rules = policy.load(s.policy_file) if s.policy_file else None
-    known, refused = _catalog(s, database)
+    cache = HashCache(s.home / HASH_CACHE)
+    known, refused = _catalog(s, database, cache)
     try:
         campaign = load_campaign_file(path, known, inputs, edition=edition, now=now, deployment=rules)
     except CampaignError as error:
         raise CampaignError(*(_with_reason(mistake, refused) for mistake in error.mistakes)) from error
-    _check_weights(s, campaign)
+    _check_weights(campaign, cache)
     if campaign.spec.budget.max_cost is not None and s.cost_per_gpu_hour is None:
         place = ("budget", "max_cost")
         raise CampaignError(campaign.source.mistake(place, "has no price to count by", "set SDP_COST_PER_GPU_HOUR"))
@@ -343,7 +360,7 @@ def _with_reason(mistake: Mistake, refused: Mapping[str, CheckpointError]) -> Mi
     return mistake
 
 
-def _check_weights(s: Settings, campaign: Campaign) -> None:
+def _check_weights(campaign: Campaign, cache: HashCache) -> None:
     """Raise CampaignError for weights that are not as they were approved, if they are on this machine."""
     spec, source = campaign.spec, campaign.source
     used: dict[str, tuple[str | int, ...]] = {spec.checkpoint: ("checkpoint",)}
@@ -352,7 +369,6 @@ def _check_weights(s: Settings, campaign: Campaign) -> None:
     for rules in campaign.policies:
         if (checker := rules.policy.safety_checker) and checker not in used:
             used[checker] = ("policy", "safety_checker")
-    cache = HashCache(s.home / HASH_CACHE)
     mistakes = []
     for alias, place in used.items():
         files = campaign.catalog.get(alias)

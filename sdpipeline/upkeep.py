@@ -10,7 +10,7 @@ from sdpipeline import audit, bootstrap
 from sdpipeline import reconcile as reconciling
 from sdpipeline import retention as forgetting
 from sdpipeline.audit import Verification
-from sdpipeline.db import queue, registry
+from sdpipeline.db import queue
 from sdpipeline.engine import checkpoints
 from sdpipeline.errors import CheckpointError
 from sdpipeline.reconcile import Reconciliation
@@ -97,8 +97,7 @@ def verify(s: Settings, *, sample: int | None = None, trusted: tuple[str, ...] |
 
 def _verify_weights(have: bootstrap.Services, found: Verification) -> None:
     """Compare the approved weights that are on this machine with their manifests."""
-    with have.database.read() as connection:
-        approved = {files.alias: files for files in registry.known(connection)}
+    approved = {files.alias: files for files in bootstrap.approved_checkpoints(have.settings, have.database)}
     for files in approved.values():
         # Shipped weights change with the package, and are compared with its own manifest.
         if files.directory.parent == bootstrap.BUILTIN_CHECKPOINTS or not os.path.lexists(files.directory):

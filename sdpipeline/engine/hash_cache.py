@@ -51,8 +51,9 @@ class HashCache:
             self._changed = True
 
     def save(self) -> None:
-        """Write the cache, readable by its owner only; without a home there is nowhere to keep it."""
-        if not self._changed or not self._path.parent.is_dir():
+        """Write the cache, readable by its owner only, into a home that is in use already."""
+        home = self._path.parent
+        if not self._changed or not home.is_dir() or not any(home.iterdir()):
             return
         newest = dict(list(self._known.items())[-MOST_ENTRIES:])
         part = self._path.with_name(f"{self._path.name}.{os.getpid()}.part")

@@ -156,6 +156,20 @@ def test_weights_of_the_folder_that_are_refused_are_named_with_the_reason(
     assert (refused.returncode, "brings code of its own (tokenizer/evil.py)" in refused.stderr) == (2, True)
 
 
+def test_a_link_in_the_folder_stands_for_the_directory_that_it_named_first(
+    tmp_path: Path, home: Path, weights: Path
+) -> None:
+    (home / "checkpoints").mkdir(parents=True)
+    link = home / "checkpoints" / "mine"
+    link.symlink_to(weights)
+    document("submit", _campaign(tmp_path, "mine"), "--home", home)
+    link.unlink()
+    link.symlink_to(bootstrap.BUILTIN_CHECKPOINTS / "shapes")
+    s = bootstrap.load_settings(home)
+    with bootstrap.services(s) as have:
+        assert bootstrap.catalog(s, have.database)["mine"].directory == weights
+
+
 def test_a_file_added_to_shipped_weights_is_found(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shipped = Path(shutil.copytree(bootstrap.BUILTIN_CHECKPOINTS, tmp_path / "shipped"))
     (shipped / "shapes" / "unet" / "more.json").write_text("{}")
