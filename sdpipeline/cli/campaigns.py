@@ -29,6 +29,7 @@ from sdpipeline.cli.output import (
 from sdpipeline.db import control, reports
 from sdpipeline.db.reports import Progress
 from sdpipeline.db.submit import Submitted
+from sdpipeline.db.workers import STORAGE_LOSSES
 from sdpipeline.domain import Status
 
 LONGEST_SHOWN = 60
@@ -235,8 +236,9 @@ def resume(campaign: CampaignName, *, home: Home = None, as_json: AsJson = False
 def show_status(campaigns: list[Progress], *, as_json: bool, workers: list[dict[str, Any]] | None = None) -> None:
     """The status table, or its JSON form."""
     documents = [progress.document() for progress in campaigns]
+    names = ("id", "host", "pid", "device", "status", "leases", "seen_at", "note")
     living = [
-        {name: worker[name] for name in ("id", "host", "pid", "device", "status", "leases", "seen_at", "note")}
+        {name: worker[name] for name in names} | {STORAGE_LOSSES: worker["description"].get(STORAGE_LOSSES, {})}
         for worker in workers or []
     ]
     if as_json:
@@ -257,6 +259,8 @@ def show_status(campaigns: list[Progress], *, as_json: bool, workers: list[dict[
         for worker in living:
             worker["last seen"] = _time(worker["seen_at"])
         print_records("Workers", ("id", "host", "pid", "device", "status", "leases", "last seen", "note"), living)
+        for feature, loss in sorted({loss for worker in living for loss in worker[STORAGE_LOSSES].items()}):
+            stdout.print(f"storage works without {feature}: {loss}")
 
 
 def _there(documents: list[dict[str, Any]], names: Sequence[str]) -> list[str]:

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from sqlalchemy import Connection, insert, null, update
+from collections.abc import Mapping
+
+from sqlalchemy import Connection, insert, null, select, update
 
 from sdpipeline.db.audit import Event, Transaction
 from sdpipeline.db.connection import now_s
 from sdpipeline.db.queue import open_leases, release
 from sdpipeline.db.tables import worker
 from sdpipeline.domain import Json, digest
+
+STORAGE_LOSSES = "storage_losses"
+"""The key in a worker's description."""
 
 
 def register(tx: Transaction, *, worker_id: str, host: str, pid: int, device: str, description: Json) -> None:
@@ -28,6 +33,15 @@ def note(connection: Connection, worker_id: str, text: str | None, *, paused: bo
     """What a worker waits for, or why it paused itself, shown by ``status``; None when it waits no more."""
     values = {"seen_at": now_s(), "note": text, "paused_at": now_s() if paused else null()}
     connection.execute(update(worker).where(worker.c.id == worker_id).values(**values))
+
+
+def set_storage_losses(connection: Connection, worker_id: str, losses: Mapping[str, str]) -> None:
+    """Features that storage refuses to a worker, each with the consequence, shown by ``status``."""
+    mine = worker.c.id == worker_id
+    description = connection.execute(select(worker.c.description).where(mine)).scalar_one_or_none()
+    if description is not None:
+        changed = {**description, STORAGE_LOSSES: dict(losses)}
+        connection.execute(update(worker).where(mine).values(description=changed))
 
 
 def stop(tx: Transaction, *, worker_id: str) -> None:

@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from itertools import count
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from sdpipeline.errors import ObjectConflictError, StorageUnavailableError
 from sdpipeline.storage import ForeignObjects, S3Store
+from tests.integration.commands import document
 from tests.integration.conftest import Bucket
 from tests.integration.fault_proxy import Fault, FaultProxy, Refuse, once
 
@@ -185,3 +187,65 @@ def test_error_replies_that_are_always_cut_are_an_outage(moto_bucket: Bucket, cu
 
 def outage(reason: str) -> Any:
     return pytest.raises(StorageUnavailableError, match=reason)
+
+
+def test_doctor_makes_the_put_of_a_worker_and_names_what_is_lost(moto_bucket: Bucket, tmp_path: Path) -> None:
+    refuse = lacking("501 NotImplemented", *HEADERS)
+    with FaultProxy(moto_bucket.endpoint_url, refuse=refuse) as proxy:
+        checks = doctor(moto_bucket, proxy, tmp_path)
+    for name in HEADERS:
+        assert "the endpoint refuses" in checks[f"storage: {name}"]["detail"]
+    assert "Contents" not in moto_bucket.client.list_objects_v2(Bucket=moto_bucket.name)
+
+
+@pytest.mark.parametrize(
+    ("refusal", "reason"),
+    [
+        ("403 AccessDenied not authorized to perform: kms:GenerateDataKey", "SDP_S3__SSE_KMS_KEY_ID"),
+        ("507 XMinioStorageFull full", "make room"),
+        ("400 ExpiredToken expired", "read again"),
+    ],
+)
+def test_doctor_finds_a_put_that_no_worker_could_make(
+    moto_bucket: Bucket, tmp_path: Path, refusal: str, reason: str
+) -> None:
+    with FaultProxy(moto_bucket.endpoint_url, refuse=always(refusal, "PUT")) as proxy:
+        checks = doctor(moto_bucket, proxy, tmp_path, exit_code=3)
+    assert not checks["storage"]["ok"]
+    assert reason in checks["storage"]["detail"]
+
+
+def test_a_probe_names_what_it_may_not_delete(moto_bucket: Bucket) -> None:
+    with without(moto_bucket, always("403 AccessDenied", "DELETE"), tags={}) as (store, _):
+        found = {each.name: each.detail for each in store.probe()}
+    (left,) = moto_bucket.store().list()
+    assert found["delete"] == f"AccessDenied: s3://{moto_bucket.name}/{left} stays: delete it by hand"
+
+
+def test_a_probe_locks_an_object_as_a_seal_is_locked(locked_bucket: Bucket, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sdpipeline.storage.s3.PROBE_LOCK_S", 1.0)
+    store = locked_bucket.store(object_lock_mode="GOVERNANCE")
+    found = {each.name: each.ok for each in store.probe()}
+    assert found["object lock"]
+    assert "Versions" not in locked_bucket.client.list_object_versions(Bucket=locked_bucket.name)
+
+
+def test_a_lock_on_a_bucket_without_locks_fails_the_probe(moto_bucket: Bucket) -> None:
+    with outage("ObjectLock"):
+        moto_bucket.store(object_lock_mode="GOVERNANCE").probe()
+    assert list(moto_bucket.store().list()) == []
+
+
+def doctor(bucket: Bucket, proxy: FaultProxy, folder: Path, exit_code: int = 0) -> dict[str, Any]:
+    """The checks of the command by name, on this bucket behind the proxy."""
+    found = document(
+        "doctor",
+        "--home",
+        folder,
+        exit_code=exit_code,
+        SDP_STORAGE_URL=f"s3://{bucket.name}/prefix",
+        SDP_S3__ENDPOINT_URL=proxy.url,
+        SDP_S3__ADDRESSING_STYLE="path",
+        SDP_S3__TAGS='{"team": "night"}',
+    )
+    return {check["name"]: check for check in found["checks"]}
