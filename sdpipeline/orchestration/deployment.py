@@ -156,7 +156,12 @@ def _deploy_file() -> None:
     with as_file(files("sdpipeline.orchestration") / "prefect.yaml") as file:
         words = ["--no-prompt", "deploy", "--prefect-file", str(file), "--all"]
         done = subprocess.run(
-            [sys.executable, "-m", "prefect", *words], capture_output=True, text=True, env=os.environ, check=False
+            [sys.executable, "-m", "prefect", *words],
+            capture_output=True,
+            encoding="utf-8",
+            errors="replace",
+            env=os.environ | {"PYTHONIOENCODING": "utf-8"},
+            check=False,
         )
     if done.returncode:
         raise OrchestratorUnavailableError(f"prefect {' '.join(words)}: {done.stdout[-2000:]}{done.stderr[-2000:]}")
