@@ -160,8 +160,8 @@ class _Handler(BaseHTTPRequestHandler):
     def _answer(self, fault: str) -> None:
         status, code, message = (*fault.split(" ", 2), "injected")[:3]
         about, data = "application/xml", f"<Error><Code>{code}</Code><Message>{message}</Message></Error>".encode()
-        if code.startswith("<"):
-            about, data = "text/html", f"{code} {message}".encode()
+        if code.startswith(("<", "{")):
+            about, data = "text/html" if code[0] == "<" else "application/x-amz-json-1.1", f"{code} {message}".encode()
         if status == "304":
             data = b""
         body = b"" if self.command == "HEAD" else data
