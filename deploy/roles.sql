@@ -63,7 +63,7 @@ GRANT UPDATE (status, paused_because, admitted) ON campaign TO sdp_worker;
 GRANT INSERT ON attempt, image, spending, worker, lease TO sdp_worker;
 GRANT UPDATE (finished_at, outcome, error_kind, error, gpu_seconds, cost) ON attempt TO sdp_worker;
 GRANT UPDATE (images, size_bytes, gpu_seconds, cost) ON spending TO sdp_worker;
-GRANT UPDATE (seen_at, stopped_at, note, paused_at) ON worker TO sdp_worker;
+GRANT UPDATE (seen_at, stopped_at, note, paused_at, description) ON worker TO sdp_worker;
 GRANT UPDATE (expires_at, closed_at), DELETE ON lease TO sdp_worker;
 
 GRANT INSERT, UPDATE ON campaign, campaign_version, work_group, job, attempt, lease, image, spending, worker

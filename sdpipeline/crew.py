@@ -177,7 +177,15 @@ def visible_gpus() -> list[str]:
         return []
     query = [program, "--query-gpu=index", "--format=csv,noheader"]
     try:
-        answer = subprocess.run(query, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=20, check=True)
+        answer = subprocess.run(
+            query,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            encoding="utf-8",
+            errors="replace",
+            timeout=20,
+            check=True,
+        )
     except (subprocess.SubprocessError, OSError):
         return []  # a driver that does not answer shows no GPU
     return answer.stdout.split()

@@ -5,14 +5,16 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Collection, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Collection, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import PurePosixPath
 from typing import Protocol
 
 from sdpipeline import provenance, scores
 from sdpipeline.db import queue as jobs
+from sdpipeline.db import workers
 from sdpipeline.db.audit import AuditLog
 from sdpipeline.db.budgets import Charge
 from sdpipeline.db.originals import Original
@@ -20,6 +22,7 @@ from sdpipeline.db.queue import LeasedJob, StoredImage
 from sdpipeline.domain import Json, OutputFormat, canonical, to_document
 from sdpipeline.engine import GeneratedImage
 from sdpipeline.errors import (
+    DatabaseUnavailableError,
     InputImageError,
     MarksLostError,
     ObjectConflictError,
@@ -84,6 +87,7 @@ class LocalDeliverer:
     store: ObjectStore
     signing: SigningKey
     audit: AuditLog
+    _shown: dict[str, Mapping[str, str]] = field(default_factory=dict)
 
     def finish(
         self, leased: LeasedJob, consumed: Consumed, generated: GeneratedImage, attempt: Attempt
@@ -92,8 +96,14 @@ class LocalDeliverer:
         return finish(leased, consumed, generated, attempt, self.signing)
 
     def deliver(self, picture: FinishedPicture) -> StoredImage:
-        """As :func:`deliver`."""
-        return deliver(self.store, picture)
+        """As :func:`deliver`; what storage was found to refuse is shown by ``status``."""
+        stored = deliver(self.store, picture)
+        losses, worker_id = self.store.losses(), picture.attempt.worker_id
+        if losses != self._shown.get(worker_id, {}):
+            with suppress(DatabaseUnavailableError), self.audit.database.write() as connection:
+                workers.set_storage_losses(connection, worker_id, losses)
+                self._shown[worker_id] = losses
+        return stored
 
     def complete(self, lease_id: str, leased: LeasedJob, stored: StoredImage, charge: Charge) -> bool:
         """As the protocol says."""

@@ -17,6 +17,7 @@ from cryptography.hazmat.primitives.asymmetric import ec, ed25519, padding, rsa
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 from filelock import FileLock
 
+from sdpipeline.aws import explained, library_errors, make_client
 from sdpipeline.errors import SettingsError, SigningUnavailableError
 
 DEVELOPMENT = "sdpipeline DEVELOPMENT KEY"
@@ -117,15 +118,15 @@ def kms_key(
     region: str | None = None,
     tsa_url: str | None = None,
 ) -> SigningKey:
-    """A key that never leaves AWS KMS; credentials come from boto3's own chain."""
-    import boto3
-    from botocore.exceptions import BotoCoreError, ClientError
-
+    """A key that never leaves AWS KMS; credentials come from boto3's own chain, and again if KMS refuses them."""
     chain = _read(certificates)
     algorithm = _algorithm(_checked_chain(chain, certificates)[0].public_key(), certificates)
     if algorithm not in _KMS_ALGORITHMS:
         raise SettingsError(f"{certificates}: KMS does not sign with {algorithm}; use a key on P-256, P-384 or RSA")
-    client = boto3.session.Session().client("kms", endpoint_url=endpoint_url, region_name=region)
+    try:
+        client = make_client("kms", endpoint_url=endpoint_url, region_name=region)
+    except library_errors() as error:
+        raise SettingsError(f"KMS key {key_id}: {explained(error)}") from error
     kms_algorithm, digest = _KMS_ALGORITHMS[algorithm]
 
     def sign(data: bytes) -> bytes:
@@ -133,8 +134,10 @@ def kms_key(
         message = {"Message": data} if len(data) <= 4096 else {"Message": digest(data), "MessageType": "DIGEST"}
         try:
             answer = client.sign(KeyId=key_id, SigningAlgorithm=kms_algorithm, **message)
-        except (BotoCoreError, ClientError) as error:
-            raise SigningUnavailableError(f"KMS key {key_id}: {error}") from error
+        except library_errors() as error:
+            raise SigningUnavailableError(f"KMS key {key_id}: {explained(error)}") from error
+        if not answer.get("Signature"):
+            raise SigningUnavailableError(f"KMS key {key_id}: the reply holds no signature: it is not from KMS")
         return bytes(answer["Signature"])
 
     return SigningKey(certificates=chain.decode(), algorithm=algorithm, sign=sign, tsa_url=tsa_url)

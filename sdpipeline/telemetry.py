@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import sys
+from contextlib import suppress
+from typing import TextIO, cast
 
 import structlog
 
@@ -16,7 +19,8 @@ def configure_logging(s: Settings) -> None:
     if s.log_format == "console":
         # The default shows local variables, prompts and passwords among them.
         renderer = structlog.dev.ConsoleRenderer(
-            colors=sys.stderr.isatty(), exception_formatter=structlog.dev.plain_traceback
+            colors=sys.stderr is not None and sys.stderr.isatty(),
+            exception_formatter=structlog.dev.plain_traceback,
         )
     structlog.configure(
         processors=[
@@ -26,7 +30,27 @@ def configure_logging(s: Settings) -> None:
             renderer,
         ],
         wrapper_class=structlog.make_filtering_bound_logger(logging.getLevelNamesMapping()[s.log_level.upper()]),
-        # Looked up for each line: whoever redirects stderr meanwhile gets what follows.
-        logger_factory=lambda *_: structlog.PrintLogger(sys.stderr),
+        logger_factory=lambda *_: structlog.PrintLogger(cast("TextIO", _StandardError())),
         cache_logger_on_first_use=False,
     )
+
+
+class _StandardError(io.TextIOBase):
+    """stderr as it is now, for a process whose work is not worth less than its log.
+
+    Looked up for each line: whoever redirects stderr meanwhile gets what follows. A line is lost if nobody reads it,
+    or if the log's disk is full.
+    """
+
+    def write(self, text: str) -> int:
+        """Write unless that fails."""
+        with suppress(OSError):
+            if sys.stderr is not None:
+                sys.stderr.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        """Flush unless that fails."""
+        with suppress(OSError):
+            if sys.stderr is not None:
+                sys.stderr.flush()

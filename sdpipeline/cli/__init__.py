@@ -28,6 +28,7 @@ from sdpipeline.cli import (
     verifying,
 )
 from sdpipeline.cli.output import print_mistakes, stdout
+from sdpipeline.cli.streams import READER_GONE, flushed, prepare_streams, reader_is_gone, silence
 from sdpipeline.errors import (
     AuditBrokenError,
     BadInputError,
@@ -94,10 +95,11 @@ _UNUSABLE = {
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run one command and leave with its exit code: 0, 1, 2, 3, 130 or 143."""
+    """Run one command and leave with its exit code: 0, 1, 2, 3, 130, 141 or 143."""
     _close_stdin()
+    prepare_streams()
     words = list(sys.argv[1:] if arguments is None else arguments)
-    sys.exit(run(words))
+    sys.exit(flushed(run(words)))
 
 
 def _close_stdin() -> None:
@@ -110,15 +112,32 @@ def _close_stdin() -> None:
 
 def run(arguments: Sequence[str]) -> int:
     """The exit code of one command; an error that is not ours keeps its traceback and ends as 1."""
-    as_json = "--json" in arguments
+    as_json, stdout_before = "--json" in arguments, sys.stdout
     try:
         return int(app(list(arguments), standalone_mode=False) or DONE)
+    except SystemExit as ended:
+        # Typer's and rich's answer to any BrokenPipeError, also of a socket that is not a standard stream.
+        cause, replaced = ended.__context__, sys.stdout is not stdout_before
+        sys.stdout = stdout_before
+        if not isinstance(cause, BrokenPipeError):
+            raise
+        if replaced and not reader_is_gone():
+            raise cause from None
+        silence()
+        return READER_GONE
     except typer.Exit as ended:
         return ended.exit_code
     except (typer.Abort, KeyboardInterrupt):
         return INTERRUPTED
     except TyperException as error:
         print_mistakes([Mistake(message=error.format_message(), fix="see --help")], as_json=as_json)
+        return BAD_INPUT
+    except UnicodeEncodeError as error:
+        if not any("\ud800" <= character <= "\udfff" for character in error.object):
+            raise
+        fix = "set LC_ALL=C.UTF-8, or PYTHONUTF8=1"
+        message = f"{error.object!r} holds characters that are not in this locale's encoding"
+        print_mistakes([Mistake(message=message, fix=fix)], as_json=as_json)
         return BAD_INPUT
     except BadInputError as error:
         print_mistakes(error.mistakes, as_json=as_json)

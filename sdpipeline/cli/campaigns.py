@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
+from itertools import chain, islice
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -19,6 +19,7 @@ from sdpipeline.cli.output import (
     CampaignName,
     Home,
     print_json,
+    print_json_line,
     print_records,
     print_table,
     refuse,
@@ -26,10 +27,12 @@ from sdpipeline.cli.output import (
     stderr,
     stdout,
 )
+from sdpipeline.cli.tables import SAMPLE
 from sdpipeline.db import control, reports, server
 from sdpipeline.db.reports import Progress
 from sdpipeline.db.server import WriteRefusal
 from sdpipeline.db.submit import Submitted
+from sdpipeline.db.workers import STORAGE_LOSSES
 from sdpipeline.domain import Status
 
 LONGEST_SHOWN = 60
@@ -165,11 +168,11 @@ def jobs(
             found = reports.jobs(connection, campaign_id, status=wanted, made_with=checkpoint, after=after, limit=limit)
             if jsonl:
                 for job in found:
-                    sys.stdout.write(json.dumps(job, ensure_ascii=False) + "\n")
+                    print_json_line(job)
             elif as_json:
                 print_json({"jobs": list(found)})
             else:
-                _jobs_table(campaign, list(found))
+                _jobs_table(campaign, found)
 
 
 def show(
@@ -249,8 +252,10 @@ def show_status(
 ) -> None:
     """The status table, or its JSON form; ``refusal`` says why the database takes no writes."""
     documents = [progress.document() for progress in campaigns]
+    names = ("id", "host", "pid", "device", "status", *_SEEN)
     living = [
-        {name: worker[name] for name in ("id", "host", "pid", "device", "status", *_SEEN)} for worker in workers or []
+        {name: worker[name] for name in names} | {STORAGE_LOSSES: worker["description"].get(STORAGE_LOSSES, {})}
+        for worker in workers or []
     ]
     if as_json:
         database = {"writable": refusal is None, "reason": refusal and refusal.reason}
@@ -279,6 +284,8 @@ def show_status(
                     f"no heartbeat since {worker['last seen']}: its leases expire, its jobs are leased again"
                 )
         print_records("Workers", ("id", "host", "pid", "device", "status", "leases", "last seen", "note"), living)
+        for feature, loss in sorted({loss for worker in living for loss in worker[STORAGE_LOSSES].items()}):
+            stdout.print(f"storage works without {feature}: {loss}")
 
 
 def _there(documents: list[dict[str, Any]], names: Sequence[str]) -> list[str]:
@@ -332,14 +339,19 @@ def _submitted(name: str, done: Submitted) -> str:
     return f"{name} version {done.version}: {counts}{cancelled}{blocked}"
 
 
-def _jobs_table(campaign: str, found: list[dict[str, Any]]) -> None:
-    for job in found:
-        job["picture or error"] = job["image"]["url"] if job["image"] else job["error"]
-        job["variables"] = ", ".join(f"{name}={value}" for name, value in job["variables"].items())
-    telling = [name for name in ("edition", "row", "variables") if any(job[name] for job in found)]
-    print_records(
-        f"Jobs of {campaign}", ("id", "stage", *telling, "seed", "status", "attempts", "picture or error"), found
-    )
+def _jobs_table(campaign: str, found: Iterator[dict[str, Any]]) -> None:
+    first = list(islice(found, SAMPLE))
+    optional = ("edition", "row", "variables")
+    # Of a long list only the first rows are known: a column that is empty there may be filled later.
+    telling = [name for name in optional if len(first) == SAMPLE or any(job[name] for job in first)]
+    columns = ("id", "stage", *telling, "seed", "status", "attempts", "picture or error")
+    print_records(f"Jobs of {campaign}", columns, map(_shown_job, chain(first, found)))
+
+
+def _shown_job(job: dict[str, Any]) -> dict[str, Any]:
+    picture_or_error = job["image"]["url"] if job["image"] else job["error"]
+    variables = ", ".join(f"{name}={value}" for name, value in job["variables"].items())
+    return job | {"picture or error": picture_or_error, "variables": variables}
 
 
 def _say(sentence: str, document: dict[str, Any], *, as_json: bool) -> None:

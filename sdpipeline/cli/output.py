@@ -6,14 +6,16 @@ import json
 import os
 import sys
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.table import Table
 
 from sdpipeline import bootstrap
+from sdpipeline.cli.streams import encodable, is_utf8, written
+from sdpipeline.cli.tables import SAMPLE, table_lines
 from sdpipeline.errors import BadInputError, Mistake
 from sdpipeline.settings import Settings
 from sdpipeline.telemetry import configure_logging
@@ -22,14 +24,39 @@ FOUND_FAULTS = 3
 FILE_WIDTH = 160
 """Columns of a table that goes to a file or a log, where nobody has a terminal's eighty."""
 
+FLUSH_LINES = 500
+"""Lines of a table between two flushes: a pipe shows rows while others are still being read."""
+
 Home = Annotated[Path | None, typer.Option("--home", help="Folder of the embedded default.", show_default="./sdp-home")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of a table.")]
 CampaignFile = Annotated[Path, typer.Argument(metavar="CAMPAIGN.yaml", help="The campaign file.")]
 CampaignName = Annotated[str, typer.Argument(metavar="CAMPAIGN", help="A submitted campaign's name.")]
 
+
+class _Quiet(Console):
+    """A console for progress and hints: work goes on if nobody reads them."""
+
+    def on_broken_pipe(self) -> None:
+        """Print nothing more."""
+        self.quiet = True
+
+
+class _Results(Console):
+    """A console for results: the command ends if nobody reads them."""
+
+    def print(self, *objects: Any, **options: Any) -> None:
+        """As rich's; raises SdpError if stdout takes no more."""
+        with written():
+            super().print(*objects, **options)
+
+    def on_broken_pipe(self) -> None:
+        """Raise the BrokenPipeError that is being handled."""
+        raise  # noqa: PLE0704
+
+
 # A sentence is one line however narrow the terminal, or none: scripts look for it.
-stdout = Console(highlight=False, markup=False, soft_wrap=True)
-stderr = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
+stdout = _Results(highlight=False, markup=False, soft_wrap=True)
+stderr = _Quiet(stderr=True, highlight=False, markup=False, soft_wrap=True)
 for _console in (stdout, stderr):
     if not _console.is_terminal and "COLUMNS" not in os.environ:
         _console.width = FILE_WIDTH
@@ -44,24 +71,34 @@ def settings(home: Path | None) -> Settings:
 
 def print_json(document: Any) -> None:
     """The one JSON document of a ``--json`` command."""
-    sys.stdout.write(json.dumps(document, indent=2, ensure_ascii=False, default=str) + "\n")
+    print_text(json.dumps(document, indent=2, ensure_ascii=not is_utf8(), default=str) + "\n")
+
+
+def print_json_line(document: Any) -> None:
+    """One line of ``--jsonl``."""
+    print_text(json.dumps(document, ensure_ascii=not is_utf8()) + "\n")
+
+
+def print_text(text: str) -> None:
+    """Text as it is, for results that are not tables; a lone surrogate is escaped as JSON does."""
+    with written():
+        sys.stdout.write(text if text.isascii() else encodable(text))
 
 
 def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
-    """A table; numbers to the right."""
-    lines = [[_cell(value) for value in row] for row in rows]
-    table = Table(title=title or None, title_justify="left", header_style="bold")
-    for n, name in enumerate(columns):
-        numeric = bool(lines) and all(line[n].replace(".", "", 1).isdigit() or not line[n] for line in lines)
-        table.add_column(name, justify="right" if numeric else "left", overflow="fold")
-    for line in lines:
-        table.add_row(*line)
-    stdout.print(table, soft_wrap=False)
+    """A table; numbers to the right. Rows are printed as they come."""
+    if title:
+        stdout.print(title)
+    for number, line in enumerate(table_lines(columns, rows, stdout.width)):
+        print_text(line + "\n")
+        if number % FLUSH_LINES == SAMPLE:
+            with written():
+                sys.stdout.flush()
 
 
 def print_records(title: str, columns: Sequence[str], records: Iterable[Mapping[str, Any]]) -> None:
     """A table of the named fields of records."""
-    print_table(title, columns, [[record[name] for name in columns] for record in records])
+    print_table(title, columns, ([record[name] for name in columns] for record in records))
 
 
 def print_mistakes(mistakes: Iterable[Mistake], *, as_json: bool) -> None:
@@ -69,8 +106,9 @@ def print_mistakes(mistakes: Iterable[Mistake], *, as_json: bool) -> None:
     if as_json:
         print_json({"errors": [_mistake_document(mistake) for mistake in mistakes]})
         return
-    for mistake in mistakes:
-        sys.stderr.write(f"{mistake}\n".replace("\n\n", "\n"))
+    with suppress(OSError):  # nobody reads them
+        for mistake in mistakes:
+            sys.stderr.write(f"{mistake}\n".replace("\n\n", "\n"))
 
 
 def refuse(message: str, fix: str | None = None) -> BadInputError:
@@ -89,9 +127,3 @@ def refuse_place(out: Path | None) -> None:
 def _mistake_document(mistake: Mistake) -> Mapping[str, Any]:
     names = ("file", "line", "column", "key", "message", "fix")
     return {name: getattr(mistake, name) for name in names}
-
-
-def _cell(value: Any) -> str:
-    if value is None:
-        return ""
-    return f"{value:.2f}" if isinstance(value, float) else str(value)

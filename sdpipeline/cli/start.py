@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -10,7 +9,7 @@ import typer
 
 from sdpipeline import schema as campaign_schema
 from sdpipeline import starter
-from sdpipeline.cli.output import AsJson, Home, print_json, print_table
+from sdpipeline.cli.output import AsJson, Home, print_json, print_table, print_text
 from sdpipeline.settings import TOML_NAME
 
 
@@ -60,4 +59,4 @@ def init(
 def schema(*, home: Home = None) -> None:
     """Print the JSON Schema of the campaign file."""
     del home  # the schema is the same everywhere; taken because every command takes it
-    sys.stdout.write(campaign_schema.text())
+    print_text(campaign_schema.text())

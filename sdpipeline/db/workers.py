@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from sqlalchemy import Connection, insert, null, update
+from collections.abc import Mapping
+
+from sqlalchemy import Connection, insert, null, select, update
 
 from sdpipeline.db.audit import Event, Transaction
 from sdpipeline.db.connection import now_s
 from sdpipeline.db.queue import open_leases, release
 from sdpipeline.db.tables import worker
 from sdpipeline.domain import Json, digest
+
+STORAGE_LOSSES = "storage_losses"
+"""The key in a worker's description."""
 
 
 def register(tx: Transaction, *, worker_id: str, host: str, pid: int, device: str, description: Json) -> None:
@@ -40,6 +45,15 @@ def take_back(connection: Connection, worker_id: str, text: str) -> None:
     """Remove that note, and no other."""
     mine = (worker.c.id == worker_id, worker.c.note == text)
     connection.execute(update(worker).where(*mine).values(note=null()))
+
+
+def set_storage_losses(connection: Connection, worker_id: str, losses: Mapping[str, str]) -> None:
+    """Features that storage refuses to a worker, each with the consequence, shown by ``status``."""
+    mine = worker.c.id == worker_id
+    description = connection.execute(select(worker.c.description).where(mine)).scalar_one_or_none()
+    if description is not None:
+        changed = {**description, STORAGE_LOSSES: dict(losses)}
+        connection.execute(update(worker).where(mine).values(description=changed))
 
 
 def stop(tx: Transaction, *, worker_id: str) -> None:

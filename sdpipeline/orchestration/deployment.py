@@ -159,8 +159,9 @@ def _deploy_file() -> None:
             [sys.executable, "-m", "prefect", *words],
             stdin=subprocess.DEVNULL,
             capture_output=True,
-            text=True,
-            env=os.environ,
+            encoding="utf-8",
+            errors="replace",
+            env=os.environ | {"PYTHONIOENCODING": "utf-8"},
             check=False,
         )
     if done.returncode:

@@ -10,7 +10,8 @@ from sdpipeline.errors import SettingsError
 from sdpipeline.storage.contract import Capability, ObjectStore, ObjectVersion, Retention, StoredObject, check_key
 from sdpipeline.storage.foreign import ForeignObject, ForeignObjects, is_bucket_url, lies_under, split_url
 from sdpipeline.storage.local import LocalStore
-from sdpipeline.storage.s3 import S3Options, S3Store
+from sdpipeline.storage.s3 import S3Store
+from sdpipeline.storage.s3_client import S3Options
 
 __all__ = [
     "Capability",

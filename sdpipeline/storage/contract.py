@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Protocol
@@ -102,6 +102,9 @@ class ObjectStore(Protocol):
 
     def check(self) -> None:
         """Raises SettingsError within 15 seconds, saying what to check, unless the store lets us in."""
+
+    def losses(self) -> Mapping[str, str]:
+        """Features that the store was found to refuse and that puts do without, each with the consequence."""
 
     def probe(self) -> Sequence[Capability]:
         """What this store can do, found out by doing it to an object of its own that is removed again."""

@@ -5,12 +5,11 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-import shutil
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any, TypeVar
 
 from sdpipeline.errors import (
     BadInputError,
@@ -19,18 +18,22 @@ from sdpipeline.errors import (
     SettingsError,
     StorageUnavailableError,
 )
-from sdpipeline.storage.s3 import S3Options, connect, pause, version_of
-from sdpipeline.storage.s3_errors import error_code, translated
+from sdpipeline.storage.s3 import pause, version_of
+from sdpipeline.storage.s3_client import S3Options, connect
+from sdpipeline.storage.s3_errors import check_reply, cut_body_errors, error_code, not_retried_errors, translated
 
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
 
 _URL = re.compile(r"s3://([a-z0-9][a-z0-9.-]{1,61}[a-z0-9])/(.+)", re.DOTALL)
 _MAX_KEY_BYTES = 1024
+_CHUNK_BYTES = 2**20
+_T = TypeVar("_T")
 # Whose bucket it is decides; waiting changes nothing. Who may not list a bucket hears this of what is not there, too.
-_REFUSED = {"403", "AccessDenied", "AllAccessDisabled", "InvalidObjectState", "NoSuchBucket"}
-# A version that was deleted, or that no version of this server can be.
-_REFUSED |= {"400", "405", "InvalidArgument", "MethodNotAllowed"}
+# A bare status is not from S3, which names each refusal of a GET: the reply was cut, or a proxy's.
+_REFUSED = {"AccessDenied", "AllAccessDisabled", "InvalidObjectState", "NoSuchBucket"}
+# A version that was deleted, or that no version of this server can be. Without a version it is a proxy that answers so.
+_NO_VERSION = {"InvalidArgument", "MethodNotAllowed"}
 _CHANGED = {"412", "PreconditionFailed"}
 
 
@@ -81,41 +84,49 @@ class ForeignObjects:
 
         With ``version``, exactly what that pins: ObjectConflictError where something else is there now.
         """
-        for attempt in range(self.options.total_max_attempts):
-            with self._answer(url, version) as answer:
-                # Only the body tells whether it was cut, and botocore does not ask for it again.
-                data = _whole(answer, most_bytes + 1)
-                if data is not None:
-                    return ForeignObject(data=data, version=_pin(answer))
-            pause(attempt)
-        raise StorageUnavailableError(f"{url}: the connection was cut in every attempt to read it")
+        wanted = most_bytes + 1
+        data, answer = self._attempted(url, version, lambda answer: _whole(answer, wanted))
+        return ForeignObject(data=data, version=_pin(answer))
 
     def fetch(self, url: str, to: Path) -> None:
         """The object into a file, in constant memory."""
+
+        def copy(answer: Any) -> bool | None:
+            with to.open("wb") as file:
+                return _copied(answer, file)
+
+        self._attempted(url, None, copy)
+
+    def _attempted(self, url: str, version: str | None, take: Callable[[Any], _T | None]) -> tuple[_T, Any]:
+        """What ``take`` makes of the reply; None says that the body was cut, which botocore does not ask for again."""
         for attempt in range(self.options.total_max_attempts):
-            with self._answer(url, None) as answer, to.open("wb") as file:
-                if _copied(answer, file):
-                    return
+            answer = self._answer(url, version)
+            if answer is not None:
+                with contextlib.closing(answer["Body"]):
+                    if (taken := take(answer)) is not None:
+                        return taken, answer
             pause(attempt)
         raise StorageUnavailableError(f"{url}: the connection was cut in every attempt to read it")
 
-    @contextlib.contextmanager
-    def _answer(self, url: str, version: str | None) -> Iterator[Any]:
+    def _answer(self, url: str, version: str | None) -> Any:
+        """The reply with its body still to be read; None if it was cut before that."""
         from botocore.exceptions import ClientError
 
         bucket, key = split_url(url)
         with translated(url):
             try:
                 answer = self._client.get_object(Bucket=bucket, Key=key, **_condition(version))
+            except not_retried_errors():
+                return None
             except ClientError as error:
                 code = error_code(error)
                 if code in _CHANGED:
                     raise ObjectConflictError(f"{url} is not what it was") from error
-                if code in _REFUSED:
+                if code in _REFUSED or (version is not None and code in _NO_VERSION):
                     raise ObjectMissingError(f"{url} may not be read, or is not there: {code}") from error
                 raise
-            with contextlib.closing(answer["Body"]):
-                yield answer
+        check_reply(answer, url)
+        return answer
 
     @property
     def _client(self) -> S3Client:
@@ -140,23 +151,23 @@ def _pin(answer: Any) -> str:
 
 
 def _whole(answer: Any, most_bytes: int) -> bytes | None:
-    """The body's first bytes; None where the connection was cut."""
-    from botocore.exceptions import HTTPClientError, IncompleteReadError
-
-    # A body that is asked for by the byte may end early without a word.
-    wanted = min(most_bytes, answer["ContentLength"])
+    """The body's first bytes; None if the connection was cut."""
     try:
         data: bytes = answer["Body"].read(most_bytes)
-    except (HTTPClientError, IncompleteReadError):
+    except cut_body_errors():
         return None
-    return data if len(data) == wanted else None
+    # A body of which only a part is read may end early without an error; a chunked one does not name its length.
+    length = answer.get("ContentLength")
+    return data if length is None or len(data) == min(most_bytes, length) else None
 
 
-def _copied(answer: Any, file: Any) -> bool:
-    from botocore.exceptions import HTTPClientError, IncompleteReadError
-
-    try:
-        shutil.copyfileobj(answer["Body"], file, 2**20)
-    except (HTTPClientError, IncompleteReadError):
-        return False
-    return bool(file.tell() == answer["ContentLength"])
+def _copied(answer: Any, file: IO[bytes]) -> bool | None:
+    while True:
+        try:
+            chunk = answer["Body"].read(_CHUNK_BYTES)
+        except cut_body_errors():
+            return None
+        if not chunk:
+            break
+        file.write(chunk)
+    return True if answer.get("ContentLength") in (None, file.tell()) else None

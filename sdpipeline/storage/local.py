@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import secrets
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -120,6 +120,10 @@ class LocalStore:
             message = f"{self._root} cannot be written: {error.strerror or error}"
             fix = "name a directory that this user may write, and that has room"
             raise SettingsError(Mistake(key="SDP_STORAGE_URL", message=message, fix=fix)) from error
+
+    def losses(self) -> Mapping[str, str]:
+        """See ObjectStore; a directory refuses none."""
+        return {}
 
     def probe(self) -> Sequence[Capability]:
         """See ObjectStore."""

@@ -8,39 +8,41 @@ import os
 import random
 import secrets
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 from urllib.parse import urlencode
 
-from sdpipeline import __version__
-from sdpipeline.errors import Mistake, ObjectConflictError, ObjectMissingError, SettingsError, StorageUnavailableError
+from sdpipeline.aws import library_errors
+from sdpipeline.errors import (
+    Mistake,
+    ObjectConflictError,
+    ObjectMissingError,
+    SdpError,
+    SettingsError,
+    StorageUnavailableError,
+)
 from sdpipeline.storage.contract import Capability, ObjectVersion, Retention, StoredObject, check_key, check_prefix
-from sdpipeline.storage.s3_errors import ALREADY_THERE, UnsupportedError, error_code, translated
-from sdpipeline.storage.s3_trial import Trial, checksums
+from sdpipeline.storage.s3_client import S3Options, connect
+from sdpipeline.storage.s3_errors import (
+    UnsupportedError,
+    check_listing,
+    check_reply,
+    cut_body_errors,
+    error_code,
+    is_web_page,
+    not_retried_errors,
+    translated,
+)
+from sdpipeline.storage.s3_features import Refused, used_in, without
+from sdpipeline.storage.s3_trial import PROBE_LOCK_S, Trial, checksums
 
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
-    from mypy_boto3_s3.type_defs import CompletedPartTypeDef, GetObjectOutputTypeDef, HeadObjectOutputTypeDef
+    from mypy_boto3_s3.type_defs import GetObjectOutputTypeDef, HeadObjectOutputTypeDef
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class S3Options:
-    """How to reach an S3 endpoint and what every object gets; credentials come from boto3's own chain."""
-
-    endpoint_url: str | None = None
-    region: str | None = None
-    addressing_style: Literal["auto", "path", "virtual"] = "auto"
-    sse_kms_key_id: str | None = None
-    tags: Mapping[str, str] = field(default_factory=dict)
-    object_lock_mode: Literal["GOVERNANCE", "COMPLIANCE"] | None = None
-    object_lock_days: int = 365
-    total_max_attempts: int = 5
-    connect_timeout_s: float = 5
-    read_timeout_s: float = 30
-    max_connections: int = 16
-    part_size_bytes: int = 64 * 2**20
+_CONDITION = {"IfNoneMatch": "*"}
 
 
 class S3Store:
@@ -56,14 +58,18 @@ class S3Store:
         self._prefix = f"{check_key(prefix.strip('/'))}/" if prefix.strip("/") else ""
         self._options = options or S3Options()
         self._clients: dict[int, S3Client] = {}
-        self._condition: dict[str, Any] = {"IfNoneMatch": "*"}
+        self._refused = Refused(f"s3://{bucket} at {self._options.endpoint_url or 'AWS'}")
 
     def put(self, key: str, data: bytes, *, content_type: str, retained: bool = False) -> StoredObject:
         """See ObjectStore; encryption, tags and retention are part of the put itself."""
+        days = self._options.object_lock_days if retained else None
+        return self._put(key, data, content_type, None if days is None else timedelta(days=days))
+
+    def _put(self, key: str, data: bytes, content_type: str, retained: timedelta | None) -> StoredObject:
         if (present := self._read_back(key, data)) is not None:
             return present
         with translated(self.url(key)):
-            created = self._create(self._target(key, data, content_type, retained=retained), data)
+            created = self._create(self._target(key, data, content_type, retained), data)
         try:
             stored = self._read_back(key, data)
         except ObjectConflictError as error:
@@ -92,17 +98,23 @@ class S3Store:
         try:
             with translated(self.url(key)):
                 answer = self._client.head_object(Bucket=self._bucket, Key=self._name(key))
+            check_reply(answer, self.url(key))
             # Some endpoints change the case of metadata names.
-            declared = {name.lower(): value for name, value in answer["Metadata"].items()}
-            sha256 = declared.get("sha256") or hashlib.sha256(self.get(key)).hexdigest()
-        except ObjectMissingError:
+            declared = {name.lower(): value for name, value in answer.get("Metadata", {}).items()}
+            sha256, size_bytes = declared.get("sha256"), answer.get("ContentLength")
+            if not sha256 or size_bytes is None:
+                data = self.get(key)
+                sha256, size_bytes = hashlib.sha256(data).hexdigest(), len(data)
+        except ObjectMissingError as error:
+            if is_web_page(error.__cause__) and self._is_there(key):
+                raise StorageUnavailableError(f"{self.url(key)}: HEAD says 404 and GET finds it") from error
             return None
-        return replace(_stored(key, sha256, answer), stored_at=answer["LastModified"])
+        return replace(_stored(key, sha256, size_bytes, answer), stored_at=answer["LastModified"])
 
     def move(self, key: str, to: str) -> None:
         """See ObjectStore; through this machine, for a copy inside the bucket heeds no condition everywhere."""
         data, answer = self._read(key, None)
-        self.put(to, data, content_type=answer["ContentType"])
+        self.put(to, data, content_type=answer.get("ContentType") or "application/octet-stream")
         with translated(self.url(key)):
             self._client.delete_object(Bucket=self._bucket, Key=self._name(key))
 
@@ -121,7 +133,7 @@ class S3Store:
         name = self._prefix + check_prefix(prefix)
         with translated(f"s3://{self._bucket}/{name}"):
             pages = self._client.get_paginator("list_objects_v2").paginate(Bucket=self._bucket, Prefix=name)
-            for page in pages:
+            for page in _listed(pages, f"s3://{self._bucket}/{name}"):
                 for entry in page.get("Contents", []):
                     yield entry["Key"].removeprefix(self._prefix)
 
@@ -133,7 +145,7 @@ class S3Store:
                 pages = self._client.get_paginator("list_object_versions").paginate(Bucket=self._bucket, Prefix=name)
                 entries = [
                     entry
-                    for page in pages
+                    for page in _listed(pages, self.url(key))
                     for entry in (
                         *((entry["Key"], version_of(entry), False) for entry in page.get("Versions", [])),
                         *((entry["Key"], version_of(entry), True) for entry in page.get("DeleteMarkers", [])),
@@ -161,19 +173,38 @@ class S3Store:
         client = connect(replace(self._options, connect_timeout_s=3, read_timeout_s=4, total_max_attempts=2))
         try:
             with translated(f"s3://{self._bucket}"):
-                client.list_objects_v2(Bucket=self._bucket, Prefix=self._prefix, MaxKeys=1)
+                page = client.list_objects_v2(Bucket=self._bucket, Prefix=self._prefix, MaxKeys=1)
+                check_listing(page, f"s3://{self._bucket}")
         except (StorageUnavailableError, ObjectMissingError) as error:
             fix = "check the endpoint, the bucket's name and the credentials (see boto3's own chain)"
             raise SettingsError(Mistake(key="SDP_STORAGE_URL", message=str(error), fix=fix)) from error
 
-    def probe(self) -> Sequence[Capability]:
+    def losses(self) -> Mapping[str, str]:
         """See ObjectStore."""
-        trial = Trial(self._client, self._bucket, self._name(f"probe/{secrets.token_hex(16)}"))
-        with translated(f"s3://{self._bucket}"), contextlib.closing(trial):
-            found = [trial.conditional_put(), trial.checksums(), trial.versions(), trial.object_lock()]
-            if self._options.sse_kms_key_id:
-                found.append(trial.encryption(self._encryption()))
-        return found
+        return self._refused.losses()
+
+    def probe(self) -> Sequence[Capability]:
+        """See ObjectStore; the first put is the very one that a worker makes, and a seal's is locked for seconds."""
+        key = f"probe/{secrets.token_hex(16)}"
+        address = f"s3://{self._bucket}"
+        trial = Trial(self._client, self._bucket, self._name(key), self._refused)
+        try:
+            self._put(key, b"probe", "image/png", None)
+            if self._options.object_lock_mode:
+                trial.locked = self._put(f"{key}.seal", b"probe", "application/json", timedelta(seconds=PROBE_LOCK_S))
+            with translated(address):
+                found = [trial.conditional_put(), trial.checksums(), trial.versions(), trial.object_lock()]
+                if self._options.tags:
+                    found.append(trial.tags(self._options.tags))
+                if self._options.sse_kms_key_id:
+                    found.append(trial.encryption(self._encryption()))
+        except SdpError:
+            with contextlib.suppress(StorageUnavailableError, ObjectMissingError), translated(address):
+                trial.close()
+            raise
+        with translated(address):
+            left = trial.close()
+        return [*found, left] if left else found
 
     @property
     def _client(self) -> S3Client:
@@ -185,14 +216,14 @@ class S3Store:
     def _name(self, key: str) -> str:
         return self._prefix + check_key(key)
 
-    def _target(self, key: str, data: bytes, content_type: str, *, retained: bool) -> dict[str, Any]:
+    def _target(self, key: str, data: bytes, content_type: str, retained: timedelta | None) -> dict[str, Any]:
         metadata = {"sha256": hashlib.sha256(data).hexdigest()}
         target: dict[str, Any] = {"Bucket": self._bucket, "Key": self._name(key)}
         target |= {"ContentType": content_type, "Metadata": metadata}
         if self._options.tags:
             target["Tagging"] = urlencode(self._options.tags)
-        if retained and self._options.object_lock_mode:
-            until = datetime.now(UTC) + timedelta(days=self._options.object_lock_days)
+        if retained is not None and self._options.object_lock_mode:
+            until = datetime.now(UTC) + retained
             target |= {"ObjectLockMode": self._options.object_lock_mode, "ObjectLockRetainUntilDate": until}
         return target | self._encryption()
 
@@ -208,49 +239,55 @@ class S3Store:
         write = self._write_whole if len(data) <= self._options.part_size_bytes else self._write_parts
         for attempt in range(self._options.total_max_attempts):
             try:
-                write(target, data)
+                return self._refused.put(lambda dropped: write(target, data, dropped), used_in(target))
             except ClientError as error:
-                code = error_code(error)
-                if code in ALREADY_THERE:
-                    return False
-                if code == "NotImplemented" and self._condition:
-                    self._condition = {}
-                elif code != "ConditionalRequestConflict":
+                if error_code(error) != "ConditionalRequestConflict":
                     raise
-                pause(attempt)
-            else:
-                return True
+            except not_retried_errors():
+                if attempt + 1 == self._options.total_max_attempts:
+                    raise
+            pause(attempt)
         raise StorageUnavailableError(f"s3://{self._bucket}/{target['Key']}: other writers are in the way")
 
-    def _write_whole(self, target: dict[str, Any], data: bytes) -> None:
-        self._client.put_object(**target, **self._condition, **checksums(data), Body=data)
+    def _write_whole(self, target: dict[str, Any], data: bytes, dropped: frozenset[str]) -> None:
+        parameters = target | _CONDITION | checksums(data)
+        self._client.put_object(**without(parameters, dropped), Body=data)
 
-    def _write_parts(self, target: dict[str, Any], data: bytes) -> None:
+    def _write_parts(self, target: dict[str, Any], data: bytes, dropped: frozenset[str]) -> None:
         address, size_bytes = {name: target[name] for name in ("Bucket", "Key")}, self._options.part_size_bytes
-        upload_id = self._client.create_multipart_upload(**target, ChecksumAlgorithm="SHA256")["UploadId"]
-        try:
-            parts: list[CompletedPartTypeDef] = []
+        begun = without(target | {"ChecksumAlgorithm": "SHA256"}, dropped)
+        with self._upload(begun) as upload_id:
+            parts: list[Any] = []
             for number, start in enumerate(range(0, len(data), size_bytes), start=1):
                 part = data[start : start + size_bytes]
-                sent = self._client.upload_part(
-                    **address, **checksums(part), UploadId=upload_id, PartNumber=number, Body=part
-                )
-                parts.append(
-                    {"PartNumber": number, "ETag": sent["ETag"], "ChecksumSHA256": checksums(part)["ChecksumSHA256"]}
-                )
+                sums = without(checksums(part), dropped)
+                sent = self._client.upload_part(**address, **sums, UploadId=upload_id, PartNumber=number, Body=part)
+                known = {name: value for name, value in sums.items() if name == "ChecksumSHA256"}
+                parts.append({"PartNumber": number, "ETag": _field(sent, "ETag"), **known})
             self._client.complete_multipart_upload(
-                **address, **self._condition, UploadId=upload_id, MultipartUpload={"Parts": parts}
+                **address, **without(_CONDITION, dropped), UploadId=upload_id, MultipartUpload={"Parts": parts}
             )
+
+    @contextlib.contextmanager
+    def _upload(self, begun: dict[str, Any]) -> Iterator[str]:
+        upload_id = _field(self._client.create_multipart_upload(**begun), "UploadId")
+        try:
+            yield upload_id
         except BaseException:
-            self._abandon(address, upload_id)
+            self._abandon({name: begun[name] for name in ("Bucket", "Key")}, upload_id)
             raise
 
     def _abandon(self, address: dict[str, Any], upload_id: str) -> None:
         # The parts of an upload that is left open are paid for, unseen, until a lifecycle rule ends it.
-        from botocore.exceptions import BotoCoreError, ClientError
-
-        with contextlib.suppress(BotoCoreError, ClientError):
+        with contextlib.suppress(*library_errors()):
             self._client.abort_multipart_upload(**address, UploadId=upload_id)
+
+    def _is_there(self, key: str) -> bool:
+        try:
+            self._read(key, None)
+        except ObjectMissingError:
+            return False
+        return True
 
     def _read_back(self, key: str, data: bytes) -> StoredObject | None:
         try:
@@ -259,56 +296,55 @@ class S3Store:
             return None
         if found != data:
             raise ObjectConflictError(f"{self.url(key)} already holds other bytes")
-        return _stored(key, hashlib.sha256(data).hexdigest(), answer)
+        return _stored(key, hashlib.sha256(data).hexdigest(), len(data), answer)
 
     def _read(self, key: str, version_id: str | None) -> tuple[bytes, GetObjectOutputTypeDef]:
-        from botocore.exceptions import HTTPClientError, IncompleteReadError
-
         target: dict[str, Any] = {"Bucket": self._bucket, "Key": self._name(key)}
         target |= {"VersionId": version_id} if version_id else {}
         with translated(self.url(key)):
             for attempt in range(self._options.total_max_attempts):
-                answer = self._client.get_object(**target)
-                try:
-                    # botocore tries a request again, but not a body that was cut.
-                    with contextlib.closing(answer["Body"]) as body:
-                        return body.read(), answer
-                except (HTTPClientError, IncompleteReadError):
-                    pause(attempt)
+                if (found := self._read_once(target, self.url(key))) is not None:
+                    return found
+                pause(attempt)
         raise StorageUnavailableError(f"{self.url(key)}: the connection was cut in every attempt to read it")
 
-
-def connect(options: S3Options) -> S3Client:
-    """A client of one's own: making one takes a tenth of a second."""
-    import boto3
-    from botocore.config import Config
-
-    config = Config(
-        signature_version="s3v4",
-        connect_timeout=options.connect_timeout_s,
-        read_timeout=options.read_timeout_s,
-        tcp_keepalive=True,
-        max_pool_connections=options.max_connections,
-        # `max_attempts` would count the retries after the first attempt.
-        retries={"mode": "standard", "total_max_attempts": options.total_max_attempts},
-        s3={"addressing_style": options.addressing_style},
-        # What boto3 adds by default is more than weak endpoints understand; we send a SHA-256 and read back.
-        request_checksum_calculation="when_required",
-        response_checksum_validation="when_required",
-        user_agent_extra=f"sdpipeline/{__version__}",
-    )
-    session = boto3.session.Session()  # the default session is not safe to share between threads
-    return session.client("s3", endpoint_url=options.endpoint_url, region_name=options.region, config=config)
+    def _read_once(self, target: dict[str, Any], address: str) -> tuple[bytes, GetObjectOutputTypeDef] | None:
+        """None if the reply was cut: botocore tries a request again, but not a body, nor the body of an error."""
+        try:
+            answer = self._client.get_object(**target)
+        except not_retried_errors():
+            return None
+        with contextlib.closing(answer["Body"]) as body:
+            check_reply(answer, address)
+            try:
+                return body.read(), answer
+            except cut_body_errors():
+                return None
 
 
-def _stored(key: str, sha256: str, answer: GetObjectOutputTypeDef | HeadObjectOutputTypeDef) -> StoredObject:
+def _stored(
+    key: str, sha256: str, size_bytes: int, answer: GetObjectOutputTypeDef | HeadObjectOutputTypeDef
+) -> StoredObject:
     return StoredObject(
         key=key,
         sha256=sha256,
-        size_bytes=answer["ContentLength"],
+        size_bytes=size_bytes,
         version_id=version_of(answer),
         retained_until=answer.get("ObjectLockRetainUntilDate"),
     )
+
+
+def _field(answer: Any, name: str) -> str:
+    """A field that every S3 server sends; a proxy's page of status 200 lacks it."""
+    if not answer.get(name):
+        raise StorageUnavailableError(f"the reply to an upload has no {name}: it is not from an S3 endpoint")
+    return str(answer[name])
+
+
+def _listed(pages: Iterable[Any], address: str) -> Iterator[Any]:
+    for page in pages:
+        check_listing(page, address)
+        yield page
 
 
 def version_of(answer: Mapping[str, Any]) -> str | None:

@@ -1,31 +1,21 @@
-"""What an S3 endpoint says when it refuses, in our own errors."""
+"""Translation of an S3 endpoint's refusals and of broken connections into our own errors."""
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import Any
 
+from sdpipeline.aws import error_code, explained, library_errors
 from sdpipeline.errors import ObjectMissingError, StorageUnavailableError
 
-if TYPE_CHECKING:
-    from botocore.exceptions import ClientError
+__all__ = ["ALREADY_THERE", "UnsupportedError", "check_listing", "check_reply", "cut_body_errors", "error_code"]
+__all__ += ["is_web_page", "not_retried_errors", "translated"]
 
 # A 412 may be our own doing: when the reply to a put is lost, botocore repeats it and meets the object
-# that the first one made. The same repetition finds a completed upload gone.
-ALREADY_THERE = {"PreconditionFailed", "412", "NoSuchUpload"}
+# that the first one made. The same repetition finds a completed upload gone. Some versions of MinIO say 304 for 412.
+ALREADY_THERE = {"PreconditionFailed", "412", "NoSuchUpload", "NotModified", "304"}
 _MISSING = {"404", "NotFound", "NoSuchKey", "NoSuchVersion"}
-_FIXES = {
-    "NoSuchBucket": "create the bucket or correct SDP_STORAGE_URL",
-    "AccessDenied": "check the credentials and what they may do",
-    "403": "check the credentials and what they may do",
-    "InvalidAccessKeyId": "check the credentials",
-    "SignatureDoesNotMatch": "check the credentials",
-    "ExpiredToken": "renew the credentials",
-    "PermanentRedirect": "set SDP_S3__REGION",
-    "AuthorizationHeaderMalformed": "set SDP_S3__REGION",
-    "IllegalLocationConstraintException": "set SDP_S3__REGION",
-}
 
 
 class UnsupportedError(StorageUnavailableError):
@@ -34,23 +24,55 @@ class UnsupportedError(StorageUnavailableError):
 
 @contextlib.contextmanager
 def translated(address: str) -> Iterator[None]:
-    """Turns botocore's errors about ``address`` into ours; what is not there raises ObjectMissingError."""
+    """Turns every error of a boto3 call about ``address`` into ours; a missing object raises ObjectMissingError."""
     from botocore.exceptions import BotoCoreError, ClientError
 
     try:
         yield
     except ClientError as error:
-        code, message = error_code(error), error.response.get("Error", {}).get("Message", "")
-        if code in _MISSING:
+        code = error_code(error)
+        if code in _MISSING and (error.operation_name.startswith("Head") or not is_web_page(error)):
             raise ObjectMissingError(f"{address} does not exist") from error
-        kind = UnsupportedError if code == "NotImplemented" else StorageUnavailableError
-        fix = f" ({_FIXES[code]})" if code in _FIXES else ""
-        raise kind(f"{address}: {code}: {message}{fix}") from error
+        kind = UnsupportedError if code in {"NotImplemented", "501"} else StorageUnavailableError
+        raise kind(f"{address}: {explained(error)}") from error
     except BotoCoreError as error:
         fix = "check SDP_STORAGE_URL, SDP_S3__ENDPOINT_URL and the credentials"
-        raise StorageUnavailableError(f"{address}: {error} ({fix})") from error
+        raise StorageUnavailableError(f"{address}: {explained(error)} ({fix})") from error
+    except library_errors() as error:
+        raise StorageUnavailableError(
+            f"{address}: the reply was cut or malformed: {type(error).__name__}: {explained(error)}"
+        ) from error
 
 
-def error_code(error: ClientError) -> str:
-    """S3's own name for the error, or the HTTP status where a reply without a body has no name."""
-    return error.response.get("Error", {}).get("Code", "")
+def not_retried_errors() -> tuple[type[Exception], ...]:
+    """Broken connections that botocore neither translates nor retries: the body of an error reply was cut."""
+    from urllib3.exceptions import HTTPError
+
+    return (HTTPError,)
+
+
+def cut_body_errors() -> tuple[type[Exception], ...]:
+    """What reading the body of an object can raise; botocore does not ask for it again."""
+    from botocore.exceptions import HTTPClientError, IncompleteReadError
+    from botocore.exceptions import SSLError as BrokenTlsError
+
+    return (HTTPClientError, IncompleteReadError, BrokenTlsError, *not_retried_errors())
+
+
+def check_reply(answer: Any, address: str) -> None:
+    """Refuse a reply of status 200 that no S3 server wrote, e.g. a proxy's or a captive portal's page."""
+    if not answer.get("ETag") or answer.get("LastModified") is None:
+        raise StorageUnavailableError(f"{address}: the reply has no ETag or date: it is not from an S3 endpoint")
+
+
+def check_listing(page: Any, address: str) -> None:
+    """As ``check_reply`` for a page of a listing: a foreign page would read as an empty bucket."""
+    if "IsTruncated" not in page and not page.get("Name"):
+        raise StorageUnavailableError(f"{address}: the reply is not a listing: it is not from an S3 endpoint")
+
+
+def is_web_page(error: BaseException | None) -> bool:
+    """Whether a refusal may be a load balancer's page: S3 answers in XML, but a reply to HEAD shows only its type."""
+    response: Any = getattr(error, "response", None) or {}
+    headers = response.get("ResponseMetadata", {}).get("HTTPHeaders", {})
+    return str(headers.get("content-type", "")).lower().startswith("text/html")

@@ -4,26 +4,40 @@ from __future__ import annotations
 
 import base64
 import hashlib
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
+from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
-from sdpipeline.storage.contract import Capability
+from sdpipeline.storage.contract import Capability, StoredObject
 from sdpipeline.storage.s3_errors import ALREADY_THERE, error_code
+from sdpipeline.storage.s3_features import CHECKSUMS, CONDITION, TAGS, Refused
 
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
 
+PROBE_LOCK_S = 5.0
+"""A probe of Object Lock is locked for so long, and removed afterwards."""
+
+_HEADER_IS_UNKNOWN = {"NotImplemented", "XNotImplemented", "501"}
+
 
 class Trial:
-    """Finds out what an endpoint does with one object of its own, removed by ``close``."""
+    """Tries an endpoint with the object under ``key``, which a put of a worker's has made; ``close`` removes it.
 
-    def __init__(self, client: S3Client, bucket: str, key: str) -> None:
+    ``locked`` is the object beside it that was put as a seal is.
+    """
+
+    def __init__(self, client: S3Client, bucket: str, key: str, refused: Refused) -> None:
         self._client = client
         self._target: dict[str, Any] = {"Bucket": bucket, "Key": key}
+        self._refused = refused
+        self.locked: StoredObject | None = None
 
     def conditional_put(self) -> Capability:
         """Whether a put can demand that nothing is there."""
-        self._client.put_object(**self._target, Body=b"first")
+        if lost := self._lost(CONDITION):
+            return lost
         refusal = self._refusal(self._client.put_object, **self._target, Body=b"second", IfNoneMatch="*")
         ok = refusal in ALREADY_THERE
         missing = f"the endpoint says {refusal}" if refusal else "the endpoint overwrites"
@@ -32,8 +46,11 @@ class Trial:
 
     def checksums(self) -> Capability:
         """Whether a put whose bytes do not match their checksum is refused."""
+        if lost := self._lost(CHECKSUMS):
+            return lost
         wrong = checksums(b"other bytes")
-        ok = self._refusal(self._client.put_object, **self._target, **wrong, Body=b"bytes") is not None
+        refusal = self._refusal(self._client.put_object, **self._target, **wrong, Body=b"bytes")
+        ok = refusal is not None and refusal not in _HEADER_IS_UNKNOWN
         without = "a wrong checksum is accepted: reading back alone finds damage on the way"
         return Capability(name="checksums", ok=ok, detail="damage on the way is refused" if ok else without)
 
@@ -52,6 +69,9 @@ class Trial:
         found = {} if refusal else self._client.get_object_lock_configuration(**bucket)["ObjectLockConfiguration"]
         ok = found.get("ObjectLockEnabled") == "Enabled"
         without = f"{refusal or 'not enabled'}: whoever may write here may delete seals, so export them elsewhere"
+        if ok and self.locked is not None and self.locked.retained_until is None:
+            ok = False
+            without = "a put with a lock was accepted, but none is seen: ignored, or s3:GetObjectRetention is denied"
         return Capability(name="object lock", ok=ok, detail="seals can be locked against deletion" if ok else without)
 
     def encryption(self, parameters: dict[str, Any]) -> Capability:
@@ -61,17 +81,40 @@ class Trial:
         detail = f"the endpoint says it uses {used}" if used else f"{refusal or 'ignored'}: objects are not encrypted"
         return Capability(name="encryption", ok=used is not None, detail=detail)
 
-    def close(self) -> None:
-        """Removes the object in all its versions."""
-        for target in self._written():
-            self._refusal(self._client.delete_object, **target)
+    def tags(self, wanted: Mapping[str, str]) -> Capability:
+        """Whether the tags of a put are kept."""
+        if lost := self._lost(TAGS):
+            return lost
+        refusal = self._refusal(self._client.get_object_tagging, **self._target)
+        if refusal is not None:
+            return Capability(name=TAGS, ok=True, detail=f"accepted; they cannot be read back here: {refusal}")
+        kept = {tag["Key"]: tag["Value"] for tag in self._client.get_object_tagging(**self._target)["TagSet"]}
+        ok = all(kept.get(name) == value for name, value in wanted.items())
+        without = "accepted and not kept: rules of lifecycle, cost and access that go by tags do not see objects"
+        return Capability(name=TAGS, ok=ok, detail="each object has them" if ok else without)
+
+    def close(self) -> Capability | None:
+        """Removes the objects in all their versions; names what may not be removed."""
+        if self.locked is not None and self.locked.retained_until is not None:
+            time.sleep(max(0.0, min(PROBE_LOCK_S, (self.locked.retained_until - datetime.now(UTC)).total_seconds())))
+        refusals = [self._refusal(self._client.delete_object, **target) for target in self._written()]
+        if not (refused := [refusal for refusal in refusals if refusal]):
+            return None
+        left = f"{refused[0]}: s3://{self._target['Bucket']}/{self._target['Key']} stays: delete it by hand"
+        return Capability(name="delete", ok=False, detail=left)
+
+    def _lost(self, feature: str) -> Capability | None:
+        detail = self._refused.losses().get(feature)
+        return Capability(name=feature, ok=False, detail=detail) if detail else None
 
     def _written(self) -> Sequence[dict[str, Any]]:
         listing: dict[str, Any] = {"Bucket": self._target["Bucket"], "Prefix": self._target["Key"]}
+        keys = [self._target["Key"], *([f"{self._target['Key']}.seal"] if self.locked else [])]
+        plain = [self._target | {"Key": key} for key in keys]
         if self._refusal(self._client.list_object_versions, **listing):
-            return [self._target]
+            return plain
         entries = self._client.list_object_versions(**listing).get("Versions", [])
-        return [self._target | {"VersionId": entry["VersionId"]} for entry in entries] or [self._target]
+        return [self._target | {"Key": each["Key"], "VersionId": each["VersionId"]} for each in entries] or plain
 
     @staticmethod
     def _refusal(call: Callable[..., object], **parameters: Any) -> str | None:

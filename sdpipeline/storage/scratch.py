@@ -12,7 +12,7 @@ from urllib.parse import unquote, urlsplit
 
 from sdpipeline.storage import open_store
 from sdpipeline.storage.contract import ObjectStore
-from sdpipeline.storage.s3 import S3Options, connect
+from sdpipeline.storage.s3_client import S3Options, connect
 from sdpipeline.storage.s3_errors import translated
 
 

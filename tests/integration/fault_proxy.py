@@ -6,7 +6,7 @@ import http.client
 import socket
 import struct
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from enum import StrEnum
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Self
@@ -25,6 +25,8 @@ class Fault(StrEnum):
     CONFLICT = "409 ConditionalRequestConflict"
     RESET = "the connection is reset before the server sees the request"
     LOST_REPLY = "the server does its work and the reply is lost"
+    CUT_ERROR = "an error reply ends in its middle"
+    CUT_CHUNKS = "an error reply in chunks ends in its middle"
     CUT_BODY = "the reply ends in its middle"
     SHORT_BODY = "the reply ends early and in order"
     STALL = "no reply ever comes"
@@ -33,6 +35,9 @@ class Fault(StrEnum):
 
 Choose = Callable[[str, str], Fault | None]
 """Method and path of a request to what shall go wrong with it."""
+
+Refuse = Callable[[str, Mapping[str, str]], str | None]
+"""Method and headers of a request to the refusal of a server that does not know one of them."""
 
 
 def once(method: str, *faults: Fault) -> Choose:
@@ -50,11 +55,20 @@ def once(method: str, *faults: Fault) -> Choose:
 class FaultProxy:
     """Listens on ``url`` and passes requests on to ``upstream``; ``seen`` lists methods with their faults.
 
-    ``rewrite`` changes what readers get, as a server does that optimises pictures on their way.
+    ``rewrite`` changes what readers get, as a server does that optimises pictures on their way. ``refuse`` answers a
+    request by its method and lower-case headers with "STATUS CODE message", as a server without a feature does.
     """
 
-    def __init__(self, upstream: str, choose: Choose, rewrite: Callable[[bytes], bytes] = lambda data: data) -> None:
+    def __init__(
+        self,
+        upstream: str,
+        choose: Choose = lambda _method, _path: None,
+        rewrite: Callable[[bytes], bytes] = lambda data: data,
+        refuse: Refuse = lambda _method, _headers: None,
+    ) -> None:
         self.rewrite = rewrite
+        self.refuse = refuse
+        self.refused: list[str] = []
         self.seen: list[tuple[str, Fault | None]] = []
         self.stopping = threading.Event()
         self.choose = choose
@@ -93,9 +107,19 @@ class _Handler(BaseHTTPRequestHandler):
         fault = proxy.choose(self.command, self.path)
         proxy.seen.append((self.command, fault))
         body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
-        if fault is Fault.STALL:
+        refusal = proxy.refuse(self.command, {name.lower(): value for name, value in self.headers.items()})
+        if refusal is not None:
+            proxy.refused.append(refusal)
+            self._answer(refusal)
+        elif fault is Fault.STALL:
             proxy.stopping.wait()
         elif fault is Fault.RESET:
+            self._reset()
+        elif fault is Fault.CUT_ERROR:
+            self._send(403, [("Content-Type", "application/xml"), ("Content-Length", "500")], b"<Error><Code>Acc")
+            self._reset()
+        elif fault is Fault.CUT_CHUNKS:
+            self._send(403, [("Transfer-Encoding", "chunked")], b"1f4\r\n<Error><Code>Acc")
             self._reset()
         elif fault and fault[:3].isdigit():
             self._answer(fault)
@@ -133,11 +157,15 @@ class _Handler(BaseHTTPRequestHandler):
         elif fault is Fault.SHORT_BODY:
             self.close_connection = True
 
-    def _answer(self, fault: Fault) -> None:
-        status, _, code = fault.partition(" ")
-        data = b"<Error><Code>%s</Code><Message>injected</Message></Error>" % code.encode()
+    def _answer(self, fault: str) -> None:
+        status, code, message = (*fault.split(" ", 2), "injected")[:3]
+        about, data = "application/xml", f"<Error><Code>{code}</Code><Message>{message}</Message></Error>".encode()
+        if code.startswith(("<", "{")):
+            about, data = "text/html" if code[0] == "<" else "application/x-amz-json-1.1", f"{code} {message}".encode()
+        if status == "304":
+            data = b""
         body = b"" if self.command == "HEAD" else data
-        self._send(int(status), [("Content-Type", "application/xml"), ("Content-Length", str(len(data)))], body)
+        self._send(int(status), [("Content-Type", about), ("Content-Length", str(len(data)))], body)
 
     def _send(self, status: int, headers: Iterable[tuple[str, str]], data: bytes) -> None:
         self.send_response_only(status)

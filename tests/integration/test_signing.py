@@ -8,7 +8,7 @@ import stat
 import subprocess
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from datetime import datetime
@@ -34,6 +34,7 @@ from sdpipeline.signing import SigningKey, development_key, development_root, km
 from tests.integration.certificates import Authority
 from tests.integration.commands import sdpipeline
 from tests.integration.conftest import free_port
+from tests.integration.fault_proxy import FaultProxy
 
 if TYPE_CHECKING:
     from cryptography import x509
@@ -317,6 +318,30 @@ def test_a_kms_that_is_away_is_transient(tmp_path: Path, s3_credentials: None, a
     key = kms_key(tmp_path / "chain.pem", "alias/pictures", endpoint_url=away, region="us-east-1")
     with pytest.raises(SigningUnavailableError, match="KMS key alias/pictures: Could not connect"):
         signed_picture(key)
+
+
+def test_renewed_credentials_are_used_for_a_kms(
+    tmp_path: Path, moto_url: str, authority: Authority, monkeypatch: pytest.MonkeyPatch, s3_credentials: None
+) -> None:
+    def refuse(_method: str, headers: Mapping[str, str]) -> str | None:
+        return '400 {"__type": "ExpiredTokenException"}' if headers["x-amz-security-token"] == "old" else None
+
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "credentials"))
+    profile = "[default]\naws_access_key_id=a\naws_secret_access_key=b\naws_session_token="
+    (tmp_path / "credentials").write_text(profile + "old")
+    (tmp_path / "chain.pem").write_bytes(
+        authority.pem(authority.chain(ec.generate_private_key(ec.SECP256R1()).public_key()))
+    )
+    with FaultProxy(moto_url, refuse=refuse) as proxy:
+        key = kms_key(tmp_path / "chain.pem", "no-such-key", endpoint_url=proxy.url, region="us-east-1")
+        with pytest.raises(SigningUnavailableError):
+            key.sign(b"data")
+        (tmp_path / "credentials").write_text(profile + "new")
+        with pytest.raises(SigningUnavailableError, match="NotFound"):  # moto itself answers now
+            key.sign(b"data")
+    assert len(proxy.refused) == 2
 
 
 def written(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import subprocess
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from itertools import cycle
@@ -31,7 +31,15 @@ from tests.integration.fault_proxy import Fault, FaultProxy
 pytestmark = on_sqlite
 """What a worker does about storage does not depend on its database."""
 
-EVERY_KIND = (Fault.SLOW_DOWN, Fault.INTERNAL_ERROR, Fault.RESET, Fault.LOST_REPLY, Fault.CUT_BODY, Fault.STALL)
+EVERY_KIND = (
+    Fault.SLOW_DOWN,
+    Fault.INTERNAL_ERROR,
+    Fault.RESET,
+    Fault.LOST_REPLY,
+    Fault.CUT_BODY,
+    Fault.CUT_CHUNKS,
+    Fault.STALL,
+)
 LEASE_TTL_S = 2.0
 
 
@@ -130,6 +138,22 @@ def test_a_bucket_that_fails_in_the_middle_is_waited_for(
             assert sum(fault is not None for _, fault in proxy.seen) < 30
             outage.end()
         shift.is_whole(tmp_path)
+
+
+def test_a_worker_says_what_storage_refuses_and_goes_on(audit: AuditLog, moto_bucket: Bucket, tmp_path: Path) -> None:
+    published(audit, chains(3))
+
+    def refuse(_method: str, headers: Mapping[str, str]) -> str | None:
+        return "501 NotImplemented" if any(name.startswith("x-amz-checksum") for name in headers) else None
+
+    with FaultProxy(moto_bucket.endpoint_url, refuse=refuse) as proxy:
+        shift = Shift(audit, moto_bucket.store(endpoint_url=proxy.url))
+        with shift.at_work():
+            pass
+        shift.is_whole(tmp_path)
+    with audit.database.read() as connection:
+        (described,) = connection.execute(select(worker.c.description)).scalars()
+    assert "Content-MD5" in described[workers.STORAGE_LOSSES]["checksums"]
 
 
 def test_a_worker_that_is_stopped_while_it_waits_gives_its_jobs_back(

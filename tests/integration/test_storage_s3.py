@@ -146,15 +146,6 @@ def test_a_reply_that_is_lost_does_not_hide_a_conflict(moto_bucket: Bucket) -> N
     assert moto_bucket.store().get("a") == b"theirs"
 
 
-def test_an_endpoint_that_refuses_conditions_is_written_without(moto_bucket: Bucket) -> None:
-    with behind(moto_bucket, once("PUT", Fault.NOT_IMPLEMENTED)) as (store, proxy):
-        store.put("a", PICTURE, content_type="image/png")
-        store.put("b", PICTURE, content_type="image/png")
-        with pytest.raises(ObjectConflictError):
-            store.put("b", b"other", content_type="image/png")
-    assert [seen for method, seen in proxy.seen if method == "PUT"] == [Fault.NOT_IMPLEMENTED, None, None]
-
-
 def test_a_body_that_is_cut_is_read_again(moto_bucket: Bucket) -> None:
     moto_bucket.store().put("a", PICTURE, content_type="image/png")
     with behind(moto_bucket, once("GET", Fault.CUT_BODY)) as (store, proxy):
