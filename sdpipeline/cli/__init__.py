@@ -35,6 +35,7 @@ from sdpipeline.errors import (
     SdpError,
     StorageUnavailableError,
 )
+from sdpipeline.storage.private import private_files
 
 DONE, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
 
@@ -96,7 +97,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def run(arguments: Sequence[str]) -> int:
     """The exit code of one command; an error that is not ours keeps its traceback and ends as 1."""
-    as_json = "--json" in arguments
+    with private_files():
+        return _run(arguments, as_json="--json" in arguments)
+
+
+def _run(arguments: Sequence[str], *, as_json: bool) -> int:
     try:
         return int(app(list(arguments), standalone_mode=False) or DONE)
     except typer.Exit as ended:

@@ -30,6 +30,7 @@ from sdpipeline.cli.output import (
 from sdpipeline.db import evidence
 from sdpipeline.db.connection import Connection
 from sdpipeline.domain import Json
+from sdpipeline.storage.private import users_umask
 
 _GROUP = typer.Typer(help="Seal the audit log, check it, and prove what stands in it.", no_args_is_help=True)
 
@@ -132,7 +133,7 @@ def export(
             return
         # Under another name first: half an export is none.
         unfinished = out.with_name(f"{out.name}.part")
-        with unfinished.open("wb") as file:
+        with users_umask(), unfinished.open("wb") as file:
             done = exporting.write(have.database, bootstrap.seal_key(s), file)
         unfinished.replace(out)
     if as_json:
@@ -162,7 +163,8 @@ def prove_image(
     if out is None:
         print_json(document)
         return
-    out.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+    with users_umask():
+        out.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
     if as_json:
         print_json({"file": str(out), "subject": success.told["subject"]})
     else:
