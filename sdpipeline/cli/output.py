@@ -15,6 +15,7 @@ from rich.table import Table
 
 from sdpipeline import bootstrap
 from sdpipeline.errors import BadInputError, Mistake
+from sdpipeline.presentation import escaping
 from sdpipeline.settings import Settings
 from sdpipeline.telemetry import configure_logging
 
@@ -27,9 +28,20 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document in
 CampaignFile = Annotated[Path, typer.Argument(metavar="CAMPAIGN.yaml", help="The campaign file.")]
 CampaignName = Annotated[str, typer.Argument(metavar="CAMPAIGN", help="A submitted campaign's name.")]
 
+
+class _Console(Console):
+    """A console on which names from tables, pictures and records are text and nothing else."""
+
+    def print(self, *objects: Any, **options: Any) -> None:
+        """Print objects; control characters in texts are shown as what they are."""
+        super().print(
+            *(escaping.terminal_lines(each) if isinstance(each, str) else each for each in objects), **options
+        )
+
+
 # A sentence is one line however narrow the terminal, or none: scripts look for it.
-stdout = Console(highlight=False, markup=False, soft_wrap=True)
-stderr = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
+stdout = _Console(highlight=False, markup=False, emoji=False, soft_wrap=True)
+stderr = _Console(stderr=True, highlight=False, markup=False, emoji=False, soft_wrap=True)
 for _console in (stdout, stderr):
     if not _console.is_terminal and "COLUMNS" not in os.environ:
         _console.width = FILE_WIDTH
@@ -44,7 +56,8 @@ def settings(home: Path | None) -> Settings:
 
 def print_json(document: Any) -> None:
     """The one JSON document of a ``--json`` command."""
-    sys.stdout.write(json.dumps(document, indent=2, ensure_ascii=False, default=str) + "\n")
+    text = json.dumps(document, indent=2, ensure_ascii=False, default=str)
+    sys.stdout.write(escaping.json_document(text) + "\n")
 
 
 def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
@@ -94,4 +107,4 @@ def _mistake_document(mistake: Mistake) -> Mapping[str, Any]:
 def _cell(value: Any) -> str:
     if value is None:
         return ""
-    return f"{value:.2f}" if isinstance(value, float) else str(value)
+    return f"{value:.2f}" if isinstance(value, float) else escaping.terminal_lines(str(value))
