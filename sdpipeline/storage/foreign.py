@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
 _URL = re.compile(r"s3://([a-z0-9][a-z0-9.-]{1,61}[a-z0-9])/(.+)", re.DOTALL)
 _MAX_KEY_BYTES = 1024
+LARGEST_TABLE_BYTES = 16 * 2**30
+"""A table is copied to this machine's temporary folder."""
 # Whose bucket it is decides; waiting changes nothing. Who may not list a bucket hears this of what is not there, too.
 _REFUSED = {"403", "AccessDenied", "AllAccessDisabled", "InvalidObjectState", "NoSuchBucket"}
 # A version that was deleted, or that no version of this server can be.
@@ -94,6 +96,8 @@ class ForeignObjects:
         """The object into a file, in constant memory."""
         for attempt in range(self.options.total_max_attempts):
             with self._answer(url, None) as answer, to.open("wb") as file:
+                if answer["ContentLength"] > LARGEST_TABLE_BYTES:
+                    raise ObjectMissingError(f"{url} is larger than {LARGEST_TABLE_BYTES >> 30} GiB")
                 if _copied(answer, file):
                     return
             pause(attempt)
