@@ -129,7 +129,7 @@ def _image(
 ) -> Pixels:
     if "stage" not in about:
         return provenance.decode(find_input(about), max_pixels=LARGEST_PICTURE)
-    sha256 = str(about.get("sha256"))
+    sha256 = str(about.get("sha256", about.get("key")))
     record = about.get("record") or ancestors.get(sha256)
     if not isinstance(record, dict):
         raise InputImageError(f"the record of the picture of stage {about['stage']!r} is not in this record")
