@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -23,6 +22,7 @@ from sdpipeline.delivery import SIDECAR_SCHEMA
 from sdpipeline.domain import Json, fingerprint, request_from_document
 from sdpipeline.errors import InputImageError, ObjectMissingError
 from sdpipeline.provenance import LARGEST_PICTURE
+from sdpipeline.provenance.outside import SHAPE_ERRORS, parse_object
 from sdpipeline.storage import ObjectStore
 
 CHUNK = 500
@@ -118,7 +118,7 @@ def _examined(store: ObjectStore, sidecar_key: str) -> tuple[FoundPicture, froze
         return examine(store, sidecar_key)
     except (InputImageError, ObjectMissingError) as error:
         return str(error)
-    except (AttributeError, KeyError, TypeError, ValueError):
+    except SHAPE_ERRORS:
         return "it is no sidecar that was written here"
 
 
@@ -132,7 +132,7 @@ def examine(store: ObjectStore, sidecar_key: str) -> tuple[FoundPicture, frozens
     if place is None:
         raise InputImageError(f"{sidecar_key} is no sidecar's key")
     sidecar = store.get(sidecar_key)
-    told = json.loads(sidecar)
+    told = parse_object(sidecar)
     about, record, reused = told["object"], told["record"], told.get("reused_from")
     data = store.get(about["key"])
     pixels = provenance.decode(data, max_pixels=LARGEST_PICTURE)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import importlib.metadata
+import shlex
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from pathlib import Path
 
 import httpx
 
@@ -16,6 +18,7 @@ from sdpipeline.domain import Json
 from sdpipeline.engine.checkpoints import verify
 from sdpipeline.errors import BadInputError, CheckpointError, DatabaseUnavailableError, SdpError
 from sdpipeline.settings import Settings
+from sdpipeline.storage import private
 
 PREFECT_TIMEOUT_S = 10.0
 _YES_NO = {True: "yes", False: "no"}
@@ -49,6 +52,28 @@ def checks(s: Settings) -> list[Check]:
             fix = error.fix if isinstance(error, DatabaseUnavailableError) else None
             tried.append(Check(name=name, ok=False, detail=str(error), fix=fix or _FIXES[name]))
     return tried
+
+
+def _home(s: Settings) -> Iterator[Check]:
+    """Close what a release before, or another umask, left open to other users."""
+    if not s.home.is_dir():
+        yield Check(name="home", ok=True, detail=f"{s.home} is made private (0700) by the first command that writes")
+        return
+    if s.home in (Path("/"), Path.home().resolve()):
+        detail = f"{s.home} holds more than this program's files, and is left as it is"
+        yield Check(name="home", ok=False, detail=detail, fix="name a folder of its own in SDP_HOME")
+        return
+    found = private.mend(s.home)
+    if found.still_open:
+        path, why = found.still_open[0]
+        detail = f"{len(found.still_open)} files can be read or changed by other users: {path}: {why}"
+        fix = f"as their owner: chmod -R go= {shlex.quote(str(s.home))}"
+        yield Check(name="home", ok=False, detail=detail, fix=fix)
+    elif found.closed:
+        detail = f"mended: {found.closed} of {found.looked_at} files and folders in {s.home} were open to other users"
+        yield Check(name="home", ok=True, detail=f"{detail}; now only their owner may read them")
+    else:
+        yield Check(name="home", ok=True, detail=f"{s.home} and its {found.looked_at} files are their owner's alone")
 
 
 def _database(s: Settings) -> Iterator[Check]:
@@ -177,6 +202,7 @@ def _signing(s: Settings) -> Iterator[Check]:
 
 
 _CHECKS: dict[str, Callable[[Settings], Iterator[Check]]] = {
+    "home": _home,
     "database": _database,
     "workers": _workers,
     "storage": _storage,

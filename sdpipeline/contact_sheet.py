@@ -15,6 +15,7 @@ from sdpipeline.db import reports
 from sdpipeline.db.connection import Database
 from sdpipeline.domain import Json
 from sdpipeline.errors import InputImageError, ObjectMissingError
+from sdpipeline.presentation import escaping
 from sdpipeline.storage import ObjectStore
 
 THUMBNAIL = 128
@@ -22,6 +23,8 @@ MARGIN = 4
 LINE = 12
 LABEL_LINES = 3
 FONT_SIZE = 10
+LONGEST_LABEL = 200
+"""Characters that are looked at of a label: some 25 are shown, and a cell may have 100,000."""
 MOST_PICTURES = 48
 MAX_PIXELS = 2**28
 QUALITIES = (90, 75, 60, 45, 30, 15)
@@ -99,7 +102,7 @@ def tiled(tiles: Sequence[Tile]) -> Image.Image:
 
 def _shortened(text: str, font: Any) -> str:
     """As much of a line as stands beneath a thumbnail."""
-    text = " ".join(text.split())
+    text = escaping.terminal(" ".join(text[:LONGEST_LABEL].split()))
     if font.getlength(text) <= THUMBNAIL:
         return text
     while text and font.getlength(text + "…") > THUMBNAIL:

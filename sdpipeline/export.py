@@ -19,6 +19,7 @@ from sdpipeline.db.connection import Database
 from sdpipeline.domain import Json
 from sdpipeline.errors import BadInputError, Mistake, ObjectMissingError
 from sdpipeline.naming import EXTENSIONS, MANIFEST, Naming, Subject, WrongNameError
+from sdpipeline.presentation.escaping import spreadsheet
 from sdpipeline.rows import variable_name
 from sdpipeline.spec import nearest
 from sdpipeline.storage import ObjectStore
@@ -157,7 +158,7 @@ def export(database: Database, store: ObjectStore, checked: Checked, *, on_progr
                 for (entry, name), outcome in zip(made, outcomes, strict=True):
                     _account(done, entry, name, outcome)
                     if outcome in (COPIED, UNCHANGED):
-                        manifest.writerow(_manifest_row(entry, name))
+                        manifest.writerow(map(spreadsheet, _manifest_row(entry, name)))
                 finished += len(page)
                 on_progress(finished, checked.jobs)
     return done

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from sdpipeline.errors import BadInputError, InputImageError, ObjectMissingError, StorageUnavailableError
-from sdpipeline.provenance import decode
+from sdpipeline.provenance import inspect
 from sdpipeline.storage import ForeignObject, ForeignObjects, is_bucket_url, lies_under, split_url
 
 LARGEST_INPUT_BYTES = 256 * 1024 * 1024
@@ -156,11 +156,9 @@ class InputFolder:
 
     def _size(self, name: str, data: bytes) -> tuple[int, int]:
         try:
-            pixels = decode(data, max_pixels=self.max_pixels)
+            return inspect(data, max_pixels=self.max_pixels)
         except InputImageError as error:
             raise InputImageError(f"{name!r}: {error}") from error
-        height, width, _ = pixels.shape
-        return width, height
 
     def _read(self, url: str) -> ForeignObject:
         with self._asking(url):

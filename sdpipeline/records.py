@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import csv
 import json
+import sys
+import tempfile
 from collections.abc import Collection, Generator, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path, PurePosixPath
-from typing import Any
+from subprocess import DEVNULL, PIPE, Popen
+from typing import IO, Any
 
 from sdpipeline.errors import CampaignError, Mistake
+from sdpipeline.storage import parquet_process
+from sdpipeline.storage.parquet_process import LARGEST_CELL, MOST_COLUMNS
 
-LARGEST_CELL = 100_000
 LARGEST_LINE = 16 * 2**20
-PARQUET_BATCH = 4096
 DELIMITERS = {".tsv": "\t", ".tab": "\t", ".csv": ","}
 
 Record = tuple[int, list[str], str | None]
@@ -74,13 +79,21 @@ def _delimited(lines: Iterable[str], delimiter: str, name: str) -> Iterator[Reco
     line, width = 1, None
     try:
         for cells in reader:
-            width = len(cells) if width is None else width
+            if width is None:
+                width = len(cells)
+                _check_width(width, name)
             # A line of nothing but delimiters is passed over by whoever reads the rows, however many they are.
             ragged = len(cells) != width and any(cells)
             yield line, cells, f"has {len(cells)} cells where the first line has {width}" if ragged else None
             line = reader.line_num + 1
     except csv.Error as error:
         raise CampaignError(Mistake(file=name, line=line, message=f"is no table row: {error}")) from error
+
+
+def _check_width(columns: int, name: str) -> None:
+    if columns > MOST_COLUMNS:
+        message = f"has {columns:,} columns, at most {MOST_COLUMNS:,} are read"
+        raise CampaignError(Mistake(file=name, line=1, message=message))
 
 
 def _json_lines(lines: Iterable[str], name: str, wanted: Collection[str] | None) -> Iterator[Record]:
@@ -93,6 +106,7 @@ def _json_lines(lines: Iterable[str], name: str, wanted: Collection[str] | None)
             found = _object(text)
             if titles is None:
                 titles = [title for title in found if wanted is None or title in wanted]
+                _check_width(len(titles), name)
                 yield line, titles, None
             yield line, _cells(found, titles, exact=wanted is None), None
         except _WrongLineError as wrong:
@@ -111,7 +125,7 @@ def _object(text: str) -> dict[str, Any]:
         )
     except json.JSONDecodeError as error:
         raise _WrongLineError(f"is no JSON: {error.msg} at column {error.colno}") from error
-    except RecursionError as error:
+    except (RecursionError, MemoryError) as error:
         raise _WrongLineError("is nested too deeply") from error
     if not isinstance(found, dict):
         raise _WrongLineError("is no JSON object; write one {...} with names and values on each line")
@@ -153,30 +167,43 @@ def _text(title: str, value: Any) -> str:
 
 
 def _parquet(path: Path, name: str, wanted: Collection[str] | None) -> Iterator[Record]:
-    try:
-        import pyarrow as pa
-        from pyarrow import parquet
-    except ModuleNotFoundError as error:
+    """Decoded by a process of its own, whose memory is limited: see ``storage.parquet_process``."""
+    if find_spec("pyarrow") is None:
         fix = "pip install 'sdpipeline[parquet]'"
-        raise CampaignError(Mistake(file=name, message="parquet tables need pyarrow", fix=fix)) from error
-    try:
-        with parquet.ParquetFile(path) as file:
-            columns = [column for column in file.schema_arrow if wanted is None or column.name in wanted]
-            titles = [column.name for column in columns]
-            yield 1, titles, None
-            for column in columns:
-                if pa.types.is_nested(column.type):
-                    message = f"the column {column.name!r} holds {column.type}, no single values"
-                    fix = "name the columns you need in columns:"
-                    raise CampaignError(Mistake(file=name, message=message, fix=fix))
-            batches = file.iter_batches(batch_size=PARQUET_BATCH, columns=titles)
-            texts = (
-                [column.cast(pa.string()).fill_null("").to_pylist() for column in batch.columns] for batch in batches
-            )
-            rows = (list(cells) for columns_of_batch in texts for cells in zip(*columns_of_batch, strict=True))
-            for row, cells in enumerate(rows, start=1):
-                too_long = any(len(cell) > LARGEST_CELL for cell in cells)
-                yield row, cells, f"has a value of more than {LARGEST_CELL:,} characters" if too_long else None
-    except (pa.ArrowException, OSError) as error:
-        message = f"cannot be read as parquet: {str(error).splitlines()[0].rstrip('.')}"
-        raise CampaignError(Mistake(file=name, message=message)) from error
+        raise CampaignError(Mistake(file=name, message="parquet tables need pyarrow", fix=fix))
+    too_long, row = f"has a value of more than {LARGEST_CELL:,} characters", 0
+    asked = json.dumps(None if wanted is None else list(wanted))
+    command = [sys.executable, "-P", parquet_process.__file__, str(path), asked]
+    with tempfile.TemporaryFile() as said, _running(command, said) as process:
+        assert process.stdout is not None
+        lines = iter(partial(process.stdout.readline, LARGEST_LINE + 1), "")
+        for number, line in enumerate(lines):
+            if len(line) > LARGEST_LINE:
+                raise CampaignError(Mistake(file=name, message=f"has a row of more than {LARGEST_LINE:,} characters"))
+            if not line.endswith("\n"):  # the process died while it wrote
+                break
+            if number == 0:
+                yield 1, json.loads(line), None
+                continue
+            for cells in zip(*json.loads(line), strict=True):
+                row += 1
+                yield row, [cell or "" for cell in cells], too_long if None in cells else None
+        if process.wait() != 0:
+            raise CampaignError(Mistake(file=name, message=_why(process.returncode, said)))
+
+
+@contextmanager
+def _running(command: Sequence[str], said: IO[bytes]) -> Iterator[Popen[str]]:
+    """The process, which ends with the block."""
+    with Popen(command, stdin=DEVNULL, stdout=PIPE, stderr=said, encoding="utf-8", errors="replace") as process:
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+def _why(exit_code: int, said: IO[bytes]) -> str:
+    said.seek(0)
+    if exit_code == parquet_process.REFUSED:
+        return said.read(2_000).decode(errors="replace")
+    return f"cannot be decoded in {parquet_process.MEMORY_BYTES >> 20} MiB: its reader ended with {exit_code}"

@@ -12,6 +12,7 @@ from sdpipeline.db.connection import Connection, Database
 from sdpipeline.db.reports import Progress
 from sdpipeline.domain import Json
 from sdpipeline.errors import InputImageError, ObjectMissingError
+from sdpipeline.presentation.escaping import markdown
 from sdpipeline.storage import ObjectStore
 
 MARKS_SAMPLE = 8
@@ -45,7 +46,7 @@ def closing_report(database: Database, store: ObjectStore, campaign_id: int, *, 
         newest = reports.newest_images(connection, campaign_id, MARKS_SAMPLE)
         sealed = _sealed(connection)
     lines = [
-        f"# {progress.name}, version {progress.version}: {progress.status}",
+        f"# {markdown(progress.name)}, version {progress.version}: {progress.status}",
         "",
         *_figures(progress, span),
         f"- **Marks**: {_marks(store, [each['key'] for each in newest])}",
@@ -53,11 +54,11 @@ def closing_report(database: Database, store: ObjectStore, campaign_id: int, *, 
         "",
         "| stage | jobs | pictures | device seconds |",
         "|---|---|---|---|",
-        *(f"| {s['stage']} | {s['jobs']} | {s['succeeded']} | {s['gpu_seconds']:.1f} |" for s in stages),
+        *(f"| {markdown(s['stage'])} | {s['jobs']} | {s['succeeded']} | {s['gpu_seconds']:.1f} |" for s in stages),
         "",
         "| where the time went | seconds |",
         "|---|---|",
-        *(f"| {name.removesuffix('_s')} | {seconds:.1f} |" for name, seconds in spent.items()),
+        *(f"| {markdown(name.removesuffix('_s'))} | {seconds:.1f} |" for name, seconds in spent.items()),
         *_failures(failed, progress),
     ]
     return "\n".join(lines) + "\n"
@@ -71,7 +72,7 @@ def _figures(progress: Progress, span: Span | None) -> Iterator[str]:
     yield f"- **GPU-seconds**: {progress.gpu_seconds:.1f}, failed attempts included"
     yield f"- **Cost**: {f'{progress.cost:.2f}' if progress.cost else 'not counted (SDP_COST_PER_GPU_HOUR is not set)'}"
     if progress.paused_because:
-        yield f"- **Paused**: {progress.paused_because}"
+        yield f"- **Paused**: {markdown(progress.paused_because)}"
 
 
 def _marks(store: ObjectStore, keys: Sequence[str]) -> str:
@@ -93,7 +94,7 @@ def _marks(store: ObjectStore, keys: Sequence[str]) -> str:
 
 
 def _counted(found: Counter[str]) -> str:
-    return ", ".join(f"{name} {count}" for name, count in found.most_common()) or "none"
+    return ", ".join(f"{markdown(name)} {count}" for name, count in found.most_common()) or "none"
 
 
 def _sealed(connection: Connection) -> str:
@@ -118,8 +119,4 @@ def _failures(failed: Sequence[Json], progress: Progress) -> Iterator[str]:
     yield from ("| job | status | stage | row | attempts | reason |", "|---|---|---|---|---|---|")
     for each in failed:
         cells = (each[name] for name in ("job_id", "status", "stage", "row", "attempts", "error"))
-        yield f"| {' | '.join(_cell(value) for value in cells)} |"
-
-
-def _cell(value: object) -> str:
-    return str("" if value is None else value).replace("|", "\\|").replace("\n", " ")
+        yield f"| {' | '.join(map(markdown, cells))} |"

@@ -12,6 +12,11 @@ from sdpipeline.domain import GenerationRequest, Json, request_from_document
 from sdpipeline.engine import Batch, Engine, GenerationFailure, Pixels, PreparedRequest
 from sdpipeline.errors import BadInputError, InputImageError, Mistake
 from sdpipeline.provenance import LARGEST_PICTURE
+from sdpipeline.provenance.outside import SHAPE_ERRORS
+
+MOST_STEPS = 10_000
+LARGEST_BUCKET = 1024
+"""Bounds of what a stranger's record may ask this machine for."""
 
 RECORD_SCHEMAS = ("sdpipeline/record/1", "sdpipeline/record/2")
 
@@ -50,7 +55,7 @@ def reproduce(
 
     The original is known by its decoded pixels or, where only the record is left, by their digest.
     """
-    data, ran = _made_again(record, engine, find_input)
+    data, ran = _made_again(record, engine, find_input, {})
     pixels = provenance.decode(data, max_pixels=LARGEST_PICTURE)
     if original is None:
         equal = provenance.pixels_sha256(pixels) == pixels_sha256
@@ -65,19 +70,51 @@ def checked_record(record: Json | None, name: str) -> Json:
     """The record, if this release can read it."""
     if record is None:
         raise BadInputError(Mistake(file=name, message="holds no record of ours", fix="give a picture made here"))
-    if record.get("schema") not in RECORD_SCHEMAS:
-        raise BadInputError(Mistake(file=name, message=f"its record has the unknown schema {record.get('schema')!r}"))
-    if "prompt" not in record["asked"]:
+    if (schema := record.get("schema")) not in RECORD_SCHEMAS:
+        raise BadInputError(Mistake(file=name, message=f"its record has the unknown schema {str(schema)[:80]!r}"))
+    if "prompt" not in (record.get("asked") or ()):
         fix = "give its job's number: the sidecar in storage has it"
         raise BadInputError(Mistake(file=name, message="its record keeps the prompt back", fix=fix))
+    try:
+        _request(record)
+    except InputImageError as error:
+        raise BadInputError(Mistake(file=name, message=str(error), fix="give a picture made here")) from error
     return record
 
 
-def _made_again(record: Json, engine: Engine, find_input: FindInput) -> tuple[bytes, Json]:
-    """The file and what ran; encoded as recorded, because children consume the pixels of the final file."""
-    request = request_from_document(record["asked"])
+def _request(record: Json) -> GenerationRequest:
+    """The request of a record, which a stranger may have written; raises InputImageError for what is none of ours."""
+    try:
+        request = request_from_document(record["asked"])
+        shaped = all(
+            isinstance(part, dict)
+            for part in (record["ran"], record["encoder"], record.get("ancestors", {}), *record["inputs"].values())
+        )
+        named = all(isinstance(record[name], str) for name in ("identity", "fingerprint", "made_at"))
+        pixels, steps, bucket = (
+            request.width * request.height,
+            request.num_inference_steps,
+            int(record["ran"]["bucket"]),
+        )
+    except SHAPE_ERRORS as error:
+        raise InputImageError(f"the record is not one that was written here: {error!r}"[:200]) from error
+    if not (shaped and named):
+        raise InputImageError("the record is not one that was written here")
+    if not (0 < pixels <= LARGEST_PICTURE and steps <= MOST_STEPS and 0 < bucket <= LARGEST_BUCKET):
+        raise InputImageError("the record asks for more pixels, steps or pictures at once than were ever made here")
+    return request
+
+
+def _made_again(
+    record: Json, engine: Engine, find_input: FindInput, made: dict[str, bytes | None]
+) -> tuple[bytes, Json]:
+    """The file and what ran; encoded as recorded, because children consume the pixels of the final file.
+
+    ``made`` holds ancestors by their digests, each made once, and None for one that is being made.
+    """
+    request = _request(record)
     ancestors = record.get("ancestors", {})
-    images = {role: _image(about, ancestors, engine, find_input) for role, about in record["inputs"].items()}
+    images = {role: _image(about, ancestors, engine, find_input, made) for role, about in record["inputs"].items()}
     prepared = PreparedRequest(request=request, images=images, calls=record["ran"].get("calls", ()))
     (result,) = engine.generate(Batch(requests=(prepared,), bucket=int(record["ran"]["bucket"])))
     if isinstance(result, GenerationFailure):
@@ -87,13 +124,21 @@ def _made_again(record: Json, engine: Engine, find_input: FindInput) -> tuple[by
     return provenance.encode(result.pixels, output=request.output, record=shown).data, result.ran
 
 
-def _image(about: Json, ancestors: Json, engine: Engine, find_input: FindInput) -> Pixels:
+def _image(
+    about: Json, ancestors: Json, engine: Engine, find_input: FindInput, made: dict[str, bytes | None]
+) -> Pixels:
     if "stage" not in about:
         return provenance.decode(find_input(about), max_pixels=LARGEST_PICTURE)
-    record = about.get("record") or ancestors.get(about["sha256"])
-    if record is None:
+    sha256 = str(about.get("sha256", about.get("key")))
+    record = about.get("record") or ancestors.get(sha256)
+    if not isinstance(record, dict):
         raise InputImageError(f"the record of the picture of stage {about['stage']!r} is not in this record")
-    data, _ = _made_again({"ancestors": ancestors} | record, engine, find_input)
+    if sha256 not in made:
+        made[sha256] = None
+        made[sha256], _ = _made_again({"ancestors": ancestors} | record, engine, find_input, made)
+    data = made[sha256]
+    if data is None:
+        raise InputImageError(f"the picture of stage {about['stage']!r} would be made from itself")
     return provenance.decode(data, max_pixels=LARGEST_PICTURE)
 
 

@@ -27,6 +27,7 @@ PREFIX = "SDP_"
 TEST_PREFIX = "SDP_TEST_"
 TOML_NAME = "sdpipeline.toml"
 DEFAULT_HOME = Path("sdp-home")
+LARGEST_SETTINGS_FILE = 2**20
 
 
 def _refuse_password(url: str | None, fix: str) -> str | None:
@@ -443,12 +444,16 @@ def _in_dotenv(path: Path) -> list[_Written]:
 def _in_toml(path: Path) -> list[_Written]:
     try:
         text = path.read_text(encoding="utf-8")
+        if len(text) > LARGEST_SETTINGS_FILE:
+            raise SettingsError(Mistake(file=str(path), message="is larger than 1 MiB, which no settings file is"))
         document = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         place = re.search(r" \(at line (\d+), column (\d+)\)", str(error))
         line, column = (int(place[1]), int(place[2])) if place else (None, None)
         message = f"is not TOML: {str(error)[: place.start()] if place else error}"
         raise SettingsError(Mistake(file=str(path), line=line, column=column, message=message)) from error
+    except (RecursionError, MemoryError) as error:
+        raise SettingsError(Mistake(file=str(path), message="is not TOML: it is nested too deeply")) from error
     except (OSError, UnicodeDecodeError) as error:
         raise SettingsError(Mistake(file=str(path), message=f"cannot be read: {error}")) from error
     lines = _toml_lines(text)
@@ -531,7 +536,7 @@ def _not_json(found: list[_Written]) -> list[Mistake]:
         if each.name in lists and each.value is not None:
             try:
                 json.loads(each.value)
-            except ValueError:
+            except (ValueError, RecursionError):
                 fix = f"write {examples.get(each.name, '{...}')}"
                 mistakes.append(
                     Mistake(file=each.file, line=each.line, key=each.written, message="is not JSON", fix=fix)

@@ -228,8 +228,8 @@ def _make_development_chain(folder: Path) -> None:
         _issue("signer", leaf.public_key(), issuer="intermediate", issuer_key=intermediate),
         _issue("intermediate", intermediate.public_key(), issuer="root", issuer_key=root, path_length=0),
     ]
-    _write(folder / "root.pem", _pem(root_certificate), mode=0o644)
-    _write(folder / "chain.pem", b"".join(_pem(certificate) for certificate in chain), mode=0o644)
+    _write(folder / "root.pem", _pem(root_certificate), mode=0o600)
+    _write(folder / "chain.pem", b"".join(_pem(certificate) for certificate in chain), mode=0o600)
     # Last, for its presence says that all are there.
     encoding = serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
     _write(folder / "key.pem", leaf.private_bytes(*encoding), mode=0o600)

@@ -9,6 +9,7 @@ from typing import Any
 from sdpipeline import schema
 from sdpipeline.errors import BadInputError, Mistake
 from sdpipeline.settings import PREFIX, TOML_NAME, setting_names
+from sdpipeline.storage.private import users_umask
 
 EXAMPLES = Path(__file__).parent / "examples"
 SCHEMA_NAME = "campaign.schema.json"
@@ -43,8 +44,10 @@ def write(folder: Path, *, force: bool = False) -> list[str]:
     for name, data in wanted.items():
         path = folder / name
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(data)
+            with users_umask():
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.touch(0o600 if name == TOML_NAME else 0o666)  # settings may come to hold passwords
+                path.write_bytes(data)
         except OSError as error:
             raise BadInputError(Mistake(message=f"{path} cannot be written: {error.strerror}")) from error
     return list(wanted)

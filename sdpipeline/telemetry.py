@@ -10,6 +10,7 @@ from typing import TextIO, cast
 
 import structlog
 
+from sdpipeline.presentation.escaping import terminal
 from sdpipeline.settings import Settings
 
 
@@ -27,6 +28,7 @@ def configure_logging(s: Settings) -> None:
             structlog.contextvars.merge_contextvars,
             structlog.processors.add_log_level,
             structlog.processors.TimeStamper(fmt="iso", utc=True),
+            *([_without_controls] if s.log_format == "console" else []),
             renderer,
         ],
         wrapper_class=structlog.make_filtering_bound_logger(logging.getLevelNamesMapping()[s.log_level.upper()]),
@@ -54,3 +56,8 @@ class _StandardError(io.TextIOBase):
         with suppress(OSError):
             if sys.stderr is not None:
                 sys.stderr.flush()
+
+
+def _without_controls(_: object, __: str, event: structlog.typing.EventDict) -> structlog.typing.EventDict:
+    """Show control characters of fields as what they are: names and errors may come from anybody's file."""
+    return {name: terminal(value) if isinstance(value, str) else value for name, value in event.items()}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -111,12 +112,12 @@ class Register:
     def made(self, record: Json) -> list[RecordedPicture]:
         """What was recorded for the job that a record names."""
         with self.database.read() as connection:
-            found = lookup.of_fingerprint(connection, team=self.team, fingerprint=str(record.get("fingerprint")))
+            found = lookup.of_fingerprint(connection, team=self.team, fingerprint=_fingerprint(record))
         return [each for each in found if each.identity == record.get("identity")]
 
     def _delivered(self, sha256: str, record: Json) -> RecordedPicture | None:
         """The same pixels may lie in many files: each edition's own, byte copies of them, archived ones."""
-        fingerprint = str(record.get("fingerprint"))
+        fingerprint = _fingerprint(record)
         with self.database.read() as connection:
             found = lookup.of_fingerprint(connection, team=self.team, fingerprint=fingerprint, copies=True)
         here = next((each for each in found if each.sha256 == sha256), None)
@@ -159,6 +160,12 @@ def _contradictions(marks: VerifiedPicture, match: Match | None, register: Regis
     if recorded and all(each.pixels_sha256 != pixels_sha256 for each in recorded):
         return [f"database.differs: job {recorded[0].job}, whose record it carries, has other pixels"]
     return []
+
+
+def _fingerprint(record: Json) -> str:
+    """What a stranger's record holds instead of one may be no text that a database takes."""
+    found = str(record.get("fingerprint"))
+    return found if re.fullmatch("[0-9a-f]{64}", found) else ""
 
 
 def _decoded(data: bytes) -> Pixels | None:

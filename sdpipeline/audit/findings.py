@@ -9,7 +9,7 @@ from sdpipeline.domain import Json
 MOST_FAULTS = 1000
 """So many are named: a log that was written anew has as many as it has events."""
 
-UNREADABLE = (KeyError, TypeError, ValueError, OverflowError, RecursionError)
+UNREADABLE = (AttributeError, KeyError, TypeError, ValueError, OverflowError, RecursionError, MemoryError)
 """What reading somebody's file raises where it is not what was written here."""
 
 

@@ -17,6 +17,9 @@ from sdpipeline.domain import Json
 from sdpipeline.errors import BadInputError
 from sdpipeline.merkle import Tree
 
+LONGEST_LINE = 16 * 2**20
+"""Bytes: a seal over 100,000 events of as many processes has some 5 MB."""
+
 
 def verify_export(lines: Iterable[bytes], *, trusted: tuple[str, ...] | None = None) -> Verification:
     """Check every chain, every seal and the end of an export, line by line; memory grows with the number of processes
@@ -50,6 +53,8 @@ class _Reading:
     def read(self, lines: Iterable[bytes]) -> Verification:
         """The whole file."""
         for number, line in enumerate(lines):
+            if len(line) > LONGEST_LINE:
+                raise BadInputError(f"this is no {FORMAT}: line {number + 1} is longer than {LONGEST_LINE:,} bytes")
             if self._ended:
                 self.found.fault("export-altered", f"line:{number + 1}", "it stands behind the end")
             elif not number:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from sdpipeline.domain import Json
 from sdpipeline.errors import BadInputError, Mistake
+from sdpipeline.storage.private import users_umask
 
 ENDINGS = (".png", ".svg")
 
@@ -49,4 +50,5 @@ def _written(path: Path, rows: Sequence[Json], *, x: str, y: Sequence[str], titl
         axes.set_xlabel(x.replace("_", " "))
         axes.set_ylabel(name.replace("_", " "))
         axes.set_ylim(bottom=0)
-    figure.savefig(path)
+    with users_umask():
+        figure.savefig(path)

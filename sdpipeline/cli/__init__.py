@@ -6,7 +6,7 @@ import errno
 import os
 import sys
 from collections.abc import Sequence
-from typing import Annotated
+from typing import Annotated, TextIO
 
 import typer
 from typer.exceptions import TyperException
@@ -39,6 +39,7 @@ from sdpipeline.errors import (
     SdpError,
     StorageUnavailableError,
 )
+from sdpipeline.storage.private import private_files
 
 DONE, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
 
@@ -112,7 +113,12 @@ def _close_stdin() -> None:
 
 def run(arguments: Sequence[str]) -> int:
     """The exit code of one command; an error that is not ours keeps its traceback and ends as 1."""
-    as_json, stdout_before = "--json" in arguments, sys.stdout
+    stdout_before = sys.stdout
+    with private_files():
+        return _run(arguments, as_json="--json" in arguments, stdout_before=stdout_before)
+
+
+def _run(arguments: Sequence[str], *, as_json: bool, stdout_before: TextIO) -> int:
     try:
         return int(app(list(arguments), standalone_mode=False) or DONE)
     except SystemExit as ended:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Annotated, BinaryIO
 
@@ -13,7 +14,7 @@ import typer
 from sdpipeline import audit, bootstrap, stopping, upkeep
 from sdpipeline.audit import export as exporting
 from sdpipeline.audit.findings import Verification
-from sdpipeline.audit.offline import verify_export
+from sdpipeline.audit.offline import LONGEST_LINE, verify_export
 from sdpipeline.audit.proof import Success, prove, success_of_job, success_of_picture, verify_proof
 from sdpipeline.audit.seals import EVERY_S, MOST_EVENTS
 from sdpipeline.cli.output import (
@@ -30,6 +31,8 @@ from sdpipeline.cli.output import (
 from sdpipeline.db import evidence
 from sdpipeline.db.connection import Connection
 from sdpipeline.domain import Json
+from sdpipeline.provenance.outside import UnreadableError, parse_object
+from sdpipeline.storage.private import users_umask
 
 _GROUP = typer.Typer(help="Seal the audit log, check it, and prove what stands in it.", no_args_is_help=True)
 
@@ -76,8 +79,9 @@ def _verified_alone(
 ) -> Verification:
     """By nothing but the files and the keys that are trusted: no setting is read."""
     if exported is not None:
-        with _opened(exported) as lines:
-            return verify_export(lines, trusted=trusted)
+        with _opened(exported) as file:
+            # A file without line ends would otherwise be read at once, however large it is.
+            return verify_export(iter(partial(file.readline, LONGEST_LINE + 1), b""), trusted=trusted)
     assert proof is not None
     return verify_proof(_proof(proof), trusted=trusted, picture=_read(image) if image is not None else None)
 
@@ -132,7 +136,7 @@ def export(
             return
         # Under another name first: half an export is none.
         unfinished = out.with_name(f"{out.name}.part")
-        with unfinished.open("wb") as file:
+        with users_umask(), unfinished.open("wb") as file:
             done = exporting.write(have.database, bootstrap.seal_key(s), file)
         unfinished.replace(out)
     if as_json:
@@ -162,7 +166,8 @@ def prove_image(
     if out is None:
         print_json(document)
         return
-    out.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+    with users_umask():
+        out.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
     if as_json:
         print_json({"file": str(out), "subject": success.told["subject"]})
     else:
@@ -183,11 +188,10 @@ def _success(connection: Connection, picture: str, team: str) -> Success:
 
 def _proof(path: Path) -> Json:
     try:
-        document = json.loads(_read(path))
-    except (ValueError, RecursionError) as error:
-        raise refuse(f"{path} is not JSON", "write one with sdpipeline audit prove") from error
-    if not isinstance(document, dict):
-        raise refuse(f"{path} is no proof", "write one with sdpipeline audit prove")
+        with _opened(path) as file:
+            document: Json = parse_object(file.read(LONGEST_LINE + 1), largest=LONGEST_LINE)
+    except UnreadableError as error:
+        raise refuse(f"{path} is no proof: it {error}", "write one with sdpipeline audit prove") from error
     return document
 
 

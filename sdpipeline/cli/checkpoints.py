@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from contextlib import nullcontext
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated
@@ -18,6 +19,7 @@ from sdpipeline.engine.hub import REPOSITORY, fetch
 from sdpipeline.errors import CheckpointError
 from sdpipeline.settings import Settings
 from sdpipeline.spec import NAME, nearest
+from sdpipeline.storage.private import users_umask
 
 _GROUP = typer.Typer(help="The registry of checkpoints allowed to run.", no_args_is_help=True)
 Alias = Annotated[str, typer.Argument(metavar="ALIAS", help="The name campaigns use.")]
@@ -64,7 +66,8 @@ def add(
     if not directory.is_dir() and REPOSITORY.fullmatch(source):
         if revision is None:
             raise refuse(f"{source} is no directory, and as a repository it needs --revision", "pin its commit")
-        directory = fetch(source, revision, s.checkpoints / f".{alias}-{revision[:12]}")
+        with nullcontext() if s.checkpoints.is_relative_to(s.home) else users_umask():
+            directory = fetch(source, revision, s.checkpoints / f".{alias}-{revision[:12]}")
     try:
         files = inspect(alias, directory)
     except CheckpointError as error:

@@ -12,6 +12,7 @@ import typer
 from sdpipeline import bootstrap, export
 from sdpipeline.cli.output import FOUND_FAULTS, AsJson, CampaignName, Home, print_json, settings, stderr, stdout
 from sdpipeline.export import Exported, OnProgress
+from sdpipeline.storage.private import users_umask
 
 MOST_SHOWN = 20
 
@@ -38,7 +39,7 @@ def export_pictures(
         campaign_id = bootstrap.known_campaign(have.database, have.settings.team, campaign)
         choice = export.choose(have.database, campaign_id, name=name, stages=stage or [], edition=edition)
         checked = export.check(have.database, choice, to)
-        with _progress(campaign, shown=not as_json) as on_progress:
+        with users_umask(), _progress(campaign, shown=not as_json) as on_progress:
             done = export.export(have.database, have.store, checked, on_progress=on_progress)
     if as_json:
         print_json({"campaign": campaign} | done.document())

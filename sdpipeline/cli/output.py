@@ -17,6 +17,7 @@ from sdpipeline import bootstrap
 from sdpipeline.cli.streams import encodable, is_utf8, written
 from sdpipeline.cli.tables import SAMPLE, table_lines
 from sdpipeline.errors import BadInputError, Mistake
+from sdpipeline.presentation import escaping
 from sdpipeline.settings import Settings
 from sdpipeline.telemetry import configure_logging
 
@@ -33,7 +34,16 @@ CampaignFile = Annotated[Path, typer.Argument(metavar="CAMPAIGN.yaml", help="The
 CampaignName = Annotated[str, typer.Argument(metavar="CAMPAIGN", help="A submitted campaign's name.")]
 
 
-class _Quiet(Console):
+class _Escaping(Console):
+    """A console on which names from tables, pictures and records are text and nothing else."""
+
+    def print(self, *objects: Any, **options: Any) -> None:
+        """Print objects; control characters in texts are escaped."""
+        texts = (escaping.terminal_lines(each) if isinstance(each, str) else each for each in objects)
+        super().print(*texts, **options)
+
+
+class _Quiet(_Escaping):
     """A console for progress and hints: work goes on if nobody reads them."""
 
     def on_broken_pipe(self) -> None:
@@ -41,7 +51,7 @@ class _Quiet(Console):
         self.quiet = True
 
 
-class _Results(Console):
+class _Results(_Escaping):
     """A console for results: the command ends if nobody reads them."""
 
     def print(self, *objects: Any, **options: Any) -> None:
@@ -55,8 +65,8 @@ class _Results(Console):
 
 
 # A sentence is one line however narrow the terminal, or none: scripts look for it.
-stdout = _Results(highlight=False, markup=False, soft_wrap=True)
-stderr = _Quiet(stderr=True, highlight=False, markup=False, soft_wrap=True)
+stdout = _Results(highlight=False, markup=False, emoji=False, soft_wrap=True)
+stderr = _Quiet(stderr=True, highlight=False, markup=False, emoji=False, soft_wrap=True)
 for _console in (stdout, stderr):
     if not _console.is_terminal and "COLUMNS" not in os.environ:
         _console.width = FILE_WIDTH
@@ -71,12 +81,13 @@ def settings(home: Path | None) -> Settings:
 
 def print_json(document: Any) -> None:
     """The one JSON document of a ``--json`` command."""
-    print_text(json.dumps(document, indent=2, ensure_ascii=not is_utf8(), default=str) + "\n")
+    text = json.dumps(document, indent=2, ensure_ascii=not is_utf8(), default=str)
+    print_text(escaping.json_document(text) + "\n")
 
 
 def print_json_line(document: Any) -> None:
     """One line of ``--jsonl``."""
-    print_text(json.dumps(document, ensure_ascii=not is_utf8()) + "\n")
+    print_text(escaping.json_document(json.dumps(document, ensure_ascii=not is_utf8())) + "\n")
 
 
 def print_text(text: str) -> None:

@@ -32,6 +32,7 @@ from sdpipeline.provenance import LARGEST_PICTURE
 from sdpipeline.reproduction import checked_record
 from sdpipeline.settings import Settings
 from sdpipeline.storage import ForeignObjects
+from sdpipeline.storage.private import users_umask
 
 
 def add_to(app: typer.Typer) -> None:
@@ -62,7 +63,8 @@ def reproduce(
         pixels_sha256=asked.pixels_sha256,
     )
     if out is not None:
-        out.write_bytes(done.data)
+        with users_umask():
+            out.write_bytes(done.data)
     if as_json:
         print_json(done.document())
     else:

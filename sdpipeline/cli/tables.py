@@ -9,6 +9,7 @@ from typing import Any
 from rich.cells import cell_len, chop_cells, set_cell_size
 
 from sdpipeline.cli.streams import encodable
+from sdpipeline.presentation.escaping import terminal, terminal_lines
 
 SAMPLE = 100
 """Rows that decide on the widths."""
@@ -71,14 +72,15 @@ def _line(row: Row, widths: Sequence[int], numeric: Sequence[bool]) -> Iterator[
 def _listed(columns: Row, rows: Iterable[Row]) -> Iterator[str]:
     """Each row as names and values, which a terminal may wrap; a row of two is a name and its value already."""
     if len(columns) == 2:
-        yield from (f"{name}: {value}" for name, value in rows)
+        yield from (f"{terminal(name)}: {terminal(value)}" for name, value in rows)
         return
     for number, row in enumerate(rows):
         if number:
             yield ""
         for name, value in zip(columns, row, strict=True):
             if value:
-                yield f"{name}: {value}" if name else value
+                text = terminal(value)
+                yield f"{name}: {text}" if name else text
 
 
 def _is_number(text: str) -> bool:
@@ -88,7 +90,5 @@ def _is_number(text: str) -> bool:
 def _cell(value: Any) -> str:
     if value is None:
         return ""
-    text = f"{value:.2f}" if isinstance(value, float) else str(value)
-    if not text.isprintable():  # a terminal would obey escape codes
-        text = "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
+    text = f"{value:.2f}" if isinstance(value, float) else terminal_lines(str(value))
     return text if text.isascii() else encodable(text)

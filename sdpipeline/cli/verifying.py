@@ -72,8 +72,16 @@ def _named(s: Settings, picture: str) -> tuple[list[_Named], bool]:
     path = Path(picture)
     if path.is_dir():
         files = sorted(each for each in path.rglob("*") if each.suffix.lower() in SUFFIXES and each.is_file())
-        return _some([(str(each), each.read_bytes) for each in files], picture), False
-    return [(picture, path.read_bytes)], True
+        return _some([(str(each), partial(_in_file, each)) for each in files], picture), False
+    return [(picture, partial(_in_file, path))], True
+
+
+def _in_file(path: Path) -> bytes:
+    with path.open("rb") as file:
+        data = file.read(LARGEST_INPUT_BYTES + 1)
+    if len(data) > LARGEST_INPUT_BYTES:
+        raise InputImageError(f"it is larger than {LARGEST_INPUT_BYTES >> 20} MiB")
+    return data
 
 
 def _some(named: list[_Named], where: str) -> list[_Named]:

@@ -17,6 +17,7 @@ from sdpipeline.bootstrap import Progress, Span, Thumbnails
 from sdpipeline.errors import TransientError
 from sdpipeline.orchestration import events
 from sdpipeline.orchestration.events import CampaignEvent
+from sdpipeline.presentation.escaping import terminal
 from sdpipeline.settings import Settings
 
 SHOW_EVERY_S = 5.0
@@ -131,7 +132,8 @@ class Board:
 
     def _put_failures(self, progress: Progress) -> None:
         failed = [
-            each | {"variables": ", ".join(map(str, each["variables"].values()))}
+            {name: terminal(value) if isinstance(value, str) else value for name, value in each.items()}
+            | {"variables": terminal(", ".join(map(str, each["variables"].values())))}
             for each in bootstrap.failures(self._settings, self._campaign)
         ]
         self._put("failures", failed, report.unlucky(progress, shown=len(failed)))

@@ -7,6 +7,7 @@ from pathlib import Path
 from sdpipeline import bootstrap, telemetry
 from sdpipeline.errors import Mistake, SettingsError
 from sdpipeline.settings import DEFAULT_HOME, Settings
+from sdpipeline.storage.private import keep_private
 
 
 def load(home: Path | None = None) -> Settings:
@@ -14,6 +15,7 @@ def load(home: Path | None = None) -> Settings:
 
     A deployed run works in a folder that is deleted when it ends, which is where the embedded default would lie.
     """
+    keep_private()
     settings = bootstrap.load_settings(home)
     telemetry.configure_logging(settings)
     if home is None and settings.embedded and settings.home == DEFAULT_HOME.resolve():

@@ -14,7 +14,7 @@ from sdpipeline.provenance.encoding import (
     pixels_sha256,
     read_record,
 )
-from sdpipeline.provenance.manifest import Ingredient, ParentPicture, VerifiedPicture, rehearse, sign, verify
+from sdpipeline.provenance.manifest import Ingredient, ParentPicture, VerifiedPicture, inspect, rehearse, sign, verify
 
 __all__ = [
     "COMPOSITE",
@@ -31,6 +31,7 @@ __all__ = [
     "encode",
     "encoder",
     "include_prompt",
+    "inspect",
     "own_part",
     "pixels_sha256",
     "read_record",

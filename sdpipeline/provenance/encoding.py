@@ -21,6 +21,8 @@ from sdpipeline import __version__
 from sdpipeline.domain import Json, OutputFormat
 from sdpipeline.engine import Pixels
 from sdpipeline.errors import InputImageError, RequestRefusedError
+from sdpipeline.provenance import outside
+from sdpipeline.provenance.outside import ExcessiveError, UnreadableError
 
 # What IPTC calls a picture made by a trained generator alone, and one that a photograph went into.
 DIGITAL_SOURCE_TYPES = "http://cv.iptc.org/newscodes/digitalsourcetype/"
@@ -67,6 +69,11 @@ def encode(pixels: Pixels, *, output: OutputFormat, record: Json, from_photograp
             f"output.format: a record of {len(xmp):,} bytes does not fit into a jpeg (at most {_MAX_JPEG_XMP_BYTES:,}):"
             " shorten the prompts, or write png or webp"
         )
+    if len(text) > outside.LARGEST_RECORD or len(xmp) > outside.LARGEST_XMP:
+        raise RequestRefusedError(
+            f"a record of {len(text):,} characters is more than is read back (at most {outside.LARGEST_RECORD:,}):"
+            " shorten the prompts of this stage and of those before it"
+        )
     file = io.BytesIO()
     Image.fromarray(pixels, "RGB").save(file, **_parameters(output), **_embedded(output, text, xmp))
     data = file.getvalue()
@@ -97,11 +104,11 @@ def decode(data: bytes, *, max_pixels: int) -> Pixels:
         # A telephone's jpeg may carry a second picture (depth, a thumbnail); that is not an animation.
         if image.format != "MPO" and getattr(image, "is_animated", False):
             raise InputImageError("the picture is an animation: give one frame of it")
-        return np.asarray(_rgb(ImageOps.exif_transpose(image)), dtype=np.uint8)
+        return np.asarray(_rgb(_upright(image)), dtype=np.uint8)
 
 
 def read_record(data: bytes) -> Json | None:
-    """The record embedded by ``encode``, or None where there is none that can be read."""
+    """The record embedded by ``encode``, or None where there is none; raises InputImageError as ``read_marks``."""
     return read_marks(data)[0]
 
 
@@ -122,7 +129,10 @@ def digital_source_type(data: bytes) -> str | None:
 
 
 def read_marks(data: bytes) -> tuple[Json | None, str | None]:
-    """The embedded record and the IPTC digital source type, each None where it is missing."""
+    """Read the embedded record and the IPTC digital source type, each None where it is missing.
+
+    Raises InputImageError for a file that is no picture, and for marks that exceed the bounds of ``outside``.
+    """
     with _opened(data, None) as image:
         xmp = _xmp_properties(image)
         text, source_type = image.info.get(_PNG_RECORD) or xmp.get("record"), xmp.get("DigitalSourceType")
@@ -135,14 +145,18 @@ def record_text(record: Json) -> str:
 
 
 def parsed_record(text: object) -> Json | None:
-    """The inverse of ``record_text``, or None for anything else."""
+    """Parse what ``record_text`` wrote; None for any other text.
+
+    Raises InputImageError for a record that is too large or nested too deeply: made to stop a reader.
+    """
     if not isinstance(text, str):
         return None
     try:
-        record = json.loads(text)
-    except ValueError:
+        return outside.parse_object(text)
+    except ExcessiveError as error:
+        raise InputImageError(f"its embedded record {error}") from error
+    except UnreadableError:
         return None
-    return record if isinstance(record, dict) else None
 
 
 def _described(data: bytes, output: OutputFormat, decoded: Pixels) -> EncodedImage:
@@ -202,7 +216,11 @@ def _xmp(record: str, source_type: str) -> bytes:
 
 
 def _xmp_properties(image: Image.Image) -> dict[str, Any]:
-    found = image.getxmp().get("xmpmeta", {}).get("RDF", {}).get("Description", {})
+    xmp = image.info.get("xmp", b"")
+    outside.check_xmp(xmp if isinstance(xmp, bytes) else xmp.encode())
+    found: Any = image.getxmp()
+    for name in ("xmpmeta", "RDF", "Description"):
+        found = found.get(name, {}) if isinstance(found, dict) else {}
     # Other tools may split one description into several.
     descriptions = found if isinstance(found, list) else [found]
     return {name: value for part in descriptions if isinstance(part, dict) for name, value in part.items()}
@@ -210,6 +228,7 @@ def _xmp_properties(image: Image.Image) -> dict[str, Any]:
 
 @contextmanager
 def _opened(data: bytes, max_pixels: int | None) -> Iterator[Image.Image]:
+    outside.check_structure(data)
     try:
         with Image.open(io.BytesIO(data), formats=("PNG", "JPEG", "WEBP")) as image:
             if max_pixels is not None and image.width * image.height > max_pixels:
@@ -221,8 +240,19 @@ def _opened(data: bytes, max_pixels: int | None) -> Iterator[Image.Image]:
         raise InputImageError("not a whole png, jpeg or webp picture") from error
     except _BOMB as error:
         raise InputImageError(f"the picture is a decompression bomb: {error}") from error
+    except RecursionError as error:
+        raise InputImageError("the picture's metadata is nested too deeply") from error
+    except MemoryError as error:
+        raise InputImageError("the picture needs more memory than there is") from error
     except _BROKEN as error:
         raise InputImageError(f"not a whole png, jpeg or webp picture: {error}") from error
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    try:
+        return ImageOps.exif_transpose(image)
+    except (ArithmeticError, AttributeError, LookupError, TypeError) as error:  # values of types that EXIF has not
+        raise InputImageError(f"its EXIF metadata is broken: {error}") from error
 
 
 def _rgb(image: Image.Image) -> Image.Image:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import io
-import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cache, partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Literal
 
 import c2pa
@@ -22,12 +24,20 @@ from sdpipeline.provenance.encoding import (
     GENERATED,
     EncodedImage,
     content_type,
+    decode,
     encode,
     parsed_record,
     read_marks,
     record_text,
 )
-from sdpipeline.signing import DEVELOPMENT, DEVELOPMENT_IDENTITY, SigningKey
+from sdpipeline.provenance.outside import (
+    DEEPEST_MANIFEST,
+    LARGEST_MANIFEST,
+    SHAPE_ERRORS,
+    UnreadableError,
+    parse_object,
+)
+from sdpipeline.signing import DEVELOPMENT, DEVELOPMENT_IDENTITY, SigningKey, development_key
 
 _RECORD = "sdpipeline.record"
 _ACTIONS = "c2pa.actions.v2"
@@ -156,6 +166,24 @@ def rehearse(key: SigningKey, ingredients: Sequence[Ingredient]) -> None:
             raise _unfit(ingredient, error) from error
 
 
+def inspect(data: bytes, *, max_pixels: int) -> tuple[int, int]:
+    """Width and height of a picture from outside, after everything that a worker will read of it was read.
+
+    Raises InputImageError where its pixels, its record, its XMP or its C2PA manifest cannot be used.
+    """
+    height, width, _ = decode(data, max_pixels=max_pixels).shape
+    read_marks(data)
+    rehearse(_throwaway_key(), [Ingredient(role=_PARENT, data=data)])
+    return width, height
+
+
+@cache
+def _throwaway_key() -> SigningKey:
+    """A key that signs nothing that is kept: a rehearsal needs certificates, and ``plan`` has none."""
+    with TemporaryDirectory(prefix="sdpipeline-rehearsal-") as folder:
+        return development_key(Path(folder))
+
+
 def _signed(
     image: EncodedImage,
     key: SigningKey,
@@ -198,21 +226,25 @@ def verify(data: bytes, *, trust_anchors: str = "") -> VerifiedPicture:
         embedded, source_type = read_marks(data)
     except InputImageError as error:
         return VerifiedPicture(c2pa="invalid", digital_source_type=None, record=None, faults=(str(error),))
+    invalid = partial(VerifiedPicture, c2pa="invalid", digital_source_type=source_type, record=embedded)
     try:
         with _context(trust_anchors) as context, c2pa.Reader(media_type, io.BytesIO(data), context=context) as reader:
-            document = json.loads(reader.json())
+            document = parse_object(reader.json(), largest=LARGEST_MANIFEST, deepest=DEEPEST_MANIFEST)
+        if document["active_manifest"] not in document["manifests"]:
+            return invalid(faults=("c2pa.unreadable: its manifest cannot be decoded",))
+        return _verified(document, embedded, source_type)
     except c2pa.C2paError as error:
-        missing = isinstance(error, c2pa.C2paError.ManifestNotFound)
+        if not isinstance(error, c2pa.C2paError.ManifestNotFound):
+            return invalid(faults=(f"c2pa.unreadable: {error}",))
         return VerifiedPicture(
-            c2pa="missing" if missing else "invalid",
-            digital_source_type=source_type,
-            record=embedded,
-            faults=("c2pa.missing" if missing else f"c2pa.unreadable: {error}",),
+            c2pa="missing", digital_source_type=source_type, record=embedded, faults=("c2pa.missing",)
         )
-    if document["active_manifest"] not in document["manifests"]:
-        fault = "c2pa.unreadable: its manifest cannot be decoded"
-        return VerifiedPicture(c2pa="invalid", digital_source_type=source_type, record=embedded, faults=(fault,))
-    return _verified(document, embedded, source_type)
+    except UnreadableError as error:
+        return invalid(faults=(f"c2pa.unreadable: its manifest {error}",))
+    except InputImageError as error:  # a signed record that is a bomb
+        return invalid(faults=(f"c2pa.unreadable: {error}",))
+    except SHAPE_ERRORS as error:
+        return invalid(faults=(f"c2pa.unreadable: its manifest has another shape than ours: {error!r}",))
 
 
 def _context(trust_anchors: str = "") -> c2pa.Context:
@@ -305,16 +337,23 @@ def _ancestors(manifests: Mapping[str, Json], active: str) -> Iterator[ParentPic
 
 def _record(manifest: Json) -> Json | None:
     # As text, for c2pa shows a list of numbers as if it were bytes.
-    found = [each["data"] for each in manifest.get("assertions", []) if each["label"] == _RECORD]
-    return parsed_record(found[0].get("json")) if found and isinstance(found[0], dict) else None
+    found = [data for label, data in _assertions(manifest) if label == _RECORD]
+    return parsed_record(found[0].get("json")) if found else None
 
 
 def _source_type(manifest: Json) -> str | None:
     found = [
         action["digitalSourceType"]
-        for assertion in manifest.get("assertions", [])
-        if assertion["label"].startswith("c2pa.actions")
-        for action in assertion["data"].get("actions", [])
-        if action.get("digitalSourceType")
+        for label, data in _assertions(manifest)
+        if label.startswith("c2pa.actions") and isinstance(data.get("actions"), list)
+        for action in data["actions"]
+        if isinstance(action, dict) and isinstance(action.get("digitalSourceType"), str)
     ]
     return found[-1] if found else None
+
+
+def _assertions(manifest: Json) -> Iterator[tuple[str, Json]]:
+    """Labels with their data, where it is an object: other programs' assertions may hold anything."""
+    for each in manifest.get("assertions", []):
+        if isinstance(each.get("data"), dict):
+            yield each["label"], each["data"]

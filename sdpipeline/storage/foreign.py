@@ -29,6 +29,8 @@ _URL = re.compile(r"s3://([a-z0-9][a-z0-9.-]{1,61}[a-z0-9])/(.+)", re.DOTALL)
 _MAX_KEY_BYTES = 1024
 _CHUNK_BYTES = 2**20
 _T = TypeVar("_T")
+LARGEST_TABLE_BYTES = 16 * 2**30
+"""A table is copied to this machine's temporary folder."""
 # Whose bucket it is decides; waiting changes nothing. Who may not list a bucket hears this of what is not there, too.
 # A bare status is not from S3, which names each refusal of a GET: the reply was cut, or a proxy's.
 _REFUSED = {"AccessDenied", "AllAccessDisabled", "InvalidObjectState", "NoSuchBucket"}
@@ -92,6 +94,8 @@ class ForeignObjects:
         """The object into a file, in constant memory."""
 
         def copy(answer: Any) -> bool | None:
+            if answer["ContentLength"] > LARGEST_TABLE_BYTES:
+                raise ObjectMissingError(f"{url} is larger than {LARGEST_TABLE_BYTES >> 30} GiB")
             with to.open("wb") as file:
                 return _copied(answer, file)
 

@@ -15,6 +15,7 @@ import pytest
 from PIL import Image
 
 from sdpipeline import cli
+from tests.hostile import DEEP_RECORD
 from tests.integration.commands import sdpipeline
 
 GOOD = """\
@@ -126,9 +127,13 @@ def test_every_mistake_of_a_file_is_told_at_once_by_every_command(desk: Desk, co
         ("{file: bomb.png}", "'bomb.png': the picture is a decompression bomb"),
         ("{file: truncated.png}", "'truncated.png': not a whole png, jpeg or webp picture"),
         ("{file: text.png}", "'text.png': not a whole png, jpeg or webp picture"),
+        ("{file: deep.png}", "'deep.png': its embedded record is nested more than 64 levels deep"),
     ],
 )
-def test_a_picture_that_cannot_be_used_is_refused_where_it_is_named(desk: Desk, image: str, expected: str) -> None:
+@pytest.mark.parametrize("command", ["plan", "submit"])
+def test_a_picture_that_cannot_be_used_is_refused_where_it_is_named(
+    desk: Desk, image: str, expected: str, command: str
+) -> None:
     file = io.BytesIO()
     Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8)).save(file, "PNG")
     (desk.folder.parent / "outside.png").write_bytes(file.getvalue())
@@ -136,9 +141,19 @@ def test_a_picture_that_cannot_be_used_is_refused_where_it_is_named(desk: Desk, 
     (desk.folder / "bomb.png").write_bytes(bomb())
     (desk.folder / "truncated.png").write_bytes(file.getvalue()[:2000])
     (desk.folder / "text.png").write_text("hello")
-    (line,) = desk.refused(GOOD + EDIT.replace("IMAGE", image))
+    (desk.folder / "deep.png").write_bytes(DEEP_RECORD)
+    (line,) = desk.refused(GOOD + EDIT.replace("IMAGE", image), command)
     assert line.startswith(f"13:13: stages[1].image.file: {expected}")
     assert not desk.home.exists()
+
+
+def test_verify_says_of_a_bomb_in_one_line_that_it_is_not_ok(desk: Desk) -> None:
+    picture = desk.folder / "deep.png"
+    picture.write_bytes(DEEP_RECORD)
+    assert cli.run(["verify", str(picture), "--home", str(desk.home), "--json"]) == 3
+    said = desk.capsys.readouterr()
+    assert json.loads(said.out)["faults"] == ["its embedded record is nested more than 64 levels deep"]
+    assert said.err == ""
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,9 @@ from __future__ import annotations
 import csv
 import hashlib
 import json
+import os
 import shutil
+import stat
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -83,6 +85,15 @@ def test_the_last_stages_pictures_are_copied_unchanged_under_readable_names(desk
         data = (desk.to / row["file"]).read_bytes()
         assert (hashlib.sha256(data).hexdigest(), str(len(data))) == (row["sha256"], row["size_bytes"])
         assert data == _stored(desk, row["file"]).read_bytes()
+
+
+def test_exported_files_have_the_modes_of_the_users_own_umask(desk: Desk) -> None:
+    before = os.umask(0o027)
+    try:
+        desk.run()
+    finally:
+        os.umask(before)
+    assert {stat.S_IMODE(path.stat().st_mode) for path in desk.to.rglob("*") if path.is_file()} == {0o640}
 
 
 def test_the_manifest_says_of_every_picture_what_it_is(desk: Desk) -> None:

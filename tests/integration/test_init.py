@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
+import stat
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +33,13 @@ def test_init_says_what_it_wrote_and_what_to_type_next(tmp_path: Path, capsys: p
     assert [name for name in written if name not in said] == []
     assert "sdpipeline run catalogue.yaml" in said
     assert "cd " in said
+
+
+def test_the_settings_file_is_its_owners_alone_and_the_examples_are_not(begun: Path) -> None:
+    modes = {name: stat.S_IMODE((begun / name).stat().st_mode) for name in ("sdpipeline.toml", "catalogue.yaml")}
+    before = os.umask(0)
+    os.umask(before)
+    assert modes == {"sdpipeline.toml": 0o600, "catalogue.yaml": 0o666 & ~before}
 
 
 def test_init_a_second_time_is_refused_with_every_file_named(begun: Path, capsys: pytest.CaptureFixture[str]) -> None:

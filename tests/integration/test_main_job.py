@@ -60,6 +60,27 @@ def test_every_job_of_the_demo_has_one_picture_with_the_recorded_digest(demo_hom
     assert sorted(stored) == sorted(paths)
 
 
+def _open_to_others(home: Path) -> list[str]:
+    found = [home, *home.rglob("*")]
+    return [str(path) for path in found if not path.is_symlink() and path.stat().st_mode & 0o077]
+
+
+def test_everything_that_a_demo_writes_is_its_owners_alone(demo_home: Path) -> None:
+    assert {"sdpipeline.db", "storage", "logs", "keys", "prefect"} <= {path.name for path in demo_home.iterdir()}
+    assert _open_to_others(demo_home) == []
+
+
+def test_doctor_closes_a_home_that_others_may_read_and_says_so(tampered: Path) -> None:
+    for path in (tampered, tampered / "storage"):
+        path.chmod(0o755)
+    (tampered / "sdpipeline.db").chmod(0o644)
+    lines = [document("doctor", "--home", tampered)["checks"][0] for _ in range(2)]
+    assert [(line["name"], line["ok"]) for line in lines] == [("home", True)] * 2
+    assert lines[0]["detail"].startswith("mended: 3 of ")
+    assert "their owner's alone" in lines[1]["detail"]
+    assert _open_to_others(tampered) == []
+
+
 def test_the_pictures_show_what_was_asked_for(demo_home: Path) -> None:
     right: dict[str, list[bool]] = {"ground": [], "scene": [], "object": [], "final": []}
     kept: list[float] = []

@@ -30,6 +30,7 @@ from sdpipeline.signing import SigningKey
 from sdpipeline.storage import LocalStore, ObjectStore
 from sdpipeline.worker import Worker, WorkerLimits
 from tests.factories import CHECKPOINT, damaged, job_spec, published, signing_key, statuses
+from tests.hostile import BOMBS
 from tests.integration.certificates import signing_settings
 from tests.integration.conftest import Bucket
 from tests.integration.databases import on_sqlite
@@ -156,6 +157,17 @@ def test_an_input_with_damaged_marks_fails_its_job_before_the_device_works_for_i
     assert place.marks(picture).ok
     assert statuses(place.audit.database, "status", "error_kind") == [("failed", "InputImage"), ("succeeded", None)]
     assert place.engine.asked == 1
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("bomb", ["deep_record", "deep_xmp", "many_scans"])
+def test_an_input_that_is_a_bomb_fails_its_job_alone_and_its_neighbours_are_made(place: Place, bomb: str) -> None:
+    source = ImageSource(digest=hashed(BOMBS[bomb]))
+    place.store.put(input_key(source.digest), BOMBS[bomb], content_type="image/png")
+    edited = job_spec("a", task=Task.IMAGE_TO_IMAGE, image=source, strength=0.5)
+    (picture,) = place.work(edited, job_spec("b"))
+    assert place.marks(picture).ok
+    assert statuses(place.audit.database, "status", "error_kind") == [("failed", "InputImage"), ("succeeded", None)]
 
 
 def test_two_roles_of_one_picture_do_not_double_what_is_told_of_it(place: Place) -> None:

@@ -1,14 +1,17 @@
 from __future__ import annotations
 
-import builtins
 import json
+import sys
 import tracemalloc
+from contextlib import closing
 from io import StringIO
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
+from sdpipeline import records
 from sdpipeline.errors import CampaignError, Mistake
 from sdpipeline.rows import Row, Table, read_rows, variable_name
 
@@ -229,16 +232,49 @@ def test_what_is_no_parquet_is_refused(data: bytes, tmp_path: Path) -> None:
 
 
 def test_without_pyarrow_a_parquet_table_names_the_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = builtins.__import__
-
-    def without(name: str, *rest: Any, **others: Any) -> Any:
-        if name.startswith("pyarrow"):
-            raise ModuleNotFoundError(name)
-        return real(name, *rest, **others)
-
-    monkeypatch.setattr(builtins, "__import__", without)
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
     with pytest.raises(CampaignError, match=r"pip install 'sdpipeline\[parquet\]'"):
         Table(path=tmp_path / "t.parquet", name="t.parquet").titles()
+
+
+def repeated(path: Path, cell: str, rows: int, columns: int = 30) -> Path:
+    """A table of one cell again and again, which takes some kB on the disk."""
+    arrow = pytest.importorskip("pyarrow", reason="needs sdpipeline[parquet]")
+    again = arrow.DictionaryArray.from_arrays(arrow.array([0] * rows, arrow.int32()), arrow.array([cell]))
+    table = arrow.table({f"column_{n}": again for n in range(columns)})
+    pytest.importorskip("pyarrow.parquet").write_table(table, path, compression="zstd", store_schema=False)
+    assert path.stat().st_size < 50_000
+    return path
+
+
+def test_a_small_parquet_file_that_is_gigabytes_is_refused_in_one_line(tmp_path: Path) -> None:
+    path = repeated(tmp_path / "t.parquet", "x" * 90_000, rows=4_096)
+    with pytest.raises(CampaignError, match=r"^t\.parquet: needs more than 1024 MiB to be decoded$"):
+        read(Table(path=path, name="t.parquet"))
+
+
+def test_cells_of_a_parquet_table_are_bounded(tmp_path: Path) -> None:
+    path = parquet(tmp_path / "t.parquet", a=["é" * 100_000, "é" * 100_001, "x" * 500_000, "y"])
+    found, wrong = read(Table(path=path, name="t.parquet"))
+    assert [row.values["a"][:1] for row in found] == ["é", "y"]
+    assert wrong == [f"t.parquet:{row}: has a value of more than 100,000 characters" for row in (2, 3)]
+
+
+def test_a_parquet_table_read_in_part_leaves_no_process(tmp_path: Path) -> None:
+    path = repeated(tmp_path / "t.parquet", "x", rows=200_000, columns=3)
+    before = {child.pid for child in psutil.Process().children()}
+    with closing(records.read(path, "t.parquet")) as found:
+        next(found)
+        assert {child.pid for child in psutil.Process().children()} > before
+    assert {child.pid for child in psutil.Process().children()} == before
+
+
+@pytest.mark.parametrize("suffix", ["csv", "tsv", "jsonl"])
+def test_a_table_of_too_many_columns_is_refused(suffix: str) -> None:
+    names = [f"c{n}" for n in range(20_000)]
+    text = json.dumps(dict.fromkeys(names, 1)) if suffix == "jsonl" else {"csv": ",", "tsv": "\t"}[suffix].join(names)
+    with pytest.raises(CampaignError, match="has 20,000 columns, at most 16,384 are read"):
+        rows(text + "\n", name=f"t.{suffix}")
 
 
 def test_files_are_a_table_of_their_paths_and_names() -> None:

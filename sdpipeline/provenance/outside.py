@@ -1,0 +1,161 @@
+"""Bounds for documents and files from outside: JSON by size and depth, picture files by their structure."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from sdpipeline.errors import InputImageError
+
+LARGEST_RECORD = 4 * 2**20
+"""Characters of a picture's record or sidecar. A stage's own part has some 4 kB, most of it prompts."""
+
+LARGEST_MANIFEST = 16 * 2**20
+"""Characters of a C2PA manifest store as JSON. Each ancestor takes about 17 kB."""
+
+LARGEST_XMP = 5 * 2**20
+MOST_XMP_ELEMENTS = 100_000
+
+DEEPEST_RECORD = 64
+DEEPEST_MANIFEST = 200
+
+MOST_PNG_CHUNKS = 200_000
+"""Encoders write pixels in chunks of 8 kB or more: 200,000 of them are larger than any accepted file."""
+
+MOST_JPEG_SEGMENTS = 20_000
+MOST_JPEG_SCANS = 100
+"""Each scan of a progressive JPEG visits every block; encoders write about ten, a bomb thousands."""
+
+SHAPE_ERRORS = (AttributeError, IndexError, KeyError, TypeError, ValueError, OverflowError, RecursionError)
+"""What reading a parsed document raises that has another shape than the one written here."""
+
+_PNG = b"\x89PNG\r\n\x1a\n"
+_SOS = b"\xff\xda"
+_STANDALONE = frozenset({0x01, *range(0xD0, 0xD9)})
+
+
+class UnreadableError(ValueError):
+    """A document from outside is not JSON, or not JSON that has one meaning everywhere."""
+
+
+class ExcessiveError(UnreadableError):
+    """A document from outside exceeds a bound of size or depth."""
+
+
+def parse_json(text: str | bytes, *, largest: int = LARGEST_RECORD, deepest: int = DEEPEST_RECORD) -> Any:
+    """Parse a JSON document of at most ``largest`` characters and ``deepest`` levels.
+
+    Repeated keys, numbers that are not finite and halves of a surrogate pair are refused: two readers could take
+    them for different things, and no database or terminal can hold them. Raises UnreadableError.
+    """
+    if len(text) > largest:
+        raise ExcessiveError(f"has {len(text):,} characters, at most {largest:,} are read")
+    try:
+        if isinstance(text, bytes):
+            text = text.decode()
+        document = json.loads(text, parse_float=_finite, parse_constant=_no_number, object_pairs_hook=_without_repeats)
+    except (RecursionError, MemoryError) as error:
+        raise ExcessiveError(f"is nested more than {deepest} levels deep") from error
+    except UnreadableError:
+        raise
+    except ValueError as error:  # also a number of too many digits, and bytes that are not UTF-8
+        raise UnreadableError(f"is not JSON: {error}") from error
+    if not _is_flat(document, deepest):
+        raise ExcessiveError(f"is nested more than {deepest} levels deep")
+    if "\\u" in text and not _is_text(document):
+        raise UnreadableError("holds half of a surrogate pair")
+    return document
+
+
+def parse_object(text: str | bytes, *, largest: int = LARGEST_RECORD, deepest: int = DEEPEST_RECORD) -> dict[str, Any]:
+    """As ``parse_json``, for a document that has to be an object."""
+    document = parse_json(text, largest=largest, deepest=deepest)
+    if not isinstance(document, dict):
+        raise UnreadableError("is not a JSON object")
+    return document
+
+
+def check_structure(data: bytes) -> None:
+    """Refuse a picture file whose headers alone cost a decoder minutes or gigabytes; raises InputImageError."""
+    if data.startswith(_PNG):
+        _check_png(data)
+    elif data.startswith(b"\xff\xd8"):
+        _check_jpeg(data)
+
+
+def check_xmp(xmp: bytes) -> None:
+    """Refuse XMP that is too large to be parsed as XML; raises InputImageError."""
+    if len(xmp) > LARGEST_XMP:
+        raise InputImageError(f"its XMP has {len(xmp):,} bytes, at most {LARGEST_XMP:,} are read")
+    if xmp.count(b"<") > MOST_XMP_ELEMENTS:
+        raise InputImageError(f"its XMP has more than {MOST_XMP_ELEMENTS:,} elements")
+
+
+def _finite(digits: str) -> float:
+    value = float(digits)
+    if not math.isfinite(value):
+        raise UnreadableError(f"holds the number {digits[:20]}, which is not finite")
+    return value
+
+
+def _no_number(word: str) -> Any:
+    raise UnreadableError(f"holds {word}, which is not JSON")
+
+
+def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise UnreadableError("has a key twice")
+    return found
+
+
+def _is_flat(document: Any, deepest: int) -> bool:
+    """Level by level: a recursive walk would need the stack that the bound protects."""
+    level = [document]
+    for _ in range(deepest):
+        level = [child for each in level for child in _children(each) if isinstance(child, dict | list)]
+        if not level:
+            return True
+    return False
+
+
+def _children(value: Any) -> Iterable[Any]:
+    if isinstance(value, Mapping):
+        return value.values()
+    return value if isinstance(value, list) else ()
+
+
+def _is_text(document: Any) -> bool:
+    try:
+        json.dumps(document, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _check_png(data: bytes) -> None:
+    place, chunks = len(_PNG), 0
+    while place + 8 <= len(data):
+        place += 12 + int.from_bytes(data[place : place + 4], "big")
+        chunks += 1
+        if chunks > MOST_PNG_CHUNKS:
+            raise InputImageError(f"a png of more than {MOST_PNG_CHUNKS:,} chunks")
+
+
+def _check_jpeg(data: bytes) -> None:
+    place, segments = 2, 0
+    while place + 4 <= len(data) and data[place : place + 2] != _SOS:
+        marker = data[place + 1]
+        if data[place] != 0xFF or marker == 0xFF:
+            place += 1
+        elif marker in _STANDALONE:
+            place += 2
+        else:
+            place += 2 + int.from_bytes(data[place + 2 : place + 4], "big")
+        segments += 1
+        if segments > MOST_JPEG_SEGMENTS:
+            raise InputImageError(f"a jpeg of more than {MOST_JPEG_SEGMENTS:,} segments")
+    if data.count(_SOS, place) > MOST_JPEG_SCANS:
+        raise InputImageError(f"a jpeg of more than {MOST_JPEG_SCANS} scans")

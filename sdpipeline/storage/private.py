@@ -1,0 +1,100 @@
+"""File modes: a home and its files are their owner's alone; a file that a user asks for elsewhere follows the umask."""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from pathlib import Path
+
+UMASK = 0o077
+OTHERS = 0o7077
+"""Bits that no file of a home has: those of group and others, and setuid, setgid and sticky."""
+
+_users_umask: ContextVar[int | None] = ContextVar("users_umask", default=None)
+
+
+@contextmanager
+def private_files() -> Iterator[None]:
+    """Files made in this block, by this process and the ones it starts, can be read by their owner only."""
+    users = os.umask(UMASK)
+    os.umask(users | UMASK)
+    token = _users_umask.set(users)
+    try:
+        yield
+    finally:
+        _users_umask.reset(token)
+        os.umask(users)
+
+
+@contextmanager
+def users_umask() -> Iterator[None]:
+    """Inside ``private_files``: files made in this block have the modes that the user's own umask gives."""
+    users = _users_umask.get()
+    if users is None:
+        yield
+        return
+    ours = os.umask(users)
+    try:
+        yield
+    finally:
+        os.umask(ours)
+
+
+def keep_private() -> None:
+    """As ``private_files``, for the rest of this process's life: a flow run has a process of its own."""
+    os.umask(os.umask(UMASK) | UMASK)
+
+
+@dataclass(slots=True)
+class Mended:
+    """How many files and folders ``mend`` closed to others, and those that are still open, with the reason."""
+
+    looked_at: int = 0
+    closed: int = 0
+    still_open: list[tuple[str, str]] = field(default_factory=list)
+
+
+def mend(home: Path) -> Mended:
+    """Take group's and others' rights away from a home and everything in it. Never follows a symbolic link."""
+    done = Mended()
+
+    def unreadable(error: OSError) -> None:
+        done.still_open.append((str(error.filename), error.strerror or "cannot be read"))
+
+    owner, own = home.stat().st_uid, os.geteuid()
+    if own not in (0, owner):
+        done.still_open.append((str(home), f"it belongs to user {owner}, and this is user {own}"))
+    _close(done, str(home), str(home), None)
+    for folder, folders, files, descriptor in os.fwalk(home, onerror=unreadable, follow_symlinks=False):
+        for name in (*folders, *files):
+            _close(done, name, f"{folder}/{name}", descriptor)
+    return done
+
+
+def _close(done: Mended, name: str, shown: str, folder: int | None) -> None:
+    done.looked_at += 1
+    try:
+        # A path descriptor is of the very file that was looked at, whatever its name leads to meanwhile.
+        descriptor = os.open(name, os.O_PATH | os.O_NOFOLLOW, dir_fd=folder)
+    except FileNotFoundError:  # of a command that runs beside this one
+        return
+    except OSError as error:
+        done.still_open.append((shown, error.strerror or str(error)))
+        return
+    try:
+        mode = os.fstat(descriptor).st_mode
+        if stat.S_ISLNK(mode) or not mode & OTHERS:
+            return
+        Path(f"/proc/self/fd/{descriptor}").chmod(stat.S_IMODE(mode) & ~OTHERS)
+        if os.fstat(descriptor).st_mode & OTHERS:
+            done.still_open.append((shown, "the file system keeps no modes"))
+        else:
+            done.closed += 1
+    except OSError as error:
+        done.still_open.append((shown, error.strerror or str(error)))
+    finally:
+        os.close(descriptor)
