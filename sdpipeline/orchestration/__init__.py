@@ -21,7 +21,7 @@ from sdpipeline import bootstrap
 from sdpipeline.bootstrap import Progress
 from sdpipeline.errors import DatabaseUnavailableError, Mistake, OrchestratorUnavailableError, SettingsError
 from sdpipeline.orchestration.board import describe, shown
-from sdpipeline.prefect_server import ServerHandle, answers, own_server
+from sdpipeline.prefect_server import ServerHandle, answers, no_proxy_for_loopback, own_server
 from sdpipeline.settings import Settings
 
 if TYPE_CHECKING:
@@ -57,12 +57,16 @@ def run_campaign(
         return progress
     with _sigterm_exits(), local_server(settings, keep_ui=keep_ui, always_own=always_own) as server:
         if console is not None:
-            console.print(f"Prefect UI: {server.ui_url}")
+            console.print(f"Prefect UI: {server.ui_url}{_password_hint(server)}")
         with _live_progress(settings, campaign, console):
             _run_flow(settings, campaign)
         if console is not None and keep_ui and server.pid is not None:
-            console.print(f"Prefect stays at {server.ui_url}; to stop it: kill {server.pid}")
+            console.print(f"Prefect stays at {server.ui_url}{_password_hint(server)}; to stop it: kill {server.pid}")
     return bootstrap.campaign_progress(settings, campaign)
+
+
+def _password_hint(server: ServerHandle) -> str:
+    return f" (password in {server.password_file})" if server.password_file else ""
 
 
 @contextmanager
@@ -70,13 +74,13 @@ def local_server(settings: Settings, *, keep_ui: bool = False, always_own: bool 
     """The Prefect server to use, named in this process's environment: PREFECT_API_URL, or the home's own."""
     url = None if always_own else settings.prefect_api_url
     if url is not None:
-        with _environment(_prefect_environment(url)):
+        with _environment(_prefect_environment(url) | no_proxy_for_loopback()):
             _expect_answer(url)
             yield ServerHandle(api_url=url, ui_url=url.removesuffix("/api"), started=False)
         return
     with own_server(settings.home, keep=keep_ui) as server:
-        own = {"PREFECT_HOME": str(settings.home / "prefect")}
-        with _environment(_prefect_environment(server.api_url) | own):
+        own = {"PREFECT_HOME": str(settings.home / "prefect"), "HOME": os.environ.get("HOME") or str(settings.home)}
+        with _environment(_prefect_environment(server.api_url) | server.environment | own):
             yield server
 
 

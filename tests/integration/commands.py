@@ -47,6 +47,13 @@ def start(*arguments: object, **settings: str) -> subprocess.Popen[str]:
     )
 
 
+def prefect(*words: str, **settings: str) -> subprocess.CompletedProcess[str]:
+    """One command of Prefect's, waited for, that prints what its flows log."""
+    told = environment(PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL="INFO", **settings)
+    command = [sys.executable, "-m", "prefect", *words]
+    return subprocess.run(command, capture_output=True, text=True, env=told, timeout=300, check=False)
+
+
 def kill_tree(process: subprocess.Popen[str]) -> int:
     """SIGKILL a command and everything it started; returns how many processes died."""
     family = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
