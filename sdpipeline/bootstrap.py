@@ -43,6 +43,10 @@ from sdpipeline.worker import Worker, WorkerLimits, WorkerSummary
 
 BUILTIN_CHECKPOINTS = Path(__file__).parent / "demo" / "checkpoints"
 BUILTIN_LICENCE = "Apache-2.0"
+ENGINE_PACKAGES = (
+    "torch", "diffusers", "transformers", "accelerate", "peft", "safetensors", "huggingface_hub", "greenlet", "tqdm"
+)  # fmt: skip
+"""Modules of the extra ``engine``."""
 
 __all__ = ["Progress", "Span", "Thumbnails", "WorkerSummary"]
 
@@ -295,6 +299,14 @@ def check_quantization(s: Settings, device: str | None = None) -> None:
 
     for each in [device] if device else sorted(set(devices(s))):
         check(s.engine.quantize, each, s.engine.dtype)
+
+
+def check_engine(s: Settings) -> None:
+    """SettingsError where a package of the extra ``engine`` is missing. Imports none: torch alone takes seconds."""
+    missing = [name for name in ENGINE_PACKAGES if find_spec(name) is None]
+    if missing and s.engine.fake_seconds_per_batch is None:
+        message = f"this machine cannot make pictures: no {missing[0]}"
+        raise SettingsError(Mistake(message=message, fix="pip install 'sdpipeline[engine]'"))
 
 
 def _need_engine() -> None:

@@ -36,6 +36,7 @@ def demo(
     from sdpipeline import orchestration
 
     s = _embedded(settings(home))
+    bootstrap.check_engine(s)
     started = time.monotonic()
     name, done = intake.submit(s, BUNDLED_CAMPAIGN)
     if not as_json:

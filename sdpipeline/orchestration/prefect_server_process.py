@@ -37,6 +37,7 @@ class SameOrigin:
         self._origins = origins
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """One connection of ASGI."""
         if scope["type"] in {"http", "websocket"}:
             origin = Headers(scope=scope).get("origin")
             if origin is not None and origin not in self._origins:

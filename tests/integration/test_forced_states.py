@@ -1,4 +1,4 @@
-"""Somebody forces a run's state and names a result: nothing of it is read, on whichever server and however it starts."""
+"""Somebody forces a run's state and names a result: nothing of it is read, wherever and however a flow starts."""
 
 from __future__ import annotations
 
