@@ -35,8 +35,8 @@ def demo(
     """Make the bundled campaign's pictures on this machine and say where everything is."""
     from sdpipeline import orchestration
 
+    bootstrap.check_engine(settings(home))
     s = _embedded(settings(home))
-    bootstrap.check_engine(s)
     started = time.monotonic()
     name, done = intake.submit(s, BUNDLED_CAMPAIGN)
     if not as_json:

@@ -175,7 +175,7 @@ def test_websockets_of_other_hosts_and_origins_are_refused(
     server: ServerHandle, path: str, headers: dict[str, str]
 ) -> None:
     url = f"{server.api_url.replace('http', 'ws', 1)}/{path}"
-    with pytest.raises(InvalidStatus, match="HTTP 40[03]"):
+    with pytest.raises(InvalidStatus, match=r"HTTP 40[03]"):
         connect(url, additional_headers=headers, subprotocols=[Subprotocol("prefect")], proxy=None)
 
 
@@ -245,8 +245,8 @@ def test_a_server_whose_only_command_was_killed_ends(tmp_path: Path) -> None:
     )
     assert holder.stdout is not None
     url = holder.stdout.readline().split()[0]
-    (server,) = (json.loads((tmp_path / "prefect" / "server.json").read_text())["server"],)
-    found = psutil.Process(server["pid"])
+    recorded = json.loads((tmp_path / "prefect" / "server.json").read_text())["server"]
+    found = psutil.Process(recorded["pid"])
     assert answers(url)
     holder.kill()
     holder.communicate()

@@ -182,7 +182,7 @@ def test_what_goes_wrong_in_a_workers_thread_ends_its_run() -> None:
             {"ready": 2, "cancelled": 2},
             {"succeeded": 2, "cancelled": 2},
             "Completed",
-            "spring: 2 of 2 succeeded, 2 can",
+            "spring: 2 of 2 succeeded, 2",
         ),
     ],
 )
