@@ -55,7 +55,7 @@ def test_a_run_outlives_its_prefect_server(home: Path) -> None:
 
 def test_a_killed_run_leaves_no_process_behind(home: Path) -> None:
     (home / "campaign.yaml").write_text(CAMPAIGN)
-    running = start("run", home / "campaign.yaml", "--home", home, **{FAKE_ENGINE: "60"})
+    running = start("run", home / "campaign.yaml", "--home", home, **{FAKE_ENGINE: "5"})
     family = [psutil.Process(running.pid)]
     try:
         with bootstrap.services(bootstrap.load_settings(home)) as have:

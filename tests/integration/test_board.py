@@ -183,8 +183,8 @@ def test_the_pages_want_the_password_of_the_home(started: Show, page: Page) -> N
     page.locator("input").first.fill(str(started.server.password))
     page.get_by_role("button", name="Login").click()
     expect(page.get_by_text("Login").first).not_to_be_visible()
-    page.goto(f"{started.url}/flows")
-    expect(page.get_by_text("gpu-worker").first).to_be_visible()
+    page.goto(f"{started.url}/automations")
+    expect(page.get_by_text("Page for campaigns").first).to_be_visible()
 
 
 def photograph(page: Page, name: str) -> None:
