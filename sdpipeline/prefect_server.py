@@ -26,7 +26,7 @@ from urllib.parse import urlsplit
 import psutil
 from filelock import FileLock, Timeout
 
-from sdpipeline.errors import OrchestratorUnavailableError
+from sdpipeline.errors import Mistake, OrchestratorUnavailableError, SettingsError
 
 START_TIMEOUT_S = 120.0
 STOP_TIMEOUT_S = 5.0
@@ -117,15 +117,25 @@ class _Record:
 @contextmanager
 def own_server(home: Path, *, keep: bool = False) -> Iterator[ServerHandle]:
     """The home's own server, for as long as the block runs; with ``keep`` it stays when the last command ends."""
-    folder = home / "prefect"
-    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    folder.chmod(0o700)  # an earlier release made it readable by everybody
+    folder = _own_folder(home)
     me = Process.of(os.getpid())
     handle = _join(folder, me, keep=keep)
     try:
         yield handle
     finally:
         _leave(folder, me)
+
+
+def _own_folder(home: Path) -> Path:
+    folder = home / "prefect"
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    try:
+        folder.chmod(0o700)  # an earlier release made it readable by everybody
+    except PermissionError as error:
+        fix = "give each user a home of their own"
+        message = f"{folder} belongs to another user, whose Prefect server is nobody else's"
+        raise SettingsError(Mistake(key="SDP_HOME", message=message, fix=fix)) from error
+    return folder
 
 
 def wait_until_unused(folder: Path, me: Process, starter: Process) -> FileLock:
