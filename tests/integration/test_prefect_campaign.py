@@ -19,7 +19,7 @@ import pytest
 from sdpipeline import bootstrap
 from sdpipeline.db import reports
 from sdpipeline.prefect_server import ServerHandle, own_server
-from tests.integration.commands import credentials
+from tests.integration.commands import credentials, document
 
 pytestmark = pytest.mark.timeout(300)  # a server and a handful of processes, on a machine that may be busy
 
@@ -190,3 +190,16 @@ def test_an_interrupted_run_gives_its_leases_back(
     progress = running.progress()
     assert (progress.leased, progress.ready + progress.succeeded) == (0, JOBS)
     assert {run["state"]["type"] for run in running.runs()} == {"CANCELLED"}
+
+
+def test_a_cancelled_campaign_ends_as_cancelled(launch: Launch, tmp_path: Path) -> None:
+    running = launch(tmp_path, 1)
+    running.until(running.workers)
+    document("cancel", "spring-catalogue", "--home", tmp_path)
+    assert running.process.wait(120) == 0, (tmp_path / "output").read_text()
+    (state,) = [run["state"] for run in running.runs() if run["parent_task_run_id"] is None]
+    done = running.progress()
+    assert (state["type"], state["message"]) == (
+        "CANCELLED",
+        f"spring-catalogue: {done.succeeded} of {done.succeeded} succeeded, {done.cancelled} cancelled",
+    )
