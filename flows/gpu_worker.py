@@ -9,8 +9,7 @@ from prefect import flow, task
 from prefect.cache_policies import NO_CACHE
 
 
-@flow(name="gpu-worker", persist_result=False)
-def gpu_worker(
+def lease_and_work(
     campaign: str | None = None, home: str | None = None, device: str | None = None, log_file: str | None = None
 ) -> None:
     """Lease and work batches of a campaign, or of all, until nothing is left. Pictures are committed one by one."""
@@ -22,8 +21,7 @@ def gpu_worker(
         worker_process.redirect_output(Path(log_file))
     settings = flow_settings.load(Path(home) if home else None)
 
-    # The body travels to another process by value, so the task is made here rather than beside it. One task
-    # for many batches: a task run costs the server 30 ms.
+    # One task for many batches: a task run costs the server 30 ms.
     def work(stop: Stop) -> None:
         @task(name="chunk", task_run_name="chunk {number}", cache_policy=NO_CACHE, persist_result=False)
         def chunk(number: int) -> None:  # noqa: ARG001 - names the task run
@@ -36,3 +34,8 @@ def gpu_worker(
             chunks.tell(chunk)
 
     worker_process.until_told(work)
+
+
+# Not a decorator: under a name of its own the function is pickled by reference, so that a process it is sent to
+# imports this package, and with it the patch of Prefect's results.
+gpu_worker = flow(name="gpu-worker", persist_result=False)(lease_and_work)

@@ -61,6 +61,10 @@ HASH_CACHE = "checkpoint-hashes.json"
 """Hashes of unchanged weights, for commands that load none."""
 SEAL_TIMEOUT_S = 300.0
 """How long to wait for the process that seals: five of its minutes."""
+ENGINE_PACKAGES = (
+    "torch", "diffusers", "transformers", "accelerate", "peft", "safetensors", "huggingface_hub", "greenlet", "tqdm"
+)  # fmt: skip
+"""Modules of the extra ``engine``."""
 
 _log = structlog.get_logger(__name__)
 
@@ -435,6 +439,14 @@ def check_quantization(s: Settings, device: str | None = None) -> None:
 
     for each in [device] if device else sorted(set(devices(s))):
         check(s.engine.quantize, each, s.engine.dtype)
+
+
+def check_engine(s: Settings) -> None:
+    """SettingsError where a package of the extra ``engine`` is missing. Imports none: torch alone takes seconds."""
+    missing = [name for name in ENGINE_PACKAGES if find_spec(name) is None]
+    if missing and s.engine.fake_seconds_per_batch is None:
+        message = f"this machine cannot make pictures: no {missing[0]}"
+        raise SettingsError(Mistake(message=message, fix="pip install 'sdpipeline[engine]'"))
 
 
 def _need_engine() -> None:

@@ -17,6 +17,7 @@ from sdpipeline.db.connection import Database, open_database
 from sdpipeline.domain import Json
 from sdpipeline.engine.checkpoints import verify
 from sdpipeline.errors import BadInputError, CheckpointError, DatabaseUnavailableError, SdpError
+from sdpipeline.prefect_server import on_loopback
 from sdpipeline.settings import Settings
 from sdpipeline.storage import private
 
@@ -137,7 +138,8 @@ def _prefect(s: Settings) -> Iterator[Check]:
         yield Check(name="prefect", ok=True, detail=f"Prefect {version}; a local server is started when needed")
         return
     try:
-        answer = httpx.get(f"{s.prefect_api_url.rstrip('/')}/health", timeout=PREFECT_TIMEOUT_S)
+        url = f"{s.prefect_api_url.rstrip('/')}/health"
+        answer = httpx.get(url, timeout=PREFECT_TIMEOUT_S, trust_env=not on_loopback(url))  # no proxy leads there
         ok, detail = answer.is_success, f"{s.prefect_api_url} answered {answer.status_code}"
     except httpx.HTTPError as error:
         ok, detail = False, f"{s.prefect_api_url} does not answer: {type(error).__name__}"

@@ -26,6 +26,8 @@
     │   └── PictureBlockedError   a policy's safety checker forbids the finished picture: the job is blocked
     ├── ObjectMissingError        storage has no object under that key
     ├── ObjectConflictError       storage holds other bytes under that key
+    ├── ForeignResultError        a Prefect server named a result to be read: somebody forced a run's state
+    ├── RunForcedError            a Prefect run was given its final state from outside, with work left to do
     ├── AuditBrokenError          storage holds a seal that this database does not have the events of
     ├── LeaseLostError            another worker owns the job now: drop the work
     └── WorkersLostError          the worker processes died more often than they may be restarted
@@ -168,6 +170,14 @@ class ObjectConflictError(SdpError):
 
 class AuditBrokenError(SdpError):
     """Storage holds a seal over events that this database does not have: a restored backup, or worse."""
+
+
+class ForeignResultError(SdpError):
+    """A Prefect server named a result to be read. Flows of this package have none."""
+
+
+class RunForcedError(SdpError):
+    """A Prefect run was given its final state from outside, with work left to do."""
 
 
 class LeaseLostError(SdpError):

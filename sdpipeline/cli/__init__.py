@@ -122,50 +122,58 @@ def _run(arguments: Sequence[str], *, as_json: bool, stdout_before: TextIO) -> i
     try:
         return int(app(list(arguments), standalone_mode=False) or DONE)
     except SystemExit as ended:
-        # Typer's and rich's answer to any BrokenPipeError, also of a socket that is not a standard stream.
-        cause, replaced = ended.__context__, sys.stdout is not stdout_before
-        sys.stdout = stdout_before
-        if not isinstance(cause, BrokenPipeError):
-            raise
-        if replaced and not reader_is_gone():
-            raise cause from None
-        silence()
-        return READER_GONE
+        return _after_broken_pipe(ended, stdout_before)
     except typer.Exit as ended:
         return ended.exit_code
     except (typer.Abort, KeyboardInterrupt):
         return INTERRUPTED
-    except TyperException as error:
-        print_mistakes([Mistake(message=error.format_message(), fix="see --help")], as_json=as_json)
-        return BAD_INPUT
-    except UnicodeEncodeError as error:
+    except (TyperException, UnicodeEncodeError, SdpError, OSError) as error:
+        explained = _explained(error)
+        if explained is None:
+            raise
+        mistakes, exit_code = explained
+        print_mistakes(mistakes, as_json=as_json)
+        return exit_code
+
+
+def _after_broken_pipe(ended: SystemExit, stdout_before: TextIO) -> int:
+    """The exit code for a reader that is gone: Typer and rich answer any BrokenPipeError with SystemExit."""
+    cause, replaced = ended.__context__, sys.stdout is not stdout_before
+    sys.stdout = stdout_before
+    if not isinstance(cause, BrokenPipeError):
+        raise ended
+    if replaced and not reader_is_gone():  # a socket that is not a standard stream
+        raise cause from None
+    silence()
+    return READER_GONE
+
+
+def _explained(error: Exception) -> tuple[Sequence[Mistake], int] | None:
+    """What to print for an error and the exit code; None for an error that keeps its traceback."""
+    if isinstance(error, TyperException):
+        return [Mistake(message=error.format_message(), fix="see --help")], BAD_INPUT
+    if isinstance(error, UnicodeEncodeError):
         if not any("\ud800" <= character <= "\udfff" for character in error.object):
-            raise
-        fix = "set LC_ALL=C.UTF-8, or PYTHONUTF8=1"
+            return None
         message = f"{error.object!r} holds characters that are not in this locale's encoding"
-        print_mistakes([Mistake(message=message, fix=fix)], as_json=as_json)
-        return BAD_INPUT
-    except BadInputError as error:
-        print_mistakes(error.mistakes, as_json=as_json)
-        return BAD_INPUT
-    except DatabaseUnavailableError as error:
-        if isinstance(error, DatabaseRefusedError) or error.fix is None:
-            fix = error.fix or _DATABASE_FIX
-            print_mistakes([Mistake(key="SDP_DATABASE_URL", message=str(error), fix=fix)], as_json=as_json)
-            return BAD_INPUT
-        # The address is right: the database itself said what is wrong with it.
-        print_mistakes([Mistake(message=str(error), fix=error.fix)], as_json=as_json)
-        return FAILED
-    except tuple(_UNUSABLE) as error:
+        return [Mistake(message=message, fix="set LC_ALL=C.UTF-8, or PYTHONUTF8=1")], BAD_INPUT
+    if isinstance(error, BadInputError):
+        return error.mistakes, BAD_INPUT
+    if isinstance(error, DatabaseUnavailableError):
+        return _explained_outage(error)
+    if isinstance(error, tuple(_UNUSABLE)):
         key, fix = next(advice for kind, advice in _UNUSABLE.items() if kind in type(error).mro())
-        print_mistakes([Mistake(key=key, message=str(error), fix=fix)], as_json=as_json)
-        return BAD_INPUT
-    except SdpError as error:
-        print_mistakes([Mistake(message=str(error))], as_json=as_json)
-        return FAILED
-    except OSError as error:
-        if error.errno not in _DISK_FIXES:
-            raise
+        return [Mistake(key=key, message=str(error), fix=fix)], BAD_INPUT
+    if isinstance(error, SdpError):
+        return [Mistake(message=str(error))], FAILED
+    if isinstance(error, OSError) and error.errno in _DISK_FIXES:
         message = f"{error.filename}: {error.strerror}" if error.filename else str(error.strerror)
-        print_mistakes([Mistake(message=message, fix=_DISK_FIXES[error.errno])], as_json=as_json)
-        return FAILED
+        return [Mistake(message=message, fix=_DISK_FIXES[error.errno])], FAILED
+    return None
+
+
+def _explained_outage(error: DatabaseUnavailableError) -> tuple[Sequence[Mistake], int]:
+    if isinstance(error, DatabaseRefusedError) or error.fix is None:
+        return [Mistake(key="SDP_DATABASE_URL", message=str(error), fix=error.fix or _DATABASE_FIX)], BAD_INPUT
+    # The address is right: the database itself said what is wrong with it.
+    return [Mistake(message=str(error), fix=error.fix)], FAILED

@@ -114,6 +114,7 @@ def run(
     from sdpipeline import orchestration
 
     s = settings(home)
+    bootstrap.check_engine(s)
     if not s.embedded:  # a missing key is found before any work is done; the embedded default makes its own
         bootstrap.picture_key(s)
         bootstrap.believed_seal_keys(s)

@@ -35,6 +35,7 @@ def demo(
     """Make the bundled campaign's pictures on this machine and say where everything is."""
     from sdpipeline import orchestration
 
+    bootstrap.check_engine(settings(home))
     s = _embedded(settings(home))
     started = time.monotonic()
     name, done = intake.submit(s, BUNDLED_CAMPAIGN)

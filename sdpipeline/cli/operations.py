@@ -35,6 +35,7 @@ def worker(
 ) -> None:
     """Run one worker process outside a flow; SIGTERM lets it finish its batch, a second one does not."""
     s = settings(home)
+    bootstrap.check_engine(s)
     with stopping.told_by(*stopping.SIGNALS) as stop:
         try:
             done = bootstrap.run_worker(s, campaign=None, until_idle=until_idle, device=device, stop=stop)

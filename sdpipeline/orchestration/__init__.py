@@ -19,9 +19,16 @@ import structlog
 
 from sdpipeline import bootstrap
 from sdpipeline.bootstrap import Progress
-from sdpipeline.errors import DatabaseUnavailableError, Mistake, OrchestratorUnavailableError, SettingsError
+from sdpipeline.errors import (
+    DatabaseUnavailableError,
+    ForeignResultError,
+    Mistake,
+    OrchestratorUnavailableError,
+    RunForcedError,
+    SettingsError,
+)
 from sdpipeline.orchestration.board import describe, shown
-from sdpipeline.prefect_server import ServerHandle, answers, own_server
+from sdpipeline.prefect_server import ServerHandle, answers, no_proxy_for_loopback, own_server
 from sdpipeline.settings import Settings
 
 if TYPE_CHECKING:
@@ -57,12 +64,16 @@ def run_campaign(
         return progress
     with _sigterm_exits(), local_server(settings, keep_ui=keep_ui, always_own=always_own) as server:
         if console is not None:
-            console.print(f"Prefect UI: {server.ui_url}")
+            console.print(f"Prefect UI: {server.ui_url}{_password_hint(server)}")
         with _live_progress(settings, campaign, console):
             _run_flow(settings, campaign)
         if console is not None and keep_ui and server.pid is not None:
-            console.print(f"Prefect stays at {server.ui_url}; to stop it: kill {server.pid}")
+            console.print(f"Prefect stays at {server.ui_url}{_password_hint(server)}; to stop it: kill {server.pid}")
     return bootstrap.campaign_progress(settings, campaign)
+
+
+def _password_hint(server: ServerHandle) -> str:
+    return f" (password in {server.password_file})" if server.password_file else ""
 
 
 @contextmanager
@@ -70,14 +81,19 @@ def local_server(settings: Settings, *, keep_ui: bool = False, always_own: bool 
     """The Prefect server to use, named in this process's environment: PREFECT_API_URL, or the home's own."""
     url = None if always_own else settings.prefect_api_url
     if url is not None:
-        with _environment(_prefect_environment(url)):
+        with _environment(_prefect_environment(url) | no_proxy_for_loopback() | _home(settings)):
             _expect_answer(url)
             yield ServerHandle(api_url=url, ui_url=url.removesuffix("/api"), started=False)
         return
     with own_server(settings.home, keep=keep_ui) as server:
-        own = {"PREFECT_HOME": str(settings.home / "prefect")}
-        with _environment(_prefect_environment(server.api_url) | own):
+        own = {"PREFECT_HOME": str(settings.home / "prefect")} | _home(settings)
+        with _environment(_prefect_environment(server.api_url) | server.environment | own):
             yield server
+
+
+def _home(settings: Settings) -> dict[str, str]:
+    """Prefect asks for a home folder while it is imported, and a container's user may have none."""
+    return {"HOME": os.environ.get("HOME") or str(settings.home)}
 
 
 def _prefect_environment(api_url: str) -> dict[str, str]:
@@ -158,6 +174,7 @@ def _sigterm_exits() -> Iterator[None]:
 def _run_flow(settings: Settings, campaign: str) -> None:
     import httpx
     from prefect.client.orchestration import get_client
+    from prefect.exceptions import CancelledRun, CrashedRun, FailedRun, MissingResult
     from prefect.flow_engine import run_flow
     from prefect.flows import load_flow_from_entrypoint
     from prefect.settings import PREFECT_CLIENT_MAX_RETRIES, temporary_settings
@@ -172,6 +189,8 @@ def _run_flow(settings: Settings, campaign: str) -> None:
         except (KeyboardInterrupt, SystemExit):
             _cancel(flow_run.id)
             raise
+        except (FailedRun, CancelledRun, CrashedRun, MissingResult, ForeignResultError) as error:
+            _expect_an_end(settings, campaign, error)  # the flow's own state is Failed where jobs failed
         except httpx.HTTPError as error:
             _pass_on_interruption(error)
             if bootstrap.campaign_progress(settings, campaign).remaining:
@@ -181,6 +200,16 @@ def _run_flow(settings: Settings, campaign: str) -> None:
             log.warning("prefect.unreachable", error=repr(error))  # the work is done, only nobody could be told
         finally:
             _flush()
+
+
+def _expect_an_end(settings: Settings, campaign: str, error: Exception) -> None:
+    """The run has a final state: refuse one that somebody else gave it before the work was done."""
+    progress = bootstrap.campaign_progress(settings, campaign)
+    if progress.remaining and progress.status != "paused":
+        raise RunForcedError(
+            f"the Prefect run of {campaign} was ended from outside with {progress.remaining} jobs to do "
+            f"({error}); run again to go on"
+        ) from error
 
 
 def _pass_on_interruption(error: BaseException) -> None:

@@ -96,7 +96,7 @@ class Board:
     def _move(self, progress: Progress, *, now: bool) -> None:
         from prefect.artifacts import create_progress_artifact, update_progress_artifact
 
-        percentage = 100.0 * progress.finished / progress.total if progress.total else 100.0
+        percentage = 100.0 * progress.succeeded / progress.total if progress.total else 100.0
         if self._shown is not None:
             when, before = self._shown
             if percentage == before or (not now and self._clock() - when < SHOW_EVERY_S):

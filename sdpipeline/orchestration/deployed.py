@@ -11,7 +11,7 @@ import structlog
 from sdpipeline import bootstrap, intake
 from sdpipeline.db import reports
 from sdpipeline.db.waiting import until_available
-from sdpipeline.orchestration import dispatch
+from sdpipeline.orchestration import dispatch, worker_process
 from sdpipeline.orchestration.fleet import Bounds, Fleet
 from sdpipeline.orchestration.request import CampaignRequest, Reopen
 from sdpipeline.settings import Settings
@@ -33,7 +33,8 @@ def carry_out(settings: Settings, request: CampaignRequest) -> State[Any]:
         reopened, _ = until_available(partial(intake.reopen, settings, name, request.reopen))
         log.info("jobs.reopened", campaign=name, status=str(request.reopen), jobs=reopened)
     fleet = Fleet(campaign=name, label=f"fleet:{settings.team}/{name}", bounds=_bounds(settings, request))
-    return dispatch.work_off(settings, name, fleet)
+    with worker_process.state_of_the_server():
+        return dispatch.work_off(settings, name, fleet)
 
 
 def _submitted(settings: Settings, request: CampaignRequest) -> str | None:

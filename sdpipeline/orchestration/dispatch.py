@@ -72,13 +72,13 @@ def work_off(settings: Settings, campaign: str, workers: Workers) -> State[None]
     labels = until_available(lambda: _tags(settings, progress))
     board.open(progress, labels)
     with tags(*labels):
-        progress = _watch(settings, campaign, workers, board)
+        ended = _watch(settings, campaign, workers, board)
     try:
         bootstrap.seal_here(settings)
     except TransientError as error:
         log.warning("audit.unsealed", error=str(error))  # the next seal covers these events too
-    board.close(progress)
-    return _closing_state(progress)
+    board.close(ended)
+    return closing_state(ended, began=progress)
 
 
 def _watch(settings: Settings, campaign: str, workers: Workers, board: Board) -> Progress:
@@ -189,12 +189,21 @@ def _close_tasks(client: SyncPrefectClient, run_id: UUID, state: State[Any]) -> 
             client.set_task_run_state(task_run.id, state, force=True)
 
 
-def _closing_state(progress: Progress) -> State[None]:
-    from prefect.states import Completed
+def closing_state(progress: Progress, *, began: Progress) -> State[Any]:
+    """State of a campaign's run: Failed with its counts where `run` exits 3 for it, Cancelled if somebody cancelled it.
+
+    A version submitted meanwhile may cancel jobs too (`--prune`); its campaign goes on.
+    """
+    from prefect.states import Cancelled, Completed, Failed
 
     if progress.status == "paused" and progress.remaining:
         why = f" ({progress.paused_because})" if progress.paused_because else ""
         return Completed(name="Paused", message=f"paused with {progress.remaining} of {progress.total} jobs to do{why}")
+    if progress.failed or progress.blocked:
+        return Failed(message=describe(progress))
+    cancelled = progress.cancelled > began.cancelled and progress.version == began.version
+    if cancelled or (progress.cancelled and not progress.total):
+        return Cancelled(message=describe(progress))
     return Completed(message=describe(progress))
 
 

@@ -59,6 +59,7 @@ class Fleet:
     _finished_at_start: dict[UUID, int] = field(default_factory=dict)
     _starts: int = 0
     _deaths: int = 0
+    _last_words: str = ""
     _finished: int = 0
     _tended_at: float = -math.inf
     _surplus_since: float | None = None
@@ -93,7 +94,8 @@ class Fleet:
                 return
             self._count_deaths(client, {run.id for run in living}, progress)
             if self._deaths > MAX_RESTARTS * wanted:
-                raise WorkersLostError(f"{self._deaths} workers of {self.campaign} ended without finishing any job")
+                why = f": {self._last_words}" if self._last_words else ""
+                raise WorkersLostError(f"{self._deaths} workers of {self.campaign} ended with no job finished{why}")
             # Workers that just ended may have finished what was leased a moment ago; where nothing is ready, only jobs
             # that wait for a back-off or behind a dead lease need somebody, and those stay.
             needed = progress.ready > 0 or (self._deserted and not living)
@@ -146,6 +148,7 @@ class Fleet:
             if state is not None and (state.is_crashed() or state.is_failed() or (state.is_completed() and untouched)):
                 log.warning("worker.died", flow_run=str(run_id), state=state.name, message=state.message)
                 self._deaths += 1
+                self._last_words = state.message or self._last_words
 
     def _send_home(self, client: SyncPrefectClient, living: Sequence[FlowRun], wanted: int) -> None:
         """Who waits for a device goes first and at once, who works only after a while; the newest before the others."""

@@ -7,16 +7,18 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from contextvars import copy_context
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import structlog
 
 from sdpipeline.bootstrap import WorkerSummary
+from sdpipeline.orchestration.board import shown
 from sdpipeline.stopping import Stop
 
 _log = structlog.get_logger(__name__)
@@ -70,7 +72,27 @@ def until_told(work: Callable[[Stop], None]) -> None:
             raise
     working.result()
     if told is not None:
-        raise told
+        with state_of_the_server():
+            raise told
+
+
+@contextmanager
+def state_of_the_server() -> Iterator[None]:
+    """Have Prefect log the state that a terminated run has on the server: of one that is cancelled from there, it
+    would log "Finished in state Running()".
+    """
+    from prefect.client.orchestration import get_client
+    from prefect.context import FlowRunContext
+    from prefect.exceptions import TerminationSignal
+
+    try:
+        yield
+    except TerminationSignal:
+        context = FlowRunContext.get()
+        if context is not None and context.flow_run is not None:
+            with shown(), get_client(sync_client=True) as client:
+                context.flow_run.state = client.read_flow_run(context.flow_run.id).state
+        raise
 
 
 @contextmanager
@@ -91,20 +113,26 @@ class Chunks:
     """Work that goes on while Prefect is told of it in chunks, one after the other: the device waits for none."""
 
     working: Future[WorkerSummary]
+    watcher: int = field(default_factory=lambda: os.getppid())  # noqa: PLW0108 - looked up when called
+
+    @property
+    def watched(self) -> bool:
+        """Whether the parent lives: a process whose parent died gets another, and its device the next worker."""
+        return os.getppid() == self.watcher
 
     def wait(self) -> None:
-        """Until the chunk is over, or the work, whose error is raised."""
-        wait([self.working], timeout=CHUNK_S)
+        """Until the chunk is over, the process that watches has died, or the work is, whose error is raised."""
+        ends_at = time.monotonic() + CHUNK_S
+        while not self.working.done() and self.watched and (left := ends_at - time.monotonic()) > 0:
+            wait([self.working], timeout=min(left, LISTEN_EVERY_S))
         if self.working.done():
             self.working.result()
 
     def tell(self, chunk: Callable[[int], object]) -> None:
         """Call ``chunk``, which waits, until the work is over or nobody watches it any more."""
-        watcher = os.getppid()
         for number in itertools.count(1):
             chunk(number)
-            # A process whose parent died gets another: its device is the next worker's that is started there.
-            if self.working.done() or os.getppid() != watcher:
+            if self.working.done() or not self.watched:
                 return
 
 

@@ -48,7 +48,7 @@ def _under_prefect(folder: Path) -> tuple[float, int]:
         assert server.pid is not None
         process = psutil.Process(server.pid)
         before, started = _cpu_seconds(process), time.monotonic()
-        _finish(_command(folder, "under", "run", folder / "campaign.yaml", PREFECT_API_URL=server.api_url))
+        _finish(_command(folder, "under", "run", folder / "campaign.yaml", **server.environment))
         pictures_s = BATCHES_EACH * SECONDS_PER_BATCH
         print(f"the command took {time.monotonic() - started:.1f} s, of which {pictures_s} s pictures")
         time.sleep(SETTLE_S)

@@ -8,6 +8,7 @@ import signal
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from sdpipeline import bootstrap
@@ -50,6 +51,27 @@ def test_a_run_outlives_its_prefect_server(home: Path) -> None:
     finally:
         if running.poll() is None:
             kill_tree(running)
+
+
+def test_a_killed_run_leaves_no_process_behind(home: Path) -> None:
+    (home / "campaign.yaml").write_text(CAMPAIGN)
+    running = start("run", home / "campaign.yaml", "--home", home, **{FAKE_ENGINE: "5"})
+    family = [psutil.Process(running.pid)]
+    try:
+        with bootstrap.services(bootstrap.load_settings(home)) as have:
+            while "leased" not in statuses(have.database):
+                assert running.poll() is None, "it ended before there was anything to lose"
+                time.sleep(0.1)
+        family += family[0].children(recursive=True)
+        assert [each for each in family if "prefect_server_process" in str(each.cmdline())]
+        running.kill()
+        running.wait()
+        psutil.wait_procs(family, timeout=150)
+    finally:
+        left = [each for each in family if each.is_running() and each.status() != psutil.STATUS_ZOMBIE]
+        for each in left:
+            each.kill()
+    assert left == []
 
 
 def _succeeded(have: bootstrap.Services) -> int:

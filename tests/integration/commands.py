@@ -10,7 +10,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import httpx
 import psutil
+
+from sdpipeline.prefect_server import ServerHandle
 
 SDPIPELINE = [sys.executable, "-m", "sdpipeline"]
 FAKE_ENGINE = "SDP_ENGINE__FAKE_SECONDS_PER_BATCH"
@@ -45,6 +48,19 @@ def start(*arguments: object, **settings: str) -> subprocess.Popen[str]:
         text=True,
         start_new_session=True,
     )
+
+
+def prefect(*words: str, **settings: str) -> subprocess.CompletedProcess[str]:
+    """One command of Prefect's, waited for, that prints what its flows log."""
+    told = environment(PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL="INFO", **settings)
+    command = [sys.executable, "-m", "prefect", *words]
+    return subprocess.run(command, capture_output=True, text=True, env=told, timeout=300, check=False)
+
+
+def credentials(server: ServerHandle) -> httpx.BasicAuth:
+    """What our own Prefect server wants of every request."""
+    user, _, password = str(server.password).partition(":")
+    return httpx.BasicAuth(user, password)
 
 
 def kill_tree(process: subprocess.Popen[str]) -> int:

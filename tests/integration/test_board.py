@@ -23,9 +23,9 @@ from prefect.utilities.callables import parameter_schema
 
 from sdpipeline.flows.campaign import campaign
 from sdpipeline.orchestration.board import REFRESH_EVERY_S
-from sdpipeline.prefect_server import own_server
+from sdpipeline.prefect_server import ServerHandle, own_server
 from tests.integration.chromium import opened_page
-from tests.integration.commands import FAKE_ENGINE, environment
+from tests.integration.commands import FAKE_ENGINE, credentials, environment
 
 if TYPE_CHECKING:
     from playwright.sync_api import Page
@@ -60,7 +60,7 @@ SCREENSHOTS = os.environ.get("SDP_TEST_SCREENSHOTS")
 class Show:
     """A campaign that runs under a server, and what was on its board meanwhile."""
 
-    url: str
+    server: ServerHandle
     home: Path
     process: subprocess.Popen[bytes]
     watch: threading.Thread | None = None
@@ -68,8 +68,17 @@ class Show:
     run_id: str = ""
     meanwhile: dict[str, list[Any]] = field(default_factory=dict)
 
+    @property
+    def url(self) -> str:
+        return self.server.ui_url
+
     def ask(self, path: str, **body: Any) -> Any:
-        return httpx.post(f"{self.url}/api/{path}", json=body, timeout=30).raise_for_status().json()
+        known = credentials(self.server)
+        return httpx.post(f"{self.url}/api/{path}", json=body, auth=known, timeout=30).raise_for_status().json()
+
+    def run(self) -> Any:
+        known = credentials(self.server)
+        return httpx.get(f"{self.url}/api/flow_runs/{self.run_id}", auth=known).raise_for_status().json()
 
     def find_run(self) -> str:
         """The campaign's run; its workers' runs have parents."""
@@ -132,17 +141,15 @@ def started(prefect_home: Path, tmp_path_factory: pytest.TempPathFactory) -> Ite
     engine = {} if SCREENSHOTS else {FAKE_ENGINE: "1.0"}
     own = {"SDP_ENGINE__MAX_BATCH": "4", "SDP_COST_PER_GPU_HOUR": "3.6"}
     with own_server(prefect_home) as server, (home / "output").open("wb") as output:
-        automation = (
-            httpx.post(f"{server.api_url}/automations/", json=documented_automation()).raise_for_status().json()
-        )
         process = subprocess.Popen(
             [sys.executable, "-m", "sdpipeline", "run", str(file), "--home", str(home)],
-            env=environment(PREFECT_API_URL=server.api_url, **own, **engine),
+            env=environment(**server.environment, **own, **engine),
             stdout=output,
             stderr=output,
             start_new_session=True,
         )
-        show = Show(url=server.ui_url, home=home, process=process, automation_id=automation["id"])
+        show = Show(server=server, home=home, process=process)
+        show.automation_id = show.ask("automations/", **documented_automation())["id"]
         show.watch = threading.Thread(target=show.look, daemon=True)
         show.watch.start()
         try:
@@ -170,6 +177,16 @@ def page() -> Iterator[Page]:
         yield opened
 
 
+def test_the_pages_want_the_password_of_the_home(started: Show, page: Page) -> None:
+    page.goto(f"{started.url}/runs")
+    expect(page.get_by_text("Login").first).to_be_visible()
+    page.locator("input").first.fill(str(started.server.password))
+    page.get_by_role("button", name="Login").click()
+    expect(page.get_by_text("Login").first).not_to_be_visible()
+    page.goto(f"{started.url}/automations")
+    expect(page.get_by_text("Page for campaigns").first).to_be_visible()
+
+
 def photograph(page: Page, name: str) -> None:
     """Keep what is to be seen, where the documentation's screenshots are wanted."""
     if SCREENSHOTS:
@@ -190,7 +207,7 @@ def test_a_running_campaign_is_seen_to_move_in_the_browser(started: Show, page: 
 
 def test_pictures_and_failures_are_shown_while_the_campaign_runs(show: Show) -> None:
     sheets = len(show.meanwhile[f"contact-sheet-{NAME}"])
-    took_s = httpx.get(f"{show.url}/api/flow_runs/{show.run_id}").json()["total_run_time"]
+    took_s = show.run()["total_run_time"]
     assert 2 <= sheets <= 2 + took_s / REFRESH_EVERY_S  # the first ones, all at the end, and between them now and then
     assert f"failures-{NAME}" in show.meanwhile
     assert show.meanwhile[f"report-{NAME}"][0].endswith("The report is written here when the run ends.")
@@ -200,6 +217,17 @@ def test_each_artifact_is_made_once_and_then_changed(show: Show) -> None:
     mine = {"flow_run_id": {"any_": [show.run_id]}}
     keys = [artifact["key"] for artifact in show.ask("artifacts/filter", artifacts=mine)]
     assert sorted(keys) == sorted(f"{name}-{NAME}" for name in ("contact-sheet", "failures", "progress", "report"))
+
+
+def test_a_campaign_with_failed_jobs_ends_as_failed_and_says_how_many(show: Show) -> None:
+    state = show.run()["state"]
+    said = f"{NAME}: {PICTURES} of {PICTURES + FAILURES} succeeded, {FAILURES} failed"
+    assert (state["type"], state["message"]) == ("FAILED", said)
+
+
+def test_progress_counts_what_succeeded(show: Show) -> None:
+    last = show.artifacts()[f"progress-{NAME}"]["data"]
+    assert last == pytest.approx(100 * PICTURES / (PICTURES + FAILURES))
 
 
 def test_a_failure_is_listed_with_its_reason_and_attempts(show: Show) -> None:

@@ -154,6 +154,9 @@ def test_a_campaign_that_is_cancelled_stops_within_a_batch_and_keeps_its_picture
     assert (progress.succeeded, progress.leased, progress.ready) == (made, 0, MANY - made)
     assert 0 < made < MANY
     assert {each.outcome for each in here.attempts("autumn")} == {"succeeded", "released"}
+    said = "".join(here.output(name) for name in ("cpu", "first", "third"))
+    assert "Finished in state Cancelling" in said
+    assert "Finished in state Running" not in said
 
 
 def test_a_worker_that_is_told_to_move_gives_its_work_back_and_goes_on_elsewhere(

@@ -11,9 +11,10 @@ import pytest
 
 from sdpipeline import bootstrap, intake, orchestration
 from sdpipeline.flows import maintenance
-from sdpipeline.prefect_server import own_server
+from sdpipeline.prefect_server import ServerHandle, own_server
 from sdpipeline.settings import Settings
 from tests.factories import leased, statuses
+from tests.integration.commands import credentials
 
 pytestmark = pytest.mark.timeout(180)
 
@@ -28,19 +29,20 @@ stages:
 
 
 @pytest.fixture
-def api_url(prefect_home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+def server(prefect_home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[ServerHandle]:
     """A Prefect server, and a home that the environment names, as it does where a deployed flow runs."""
     monkeypatch.setenv("SDP_HOME", str(tmp_path / "home"))
     monkeypatch.setenv("SDP_ENGINE__FAKE_SECONDS_PER_BATCH", "0")
     monkeypatch.setenv("PREFECT_LOGGING_TO_API_ENABLED", "false")
-    with own_server(prefect_home) as server:
-        monkeypatch.setenv("PREFECT_API_URL", server.api_url)
+    with own_server(prefect_home) as own:
+        for name, value in own.environment.items():
+            monkeypatch.setenv(name, value)
         with orchestration.local_server(bootstrap.load_settings()):
-            yield server.api_url
+            yield own
 
 
 @pytest.fixture
-def spring(api_url: str, tmp_path: Path) -> Settings:
+def spring(server: ServerHandle, tmp_path: Path) -> Settings:
     """A submitted campaign."""
     (tmp_path / "spring.yaml").write_text(CAMPAIGN)
     settings = bootstrap.load_settings()
@@ -66,7 +68,9 @@ def test_reclaiming_makes_ready_what_dead_workers_held(spring: Settings) -> None
         assert set(statuses(have.database)) == {"ready"}
 
 
-def test_maintenance_fails_where_a_picture_is_missing_until_it_is_repaired(spring: Settings, api_url: str) -> None:
+def test_maintenance_fails_where_a_picture_is_missing_until_it_is_repaired(
+    spring: Settings, server: ServerHandle
+) -> None:
     bootstrap.run_worker(spring, campaign="spring", until_idle=True, device="cpu")
     assert ended(maintenance.seal)[0] == "COMPLETED"
     assert ended(maintenance.audit_verify, sample=2)[0] == "COMPLETED"
@@ -77,14 +81,18 @@ def test_maintenance_fails_where_a_picture_is_missing_until_it_is_repaired(sprin
     kind, message = ended(maintenance.audit_verify)
     assert (kind, message.split(":")[0]) == ("FAILED", "1 faults")
     assert ended(maintenance.reconcile)[0] == "FAILED"
-    tables = httpx.post(f"{api_url}/artifacts/latest/filter", json={}).raise_for_status().json()
+    tables = (
+        httpx.post(f"{server.api_url}/artifacts/latest/filter", json={}, auth=credentials(server))
+        .raise_for_status()
+        .json()
+    )
     assert victim.name in str([each["data"] for each in tables if each["key"] == "reconcile-faults"])
     assert ended(maintenance.reconcile, repair=True)[0] == "COMPLETED"
     assert ended(maintenance.reconcile)[0] == "COMPLETED"
 
 
 def test_a_flow_that_nobody_told_of_a_database_says_so(
-    api_url: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    server: ServerHandle, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.delenv("SDP_HOME")
     monkeypatch.chdir(tmp_path)

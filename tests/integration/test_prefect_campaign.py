@@ -18,7 +18,8 @@ import pytest
 
 from sdpipeline import bootstrap
 from sdpipeline.db import reports
-from sdpipeline.prefect_server import own_server
+from sdpipeline.prefect_server import ServerHandle, own_server
+from tests.integration.commands import credentials, document
 
 pytestmark = pytest.mark.timeout(300)  # a server and a handful of processes, on a machine that may be busy
 
@@ -42,7 +43,7 @@ class Running:
     """A command that works a campaign in a home of its own, and the Prefect server that shows it."""
 
     home: Path
-    api_url: str
+    server: ServerHandle
     process: subprocess.Popen[bytes]
 
     def progress(self) -> bootstrap.Progress:
@@ -69,19 +70,23 @@ class Running:
         with bootstrap.services(bootstrap.load_settings(self.home)) as have, have.database.read() as connection:
             return bool(reports.campaign_names(connection, team="default"))
 
+    def ask(self, what: str) -> Any:
+        url, known = f"{self.server.api_url}/{what}/filter", credentials(self.server)
+        return httpx.post(url, json={}, auth=known, timeout=30).raise_for_status().json()
+
     def runs(self) -> list[Any]:
         """The flow runs of this command: tests share a server, homes are their own."""
-        every = httpx.post(f"{self.api_url}/flow_runs/filter", json={}).raise_for_status().json()
+        every = self.ask("flow_runs")
         return [run for run in every if str(self.home) in str(run["parameters"])]
 
     def artifacts(self) -> dict[str, Any]:
         ours = {run["id"] for run in self.runs()}
-        every = httpx.post(f"{self.api_url}/artifacts/filter", json={}).raise_for_status().json()
+        every = self.ask("artifacts")
         return {artifact["type"]: artifact for artifact in every if artifact["flow_run_id"] in ours}
 
     def tasks(self) -> list[Any]:
         ours = {run["id"] for run in self.runs()}
-        every = httpx.post(f"{self.api_url}/task_runs/filter", json={}).raise_for_status().json()
+        every = self.ask("task_runs")
         return [task for task in every if task["flow_run_id"] in ours]
 
 
@@ -96,7 +101,7 @@ def launch(prefect_home: Path) -> Iterator[Launch]:
     def start(home: Path, workers: int) -> Running:
         campaign = home / "campaign.yaml"
         campaign.write_text(CAMPAIGN)
-        variables = {"PREFECT_API_URL": server.api_url, "SDP_WORKERS": str(workers)}
+        variables = {**server.environment, "SDP_WORKERS": str(workers)}
         fake = {"SDP_ENGINE__FAKE_SECONDS_PER_BATCH": "0.5", "SDP_ENGINE__MAX_BATCH": "4"}
         with (home / "output").open("wb") as output:
             process = subprocess.Popen(
@@ -108,7 +113,7 @@ def launch(prefect_home: Path) -> Iterator[Launch]:
                 # A suite that a shell started in the background ignores Ctrl-C, and so would what it starts.
                 preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # noqa: PLW1509
             )
-        started.append(Running(home=home, api_url=server.api_url, process=process))
+        started.append(Running(home=home, server=server, process=process))
         return started[-1]
 
     with own_server(prefect_home) as server:
@@ -185,3 +190,16 @@ def test_an_interrupted_run_gives_its_leases_back(
     progress = running.progress()
     assert (progress.leased, progress.ready + progress.succeeded) == (0, JOBS)
     assert {run["state"]["type"] for run in running.runs()} == {"CANCELLED"}
+
+
+def test_a_cancelled_campaign_ends_as_cancelled(launch: Launch, tmp_path: Path) -> None:
+    running = launch(tmp_path, 1)
+    running.until(running.workers)
+    document("cancel", "spring-catalogue", "--home", tmp_path)
+    assert running.process.wait(120) == 0, (tmp_path / "output").read_text()
+    (state,) = [run["state"] for run in running.runs() if run["parent_task_run_id"] is None]
+    done = running.progress()
+    assert (state["type"], state["message"]) == (
+        "CANCELLED",
+        f"spring-catalogue: {done.succeeded} of {done.succeeded} succeeded, {done.cancelled} cancelled",
+    )

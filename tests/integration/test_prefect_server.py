@@ -5,17 +5,28 @@ from __future__ import annotations
 import json
 import os
 import socket
+import stat
 import subprocess
 import sys
+import threading
+from collections.abc import Iterator
 from dataclasses import asdict, replace
+from functools import partial
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
+import httpx
+import psutil
 import pytest
+from websockets.exceptions import ConnectionClosed, InvalidStatus
+from websockets.sync.client import connect
+from websockets.typing import Subprotocol
 
 from sdpipeline import orchestration
 from sdpipeline.errors import OrchestratorUnavailableError, SettingsError
-from sdpipeline.prefect_server import Process, answers, own_server
+from sdpipeline.prefect_server import Process, ServerHandle, answers, own_server
 from sdpipeline.settings import Settings
+from tests.integration.commands import credentials
 
 HOLDER = """
 import pathlib, sys
@@ -78,7 +89,8 @@ def test_a_server_of_ones_own_is_used_and_nothing_is_started(
     prefect_home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with own_server(prefect_home) as ours:
-        monkeypatch.setenv("PREFECT_API_URL", ours.api_url)
+        for name, value in ours.environment.items():
+            monkeypatch.setenv(name, value)
         with orchestration.local_server(Settings(home=tmp_path)) as server:
             assert (server.api_url, server.started) == (ours.api_url, False)
     assert list(tmp_path.iterdir()) == []
@@ -107,3 +119,137 @@ def test_a_server_that_takes_calls_and_says_nothing_is_refused(tmp_path: Path, m
         expected = pytest.raises(SettingsError, match="check the address and that the server runs")
         with expected, orchestration.local_server(Settings(home=tmp_path)):
             pass
+
+
+@pytest.fixture(scope="module")
+def server(prefect_home: Path) -> Iterator[ServerHandle]:
+    with own_server(prefect_home) as handle:
+        yield handle
+
+
+def test_only_who_has_the_homes_password_is_answered(server: ServerHandle) -> None:
+    ask = partial(httpx.post, f"{server.api_url}/flows/filter", json={})
+    assert ask().status_code == 401
+    assert ask(auth=httpx.BasicAuth("sdpipeline", "guess")).status_code == 401
+    assert ask(auth=credentials(server)).status_code == 200
+
+
+def test_nobody_else_can_read_the_password(server: ServerHandle, prefect_home: Path) -> None:
+    file, folder = server.password_file, prefect_home / "prefect"
+    assert file is not None
+    assert file.read_text().strip() == server.password
+    assert (stat.S_IMODE(file.stat().st_mode), stat.S_IMODE(folder.stat().st_mode)) == (0o600, 0o700)
+    secret = str(server.password).partition(":")[2]
+    assert len(secret) > 40
+    assert secret not in str(psutil.Process(server.pid).cmdline())
+    assert secret not in (prefect_home / "logs" / "prefect-server.log").read_text()
+    assert secret not in repr(server)
+
+
+@pytest.mark.parametrize(
+    ("header", "value", "answer"),
+    [
+        ("Host", "attacker.example", 400),
+        ("Host", "127.0.0.1.attacker.example", 400),
+        ("Host", "localhost", 200),
+        ("Origin", "http://attacker.example", 403),
+        ("Origin", "http://127.0.0.1:1", 403),
+        ("Origin", "null", 403),
+        ("Origin", "OWN", 200),
+    ],
+)
+def test_pages_of_other_hosts_and_origins_are_refused(
+    server: ServerHandle, header: str, value: str, answer: int
+) -> None:
+    headers = {header: server.ui_url if value == "OWN" else value}
+    for path in ("/api/health", "/"):
+        assert httpx.get(server.ui_url + path, headers=headers).status_code == answer
+    shared = httpx.get(f"{server.api_url}/health", headers=headers).headers.get("access-control-allow-origin")
+    assert shared == (server.ui_url if value == "OWN" else None)
+
+
+@pytest.mark.parametrize("headers", [{"Host": "attacker.example"}, {"Origin": "http://attacker.example"}])
+@pytest.mark.parametrize("path", ["events/out", "logs/out"])
+def test_websockets_of_other_hosts_and_origins_are_refused(
+    server: ServerHandle, path: str, headers: dict[str, str]
+) -> None:
+    url = f"{server.api_url.replace('http', 'ws', 1)}/{path}"
+    with pytest.raises(InvalidStatus, match=r"HTTP 40[03]"):
+        connect(url, additional_headers=headers, subprotocols=[Subprotocol("prefect")], proxy=None)
+
+
+@pytest.mark.parametrize("path", ["events/out", "logs/out"])
+def test_a_websocket_wants_the_password(server: ServerHandle, path: str) -> None:
+    url = f"{server.api_url.replace('http', 'ws', 1)}/{path}"
+    with connect(url, subprotocols=[Subprotocol("prefect")], proxy=None) as socket_:
+        socket_.send(json.dumps({"type": "auth", "token": "guess"}))
+        with pytest.raises(ConnectionClosed):
+            socket_.recv(timeout=30)
+
+
+def test_a_port_that_another_process_took_is_sent_no_password(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The recorded process lives, and somebody else listens where it did."""
+    alive = subprocess.Popen(["sleep", "600"], start_new_session=True)
+    folder = tmp_path / "prefect"
+    folder.mkdir(mode=0o700)
+    asked: list[bytes] = []
+
+    class Impostor(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            asked.append(bytes(self.headers))
+            self.send_response(200)
+            self.end_headers()
+
+    with HTTPServer(("127.0.0.1", 0), Impostor) as impostor:
+        threading.Thread(target=impostor.serve_forever, daemon=True).start()
+        url, process = f"http://127.0.0.1:{impostor.server_port}", asdict(Process.of(alive.pid))
+        record = {"url": url, "server": process, "users": [], "keep": True, "locked": True}
+        (folder / "server.json").write_text(json.dumps(record))
+        (folder / "password").touch(mode=0o600)
+        (folder / "password").write_text("sdpipeline:secret")
+        monkeypatch.setattr(sys, "executable", "/bin/false")
+        with pytest.raises(OrchestratorUnavailableError), own_server(tmp_path):
+            pass
+        impostor.shutdown()
+    alive.wait()
+    assert asked == []
+    assert (folder / "password").read_text() != "sdpipeline:secret"
+
+
+def test_a_server_without_a_password_is_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What `run --keep-ui` of an earlier release left."""
+    older = subprocess.Popen(["sleep", "600"], start_new_session=True)
+    process = Process.of(older.pid)
+    record = {"url": "http://127.0.0.1:9", "server": asdict(process), "users": [], "keep": True}
+    (tmp_path / "prefect").mkdir()
+    (tmp_path / "prefect" / "server.json").write_text(json.dumps(record))
+    monkeypatch.setattr("sdpipeline.prefect_server._Record.owns_its_port", lambda _: True)
+    monkeypatch.setattr("sdpipeline.prefect_server._settles", lambda _: True)
+    monkeypatch.setattr(sys, "executable", "/bin/false")
+    with pytest.raises(OrchestratorUnavailableError), own_server(tmp_path):
+        pass
+    assert not process.alive()
+    older.wait()
+
+
+def test_a_server_whose_only_command_was_killed_ends(tmp_path: Path) -> None:
+    """Also for a user without a home, behind a proxy that leads nowhere."""
+    nowhere = dict.fromkeys(("HTTP_PROXY", "http_proxy", "ALL_PROXY"), "http://127.0.0.1:9")
+    bare = {name: value for name, value in os.environ.items() if name.lower() != "no_proxy"} | nowhere
+    bare.pop("HOME", None)
+    holder = subprocess.Popen(
+        ["unshare", "--user", "--map-user=4242", sys.executable, "-c", HOLDER, tmp_path],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env=bare | {"NO_PROXY": ""},
+    )
+    assert holder.stdout is not None
+    url = holder.stdout.readline().split()[0]
+    recorded = json.loads((tmp_path / "prefect" / "server.json").read_text())["server"]
+    found = psutil.Process(recorded["pid"])
+    assert answers(url)
+    holder.kill()
+    holder.communicate()
+    found.wait(60)
+    assert not (tmp_path / "prefect" / "server.json").exists()

@@ -5,6 +5,9 @@ from __future__ import annotations
 import os
 import signal
 import threading
+import urllib.request
+from dataclasses import replace
+from itertools import chain, repeat
 
 import pytest
 from prefect.exceptions import TerminationSignal
@@ -12,8 +15,9 @@ from prefect.utilities.engine import _prefect_sigterm_handler
 
 from sdpipeline import orchestration
 from sdpipeline.bootstrap import WorkerSummary
-from sdpipeline.orchestration import worker_process
+from sdpipeline.orchestration import dispatch, worker_process
 from sdpipeline.orchestration.board import describe
+from sdpipeline.prefect_server import no_proxy_for_loopback
 from sdpipeline.stopping import Stop
 from tests.factories import progress
 
@@ -77,9 +81,9 @@ def test_work_of_which_prefect_cannot_be_told_ends_in_order() -> None:
     assert seen == ["gave back"]
 
 
-@pytest.mark.usefixtures("short_chunks")
+@pytest.mark.timeout(30)  # a chunk takes longer, and is not waited for
 def test_work_that_nobody_watches_any_more_ends(monkeypatch: pytest.MonkeyPatch) -> None:
-    stop, parents = threading.Event(), iter([1000, 1])
+    stop, parents = threading.Event(), chain([1000], repeat(1))
     monkeypatch.setattr(os, "getppid", lambda: next(parents))
 
     def work() -> WorkerSummary:
@@ -164,3 +168,52 @@ def test_what_goes_wrong_in_a_workers_thread_ends_its_run() -> None:
 
     with pytest.raises(RuntimeError, match="on fire"):
         worker_process.until_told(work)
+
+
+@pytest.mark.parametrize(
+    ("began", "ended", "state", "said"),
+    [
+        ({"ready": 4}, {"succeeded": 4}, "Completed", "spring: 4 of 4 succeeded"),
+        ({"ready": 4}, {"succeeded": 3, "failed": 1}, "Failed", "spring: 3 of 4 succeeded, 1 failed"),
+        ({"ready": 4}, {"succeeded": 3, "blocked": 1}, "Failed", "spring: 3 of 4 succeeded, 1 blocked"),
+        ({"ready": 4}, {"succeeded": 1, "cancelled": 3}, "Cancelled", "spring: 1 of 1 succeeded, 3 cancelled"),
+        ({"cancelled": 4}, {"cancelled": 4}, "Cancelled", "spring: 0 of 0 succeeded, 4 cancelled"),
+        (
+            {"ready": 2, "cancelled": 2},
+            {"succeeded": 2, "cancelled": 2},
+            "Completed",
+            "spring: 2 of 2 succeeded, 2",
+        ),
+    ],
+)
+def test_a_run_ends_as_its_campaign_does(began: dict[str, int], ended: dict[str, int], state: str, said: str) -> None:
+    found = dispatch.closing_state(progress(**ended), began=progress(**began))
+    assert (found.name, str(found.message)[: len(said)]) == (state, said)
+
+
+def test_jobs_that_a_new_version_prunes_do_not_cancel_the_run() -> None:
+    newer = replace(progress(succeeded=3, cancelled=1), version=4)
+    assert dispatch.closing_state(newer, began=progress(ready=4)).is_completed()
+
+
+def test_a_paused_campaign_is_neither_failed_nor_done() -> None:
+    paused = replace(progress(ready=1, failed=1), status="paused", paused_because="max_images: 1 of 1")
+    found = dispatch.closing_state(paused, began=progress(ready=2))
+    assert (found.name, found.message) == ("Paused", "paused with 1 of 2 jobs to do (max_images: 1 of 1)")
+
+
+@pytest.mark.parametrize("upper", [None, "", "intra.example"])
+@pytest.mark.parametrize("lower", [None, "", "localhost, .example"])
+def test_no_proxy_is_asked_for_loopback(monkeypatch: pytest.MonkeyPatch, upper: str | None, lower: str | None) -> None:
+    for name in ("NO_PROXY", "no_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    given = {"NO_PROXY": upper, "no_proxy": lower}
+    known = {name: value for name, value in given.items() if value is not None}
+    for name, value in (known | {"http_proxy": "http://proxy.example:3128"}).items():
+        monkeypatch.setenv(name, value)
+    for name, value in no_proxy_for_loopback().items():
+        monkeypatch.setenv(name, value)
+    assert urllib.request.proxy_bypass("127.0.0.1:4200")
+    assert urllib.request.proxy_bypass("localhost")
+    assert bool(urllib.request.proxy_bypass("intra.example")) == bool(upper or lower)
+    assert not urllib.request.proxy_bypass("api.prefect.cloud")
