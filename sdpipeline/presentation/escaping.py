@@ -13,7 +13,7 @@ _UNSAFE_IN_LINES = re.compile(_UNSAFE.pattern.replace("\x00-\x1f", "\x00-\x09\x0
 _UNSAFE_IN_JSON = re.compile(_UNSAFE.pattern.replace("\x00-\x1f", ""))
 
 # What Markdown or HTML gives a meaning to inside a line, with the dots and colons that make links of addresses.
-_MARKUP = re.compile(r"[\\`*\[\]()<>!|~&@$^{}#\"]|(?<!\w)_|_(?!\w)|(?<=\S)[:](?=\S)|(?<=\w)\.(?=\w)")
+_MARKUP = re.compile(r"[\\`*\[\]()<>!|~&@$^{}#\"]|(?<![^\W_])_|_(?![^\W_])|(?<=\S)[:](?=\S)|(?<=\w)\.(?=\w)")
 
 _FORMULA = re.compile(r"[=+\-@\t\r]")
 _NUMBER = re.compile(r"[+-]?\d+([.,]\d+)*([eE][+-]?\d+)?")

@@ -125,5 +125,5 @@ def test_tables_and_sentences_show_codes_instead_of_obeying_them(
     hostile = "\x1b[31m[link=http://x]\x9b1m\u202e :smile:"
     output.print_table("", ("row",), [(hostile,)])
     output.stdout.print(hostile)
-    said = file.getvalue()
+    said = file.getvalue() + capsys.readouterr().out
     assert said.count(r"\x1b[31m[link=http://x]\x9b1m\u202e :smile:") == 2

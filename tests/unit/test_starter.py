@@ -49,7 +49,7 @@ def test_taking_away_the_number_signs_sets_every_default(folder: Path) -> None:
 
 def _names(document: dict[str, Any]) -> Iterator[str]:
     for name, value in document.items():
-        if name in ("s3", "inputs", "engine", "signing", "retention", "dispatch"):
+        if name in ("s3", "inputs", "engine", "signing", "retention", "dispatch", "gateway"):
             yield from (f"{name}__{inner}" for inner in value)
         else:
             yield name
