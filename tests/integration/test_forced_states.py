@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from uuid import UUID
 
 import httpx
 import pytest
@@ -103,7 +104,7 @@ def test_a_flow_run_in_this_process_reads_no_result(server: Server, told: None, 
     run = server.pending("seal")
     server.force(run, tmp_path / "trace")
     with get_client(sync_client=True) as client:
-        flow_run = client.read_flow_run(run)
+        flow_run = client.read_flow_run(UUID(run))
     with pytest.raises(ForeignResultError):
         run_flow(seal, flow_run=flow_run)
     assert not (tmp_path / "trace").exists()
@@ -118,7 +119,8 @@ def test_no_state_of_a_server_is_read(server: Server, told: None, tmp_path: Path
     run = server.pending(seal.name)
     server.force(run, tmp_path / "trace", state=state)
     with get_client(sync_client=True) as client:
-        found = client.read_flow_run(run).state
+        found = client.read_flow_run(UUID(run)).state
+    assert found is not None
     for raising in (True, False):
         with pytest.raises(ForeignResultError):
             found.result(raise_on_failure=raising, retry_result_failure=False)
@@ -137,7 +139,7 @@ def test_a_flow_run_in_a_process_of_its_own_reads_no_result(server: Server, told
     run = server.pending("gpu-worker", log_file=str(log))
     server.force(run, tmp_path / "trace")
     with get_client(sync_client=True) as client:
-        flow_run = client.read_flow_run(run)
+        flow_run = client.read_flow_run(UUID(run))
     process = run_flow_in_subprocess(gpu_worker.with_options(flow_run_name="worker 0"), flow_run=flow_run)
     process.join()
     assert process.exitcode is not None

@@ -15,11 +15,9 @@ from prefect._internal.result_records import ResultRecord, ResultRecordMetadata
 from prefect.client.schemas.objects import State
 from prefect.serializers import CompressedPickleSerializer, PickleSerializer, Serializer
 
-from sdpipeline import flows  # installs it
+import sdpipeline.flows  # noqa: F401 - installs it
 from sdpipeline.errors import ForeignResultError
 from sdpipeline.orchestration import prefect_results_patch
-
-assert flows
 
 
 def record(serializer: dict[str, Any]) -> bytes:
