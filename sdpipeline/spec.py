@@ -142,7 +142,7 @@ class Budget(_Part):
 
     max_gpu_seconds: Annotated[float, Field(gt=0)] | None = None
     """Seconds on devices, failed attempts included."""
-    max_images: Annotated[int, Field(ge=1)] | None = None
+    max_images: Annotated[int, Field(ge=1, le=2**53 - 1)] | None = None
     """Pictures of any stage."""
     max_cost: Annotated[float, Field(gt=0)] | None = None
     """In the currency of SDP_COST_PER_GPU_HOUR."""

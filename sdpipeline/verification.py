@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 from dataclasses import dataclass, field
 from typing import Literal
@@ -12,6 +11,7 @@ from sdpipeline import archive, provenance
 from sdpipeline.db import archives, audit, lookup
 from sdpipeline.db.audit import Event
 from sdpipeline.db.connection import Database
+from sdpipeline.db.event_reader import readable
 from sdpipeline.db.lookup import MOST_BITS, RecordedPicture
 from sdpipeline.domain import Json
 from sdpipeline.engine import Pixels
@@ -104,7 +104,7 @@ class Register:
         """Whether the audit log knows of this very file, as it does of one that was made again since."""
         sha256 = hashlib.sha256(data).hexdigest()
         with self.database.read() as connection:
-            events = [json.loads(row.body) for row in audit.holding(connection, sha256)]
+            events = [event for _, event in readable(audit.holding(connection, sha256))]
         successes = [each for each in events if each["event"] in (Event.JOB_SUCCEEDED, Event.JOB_ADOPTED)]
         own = [each["image"] for each in successes if each["image"]["key"].startswith(f"{self.team}/")]
         return any(image["sha256"] == sha256 for image in own)

@@ -136,6 +136,7 @@ BEGIN
     RAISE insufficient_privilege USING MESSAGE = 'this worker belongs to another login';
   END IF;
   IF NEW.images < 0 OR NEW.size_bytes < 0 OR NEW.gpu_seconds < 0 OR NEW.cost < 0
+     OR NEW.gpu_seconds >= 'Infinity' OR NEW.cost >= 'Infinity'  -- NaN is the largest number here
      OR (TG_OP = 'UPDATE' AND (NEW.images < OLD.images OR NEW.size_bytes < OLD.size_bytes
                                OR NEW.gpu_seconds < OLD.gpu_seconds OR NEW.cost < OLD.cost)) THEN
     RAISE insufficient_privilege USING MESSAGE = 'a worker''s login may only add to what was spent';

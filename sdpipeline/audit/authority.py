@@ -30,6 +30,9 @@ WORKER_EVENTS = frozenset(
 )
 """All that a worker writes. Migration 0004 holds the same list."""
 
+MOST_NAMED = 1000
+"""Foreign events of one chain: whoever writes them chooses their numbers."""
+
 SEALER_EVENTS = frozenset({Event.SETTINGS_CHANGED, Event.CHAIN_TAKEN})
 
 
@@ -76,7 +79,8 @@ class Authors:
         """The events that their chain's own author, in its next chain, said are not its own."""
         for (writer, author), first in self._taken.items():
             if self._authors.get(writer) == author:
-                yield from (f"event:{writer}/{seq}" for seq in range(first, self._newest[writer] + 1))
+                events = range(first, self._newest[writer] + 1)[:MOST_NAMED]
+                yield from (f"event:{writer}/{seq}" for seq in events)
 
 
 def _beyond(event: Json, actor: str, bound: Writer | None) -> str | None:

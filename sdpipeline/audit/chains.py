@@ -7,7 +7,7 @@ from collections.abc import Collection
 from datetime import UTC, datetime, timedelta
 
 from sdpipeline.audit.authority import Authors
-from sdpipeline.audit.findings import Verification
+from sdpipeline.audit.findings import UNREADABLE, Verification
 from sdpipeline.audit.gaps import forgotten
 from sdpipeline.audit.keys import PublicKeys, SealKey, Succession
 from sdpipeline.audit.seals import covers, digest, ranges, seal_name, seal_object
@@ -15,6 +15,7 @@ from sdpipeline.audit.told import Told
 from sdpipeline.db import audit as rows
 from sdpipeline.db.audit import GENESIS
 from sdpipeline.db.connection import Connection, Database
+from sdpipeline.db.event_reader import read_event
 from sdpipeline.domain import Json
 from sdpipeline.errors import ObjectMissingError
 from sdpipeline.storage import ObjectStore
@@ -35,7 +36,7 @@ def verify_chains(connection: Connection, found: Verification) -> Told:
         if digest(row.body) != row.hash:
             found.fault("event-altered", subject, "its bytes do not hash to its hash")
         try:
-            body = json.loads(row.body)
+            body = read_event(row.body)
             if row.seq == expected and (body["prev"], body["writer"], body["seq"]) != (head, writer, row.seq):
                 found.fault("chain-broken", subject, "it does not continue the event before it")
             if body["subject"] != row.subject:
@@ -43,7 +44,7 @@ def verify_chains(connection: Connection, found: Verification) -> Told:
             for detail in authors.faults(body):
                 found.fault("event-forged", subject, detail)
             told.hear(body)
-        except (KeyError, TypeError, ValueError):
+        except UNREADABLE:
             found.fault("event-altered", subject, "it is no event that was written here")
         expected, head = row.seq + 1, row.hash
     for subject in authors.foreign():
@@ -52,7 +53,7 @@ def verify_chains(connection: Connection, found: Verification) -> Told:
 
 
 def verify_seals(
-    connection: Connection, key: SealKey | PublicKeys, found: Verification, lost: Collection[int]
+    connection: Connection, key: SealKey | PublicKeys, found: Verification, lost: Collection[range]
 ) -> list[Json]:
     """Check every seal against the key and the events it covers; returns their rows. ``lost`` are the numbers of those
     over events that a gap names as missing."""
@@ -71,7 +72,7 @@ def verify_seals(
         if row["number"] != position or body["number"] != position or body["prev"] != previous:
             found.fault("seal-missing", subject, "it does not continue the seal before it")
         previous = row["hash"]
-        if row["number"] in lost and not row["ranges"]:
+        if not row["ranges"] and any(row["number"] in each for each in lost):
             continue
         if sorted(ranges(body)) != sorted(row["ranges"]):
             found.fault("seal-invalid", subject, "its ranges in the database differ from what was signed")

@@ -13,6 +13,7 @@ from sdpipeline.audit.keys import Succession, is_signed, signer
 from sdpipeline.audit.seals import digest, ranges, size
 from sdpipeline.audit.told import GAP
 from sdpipeline.db.audit import GENESIS, Event
+from sdpipeline.db.event_reader import read_event
 from sdpipeline.domain import Json
 from sdpipeline.errors import BadInputError
 from sdpipeline.merkle import Tree
@@ -100,7 +101,7 @@ class _Reading:
         """Compare an event with the one before it in its chain."""
         found = self.found
         try:
-            told = json.loads(body)
+            told = read_event(body)
             writer, seq, prev = told["writer"], told["seq"], told["prev"]
             expected, head = self._chains.get(writer, (0, GENESIS))
             if seq != expected:

@@ -20,6 +20,7 @@ from sdpipeline.db import audit as rows
 from sdpipeline.db import evidence
 from sdpipeline.db.audit import Event
 from sdpipeline.db.connection import Connection
+from sdpipeline.db.event_reader import readable
 from sdpipeline.domain import Json
 from sdpipeline.errors import BadInputError, InputImageError, Mistake
 from sdpipeline.merkle import inclusion_proof, verify_inclusion
@@ -64,8 +65,7 @@ def success_of_picture(connection: Connection, sha256: str, *, team: str) -> Suc
 
 def _successes(events: Sequence[Any], team: str) -> list[Success]:
     found = []
-    for row in events:
-        told = json.loads(row.body)
+    for row, told in readable(events):
         # A picture's key begins with its team; of an archived job nothing else says whose it is.
         if told["event"] in _SUCCESSES and told["image"]["key"].startswith(f"{team}/"):
             found.append(Success(writer_id=row.writer_id, seq=row.seq, body=row.body, told=told))

@@ -48,7 +48,7 @@ class Told:
     attempts: dict[int, tuple[int, int]] = field(default_factory=dict)
     roots: dict[int, str] = field(default_factory=dict)
     gaps: list[Json] = field(default_factory=list)
-    lost: set[int] = field(default_factory=set)
+    lost: list[range] = field(default_factory=list)
     """The numbers of the seals over events that a gap names as missing."""
     deleted: set[tuple[int, str]] = field(default_factory=set)
     erased: dict[int, tuple[int, str]] = field(default_factory=dict)
@@ -77,7 +77,7 @@ class Told:
                     self.changed[job_id] = max(self.changed.get(job_id, at), at)
         elif kind == Event.AUDIT_GAP:
             self.gaps.append({name: event[name] for name in GAP})
-            self.lost.update(range(event["first_seal"], event["last_seal"] + 1))
+            self.lost.append(range(event["first_seal"], event["last_seal"] + 1))
         else:
             self._hear_of_forgetting(kind, event)
 

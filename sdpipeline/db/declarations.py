@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 from sdpipeline.db.audit import Event, Transaction, about
+from sdpipeline.db.event_reader import readable
 from sdpipeline.domain import Json
 
 
@@ -14,9 +15,9 @@ def declare(tx: Transaction, part: str, values: Json) -> bool:
     Two machines that are set up differently declare in turn, and so they should.
     """
     subject = f"settings:{part}"
-    told = [json.loads(row.body) for row in about(tx.connection, subject)]
+    told = [event for _, event in readable(about(tx.connection, subject))]
     last = max(told, key=lambda event: (event["at_us"], event["seq"]), default=None)
-    if last is not None and last["values"] == json.loads(json.dumps(values)):
+    if last is not None and last.get("values") == json.loads(json.dumps(values)):
         return False
     tx.record(Event.SETTINGS_CHANGED, subject, values=values)
     return True

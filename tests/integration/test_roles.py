@@ -256,6 +256,8 @@ def test_a_workers_login_writes_no_event_of_anybody_else(
         "UPDATE campaign SET admitted = -1",
         "UPDATE spending SET cost = 0",
         "UPDATE spending SET images = images - 1",
+        "UPDATE spending SET cost = 'NaN'",
+        "UPDATE spending SET gpu_seconds = 'Infinity'",
     ],
 )
 def test_a_workers_login_changes_no_campaigns_status_and_takes_back_no_cost(
