@@ -19,7 +19,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -89,7 +89,7 @@ class _Record:
     locked: bool = True
 
     def save(self, path: Path) -> None:
-        path.write_text(json.dumps(asdict(self), indent=2), encoding="utf-8")
+        _replace(path, json.dumps(asdict(self), indent=2))
 
     @classmethod
     def read(cls, path: Path) -> _Record | None:
@@ -99,7 +99,7 @@ class _Record:
             server, locked = Process(**document["server"]), bool(document.get("locked", False))
             return cls(url=document["url"], server=server, users=users, keep=document["keep"], locked=locked)
         except (FileNotFoundError, ValueError, KeyError, TypeError):
-            return None  # absent, or cut short by a crash: a server it named is not known any more
+            return None  # absent, or written by something else: a server it named is not known any more
 
     def living_users(self) -> tuple[Process, ...]:
         return tuple(user for user in self.users if user.alive())
@@ -154,7 +154,8 @@ def wait_until_unused(folder: Path, me: Process, starter: Process) -> FileLock:
         except Timeout:
             continue  # a command joins or leaves
         if not _in_use(path, me, starter):
-            path.unlink(missing_ok=True)
+            if (record := _Record.read(path)) is not None and record.server == me:
+                path.unlink()  # the record of another server is not ours to remove
             return lock
         lock.release()
 
@@ -257,11 +258,16 @@ def _password(folder: Path) -> str | None:
 def _new_password(folder: Path) -> str:
     """Made anew at each start, so that one which was sent to a dead server's port opens nothing any more."""
     password = f"sdpipeline:{secrets.token_urlsafe(32)}"
-    descriptor, name = tempfile.mkstemp(dir=folder, prefix="password-")  # 0600
-    with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-        file.write(password + "\n")
-    Path(name).replace(_password_file(folder))
+    _replace(_password_file(folder), password + "\n")
     return password
+
+
+def _replace(path: Path, text: str) -> None:
+    """Write a file with mode 0600 in one step: a crash leaves the whole old one."""
+    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f"{path.name}-")
+    with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+        file.write(text)
+    Path(name).replace(path)
 
 
 @contextmanager
@@ -287,10 +293,14 @@ def _start(folder: Path, me: Process) -> tuple[_Record, str]:
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         record = _spawn(folder, me, listener, log, password)
+    path = folder / "server.json"
     try:
+        # Before it answers: after a SIGKILL of this command, the next one finds the process and ends it.
+        replace(record, users=(me,)).save(path)
         _wait_until_healthy(record, log)
-    except BaseException:  # also a Ctrl-C while it starts: nobody else knows this process
+    except BaseException:  # also a Ctrl-C while it starts
         _stop(record.server)
+        path.unlink(missing_ok=True)
         raise
     return record, password
 
@@ -301,9 +311,10 @@ def _spawn(folder: Path, me: Process, listener: socket.socket, log: Path, passwo
     about = json.dumps({"listener": listener.fileno(), "folder": str(folder), "starter": asdict(me)})
     # Not subprocess: whoever leaves last stops the server, so that no one object here may own its process.
     # A session of its own: a Ctrl-C in the terminal is for the command, which stops the server last.
+    # Without the current folder on its path (-P): others may write there.
     pid = os.posix_spawn(
         sys.executable,
-        [sys.executable, "-m", SERVER_MODULE, about],
+        [sys.executable, "-P", "-m", SERVER_MODULE, about],
         _server_environment(folder, port, password),
         file_actions=[
             (os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0),

@@ -100,6 +100,7 @@ def _prefect_environment(api_url: str) -> dict[str, str]:
     return {
         "PREFECT_API_URL": api_url,
         "DO_NOT_TRACK": "1",
+        "PYTHONSAFEPATH": "1",  # workers import nothing from the current folder, where others may write
         "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
         # Prefect's log lines would tear the progress bar and the JSON; the UI and the log files have them.
         "PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL": "CRITICAL",

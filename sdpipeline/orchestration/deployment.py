@@ -156,7 +156,7 @@ def _deploy_file() -> None:
     with as_file(files("sdpipeline.orchestration") / "prefect.yaml") as file:
         words = ["--no-prompt", "deploy", "--prefect-file", str(file), "--all"]
         done = subprocess.run(
-            [sys.executable, "-m", "prefect", *words],
+            [sys.executable, "-P", "-m", "prefect", *words],
             stdin=subprocess.DEVNULL,
             capture_output=True,
             encoding="utf-8",

@@ -160,7 +160,7 @@ class Gateway:
                 await server.send(json.dumps({"type": "auth", "token": self._server_auth}))
                 if _parsed(await server.recv()).get("type") == "auth_success":
                     await _first_to_end(*(way(server) for way in ways))
-        except (OSError, websockets.WebSocketException, RefusedError) as error:
+        except (OSError, websockets.WebSocketException, httpx.HTTPError, RefusedError) as error:
             log.warning("prefect_unavailable", path=path, error=repr(error))
         with suppress(RuntimeError, WebSocketDisconnect):  # the client is gone already
             await socket.close(SERVER_LOST, reason="the connection to the Prefect server ended")

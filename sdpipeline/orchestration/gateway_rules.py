@@ -182,6 +182,7 @@ async def _start(request: Request) -> None:
         if found is not None and found["id"] == request.found["id"].lower():
             if not isinstance(given, dict) or not parameters.issuperset(given):
                 raise RefusedError(f"parameters of {name}: this credential gives only {', '.join(sorted(parameters))}")
+            _without_templates(given)
             return
     raise RefusedError(f"deployment {request.found['id']}: not one that this credential may start")
 
@@ -203,6 +204,19 @@ def _without_result(state: Any) -> None:
     """Refuse a state that carries the address of a result: some process would load and unpickle it."""
     if not isinstance(state, dict) or state.get("data") is not None:
         raise RefusedError("state.data: this credential may not set results")
+
+
+def _without_templates(value: Any) -> None:
+    """Refuse parameters that the server would render, with the values of variables that this credential cannot read."""
+    waiting = [value]
+    while waiting:
+        each = waiting.pop()
+        if isinstance(each, dict):
+            if "__prefect_kind" in each:
+                raise RefusedError("__prefect_kind: this credential may not have the server render parameters")
+            waiting += each.values()
+        elif isinstance(each, list):
+            waiting += each
 
 
 _ID = f"(?P<id>{_UUID})"

@@ -65,6 +65,10 @@ DISPATCHER_MAY: dict[str, tuple[Asked, Asked]] = {
     "start a run, but not with an environment": (start(job_variables={"env": {"PYTHONPATH": "/tmp"}}), start()),
     "start a run, but not in another queue": (start(work_queue_name="mine"), start(name="mine")),
     "start a run, but not with a file to write to": (start(parameters={"log_file": "/etc/x"}), start()),
+    "start a run, but not with the value of a variable": (
+        start(parameters={"campaign": {"__prefect_kind": "workspace_variable", "variable_name": "x"}}),
+        start(parameters={"campaign": "spring"}),
+    ),
     "start a worker, but no other deployment": (start(OTHER_START), start()),
     "read a deployment, but not give it pull_steps": (
         post("deployments/", NEW | {"pull_steps": STEPS}),

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import socket
 import stat
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from dataclasses import asdict, replace
 from functools import partial
@@ -24,7 +26,7 @@ from websockets.typing import Subprotocol
 
 from sdpipeline import orchestration
 from sdpipeline.errors import OrchestratorUnavailableError, SettingsError
-from sdpipeline.prefect_server import Process, ServerHandle, answers, own_server
+from sdpipeline.prefect_server import Process, ServerHandle, answers, own_server, wait_until_unused
 from sdpipeline.settings import Settings
 from tests.integration.commands import credentials
 
@@ -232,8 +234,58 @@ def test_a_server_without_a_password_is_replaced(tmp_path: Path, monkeypatch: py
     older.wait()
 
 
+def test_the_server_of_a_command_that_was_killed_while_it_started_is_ended_by_the_next(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stuck = tmp_path / "stuck"
+    stuck.write_text("#!/bin/sh\nexec sleep 600\n")
+    stuck.chmod(0o755)
+    command = [sys.executable, "-c", f"import sys; sys.executable = {str(stuck)!r}\n{HOLDER}", tmp_path]
+    starting, record = subprocess.Popen(command), tmp_path / "prefect" / "server.json"
+    ends_at = time.monotonic() + 60
+    while not record.exists():
+        assert time.monotonic() < ends_at
+        time.sleep(0.05)
+    server = Process(**json.loads(record.read_text())["server"])
+    starting.kill()
+    starting.wait()
+    assert server.alive()
+    monkeypatch.setattr(sys, "executable", "/bin/false")
+    with pytest.raises(OrchestratorUnavailableError), own_server(tmp_path):
+        pass
+    assert (server.alive(), record.exists()) == (False, False)
+
+
+def test_a_server_that_ends_leaves_the_record_of_another(tmp_path: Path) -> None:
+    me, record = Process.of(os.getpid()), tmp_path / "server.json"
+    gone = asdict(replace(me, started_at=0.0))
+    record.write_text(json.dumps({"url": "http://127.0.0.1:9", "server": gone, "users": [], "keep": True}))
+    wait_until_unused(tmp_path, me, Process(**gone)).release()
+    assert json.loads(record.read_text())["server"] == gone
+
+
+def test_a_worker_imports_nothing_from_the_current_folder(
+    server: ServerHandle, prefect_home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trace = planted(tmp_path, "multiprocessing")
+    monkeypatch.chdir(tmp_path)
+    with orchestration.local_server(Settings(home=prefect_home)):
+        worker = multiprocessing.get_context("spawn").Process(target=os.getpid)
+        worker.start()
+        worker.join()
+    assert (worker.exitcode, trace.exists()) == (0, False)
+
+
+def planted(folder: Path, module: str) -> Path:
+    """A module that somebody else put there; returns the file that it writes when it is imported."""
+    trace = folder / "trace"
+    (folder / f"{module}.py").write_text(f"open({str(trace)!r}, 'w').close()\n")
+    return trace
+
+
 def test_a_server_whose_only_command_was_killed_ends(tmp_path: Path) -> None:
-    """Also for a user without a home, behind a proxy that leads nowhere."""
+    """Also for a user without a home, behind a proxy that leads nowhere, in a folder where others write."""
+    trace = planted(tmp_path, "uvicorn")
     nowhere = dict.fromkeys(("HTTP_PROXY", "http_proxy", "ALL_PROXY"), "http://127.0.0.1:9")
     bare = {name: value for name, value in os.environ.items() if name.lower() != "no_proxy"} | nowhere
     bare.pop("HOME", None)
@@ -243,6 +295,7 @@ def test_a_server_whose_only_command_was_killed_ends(tmp_path: Path) -> None:
         stdout=subprocess.PIPE,
         text=True,
         env=bare | {"NO_PROXY": ""},
+        cwd=tmp_path,
     )
     assert holder.stdout is not None
     url = holder.stdout.readline().split()[0]
@@ -253,3 +306,4 @@ def test_a_server_whose_only_command_was_killed_ends(tmp_path: Path) -> None:
     holder.communicate()
     found.wait(60)
     assert not (tmp_path / "prefect" / "server.json").exists()
+    assert not trace.exists()
