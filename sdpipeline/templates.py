@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, wraps
 from typing import Any
 
 from jinja2 import StrictUndefined, TemplateError, TemplateSyntaxError, UndefinedError, meta, nodes
@@ -15,6 +15,8 @@ from sdpipeline.yamlfile import control_character
 LONGEST_TEMPLATE = 20_000
 LONGEST_RESULT = 20_000
 MOST_EXPRESSIONS = 400
+LONGEST_FILTERED = 100_000
+"""Characters of a value that a filter works on: a table's longest cell."""
 DEEPEST = 50
 
 FILTERS = frozenset(
@@ -68,13 +70,26 @@ def _round(value: Any, precision: Any = 0, method: Any = "common") -> float:
     return round(float(value), int(precision))
 
 
+def _bounded(work: Callable[..., Any]) -> Callable[..., Any]:
+    """The filter, for values that are not longer than one cell: joined ones would cost seconds and gigabytes."""
+
+    @wraps(work)
+    def bounded(value: Any, *arguments: Any) -> Any:
+        if isinstance(value, str) and len(value) > LONGEST_FILTERED:
+            raise TemplateRefusedError(f"filters a text longer than {LONGEST_FILTERED:,} characters")
+        return work(value, *arguments)
+
+    return bounded
+
+
 def _sandbox() -> ImmutableSandboxedEnvironment:
     environment = ImmutableSandboxedEnvironment(
         undefined=StrictUndefined, autoescape=False, keep_trailing_newline=True, optimized=False
     )
     # `range`, `dict` and the like are no variables of a campaign.
     environment.globals.clear()
-    environment.filters = {name: environment.filters[name] for name in FILTERS} | {"replace": _replace, "round": _round}
+    filters = {name: environment.filters[name] for name in FILTERS} | {"replace": _replace, "round": _round}
+    environment.filters = {name: _bounded(work) for name, work in filters.items()}
     return environment
 
 
@@ -115,13 +130,15 @@ def compile_template(text: str) -> Template:
     if len(text) > LONGEST_TEMPLATE:
         raise TemplateRefusedError(f"is longer than {LONGEST_TEMPLATE:,} characters")
     if text.count("{{") > MOST_EXPRESSIONS:
-        # Each may stand for a table's longest cell.
         raise TemplateRefusedError(f"holds more than {MOST_EXPRESSIONS} expressions")
     if "{" not in text:
         return Template(text=text, names=frozenset(), _value=lambda _: text)
     try:
         tree = _environment.parse(text)
         _check(tree, depth=0)
+        if sum(1 for _ in tree.find_all(nodes.Name)) > MOST_EXPRESSIONS:
+            # Each may stand for a table's longest cell.
+            raise TemplateRefusedError(f"uses variables more than {MOST_EXPRESSIONS} times")
         names = frozenset(meta.find_undeclared_variables(tree))
         return Template(text=text, names=names, _value=_joined(tree) or _rendered(text))
     except TemplateSyntaxError as error:

@@ -59,6 +59,14 @@ def many_segments(count: int) -> bytes:
     return data[:2] + b"\xff\xe5\x00\x02" * count + data[2:]
 
 
+def webp(*chunks: bytes) -> bytes:
+    """A picture of 64 by 64 pixels with these chunks after its pixels."""
+    file = io.BytesIO()
+    Image.fromarray(_PIXELS).save(file, "WEBP")
+    body = b"WEBP" + file.getvalue()[12:] + b"".join(chunks)
+    return b"RIFF" + struct.pack("<I", len(body)) + body
+
+
 DEEP_RECORD = with_record(b"[" * 200_000)
 DEEP_BUT_PARSED = with_record(b'{"a":' * 300 + b"1" + b"}" * 300)
 LARGE_RECORD = with_record(b'{"a":"' + b"a" * 2**23 + b'"}')
@@ -66,14 +74,15 @@ LARGE_DEFLATED_RECORD = png(
     png_chunk(b"iTXt", b"sdpipeline\0\x01\0\0\0" + zlib.compress(b'{"a":"' + b"a" * 2**27 + b'"}', 9))
 )
 DEEP_XMP = with_xmp(b"<a>" * 5_000 + b"</a>" * 5_000)
-WIDE_XMP = with_xmp(b"<a>" + b"<b/>" * 200_000 + b"</a>")
+WIDE_XMP = with_xmp(b"<a>" + b"<b/>" * 300_000 + b"</a>")
 LARGE_XMP = with_xmp(b"<a>" + b"x" * 2**23 + b"</a>")
 LAUGHS = with_xmp(
     b'<!DOCTYPE l [<!ENTITY a "ha">'
     + b"".join(b'<!ENTITY %c "%s">' % (98 + n, b"&%c;" % (97 + n) * 10) for n in range(9))
     + b"]><l>&j;</l>"
 )
-MANY_CHUNKS = png(*[png_chunk(b"prVt", b"")] * 250_000)
+MANY_CHUNKS = png(*[png_chunk(b"prVt", b"")] * 80_000)
+MANY_WEBP_CHUNKS = webp(b"prVt\0\0\0\0" * 30_000)
 MANY_SEGMENTS = many_segments(30_000)
 MANY_SCANS = progressive_jpeg(300)
 

@@ -78,7 +78,7 @@ IMAGE_PROCESSORS = frozenset(
 _RUNS_CODE = frozenset({"auto_map", "custom_pipeline", "custom_pipelines", "trust_remote_code", "use_kernels"})
 _OTHER_FILES = frozenset(
     {"backbone", "base_model_name_or_path", "gguf_file", "merges_file", "spm_file", "tokenizer_file"}
-    | {"use_pretrained_backbone", "use_timm_backbone", "vocab_file"}
+    | {"use_pretrained_backbone", "use_timm_backbone", "vocab_file", "transformers_weights"}
 )
 _OTHER_LIBRARIES = frozenset({"quantization_config", "compression_config"})
 _ATTENTION = frozenset({"attn_implementation", "_attn_implementation", "_attn_implementation_internal"})

@@ -28,10 +28,14 @@ HARMLESS = frozenset(
 )
 """Documentation and samples. No loader of diffusers, transformers, tokenizers or spandrel opens them."""
 HARMLESS_NAMES = re.compile(
-    r"(licen[cs]e|notice|readme|copying|authors|contributors|changelog|citation|attribution|use[_-]?policy|terms)\b.*",
+    r"(.*[-_ .])?(licen[cs]e|notice|readme|copying|authors|contributors|changelog|citation|attribution|use[_-]?policy"
+    r"|terms|model[_-]?card|code[_-]of[_-]conduct)([\W_].*)?|thumbs\.db|desktop\.ini|sha256sums",
     re.IGNORECASE,
 )
-"""Documentation without a suffix, or with one of its own (LICENSE-1.0)."""
+"""Documentation without a suffix, or with one of its own (LICENSE-1.0), and what Windows leaves in folders."""
+
+_DISTRIBUTED = re.compile(r"shard-\d{5}-model-\d{5}-of-\d{5}\.safetensors", re.IGNORECASE)
+"""One such file makes transformers read every safetensors of its folder, hidden ones included."""
 
 MOST_FILES = 5_000
 DEEPEST = 8
@@ -179,6 +183,11 @@ def _matters(alias: str, name: str) -> bool:
     """Whether the manifest holds this file; CheckpointError if no checkpoint may hold it."""
     path = PurePosixPath(name)
     suffix = path.suffix
+    if _DISTRIBUTED.fullmatch(path.name):
+        raise CheckpointError(
+            f"checkpoint {alias!r}: {name} is a shard of a distributed checkpoint; save it again with save_pretrained, "
+            "and remove the shards"
+        )
     if suffix in MATTERS:
         return True
     lower = suffix.lower()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -16,24 +17,32 @@ LARGEST_MANIFEST = 16 * 2**20
 """Characters of a C2PA manifest store as JSON. Each ancestor takes about 17 kB."""
 
 LARGEST_XMP = 5 * 2**20
-MOST_XMP_ELEMENTS = 100_000
+MOST_XMP_ELEMENTS = 250_000
+"""Photoshop lists each ancestor of a document: a picture of a few years has tens of thousands."""
 
 DEEPEST_RECORD = 64
 DEEPEST_MANIFEST = 200
 
-MOST_PNG_CHUNKS = 200_000
-"""Encoders write pixels in chunks of 8 kB or more: 200,000 of them are larger than any accepted file."""
+MOST_PNG_CHUNKS = 70_000
+"""Encoders write pixels in chunks of 8 kB or more: 70,000 of them are larger than any accepted file."""
+
+MOST_WEBP_CHUNKS = 20_000
+"""A still picture has about six, and its signature adds one."""
 
 MOST_JPEG_SEGMENTS = 20_000
 MOST_JPEG_SCANS = 100
 """Each scan of a progressive JPEG visits every block; encoders write about ten, a bomb thousands."""
 
+_SAVE_AGAIN = "save it again without its metadata"
+
 SHAPE_ERRORS = (AttributeError, IndexError, KeyError, TypeError, ValueError, OverflowError, RecursionError)
 """What reading a parsed document raises that has another shape than the one written here."""
 
 _PNG = b"\x89PNG\r\n\x1a\n"
-_SOS = b"\xff\xda"
-_STANDALONE = frozenset({0x01, *range(0xD0, 0xD9)})
+_SOS, _EOI = 0xDA, 0xD9
+_NEXT_MARKER = re.compile(rb"\xff[^\x00\x01\xd0-\xd7\xff]")
+"""The marker that ends a scan: an 0xFF of its pixels is followed by 0x00, and restarts belong to it."""
+_STANDALONE = frozenset({0x00, 0x01, *range(0xD0, 0xD9)})
 
 
 class UnreadableError(ValueError):
@@ -83,14 +92,16 @@ def check_structure(data: bytes) -> None:
         _check_png(data)
     elif data.startswith(b"\xff\xd8"):
         _check_jpeg(data)
+    elif data.startswith(b"RIFF"):
+        _check_webp(data)
 
 
 def check_xmp(xmp: bytes) -> None:
     """Refuse XMP that is too large to be parsed as XML; raises InputImageError."""
     if len(xmp) > LARGEST_XMP:
-        raise InputImageError(f"its XMP has {len(xmp):,} bytes, at most {LARGEST_XMP:,} are read")
+        raise InputImageError(f"its XMP has {len(xmp):,} bytes, at most {LARGEST_XMP:,} are read ({_SAVE_AGAIN})")
     if xmp.count(b"<") > MOST_XMP_ELEMENTS:
-        raise InputImageError(f"its XMP has more than {MOST_XMP_ELEMENTS:,} elements")
+        raise InputImageError(f"its XMP has more than {MOST_XMP_ELEMENTS:,} elements ({_SAVE_AGAIN})")
 
 
 def _finite(digits: str) -> float:
@@ -144,18 +155,34 @@ def _check_png(data: bytes) -> None:
             raise InputImageError(f"a png of more than {MOST_PNG_CHUNKS:,} chunks")
 
 
+def _check_webp(data: bytes) -> None:
+    place, chunks = 12, 0
+    while place + 8 <= len(data):
+        size = int.from_bytes(data[place + 4 : place + 8], "little")
+        place += 8 + size + size % 2
+        chunks += 1
+        if chunks > MOST_WEBP_CHUNKS:
+            raise InputImageError(f"a webp of more than {MOST_WEBP_CHUNKS:,} chunks")
+
+
 def _check_jpeg(data: bytes) -> None:
-    place, segments = 2, 0
-    while place + 4 <= len(data) and data[place : place + 2] != _SOS:
+    place, segments, scans = 2, 0, 0
+    while place + 4 <= len(data):
         marker = data[place + 1]
         if data[place] != 0xFF or marker == 0xFF:
             place += 1
+        elif marker == _EOI:  # a telephone puts a film or a depth map behind its picture
+            return
         elif marker in _STANDALONE:
             place += 2
         else:
             place += 2 + int.from_bytes(data[place + 2 : place + 4], "big")
+            if marker == _SOS:
+                scans += 1
+                following = _NEXT_MARKER.search(data, place)
+                place = following.start() if following else len(data)
         segments += 1
         if segments > MOST_JPEG_SEGMENTS:
             raise InputImageError(f"a jpeg of more than {MOST_JPEG_SEGMENTS:,} segments")
-    if data.count(_SOS, place) > MOST_JPEG_SCANS:
-        raise InputImageError(f"a jpeg of more than {MOST_JPEG_SCANS} scans")
+        if scans > MOST_JPEG_SCANS:
+            raise InputImageError(f"a jpeg of more than {MOST_JPEG_SCANS} scans")

@@ -70,6 +70,7 @@ def change_json(path: Path, **keys: Any) -> None:
         "unet/diffusion_pytorch_model.bin", "model.ckpt", "unet/model.PT", "unet/flax_model.msgpack", "vae/model.onnx",
         "unet/openvino_model.xml", "model.gguf", "pipeline.py", "unet/modeling_evil.py", "unet/native.so",
         f"unet/{WEIGHTS.upper()}", "VAE/config.json", "unet/CONFIG.JSON", "model.dduf", "unet/weights",
+        "text_encoder/shard-00000-model-00001-of-00001.safetensors",
     ],
 )  # fmt: skip
 def test_a_file_that_was_added_after_approval_is_named(name: str, folder: Path) -> None:
@@ -86,7 +87,7 @@ def test_a_file_that_was_added_after_approval_is_named(name: str, folder: Path) 
     "name",
     [
         "README.md", "LICENSE", "LICENSE-1.0", ".gitattributes", ".cache/huggingface/x.lock", ".hidden.safetensors",
-        "v1-inference.yaml", "sample.png",
+        "v1-inference.yaml", "sample.png", "LICENSE_weights", "FLUX_LICENSE", "MODEL_CARD", "Thumbs.db",
     ],
 )  # fmt: skip
 def test_documents_samples_and_hidden_files_change_nothing(name: str, folder: Path) -> None:
@@ -96,6 +97,11 @@ def test_documents_samples_and_hidden_files_change_nothing(name: str, folder: Pa
     (folder / "empty").mkdir()
     verify(files)
     assert inspect("mine", folder).digest == files.digest
+
+
+def test_a_distributed_checkpoint_is_not_approved_as_its_loader_reads_hidden_files(folder: Path) -> None:
+    (folder / "vae" / WEIGHTS).rename(folder / "vae" / "shard-00000-model-00001-of-00001.safetensors")
+    assert "is a shard of a distributed checkpoint" in unapprovable(folder)
 
 
 @pytest.mark.parametrize("name", ["unet", "unet/config.json", "vae/other.safetensors", "nowhere", ".hidden"])
@@ -158,6 +164,7 @@ def test_only_classes_of_the_allow_list_are_approved(part: str, entry: Any, fold
         ("text_encoder/config.json", {"quantization_config": {"quant_method": "bitsandbytes"}}),
         ("text_encoder/config.json", {"attn_implementation": "somebody/kernel"}),
         ("text_encoder/config.json", {"backbone": "somebody/net", "use_pretrained_backbone": True}),
+        ("text_encoder/config.json", {"transformers_weights": ".hidden.safetensors"}),
         ("preprocessor_config.json", {"image_processor_type": "EvilProcessor"}),
         ("unet/adapter_config.json", {"base_model_name_or_path": "/tmp/other"}),
     ],

@@ -13,7 +13,7 @@ from sdpipeline.domain import OutputFormat
 from sdpipeline.errors import InputImageError, RequestRefusedError
 from sdpipeline.provenance import decode, encode, inspect, outside, read_record, verify
 from sdpipeline.provenance.outside import UnreadableError, parse_json, parse_object
-from tests.hostile import BOMBS, many_segments, png, progressive_jpeg, with_record, with_xmp
+from tests.hostile import BOMBS, many_segments, png, progressive_jpeg, webp, with_record, with_xmp
 
 every_bomb = pytest.mark.parametrize("data", BOMBS.values(), ids=BOMBS)
 
@@ -42,8 +42,11 @@ def test_a_bomb_is_not_valid_and_verifying_it_ends(data: bytes) -> None:
         with_xmp(b"<xmpmeta><RDF>text</RDF></xmpmeta>"),
         progressive_jpeg(10),
         many_segments(1_000),
+        progressive_jpeg(10) + b"ftypmp42" + b"\xff\xda a film's own bytes" * 300,
+        with_xmp(b"<a>" + b"<li>xmp.did:8E2A6B7C4F5D11E2</li>" * 60_000 + b"</a>"),
+        webp(b"prVt\0\0\0\0" * 100),
     ],
-    ids=["plain", "note", "list", "xmp", "odd-xmp", "progressive", "segments"],
+    ids=["plain", "note", "list", "xmp", "odd-xmp", "progressive", "segments", "film", "photoshop", "webp"],
 )
 def test_an_unusual_picture_is_taken(data: bytes) -> None:
     assert inspect(data, max_pixels=10_000) == (64, 64)

@@ -68,6 +68,7 @@ def test_a_value_is_data_even_if_it_looks_like_a_template() -> None:
         ("{{ " + "1 + " * 400 + "1 }}", "nested too deeply"),
         ("{{ " + "9" * 5000 + " }}", "a number too long"),
         ("{{ name }}" * 401, "more than 400 expressions"),
+        ("{{ " + " ~ ".join(["name"] * 401) + " }}", "uses variables more than 400 times"),
         ("{" + "x" * 20_001, "is longer than 20,000 characters"),
         ("{{ name|int(base=99) }}", "naming an argument is not allowed"),
         ("{{ name|round }}", "cannot be filled in: could not convert string to float: 'red'"),
@@ -98,3 +99,8 @@ def test_the_names_it_uses_are_known_without_rendering() -> None:
 def test_a_result_longer_than_any_prompt_is_refused() -> None:
     with pytest.raises(TemplateRefusedError, match="becomes longer"):
         render("{{ a }}{{ a }}", a="x" * LONGEST_RESULT)
+
+
+def test_a_filter_does_not_work_on_joined_cells() -> None:
+    with pytest.raises(TemplateRefusedError, match="filters a text longer than 100,000 characters"):
+        render("{{ (a ~ a)|title|default('') }}", a="x" * 100_000)
