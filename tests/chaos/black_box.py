@@ -244,7 +244,8 @@ def violations(at: Deployment) -> Iterator[str]:
         if status not in {"succeeded", "cancelled"}:
             yield f"{count} jobs are {status}"
     twice = at.rows(
-        "SELECT j.id, count(i.job_id) FROM job j LEFT JOIN image i ON i.job_id = j.id AND i.fingerprint = j.fingerprint "
+        "SELECT j.id, count(i.job_id) FROM job j "
+        "LEFT JOIN image i ON i.job_id = j.id AND i.fingerprint = j.fingerprint "
         "WHERE j.status = 'succeeded' GROUP BY j.id HAVING count(i.job_id) <> 1"
     )
     yield from (f"job {job} has {count} pictures" for job, count in twice)

@@ -21,7 +21,9 @@ FAKE_ENGINE = "SDP_ENGINE__FAKE_SECONDS_PER_BATCH"
 
 def environment(**settings: str) -> dict[str, str]:
     """This process's environment without its own SDP_ settings, plus the given ones."""
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(("SDP_", "PREFECT_API"))}
+    # COLUMNS, which some terminals and libraries set, decides on the shape of tables.
+    own = ("SDP_", "PREFECT_API", "COLUMNS")
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(own)}
     return kept | settings
 
 

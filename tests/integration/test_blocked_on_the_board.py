@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import json
 from pathlib import Path
 
@@ -42,6 +43,6 @@ def test_blocked_jobs_are_listed_with_their_rule(prefect_home: Path, tmp_path: P
     assert [(each["status"], each["error"]) for each in json.loads(str(table.data))] == [
         ("blocked", "policy.deny: 'widow'")
     ]
-    told = bootstrap.finish_report(settings, "parlour")
+    told = html.unescape(bootstrap.finish_report(settings, "parlour"))
     assert "0 jobs failed, 1 blocked:" in told
     assert "| 1 | blocked | only |  | 0 | policy.deny: 'widow' |" in told

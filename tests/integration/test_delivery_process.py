@@ -281,7 +281,7 @@ def test_one_that_is_frozen_is_killed_and_its_calls_are_answered_by_another(
         wait_for(lambda: beside() and frozen not in beside())
         process.check()
         assert process.silent_s() < 1.0
-    assert capfd.readouterr().out.count("delivery_process_silent") == 2
+    assert "".join(capfd.readouterr()).count("delivery_process_silent") == 2
 
 
 def test_one_that_is_frozen_for_less_than_its_bound_answers_itself(have: Services) -> None:
@@ -364,7 +364,8 @@ def test_leases_are_not_extended_while_the_delivery_process_is_silent_and_status
                 stopped[0].suspend()
             return super().generate(batch)
 
-    with closing(DeliveryProcess(destination(have), bounds=Bounds(silence_s=100.0))) as process:
+    delivering = destination(have, actor="worker:worker-1")
+    with closing(DeliveryProcess(delivering, bounds=Bounds(silence_s=100.0))) as process:
         limits = WorkerLimits(max_batch=4, lease_ttl_s=1.0, max_pixels=10**7)
         worker = Worker(
             "worker-1", have.audit, have.store, Freezing(seconds_per_batch=0.3), limits, key, deliverer=process

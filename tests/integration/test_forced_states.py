@@ -8,6 +8,7 @@ import json
 import os
 import pickle
 import sys
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +26,10 @@ from tests.integration.commands import environment, prefect
 from tests.integration.conftest import free_port, served
 
 pytestmark = pytest.mark.timeout(300)
+
+
+BUSY = 503
+"""The answer of a Prefect server whose SQLite database is locked."""
 
 
 class Execute:
@@ -45,7 +50,9 @@ class Server:
 
     def ask(self, what: str, **body: Any) -> Any:
         user, _, password = self.told.get("PREFECT_API_AUTH_STRING", ":").partition(":")
-        answer = httpx.post(f"{self.told['PREFECT_API_URL']}/{what}", json=body, auth=(user, password), timeout=30)
+        url = f"{self.told['PREFECT_API_URL']}/{what}"
+        while (answer := httpx.post(url, json=body, auth=(user, password), timeout=30)).status_code == BUSY:
+            time.sleep(0.2)
         return answer.raise_for_status().json()
 
     def pending(self, flow: str, **parameters: str) -> str:

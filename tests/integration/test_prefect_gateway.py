@@ -156,7 +156,10 @@ def test_a_campaign_goes_through_to_its_end_with_its_logs_task_runs_and_artifact
         tasks = site.until(lambda: api.post("task_runs/filter", json=of_child))
         assert {each["state_name"] for each in tasks} == {"Completed"}
         lines = {"logs": {"flow_run_id": {"any_": [children[0]["id"]]}}}
-        assert any("Finished" in line["message"] for line in site.until(lambda: api.post("logs/filter", json=lines)))
+        site.until(
+            lambda: api.post("logs/filter", json=lines),
+            lambda found: any("Finished" in each["message"] for each in found),
+        )
         keys = {each["key"] for each in site.until(lambda: api.post("artifacts/filter", json={}))}
     assert {"report-spring", "contact-sheet-spring"} <= keys
 

@@ -302,5 +302,6 @@ def test_migration_and_verification_agree_on_what_a_worker_writes(roles_url: sql
 def test_a_right_that_a_login_lacks_is_a_mistake_with_its_fix(office: Office) -> None:
     (office.folder / "mine.yaml").write_text(CAMPAIGN.replace("name: roles", "name: mine"))
     said = office.run("worker", "submit", office.folder / "mine.yaml", exit_code=2)
-    assert "this database login may not do that: permission denied" in json.dumps(said)
+    assert "this database login may not do that" in json.dumps(said)
+    assert "permission denied" in json.dumps(said)
     assert "roles.sql" in json.dumps(said)
