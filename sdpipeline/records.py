@@ -70,8 +70,18 @@ def of_files(paths: Sequence[str]) -> Generator[Record]:
 def _delimited(lines: Iterable[str], delimiter: str, name: str) -> Iterator[Record]:
     """Tab-separated files have no quoting, comma-separated ones follow RFC 4180."""
     csv.field_size_limit(LARGEST_CELL)
+    taken = 0
+
+    def counted() -> Iterator[str]:
+        nonlocal taken
+        for text in lines:
+            taken += len(text)
+            if taken > LARGEST_LINE:  # line ends within quotes: a row could go on for gigabytes
+                raise csv.Error(f"it is longer than {LARGEST_LINE:,} characters")
+            yield text
+
     reader = csv.reader(
-        lines,
+        counted(),
         delimiter=delimiter,
         quoting=csv.QUOTE_NONE if delimiter == "\t" else csv.QUOTE_MINIMAL,
         strict=True,
@@ -85,7 +95,7 @@ def _delimited(lines: Iterable[str], delimiter: str, name: str) -> Iterator[Reco
             # A line of nothing but delimiters is passed over by whoever reads the rows, however many they are.
             ragged = len(cells) != width and any(cells)
             yield line, cells, f"has {len(cells)} cells where the first line has {width}" if ragged else None
-            line = reader.line_num + 1
+            line, taken = reader.line_num + 1, 0
     except csv.Error as error:
         raise CampaignError(Mistake(file=name, line=line, message=f"is no table row: {error}")) from error
 

@@ -136,9 +136,7 @@ def compile_template(text: str) -> Template:
     try:
         tree = _environment.parse(text)
         _check(tree, depth=0)
-        if sum(1 for _ in tree.find_all(nodes.Name)) > MOST_EXPRESSIONS:
-            # Each may stand for a table's longest cell.
-            raise TemplateRefusedError(f"uses variables more than {MOST_EXPRESSIONS} times")
+        _check_uses(tree)
         names = frozenset(meta.find_undeclared_variables(tree))
         return Template(text=text, names=names, _value=_joined(tree) or _rendered(text))
     except TemplateSyntaxError as error:
@@ -165,6 +163,12 @@ def _check(tree: nodes.Node, *, depth: int) -> None:
         if isinstance(node, nodes.Const) and (character := control_character(str(node.value))):
             raise TemplateRefusedError(f"holds the character {character}")
         _check(node, depth=depth + 1)
+
+
+def _check_uses(tree: nodes.Template) -> None:
+    """Each use of a variable may stand for a table's longest cell."""
+    if sum(1 for _ in tree.find_all(nodes.Name)) > MOST_EXPRESSIONS:
+        raise TemplateRefusedError(f"uses variables more than {MOST_EXPRESSIONS} times")
 
 
 def _joined(tree: nodes.Template) -> Callable[[Mapping[str, Any]], Any] | None:

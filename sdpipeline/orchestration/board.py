@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 from uuid import UUID
@@ -17,7 +17,7 @@ from sdpipeline.bootstrap import Progress, Span, Thumbnails
 from sdpipeline.errors import TransientError
 from sdpipeline.orchestration import events
 from sdpipeline.orchestration.events import CampaignEvent
-from sdpipeline.presentation.escaping import terminal
+from sdpipeline.presentation.escaping import markdown
 from sdpipeline.settings import Settings
 
 SHOW_EVERY_S = 5.0
@@ -132,11 +132,10 @@ class Board:
 
     def _put_failures(self, progress: Progress) -> None:
         failed = [
-            {name: terminal(value) if isinstance(value, str) else value for name, value in each.items()}
-            | {"variables": terminal(", ".join(map(str, each["variables"].values())))}
+            each | {"variables": ", ".join(map(str, each["variables"].values()))}
             for each in bootstrap.failures(self._settings, self._campaign)
         ]
-        self._put("failures", failed, report.unlucky(progress, shown=len(failed)))
+        self._put("failures", table_cells(failed), report.unlucky(progress, shown=len(failed)))
 
     def _put(self, name: str, data: Any, description: str) -> None:
         """Make an artifact of this run, or change the one it made."""
@@ -158,6 +157,11 @@ class Board:
         created = makers[name](data, key=key, description=description)
         if isinstance(created, UUID):
             self._artifacts[name] = created
+
+
+def table_cells(rows: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Rows for a table artifact: Prefect's page renders each cell that is a text as Markdown."""
+    return [{name: markdown(value) if isinstance(value, str) else value for name, value in row.items()} for row in rows]
 
 
 def describe(progress: Progress) -> str:

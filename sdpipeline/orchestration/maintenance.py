@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from sdpipeline.audit import Verification
 from sdpipeline.domain import Json
-from sdpipeline.orchestration.board import shown
+from sdpipeline.orchestration.board import shown, table_cells
 from sdpipeline.reconcile import Reconciliation
 from sdpipeline.retention import Forgotten
 from sdpipeline.upkeep import Reclaimed
@@ -61,5 +61,7 @@ def _failed(what: str, faults: Sequence[Json], about: str) -> State[Any]:
     from prefect.states import Failed
 
     with shown():
-        create_table_artifact(list(faults[:MOST_SHOWN]), key=f"{what}-faults", description=f"{len(faults)} faults")
+        create_table_artifact(
+            table_cells(faults[:MOST_SHOWN]), key=f"{what}-faults", description=f"{len(faults)} faults"
+        )
     return Failed(message=f"{len(faults)} faults: {about}")

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import html
 import json
+import re
+from html import unescape
 from pathlib import Path
 
 from prefect import flow
@@ -19,7 +20,7 @@ CAMPAIGN = """\
 name: parlour
 checkpoint: shapes
 policy: {deny: [widow]}
-variables: {who: [widow, spider]}
+variables: {who: ["widow ![x](http://a.b/c)", spider]}
 defaults: {width: 64, height: 64}
 stages: [{id: only, task: text-to-image, prompt: "a {{ who }}"}]
 """
@@ -40,9 +41,11 @@ def test_blocked_jobs_are_listed_with_their_rule(prefect_home: Path, tmp_path: P
         with get_client(sync_client=True) as client:
             (table,) = client.read_artifacts(artifact_filter=mine)
     assert table.description == "0 jobs failed, 1 blocked"
-    assert [(each["status"], each["error"]) for each in json.loads(str(table.data))] == [
-        ("blocked", "policy.deny: 'widow'")
-    ]
-    told = html.unescape(bootstrap.finish_report(settings, "parlour"))
+    assert not re.search(r"[!\[\]<]|://", str(table.data).strip("[]"))  # the page renders cells as Markdown
+    (blocked,) = json.loads(str(table.data))
+    assert [unescape(blocked[name]) for name in ("status", "error", "variables")] == [
+        "blocked", "policy.deny: 'widow'", "widow ![x](http://a.b/c)",
+    ]  # fmt: skip
+    told = bootstrap.finish_report(settings, "parlour")
     assert "0 jobs failed, 1 blocked:" in told
-    assert "| 1 | blocked | only |  | 0 | policy.deny: 'widow' |" in told
+    assert "| 1 | blocked | only |  | 0 | policy.deny: 'widow' |" in unescape(told)

@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from html import unescape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -234,7 +235,7 @@ def test_a_failure_is_listed_with_its_reason_and_attempts(show: Show) -> None:
     failures = json.loads(show.artifacts()[f"failures-{NAME}"]["data"])
     assert len(failures) == FAILURES
     assert {(failure["stage"], failure["attempts"]) for failure in failures} == {("strict", 1)}
-    assert all("min_sharpness" in failure["error"] for failure in failures)
+    assert all("min_sharpness" in unescape(failure["error"]) for failure in failures)
 
 
 def test_the_contact_sheet_is_small_and_holds_its_bytes_itself(show: Show) -> None:

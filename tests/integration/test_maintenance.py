@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from html import unescape
 from pathlib import Path
 from typing import Any
 
@@ -86,7 +87,7 @@ def test_maintenance_fails_where_a_picture_is_missing_until_it_is_repaired(
         .raise_for_status()
         .json()
     )
-    assert victim.name in str([each["data"] for each in tables if each["key"] == "reconcile-faults"])
+    assert victim.name in unescape(str([each["data"] for each in tables if each["key"] == "reconcile-faults"]))
     assert ended(maintenance.reconcile, repair=True)[0] == "COMPLETED"
     assert ended(maintenance.reconcile)[0] == "COMPLETED"
 

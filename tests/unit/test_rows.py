@@ -5,6 +5,7 @@ import sys
 import tracemalloc
 from contextlib import closing
 from io import StringIO
+from itertools import chain, repeat
 from pathlib import Path
 from typing import Any
 
@@ -305,3 +306,10 @@ def test_a_line_that_is_too_long_is_named(tmp_path: Path) -> None:
     (tmp_path / "t.jsonl").write_text(json.dumps({"a": 1}) + "\n" + " " * 16 * 2**20 + '{"a": 2}\n')
     _, wrong = read(Table(path=tmp_path / "t.jsonl", name="t.jsonl"))
     assert wrong[0] == "t.jsonl:2: is longer than 16,777,216 characters"
+
+
+def test_a_row_that_never_ends_is_refused_and_not_held_in_memory() -> None:
+    table = Table(path=Path("rows.csv"), name="rows.csv")
+    endless = chain(["a,b\n"], ['"x\n'], repeat('","x\n', 4_000_000))
+    with pytest.raises(CampaignError, match="is no table row: it is longer than 16,777,216 characters"):
+        list(read_rows(table, endless, pytest.fail))
