@@ -312,4 +312,4 @@ def test_a_row_that_never_ends_is_refused_and_not_held_in_memory() -> None:
     table = Table(path=Path("rows.csv"), name="rows.csv")
     endless = chain(["a,b\n"], ['"x\n'], repeat('","x\n', 4_000_000))
     with pytest.raises(CampaignError, match="is no table row: it is longer than 16,777,216 characters"):
-        list(read_rows(table, endless, pytest.fail))
+        list(read_rows(table, endless, lambda mistake: pytest.fail(str(mistake))))
