@@ -72,7 +72,8 @@ def checked_record(record: Json | None, name: str) -> Json:
         raise BadInputError(Mistake(file=name, message="holds no record of ours", fix="give a picture made here"))
     if (schema := record.get("schema")) not in RECORD_SCHEMAS:
         raise BadInputError(Mistake(file=name, message=f"its record has the unknown schema {str(schema)[:80]!r}"))
-    if "prompt" not in (record.get("asked") or ()):
+    asked = record.get("asked")
+    if not isinstance(asked, dict) or "prompt" not in asked:
         fix = "give its job's number: the sidecar in storage has it"
         raise BadInputError(Mistake(file=name, message="its record keeps the prompt back", fix=fix))
     try:
@@ -91,16 +92,13 @@ def _request(record: Json) -> GenerationRequest:
             for part in (record["ran"], record["encoder"], record.get("ancestors", {}), *record["inputs"].values())
         )
         named = all(isinstance(record[name], str) for name in ("identity", "fingerprint", "made_at"))
-        pixels, steps, bucket = (
-            request.width * request.height,
-            request.num_inference_steps,
-            int(record["ran"]["bucket"]),
-        )
+        figures = (request.width, request.height, request.num_inference_steps, record["ran"]["bucket"])
     except SHAPE_ERRORS as error:
         raise InputImageError(f"the record is not one that was written here: {error!r}"[:200]) from error
-    if not (shaped and named):
+    if not (shaped and named and all(type(figure) is int for figure in figures)):
         raise InputImageError("the record is not one that was written here")
-    if not (0 < pixels <= LARGEST_PICTURE and steps <= MOST_STEPS and 0 < bucket <= LARGEST_BUCKET):
+    width, height, steps, bucket = figures
+    if not (0 < width * height <= LARGEST_PICTURE and steps <= MOST_STEPS and 0 < bucket <= LARGEST_BUCKET):
         raise InputImageError("the record asks for more pixels, steps or pictures at once than were ever made here")
     return request
 
