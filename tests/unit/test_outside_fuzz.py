@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageCms
 
@@ -142,6 +142,9 @@ def test_records(text: str) -> None:
 
 
 @given(record=documents, part=st.sampled_from(["asked", "ran", "inputs", "encoder", "ancestors", "identity", "width"]))
+@example(record=True, part="asked")
+@example(record="", part="width")
+@example(record=64.0, part="width")
 @fuzzed
 def test_records_of_another_shape(record: Any, part: str) -> None:
     whole: Json = {
