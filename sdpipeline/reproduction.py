@@ -72,12 +72,7 @@ def checked_record(record: Json | None, name: str) -> Json:
         raise BadInputError(Mistake(file=name, message="holds no record of ours", fix="give a picture made here"))
     if (schema := record.get("schema")) not in RECORD_SCHEMAS:
         raise BadInputError(Mistake(file=name, message=f"its record has the unknown schema {str(schema)[:80]!r}"))
-<<<<<<< HEAD
     if isinstance(asked := record.get("asked"), dict) and "prompt" not in asked:
-=======
-    asked = record.get("asked")
-    if not isinstance(asked, dict) or "prompt" not in asked:
->>>>>>> revb
         fix = "give its job's number: the sidecar in storage has it"
         raise BadInputError(Mistake(file=name, message="its record keeps the prompt back", fix=fix))
     try:
@@ -96,23 +91,13 @@ def _request(record: Json) -> GenerationRequest:
             for part in (record["ran"], record["encoder"], record.get("ancestors", {}), *record["inputs"].values())
         )
         named = all(isinstance(record[name], str) for name in ("identity", "fingerprint", "made_at"))
-<<<<<<< HEAD
-        pixels, bucket = request.width * request.height, int(record["ran"]["bucket"])
-        bounded = 0 < pixels <= LARGEST_PICTURE and 0 < bucket <= LARGEST_BUCKET
-        bounded = bounded and request.num_inference_steps <= MOST_STEPS
-=======
         figures = (request.width, request.height, request.num_inference_steps, record["ran"]["bucket"])
->>>>>>> revb
     except SHAPE_ERRORS as error:
         raise InputImageError(f"the record is not one that was written here: {error!r}"[:200]) from error
     if not (shaped and named and all(type(figure) is int for figure in figures)):
         raise InputImageError("the record is not one that was written here")
-<<<<<<< HEAD
-    if not bounded:
-=======
     width, height, steps, bucket = figures
     if not (0 < width * height <= LARGEST_PICTURE and steps <= MOST_STEPS and 0 < bucket <= LARGEST_BUCKET):
->>>>>>> revb
         raise InputImageError("the record asks for more pixels, steps or pictures at once than were ever made here")
     return request
 
