@@ -240,7 +240,7 @@ def test_the_server_of_a_command_that_was_killed_while_it_started_is_ended_by_th
     stuck = tmp_path / "stuck"
     stuck.write_text("#!/bin/sh\nexec sleep 600\n")
     stuck.chmod(0o755)
-    command = [sys.executable, "-c", f"import sys; sys.executable = {str(stuck)!r}\n{HOLDER}", tmp_path]
+    command = [sys.executable, "-c", f"import sys; sys.executable = {str(stuck)!r}\n{HOLDER}", str(tmp_path)]
     starting, record = subprocess.Popen(command), tmp_path / "prefect" / "server.json"
     ends_at = time.monotonic() + 60
     while not record.exists():
