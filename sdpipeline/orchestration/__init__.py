@@ -175,7 +175,7 @@ def _sigterm_exits() -> Iterator[None]:
 def _run_flow(settings: Settings, campaign: str) -> None:
     import httpx
     from prefect.client.orchestration import get_client
-    from prefect.exceptions import CancelledRun, CrashedRun, FailedRun, MissingResult
+    from prefect.exceptions import CancelledRun, CrashedRun, FailedRun, MissingResult, UnfinishedRun
     from prefect.flow_engine import run_flow
     from prefect.flows import load_flow_from_entrypoint
     from prefect.settings import PREFECT_CLIENT_MAX_RETRIES, temporary_settings
@@ -186,11 +186,12 @@ def _run_flow(settings: Settings, campaign: str) -> None:
         with get_client(sync_client=True) as client:
             flow_run = client.create_flow_run(flow, parameters=parameters)
         try:
-            run_flow(flow, flow_run=flow_run, parameters=parameters)
+            if (found := run_flow(flow, flow_run=flow_run, parameters=parameters)) is not None:
+                _expect_an_end(settings, campaign, f"its result is {found!r:.80}")  # our flows return nothing
         except (KeyboardInterrupt, SystemExit):
             _cancel(flow_run.id)
             raise
-        except (FailedRun, CancelledRun, CrashedRun, MissingResult, ForeignResultError) as error:
+        except (FailedRun, CancelledRun, CrashedRun, MissingResult, UnfinishedRun, ForeignResultError) as error:
             _expect_an_end(settings, campaign, error)  # the flow's own state is Failed where jobs failed
         except httpx.HTTPError as error:
             _pass_on_interruption(error)
@@ -203,14 +204,14 @@ def _run_flow(settings: Settings, campaign: str) -> None:
             _flush()
 
 
-def _expect_an_end(settings: Settings, campaign: str, error: Exception) -> None:
+def _expect_an_end(settings: Settings, campaign: str, how: object) -> None:
     """The run has a final state: refuse one that somebody else gave it before the work was done."""
     progress = bootstrap.campaign_progress(settings, campaign)
     if progress.remaining and progress.status != "paused":
         raise RunForcedError(
             f"the Prefect run of {campaign} was ended from outside with {progress.remaining} jobs to do "
-            f"({error}); run again to go on"
-        ) from error
+            f"({how}); run again to go on"
+        ) from (how if isinstance(how, Exception) else None)
 
 
 def _pass_on_interruption(error: BaseException) -> None:

@@ -19,13 +19,21 @@ import httpx
 import pytest
 
 from sdpipeline import orchestration
-from sdpipeline.errors import ForeignResultError
+from sdpipeline.errors import ForeignResultError, RunForcedError
 from sdpipeline.prefect_server import own_server
 from sdpipeline.settings import Settings
-from tests.integration.commands import environment, prefect
+from tests.integration.commands import document, environment, prefect
 from tests.integration.conftest import free_port, served
 
 pytestmark = pytest.mark.timeout(300)
+
+CAMPAIGN = """\
+name: spring
+checkpoint: shapes
+seeds: {start: 0, count: 2}
+stages:
+  - {id: draft, task: text-to-image, prompt: a red circle}
+"""
 
 
 BUSY = 503
@@ -151,6 +159,25 @@ def test_a_flow_run_in_a_process_of_its_own_reads_no_result(server: Server, told
     process.join()
     assert process.exitcode is not None
     assert not (tmp_path / "trace").exists()
+
+
+def test_run_says_that_its_run_was_ended_from_outside(
+    server: Server, told: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from prefect import flow_engine
+
+    (tmp_path / "spring.yaml").write_text(CAMPAIGN)
+    document("submit", tmp_path / "spring.yaml", SDP_HOME=str(tmp_path / "home"))
+    original = flow_engine.run_flow
+    for state in ({"type": "COMPLETED", "data": {"a": 1}}, {"type": "CANCELLING"}):
+
+        def forced_first(flow: Any, flow_run: Any, parameters: Any, state: Any = state) -> Any:
+            server.ask(f"flow_runs/{flow_run.id}/set_state", force=True, state=state)
+            return original(flow, flow_run=flow_run, parameters=parameters)
+
+        monkeypatch.setattr(flow_engine, "run_flow", forced_first)
+        with pytest.raises(RunForcedError, match="ended from outside with 2 jobs to do"):
+            orchestration.run_campaign(Settings(home=tmp_path / "home"), "spring")
 
 
 def test_a_flow_run_that_prefect_executes_reads_no_result(server: Server, tmp_path: Path) -> None:
