@@ -21,9 +21,9 @@ def campaign(request: CampaignRequest = EVERYTHING) -> State[Any]:
 @flow(name="campaign", persist_result=False)
 def campaign_here(name: str, home: str | None = None) -> State[Any]:
     """Start a worker per device for a submitted campaign, watch them, and show progress, pictures and failures."""
-    from sdpipeline import bootstrap
+    from sdpipeline.app import services
     from sdpipeline.flows.gpu_worker import gpu_worker
-    from sdpipeline.orchestration import dispatch
+    from sdpipeline.orchestration import campaign_run
 
-    settings = bootstrap.load_settings(Path(home) if home else None)
-    return dispatch.work_off(settings, name, dispatch.here(settings, name, worker_flow=gpu_worker))
+    settings = services.load_settings(Path(home) if home else None)
+    return campaign_run.work_off(settings, name, campaign_run.here(settings, name, worker_flow=gpu_worker))

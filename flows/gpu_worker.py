@@ -13,9 +13,9 @@ def lease_and_work(
     campaign: str | None = None, home: str | None = None, device: str | None = None, log_file: str | None = None
 ) -> None:
     """Lease and work batches of a campaign, or of all, until nothing is left. Pictures are committed one by one."""
-    from sdpipeline import bootstrap
+    from sdpipeline.app import services
     from sdpipeline.orchestration import flow_settings, worker_process
-    from sdpipeline.stopping import Stop
+    from sdpipeline.shutdown import Stop
 
     if log_file is not None:
         worker_process.redirect_output(Path(log_file))
@@ -28,7 +28,7 @@ def lease_and_work(
             chunks.wait()
 
         with (
-            bootstrap.open_worker(settings, device=device, stop=stop) as worker,
+            services.open_worker(settings, device=device, stop=stop) as worker,
             worker_process.in_chunks(partial(worker.run, campaign=campaign, stop=stop), stop) as chunks,
         ):
             chunks.tell(chunk)

@@ -12,7 +12,7 @@ from pydantic import Field
 @flow(name="reclaim", persist_result=False)
 def reclaim() -> State[Any]:
     """Make ready again what dead workers held, also while no worker lives that would notice."""
-    from sdpipeline import upkeep
+    from sdpipeline.app import maintenance as upkeep
     from sdpipeline.orchestration import flow_settings, maintenance
 
     return maintenance.reclaimed(upkeep.reclaim(flow_settings.load()))
@@ -21,10 +21,10 @@ def reclaim() -> State[Any]:
 @flow(name="seal", persist_result=False)
 def seal() -> State[Any]:
     """Sign what the audit log gained, or check that the process that has the key does."""
-    from sdpipeline import bootstrap
+    from sdpipeline.app import services
     from sdpipeline.orchestration import flow_settings, maintenance
 
-    return maintenance.sealed(bootstrap.seal_or_wait(flow_settings.load()))
+    return maintenance.sealed(services.seal_or_wait(flow_settings.load()))
 
 
 @flow(name="reconcile", persist_result=False)
@@ -33,7 +33,7 @@ def reconcile(
     repair: Annotated[bool, Field(description="put it right; objects are moved, never deleted")] = False,
 ) -> State[Any]:
     """Compare the database with storage; finds what a crash or a restored backup left."""
-    from sdpipeline import upkeep
+    from sdpipeline.app import maintenance as upkeep
     from sdpipeline.orchestration import flow_settings, maintenance
 
     return maintenance.reconciled(upkeep.reconcile(flow_settings.load(), repair=repair))
@@ -42,7 +42,7 @@ def reconcile(
 @flow(name="retention", persist_result=False)
 def retention(*, dry_run: Annotated[bool, Field(description="only count; change nothing")] = False) -> State[Any]:
     """Delete and archive what the retention settings say is due."""
-    from sdpipeline import upkeep
+    from sdpipeline.app import maintenance as upkeep
     from sdpipeline.orchestration import flow_settings, maintenance
 
     return maintenance.forgotten(upkeep.forget(flow_settings.load(), dry_run=dry_run))
@@ -55,7 +55,7 @@ def audit_verify(
     ] = None,
 ) -> State[Any]:
     """Check every event, seal, job row and picture against each other."""
-    from sdpipeline import upkeep
+    from sdpipeline.app import maintenance as upkeep
     from sdpipeline.orchestration import flow_settings, maintenance
 
     return maintenance.verified(upkeep.verify(flow_settings.load(), sample=sample))

@@ -20,7 +20,7 @@ are taken and recorded. ``fast``: what gains speed for small differences may be 
 
 Profile = Literal["exact", "fast", "turbo"]
 """What may be traded for speed. ``exact``: nothing. The others: a picture's steps are computed together with those of
-other pictures, and some of its computation is left out; see ``sdpipeline.engine.profiles``."""
+other pictures, and some of its computation is left out; see ``sdpipeline.engine.stepwise.profiles``."""
 
 # JSON values; recursive aliases need Python 3.12's `type` statement, so this names only the outermost layer.
 Json = dict[str, Any]

@@ -10,7 +10,7 @@ from pathlib import Path
 import hypothesis
 import pytest
 
-from sdpipeline.prefect_server import own_server
+from sdpipeline.orchestration.local_server import own_server
 
 # Set before any test module imports the libraries that read them.
 os.environ.update(

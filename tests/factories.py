@@ -17,16 +17,18 @@ from typing import Any
 
 from sqlalchemy import select, update
 
-from sdpipeline import campaign, expand, yamlfile
 from sdpipeline.batching import batch_key
-from sdpipeline.campaign import Campaign, Catalog
+from sdpipeline.campaigns import expand, loader, yaml_source
+from sdpipeline.campaigns.inputs import InputFolder
+from sdpipeline.campaigns.loader import Campaign, Catalog
+from sdpipeline.campaigns.policy import Rules
 from sdpipeline.db import audit as audit_rows
 from sdpipeline.db import queue, staging, tables
 from sdpipeline.db.audit import AuditLog
 from sdpipeline.db.budgets import Charge
 from sdpipeline.db.connection import Database
+from sdpipeline.db.queries import Progress
 from sdpipeline.db.queue import Lease, LeasedJob, StoredImage
-from sdpipeline.db.reports import Progress
 from sdpipeline.db.submit import Publication, Submitted, submit
 from sdpipeline.domain import (
     CheckpointRef,
@@ -41,9 +43,7 @@ from sdpipeline.domain import (
 )
 from sdpipeline.engine.checkpoints import CheckpointFiles
 from sdpipeline.errors import CampaignError
-from sdpipeline.inputs import InputFolder
-from sdpipeline.policy import Rules
-from sdpipeline.signing import SigningKey, development_key
+from sdpipeline.provenance.signing import SigningKey, development_key
 from sdpipeline.storage import ObjectStore
 
 
@@ -107,7 +107,7 @@ def campaign_of(
     text: str, folder: Path = Path("/nowhere"), *, catalog: Catalog = CATALOG, deployment: Rules | None = None
 ) -> Campaign:
     """A campaign file's text, checked as a file in ``folder`` would be; name and checkpoint are given."""
-    return campaign.check(_located(text), catalog, input_folder(folder), deployment=deployment)
+    return loader.check(_located(text), catalog, input_folder(folder), deployment=deployment)
 
 
 def jobs_of(
@@ -128,10 +128,10 @@ def mistakes_of(text: str, folder: Path = Path("/nowhere"), *, deployment: Rules
     return []
 
 
-def _located(text: str) -> yamlfile.Located:
+def _located(text: str) -> yaml_source.Located:
     body = dedent(text).lstrip("\n")
     head = "" if body.startswith("name:") else "name: spring\ncheckpoint: shapes\n"
-    return yamlfile.parse(head + body, file="spring.yaml")
+    return yaml_source.parse(head + body, file="spring.yaml")
 
 
 def request(prompt: str = "a red circle", **changes: Any) -> GenerationRequest:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from sdpipeline import archive
+from sdpipeline.archives import contents
 from sdpipeline.audit.findings import Verification
 from sdpipeline.audit.jobs import course_faults, request_faults
 from sdpipeline.audit.pictures import differs
-from sdpipeline.audit.told import Told
-from sdpipeline.db.forgetting import ERASED, committed
+from sdpipeline.audit.replay import Told
+from sdpipeline.db.retention import ERASED, committed
 from sdpipeline.domain import Json
 from sdpipeline.errors import ObjectConflictError, ObjectMissingError
 from sdpipeline.storage import ObjectStore
@@ -24,12 +24,12 @@ def verify_archive(store: ObjectStore, found: Verification, told: Told, row: Jso
     if len(store.versions(row["key"])) > 1:
         found.fault("archive-altered", name, "storage holds more than one version of it, or a delete marker")
     try:
-        secrets = {line["id"]: line for line in archive.private(store, row)}
-        for job in archive.jobs(store, row):
+        secrets = {line["id"]: line for line in contents.private(store, row)}
+        for job in contents.jobs(store, row):
             found.erased += ERASED in secrets.get(job["id"], {}).get("request", {ERASED: ""})
             for detail in _archived_faults(row, job, secrets.get(job["id"]), told):
                 found.fault("job-altered", f"job:{job['id']}", f"{detail}, in {row['key']}")
-            own = [archive.with_scores(picture, secrets.get(job["id"])) for picture in job["images"]]
+            own = [contents.with_scores(picture, secrets.get(job["id"])) for picture in job["images"]]
             pictures += [picture for picture in own if _is_kept(store, found, told, picture)]
     except ObjectMissingError as error:
         found.fault("archive-missing", name, str(error))

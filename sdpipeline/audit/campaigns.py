@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import TypeVar
 
 from sdpipeline.audit.findings import Verification
-from sdpipeline.db import evidence
+from sdpipeline.db import audit_queries
 from sdpipeline.db.audit import Event
 from sdpipeline.db.connection import Connection
 from sdpipeline.domain import Json
@@ -84,7 +84,7 @@ def _campaign(event: Json) -> int:
 
 def verify_campaigns(connection: Connection, found: Verification, replay: CampaignReplay) -> None:
     """Compare every row of campaigns, versions, spending and checkpoints with the events."""
-    campaigns = {row["id"]: row for row in evidence.campaigns(connection)}
+    campaigns = {row["id"]: row for row in audit_queries.campaigns(connection)}
     for campaign_id, row in campaigns.items():
         for detail in _campaign_faults(row, replay):
             found.fault("campaign-altered", f"campaign:{campaign_id}", detail)
@@ -92,7 +92,7 @@ def verify_campaigns(connection: Connection, found: Verification, replay: Campai
         found.fault("campaign-missing", f"campaign:{campaign_id}", "the audit log knows it, the database does not")
     _verify_versions(connection, found, replay)
     _verify_spending(connection, found, replay)
-    for row in evidence.checkpoints(connection):
+    for row in audit_queries.checkpoints(connection):
         for detail in _checkpoint_faults(row, replay):
             found.fault("checkpoint-altered", f"checkpoint:{row['digest'][:16]}", f"{row['alias']}: {detail}")
 
@@ -118,7 +118,7 @@ def _campaign_faults(row: Json, replay: CampaignReplay) -> Iterator[str]:
 
 def _verify_versions(connection: Connection, found: Verification, replay: CampaignReplay) -> None:
     missing = dict(replay.versions)
-    for row in evidence.versions(connection):
+    for row in audit_queries.versions(connection):
         event = missing.pop(row["id"], None)
         for detail in _version_faults(row, event, replay):
             found.fault("campaign-altered", f"version:{row['id']}", detail)
@@ -144,7 +144,7 @@ def _version_faults(row: Json, event: Json | None, replay: CampaignReplay) -> It
 
 def _verify_spending(connection: Connection, found: Verification, replay: CampaignReplay) -> None:
     told = dict(replay.spent)
-    for row in evidence.spent(connection):
+    for row in audit_queries.spent(connection):
         key = row["campaign_id"], row["group_id"], row["worker_id"]
         sums = told.pop(key, [0.0] * len(AMOUNTS))
         for name, expected in zip(AMOUNTS, sums, strict=True):
@@ -152,7 +152,7 @@ def _verify_spending(connection: Connection, found: Verification, replay: Campai
             if _differ(row[name], expected) and (known or row[name] < expected):
                 detail = f"worker {row['worker_id']} spent {name} {row[name]:g}, the audit log says {expected:g}"
                 found.fault("cost-altered", f"campaign:{row['campaign_id']}", detail)
-    for attempt in evidence.ended_attempts(connection):
+    for attempt in audit_queries.ended_attempts(connection):
         cost = replay.attempts.get((attempt["job_id"], attempt["lease_id"]))
         there = attempt["gpu_seconds"] or 0.0, attempt["cost"] or 0.0
         if cost is not None and any(map(_differ, there, cost)):

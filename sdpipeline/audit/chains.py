@@ -10,8 +10,8 @@ from sdpipeline.audit.authority import Authors
 from sdpipeline.audit.findings import UNREADABLE, Verification
 from sdpipeline.audit.gaps import forgotten
 from sdpipeline.audit.keys import PublicKeys, SealKey, Succession
+from sdpipeline.audit.replay import Told
 from sdpipeline.audit.seals import covers, digest, ranges, seal_name, seal_object
-from sdpipeline.audit.told import Told
 from sdpipeline.db import audit as rows
 from sdpipeline.db.audit import GENESIS
 from sdpipeline.db.connection import Connection, Database

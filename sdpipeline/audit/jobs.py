@@ -5,21 +5,21 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from sdpipeline.audit.findings import Verification
-from sdpipeline.audit.told import ALLOWED, Told
-from sdpipeline.db import evidence
+from sdpipeline.audit.replay import ALLOWED, Told
+from sdpipeline.db import audit_queries
 from sdpipeline.db.connection import Connection
-from sdpipeline.db.forgetting import committed
+from sdpipeline.db.retention import committed
 from sdpipeline.domain import Json, fingerprint, job_identity, request_from_document
 
 
 def verify_jobs(connection: Connection, found: Verification, told: Told) -> None:
     """Compare every job row, and the jobs of every published version."""
-    for job in evidence.jobs(connection):
+    for job in audit_queries.jobs(connection):
         subject = f"job:{job['id']}"
         found.erased += job["erased_at"] is not None
         for detail in _job_faults(job, told):
             found.fault("job-altered", subject, detail)
-    for version_id, jobs_root in evidence.published_roots(connection):
+    for version_id, jobs_root in audit_queries.published_roots(connection):
         if told.roots.get(version_id) != jobs_root:
             detail = "its jobs are not those that were submitted"
             found.fault("campaign-altered", f"version:{version_id}", detail)

@@ -10,8 +10,8 @@ from sdpipeline.audit.authority import Authors
 from sdpipeline.audit.export import END, FORMAT, HEAD, SEAL
 from sdpipeline.audit.findings import UNREADABLE, Verification
 from sdpipeline.audit.keys import Succession, is_signed, signer
+from sdpipeline.audit.replay import GAP
 from sdpipeline.audit.seals import digest, ranges, size
-from sdpipeline.audit.told import GAP
 from sdpipeline.db.audit import GENESIS, Event
 from sdpipeline.db.event_reader import read_event
 from sdpipeline.domain import Json

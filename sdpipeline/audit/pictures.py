@@ -10,10 +10,10 @@ from dataclasses import dataclass
 
 from sdpipeline.audit.findings import Verification
 from sdpipeline.audit.proof import altered
-from sdpipeline.audit.told import Told
-from sdpipeline.db import evidence
+from sdpipeline.audit.replay import Told
+from sdpipeline.db import audit_queries
 from sdpipeline.db.connection import Connection
-from sdpipeline.db.lookup import looks
+from sdpipeline.db.similar_images import looks
 from sdpipeline.db.tables import LOOKS
 from sdpipeline.domain import Json
 from sdpipeline.errors import ObjectMissingError
@@ -40,12 +40,12 @@ def verify_images(
 ) -> tuple[list[Expected], list[str]]:
     """Compare picture rows with the events; returns the objects that are to be read, and the keys that are to be
     gone."""
-    keys = evidence.image_keys(connection)
+    keys = audit_queries.image_keys(connection)
     wanted = set(keys if sample is None else random.sample(keys, min(sample, len(keys))))
     objects: list[Expected] = []
     gone: list[str] = []
     living: set[str] = set()
-    for picture in evidence.images(connection):
+    for picture in audit_queries.images(connection):
         event = told.succeeded.get((picture["job_id"], picture["fingerprint"]))
         deleted = picture["deleted_at"] is not None
         if event is None or differs(picture, event, deleted=deleted):
@@ -64,7 +64,7 @@ def verify_images(
             continue
         found.images += 1
         objects += objects_of(picture)
-    for job_id in evidence.succeeded_without_image(connection):
+    for job_id in audit_queries.succeeded_without_image(connection):
         found.fault("image-missing", f"job:{job_id}", "it succeeded, but no picture is recorded")
     return objects, [key for key in gone if key not in living]
 

@@ -17,7 +17,7 @@ from sdpipeline.audit.findings import UNREADABLE, Verification
 from sdpipeline.audit.keys import Succession
 from sdpipeline.audit.seals import ranges
 from sdpipeline.db import audit as rows
-from sdpipeline.db import evidence
+from sdpipeline.db import audit_queries
 from sdpipeline.db.audit import Event
 from sdpipeline.db.connection import Connection
 from sdpipeline.db.event_reader import readable
@@ -53,7 +53,9 @@ def success_of_job(connection: Connection, job_id: int, *, team: str) -> Success
 def success_of_picture(connection: Connection, sha256: str, *, team: str) -> Success:
     """The team's oldest job with a picture of these bytes, for copies came later; raises BadInputError if it has
     none."""
-    told = [row for job_id in evidence.jobs_with(connection, sha256) for row in rows.about(connection, f"job:{job_id}")]
+    told = [
+        row for job_id in audit_queries.jobs_with(connection, sha256) for row in rows.about(connection, f"job:{job_id}")
+    ]
     # A picture of an archived edition has no row any more, and its event is looked for.
     found = _successes(told, team) or _successes(rows.holding(connection, sha256), team)
     own = [each for each in found if each.told["image"]["sha256"] == sha256]

@@ -15,12 +15,12 @@ from sdpipeline.bench.engine import Numbers, Steps, make
 from sdpipeline.bench.spread import OnProgress, middle
 from sdpipeline.bench.trace import idle_share
 from sdpipeline.bench.workload import Workload, publish
-from sdpipeline.db import reports
+from sdpipeline.db import queries
 from sdpipeline.domain import Json
 from sdpipeline.engine import Engine
 from sdpipeline.errors import BadPictureError
 from sdpipeline.storage.scratch import Scratch
-from sdpipeline.worker import Worker, WorkerSummary
+from sdpipeline.worker.worker import Worker, WorkerSummary
 
 if TYPE_CHECKING:
     from sdpipeline.bench.plain import PlainLoop
@@ -147,7 +147,7 @@ def _lost(alone: float, wall: float, done: WorkerSummary) -> Json:
 def _beside(worker: Worker, campaigns: list[int]) -> Json:
     """Seconds that a picture's steps beside the device took on their own threads, on average."""
     with worker.audit.database.read() as connection:
-        found = list(itertools.chain.from_iterable(reports.timings(connection, each) for each in campaigns))
+        found = list(itertools.chain.from_iterable(queries.timings(connection, each) for each in campaigns))
     names = sorted({name for each in found for name in each} - {"generate_s"})
     return {name: round(sum(each.get(name, 0.0) for each in found) / len(found), 5) for name in names}
 

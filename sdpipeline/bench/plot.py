@@ -7,7 +7,7 @@ from pathlib import Path
 
 from sdpipeline.domain import Json
 from sdpipeline.errors import BadInputError, Mistake
-from sdpipeline.storage.private import users_umask
+from sdpipeline.private_files import users_umask
 
 ENDINGS = (".png", ".svg")
 

@@ -13,19 +13,19 @@ from typer.exceptions import TyperException
 
 from sdpipeline import __version__
 from sdpipeline.cli import (
-    auditing,
+    audit,
     bench,
     campaigns,
     checkpoints,
     demo,
-    deploying,
-    exporting,
-    forgetting,
+    deploy,
+    export,
     operations,
     pictures,
-    reconciling,
+    reconcile,
+    retention,
     start,
-    verifying,
+    verify,
 )
 from sdpipeline.cli.output import print_mistakes, stdout
 from sdpipeline.cli.streams import READER_GONE, flushed, prepare_streams, reader_is_gone, silence
@@ -39,7 +39,7 @@ from sdpipeline.errors import (
     SdpError,
     StorageUnavailableError,
 )
-from sdpipeline.storage.private import private_files
+from sdpipeline.private_files import private_files
 
 DONE, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
 
@@ -72,14 +72,14 @@ demo.add_to(app)
 start.add_to(app)
 campaigns.add_to(app)
 pictures.add_to(app)
-verifying.add_to(app)
-exporting.add_to(app)
-forgetting.add_to(app)
+verify.add_to(app)
+export.add_to(app)
+retention.add_to(app)
 checkpoints.add_to(app)
-deploying.add_to(app)
+deploy.add_to(app)
 operations.add_to(app)
-auditing.add_to(app)
-reconciling.add_to(app)
+audit.add_to(app)
+reconcile.add_to(app)
 bench.add_to(app)
 
 _DISK_FIXES = {

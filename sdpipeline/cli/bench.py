@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from sdpipeline import bootstrap
+from sdpipeline.app import services
 from sdpipeline.batching import BUCKETS
 from sdpipeline.bench import plot
 from sdpipeline.bench import queue as queue_bench
@@ -129,8 +129,8 @@ def pipeline(
         device=device,
     )
     s = settings(home)
-    key = bootstrap.picture_key(s)
-    bootstrap.open_storage(s).check()
+    key = services.picture_key(s)
+    services.open_storage(s).check()
     on = subject(s.model_copy(update={"engine": s.engine.model_copy(update={"max_batch": batch})}), wanted)
     under_test = on.engine()
     from sdpipeline.bench import pipeline as pipeline_bench
@@ -138,11 +138,11 @@ def pipeline(
     plan = pipeline_bench.Plan(batch=batch, batches=batches, plain=max(2, batch // 2), rounds=rounds, device=on.device)
     with (
         scratch_database(s.database) as database,
-        scratch_storage(s.storage, bootstrap.s3_options(s)) as scratch,
-        bootstrap.delivery_process(on.settings, key, database, scratch.url) as (worker_id, deliverer),
-        bootstrap.registered(
+        scratch_storage(s.storage, services.s3_options(s)) as scratch,
+        services.delivery_process(on.settings, key, database, scratch.url) as (worker_id, deliverer),
+        services.registered(
             on.settings,
-            bootstrap.make_worker(
+            services.make_worker(
                 on.settings, database, scratch.store, under_test, key, worker_id=worker_id, deliverer=deliverer
             ),
             on.device,
@@ -194,10 +194,10 @@ def storage(
     """Puts, reads and checks a second on the configured storage, under a prefix of its own that is emptied again."""
     _check_plot(plot_file)
     s = settings(home)
-    bootstrap.open_storage(s).check()
+    services.open_storage(s).check()
     load = storage_bench.Load(objects=objects, size_bytes=size_bytes, threads=threads)
     with (
-        scratch_storage(s.storage, bootstrap.s3_options(s)) as scratch,
+        scratch_storage(s.storage, services.s3_options(s)) as scratch,
         progress("bench storage", shown=not as_json) as on_progress,
     ):
         found = storage_bench.measure(scratch.store, load, on_progress)

@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from sdpipeline import bootstrap
+from sdpipeline.app import services
 from sdpipeline.bench.shapes import NAMES, shape
 from sdpipeline.bench.spread import OnProgress
 from sdpipeline.bench.workload import Workload
+from sdpipeline.campaigns.spec import nearest
 from sdpipeline.cli.output import refuse, stderr
 from sdpipeline.domain import CheckpointRef, Json, Profile, Task
 from sdpipeline.engine import Engine
@@ -20,7 +21,6 @@ from sdpipeline.engine.checkpoints import CheckpointFiles
 from sdpipeline.engine.devices import gpu_count
 from sdpipeline.engine.families import family, scheduler_refusal
 from sdpipeline.settings import Settings
-from sdpipeline.spec import nearest
 
 if TYPE_CHECKING:
     from sdpipeline.bench.plain import PlainLoop
@@ -65,7 +65,7 @@ class Subject:
 
     def engine(self) -> Engine:
         """The engine as workers have it."""
-        return bootstrap.build_engine(self.settings, self.device, None, dtype=self.dtype)
+        return services.build_engine(self.settings, self.device, None, dtype=self.dtype)
 
     def plain(self) -> PlainLoop:
         """The loop that a script would be. After ``engine``, which has torch imported as it should be."""
@@ -111,7 +111,7 @@ def subject(s: Settings, wanted: Wanted) -> Subject:
 
 
 def _device(s: Settings, wanted: Wanted) -> str:
-    device = wanted.device or bootstrap.devices(s)[0]
+    device = wanted.device or services.devices(s)[0]
     number = device.removeprefix("cuda").removeprefix(":") or "0"
     if device != "cpu" and not (device.startswith("cuda") and number.isdigit() and int(number) < gpu_count()):
         raise refuse(f"--device {device} is not on this machine", f"it has cpu and {gpu_count()} GPUs")
@@ -125,15 +125,15 @@ def _checkpoint(s: Settings, alias: str, device: str) -> tuple[Settings, Checkpo
         s = s.model_copy(update={"checkpoints_dir": folder})
         if not (folder / alias).is_dir():
             stderr.print(f"building {alias} with random weights in {folder / alias}")
-        bootstrap.random_checkpoint(alias, folder, device)
-    known = bootstrap.catalog(s)
+        services.random_checkpoint(alias, folder, device)
+    known = services.catalog(s)
     if alias not in known:
         raise refuse(f"--checkpoint {alias}: there is no such checkpoint", nearest(alias, [*known, *NAMES]))
     return s, known[alias]
 
 
 def _usual(files: CheckpointFiles, device: str) -> Json:
-    if files.directory.parent == bootstrap.BUILTIN_CHECKPOINTS:
+    if files.directory.parent == services.BUILTIN_CHECKPOINTS:
         return SHIPPED
     row = family(files.family)
     size = 1024 if row.text in ("sdxl", "sd3", "flux") else 512

@@ -11,7 +11,10 @@ from typing import Annotated, Any
 
 import typer
 
-from sdpipeline import archive, bootstrap, intake, schedule, submission
+from sdpipeline.app import services
+from sdpipeline.app import submit as intake
+from sdpipeline.archives import contents
+from sdpipeline.campaigns import schedule, submission
 from sdpipeline.cli.output import (
     FOUND_FAULTS,
     AsJson,
@@ -28,9 +31,9 @@ from sdpipeline.cli.output import (
     stdout,
 )
 from sdpipeline.cli.tables import SAMPLE
-from sdpipeline.db import control, reports, server
-from sdpipeline.db.reports import Progress
-from sdpipeline.db.server import WriteRefusal
+from sdpipeline.db import job_control, queries, server_checks
+from sdpipeline.db.queries import Progress
+from sdpipeline.db.server_checks import WriteRefusal
 from sdpipeline.db.submit import Submitted
 from sdpipeline.db.workers import STORAGE_LOSSES
 from sdpipeline.domain import Status
@@ -61,8 +64,8 @@ def plan(
     """Check a campaign and count its jobs against the database, writing nothing."""
     s = settings(home)
     intake.check_edition(edition)
-    database = bootstrap.existing_database(s)
-    campaign, inputs = bootstrap.load_campaign(s, file, database, edition=edition)
+    database = services.existing_database(s)
+    campaign, inputs = services.load_campaign(s, file, database, edition=edition)
     cost = None if s.cost_per_gpu_hour is None else s.cost_per_gpu_hour / 3600
     planning = submission.Planning(team=s.team, max_batch=s.engine.max_batch, gpu_second_cost=cost)
     planned = submission.plan(campaign, inputs, database, planning, explain=diff).document()
@@ -114,16 +117,16 @@ def run(
     from sdpipeline import orchestration
 
     s = settings(home)
-    bootstrap.check_engine(s)
+    services.check_engine(s)
     if not s.embedded:  # a missing key is found before any work is done; the embedded default makes its own
-        bootstrap.picture_key(s)
-        bootstrap.believed_seal_keys(s)
-    bootstrap.check_quantization(s)  # its workers would die of it one after another
+        services.picture_key(s)
+        services.believed_seal_keys(s)
+    services.check_quantization(s)  # its workers would die of it one after another
     name, done = intake.submit(s, file, edition=edition)
     if not as_json:
         stderr.print(_submitted(name, done))
     progress = orchestration.run_campaign(s, name, keep_ui=keep_ui, console=None if as_json else stderr)
-    bootstrap.seal_here(s)
+    services.seal_here(s)
     show_status([progress], as_json=as_json)
     leave(progress)
 
@@ -136,16 +139,16 @@ def status(
 ) -> None:
     """Show how far campaigns are, and which workers live."""
     s = settings(home)
-    with bootstrap.services(s, create=False) as have:
-        ids = [bootstrap.known_campaign(have.database, s.team, campaign)] if campaign else None
+    with services.services(s, create=False) as have:
+        ids = [services.known_campaign(have.database, s.team, campaign)] if campaign else None
         with have.database.read() as connection:
             if ids is None:
-                names = reports.campaign_names(connection, team=s.team)
-                found = [reports.campaign_id(connection, team=s.team, name=name) for name in names]
+                names = queries.campaign_names(connection, team=s.team)
+                found = [queries.campaign_id(connection, team=s.team, name=name) for name in names]
                 ids = [each for each in found if each is not None]
-            everything = [reports.progress(connection, each) for each in ids]
-            living = reports.live_workers(connection, lost_after_s=s.lease_ttl_s)
-        refusal = server.write_refusal(have.database)
+            everything = [queries.progress(connection, each) for each in ids]
+            living = queries.live_workers(connection, lost_after_s=s.lease_ttl_s)
+        refusal = server_checks.write_refusal(have.database)
     show_status(everything, as_json=as_json, workers=living, refusal=refusal)
 
 
@@ -162,11 +165,11 @@ def jobs(
 ) -> None:
     """List a campaign's jobs in order of their id."""
     s = settings(home)
-    with bootstrap.services(s, create=False) as have:
-        campaign_id = bootstrap.known_campaign(have.database, s.team, campaign)
+    with services.services(s, create=False) as have:
+        campaign_id = services.known_campaign(have.database, s.team, campaign)
         wanted = str(with_status) if with_status else None
         with have.database.read() as connection:
-            found = reports.jobs(connection, campaign_id, status=wanted, made_with=checkpoint, after=after, limit=limit)
+            found = queries.jobs(connection, campaign_id, status=wanted, made_with=checkpoint, after=after, limit=limit)
             if jsonl:
                 for job in found:
                     print_json_line(job)
@@ -183,9 +186,9 @@ def show(
     as_json: AsJson = False,
 ) -> None:
     """Show everything known about one job."""
-    with bootstrap.services(settings(home), create=False) as have, have.database.read() as connection:
+    with services.services(settings(home), create=False) as have, have.database.read() as connection:
         team = have.settings.team
-        found = reports.show(connection, job, team=team) or archive.show(connection, have.store, job, team=team)
+        found = queries.show(connection, job, team=team) or contents.show(connection, have.store, job, team=team)
     if found is None:
         raise refuse(f"no job {job}", "sdpipeline jobs CAMPAIGN lists them")
     found["events"] = [json.loads(event) for event in found["events"]]
@@ -224,10 +227,10 @@ def retry(
 def cancel(campaign: CampaignName, *, home: Home = None, as_json: AsJson = False) -> None:
     """Cancel what is not finished yet; pictures already made are kept."""
     s = settings(home)
-    with bootstrap.services(s, create=False) as have:
-        campaign_id = bootstrap.known_campaign(have.database, s.team, campaign)
+    with services.services(s, create=False) as have:
+        campaign_id = services.known_campaign(have.database, s.team, campaign)
         with have.audit.transaction() as tx:
-            count = control.cancel(tx, campaign_id=campaign_id)
+            count = job_control.cancel(tx, campaign_id=campaign_id)
     _say(f"{count} jobs cancelled", {"campaign": campaign, "cancelled": count}, as_json=as_json)
 
 
@@ -323,10 +326,10 @@ def _short(value: Any) -> Any:
 
 def _set_status(campaign: str, status: str, home: Path | None, *, as_json: bool) -> None:
     s = settings(home)
-    with bootstrap.services(s, create=False) as have:
-        campaign_id = bootstrap.known_campaign(have.database, s.team, campaign)
+    with services.services(s, create=False) as have:
+        campaign_id = services.known_campaign(have.database, s.team, campaign)
         with have.audit.transaction() as tx:
-            control.set_campaign_status(tx, campaign_id=campaign_id, status=status)
+            job_control.set_campaign_status(tx, campaign_id=campaign_id, status=status)
     _say(f"{campaign} is {status}", {"campaign": campaign, "status": status}, as_json=as_json)
 
 

@@ -10,16 +10,16 @@ from typing import Annotated
 
 import typer
 
-from sdpipeline import bootstrap
+from sdpipeline.app import services
+from sdpipeline.campaigns.spec import NAME, nearest
 from sdpipeline.cli.output import FOUND_FAULTS, AsJson, Home, print_json, print_records, refuse, settings, stdout
 from sdpipeline.db import registry
 from sdpipeline.domain import Json
 from sdpipeline.engine.checkpoints import CheckpointFiles, inspect, verify
 from sdpipeline.engine.hub import REPOSITORY, fetch
 from sdpipeline.errors import CheckpointError
+from sdpipeline.private_files import users_umask
 from sdpipeline.settings import Settings
-from sdpipeline.spec import NAME, nearest
-from sdpipeline.storage.private import users_umask
 
 _GROUP = typer.Typer(help="The registry of checkpoints allowed to run.", no_args_is_help=True)
 Alias = Annotated[str, typer.Argument(metavar="ALIAS", help="The name campaigns use.")]
@@ -72,7 +72,7 @@ def add(
         files = inspect(alias, directory)
     except CheckpointError as error:
         raise refuse(str(error)) from error
-    with bootstrap.services(s) as have, have.audit.transaction() as tx:
+    with services.services(s) as have, have.audit.transaction() as tx:
         day_after = expires.replace(tzinfo=UTC).timestamp() + 86400 if expires else None
         origin = f"{source}@{revision}" if revision else str(directory)
         approval = registry.Approval(
@@ -98,8 +98,8 @@ def verify_all(
 ) -> None:
     """Hash every file of the weights again, and compare the set of files with what was approved."""
     s = settings(home)
-    database = bootstrap.existing_database(s)
-    known, refused = bootstrap.catalog(s, database), bootstrap.refused_checkpoints(s, database)
+    database = services.existing_database(s)
+    known, refused = services.catalog(s, database), services.refused_checkpoints(s, database)
     if alias is not None and alias not in known.keys() | refused.keys():
         raise refuse(f"no checkpoint {alias!r}", nearest(alias, known))
     checked = [_verified(files) for name, files in sorted(known.items()) if alias in (None, name)]
@@ -121,8 +121,8 @@ def revoke(
 ) -> None:
     """Withdraw weights: nothing made with them is leased any more, and no campaign may name them."""
     s = settings(home)
-    with bootstrap.services(s) as have:
-        known = bootstrap.catalog(s, have.database)
+    with services.services(s) as have:
+        known = services.catalog(s, have.database)
         found = [f for name, f in known.items() if alias == name or (len(alias) >= 8 and f.digest.startswith(alias))]
         if len({files.digest for files in found}) != 1:
             raise refuse(f"no checkpoint {alias!r}", nearest(alias, known))
@@ -137,12 +137,12 @@ def revoke(
 
 def _documents(s: Settings) -> list[Json]:
     """The registry's rows, and what may run without ever having been used."""
-    database = bootstrap.existing_database(s)
+    database = services.existing_database(s)
     rows: list[Json] = []
     if database is not None:
         with database.read() as connection:
             rows = registry.documents(connection)
-    known = bootstrap.catalog(s, database)
+    known = services.catalog(s, database)
     running = {(files.digest, alias) for alias, files in known.items()}
     seen = {(row["digest"], row["alias"]) for row in rows}
     for row in rows:

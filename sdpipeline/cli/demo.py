@@ -12,13 +12,14 @@ from urllib.parse import unquote, urlsplit
 
 import typer
 
-from sdpipeline import bootstrap, intake, report
+from sdpipeline.app import services, submit
 from sdpipeline.cli import campaigns
 from sdpipeline.cli.output import AsJson, Home, print_json, print_table, settings, stderr, stdout
-from sdpipeline.db import reports
+from sdpipeline.db import queries
+from sdpipeline.reporting import report
 from sdpipeline.settings import Settings, embedded_database, embedded_storage
 
-BUNDLED_CAMPAIGN = Path(bootstrap.__file__).parent / "demo" / "campaign.yaml"
+BUNDLED_CAMPAIGN = Path(services.__file__).parents[1] / "demo" / "campaign.yaml"
 
 
 def add_to(app: typer.Typer) -> None:
@@ -35,16 +36,16 @@ def demo(
     """Make the bundled campaign's pictures on this machine and say where everything is."""
     from sdpipeline import orchestration
 
-    bootstrap.check_engine(settings(home))
+    services.check_engine(settings(home))
     s = _embedded(settings(home))
     started = time.monotonic()
-    name, done = intake.submit(s, BUNDLED_CAMPAIGN)
+    name, done = submit.submit(s, BUNDLED_CAMPAIGN)
     if not as_json:
         stderr.print(f"campaign {BUNDLED_CAMPAIGN}: {done.added} jobs added, {done.unchanged} unchanged")
     progress = orchestration.run_campaign(
         s, name, keep_ui=keep_ui, console=None if as_json else stderr, always_own=True
     )
-    bootstrap.seal(s)
+    services.seal(s)
     result = _result(s, name, time.monotonic() - started)
     if as_json:
         counts = {"added": done.added, "unchanged": done.unchanged}
@@ -76,18 +77,18 @@ def _embedded(s: Settings) -> Settings:
     """The embedded default whatever else is set; the environment carries it to the worker processes."""
     os.environ["SDP_DATABASE_URL"] = embedded_database(s.home)
     os.environ["SDP_STORAGE_URL"] = embedded_storage(s.home)
-    return bootstrap.load_settings(s.home)
+    return services.load_settings(s.home)
 
 
 def _result(s: Settings, name: str, wall_s: float) -> _Result:
     sheet = s.home / "demo-contact-sheet.jpg"
-    sheet.write_bytes(bootstrap.newest_pictures(s, name) or b"")
-    with bootstrap.services(s) as have:
-        campaign_id = bootstrap.known_campaign(have.database, s.team, name)
+    sheet.write_bytes(services.newest_pictures(s, name) or b"")
+    with services.services(s) as have:
+        campaign_id = services.known_campaign(have.database, s.team, name)
         with have.database.read() as connection:
-            images = reports.progress(connection, campaign_id).images
-            newest = reports.newest_images(connection, campaign_id, 1)
-            spent = report.time_spent(reports.timings(connection, campaign_id))
+            images = queries.progress(connection, campaign_id).images
+            newest = queries.newest_images(connection, campaign_id, 1)
+            spent = report.time_spent(queries.timings(connection, campaign_id))
     places = {
         "contact sheet": str(sheet),
         "pictures": str(s.home / "storage" / s.team / name),
@@ -102,8 +103,8 @@ def _result(s: Settings, name: str, wall_s: float) -> _Result:
         wall_s=wall_s,
         places=places,
         seconds=seconds,
-        signer=bootstrap.picture_key(s).identity,
-        home="" if s.home == bootstrap.load_settings().home else f" --home {shlex.quote(str(s.home))}",
+        signer=services.picture_key(s).identity,
+        home="" if s.home == services.load_settings().home else f" --home {shlex.quote(str(s.home))}",
         newest=unquote(urlsplit(newest[0]["url"]).path) if newest else "PICTURE",
     )
 

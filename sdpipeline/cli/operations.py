@@ -7,7 +7,9 @@ from typing import Annotated
 
 import typer
 
-from sdpipeline import bootstrap, checkup, stopping
+from sdpipeline import shutdown
+from sdpipeline.app import doctor as checkup
+from sdpipeline.app import services
 from sdpipeline.cli.output import FOUND_FAULTS, AsJson, Home, print_json, print_table, settings, stdout
 from sdpipeline.db import migrate
 from sdpipeline.db.connection import open_database
@@ -35,10 +37,10 @@ def worker(
 ) -> None:
     """Run one worker process outside a flow; SIGTERM lets it finish its batch, a second one does not."""
     s = settings(home)
-    bootstrap.check_engine(s)
-    with stopping.told_by(*stopping.SIGNALS) as stop:
+    services.check_engine(s)
+    with shutdown.told_by(*shutdown.SIGNALS) as stop:
         try:
-            done = bootstrap.run_worker(s, campaign=None, until_idle=until_idle, device=device, stop=stop)
+            done = services.run_worker(s, campaign=None, until_idle=until_idle, device=device, stop=stop)
         except DatabaseUnavailableError:
             if not stop.is_set():
                 raise
@@ -69,7 +71,7 @@ def current(*, home: Home = None, as_json: AsJson = False) -> None:
     """Show the database's schema and the one this release needs."""
     s = settings(home)
     at = None
-    if bootstrap.database_exists(s):
+    if services.database_exists(s):
         with closing(open_database(s.database)) as database:
             at = migrate.current(database)
     if as_json:

@@ -13,13 +13,13 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from sdpipeline import bootstrap
+from sdpipeline import escaping
+from sdpipeline.app import services
 from sdpipeline.cli.streams import encodable, is_utf8, written
 from sdpipeline.cli.tables import SAMPLE, table_lines
 from sdpipeline.errors import BadInputError, Mistake
-from sdpipeline.presentation import escaping
+from sdpipeline.logs import configure_logging
 from sdpipeline.settings import Settings
-from sdpipeline.telemetry import configure_logging
 
 FOUND_FAULTS = 3
 FILE_WIDTH = 160
@@ -74,7 +74,7 @@ for _console in (stdout, stderr):
 
 def settings(home: Path | None) -> Settings:
     """The command's settings, with logging set up as they ask."""
-    s = bootstrap.load_settings(home)
+    s = services.load_settings(home)
     configure_logging(s)
     return s
 

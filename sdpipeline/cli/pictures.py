@@ -10,7 +10,10 @@ from typing import Annotated
 
 import typer
 
-from sdpipeline import archive, bootstrap, provenance, reproduction
+from sdpipeline import provenance
+from sdpipeline.app import services
+from sdpipeline.archives import contents
+from sdpipeline.campaigns.inputs import input_key
 from sdpipeline.cli.output import (
     FOUND_FAULTS,
     AsJson,
@@ -22,17 +25,17 @@ from sdpipeline.cli.output import (
     settings,
     stdout,
 )
-from sdpipeline.db import reports
+from sdpipeline.db import queries
 from sdpipeline.domain import Json
 from sdpipeline.engine import Pixels
 from sdpipeline.errors import InputImageError, ObjectMissingError
-from sdpipeline.fetching import pinned
-from sdpipeline.inputs import input_key
+from sdpipeline.private_files import users_umask
 from sdpipeline.provenance import LARGEST_PICTURE
-from sdpipeline.reproduction import checked_record
+from sdpipeline.reporting import reproduce as reproduction
+from sdpipeline.reporting.reproduce import checked_record
 from sdpipeline.settings import Settings
 from sdpipeline.storage import ForeignObjects
-from sdpipeline.storage.private import users_umask
+from sdpipeline.worker.inputs import pinned
 
 
 def add_to(app: typer.Typer) -> None:
@@ -52,8 +55,8 @@ def reproduce(
     s = settings(home)
     refuse_place(out)
     asked = _from_file(Path(picture)) if not picture.isdigit() or Path(picture).exists() else _from_job(s, int(picture))
-    engine = bootstrap.build_engine(
-        s, bootstrap.devices(s)[0], bootstrap.existing_database(s), dtype=asked.record["ran"].get("dtype")
+    engine = services.build_engine(
+        s, services.devices(s)[0], services.existing_database(s), dtype=asked.record["ran"].get("dtype")
     )
     done = reproduction.reproduce(
         asked.record,
@@ -100,10 +103,10 @@ def _from_file(path: Path) -> _Asked:
 
 def _from_job(s: Settings, job_id: int) -> _Asked:
     """From the database: the sidecar holds the record, the picture in storage the pixels if it is still there."""
-    with bootstrap.services(s, create=False) as have:
+    with services.services(s, create=False) as have:
         with have.database.read() as connection:
-            job = reports.show(connection, job_id, team=s.team)
-            job = job or archive.show(connection, have.store, job_id, team=s.team)
+            job = queries.show(connection, job_id, team=s.team)
+            job = job or contents.show(connection, have.store, job_id, team=s.team)
         if job is not None and job["image_deleted_at"] is not None:
             raise refuse(f"job {job_id} cannot be made again: its picture was deleted", "see show for when it was")
         if job is None or job["image"] is None:
@@ -125,9 +128,9 @@ def _input(s: Settings, folder: Path | None, about: Json) -> bytes:
         if file.is_file() and hashlib.sha256(data := file.read_bytes()).hexdigest() == sha256:
             return data
     if "url" in about:
-        bootstrap.input_folder(s, Path()).admit(about["url"])  # a stranger's record opens no bucket
-        return pinned(ForeignObjects(bootstrap.s3_options(s)), about)
+        services.input_folder(s, Path()).admit(about["url"])  # a stranger's record opens no bucket
+        return pinned(ForeignObjects(services.s3_options(s)), about)
     try:
-        return bootstrap.open_storage(s).get(input_key(sha256))
+        return services.open_storage(s).get(input_key(sha256))
     except ObjectMissingError as error:
         raise InputImageError(f"the input {sha256} is neither in storage nor in --inputs") from error

@@ -7,8 +7,8 @@ from typing import Annotated
 
 import typer
 
-from sdpipeline import schema as campaign_schema
-from sdpipeline import starter
+from sdpipeline.app import scaffold
+from sdpipeline.campaigns import json_schema as campaign_schema
 from sdpipeline.cli.output import AsJson, Home, print_json, print_table, print_text
 from sdpipeline.settings import TOML_NAME
 
@@ -28,13 +28,13 @@ def init(
 ) -> None:
     """Write a commented settings file and example campaigns to start from."""
     del home  # a new folder has none yet; taken because every command takes it
-    written = starter.write(directory, force=force)
+    written = scaffold.write(directory, force=force)
     if as_json:
-        print_json({"directory": str(directory.absolute()), "written": written, "campaigns": list(starter.CAMPAIGNS)})
+        print_json({"directory": str(directory.absolute()), "written": written, "campaigns": list(scaffold.CAMPAIGNS)})
         return
-    about = starter.CAMPAIGNS | {
+    about = scaffold.CAMPAIGNS | {
         TOML_NAME: "every setting, commented out",
-        starter.SCHEMA_NAME: "what editors complete and check campaign files by",
+        scaffold.SCHEMA_NAME: "what editors complete and check campaign files by",
     }
     print_table(
         f"Written to {directory.absolute()}",
@@ -42,7 +42,7 @@ def init(
         [(name, about.get(name, "what an example reads")) for name in written],
     )
     there = [] if directory.resolve() == Path.cwd() else [("go there", f"cd {directory}")]
-    first = next(iter(starter.CAMPAIGNS))
+    first = next(iter(scaffold.CAMPAIGNS))
     print_table(
         "What to type next",
         ("to", "type"),

@@ -9,7 +9,7 @@ from typing import Any
 from rich.cells import cell_len, chop_cells, set_cell_size
 
 from sdpipeline.cli.streams import encodable
-from sdpipeline.presentation.escaping import terminal, terminal_lines
+from sdpipeline.escaping import terminal, terminal_lines
 
 SAMPLE = 100
 """Rows that decide on the widths."""

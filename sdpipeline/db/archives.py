@@ -10,8 +10,8 @@ from sqlalchemy import Connection, Select, and_, case, delete, exists, func, ins
 
 from sdpipeline.db.audit import Event, Transaction
 from sdpipeline.db.connection import now_s
-from sdpipeline.db.forgetting import DAY_S, UNFINISHED, committed
 from sdpipeline.db.locks import have_campaign
+from sdpipeline.db.retention import DAY_S, UNFINISHED, committed
 from sdpipeline.db.tables import LOOKS, archive, attempt, audit_event, campaign, image, job, job_parent
 from sdpipeline.domain import Json
 

@@ -10,7 +10,7 @@ from sqlalchemy import ColumnElement, Connection, and_, case, exists, func, lite
 from sqlalchemy.dialects import postgresql, sqlite
 
 from sdpipeline.db.audit import Event, Transaction
-from sdpipeline.db.history import average
+from sdpipeline.db.cost_history import average
 from sdpipeline.db.locks import share_if_free
 from sdpipeline.db.tables import campaign, job, spending, work_group
 from sdpipeline.domain import Json

@@ -8,13 +8,7 @@ import sqlite3
 from pathlib import Path
 from typing import Any
 
-from sdpipeline.errors import (
-    DatabaseRefusedError,
-    DatabaseUnavailableError,
-    Mistake,
-    SdpError,
-    SettingsError,
-)
+from sdpipeline.errors import DatabaseRefusedError, DatabaseUnavailableError, Mistake, SdpError, SettingsError
 
 SETTING = "SDP_DATABASE_URL"
 

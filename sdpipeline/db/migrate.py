@@ -11,7 +11,7 @@ from alembic.script import ScriptDirectory
 from sqlalchemy import Connection, text
 
 from sdpipeline.db.connection import Database
-from sdpipeline.db.server import require_direct
+from sdpipeline.db.server_checks import require_direct
 from sdpipeline.db.tables import metadata
 from sdpipeline.errors import DatabaseUnavailableError
 

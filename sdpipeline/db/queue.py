@@ -30,7 +30,7 @@ from sqlalchemy import (
     update,
 )
 
-from sdpipeline.db import budgets, lookup
+from sdpipeline.db import budgets, similar_images
 from sdpipeline.db.audit import Event, Transaction
 from sdpipeline.db.budgets import Charge
 from sdpipeline.db.connection import now_s
@@ -469,7 +469,7 @@ def complete(tx: Transaction, *, lease_id: str, leased: LeasedJob, stored: Store
             worker_id=charge.worker_id,
             created_at=now_s(),
             **fields,
-            **(lookup.looks(stored.scores) if stored.reused_from is None else {}),
+            **(similar_images.looks(stored.scores) if stored.reused_from is None else {}),
         )
     )
     _end_attempt(tx.connection, leased.id, lease_id, "succeeded", gpu_seconds=charge.gpu_seconds, cost=charge.cost)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from sqlalchemy import Connection, Select, and_, case, delete, exists, func, or_, select, tuple_, update
 
-from sdpipeline.db import control, queue
+from sdpipeline.db import job_control, queue
 from sdpipeline.db.audit import Event, Transaction
 from sdpipeline.db.connection import now_s
 from sdpipeline.db.locks import have_campaign
@@ -172,9 +172,9 @@ def reopen(tx: Transaction, job_ids: Collection[int]) -> list[int]:
         below = descendants(ids)
         unmade = and_(job.c.id.in_(select(below.c.id)), job.c.status.in_(("waiting", "ready", "leased")))
         ids = _ids(tx.connection, select(job.c.id).where(or_(job.c.id.in_(ids), unmade)))
-        control.reset(tx.connection, job.c.id.in_(ids), campaign_id=campaign_id)
+        job_control.reset(tx.connection, job.c.id.in_(ids), campaign_id=campaign_id)
         tx.record(Event.JOBS_REOPENED, f"campaign:{campaign_id}", jobs=ids)
-        control.settle(tx, campaign_id=campaign_id)
+        job_control.settle(tx, campaign_id=campaign_id)
         opened += ids
     return opened
 

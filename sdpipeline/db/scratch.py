@@ -12,7 +12,7 @@ from sqlalchemy.exc import ProgrammingError
 
 from sdpipeline.db.connection import Database, open_database, sqlite_path
 from sdpipeline.db.migrate import upgrade
-from sdpipeline.db.server import require_direct
+from sdpipeline.db.server_checks import require_direct
 from sdpipeline.errors import Mistake, SettingsError
 
 PREFIX = "sdp_bench_"

@@ -25,7 +25,7 @@ from sqlalchemy import (
     update,
 )
 
-from sdpipeline.db import adoption, budgets, control, registry
+from sdpipeline.db import budgets, job_control, registry, restore
 from sdpipeline.db.audit import Event, Transaction
 from sdpipeline.db.connection import insert_ignoring, now_s
 from sdpipeline.db.locks import have_campaign
@@ -111,15 +111,15 @@ def submit(tx: Transaction, ready: Prepared, asked: Publication, *, prune: bool 
             _keep(connection, version_id)
             if ready.blocked:
                 _block_known(connection, campaign_id)
-            control.settle(tx, campaign_id=campaign_id)
+            job_control.settle(tx, campaign_id=campaign_id)
             if ready.blocked:
                 _tell_blocked(tx, campaign_id)
             if not ready.held:
                 budgets.let_go(connection, campaign_id)
             # Everything asked for is of this version now.
             chosen = and_(present, job.c.version_id != version_id)
-            cancelled = control.cancel(tx, campaign_id=campaign_id, chosen=chosen) if gone else 0
-    adoption.claim(tx, campaign_id=campaign_id)
+            cancelled = job_control.cancel(tx, campaign_id=campaign_id, chosen=chosen) if gone else 0
+    restore.claim(tx, campaign_id=campaign_id)
     registry.block_published(tx, campaign_id=campaign_id, version_id=version_id)
     jobs = jobs_root(connection, version_id)
     result = {"jobs_added": added, "jobs_root": jobs}
@@ -232,7 +232,7 @@ def _change(tx: Transaction, campaign_id: int, version_id: int) -> int:
     """Jobs whose pixels would differ now, and cancelled ones that are wanted again, start anew."""
     connection = tx.connection
     differ = select(known.c.id).where(~known.c.same)
-    ids = control.reset(connection, job.c.id.in_(differ), campaign_id=campaign_id)
+    ids = job_control.reset(connection, job.c.id.in_(differ), campaign_id=campaign_id)
     if not ids:
         return 0
     tx.record(Event.JOBS_CHANGED, f"campaign:{campaign_id}", jobs=sorted(ids))

@@ -20,7 +20,7 @@ from sdpipeline.demo.captions import describe
 from sdpipeline.demo.latents import SHAPES_LATENT
 from sdpipeline.demo.scenes import Picture, render, sample_scene, texture
 from sdpipeline.demo.tokens import build_tokenizer, token_ids
-from sdpipeline.scores import edges
+from sdpipeline.engine.quality import edges
 
 SIDE = 128
 UPSCALED_SIDE = 512

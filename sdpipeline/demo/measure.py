@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from sdpipeline.demo.scenes import COLOUR_NAMES, COLOURS, SHAPES, Item, Picture, draw
-from sdpipeline.scores import Mask, edge_recall
+from sdpipeline.engine.quality import Mask, edge_recall
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

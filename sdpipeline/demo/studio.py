@@ -22,7 +22,7 @@ from PIL import Image
 
 from sdpipeline.demo.manifest import CHECKPOINTS
 from sdpipeline.demo.scenes import Picture
-from sdpipeline.scores import Mask
+from sdpipeline.engine.quality import Mask
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -31,7 +31,7 @@ from sdpipeline.demo.scenes import (
     shrink,
 )
 from sdpipeline.demo.studio import Studio
-from sdpipeline.scores import Mask, edge_recall, edges
+from sdpipeline.engine.quality import Mask, edge_recall, edges
 
 SIDE = 128
 UPSCALED_SIDE = 512

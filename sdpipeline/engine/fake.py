@@ -10,7 +10,7 @@ import numpy as np
 
 from sdpipeline.domain import CheckpointRef, GenerationRequest, Task, fingerprint
 from sdpipeline.engine import Batch, GeneratedImage, GenerationFailure, Pixels, PreparedRequest
-from sdpipeline.engine.conditioning import annotate
+from sdpipeline.engine.annotators import annotate
 from sdpipeline.engine.record import Setting, library_versions, ran
 from sdpipeline.errors import CheckpointError, RequestRefusedError, SdpError
 

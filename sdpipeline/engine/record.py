@@ -9,7 +9,7 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from sdpipeline.domain import GenerationRequest, Json, Reproducibility
-from sdpipeline.engine.profiles import PROFILES
+from sdpipeline.engine.stepwise.profiles import PROFILES
 
 LIBRARIES = ("torch", "diffusers", "transformers", "peft", "numpy", "opencv-python-headless", "sdpipeline")
 

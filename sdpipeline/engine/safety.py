@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import torch
 
 from sdpipeline.engine import Pixels
+from sdpipeline.engine.diffusers.model_cache import Loaded
 from sdpipeline.engine.pictures import to_pil
-from sdpipeline.engine.residency import Loaded
 
 
 def flagged(loaded: Loaded, pictures: Sequence[Pixels]) -> list[bool]:

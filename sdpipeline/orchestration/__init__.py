@@ -17,8 +17,8 @@ from uuid import UUID
 
 import structlog
 
-from sdpipeline import bootstrap
-from sdpipeline.bootstrap import Progress
+from sdpipeline.app import services
+from sdpipeline.app.services import Progress
 from sdpipeline.errors import (
     DatabaseUnavailableError,
     ForeignResultError,
@@ -27,8 +27,8 @@ from sdpipeline.errors import (
     RunForcedError,
     SettingsError,
 )
-from sdpipeline.orchestration.board import describe, shown
-from sdpipeline.prefect_server import ServerHandle, answers, no_proxy_for_loopback, own_server
+from sdpipeline.orchestration.artifacts import describe, shown
+from sdpipeline.orchestration.local_server import ServerHandle, answers, no_proxy_for_loopback, own_server
 from sdpipeline.settings import Settings
 
 if TYPE_CHECKING:
@@ -59,7 +59,7 @@ def run_campaign(
     and SIGTERM end the workers at once, give their leases back and leave as KeyboardInterrupt and as
     SystemExit with code 143.
     """
-    progress = bootstrap.campaign_progress(settings, campaign)
+    progress = services.campaign_progress(settings, campaign)
     if not progress.remaining and not keep_ui:
         return progress
     with _sigterm_exits(), local_server(settings, keep_ui=keep_ui, always_own=always_own) as server:
@@ -69,7 +69,7 @@ def run_campaign(
             _run_flow(settings, campaign)
         if console is not None and keep_ui and server.pid is not None:
             console.print(f"Prefect stays at {server.ui_url}{_password_hint(server)}; to stop it: kill {server.pid}")
-    return bootstrap.campaign_progress(settings, campaign)
+    return services.campaign_progress(settings, campaign)
 
 
 def _password_hint(server: ServerHandle) -> str:
@@ -195,7 +195,7 @@ def _run_flow(settings: Settings, campaign: str) -> None:
             _expect_an_end(settings, campaign, error)  # the flow's own state is Failed where jobs failed
         except httpx.HTTPError as error:
             _pass_on_interruption(error)
-            if bootstrap.campaign_progress(settings, campaign).remaining:
+            if services.campaign_progress(settings, campaign).remaining:
                 raise OrchestratorUnavailableError(
                     f"the Prefect server was lost: {error!r}; run again to go on"
                 ) from error
@@ -206,7 +206,7 @@ def _run_flow(settings: Settings, campaign: str) -> None:
 
 def _expect_an_end(settings: Settings, campaign: str, how: object) -> None:
     """The run has a final state: refuse one that somebody else gave it before the work was done."""
-    progress = bootstrap.campaign_progress(settings, campaign)
+    progress = services.campaign_progress(settings, campaign)
     if progress.remaining and progress.status != "paused":
         raise RunForcedError(
             f"the Prefect run of {campaign} was ended from outside with {progress.remaining} jobs to do "
@@ -269,7 +269,7 @@ def _live_progress(settings: Settings, campaign: str, console: Console | None) -
 
         def draw() -> None:
             with suppress(DatabaseUnavailableError):
-                now = bootstrap.campaign_progress(settings, campaign)
+                now = services.campaign_progress(settings, campaign)
                 bar.update(line, completed=now.finished, total=now.total, description=describe(now))
                 if not console.is_terminal and time.monotonic() - said[0] >= SAY_EVERY_S:
                     console.print(describe(now))  # a bar shows nothing in a file before its end

@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING, Any
 
 import structlog
 
-from sdpipeline import bootstrap, intake
-from sdpipeline.db import reports
+from sdpipeline.app import services
+from sdpipeline.app import submit as intake
+from sdpipeline.db import queries
 from sdpipeline.db.waiting import until_available
-from sdpipeline.orchestration import dispatch, worker_process
-from sdpipeline.orchestration.fleet import Bounds, Fleet
+from sdpipeline.orchestration import campaign_run, worker_process
+from sdpipeline.orchestration.prefect_workers import Bounds, Fleet
 from sdpipeline.orchestration.request import CampaignRequest, Reopen
 from sdpipeline.settings import Settings
 
@@ -34,7 +35,7 @@ def carry_out(settings: Settings, request: CampaignRequest) -> State[Any]:
         log.info("jobs.reopened", campaign=name, status=str(request.reopen), jobs=reopened)
     fleet = Fleet(campaign=name, label=f"fleet:{settings.team}/{name}", bounds=_bounds(settings, request))
     with worker_process.state_of_the_server():
-        return dispatch.work_off(settings, name, fleet)
+        return campaign_run.work_off(settings, name, fleet)
 
 
 def _submitted(settings: Settings, request: CampaignRequest) -> str | None:
@@ -83,10 +84,10 @@ def _start_everything(settings: Settings) -> State[Any]:
 
 
 def _unfinished(settings: Settings) -> list[str]:
-    with bootstrap.services(settings, create=False) as have, have.database.read() as connection:
-        names = reports.campaign_names(connection, team=settings.team)
-        ids = {name: reports.campaign_id(connection, team=settings.team, name=name) for name in names}
-        return [name for name, of in ids.items() if of is not None and reports.work_left(connection, of)]
+    with services.services(settings, create=False) as have, have.database.read() as connection:
+        names = queries.campaign_names(connection, team=settings.team)
+        ids = {name: queries.campaign_id(connection, team=settings.team, name=name) for name in names}
+        return [name for name, of in ids.items() if of is not None and queries.work_left(connection, of)]
 
 
 def _has_run(team: str, name: str) -> bool:

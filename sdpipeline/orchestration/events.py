@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from enum import StrEnum
 
-from sdpipeline.db.reports import Progress
+from sdpipeline.db.queries import Progress
 
-PREFIX = "sdpipeline.campaign"
+PREFIX = "sdpipeline.campaigns.loader"
 
 
 class CampaignEvent(StrEnum):

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from sdpipeline import bootstrap, telemetry
+from sdpipeline import logs
+from sdpipeline.app import services
 from sdpipeline.errors import Mistake, SettingsError
+from sdpipeline.private_files import keep_private
 from sdpipeline.settings import DEFAULT_HOME, Settings
-from sdpipeline.storage.private import keep_private
 
 
 def load(home: Path | None = None) -> Settings:
@@ -16,8 +17,8 @@ def load(home: Path | None = None) -> Settings:
     A deployed run works in a folder that is deleted when it ends, which is where the embedded default would lie.
     """
     keep_private()
-    settings = bootstrap.load_settings(home)
-    telemetry.configure_logging(settings)
+    settings = services.load_settings(home)
+    logs.configure_logging(settings)
     if home is None and settings.embedded and settings.home == DEFAULT_HOME.resolve():
         fix = "set it in the environment of `prefect worker start`, or SDP_HOME as a whole path"
         raise SettingsError(Mistake(key="SDP_DATABASE_URL", message="is not set where this flow runs", fix=fix))

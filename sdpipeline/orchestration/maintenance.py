@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from sdpipeline.app.maintenance import Reclaimed
 from sdpipeline.audit import Verification
 from sdpipeline.domain import Json
-from sdpipeline.orchestration.board import shown, table_cells
-from sdpipeline.reconcile import Reconciliation
-from sdpipeline.retention import Forgotten
-from sdpipeline.upkeep import Reclaimed
+from sdpipeline.maintenance.reconcile import Reconciliation
+from sdpipeline.maintenance.retention import Forgotten
+from sdpipeline.orchestration.artifacts import shown, table_cells
 
 if TYPE_CHECKING:
     from prefect.client.schemas.objects import State

@@ -17,9 +17,9 @@ from pathlib import Path
 
 import structlog
 
-from sdpipeline.bootstrap import WorkerSummary
-from sdpipeline.orchestration.board import shown
-from sdpipeline.stopping import Stop
+from sdpipeline.app.services import WorkerSummary
+from sdpipeline.orchestration.artifacts import shown
+from sdpipeline.shutdown import Stop
 
 _log = structlog.get_logger(__name__)
 

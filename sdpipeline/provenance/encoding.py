@@ -21,8 +21,8 @@ from sdpipeline import __version__
 from sdpipeline.domain import Json, OutputFormat
 from sdpipeline.engine import Pixels
 from sdpipeline.errors import InputImageError, RequestRefusedError
-from sdpipeline.provenance import outside
-from sdpipeline.provenance.outside import ExcessiveError, UnreadableError
+from sdpipeline.provenance import untrusted
+from sdpipeline.provenance.untrusted import ExcessiveError, UnreadableError
 
 # What IPTC calls a picture made by a trained generator alone, and one that a photograph went into.
 DIGITAL_SOURCE_TYPES = "http://cv.iptc.org/newscodes/digitalsourcetype/"
@@ -69,9 +69,9 @@ def encode(pixels: Pixels, *, output: OutputFormat, record: Json, from_photograp
             f"output.format: a record of {len(xmp):,} bytes does not fit into a jpeg (at most {_MAX_JPEG_XMP_BYTES:,}):"
             " shorten the prompts, or write png or webp"
         )
-    if len(text) > outside.LARGEST_RECORD or len(xmp) > outside.LARGEST_XMP:
+    if len(text) > untrusted.LARGEST_RECORD or len(xmp) > untrusted.LARGEST_XMP:
         raise RequestRefusedError(
-            f"a record of {len(text):,} characters is more than is read back (at most {outside.LARGEST_RECORD:,}):"
+            f"a record of {len(text):,} characters is more than is read back (at most {untrusted.LARGEST_RECORD:,}):"
             " shorten the prompts of this stage and of those before it"
         )
     file = io.BytesIO()
@@ -152,7 +152,7 @@ def parsed_record(text: object) -> Json | None:
     if not isinstance(text, str):
         return None
     try:
-        return outside.parse_object(text)
+        return untrusted.parse_object(text)
     except ExcessiveError as error:
         raise InputImageError(f"its embedded record {error}") from error
     except UnreadableError:
@@ -217,7 +217,7 @@ def _xmp(record: str, source_type: str) -> bytes:
 
 def _xmp_properties(image: Image.Image) -> dict[str, Any]:
     xmp = image.info.get("xmp", b"")
-    outside.check_xmp(xmp if isinstance(xmp, bytes) else xmp.encode())
+    untrusted.check_xmp(xmp if isinstance(xmp, bytes) else xmp.encode())
     found: Any = image.getxmp()
     for name in ("xmpmeta", "RDF", "Description"):
         found = found.get(name, {}) if isinstance(found, dict) else {}
@@ -228,7 +228,7 @@ def _xmp_properties(image: Image.Image) -> dict[str, Any]:
 
 @contextmanager
 def _opened(data: bytes, max_pixels: int | None) -> Iterator[Image.Image]:
-    outside.check_structure(data)
+    untrusted.check_structure(data)
     try:
         with Image.open(io.BytesIO(data), formats=("PNG", "JPEG", "WEBP")) as image:
             if max_pixels is not None and image.width * image.height > max_pixels:

@@ -30,14 +30,14 @@ from sdpipeline.provenance.encoding import (
     read_marks,
     record_text,
 )
-from sdpipeline.provenance.outside import (
+from sdpipeline.provenance.signing import DEVELOPMENT, DEVELOPMENT_IDENTITY, SigningKey, development_key
+from sdpipeline.provenance.untrusted import (
     DEEPEST_MANIFEST,
     LARGEST_MANIFEST,
     SHAPE_ERRORS,
     UnreadableError,
     parse_object,
 )
-from sdpipeline.signing import DEVELOPMENT, DEVELOPMENT_IDENTITY, SigningKey, development_key
 
 _RECORD = "sdpipeline.record"
 _ACTIONS = "c2pa.actions.v2"

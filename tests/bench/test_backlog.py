@@ -21,7 +21,7 @@ from sdpipeline.domain import CheckpointRef, JobSpec
 from sdpipeline.engine import Batch, GeneratedImage, GenerationFailure, PreparedRequest
 from sdpipeline.engine.fake import FakeEngine
 from sdpipeline.storage import LocalStore
-from sdpipeline.worker import Worker, WorkerLimits
+from sdpipeline.worker.worker import Worker, WorkerLimits
 from tests.factories import job_spec, published, signing_key
 
 pytestmark = [pytest.mark.bench, pytest.mark.timeout(1200)]

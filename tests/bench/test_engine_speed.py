@@ -12,7 +12,7 @@ import pytest
 
 from sdpipeline.domain import Profile, Task
 from sdpipeline.engine import GeneratedImage, PreparedRequest
-from sdpipeline.engine.speedups import Speedups
+from sdpipeline.engine.stepwise.compile import Speedups
 from tests.integration.engine_requests import SOURCE, disc, images, new_engine, prepared, request
 
 pytestmark = [pytest.mark.bench, pytest.mark.timeout(3600)]

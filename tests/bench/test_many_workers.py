@@ -21,7 +21,7 @@ from sdpipeline.db.connection import Database, open_database
 from sdpipeline.engine import Batch, GeneratedImage, GenerationFailure
 from sdpipeline.engine.fake import FakeEngine
 from sdpipeline.storage import LocalStore
-from sdpipeline.worker import Worker, WorkerLimits
+from sdpipeline.worker.worker import Worker, WorkerLimits
 from tests.chaos.postgres import PostgresServer, postgres_server
 from tests.factories import chains, published, signing_key, stored_image
 from tests.integration.databases import processes

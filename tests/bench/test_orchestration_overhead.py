@@ -10,9 +10,9 @@ import psutil
 import pytest
 from sqlalchemy import func, select
 
-from sdpipeline import bootstrap
+from sdpipeline.app import services
 from sdpipeline.db.tables import attempt
-from sdpipeline.prefect_server import own_server
+from sdpipeline.orchestration.local_server import own_server
 from tests.integration.commands import FAKE_ENGINE, SDPIPELINE, environment
 
 pytestmark = [pytest.mark.bench, pytest.mark.timeout(600)]
@@ -88,7 +88,7 @@ def _outside_the_engine(home: Path) -> float:
         .group_by(attempt.c.worker_id, attempt.c.lease_id)
         .order_by(func.max(attempt.c.finished_at))
     )
-    with bootstrap.services(bootstrap.load_settings(home)) as have, have.database.read() as connection:
+    with services.services(services.load_settings(home)) as have, have.database.read() as connection:
         batches = connection.execute(done).all()
     workers = [[batch for batch in batches if batch.worker_id == one] for one in {batch.worker_id for batch in batches}]
     assert len(workers) == WORKERS

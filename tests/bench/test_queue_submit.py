@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 from sqlalchemy import Connection, Table, text
 
-from sdpipeline import expand, submission
+from sdpipeline.campaigns import expand, submission
 from sdpipeline.db.audit import AuditLog
 from sdpipeline.db.connection import Database, open_database
 from sdpipeline.db.migrate import upgrade

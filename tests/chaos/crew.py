@@ -15,8 +15,8 @@ from pathlib import Path
 import psutil
 
 from sdpipeline.db.connection import Database
-from sdpipeline.delivery_process import LAST_WORDS_S, LEAST_SILENCE_S, SERVER
 from sdpipeline.domain import TERMINAL
+from sdpipeline.worker.delivery_process import LAST_WORDS_S, LEAST_SILENCE_S, SERVER
 from tests.chaos import worker_process
 from tests.factories import statuses
 from tests.integration.certificates import signing_settings

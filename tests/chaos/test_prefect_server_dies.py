@@ -11,8 +11,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from sdpipeline import bootstrap
-from sdpipeline.db import reports
+from sdpipeline.app import services
+from sdpipeline.db import queries
 from tests.chaos.invariants import violations
 from tests.factories import statuses
 from tests.integration.commands import FAKE_ENGINE, kill_tree, start
@@ -35,8 +35,8 @@ def test_a_run_outlives_its_prefect_server(home: Path) -> None:
     fake = {FAKE_ENGINE: "0.3", "SDP_ENGINE__MAX_BATCH": "4"}
     running = start("run", home / "campaign.yaml", "--home", home, **fake)
     try:
-        settings = bootstrap.load_settings(home)
-        with bootstrap.services(settings) as have:
+        settings = services.load_settings(home)
+        with services.services(settings) as have:
             while not _succeeded(have):
                 assert running.poll() is None, "it ended before there was anything to lose"
                 time.sleep(0.1)
@@ -47,7 +47,7 @@ def test_a_run_outlives_its_prefect_server(home: Path) -> None:
                 assert running.poll() is None, "it gave up with work to do"
                 time.sleep(0.1)
             # It still tries for a minute or two to tell the server, which is not waited for here.
-            assert violations(have.database, have.store, bootstrap.seal_key(settings)) == []
+            assert violations(have.database, have.store, services.seal_key(settings)) == []
     finally:
         if running.poll() is None:
             kill_tree(running)
@@ -58,7 +58,7 @@ def test_a_killed_run_leaves_no_process_behind(home: Path) -> None:
     running = start("run", home / "campaign.yaml", "--home", home, **{FAKE_ENGINE: "5"})
     family = [psutil.Process(running.pid)]
     try:
-        with bootstrap.services(bootstrap.load_settings(home)) as have:
+        with services.services(services.load_settings(home)) as have:
             while "leased" not in statuses(have.database):
                 assert running.poll() is None, "it ended before there was anything to lose"
                 time.sleep(0.1)
@@ -74,7 +74,7 @@ def test_a_killed_run_leaves_no_process_behind(home: Path) -> None:
     assert left == []
 
 
-def _succeeded(have: bootstrap.Services) -> int:
+def _succeeded(have: services.Services) -> int:
     with have.database.read() as connection:
-        (campaign_id,) = [reports.campaign_id(connection, team="default", name="spring")]
-        return reports.progress(connection, campaign_id).succeeded if campaign_id is not None else 0
+        (campaign_id,) = [queries.campaign_id(connection, team="default", name="spring")]
+        return queries.progress(connection, campaign_id).succeeded if campaign_id is not None else 0

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from sdpipeline.db import evidence
+from sdpipeline.db import audit_queries
 from sdpipeline.db.audit import AuditLog
 from sdpipeline.db.connection import open_database
 from tests.factories import chains, published, statuses
@@ -53,6 +53,6 @@ def test_a_submit_killed_anywhere_leaves_all_of_a_version_or_none(database_url: 
         present = wanted if arrived else present
         assert Counter(statuses(database)) == {"ready": CHAINS, "waiting": CHAINS}
         with database.read() as connection:
-            assert len(list(evidence.published_roots(connection))) == 1
+            assert len(list(audit_queries.published_roots(connection))) == 1
     assert seen["none"], seen  # at least one was cut in the middle, else the kills came too late to tell
     database.close()

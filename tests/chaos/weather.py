@@ -12,7 +12,7 @@ from contextlib import contextmanager, suppress
 
 from sqlalchemy import func, select
 
-from sdpipeline.db import control
+from sdpipeline.db import job_control
 from sdpipeline.db.audit import AuditLog
 from sdpipeline.db.tables import campaign, job
 from sdpipeline.domain import TERMINAL
@@ -104,12 +104,12 @@ def people(audit: AuditLog, chance: random.Random, *, chains_at_once: int) -> Ca
                 return
             with audit.transaction() as tx:
                 if what == "cancel":
-                    control.cancel(tx, campaign_id=campaign_id)
+                    job_control.cancel(tx, campaign_id=campaign_id)
                 elif what == "retry":
-                    control.retry(tx, campaign_id=campaign_id, statuses=UNLUCKY)
+                    job_control.retry(tx, campaign_id=campaign_id, statuses=UNLUCKY)
                 else:
                     status = "paused" if what == "pause" else "active"
-                    control.set_campaign_status(tx, campaign_id=campaign_id, status=status)
+                    job_control.set_campaign_status(tx, campaign_id=campaign_id, status=status)
 
     return act
 
@@ -118,8 +118,8 @@ def reopen_all(audit: AuditLog) -> None:
     """Resume every campaign, and retry whatever did not succeed: nothing in these campaigns can fail by itself."""
     for campaign_id, _ in _campaigns(audit):
         with audit.transaction() as tx:
-            control.set_campaign_status(tx, campaign_id=campaign_id, status="active")
-            control.retry(tx, campaign_id=campaign_id, statuses=UNLUCKY)
+            job_control.set_campaign_status(tx, campaign_id=campaign_id, status="active")
+            job_control.retry(tx, campaign_id=campaign_id, statuses=UNLUCKY)
 
 
 def _campaigns(audit: AuditLog) -> list[tuple[int, str]]:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from sqlalchemy import insert
 from sqlalchemy.dialects import postgresql, sqlite
 
-from sdpipeline import bootstrap
+from sdpipeline.app import services
 from sdpipeline.db import queue
 from sdpipeline.db.tables import image, job
 from sdpipeline.errors import DatabaseUnavailableError, DeliveryUnavailableError, SettingsError
@@ -48,11 +48,11 @@ def _work(environment: dict[str, str], fencing: bool, delivery: bool) -> None:
     if not fencing:
         _switch_fencing_off()
     try:
-        s = bootstrap.load_settings()
+        s = services.load_settings()
         if delivery:
             _run_with_delivery(s)
         else:
-            bootstrap.run_worker(s, campaign=None, until_idle=True, device="cpu")
+            services.run_worker(s, campaign=None, until_idle=True, device="cpu")
     except (DatabaseUnavailableError, DeliveryUnavailableError, SettingsError):
         # The database or the bucket was away when it began or ended: as an operator's supervisor would be told.
         traceback.print_exc()
@@ -62,16 +62,16 @@ def _work(environment: dict[str, str], fencing: bool, delivery: bool) -> None:
 
 def _run_with_delivery(s: Settings) -> None:
     """As ``run_worker``, which starts no delivery process beside the double of the engine."""
-    engine, key = bootstrap.build_engine(s, "cpu", None), bootstrap.picture_key(s)
+    engine, key = services.build_engine(s, "cpu", None), services.picture_key(s)
     real = s.model_copy(update={"engine": s.engine.model_copy(update={"fake_seconds_per_batch": None})})
     with (
-        bootstrap.services(s) as have,
-        bootstrap.delivery_process(real, key, have.database, s.storage) as (worker_id, deliverer),
+        services.services(s) as have,
+        services.delivery_process(real, key, have.database, s.storage) as (worker_id, deliverer),
     ):
-        worker = bootstrap.make_worker(
+        worker = services.make_worker(
             s, have.database, have.store, engine, key, worker_id=worker_id, deliverer=deliverer
         )
-        with bootstrap.registered(s, worker, "cpu"):
+        with services.registered(s, worker, "cpu"):
             worker.run()
 
 

@@ -14,11 +14,11 @@ from safetensors.torch import save_file
 
 from sdpipeline.domain import Task
 from sdpipeline.engine.checkpoints import inspect
-from sdpipeline.engine.diffusers_engine import DiffusersEngine
+from sdpipeline.engine.diffusers.engine import DiffusersEngine
+from sdpipeline.engine.diffusers.model_cache import TextEncoders
 from sdpipeline.engine.families import FAMILIES
-from sdpipeline.engine.quantization import FP8_CAPABILITY
-from sdpipeline.engine.residency import TextEncoders
-from sdpipeline.engine.speedups import Speedups
+from sdpipeline.engine.stepwise.compile import Speedups
+from sdpipeline.engine.stepwise.quantization import FP8_CAPABILITY
 from tests.integration.engine_requests import (
     SOURCE,
     adapter,

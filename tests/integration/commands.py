@@ -13,7 +13,7 @@ from typing import Any
 import httpx
 import psutil
 
-from sdpipeline.prefect_server import ServerHandle
+from sdpipeline.orchestration.local_server import ServerHandle
 
 SDPIPELINE = [sys.executable, "-m", "sdpipeline"]
 FAKE_ENGINE = "SDP_ENGINE__FAKE_SECONDS_PER_BATCH"

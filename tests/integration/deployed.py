@@ -18,7 +18,7 @@ import psutil
 import pytest
 from sqlalchemy import select
 
-from sdpipeline.db import reports
+from sdpipeline.db import queries
 from sdpipeline.db.connection import Database, open_database
 from sdpipeline.db.tables import attempt, job
 from sdpipeline.db.tables import campaign as campaigns
@@ -117,8 +117,8 @@ class Site:
     def progress(self, campaign: str) -> Any:
         """How far it is, or None before it was submitted."""
         with self.database.read() as connection:
-            found = reports.campaign_id(connection, team="default", name=campaign)
-            return None if found is None else reports.progress(connection, found)
+            found = queries.campaign_id(connection, team="default", name=campaign)
+            return None if found is None else queries.progress(connection, found)
 
     def succeeded(self, campaign: str) -> int:
         progress = self.progress(campaign)
@@ -135,7 +135,7 @@ class Site:
     def at_work(self, campaign: str) -> list[Any]:
         """Workers that live and took jobs of this campaign."""
         with self.database.read() as connection:
-            living = reports.live_workers(connection)
+            living = queries.live_workers(connection)
         took = {each.worker_id for each in self.attempts(campaign)}
         return [worker for worker in living if worker["id"] in took]
 

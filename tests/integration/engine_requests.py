@@ -11,7 +11,7 @@ import numpy as np
 
 from sdpipeline.domain import AdapterInput, CheckpointRef, ControlNetInput, GenerationRequest, ImageSource, Task
 from sdpipeline.engine import Batch, GeneratedImage, GenerationFailure, Pixels, PreparedRequest
-from sdpipeline.engine.diffusers_engine import DiffusersEngine
+from sdpipeline.engine.diffusers.engine import DiffusersEngine
 from sdpipeline.engine.families import FAMILIES
 from tests.integration.tiny_checkpoints import TinyCheckpoints, tiny_checkpoints
 

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from sdpipeline import archive, archiving, cli
+from sdpipeline import cli
+from sdpipeline.archives import archiver, contents
 from sdpipeline.audit import load_key, verify
 from sdpipeline.db import archives
 from sdpipeline.db.audit import AuditLog
@@ -18,8 +19,8 @@ from sdpipeline.db.tables import archive as archive_table
 from sdpipeline.db.tables import attempt, image, job, job_parent
 from sdpipeline.domain import JobSpec, Json
 from sdpipeline.errors import SealOverdueError
+from sdpipeline.reporting.verify import Match, Register, check
 from sdpipeline.storage import LocalStore
-from sdpipeline.verification import Match, Register, check
 from tests.factories import chains, events, job_spec
 from tests.integration.commands import FAKE_ENGINE
 from tests.integration.conftest import Bucket
@@ -45,11 +46,11 @@ class Editions(Place):
     """A campaign made on Monday (two chains of two, one of them of a subject) and on Tuesday."""
 
     def archive(self, *, days: float = 30, dry_run: bool = False) -> int:
-        return archiving.archive(self.audit, self.store, self.seal, team="default", days=days, dry_run=dry_run)
+        return archiver.archive(self.audit, self.store, self.seal, team="default", days=days, dry_run=dry_run)
 
     def archived_job(self, job_id: int) -> Json | None:
         with self.audit.database.read() as connection:
-            return archive.show(connection, self.store, job_id, team="default")
+            return contents.show(connection, self.store, job_id, team="default")
 
     def ids(self) -> list[int]:
         return sorted(row["id"] for row in self.rows(job))
@@ -109,14 +110,14 @@ def test_the_present_version_and_what_is_not_old_or_not_ended_stay(place: Editio
 def test_an_edition_that_changes_while_it_is_read_is_left_for_the_next_run(
     place: Editions, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    write = archive.store_edition
+    write = contents.store_edition
 
     def and_meanwhile(*given: object) -> Json:
         stored = write(*given)  # type: ignore[arg-type]
         place.erase()
         return stored
 
-    monkeypatch.setattr(archive, "store_edition", and_meanwhile)
+    monkeypatch.setattr(contents, "store_edition", and_meanwhile)
     assert place.archive() == 0
     monkeypatch.undo()
     assert place.archive() == 1
@@ -158,7 +159,7 @@ def test_an_edition_stays_in_the_tables_until_it_is_sealed_whoever_takes_it_up(
 
 
 def test_tables_are_emptied_in_bounded_transactions(place: Editions, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(archiving, "DROPPED", 1)
+    monkeypatch.setattr(archiver, "DROPPED", 1)
     assert place.archive() == 1
     assert place.ids() == [5, 6]
 
@@ -244,10 +245,10 @@ def test_an_audit_finds_an_archive_that_was_altered_or_is_missing(place: Edition
 def test_an_audit_finds_a_private_part_that_tells_another_story(place: Editions) -> None:
     place.archive()
     (row,) = place.rows(archive_table)
-    lines = list(archive.private(place.store, row))
+    lines = list(contents.private(place.store, row))
     lines[2]["request"]["prompt"] = "another"
     with place.audit.database.write() as connection:
-        archives.change(connection, row, **archive.store_private(place.store, row | {"team": "t", "name": "n"}, lines))
+        archives.change(connection, row, **contents.store_private(place.store, row | {"team": "t", "name": "n"}, lines))
     assert [fault.split(",")[0] for fault in place.faults()] == [
         "job-altered its request does not hash to its fingerprint",
         "job-altered it commits to another request than its archive says",

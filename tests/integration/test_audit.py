@@ -14,7 +14,7 @@ from sqlalchemy import Connection, Table, delete, select, update
 from sqlalchemy.event import listen, remove
 
 from sdpipeline.audit import Fault, SealKey, load_key, seal, seal_name, verify
-from sdpipeline.db import control, queue, workers
+from sdpipeline.db import job_control, queue, workers
 from sdpipeline.db.audit import GENESIS, AuditLog, Event
 from sdpipeline.db.connection import Database
 from sdpipeline.db.tables import audit_event, audit_seal, audit_seal_range, image, job
@@ -71,7 +71,7 @@ def archive(database: Database, audit: AuditLog, tmp_path: Path) -> Archive:
         queue.release(tx, lease_id=released.id)
     other = published(audit, chains(1), name="cancelled")
     with audit.transaction() as tx:
-        control.cancel(tx, campaign_id=other.campaign_id)
+        job_control.cancel(tx, campaign_id=other.campaign_id)
     kept.seal()
     return kept
 
@@ -88,7 +88,7 @@ def test_an_archive_stays_clean_through_changes_retries_and_revivals(archive: Ar
     published(archive.audit, [*list(chains(6, "draft", "scene")), job_spec("row-6", prompt="changed")], prune=True)
     assert archive.faults() == []
     with archive.audit.transaction() as tx:
-        control.retry(tx, campaign_id=1, statuses=["failed", "cancelled"])
+        job_control.retry(tx, campaign_id=1, statuses=["failed", "cancelled"])
     assert archive.faults() == []
     published(archive.audit, chains(7, "draft", "scene"))
     assert archive.faults() == []
@@ -109,9 +109,9 @@ def test_a_sample_says_what_it_left_out(archive: Archive) -> None:
 def test_every_transition_is_written_in_its_own_transaction(archive: Archive) -> None:
     with archive.audit.transaction() as tx:
         workers.register(tx, worker_id="worker-1", host="h", pid=1, device="cpu", description={})
-        control.set_campaign_status(tx, campaign_id=1, status="paused")
-        control.set_campaign_status(tx, campaign_id=1, status="active")
-        control.retry(tx, campaign_id=1, statuses=["failed"])
+        job_control.set_campaign_status(tx, campaign_id=1, status="paused")
+        job_control.set_campaign_status(tx, campaign_id=1, status="active")
+        job_control.retry(tx, campaign_id=1, statuses=["failed"])
         workers.stop(tx, worker_id="worker-1")
     published(archive.audit, [job_spec("row-0", prompt="changed")])
     elsewhere = ("checkpoint.", "jobs.blocked", "jobs.erased", "pictures.", "inputs.", "sources.", "edition.")

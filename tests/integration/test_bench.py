@@ -21,7 +21,7 @@ from sdpipeline.db.scratch import PREFIX, scratch_database
 from sdpipeline.domain import CheckpointRef
 from sdpipeline.engine import Batch, GeneratedImage, PreparedRequest
 from sdpipeline.engine.checkpoints import inspect
-from sdpipeline.engine.diffusers_engine import DiffusersEngine
+from sdpipeline.engine.diffusers.engine import DiffusersEngine
 from sdpipeline.errors import ObjectConflictError
 from sdpipeline.storage import S3Options
 from sdpipeline.storage.scratch import Scratch, scratch_storage

@@ -11,9 +11,10 @@ from prefect import flow
 from prefect.client.orchestration import get_client
 from prefect.client.schemas import filters
 
-from sdpipeline import bootstrap, orchestration
-from sdpipeline.orchestration.board import Board
-from sdpipeline.prefect_server import own_server
+from sdpipeline import orchestration
+from sdpipeline.app import services
+from sdpipeline.orchestration.artifacts import Board
+from sdpipeline.orchestration.local_server import own_server
 from tests.integration.commands import document
 
 CAMPAIGN = """\
@@ -29,13 +30,13 @@ stages: [{id: only, task: text-to-image, prompt: "a {{ who }}"}]
 def test_blocked_jobs_are_listed_with_their_rule(prefect_home: Path, tmp_path: Path) -> None:
     (tmp_path / "parlour.yaml").write_text(CAMPAIGN)
     document("submit", tmp_path / "parlour.yaml", "--home", tmp_path)
-    settings = bootstrap.load_settings(tmp_path)
+    settings = services.load_settings(tmp_path)
 
     @flow
     def shows() -> None:
-        Board(settings, "parlour").show(bootstrap.campaign_progress(settings, "parlour"))
+        Board(settings, "parlour").show(services.campaign_progress(settings, "parlour"))
 
-    with own_server(prefect_home), orchestration.local_server(bootstrap.load_settings(prefect_home), always_own=True):
+    with own_server(prefect_home), orchestration.local_server(services.load_settings(prefect_home), always_own=True):
         shows()
         mine = filters.ArtifactFilter(key=filters.ArtifactFilterKey(any_=["failures-parlour"]))
         with get_client(sync_client=True) as client:
@@ -46,6 +47,6 @@ def test_blocked_jobs_are_listed_with_their_rule(prefect_home: Path, tmp_path: P
     assert [unescape(blocked[name]) for name in ("status", "error", "variables")] == [
         "blocked", "policy.deny: 'widow'", "widow ![x](http://a.b/c)",
     ]  # fmt: skip
-    told = bootstrap.finish_report(settings, "parlour")
+    told = services.finish_report(settings, "parlour")
     assert "0 jobs failed, 1 blocked:" in told
     assert "| 1 | blocked | only |  | 0 | policy.deny: 'widow' |" in unescape(told)

@@ -23,8 +23,8 @@ from playwright.sync_api import expect
 from prefect.utilities.callables import parameter_schema
 
 from sdpipeline.flows.campaign import campaign
-from sdpipeline.orchestration.board import REFRESH_EVERY_S
-from sdpipeline.prefect_server import ServerHandle, own_server
+from sdpipeline.orchestration.artifacts import REFRESH_EVERY_S
+from sdpipeline.orchestration.local_server import ServerHandle, own_server
 from tests.integration.chromium import opened_page
 from tests.integration.commands import FAKE_ENGINE, credentials, environment
 
@@ -97,7 +97,10 @@ class Show:
 
     def events(self, expected: int) -> dict[str, Any]:
         """The campaign's, by name."""
-        wanted = {"event": {"prefix": ["sdpipeline."]}, "resource": {"id": [f"sdpipeline.campaign.default.{NAME}"]}}
+        wanted = {
+            "event": {"prefix": ["sdpipeline."]},
+            "resource": {"id": [f"sdpipeline.campaigns.loader.default.{NAME}"]},
+        }
         return {event["event"]: event for event in self.written_down(wanted, expected)}
 
     def written_down(self, wanted: dict[str, Any], expected: int) -> list[Any]:

@@ -16,11 +16,11 @@ import pytest
 import yaml
 from PIL import Image
 
-from sdpipeline import bootstrap
-from sdpipeline.db import reports
+from sdpipeline.app import services
+from sdpipeline.app.submit import submit
+from sdpipeline.db import queries
 from sdpipeline.domain import Json
 from sdpipeline.errors import CampaignError
-from sdpipeline.intake import submit
 from sdpipeline.settings import Settings
 from tests.integration.commands import FAKE_ENGINE, document, sdpipeline
 from tests.integration.conftest import Bucket, free_port
@@ -66,18 +66,18 @@ class Place:
         return path
 
     def settings(self) -> Settings:
-        return bootstrap.load_settings(self.home)
+        return services.load_settings(self.home)
 
     def submit(self, *stages: dict[str, Any], **keys: Any) -> int:
         return submit(self.settings(), self.file(*stages, **keys))[1].added
 
     def work(self) -> list[Json]:
         s = self.settings()
-        bootstrap.run_worker(s, campaign="c", until_idle=True, device="cpu")
-        with bootstrap.services(s) as have:
-            campaign_id = bootstrap.known_campaign(have.database, s.team, "c")
+        services.run_worker(s, campaign="c", until_idle=True, device="cpu")
+        with services.services(s) as have:
+            campaign_id = services.known_campaign(have.database, s.team, "c")
             with have.database.read() as connection:
-                return list(reports.jobs(connection, campaign_id, limit=100))
+                return list(queries.jobs(connection, campaign_id, limit=100))
 
     def mistakes(self, *stages: dict[str, Any], **keys: Any) -> list[str]:
         with pytest.raises(CampaignError) as refused:
@@ -216,8 +216,8 @@ def test_a_table_in_a_bucket_is_fetched_once_and_names_pictures_there(
     place.put(f"in/t.{suffix}", data or parquet(sku=["A", "B"], picture=["a.png", "b.png"]))
     rows = {"file": place.url(f"in/t.{suffix}"), "key": "sku"}
     s = place.settings()
-    with bootstrap.services(s) as have:
-        bootstrap.load_campaign(s, place.file(SOFT | {"image": {"file": "x{{ picture }}"}}, variables={"rows": rows}))
+    with services.services(s) as have:
+        services.load_campaign(s, place.file(SOFT | {"image": {"file": "x{{ picture }}"}}, variables={"rows": rows}))
         assert [method for method, _ in proxy.seen] == ["GET"]
         assert have.store is not None
     place.submit(SOFT | {"image": {"url": place.url("in/{{ picture }}")}}, variables={"rows": rows})

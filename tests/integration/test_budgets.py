@@ -7,7 +7,7 @@ from typing import Any
 
 from sqlalchemy import event, select
 
-from sdpipeline.db import budgets, control, reports, tables
+from sdpipeline.db import budgets, job_control, queries, tables
 from sdpipeline.db.audit import AuditLog
 from sdpipeline.db.connection import Database
 from sdpipeline.db.locks import have_campaign
@@ -71,7 +71,7 @@ def test_a_spent_budget_pauses_the_campaign_and_says_so(audit: AuditLog, databas
     campaign_id = budgeted(audit, 30, max_images=30)
     worked(audit)
     with database.read() as connection:
-        progress = reports.progress(connection, campaign_id)
+        progress = queries.progress(connection, campaign_id)
     assert progress.status == "paused"
     assert progress.paused_because is not None
     assert "max_images 30" in progress.paused_because
@@ -99,7 +99,7 @@ def test_a_budget_that_covers_all_finishes_all(audit: AuditLog, database: Databa
     campaign_id = budgeted(audit, 20, max_images=60, max_gpu_seconds=1000)
     worked(audit)
     with database.read() as connection:
-        assert reports.progress(connection, campaign_id).status == "finished"
+        assert queries.progress(connection, campaign_id).status == "finished"
 
 
 def test_a_budget_smaller_than_one_chain_makes_nothing(audit: AuditLog, database: Database) -> None:
@@ -141,7 +141,7 @@ def test_failed_roots_retried_are_held_until_the_budget_allows(audit: AuditLog, 
     for job in lease.jobs:
         failed(audit, lease, job)
     with audit.transaction() as tx:
-        control.retry(tx, campaign_id=campaign_id, statuses=["failed"])
+        job_control.retry(tx, campaign_id=campaign_id, statuses=["failed"])
     assert try_lease(audit) is None
     worked(audit)
     assert made(database) == {"draft": 4, "scene": 4, "final": 4}
@@ -190,7 +190,7 @@ def test_a_job_retried_after_its_budget_was_removed_is_made(audit: AuditLog, dat
         failed(audit, lease, job)
     published(audit, chains(3, *STAGES))  # the fourth row is gone, and was not pruned
     with audit.transaction() as tx:
-        control.retry(tx, campaign_id=campaign_id, statuses=["failed"])
+        job_control.retry(tx, campaign_id=campaign_id, statuses=["failed"])
     worked(audit)
     assert made(database) == {"draft": 4, "scene": 4, "final": 4}
 

@@ -11,8 +11,8 @@ from multiprocessing.process import BaseProcess
 
 import pytest
 
-from sdpipeline.crew import Crew, Death, Slot
 from sdpipeline.errors import WorkersLostError
+from sdpipeline.orchestration.local_workers import Crew, Death, Slot
 from tests.factories import progress
 
 Start = Callable[..., Crew]

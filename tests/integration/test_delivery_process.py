@@ -21,13 +21,12 @@ import psutil
 import pytest
 from sqlalchemy import select
 
-from sdpipeline import bootstrap, provenance
-from sdpipeline.bootstrap import Services
-from sdpipeline.db import reports, tables
+from sdpipeline import provenance
+from sdpipeline.app import services
+from sdpipeline.app.services import Services
+from sdpipeline.db import queries, tables
 from sdpipeline.db.budgets import Charge
 from sdpipeline.db.connection import now_s, sqlite_path
-from sdpipeline.delivery import Attempt
-from sdpipeline.delivery_process import SERVER, Bounds, DeliveryProcess, Destination, _GoneError, _Server
 from sdpipeline.engine import Batch, GeneratedImage, GenerationFailure, PreparedRequest
 from sdpipeline.engine.fake import FakeEngine
 from sdpipeline.errors import (
@@ -36,8 +35,10 @@ from sdpipeline.errors import (
     DeliveryUnavailableError,
     StorageUnavailableError,
 )
-from sdpipeline.fetching import Consumed
-from sdpipeline.worker import Worker, WorkerLimits, WorkerSummary
+from sdpipeline.worker.delivery import Attempt
+from sdpipeline.worker.delivery_process import SERVER, Bounds, DeliveryProcess, Destination, _GoneError, _Server
+from sdpipeline.worker.inputs import Consumed
+from sdpipeline.worker.worker import Worker, WorkerLimits, WorkerSummary
 from tests.chaos.invariants import violations
 from tests.factories import chains, leased, published, statuses
 from tests.integration.test_worker_life import wait_for
@@ -49,14 +50,14 @@ CHARGE = Charge(worker_id="worker-1", gpu_seconds=1.0, cost=0.0)
 
 @pytest.fixture
 def have(tmp_path: Path) -> Iterator[Services]:
-    with bootstrap.services(bootstrap.load_settings(tmp_path / "home")) as found:
+    with services.services(services.load_settings(tmp_path / "home")) as found:
         yield found
 
 
 def destination(have: Services, **changes: Any) -> Destination:
     s = have.settings
     known: dict[str, Any] = {"settings": s, "storage_url": s.storage, "database_url": s.database}
-    certificate = bootstrap.picture_key(s).fingerprint
+    certificate = services.picture_key(s).fingerprint
     return Destination(**{"actor": "worker:test", "certificate": certificate} | known | changes)
 
 
@@ -68,12 +69,12 @@ def process(have: Services) -> Iterator[DeliveryProcess]:
 
 
 def work(have: Services, engine: FakeEngine) -> WorkerSummary:
-    s, key = have.settings, bootstrap.picture_key(have.settings)
-    with bootstrap.delivery_process(s, key, have.database, s.storage) as (worker_id, deliverer):
-        worker = bootstrap.make_worker(
+    s, key = have.settings, services.picture_key(have.settings)
+    with services.delivery_process(s, key, have.database, s.storage) as (worker_id, deliverer):
+        worker = services.make_worker(
             s, have.database, have.store, engine, key, worker_id=worker_id, deliverer=deliverer
         )
-        with bootstrap.registered(s, worker, "cpu"):
+        with services.registered(s, worker, "cpu"):
             return worker.run()
 
 
@@ -107,7 +108,7 @@ def test_every_picture_is_marked_stored_and_recorded_by_it_and_it_ends_with_the_
     done = work(have, Watched())
     assert (done.succeeded, len(seen)) == (40, 1)
     assert not beside()
-    assert violations(have.database, have.store, bootstrap.seal_key(have.settings)) == []
+    assert violations(have.database, have.store, services.seal_key(have.settings)) == []
     for key in [key for key in have.store.list() if key.endswith(".png")]:
         assert provenance.verify(have.store.get(key)).ok
     # Not in this process: its own chain of events has nothing of them.
@@ -134,12 +135,12 @@ def test_one_that_is_killed_is_replaced_and_no_picture_is_lost(have: Services) -
     assert len(set(killed)) >= 2
     assert statuses(have.database) == ["succeeded"] * 64
     assert (done.succeeded, done.failed) == (64, 0)
-    assert violations(have.database, have.store, bootstrap.seal_key(have.settings)) == []
+    assert violations(have.database, have.store, services.seal_key(have.settings)) == []
 
 
 OWNER = (
     "import sys, time; from pathlib import Path; from sdpipeline import bootstrap;"
-    "from sdpipeline.delivery_process import Bounds;"
+    "from sdpipeline.worker.delivery_process import Bounds;"
     "s = bootstrap.load_settings(Path(sys.argv[1])); key = bootstrap.picture_key(s);"
     "database = bootstrap.existing_database(s);"
     "made = bootstrap.delivery_process(s, key, database, s.storage); _, process = made.__enter__();"
@@ -354,7 +355,7 @@ def is_locked(path: Path | None) -> bool:
 
 def test_leases_are_not_extended_while_the_delivery_process_is_silent_and_status_says_so(have: Services) -> None:
     published(have.audit, chains(16), max_attempts=9)
-    s, key = have.settings, bootstrap.picture_key(have.settings)
+    s, key = have.settings, services.picture_key(have.settings)
     stopped: list[psutil.Process] = []
 
     class Freezing(FakeEngine):
@@ -371,7 +372,7 @@ def test_leases_are_not_extended_while_the_delivery_process_is_silent_and_status
             "worker-1", have.audit, have.store, Freezing(seconds_per_batch=0.3), limits, key, deliverer=process
         )
         process.check()
-        with bootstrap.registered(s, worker, "cpu"), ThreadPoolExecutor(1) as pool:
+        with services.registered(s, worker, "cpu"), ThreadPoolExecutor(1) as pool:
             running = pool.submit(worker.run)
             wait_for(lambda: _expired(have) and "does not answer" in (_note(have) or ""))
             assert "succeeded" not in statuses(have.database)
@@ -379,7 +380,7 @@ def test_leases_are_not_extended_while_the_delivery_process_is_silent_and_status
             wait_for(lambda: _note(have) is None)
             running.result()
     assert set(statuses(have.database)) == {"succeeded"}
-    assert violations(have.database, have.store, bootstrap.seal_key(s)) == []
+    assert violations(have.database, have.store, services.seal_key(s)) == []
 
 
 def _expired(have: Services) -> bool:
@@ -390,7 +391,7 @@ def _expired(have: Services) -> bool:
 
 def _note(have: Services) -> str | None:
     with have.database.read() as connection:
-        (found,) = reports.live_workers(connection)
+        (found,) = queries.live_workers(connection)
     return str(found["note"]) if found["note"] else None
 
 

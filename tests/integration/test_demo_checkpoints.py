@@ -14,7 +14,7 @@ from sdpipeline.demo.measure import mean_difference, outline_overlap, psnr
 from sdpipeline.demo.scenes import Group, Picture, Scene, render, shrink
 from sdpipeline.demo.studio import Studio
 from sdpipeline.demo.trials import Seen, enlarged, held_out_scenes, hole_around, look_at
-from sdpipeline.scores import edge_recall, edges
+from sdpipeline.engine.quality import edge_recall, edges
 
 
 @pytest.fixture(scope="module")

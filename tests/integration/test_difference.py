@@ -9,8 +9,8 @@ import pytest
 
 from sdpipeline.db.audit import AuditLog
 from sdpipeline.db.connection import Database
-from sdpipeline.db.difference import NOT_THERE_BEFORE, compare
-from sdpipeline.db.history import usual
+from sdpipeline.db.cost_history import usual
+from sdpipeline.db.plan_diff import NOT_THERE_BEFORE, compare
 from tests.factories import chains, completed, job_spec, leased, published
 
 

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from sdpipeline import campaign as campaigns
-from sdpipeline import submission
-from sdpipeline.campaign import Campaign
+from sdpipeline.campaigns import loader as campaigns
+from sdpipeline.campaigns import submission
+from sdpipeline.campaigns.loader import Campaign
 from sdpipeline.db import budgets
 from sdpipeline.db.audit import AuditLog
 from sdpipeline.db.connection import Database

@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from sdpipeline.domain import GenerationRequest
-from sdpipeline.engine.diffusers_engine import DiffusersEngine
-from sdpipeline.engine.residency import TextEncoders
-from sdpipeline.engine.speedups import Speedups
+from sdpipeline.engine.diffusers.engine import DiffusersEngine
+from sdpipeline.engine.diffusers.model_cache import TextEncoders
+from sdpipeline.engine.stepwise.compile import Speedups
 from tests.integration.engine_requests import (
     adapter,
     equal,

@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 import torch
 
-from sdpipeline.bootstrap import build_engine
+from sdpipeline.app.services import build_engine
 from sdpipeline.engine import GeneratedImage
-from sdpipeline.engine.diffusers_engine import DiffusersEngine
-from sdpipeline.engine.residency import Loaded, TextEncoders
+from sdpipeline.engine.diffusers.engine import DiffusersEngine
+from sdpipeline.engine.diffusers.model_cache import Loaded, TextEncoders
 from sdpipeline.settings import EngineSettings, Settings
 from tests.integration.engine_requests import (
     adapter,

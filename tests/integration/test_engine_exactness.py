@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from sdpipeline.engine import GeneratedImage, PreparedRequest
-from sdpipeline.engine.diffusers_engine import DiffusersEngine
+from sdpipeline.engine.diffusers.engine import DiffusersEngine
 from tests.integration.engine_requests import (
     SOURCE,
     adapter,

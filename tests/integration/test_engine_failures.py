@@ -12,7 +12,7 @@ import torch
 
 from sdpipeline.domain import Task
 from sdpipeline.engine import GenerationFailure, PreparedRequest
-from sdpipeline.engine.diffusers_engine import DiffusersEngine
+from sdpipeline.engine.diffusers.engine import DiffusersEngine
 from tests.integration.engine_requests import (
     controlnet,
     distance,

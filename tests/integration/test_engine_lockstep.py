@@ -13,10 +13,10 @@ import torch
 
 from sdpipeline.domain import GenerationRequest, Task
 from sdpipeline.engine import GeneratedImage, PreparedRequest
-from sdpipeline.engine.diffusers_engine import DiffusersEngine
-from sdpipeline.engine.lockstep import in_lockstep
-from sdpipeline.engine.profiles import Shortcuts
-from sdpipeline.engine.steps import cuts
+from sdpipeline.engine.diffusers.engine import DiffusersEngine
+from sdpipeline.engine.stepwise.call_batching import in_lockstep
+from sdpipeline.engine.stepwise.profiles import Shortcuts
+from sdpipeline.engine.stepwise.stepwise_denoising import cuts
 from tests.integration.engine_requests import (
     SOURCE,
     controlnet,

@@ -11,7 +11,7 @@ import torch
 
 from sdpipeline.domain import Profile, Task
 from sdpipeline.engine import GeneratedImage, PreparedRequest
-from sdpipeline.engine.speedups import Speedups
+from sdpipeline.engine.stepwise.compile import Speedups
 from tests.integration.engine_requests import (
     SOURCE,
     controlnet,

@@ -13,13 +13,14 @@ import torch
 import yaml
 from torch._inductor import config as inductor
 
-from sdpipeline import cli, provenance, reproduction
+from sdpipeline import cli, provenance
 from sdpipeline.domain import Json, Profile, Reproducibility
 from sdpipeline.engine import Engine
-from sdpipeline.engine.diffusers_engine import DiffusersEngine
-from sdpipeline.engine.quantization import size_bytes
-from sdpipeline.engine.speedups import Speedups
+from sdpipeline.engine.diffusers.engine import DiffusersEngine
+from sdpipeline.engine.stepwise.compile import Speedups
+from sdpipeline.engine.stepwise.quantization import size_bytes
 from sdpipeline.errors import InputImageError
+from sdpipeline.reporting import reproduce
 from tests.integration.engine_requests import (
     SOURCE,
     adapter,
@@ -168,9 +169,9 @@ def test_a_quantized_job_is_made_again_where_the_setting_holds_and_elsewhere_the
 
 def _again(job: Json, on: Engine) -> tuple[bool, list[Json]]:
     data = picture_file(job).read_bytes()
-    record = reproduction.checked_record(provenance.read_record(data), "a picture")
+    record = reproduce.checked_record(provenance.read_record(data), "a picture")
     pixels = provenance.decode(data, max_pixels=2**20)
-    made = reproduction.reproduce(record, on, _no_input, original=pixels, pixels_sha256=None)
+    made = reproduce.reproduce(record, on, _no_input, original=pixels, pixels_sha256=None)
     return made.bit_equal, made.differences
 
 

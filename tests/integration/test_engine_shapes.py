@@ -9,7 +9,7 @@ import numpy as np
 
 from sdpipeline.domain import GenerationRequest, Task
 from sdpipeline.engine import Pixels
-from sdpipeline.engine.conditioning import annotate
+from sdpipeline.engine.annotators import annotate
 from tests.integration.engine_requests import controlnet, disc, image_of, images, middle_mask, prepared, ref, results
 from tests.integration.engine_requests import request as ask
 

@@ -14,11 +14,12 @@ from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.client.schemas import filters
 from prefect.states import Completed
 
-from sdpipeline import bootstrap, orchestration
+from sdpipeline import orchestration
+from sdpipeline.app import services
 from sdpipeline.flows.gpu_worker import gpu_worker
-from sdpipeline.orchestration import fleet
-from sdpipeline.orchestration.fleet import MAX_RESTARTS, WORKER_DEPLOYMENT, Bounds, Fleet
-from sdpipeline.prefect_server import own_server
+from sdpipeline.orchestration import prefect_workers
+from sdpipeline.orchestration.local_server import own_server
+from sdpipeline.orchestration.prefect_workers import MAX_RESTARTS, WORKER_DEPLOYMENT, Bounds, Fleet
 from tests.factories import progress
 
 if TYPE_CHECKING:
@@ -49,7 +50,7 @@ def client(prefect_home: Path) -> Iterator[SyncPrefectClient]:
     """Of a server that knows the workers' deployment."""
     with (
         own_server(prefect_home),
-        orchestration.local_server(bootstrap.load_settings(prefect_home), always_own=True),
+        orchestration.local_server(services.load_settings(prefect_home), always_own=True),
         get_client(sync_client=True) as client,
     ):
         made: UUID = client.create_deployment(client.create_flow(gpu_worker), WORKER_DEPLOYMENT.partition("/")[2])
@@ -81,7 +82,7 @@ def test_nobody_is_dispatched_to_a_paused_campaign_whose_last_batch_is_on_a_devi
 def test_a_run_that_somebody_deleted_is_replaced(dispatched: Dispatched) -> None:
     gone, _ = dispatched.runs()
     dispatched.client.delete_flow_run(gone.id)
-    fleet._cancel(dispatched.client, gone.id, "it was there when the others were listed")
+    prefect_workers._cancel(dispatched.client, gone.id, "it was there when the others were listed")
     dispatched.fleet.tend(BUSY)
     assert len(dispatched.runs()) == 2
     assert gone.id not in {run.id for run in dispatched.runs()}

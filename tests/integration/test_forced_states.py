@@ -20,7 +20,7 @@ import pytest
 
 from sdpipeline import orchestration
 from sdpipeline.errors import ForeignResultError, RunForcedError
-from sdpipeline.prefect_server import own_server
+from sdpipeline.orchestration.local_server import own_server
 from sdpipeline.settings import Settings
 from tests.integration.commands import document, environment, prefect
 from tests.integration.conftest import free_port, served

@@ -16,7 +16,7 @@ from sdpipeline.audit import SealKey, load_key, seal, verify
 from sdpipeline.audit.export import write
 from sdpipeline.audit.offline import verify_export
 from sdpipeline.audit.seals import digest
-from sdpipeline.db import budgets, control, registry, workers
+from sdpipeline.db import budgets, job_control, registry, workers
 from sdpipeline.db.audit import GENESIS, AuditLog, Event, canonical_event, writers
 from sdpipeline.db.budgets import Charge
 from sdpipeline.db.connection import Database
@@ -89,7 +89,7 @@ def ledger(database: Database, tmp_path: Path) -> Ledger:
 
 def test_nothing_is_found_in_honest_work(ledger: Ledger) -> None:
     with ledger.user.transaction() as tx:
-        control.set_campaign_status(tx, campaign_id=2, status="paused")
+        job_control.set_campaign_status(tx, campaign_id=2, status="paused")
         registry.revoke(tx, checkpoint_files("shapes").digest, because="test")
     assert ledger.kinds() == set()
 

@@ -14,19 +14,22 @@ import pytest
 from PIL import Image
 from sqlalchemy import Table, select, update
 
-from sdpipeline import cli, contact_sheet, report, retention
+from sdpipeline import cli
 from sdpipeline.audit import SealKey, Verification, load_key, seal, verify
-from sdpipeline.db import control, forgetting, originals, reports
+from sdpipeline.campaigns.inputs import input_key
+from sdpipeline.db import job_control, queries, reuse
+from sdpipeline.db import retention as forgetting
 from sdpipeline.db.audit import AuditLog
 from sdpipeline.db.queue import commitment
 from sdpipeline.db.tables import LOOKS, campaign_version, image, job
 from sdpipeline.domain import ImageSource, JobSpec, Json, Task
 from sdpipeline.engine.fake import FakeEngine
-from sdpipeline.inputs import input_key
-from sdpipeline.retention import Periods
+from sdpipeline.maintenance import retention
+from sdpipeline.maintenance.retention import Periods
+from sdpipeline.reporting import contact_sheet, report
+from sdpipeline.reporting.verify import Register, check
 from sdpipeline.storage import LocalStore
-from sdpipeline.verification import Register, check
-from sdpipeline.worker import Worker, WorkerLimits
+from sdpipeline.worker.worker import Worker, WorkerLimits
 from tests.factories import chains, events, job_spec, leased, published, signing_key, statuses
 from tests.integration.commands import FAKE_ENGINE
 from tests.integration.databases import on_sqlite
@@ -107,7 +110,7 @@ class Place:
 
     def show(self, job_id: int, *, team: str = "default") -> Json:
         with self.audit.database.read() as connection:
-            found = reports.show(connection, job_id, team=team)
+            found = queries.show(connection, job_id, team=team)
         assert found is not None
         return found
 
@@ -195,7 +198,7 @@ def test_a_deleted_picture_is_never_copied_but_made_again(place: Place) -> None:
     place.age(1)
     place.forget(pictures_days=30)
     with place.audit.database.read() as connection:
-        assert not originals.known(connection, team="default", fingerprints=[job_spec("a").fingerprint])
+        assert not reuse.known(connection, team="default", fingerprints=[job_spec("a").fingerprint])
     assert place.made([job_spec("a")], name="autumn") == 1
     assert [row["reused_from"] for row in place.rows(image)] == [None, None]
     assert place.faults() == []
@@ -216,11 +219,11 @@ def test_a_job_whose_picture_was_deleted_is_not_made_again(place: Place) -> None
 def test_nobody_can_retry_a_job_whose_prompt_is_gone(place: Place) -> None:
     published(place.audit, [job_spec("a")])
     with place.audit.transaction() as tx:
-        control.cancel(tx, campaign_id=1)
+        job_control.cancel(tx, campaign_id=1)
     place.age(1)
     assert place.forget(pictures_days=30, prompts_days=30)["prompts"] == 1
     with place.audit.transaction() as tx:
-        assert control.retry(tx, campaign_id=1, statuses=["cancelled"]) == 0
+        assert job_control.retry(tx, campaign_id=1, statuses=["cancelled"]) == 0
     assert published(place.audit, [job_spec("a")]).added == 0
     assert place.faults() == []
 
@@ -414,7 +417,7 @@ def test_what_prefect_keeps_names_no_subject_and_shows_no_picture_of_one(place: 
     assert contact_sheet.draw(place.audit.database, place.store, 1, max_bytes=200_000, kept=drawn)
     assert set(drawn) == {row["key"] for row in place.rows(image) if row["job_id"] == 3}
     with place.audit.database.read() as connection:
-        assert [each["row"] for each in reports.failures(connection, 1, 100)] == ["nobody's too"]
+        assert [each["row"] for each in queries.failures(connection, 1, 100)] == ["nobody's too"]
     told = report.closing_report(place.audit.database, place.store, 1)
     assert "2 jobs failed, 1 of them here" in told
     assert ANNA not in told

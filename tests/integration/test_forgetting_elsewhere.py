@@ -8,17 +8,17 @@ from typing import Any
 
 import pytest
 
-from sdpipeline import delivery
 from sdpipeline.audit import load_key
 from sdpipeline.db import budgets, queue
 from sdpipeline.db.audit import AuditLog
 from sdpipeline.db.queue import Lease
 from sdpipeline.engine import Batch, GeneratedImage, PreparedRequest
 from sdpipeline.engine.fake import FakeEngine
-from sdpipeline.fetching import Consumed
-from sdpipeline.reconcile import reconcile
+from sdpipeline.maintenance.reconcile import reconcile
 from sdpipeline.storage import LocalStore
-from sdpipeline.worker import Worker, WorkerLimits
+from sdpipeline.worker import delivery
+from sdpipeline.worker.inputs import Consumed
+from sdpipeline.worker.worker import Worker, WorkerLimits
 from tests.factories import chains, expired, job_spec, leased, published, signing_key, statuses
 from tests.integration.databases import on_sqlite
 from tests.integration.test_archive import MONDAY, TUESDAY, Editions, edition_of

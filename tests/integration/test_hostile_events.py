@@ -13,7 +13,7 @@ from sdpipeline.audit import SealKey, load_key, verify
 from sdpipeline.audit.export import write
 from sdpipeline.audit.offline import verify_export
 from sdpipeline.audit.seals import digest
-from sdpipeline.db import budgets, declarations, registry, workers
+from sdpipeline.db import budgets, registry, settings_events, workers
 from sdpipeline.db.audit import GENESIS, AuditLog
 from sdpipeline.db.connection import Database
 from sdpipeline.db.registry import Approval
@@ -33,7 +33,7 @@ def store(database: Database, tmp_path: Path) -> LocalStore:
     user, worker, store = AuditLog(database, actor="user:boss"), AuditLog(database, actor=WORKER), LocalStore(tmp_path)
     with worker.transaction() as tx:
         workers.register(tx, worker_id="worker-1", host="h", pid=1, device="cpu", description={})
-        declarations.declare(tx, "marks", {"signed": True})
+        settings_events.declare(tx, "marks", {"signed": True})
     with user.transaction() as tx:
         registry.add(tx, checkpoint_files("shapes"), Approval(approved_by="boss"))
     published(user, chains(2), budget={"max_images": 10})
@@ -109,4 +109,4 @@ def test_an_event_that_is_nested_without_end_stops_neither_the_verification_nor_
     assert {fault.kind for fault in verify(database, store, key).faults} == {"event-altered"}
     worker = AuditLog(database, actor=WORKER)
     with worker.transaction() as tx:
-        assert declarations.declare(tx, "marks", {"signed": False})
+        assert settings_events.declare(tx, "marks", {"signed": False})

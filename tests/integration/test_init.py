@@ -12,7 +12,9 @@ from typing import Any
 import pytest
 from jsonschema import Draft202012Validator
 
-from sdpipeline import cli, starter, yamlfile
+from sdpipeline import cli
+from sdpipeline.app import scaffold
+from sdpipeline.campaigns import yaml_source
 from tests.integration.commands import FAKE_ENGINE, sdpipeline
 
 
@@ -29,7 +31,7 @@ def test_init_says_what_it_wrote_and_what_to_type_next(tmp_path: Path, capsys: p
     assert cli.run(["init", str(tmp_path / "new")]) == 0
     said = capsys.readouterr().out
     written = sorted(path.relative_to(tmp_path / "new").as_posix() for path in (tmp_path / "new").rglob("*.*"))
-    assert written == sorted(starter.files())
+    assert written == sorted(scaffold.files())
     assert [name for name in written if name not in said] == []
     assert "sdpipeline run catalogue.yaml" in said
     assert "cd " in said
@@ -48,10 +50,10 @@ def test_init_a_second_time_is_refused_with_every_file_named(begun: Path, capsys
     assert cli.run(["init"]) == 2
     said = capsys.readouterr()
     assert said.out == ""
-    assert len(said.err.splitlines()) == len(starter.files())
+    assert len(said.err.splitlines()) == len(scaffold.files())
     assert (begun / "sdpipeline.toml").read_text() == "team = 'mine'\n"
     assert cli.run(["init", "--force"]) == 0
-    assert (begun / "sdpipeline.toml").read_text() == starter.settings_file()
+    assert (begun / "sdpipeline.toml").read_text() == scaffold.settings_file()
 
 
 def test_the_schema_printed_is_the_one_written_and_takes_the_examples(
@@ -60,9 +62,9 @@ def test_the_schema_printed_is_the_one_written_and_takes_the_examples(
     capsys.readouterr()
     assert cli.run(["schema"]) == 0
     printed = capsys.readouterr().out
-    assert (begun / starter.SCHEMA_NAME).read_text(encoding="utf-8") == printed
-    for name in starter.CAMPAIGNS:
-        Draft202012Validator(json.loads(printed)).validate(yamlfile.load(begun / name).data)
+    assert (begun / scaffold.SCHEMA_NAME).read_text(encoding="utf-8") == printed
+    for name in scaffold.CAMPAIGNS:
+        Draft202012Validator(json.loads(printed)).validate(yaml_source.load(begun / name).data)
 
 
 @pytest.mark.timeout(240)
@@ -75,14 +77,14 @@ def test_every_example_passes_plan_runs_to_its_end_and_is_exported(
         return json.loads(capsys.readouterr().out)
 
     monkeypatch.setenv("SDP_HOME", str(begun / "home"))
-    planned = {name: said("plan", name)["jobs"]["total"] for name in starter.CAMPAIGNS}
+    planned = {name: said("plan", name)["jobs"]["total"] for name in scaffold.CAMPAIGNS}
     assert all(0 < count <= 24 for count in planned.values())
-    for name in starter.CAMPAIGNS:
+    for name in scaffold.CAMPAIGNS:
         assert said("submit", name)["added"] == planned[name]
     assert sdpipeline("worker", "--until-idle", "--home", begun / "home", **{FAKE_ENGINE: "0"}).returncode == 0
     made = {f"{each['name']}.yaml": each["jobs"]["succeeded"] for each in said("status")["campaigns"]}
     assert made == planned
-    for name in starter.CAMPAIGNS:
+    for name in scaffold.CAMPAIGNS:
         # The command that the example's own comment says to type.
         (line,) = [line for line in (begun / name).read_text().splitlines() if "sdpipeline export" in line]
         done = said(*shlex.split(line.partition("sdpipeline ")[2]))

@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 
 from sdpipeline.demo import measure
-from sdpipeline.scores import edge_recall, edges
+from sdpipeline.engine.quality import edge_recall, edges
 from tests.integration.commands import FAKE_ENGINE, document, kill_tree, pictures, sdpipeline, start
 
 JOBS, PER_STAGE = 24, 8

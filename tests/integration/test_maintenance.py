@@ -10,9 +10,10 @@ from typing import Any
 import httpx
 import pytest
 
-from sdpipeline import bootstrap, intake, orchestration
+from sdpipeline import orchestration
+from sdpipeline.app import services, submit
 from sdpipeline.flows import maintenance
-from sdpipeline.prefect_server import ServerHandle, own_server
+from sdpipeline.orchestration.local_server import ServerHandle, own_server
 from sdpipeline.settings import Settings
 from tests.factories import leased, statuses
 from tests.integration.commands import credentials
@@ -38,7 +39,7 @@ def server(prefect_home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     with own_server(prefect_home) as own:
         for name, value in own.environment.items():
             monkeypatch.setenv(name, value)
-        with orchestration.local_server(bootstrap.load_settings()):
+        with orchestration.local_server(services.load_settings()):
             yield own
 
 
@@ -46,8 +47,8 @@ def server(prefect_home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 def spring(server: ServerHandle, tmp_path: Path) -> Settings:
     """A submitted campaign."""
     (tmp_path / "spring.yaml").write_text(CAMPAIGN)
-    settings = bootstrap.load_settings()
-    intake.submit(settings, tmp_path / "spring.yaml")
+    settings = services.load_settings()
+    submit.submit(settings, tmp_path / "spring.yaml")
     return settings
 
 
@@ -58,7 +59,7 @@ def ended(flow: Any, **parameters: Any) -> tuple[str, str]:
 
 
 def test_reclaiming_makes_ready_what_dead_workers_held(spring: Settings) -> None:
-    with bootstrap.services(spring) as have:
+    with services.services(spring) as have:
         lease = leased(have.audit)
         with have.audit.transaction() as tx:
             tx.connection.exec_driver_sql("UPDATE lease SET expires_at = 0")
@@ -72,7 +73,7 @@ def test_reclaiming_makes_ready_what_dead_workers_held(spring: Settings) -> None
 def test_maintenance_fails_where_a_picture_is_missing_until_it_is_repaired(
     spring: Settings, server: ServerHandle
 ) -> None:
-    bootstrap.run_worker(spring, campaign="spring", until_idle=True, device="cpu")
+    services.run_worker(spring, campaign="spring", until_idle=True, device="cpu")
     assert ended(maintenance.seal)[0] == "COMPLETED"
     assert ended(maintenance.audit_verify, sample=2)[0] == "COMPLETED"
     assert ended(maintenance.reconcile) == ("COMPLETED", "0 findings, nothing left to do")

@@ -16,19 +16,21 @@ import pytest
 from PIL import Image
 from sqlalchemy import select, update
 
-from sdpipeline import bootstrap, provenance, reproduction
-from sdpipeline.adopt import examine
+from sdpipeline import provenance
+from sdpipeline.app import services
+from sdpipeline.campaigns.inputs import input_key
 from sdpipeline.db.audit import AuditLog
 from sdpipeline.db.tables import image, job
 from sdpipeline.domain import ControlNetInput, ImageSource, JobSpec, Json, OutputFormat, Task, hashed
 from sdpipeline.engine import Batch, Pixels
 from sdpipeline.engine.fake import FakeEngine
 from sdpipeline.errors import BadInputError, SigningUnavailableError
-from sdpipeline.inputs import input_key
+from sdpipeline.maintenance.restore import examine
 from sdpipeline.provenance import COMPOSITE, GENERATED, VerifiedPicture, verify
-from sdpipeline.signing import SigningKey
+from sdpipeline.provenance.signing import SigningKey
+from sdpipeline.reporting import reproduce
 from sdpipeline.storage import LocalStore, ObjectStore
-from sdpipeline.worker import Worker, WorkerLimits
+from sdpipeline.worker.worker import Worker, WorkerLimits
 from tests.factories import CHECKPOINT, damaged, job_spec, published, signing_key, statuses
 from tests.hostile import BOMBS
 from tests.integration.certificates import signing_settings
@@ -286,9 +288,9 @@ def test_what_an_older_key_signed_is_made_again_where_it_is_not_trusted(
             if trust or "TRUST" not in setting:
                 monkeypatch.setenv(setting, value)
         published(place.audit, [job_spec("a")], name=name)
-        s = bootstrap.load_settings(tmp_path)
-        key = bootstrap.picture_key(s)
-        bootstrap.make_worker(s, place.audit.database, place.store, place.engine, key).run()
+        s = services.load_settings(tmp_path)
+        key = services.picture_key(s)
+        services.make_worker(s, place.audit.database, place.store, place.engine, key).run()
         return place.pictures()[-1]
 
     place.work(job_spec("a"), name="by-a-development-key")
@@ -320,14 +322,12 @@ def test_prompts_that_are_kept_back_stand_in_no_file_of_the_chain(
 def test_what_keeps_its_prompt_back_is_made_again_from_its_sidecar_and_not_from_its_file(place: Place) -> None:
     jobs = chain(prompt=SECRET, negative_prompt=SECRET)
     *_, final = place.work(*jobs, rules={each.stage: {"include_prompt": "none"} for each in jobs})
-    record = reproduction.checked_record(place.sidecar(final)["record"], "sidecar")
-    done = reproduction.reproduce(
-        record, FakeEngine(), lambda _: b"", original=None, pixels_sha256=final["pixels_sha256"]
-    )
+    record = reproduce.checked_record(place.sidecar(final)["record"], "sidecar")
+    done = reproduce.reproduce(record, FakeEngine(), lambda _: b"", original=None, pixels_sha256=final["pixels_sha256"])
     assert done.bit_equal
     assert SECRET.encode() not in done.data
     with pytest.raises(BadInputError, match=r"keeps the prompt back \(give its job's number"):
-        reproduction.checked_record(provenance.read_record(place.store.get(final["key"])), "a.png")
+        reproduce.checked_record(provenance.read_record(place.store.get(final["key"])), "a.png")
 
 
 def test_a_record_of_the_schema_before_with_its_parents_inside_is_made_again_too(place: Place) -> None:
@@ -339,8 +339,8 @@ def test_a_record_of_the_schema_before_with_its_parents_inside_is_made_again_too
         inputs = {role: about | {"record": nested(ancestors[about["sha256"]])} for role, about in own["inputs"].items()}
         return own | {"schema": "sdpipeline/record/1", "inputs": inputs}
 
-    checked = reproduction.checked_record(nested(record), "sidecar")
-    made = reproduction.reproduce(
+    checked = reproduce.checked_record(nested(record), "sidecar")
+    made = reproduce.reproduce(
         checked, FakeEngine(), lambda _: b"", original=None, pixels_sha256=final["pixels_sha256"]
     )
     assert made.bit_equal

@@ -12,7 +12,7 @@ import structlog
 from sqlalchemy import insert, select, text
 from sqlalchemy.exc import DBAPIError
 
-from sdpipeline import cli, telemetry
+from sdpipeline import cli, logs
 from sdpipeline.db.audit import AuditLog
 from sdpipeline.db.connection import Connection, Database, copy_rows, open_database
 from sdpipeline.db.tables import campaign, checkpoint, job
@@ -126,7 +126,7 @@ def test_no_statement_of_the_queue_shows_its_parameters(database: Database, audi
 
 
 def test_a_logged_traceback_shows_no_local_variable(capsys: pytest.CaptureFixture[str]) -> None:
-    telemetry.configure_logging(Settings(log_format="console"))
+    logs.configure_logging(Settings(log_format="console"))
     password = "".join(PIECES)
     try:
         len(password) / 0

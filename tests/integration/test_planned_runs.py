@@ -11,15 +11,16 @@ from prefect.client.orchestration import get_client
 from prefect.client.schemas.actions import DeploymentScheduleCreate
 from prefect.client.schemas.schedules import CronSchedule
 
-from sdpipeline import bootstrap, orchestration
+from sdpipeline import orchestration
+from sdpipeline.app import services
 from sdpipeline.flows.maintenance import seal
-from sdpipeline.prefect_server import own_server
+from sdpipeline.orchestration.local_server import own_server
 
 
 def test_a_schedules_runs_are_planned(prefect_home: Path) -> None:
     with (
         own_server(prefect_home),
-        orchestration.local_server(bootstrap.load_settings(prefect_home), always_own=True),
+        orchestration.local_server(services.load_settings(prefect_home), always_own=True),
         get_client(sync_client=True) as client,
     ):
         hourly = DeploymentScheduleCreate(schedule=CronSchedule(cron="0 * * * *"), active=True)

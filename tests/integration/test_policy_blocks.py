@@ -12,7 +12,7 @@ import pytest
 
 from sdpipeline import cli
 from sdpipeline.audit import load_key, verify
-from sdpipeline.db import control, registry
+from sdpipeline.db import job_control, registry
 from sdpipeline.db.audit import AuditLog
 from sdpipeline.db.connection import Database
 from sdpipeline.db.submit import Submitted
@@ -132,8 +132,8 @@ def test_no_retry_brings_a_denied_job_to_run(
     if status == "cancelled":
         published(audit, judged(count=1), prune=True)
     with audit.transaction() as tx:
-        control.retry(tx, campaign_id=done.campaign_id, statuses=[status])
-        kept = control.forbidden(tx.connection, campaign_id=done.campaign_id, status=status)
+        job_control.retry(tx, campaign_id=done.campaign_id, statuses=[status])
+        kept = job_control.forbidden(tx.connection, campaign_id=done.campaign_id, status=status)
     assert kept == {"blocked": 3, "cancelled": 2}.get(status, 0)
     ready = try_lease(audit)
     made = [] if ready is None else [job.row_key for job in ready.jobs]
@@ -152,7 +152,7 @@ def test_a_denied_job_whose_weights_were_revoked_too_needs_both_lifted(
     published(audit, [replace(spec, blocked=RULE)])
     assert statuses(database, "status", "error_kind", "error") == [WHY]
     with audit.transaction() as tx:
-        assert control.retry(tx, campaign_id=done.campaign_id, statuses=["blocked"]) == 0
+        assert job_control.retry(tx, campaign_id=done.campaign_id, statuses=["blocked"]) == 0
     published(audit, [spec])
     assert statuses(database, "status", "error_kind") == [("blocked", "checkpoint-revoked")]
 

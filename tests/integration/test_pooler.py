@@ -16,7 +16,7 @@ from sdpipeline.audit import load_key
 from sdpipeline.db.audit import AuditLog
 from sdpipeline.db.connection import Database, open_database
 from sdpipeline.db.scratch import scratch_database
-from sdpipeline.db.server import find_pooler
+from sdpipeline.db.server_checks import find_pooler
 from sdpipeline.errors import DatabaseRefusedError, SettingsError
 from sdpipeline.storage import LocalStore
 from tests.chaos.crew import Crew

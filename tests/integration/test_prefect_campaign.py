@@ -16,9 +16,9 @@ from typing import Any, TypeVar
 import httpx
 import pytest
 
-from sdpipeline import bootstrap
-from sdpipeline.db import reports
-from sdpipeline.prefect_server import ServerHandle, own_server
+from sdpipeline.app import services
+from sdpipeline.db import queries
+from sdpipeline.orchestration.local_server import ServerHandle, own_server
 from tests.integration.commands import credentials, document
 
 pytestmark = pytest.mark.timeout(300)  # a server and a handful of processes, on a machine that may be busy
@@ -46,8 +46,8 @@ class Running:
     server: ServerHandle
     process: subprocess.Popen[bytes]
 
-    def progress(self) -> bootstrap.Progress:
-        return bootstrap.campaign_progress(bootstrap.load_settings(self.home), "spring-catalogue")
+    def progress(self) -> services.Progress:
+        return services.campaign_progress(services.load_settings(self.home), "spring-catalogue")
 
     def until(self, ask: Callable[[], T]) -> T:
         """The first true answer while the command runs; the suite's time-out bounds the wait."""
@@ -63,12 +63,12 @@ class Running:
         """Workers that live and hold work."""
         if not self._submitted():
             return []
-        with bootstrap.services(bootstrap.load_settings(self.home)) as have, have.database.read() as connection:
-            return [worker for worker in reports.live_workers(connection) if worker["leases"]]
+        with services.services(services.load_settings(self.home)) as have, have.database.read() as connection:
+            return [worker for worker in queries.live_workers(connection) if worker["leases"]]
 
     def _submitted(self) -> bool:
-        with bootstrap.services(bootstrap.load_settings(self.home)) as have, have.database.read() as connection:
-            return bool(reports.campaign_names(connection, team="default"))
+        with services.services(services.load_settings(self.home)) as have, have.database.read() as connection:
+            return bool(queries.campaign_names(connection, team="default"))
 
     def ask(self, what: str) -> Any:
         url, known = f"{self.server.api_url}/{what}/filter", credentials(self.server)

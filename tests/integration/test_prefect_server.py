@@ -26,13 +26,13 @@ from websockets.typing import Subprotocol
 
 from sdpipeline import orchestration
 from sdpipeline.errors import OrchestratorUnavailableError, SettingsError
-from sdpipeline.prefect_server import Process, ServerHandle, answers, own_server, wait_until_unused
+from sdpipeline.orchestration.local_server import Process, ServerHandle, answers, own_server, wait_until_unused
 from sdpipeline.settings import Settings
 from tests.integration.commands import credentials
 
 HOLDER = """
 import pathlib, sys
-from sdpipeline.prefect_server import own_server
+from sdpipeline.orchestration.local_server import own_server
 with own_server(pathlib.Path(sys.argv[1])) as server:
     print(server.api_url, server.started, flush=True)
     sys.stdin.read()
@@ -225,8 +225,8 @@ def test_a_server_without_a_password_is_replaced(tmp_path: Path, monkeypatch: py
     record = {"url": "http://127.0.0.1:9", "server": asdict(process), "users": [], "keep": True}
     (tmp_path / "prefect").mkdir()
     (tmp_path / "prefect" / "server.json").write_text(json.dumps(record))
-    monkeypatch.setattr("sdpipeline.prefect_server._Record.owns_its_port", lambda _: True)
-    monkeypatch.setattr("sdpipeline.prefect_server._settles", lambda _: True)
+    monkeypatch.setattr("sdpipeline.orchestration.local_server._Record.owns_its_port", lambda _: True)
+    monkeypatch.setattr("sdpipeline.orchestration.local_server._settles", lambda _: True)
     monkeypatch.setattr(sys, "executable", "/bin/false")
     with pytest.raises(OrchestratorUnavailableError), own_server(tmp_path):
         pass

@@ -17,6 +17,7 @@ from PIL import Image
 
 from sdpipeline.domain import OutputFormat
 from sdpipeline.engine import Pixels
+from sdpipeline.engine.quality import perceptual_distance, perceptual_hash
 from sdpipeline.errors import InputImageError, SigningUnavailableError
 from sdpipeline.provenance import (
     COMPOSITE,
@@ -30,8 +31,7 @@ from sdpipeline.provenance import (
     sign,
     verify,
 )
-from sdpipeline.scores import perceptual_distance, perceptual_hash
-from sdpipeline.signing import SigningKey, development_key, development_root
+from sdpipeline.provenance.signing import SigningKey, development_key, development_root
 from tests.factories import damaged
 
 ASTRONAUT, *OTHERS = (getattr(skimage.data, name)() for name in ("astronaut", "coffee", "rocket", "chelsea"))

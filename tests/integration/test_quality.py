@@ -12,9 +12,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from sdpipeline import cli, scores
+from sdpipeline import cli
 from sdpipeline.demo.scenes import COLOURS, Item, draw
 from sdpipeline.domain import Json
+from sdpipeline.engine import quality as scores
 from tests.integration.commands import FAKE_ENGINE
 
 CAMPAIGN = """\

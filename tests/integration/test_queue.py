@@ -7,7 +7,7 @@ import threading
 import pytest
 from sqlalchemy import func, select, update
 
-from sdpipeline.db import control, queue, tables, workers
+from sdpipeline.db import job_control, queue, tables, workers
 from sdpipeline.db.audit import AuditLog
 from sdpipeline.db.connection import Database
 from sdpipeline.db.queue import Lease
@@ -102,10 +102,10 @@ def test_only_the_campaign_asked_for_is_leased(audit: AuditLog, database: Databa
 def test_nothing_is_leased_from_a_paused_campaign_until_it_goes_on(audit: AuditLog, database: Database) -> None:
     campaign_id = published(audit, chains(1)).campaign_id
     with audit.transaction() as tx:
-        control.set_campaign_status(tx, campaign_id=campaign_id, status="paused")
+        job_control.set_campaign_status(tx, campaign_id=campaign_id, status="paused")
     assert try_lease(audit) is None
     with audit.transaction() as tx:
-        control.set_campaign_status(tx, campaign_id=campaign_id, status="active")
+        job_control.set_campaign_status(tx, campaign_id=campaign_id, status="active")
     assert ids(try_lease(audit)) == [1]
 
 
@@ -329,7 +329,7 @@ def test_retrying_reopens_failed_jobs_and_what_was_skipped_below_them(audit: Aud
     lease = leased(audit)
     failed(audit, lease, lease.jobs[0])
     with audit.transaction() as tx:
-        assert control.retry(tx, campaign_id=campaign_id, statuses=["failed"]) == 1
+        assert job_control.retry(tx, campaign_id=campaign_id, statuses=["failed"]) == 1
     assert statuses(database)[:3] == ["ready", "waiting", "waiting"]
     assert statuses(database, "attempt", "error_kind", "error")[:3] == [(0, None, None)] * 3
     assert ids(leased(audit)) == [1]
@@ -342,9 +342,9 @@ def test_retrying_a_join_with_another_dead_parent_leaves_it_skipped(audit: Audit
     lease = leased(audit, limit=1)
     failed(audit, lease, lease.jobs[0])
     with audit.transaction() as tx:
-        control.cancel(tx, campaign_id=campaign_id)
+        job_control.cancel(tx, campaign_id=campaign_id)
     with audit.transaction() as tx:
-        control.retry(tx, campaign_id=campaign_id, statuses=["failed"])
+        job_control.retry(tx, campaign_id=campaign_id, statuses=["failed"])
     assert statuses(database) == ["ready", "cancelled", "skipped", "skipped"]
 
 
@@ -353,7 +353,7 @@ def test_retrying_leaves_alone_what_is_being_made(audit: AuditLog, database: Dat
     lease = leased(audit)
     failed(audit, lease, lease.jobs[0])
     with audit.transaction() as tx:
-        control.retry(tx, campaign_id=campaign_id, statuses=["failed", "cancelled"])
+        job_control.retry(tx, campaign_id=campaign_id, statuses=["failed", "cancelled"])
     assert statuses(database) == ["ready", "leased"]
     assert completed(audit, lease) == [False, True]
 
@@ -361,7 +361,7 @@ def test_retrying_leaves_alone_what_is_being_made(audit: AuditLog, database: Dat
 def test_what_has_not_ended_cannot_be_retried(audit: AuditLog, database: Database) -> None:
     campaign_id = published(audit, chains(1)).campaign_id
     with audit.transaction() as tx, pytest.raises(BadInputError, match="leased cannot be retried"):
-        control.retry(tx, campaign_id=campaign_id, statuses=["leased"])
+        job_control.retry(tx, campaign_id=campaign_id, statuses=["leased"])
 
 
 def test_cancelling_ends_what_has_not_ended_and_takes_the_lease_away(audit: AuditLog, database: Database) -> None:
@@ -369,7 +369,7 @@ def test_cancelling_ends_what_has_not_ended_and_takes_the_lease_away(audit: Audi
     completed(audit, leased(audit, limit=1))
     lease = leased(audit, limit=1)
     with audit.transaction() as tx:
-        assert control.cancel(tx, campaign_id=campaign_id) == 5
+        assert job_control.cancel(tx, campaign_id=campaign_id) == 5
     assert statuses(database) == ["succeeded", *["cancelled"] * 5]
     assert completed(audit, lease) == [False]
     assert try_lease(audit) is None
@@ -383,7 +383,7 @@ def test_a_parent_that_finishes_while_its_child_is_retried_is_counted(audit: Aud
     failed(audit, first, first.jobs[0])
     finishing = threading.Thread(target=completed, args=(AuditLog(database, actor="worker:other"), second))
     with audit.transaction() as tx:
-        control.retry(tx, campaign_id=campaign_id, statuses=["failed"])
+        job_control.retry(tx, campaign_id=campaign_id, statuses=["failed"])
         finishing.start()
         finishing.join(0.5)
     finishing.join()

@@ -11,7 +11,7 @@ from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 import pytest
 from sqlalchemy import select
 
-from sdpipeline.db import control, queue, reconcile, registry, tables
+from sdpipeline.db import job_control, queue, reconcile, registry, tables
 from sdpipeline.db.audit import AuditLog
 from sdpipeline.db.connection import Database, open_database
 from sdpipeline.db.locks import have_campaign
@@ -106,7 +106,7 @@ def test_people_submit_cancel_and_retry_while_workers_work(audit: AuditLog, data
                 rest = [spec for spec in diamonds(20) if spec.row_key != f"row-{number}"]
                 published(audit, [*rest, *chains(3, f"extra-{number}")], prune=True)
                 with audit.transaction() as tx:
-                    control.retry(tx, campaign_id=campaign_id, statuses=["failed", "cancelled"])
+                    job_control.retry(tx, campaign_id=campaign_id, statuses=["failed", "cancelled"])
         finally:
             stop.set()
         for run in runs:
@@ -120,7 +120,7 @@ Take = Callable[[AuditLog, int], object]
 
 def _cancel(audit: AuditLog, campaign_id: int) -> None:
     with audit.transaction() as tx:
-        control.cancel(tx, campaign_id=campaign_id)
+        job_control.cancel(tx, campaign_id=campaign_id)
 
 
 def _change(audit: AuditLog, _campaign_id: int) -> None:
@@ -139,8 +139,8 @@ def _revoke(audit: AuditLog, _campaign_id: int) -> None:
 def _reset(audit: AuditLog, campaign_id: int) -> None:
     with audit.transaction() as tx:
         have_campaign(tx.connection, campaign_id)
-        control.reset(tx.connection, tables.job.c.campaign_id == campaign_id, campaign_id=campaign_id)
-        control.settle(tx, campaign_id=campaign_id)
+        job_control.reset(tx.connection, tables.job.c.campaign_id == campaign_id, campaign_id=campaign_id)
+        job_control.settle(tx, campaign_id=campaign_id)
 
 
 @on_postgresql
@@ -188,7 +188,7 @@ def test_a_cancel_does_not_deadlock_with_the_end_of_a_lease(audit: AuditLog, dat
             have_campaign(tx.connection, campaign_id)
             running = pool.submit(end_lease)
             wait_for(lambda: _waiting_for_a_lock(database))
-            assert control.cancel(tx, campaign_id=campaign_id) == 8
+            assert job_control.cancel(tx, campaign_id=campaign_id) == 8
         running.result()
     assert set(statuses(database)) == {"cancelled"}
 

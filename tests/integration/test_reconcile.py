@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 from sqlalchemy import delete, select, update
 
-from sdpipeline import delivery
 from sdpipeline.audit import load_key, seal, seal_name, verify
 from sdpipeline.db import workers
 from sdpipeline.db.audit import AuditLog
@@ -23,10 +22,11 @@ from sdpipeline.domain import ControlNetInput, ImageSource, JobSpec, Json
 from sdpipeline.engine import Batch, GeneratedImage, PreparedRequest
 from sdpipeline.engine.fake import FakeEngine
 from sdpipeline.errors import SettingsError
-from sdpipeline.fetching import Consumed
-from sdpipeline.reconcile import Reconciliation, reconcile
+from sdpipeline.maintenance.reconcile import Reconciliation, reconcile
 from sdpipeline.storage import LocalStore
-from sdpipeline.worker import Worker, WorkerLimits
+from sdpipeline.worker import delivery
+from sdpipeline.worker.inputs import Consumed
+from sdpipeline.worker.worker import Worker, WorkerLimits
 from tests.factories import (
     CHECKPOINT,
     chains,

@@ -12,10 +12,12 @@ import pytest
 import skimage
 from PIL import Image
 
-from sdpipeline import bootstrap, provenance, reproduction
+from sdpipeline import provenance
+from sdpipeline.app import services
 from sdpipeline.domain import Json
 from sdpipeline.engine import Engine
 from sdpipeline.errors import BadInputError, InputImageError
+from sdpipeline.reporting import reproduce
 from tests.integration.commands import document, pictures, sdpipeline
 
 pytestmark = pytest.mark.timeout(300)
@@ -23,17 +25,17 @@ pytestmark = pytest.mark.timeout(300)
 
 @pytest.fixture(scope="module")
 def engine(demo_home: Path) -> Engine:
-    return bootstrap.build_engine(bootstrap.load_settings(demo_home), "cpu", None)
+    return services.build_engine(services.load_settings(demo_home), "cpu", None)
 
 
 def _no_input(about: Json) -> bytes:
     raise InputImageError(f"no input {about}")
 
 
-def _again(data: bytes, engine: Engine) -> reproduction.Reproduction:
-    record = reproduction.checked_record(provenance.read_record(data), "a picture")
+def _again(data: bytes, engine: Engine) -> reproduce.Reproduction:
+    record = reproduce.checked_record(provenance.read_record(data), "a picture")
     pixels = provenance.decode(data, max_pixels=2**24)
-    return reproduction.reproduce(record, engine, _no_input, original=pixels, pixels_sha256=None)
+    return reproduce.reproduce(record, engine, _no_input, original=pixels, pixels_sha256=None)
 
 
 def _files(home: Path, stage: str) -> list[Path]:
@@ -53,26 +55,26 @@ def test_pictures_of_every_stage_are_made_again_bit_by_bit_from_the_file_alone(
 
 def test_a_changed_pixel_is_found(demo_home: Path, engine: Engine) -> None:
     data = _files(demo_home, "draft")[0].read_bytes()
-    record = reproduction.checked_record(provenance.read_record(data), "a picture")
+    record = reproduce.checked_record(provenance.read_record(data), "a picture")
     pixels = provenance.decode(data, max_pixels=2**24).copy()
     pixels[3, 5] ^= 64
-    done = reproduction.reproduce(record, engine, _no_input, original=pixels, pixels_sha256=None)
+    done = reproduce.reproduce(record, engine, _no_input, original=pixels, pixels_sha256=None)
     assert (done.bit_equal, done.max_abs_diff) == (False, 64)
 
 
 def test_another_library_then_is_named_as_the_difference(demo_home: Path, engine: Engine) -> None:
     data = _files(demo_home, "draft")[0].read_bytes()
-    record = reproduction.checked_record(provenance.read_record(data), "a picture")
+    record = reproduce.checked_record(provenance.read_record(data), "a picture")
     record["ran"]["libraries"]["torch"] = "1.13.1"
     digest = provenance.pixels_sha256(provenance.decode(data, max_pixels=2**24))
-    done = reproduction.reproduce(record, engine, _no_input, original=None, pixels_sha256=digest)
+    done = reproduce.reproduce(record, engine, _no_input, original=None, pixels_sha256=digest)
     assert done.bit_equal
     assert [(each["what"], each["then"]) for each in done.differences] == [("libraries.torch", "1.13.1")]
 
 
 def test_a_picture_without_a_record_is_refused() -> None:
     with pytest.raises(BadInputError, match="holds no record"):
-        reproduction.checked_record(None, "holiday.png")
+        reproduce.checked_record(None, "holiday.png")
 
 
 def test_the_command_reproduces_a_job_and_writes_the_picture(demo_home: Path, tmp_path: Path) -> None:
@@ -96,7 +98,7 @@ def test_the_command_takes_outside_inputs_from_a_folder(tmp_path: Path) -> None:
     )
     home = tmp_path / "home"
     document("submit", file, "--home", home)
-    bootstrap.run_worker(bootstrap.load_settings(home), campaign="photo", until_idle=True, device="cpu")
+    services.run_worker(services.load_settings(home), campaign="photo", until_idle=True, device="cpu")
     picture = shutil.copy(pictures(home, "photo")[0]["image"]["url"].removeprefix("file://"), tmp_path / "picture.png")
     elsewhere = ["--home", tmp_path / "elsewhere"]
     refused = sdpipeline("reproduce", picture, *elsewhere, "--json")

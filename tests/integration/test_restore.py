@@ -14,11 +14,9 @@ import sqlalchemy
 from sqlalchemy import select
 from sqlalchemy.event import listen, remove
 
-from sdpipeline import delivery
-from sdpipeline.adopt import Adoption
 from sdpipeline.audit import SealKey, Verification, load_key, refuse_restored, seal, seal_name, verify
 from sdpipeline.cli import run
-from sdpipeline.db import control, migrate
+from sdpipeline.db import job_control, migrate
 from sdpipeline.db.audit import AuditLog
 from sdpipeline.db.connection import Database, open_database
 from sdpipeline.db.queue import Lease
@@ -27,10 +25,12 @@ from sdpipeline.domain import JobSpec
 from sdpipeline.engine import Batch, GeneratedImage, GenerationFailure, PreparedRequest
 from sdpipeline.engine.fake import FakeEngine
 from sdpipeline.errors import AuditBrokenError
-from sdpipeline.fetching import Consumed
-from sdpipeline.reconcile import reconcile
+from sdpipeline.maintenance.reconcile import reconcile
+from sdpipeline.maintenance.restore import Adoption
 from sdpipeline.storage import LocalStore
-from sdpipeline.worker import Worker, WorkerLimits
+from sdpipeline.worker import delivery
+from sdpipeline.worker.inputs import Consumed
+from sdpipeline.worker.worker import Worker, WorkerLimits
 from tests.factories import chains, events, expired, job_spec, leased, published, signing_key, statuses
 from tests.integration.commands import FAKE_ENGINE
 from tests.integration.conftest import new_postgres_database
@@ -227,7 +227,7 @@ def test_what_had_failed_or_was_skipped_by_the_time_of_the_backup_is_adopted_too
     deployment.backed_up()
     deployment.engine = Counting()
     with deployment.log.transaction() as tx:
-        control.retry(tx, campaign_id=1, statuses=["failed"])
+        job_control.retry(tx, campaign_id=1, statuses=["failed"])
     deployment.work()
     deployment.seal()
     deployment.restored()

@@ -14,9 +14,8 @@ import pytest
 import structlog
 from sqlalchemy import select
 
-from sdpipeline import delivery
 from sdpipeline.audit import load_key, verify
-from sdpipeline.db import originals, registry, reports
+from sdpipeline.db import queries, registry, reuse
 from sdpipeline.db.audit import AuditLog
 from sdpipeline.db.connection import Database
 from sdpipeline.db.registry import Approval
@@ -26,7 +25,8 @@ from sdpipeline.engine import Batch, GeneratedImage, GenerationFailure
 from sdpipeline.engine.fake import FakeEngine
 from sdpipeline.errors import RequestRefusedError
 from sdpipeline.storage import LocalStore, ObjectStore
-from sdpipeline.worker import Worker, WorkerLimits, WorkerSummary
+from sdpipeline.worker import delivery
+from sdpipeline.worker.worker import Worker, WorkerLimits, WorkerSummary
 from tests.factories import (
     CHECKPOINT,
     chains,
@@ -198,7 +198,7 @@ def test_a_job_that_got_a_copy_has_one_event_of_success_and_costs_its_campaign_n
     assert reused == {f"job:{copy['job_id']}": copy["reused_from"] for copy in copies}
     with place.audit.database.read() as connection:
         paid = set(connection.execute(select(spending.c.campaign_id)).scalars())
-        progress = reports.progress(connection, 2)
+        progress = queries.progress(connection, 2)
     assert paid == {1}
     assert (progress.succeeded, progress.gpu_seconds) == (4, 0.0)
 
@@ -378,7 +378,7 @@ def test_jobs_do_not_wait_for_one_whose_input_could_not_be_fetched(place: Place,
 
 @on_sqlite
 def test_looking_pictures_up_begins_at_their_fingerprints_and_not_at_all_jobs_of_the_team(database: Database) -> None:
-    lookup = originals._made((image.c.key,), "default", ["f" * 64]).compile(
+    lookup = reuse._made((image.c.key,), "default", ["f" * 64]).compile(
         database.reader, compile_kwargs={"literal_binds": True}
     )
     with database.read() as connection:
@@ -395,7 +395,7 @@ def test_a_worker_killed_between_copy_and_commit_leaves_nothing_wrong(place: Pla
     published(place.audit, chains(1), name="autumn")
     lease = leased(place.audit)
     with database.read() as connection:
-        found = originals.newest(connection, team="default", fingerprints=[first["fingerprint"]])
+        found = reuse.newest(connection, team="default", fingerprints=[first["fingerprint"]])
     attempt = delivery.Attempt(number=1, lease_id=lease.id, worker_id="worker-0", gpu_seconds=0.0)
     original = found[first["fingerprint"]]
     copied = delivery.reuse(place.store, lease.jobs[0], original, attempt, engine="fake", signing=signing_key())

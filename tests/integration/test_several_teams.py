@@ -9,11 +9,12 @@ from uuid import UUID
 from prefect.client.orchestration import get_client
 from prefect.client.schemas import filters
 
-from sdpipeline import bootstrap, orchestration
+from sdpipeline import orchestration
+from sdpipeline.app import services
 from sdpipeline.flows.campaign import campaign
 from sdpipeline.orchestration.deployed import CAMPAIGN_DEPLOYMENT, carry_out
+from sdpipeline.orchestration.local_server import own_server
 from sdpipeline.orchestration.request import EVERYTHING
-from sdpipeline.prefect_server import own_server
 from tests.integration.commands import document
 
 if TYPE_CHECKING:
@@ -35,14 +36,14 @@ def test_every_team_gets_a_run_of_its_own_at_night(
     told = []
     with (
         own_server(prefect_home),
-        orchestration.local_server(bootstrap.load_settings(prefect_home), always_own=True),
+        orchestration.local_server(services.load_settings(prefect_home), always_own=True),
         get_client(sync_client=True) as client,
     ):
         made: UUID = client.create_deployment(client.create_flow(campaign), CAMPAIGN_DEPLOYMENT.partition("/")[2])
         for team in ("east", "west", "west"):
             monkeypatch.setenv("SDP_TEAM", team)
             document("submit", tmp_path / "twin.yaml", "--home", tmp_path / "home", given={"SDP_TEAM": team})
-            told.append(carry_out(bootstrap.load_settings(tmp_path / "home"), EVERYTHING).message)
+            told.append(carry_out(services.load_settings(tmp_path / "home"), EVERYTHING).message)
         runs = client.read_flow_runs(flow_run_filter=tagged)
         client.delete_deployment(made)
     assert told == ["started: twin", "started: twin", "nothing is left to do"]

@@ -22,7 +22,7 @@ from sdpipeline.db.connection import Database
 from sdpipeline.db.tables import image, worker
 from sdpipeline.engine.fake import FakeEngine
 from sdpipeline.storage import LocalStore, ObjectStore
-from sdpipeline.worker import Worker, WorkerLimits
+from sdpipeline.worker.worker import Worker, WorkerLimits
 from tests.factories import chains, published, signing_key, statuses
 from tests.integration.conftest import Bucket
 from tests.integration.databases import on_sqlite

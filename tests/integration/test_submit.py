@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 from sqlalchemy import func, select
 
-from sdpipeline.db import control, queue, registry, staging, tables
+from sdpipeline.db import job_control, queue, registry, staging, tables
 from sdpipeline.db.audit import AuditLog
 from sdpipeline.db.budgets import Charge
 from sdpipeline.db.connection import Database
@@ -209,7 +209,7 @@ def test_pruned_jobs_stay_linked_to_what_was_made(audit: AuditLog, database: Dat
     published(audit, chains(2, "draft", "scene"))
     published(audit, list(chains(2, "draft", "scene"))[:2], prune=True)
     with audit.transaction() as tx:
-        assert control.retry(tx, campaign_id=1, statuses=["cancelled"]) == 2
+        assert job_control.retry(tx, campaign_id=1, statuses=["cancelled"]) == 2
     assert statuses(database) == ["ready", "waiting", "ready", "waiting"]
 
 

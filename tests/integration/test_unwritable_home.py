@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 
-from sdpipeline import bootstrap, cli
+from sdpipeline import cli
+from sdpipeline.app import services
 from sdpipeline.db.connection import open_database
 from sdpipeline.errors import DatabaseRefusedError, DatabaseUnavailableError
 from tests.chaos.disk import read_only, small_disk
@@ -35,7 +36,7 @@ def home(migrated_sqlite: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     made = tmp_path / "home"
     made.mkdir()
     shutil.copy(migrated_sqlite, made / "sdpipeline.db")
-    with bootstrap.services(bootstrap.load_settings(made)) as have:
+    with services.services(services.load_settings(made)) as have:
         published(have.audit, chains(2))
     return made
 

@@ -13,20 +13,21 @@ import skimage.data
 from PIL import Image
 from sqlalchemy import Select, select, text, update
 
-from sdpipeline import archiving, provenance
+from sdpipeline import provenance
+from sdpipeline.archives import archiver
 from sdpipeline.audit import load_key, seal
-from sdpipeline.db import lookup
+from sdpipeline.db import similar_images
 from sdpipeline.db.audit import AuditLog
 from sdpipeline.db.tables import LOOKS, image, job
 from sdpipeline.domain import JobSpec, Json, OutputFormat
 from sdpipeline.engine import Batch, GeneratedImage, Pixels
 from sdpipeline.engine.fake import FakeEngine
+from sdpipeline.engine.quality import perceptual_hash
+from sdpipeline.maintenance.reconcile import reconcile
 from sdpipeline.provenance import GENERATED
-from sdpipeline.reconcile import reconcile
-from sdpipeline.scores import perceptual_hash
+from sdpipeline.reporting.verify import Checked, Register, check
 from sdpipeline.storage import LocalStore
-from sdpipeline.verification import Checked, Register, check
-from sdpipeline.worker import Worker, WorkerLimits
+from sdpipeline.worker.worker import Worker, WorkerLimits
 from tests.factories import job_spec, published, signing_key
 from tests.integration.certificates import Authority
 from tests.integration.commands import document, pictures, sdpipeline
@@ -89,7 +90,7 @@ def test_a_picture_and_its_stripped_and_its_smaller_copy_are_found(place: Place)
         assert matched(bare) == ("pixels", 0, picture["job_id"])
         by, distance, job_id = matched(smaller)
         assert (by, job_id) == ("perceptual_hash", picture["job_id"])
-        assert 0 <= distance <= lookup.MOST_BITS
+        assert 0 <= distance <= similar_images.MOST_BITS
         assert [each.faults for each in (bare, smaller)] == [("c2pa.missing",)] * 2
 
 
@@ -145,7 +146,7 @@ def archived(place: Place, folder: Path) -> int:
     def seal_all() -> None:
         seal(place.audit.database, place.store, key)
 
-    return archiving.archive(place.audit, place.store, seal_all, team="default", days=0)
+    return archiver.archive(place.audit, place.store, seal_all, team="default", days=0)
 
 
 def is_found_stripped_and_smaller(place: Place, picture: Json) -> None:
@@ -159,18 +160,18 @@ def test_any_seven_bits_of_a_hash_may_be_lost(place: Place) -> None:
     own, random = int(picture["scores"]["perceptual_hash"], 16), np.random.default_rng(0)
     for _ in range(50):
         changed = own
-        for bit in random.choice(64, lookup.MOST_BITS, replace=False):
+        for bit in random.choice(64, similar_images.MOST_BITS, replace=False):
             changed ^= 1 << int(bit)
         with place.audit.database.read() as connection:
-            found = lookup.alike(connection, team="default", perceptual_hash=f"{changed:016x}")
+            found = similar_images.alike(connection, team="default", perceptual_hash=f"{changed:016x}")
         assert picture["job_id"] in [each.job for each in found]
 
 
 def test_looking_pictures_up_asks_the_indexes(place: Place) -> None:
-    looks = lookup.looks({"perceptual_hash": perceptual_hash(PHOTOGRAPHS[0])})
-    found = plan(place, lookup._of_pixels("0" * 64))
+    looks = similar_images.looks({"perceptual_hash": perceptual_hash(PHOTOGRAPHS[0])})
+    found = plan(place, similar_images._of_pixels("0" * 64))
     # With next to no rows PostgreSQL takes any index that covers them.
-    found += plan(place, lookup._alike(looks), without="ix_image_pixels_sha256")
+    found += plan(place, similar_images._alike(looks), without="ix_image_pixels_sha256")
     assert [name for name in ("pixels_sha256", *LOOKS) if f"ix_image_{name}" not in found] == [], found
 
 

@@ -7,13 +7,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from sdpipeline.db import control
+from sdpipeline.db import job_control
 from sdpipeline.db.audit import AuditLog
 from sdpipeline.db.connection import Database
 from sdpipeline.engine import Batch, GeneratedImage, GenerationFailure
 from sdpipeline.engine.fake import FakeEngine
 from sdpipeline.storage import LocalStore
-from sdpipeline.worker import Worker, WorkerLimits
+from sdpipeline.worker.worker import Worker, WorkerLimits
 from tests.factories import chains, published, signing_key, statuses
 from tests.integration.databases import on_postgresql
 
@@ -62,7 +62,7 @@ def test_a_cancelled_batch_that_was_fetched_is_not_begun(audit: AuditLog, databa
         begun.append(len(prompts))
         other = AuditLog(database, actor="user:test")
         with other.transaction() as tx:
-            control.cancel(tx, campaign_id=submitted.campaign_id)
+            job_control.cancel(tx, campaign_id=submitted.campaign_id)
 
     done = _worker(audit, tmp_path, cancel_during_the_first, max_batch=4).run()
     assert (begun, done.succeeded) == ([4], 0)

@@ -9,10 +9,12 @@ from typing import Any
 
 import pytest
 
-from sdpipeline import bootstrap, provenance, reproduction
+from sdpipeline import provenance
+from sdpipeline.app import services
 from sdpipeline.db import registry
 from sdpipeline.domain import Json
 from sdpipeline.errors import CampaignError, InputImageError
+from sdpipeline.reporting import reproduce
 from tests.integration.tiny_checkpoints import tiny_checkpoints
 from tests.integration.worker_campaigns import PICTURE, Workplace, campaign, picture_file, workplace
 
@@ -100,9 +102,9 @@ def test_everything_at_once_comes_again_bit_by_bit_from_the_file_alone(place: Wo
     worn |= {"ip_adapters": [{"checkpoint": "ip-adapter-sd1", "image": {"stage": "draft"}}]}
     jobs = place.made(campaign("everything", "sd1", DRAFT, worn, seeds={"count": 2}))
     data = picture_file(jobs[-1]).read_bytes()
-    record = reproduction.checked_record(provenance.read_record(data), "a picture")
+    record = reproduce.checked_record(provenance.read_record(data), "a picture")
     inputs = place.worker.worker.store
-    again = reproduction.reproduce(
+    again = reproduce.reproduce(
         record,
         place.engine,
         lambda about: inputs.get(about["key"]),
@@ -134,9 +136,9 @@ def test_jobs_of_other_steps_share_batches_under_a_profile_and_are_made_again_bi
 
 def _again(place: Workplace, job: Json) -> tuple[bool, list[Json]]:
     data = picture_file(job).read_bytes()
-    record = reproduction.checked_record(provenance.read_record(data), "a picture")
+    record = reproduce.checked_record(provenance.read_record(data), "a picture")
     pixels = provenance.decode(data, max_pixels=2**20)
-    made = reproduction.reproduce(record, place.engine, _no_input, original=pixels, pixels_sha256=None)
+    made = reproduce.reproduce(record, place.engine, _no_input, original=pixels, pixels_sha256=None)
     return made.bit_equal, made.differences
 
 
@@ -193,7 +195,7 @@ def folder_place(tmp_path: Path) -> Iterator[Workplace]:
 def test_every_checkpoint_a_campaign_uses_is_registered_and_revoking_any_blocks_it(folder_place: Workplace) -> None:
     asked = campaign("blocked", "sd1", DRAFT | EVERYTHING)
     folder_place.submit(asked)
-    with bootstrap.services(folder_place.settings) as have:
+    with services.services(folder_place.settings) as have:
         with have.database.read() as connection:
             assert {row["alias"] for row in registry.documents(connection)} == set(USED)
         for name in USED:

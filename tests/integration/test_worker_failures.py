@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 import torch
 
-from sdpipeline import audit, bootstrap, provenance
+from sdpipeline import audit, provenance
+from sdpipeline.app import services
 from sdpipeline.domain import Json, request_from_document
 from sdpipeline.engine import Batch, PreparedRequest
-from sdpipeline.engine.conditioning import annotate
+from sdpipeline.engine.annotators import annotate
 from tests.integration.engine_requests import engine, image_of, noise
 from tests.integration.test_engine_failures import before_each_step, marked, too_many
 from tests.integration.worker_campaigns import PICTURE, Workplace, campaign, picture_file, workplace
@@ -120,6 +121,6 @@ def test_a_control_map_is_kept_beside_its_picture_and_a_change_to_it_is_found(tm
 
 
 def _faults(place: Workplace) -> list[tuple[str, str]]:
-    with bootstrap.services(place.settings) as have:
-        found = audit.verify(have.database, have.store, bootstrap.seal_key(place.settings))
+    with services.services(place.settings) as have:
+        found = audit.verify(have.database, have.store, services.seal_key(place.settings))
     return [(fault.kind, fault.subject) for fault in found.faults]

@@ -16,9 +16,9 @@ from typing import Any
 import pytest
 from sqlalchemy import select
 
-from sdpipeline import bootstrap, stopping
-from sdpipeline.breaker import Breaker
-from sdpipeline.db import control, reports, tables, workers
+from sdpipeline import shutdown
+from sdpipeline.app import services
+from sdpipeline.db import job_control, queries, tables, workers
 from sdpipeline.db.audit import AuditLog
 from sdpipeline.db.connection import Database, open_database
 from sdpipeline.domain import Json
@@ -26,8 +26,9 @@ from sdpipeline.engine import Batch, GeneratedImage, GenerationFailure
 from sdpipeline.engine.fake import FakeEngine
 from sdpipeline.errors import DeviceExhaustedError
 from sdpipeline.storage import LocalStore
-from sdpipeline.watchdog import HUNG_EXIT_CODE, Pace
-from sdpipeline.worker import Worker, WorkerLimits
+from sdpipeline.worker.circuit_breaker import Breaker
+from sdpipeline.worker.watchdog import HUNG_EXIT_CODE, Pace
+from sdpipeline.worker.worker import Worker, WorkerLimits
 from tests.factories import chains, events, published, signing_key, statuses
 from tests.integration.commands import FAKE_ENGINE, document, start
 from tests.integration.databases import on_sqlite, processes
@@ -78,7 +79,7 @@ def run_until_told(url: str, folder: Path, rounds: int, grace_s: float, timeout_
     """What a worker process does; its exit code is the worker's."""
     audit = AuditLog(open_database(url), actor="worker:test")
     worker = worker_in(audit, folder, Native(rounds), grace_s=grace_s, pace=Pace(timeout_s))
-    with stopping.told_by(signal.SIGTERM) as stop:
+    with shutdown.told_by(signal.SIGTERM) as stop:
         worker.run(stop=stop, until_idle=False)
     sys.exit(stop.exit_code)
 
@@ -165,11 +166,11 @@ def test_a_killed_worker_is_lost_and_one_that_is_told_to_end_leaves_with_the_sig
 
 
 def _workers(home: Path) -> list[Json]:
-    found = bootstrap.load_settings(home)
-    if not bootstrap.database_exists(found):
+    found = services.load_settings(home)
+    if not services.database_exists(found):
         return []
-    with bootstrap.services(found) as have, have.database.read() as connection:
-        return reports.live_workers(connection, lost_after_s=2.0)
+    with services.services(found) as have, have.database.read() as connection:
+        return queries.live_workers(connection, lost_after_s=2.0)
 
 
 # Stuck.
@@ -201,7 +202,7 @@ def test_a_worker_whose_batches_all_fail_pauses_says_why_and_tries_one_job_at_a_
 
     def look() -> None:
         with database.read() as connection:
-            seen.extend((each["status"], each["note"]) for each in reports.live_workers(connection))
+            seen.extend((each["status"], each["note"]) for each in queries.live_workers(connection))
 
     engine = Sick(4, look)
     breaker = Breaker(max_failures=2, first_pause_s=0.1)
@@ -211,7 +212,7 @@ def test_a_worker_whose_batches_all_fail_pauses_says_why_and_tries_one_job_at_a_
     why = "paused after {} failures in a row, the last: out of memory"
     assert seen[:4] == [("working", None)] * 2 + [("paused", why.format(2)), ("paused", why.format(3))]
     with database.read() as connection:
-        assert [(each["status"], each["note"]) for each in reports.live_workers(connection)] == [("working", None)]
+        assert [(each["status"], each["note"]) for each in queries.live_workers(connection)] == [("working", None)]
     # Each failed attempt counted, and none of what was leased ahead and given back.
     assert sum(statuses(database, "attempt")) == 16 + sum(engine.sizes[:4])
     assert "lease.released" in {event["event"] for event in events(database)}
@@ -253,7 +254,7 @@ def test_a_batch_that_was_fetched_is_not_begun_once_its_campaign_is_paused(
     def pause() -> None:
         wait_for(lambda: statuses(database).count("leased") >= 8)
         with AuditLog(database, actor="user:test").transaction() as tx:
-            control.set_campaign_status(tx, campaign_id=campaign_id, status="paused")
+            job_control.set_campaign_status(tx, campaign_id=campaign_id, status="paused")
 
     engine = Sick(0, pause)
     done = worker_in(audit, tmp_path, engine).run()

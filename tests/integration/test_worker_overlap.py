@@ -19,7 +19,7 @@ from sdpipeline.domain import CheckpointRef, GenerationRequest
 from sdpipeline.engine import Batch, GeneratedImage, GenerationFailure
 from sdpipeline.engine.fake import FakeEngine
 from sdpipeline.storage import LocalStore
-from sdpipeline.worker import Worker, WorkerLimits
+from sdpipeline.worker.worker import Worker, WorkerLimits
 from tests.factories import CHECKPOINT, chains, published, signing_key, statuses
 from tests.integration.databases import on_sqlite
 from tests.integration.test_worker_life import wait_for

@@ -13,13 +13,14 @@ from typing import Any
 import yaml
 from PIL import Image
 
-from sdpipeline import bootstrap, submission
-from sdpipeline.db import registry, reports
+from sdpipeline.app import services
+from sdpipeline.campaigns import submission
+from sdpipeline.db import queries, registry
 from sdpipeline.db.registry import Approval
 from sdpipeline.domain import Json
 from sdpipeline.engine import Pixels
 from sdpipeline.engine.checkpoints import CheckpointFiles
-from sdpipeline.engine.diffusers_engine import DiffusersEngine
+from sdpipeline.engine.diffusers.engine import DiffusersEngine
 from sdpipeline.settings import Settings
 from tests.integration.engine_requests import middle_mask, noise
 from tests.integration.tiny_checkpoints import tiny_checkpoints
@@ -33,7 +34,7 @@ class Workplace:
 
     settings: Settings
     folder: Path
-    worker: bootstrap.OpenWorker
+    worker: services.OpenWorker
     _known: set[str] = field(default_factory=set)
 
     @property
@@ -49,7 +50,7 @@ class Workplace:
                 self.add(tiny_checkpoints().files(name))
 
     def add(self, files: CheckpointFiles) -> None:
-        with bootstrap.services(self.settings) as have, have.audit.transaction() as tx:
+        with services.services(self.settings) as have, have.audit.transaction() as tx:
             registry.add(tx, files, Approval(approved_by="a test"))
         self._known.add(files.alias)
 
@@ -60,14 +61,14 @@ class Workplace:
     def submit(self, campaign: Mapping[str, Any]) -> int:
         """Submit a campaign; returns how many jobs are new."""
         file = self._written(campaign)
-        with bootstrap.services(self.settings) as have:
-            checked, inputs = bootstrap.load_campaign(self.settings, file, have.database)
+        with services.services(self.settings) as have:
+            checked, inputs = services.load_campaign(self.settings, file, have.database)
             team, attempts = self.settings.team, self.settings.max_attempts
             return submission.submit(checked, inputs, have.audit, have.store, team=team, max_attempts=attempts).added
 
     def plan(self, campaign: Mapping[str, Any], *, max_batch: int) -> submission.Plan:
-        with bootstrap.services(self.settings) as have:
-            checked, inputs = bootstrap.load_campaign(self.settings, self._written(campaign), have.database)
+        with services.services(self.settings) as have:
+            checked, inputs = services.load_campaign(self.settings, self._written(campaign), have.database)
         planning = submission.Planning(team=self.settings.team, max_batch=max_batch)
         return submission.plan(checked, inputs, None, planning)
 
@@ -89,10 +90,10 @@ class Workplace:
         return jobs
 
     def jobs(self, campaign: str) -> list[Json]:
-        with bootstrap.services(self.settings) as have:
-            campaign_id = bootstrap.known_campaign(have.database, self.settings.team, campaign)
+        with services.services(self.settings) as have:
+            campaign_id = services.known_campaign(have.database, self.settings.team, campaign)
             with have.database.read() as connection:
-                return list(reports.jobs(connection, campaign_id, limit=10_000))
+                return list(queries.jobs(connection, campaign_id, limit=10_000))
 
     def sidecar(self, job: Json) -> Json:
         """What is stored beside a job's picture."""
@@ -109,10 +110,10 @@ class Workplace:
 @contextmanager
 def workplace(folder: Path) -> Iterator[Workplace]:
     """A new home in that folder, with one worker on the CPU while the block lasts."""
-    settings = bootstrap.load_settings(folder / "home")
-    with bootstrap.services(settings):
+    settings = services.load_settings(folder / "home")
+    with services.services(settings):
         pass
-    with bootstrap.open_worker(settings, device="cpu") as worker:
+    with services.open_worker(settings, device="cpu") as worker:
         place = Workplace(settings, folder, worker)
         place.draw(PICTURE, noise())
         place.draw(MASK, middle_mask())

@@ -6,15 +6,7 @@ from typing import Any
 import pytest
 
 from sdpipeline.batching import batch_document, batch_key
-from sdpipeline.domain import (
-    AdapterInput,
-    CheckpointRef,
-    ControlNetInput,
-    ImageSource,
-    OutputFormat,
-    Task,
-    fingerprint,
-)
+from sdpipeline.domain import AdapterInput, CheckpointRef, ControlNetInput, ImageSource, OutputFormat, Task, fingerprint
 from tests.factories import CHECKPOINT, request
 
 CANNY = ControlNetInput(

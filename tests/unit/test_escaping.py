@@ -13,8 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 
+from sdpipeline import escaping
 from sdpipeline.cli import output
-from sdpipeline.presentation import escaping
 
 HOSTILE = [
     "![x](http://evil.example/a.png)",

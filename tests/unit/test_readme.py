@@ -10,9 +10,9 @@ import typer
 from pydantic import BaseModel
 from typer.core import TyperGroup
 
-from sdpipeline import spec
+from sdpipeline.campaigns import spec
 from sdpipeline.cli import app
-from sdpipeline.engine import conditioning, families
+from sdpipeline.engine import annotators, families
 from sdpipeline.settings import setting_names
 
 README = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
@@ -63,6 +63,6 @@ def test_the_table_of_families_is_the_one_the_engine_runs_by() -> None:
     assert families.table().strip() in README
 
 
-@pytest.mark.parametrize("name", [*families.SCHEDULERS, *conditioning.ANNOTATORS])
+@pytest.mark.parametrize("name", [*families.SCHEDULERS, *annotators.ANNOTATORS])
 def test_every_scheduler_and_annotator_is_named(name: str) -> None:
     assert f"`{name}`" in README

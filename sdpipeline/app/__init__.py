@@ -1,0 +1,1 @@
+"""Composition root: settings become open databases, stores, keys and workers."""

@@ -1,0 +1,226 @@
+"""Does this installation work: each part tried for real, with what to type where it does not."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import shlex
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+import httpx
+
+from sdpipeline import private_files
+from sdpipeline.app import services
+from sdpipeline.db import migrate, queries, server_checks
+from sdpipeline.db.connection import Database, open_database
+from sdpipeline.domain import Json
+from sdpipeline.engine.checkpoints import verify
+from sdpipeline.errors import BadInputError, CheckpointError, DatabaseUnavailableError, SdpError
+from sdpipeline.orchestration.local_server import on_loopback
+from sdpipeline.settings import Settings
+
+PREFECT_TIMEOUT_S = 10.0
+_YES_NO = {True: "yes", False: "no"}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Check:
+    """One thing that was tried."""
+
+    name: str
+    ok: bool
+    detail: str
+    fix: str | None = None
+
+    def document(self) -> Json:
+        """The form of ``doctor --json``."""
+        return {"name": self.name, "ok": self.ok, "detail": self.detail, "fix": self.fix}
+
+
+def checks(s: Settings) -> list[Check]:
+    """Everything, in the order a first run needs it."""
+    tried: list[Check] = []
+    for name, check in _CHECKS.items():
+        try:
+            tried += check(s)
+        except BadInputError as error:
+            first = error.mistakes[0]
+            detail = f"{first.key}: {first.message}" if first.key else first.message
+            tried.append(Check(name=name, ok=False, detail=detail, fix=first.fix))
+        except SdpError as error:
+            fix = error.fix if isinstance(error, DatabaseUnavailableError) else None
+            tried.append(Check(name=name, ok=False, detail=str(error), fix=fix or _FIXES[name]))
+    return tried
+
+
+def _home(s: Settings) -> Iterator[Check]:
+    """Close what a release before, or another umask, left open to other users."""
+    if not s.home.is_dir():
+        yield Check(name="home", ok=True, detail=f"{s.home} is made private (0700) by the first command that writes")
+        return
+    if s.home in (Path("/"), Path.home().resolve()):
+        detail = f"{s.home} holds more than this program's files, and is left as it is"
+        yield Check(name="home", ok=False, detail=detail, fix="name a folder of its own in SDP_HOME")
+        return
+    found = private_files.mend(s.home)
+    if found.still_open:
+        path, why = found.still_open[0]
+        detail = f"{len(found.still_open)} files can be read or changed by other users: {path}: {why}"
+        fix = f"as their owner: chmod -R go= {shlex.quote(str(s.home))}"
+        yield Check(name="home", ok=False, detail=detail, fix=fix)
+    elif found.closed:
+        detail = f"mended: {found.closed} of {found.looked_at} files and folders in {s.home} were open to other users"
+        yield Check(name="home", ok=True, detail=f"{detail}; now only their owner may read them")
+    else:
+        yield Check(name="home", ok=True, detail=f"{s.home} and its {found.looked_at} files are their owner's alone")
+
+
+def _database(s: Settings) -> Iterator[Check]:
+    if not services.database_exists(s):
+        yield Check(name="database", ok=True, detail="SQLite, made by the first command that writes")
+        return
+    database = open_database(s.database)
+    try:
+        yield from _database_checks(database, embedded=s.embedded)
+    finally:
+        database.close()
+
+
+def _database_checks(database: Database, *, embedded: bool) -> Iterator[Check]:
+    kind = "SQLite" if database.is_sqlite else "PostgreSQL"
+    at, newest = migrate.current(database), migrate.newest()
+    fix = None if at == newest or embedded else "sdpipeline db upgrade"
+    yield Check(name="database", ok=fix is None, detail=f"{kind}, schema {at or 'empty'}, newest {newest}", fix=fix)
+    if refusal := server_checks.write_refusal(database):
+        yield Check(name="database: writes", ok=False, detail=refusal.reason, fix=refusal.fix)
+    if pooler := server_checks.find_pooler(database):
+        detail = f"through {pooler}; `db upgrade` and `bench` need a direct connection"
+        yield Check(name="database: pooler", ok=True, detail=detail)
+
+
+def _workers(s: Settings) -> Iterator[Check]:
+    database = services.existing_database(s)
+    if database is None:
+        return
+    try:
+        with database.read() as connection:
+            found = queries.live_workers(connection, lost_after_s=s.lease_ttl_s)
+    finally:
+        database.close()
+    lost = [each for each in found if each["status"] == "lost"]
+    detail = f"{len(found) - len(lost)} alive, {len(lost)} lost"
+    if not lost:
+        yield Check(name="workers", ok=True, detail=detail)
+        return
+    names = ", ".join(f"process {each['pid']} on {each['host']} since {_time(each['lost_since'])}" for each in lost)
+    # Their jobs are made by others: no fault of the installation, but somebody may have to start them again.
+    fix = "start them again, unless a supervisor does; their jobs are leased by others"
+    yield Check(name="workers", ok=True, detail=f"{detail}: {names}", fix=fix)
+
+
+def _time(seconds: float) -> str:
+    return datetime.fromtimestamp(seconds, UTC).isoformat(sep=" ", timespec="seconds")
+
+
+def _storage(s: Settings) -> Iterator[Check]:
+    # What an endpoint cannot do is no fault: we say what we do without it.
+    for capability in services.open_storage(s).probe():
+        yield Check(
+            name=f"storage: {capability.name}", ok=True, detail=f"{_YES_NO[capability.ok]}: {capability.detail}"
+        )
+
+
+def _prefect(s: Settings) -> Iterator[Check]:
+    version = importlib.metadata.version("prefect")
+    if s.prefect_api_url is None:
+        yield Check(name="prefect", ok=True, detail=f"Prefect {version}; a local server is started when needed")
+        return
+    try:
+        url = f"{s.prefect_api_url.rstrip('/')}/health"
+        answer = httpx.get(url, timeout=PREFECT_TIMEOUT_S, trust_env=not on_loopback(url))  # no proxy leads there
+        ok, detail = answer.is_success, f"{s.prefect_api_url} answered {answer.status_code}"
+    except httpx.HTTPError as error:
+        ok, detail = False, f"{s.prefect_api_url} does not answer: {type(error).__name__}"
+    yield Check(name="prefect", ok=ok, detail=detail, fix=None if ok else "check PREFECT_API_URL: prefect server start")
+
+
+def _engine(s: Settings) -> Iterator[Check]:
+    try:
+        version = importlib.metadata.version("torch")
+    except importlib.metadata.PackageNotFoundError:
+        fix = "pip install 'sdpipeline[engine]' on machines that make pictures"
+        yield Check(name="engine", ok=False, detail="torch is not installed", fix=fix)
+        return
+    services.check_quantization(s)
+    yield Check(name="engine", ok=True, detail=f"torch {version} on {', '.join(services.devices(s))}")
+
+
+def _checkpoints(s: Settings) -> Iterator[Check]:
+    database = services.existing_database(s)
+    try:
+        known, refused = services.catalog(s, database), services.refused_checkpoints(s, database)
+    finally:
+        if database is not None:
+            database.close()
+    for files in known.values():
+        name = f"checkpoint {files.alias}"
+        try:
+            verify(files)
+        except CheckpointError as error:
+            yield Check(name=name, ok=False, detail=str(error), fix=_FIXES["checkpoints"])
+            continue
+        detail = f"{files.kind}, {files.family}, {files.size_bytes / 1e6:.1f} MB, digest {files.digest[:16]}"
+        yield Check(name=name, ok=True, detail=detail)
+    for alias, why in refused.items():
+        yield Check(name=f"checkpoint {alias}", ok=False, detail=str(why), fix=_FIXES["checkpoints"])
+
+
+def _picture_key(s: Settings) -> Iterator[Check]:
+    own = s.signing
+    if not (s.embedded or own.certificates_file or own.key_file or own.kms_key_id):
+        detail = "none here, which is right where no worker runs: each of them needs SDP_SIGNING__CERTIFICATES_FILE"
+        yield Check(name="picture key", ok=True, detail=detail)
+        return
+    key = services.picture_key(s)
+    roots = services.trust_anchors(s).count("BEGIN CERTIFICATE")
+    trusted = f"{roots} trusted roots" if roots else "no trusted roots: verify calls no picture trusted"
+    times = f", times from {key.tsa_url}" if key.tsa_url else ""
+    yield Check(name="picture key", ok=True, detail=f"{key.identity}{times}; {trusted}")
+
+
+def _signing(s: Settings) -> Iterator[Check]:
+    if s.embedded and s.signing.seal_key_file is None and not services.development_seal_key(s).is_file():
+        yield Check(name="signing key", ok=True, detail="a development key is made with the first seal")
+        return
+    if s.signing.seal_public_key_file is not None:
+        public = services.believed_seal_keys(s).public[0]
+        yield Check(name="signing key", ok=True, detail=f"public half, Ed25519 {public[:16]}: another process seals")
+        return
+    key = services.seal_key(s)
+    kind = "development key" if s.signing.seal_key_file is None else str(s.signing.seal_key_file)
+    yield Check(name="signing key", ok=True, detail=f"{kind}, Ed25519 {key.public_hex[:16]}")
+
+
+_CHECKS: dict[str, Callable[[Settings], Iterator[Check]]] = {
+    "home": _home,
+    "database": _database,
+    "workers": _workers,
+    "storage": _storage,
+    "prefect": _prefect,
+    "engine": _engine,
+    "checkpoints": _checkpoints,
+    "signing key": _signing,
+    "picture key": _picture_key,
+}
+_FIXES = {
+    "database": "check SDP_DATABASE_URL: does the server run, are host, port and password right (percent-encoded)?",
+    "workers": "check SDP_DATABASE_URL",
+    "storage": "check SDP_STORAGE_URL, the endpoint, the bucket and its credentials",
+    "prefect": "check PREFECT_API_URL",
+    "engine": "pip install 'sdpipeline[engine]'",
+    "checkpoints": "restore the files, or install the package again",
+    "signing key": "check SDP_SIGNING__SEAL_KEY_FILE",
+    "picture key": "check SDP_SIGNING__CERTIFICATES_FILE and the key beside it",
+}

@@ -1,0 +1,71 @@
+"""What ``init`` writes: a settings file, the campaign file's schema, and examples that run as they are."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from sdpipeline.campaigns import json_schema
+from sdpipeline.errors import BadInputError, Mistake
+from sdpipeline.private_files import users_umask
+from sdpipeline.settings import PREFIX, TOML_NAME, setting_names
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+SCHEMA_NAME = "campaign.schema.json"
+CAMPAIGNS = {
+    "catalogue.yaml": "a product catalogue from a table",
+    "grid.yaml": "an A/B grid of prompts, guidance scales and schedulers",
+    "scene.yaml": "a scene whose outlines come from two drafts through two ControlNets",
+    "restore.yaml": "pictures of yours, restored and enlarged",
+}
+"""The examples that can be run, with what each shows."""
+
+_HEAD = f"""\
+# Settings of sdpipeline for this folder and those below it; paths are relative to this file. Take away the # of a line
+# to set it. The environment ({PREFIX}TEAM=web) and a .env file win over what stands here.
+"""
+
+
+def files() -> dict[str, bytes]:
+    """Every file's bytes by its path in the new folder."""
+    found = {TOML_NAME: settings_file().encode(), SCHEMA_NAME: json_schema.text().encode()}
+    examples = sorted(path for path in EXAMPLES.rglob("*") if path.is_file())
+    return found | {path.relative_to(EXAMPLES).as_posix(): path.read_bytes() for path in examples}
+
+
+def write(folder: Path, *, force: bool = False) -> list[str]:
+    """Write them all, or none: raises BadInputError naming each file that is there already."""
+    wanted = files()
+    there = [name for name in wanted if (folder / name).exists() or (folder / name).is_symlink()]
+    if there and not force:
+        fix = "name another folder, or overwrite with --force"
+        raise BadInputError(*(Mistake(message=f"{folder / name} is there already", fix=fix) for name in there))
+    for name, data in wanted.items():
+        path = folder / name
+        try:
+            with users_umask():
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.touch(0o600 if name == TOML_NAME else 0o666)  # settings may come to hold passwords
+                path.write_bytes(data)
+        except OSError as error:
+            raise BadInputError(Mistake(message=f"{path} cannot be written: {error.strerror}")) from error
+    return list(wanted)
+
+
+def settings_file() -> str:
+    """Every setting with its meaning and default, commented out."""
+    lines, table = [_HEAD], ""
+    for name, (description, default) in setting_names().items():
+        *section, key = name.removeprefix(PREFIX).lower().split("__")
+        if section and section[0] != table:
+            table = section[0]
+            lines += [f"[{table}]", ""]
+        lines += [f"# {description}", f"# {key} ={_shown(default)}", ""]
+    return "\n".join(lines)
+
+
+def _shown(default: Any) -> str:
+    if default is None:
+        return ""
+    return " " + json.dumps(str(default) if isinstance(default, Path) else default, ensure_ascii=False)

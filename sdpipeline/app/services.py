@@ -1,0 +1,762 @@
+"""The composition root: the only place where settings become databases, stores, engines and workers."""
+
+from __future__ import annotations
+
+import getpass
+import os
+import secrets
+import socket
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
+from datetime import datetime
+from functools import partial
+from importlib.util import find_spec
+from pathlib import Path
+
+import structlog
+
+from sdpipeline import __version__, audit, settings
+from sdpipeline.batching import split
+from sdpipeline.campaigns import policy
+from sdpipeline.campaigns.inputs import InputFolder
+from sdpipeline.campaigns.loader import Campaign, Catalog
+from sdpipeline.campaigns.loader import load as load_campaign_file
+from sdpipeline.db import migrate, queries, registry, workers
+from sdpipeline.db import queue as jobs
+from sdpipeline.db.audit import AuditLog
+from sdpipeline.db.connection import Database, open_database, sqlite_path
+from sdpipeline.db.queries import Progress
+from sdpipeline.db.queue import Patience
+from sdpipeline.db.settings_events import declare
+from sdpipeline.db.waiting import until_available
+from sdpipeline.demo.manifest import read_manifest
+from sdpipeline.domain import CheckpointRef, Json
+from sdpipeline.engine import Engine
+from sdpipeline.engine.checkpoints import WEIGHTS, CheckpointFiles, inspect, read_ahead
+from sdpipeline.engine.checkpoints import verify as verify_checkpoint
+from sdpipeline.engine.devices import gpu_count
+from sdpipeline.engine.hash_cache import HashCache
+from sdpipeline.errors import (
+    BadInputError,
+    CampaignError,
+    CheckpointError,
+    DatabaseUnavailableError,
+    Mistake,
+    SettingsError,
+)
+from sdpipeline.provenance import signing
+from sdpipeline.provenance.signing import SigningKey
+from sdpipeline.reporting import contact_sheet, report
+from sdpipeline.reporting.contact_sheet import Thumbnails
+from sdpipeline.reporting.report import Span
+from sdpipeline.settings import Settings
+from sdpipeline.storage import ForeignObjects, ObjectStore, S3Options, is_bucket_url, open_store
+from sdpipeline.worker.circuit_breaker import Breaker
+from sdpipeline.worker.delivery_process import Bounds, DeliveryProcess, Destination
+from sdpipeline.worker.watchdog import Pace
+from sdpipeline.worker.worker import Worker, WorkerLimits, WorkerSummary
+
+BUILTIN_CHECKPOINTS = Path(__file__).parents[1] / "demo" / "checkpoints"
+BUILTIN_LICENCE = "Apache-2.0"
+HASH_CACHE = "checkpoint-hashes.json"
+"""Hashes of unchanged weights, for commands that load none."""
+SEAL_TIMEOUT_S = 300.0
+"""How long to wait for the process that seals: five of its minutes."""
+ENGINE_PACKAGES = (
+    "torch", "diffusers", "transformers", "accelerate", "peft", "safetensors", "huggingface_hub", "greenlet", "tqdm"
+)  # fmt: skip
+"""Modules of the extra ``engine``."""
+
+_log = structlog.get_logger(__name__)
+
+__all__ = ["Progress", "Span", "Thumbnails", "WorkerSummary"]
+
+_log = structlog.get_logger(__name__)
+
+
+def load_settings(home: Path | None = None) -> Settings:
+    """The settings of this process; raises SettingsError."""
+    return settings.load(home=home)
+
+
+@dataclass(frozen=True, slots=True)
+class Services:
+    """What a command needs; closed by :func:`services`."""
+
+    settings: Settings
+    database: Database
+    store: ObjectStore
+    audit: AuditLog
+
+
+@contextmanager
+def services(s: Settings, *, create: bool = True, until: threading.Event | None = None) -> Iterator[Services]:
+    """Open database (at this release's schema) and storage; ``create`` makes an embedded database where none is.
+
+    With ``until`` an outage of the database is waited out until that event is set.
+    """
+    if not create and not database_exists(s):
+        fix = "sdpipeline demo, or sdpipeline submit FILE; --home names another folder"
+        raise BadInputError(Mistake(message=f"nothing was submitted in {s.home} yet", fix=fix))
+    database = open_database(s.database)
+    check = partial(ensure_schema, s, database)
+    try:
+        check() if until is None else until_available(check, until)
+        yield Services(s, database, open_storage(s), AuditLog(database, actor=actor(s)))
+    finally:
+        database.close()
+
+
+def ensure_schema(s: Settings, database: Database) -> None:
+    """Migrate the embedded database; any other must have been migrated by ``db upgrade``."""
+    revision = migrate.current(database) if database_exists(s) else None
+    if migrate.suits(revision):
+        return
+    if s.embedded:
+        migrate.upgrade(database)
+    else:
+        message = f"the database's schema is at {revision or 'nothing'}, this release needs {migrate.newest()}"
+        raise SettingsError(Mistake(key="SDP_DATABASE_URL", message=message, fix="sdpipeline db upgrade"))
+
+
+def database_exists(s: Settings) -> bool:
+    """Whether there is a database to compare with; ``plan`` creates none."""
+    path = sqlite_path(s.database)
+    return path is None or path.is_file()
+
+
+def existing_database(s: Settings) -> Database | None:
+    """The database at this release's schema, or None where the embedded one was not made yet."""
+    if not database_exists(s):
+        return None
+    database = open_database(s.database)
+    ensure_schema(s, database)
+    return database
+
+
+def open_storage(s: Settings) -> ObjectStore:
+    """The store the settings name."""
+    return open_store(s.storage, s3_options(s))
+
+
+def s3_options(s: Settings) -> S3Options:
+    """How to reach S3, for our own storage and for what lies in other buckets."""
+    return S3Options(**s.s3.model_dump())
+
+
+def seal_key(s: Settings) -> audit.SealKey:
+    """The key that seals the audit log; a development key is made beside the embedded database."""
+    path = s.signing.seal_key_file
+    if path is None and s.signing.seal_public_key_file is not None:
+        fix = "run this on the machine that seals; SDP_SIGNING__SEAL_PUBLIC_KEY_FILE only checks seals"
+        raise SettingsError(Mistake(key="SDP_SIGNING__SEAL_KEY_FILE", message="is not set", fix=fix))
+    if path is None and not s.embedded:
+        fix = "name an Ed25519 key: openssl genpkey -algorithm ed25519 -out seal.pem"
+        raise SettingsError(Mistake(key="SDP_SIGNING__SEAL_KEY_FILE", message="is not set", fix=fix))
+    retired = tuple(s.signing.retired_seal_keys)
+    with _development_keys(s):
+        return audit.load_key(path or development_seal_key(s), create=path is None, retired=retired)
+
+
+def believed_seal_keys(s: Settings) -> audit.SealKey | audit.PublicKeys:
+    """The keys whose seals are believed: those of the seal key, or of its public half where another process seals."""
+    path = s.signing.seal_public_key_file
+    if path is None:
+        return seal_key(s)
+    own = audit.public_key(str(path), setting="SDP_SIGNING__SEAL_PUBLIC_KEY_FILE")
+    return audit.PublicKeys((own, *s.signing.retired_seal_keys))
+
+
+def development_seal_key(s: Settings) -> Path:
+    """Where the embedded default keeps the key it made."""
+    return s.home / "keys" / "development-seal.pem"
+
+
+def picture_key(s: Settings) -> SigningKey:
+    """The key that signs pictures; a development key is made beside the embedded database."""
+    own = s.signing
+    if own.certificates_file is None and s.embedded and not (own.key_file or own.kms_key_id):
+        with _development_keys(s):
+            return replace(signing.development_key(development_picture_keys(s)), tsa_url=own.tsa_url)
+    if own.certificates_file is None:
+        fix = "name the PEM file with your signing certificate and its intermediates"
+        raise SettingsError(Mistake(key="SDP_SIGNING__CERTIFICATES_FILE", message="is not set", fix=fix))
+    if (own.key_file is None) == (own.kms_key_id is None):
+        message = "or SDP_SIGNING__KMS_KEY_ID is needed, and one of them alone"
+        raise SettingsError(Mistake(key="SDP_SIGNING__KEY_FILE", message=message, fix="set the one that signs"))
+    if own.key_file is not None:
+        password = own.key_password.get_secret_value() if own.key_password else None
+        return signing.pem_key(own.certificates_file, own.key_file, password=password, tsa_url=own.tsa_url)
+    if find_spec("boto3") is None:
+        fix = "pip install 'sdpipeline[s3]'"
+        raise SettingsError(Mistake(key="SDP_SIGNING__KMS_KEY_ID", message="a key in a KMS needs boto3", fix=fix))
+    return signing.kms_key(
+        own.certificates_file,
+        own.kms_key_id or "",
+        endpoint_url=own.kms_endpoint_url,
+        region=own.kms_region,
+        tsa_url=own.tsa_url,
+    )
+
+
+def development_picture_keys(s: Settings) -> Path:
+    """The folder in which the embedded default keeps the chain it made."""
+    return s.home / "keys" / "pictures"
+
+
+@contextmanager
+def _development_keys(s: Settings) -> Iterator[None]:
+    """SettingsError if a key cannot be written in the home."""
+    try:
+        yield
+    except OSError as error:
+        message = f"cannot make a development key in {s.home / 'keys'}: {error.strerror}"
+        fix = "name a home on a disk that is writable and has space"
+        raise SettingsError(Mistake(key="SDP_HOME", message=message, fix=fix)) from error
+
+
+def trust_anchors(s: Settings) -> str:
+    """The root certificates that make a signature trusted, in PEM; none where none were named."""
+    return signing.trusted_roots(s.signing.trust_file) if s.signing.trust_file else ""
+
+
+def catalog(s: Settings, database: Database | None = None) -> Catalog:
+    """Every checkpoint a campaign may name: the shipped ones, those of the folder, those already registered."""
+    return _catalog(s, database, HashCache(s.home / HASH_CACHE))[0]
+
+
+def refused_checkpoints(s: Settings, database: Database | None = None) -> dict[str, CheckpointError]:
+    """Directories that look like checkpoints and are not accepted, by name, with the reason."""
+    return _catalog(s, database, HashCache(s.home / HASH_CACHE))[1]
+
+
+def approved_checkpoints(s: Settings, database: Database) -> list[CheckpointFiles]:
+    """Registered checkpoints in force, oldest first; a link in SDP_CHECKPOINTS_DIR stands for its directory."""
+    with database.read() as connection:
+        known = registry.known(connection)
+    return [
+        replace(files, directory=files.directory.resolve()) if files.directory.parent == s.checkpoints else files
+        for files in known
+    ]
+
+
+def _catalog(
+    s: Settings, database: Database | None, cache: HashCache
+) -> tuple[dict[str, CheckpointFiles], dict[str, CheckpointError]]:
+    known: dict[str, CheckpointFiles] = {}
+    revoked: frozenset[str] = frozenset()
+    expired: frozenset[tuple[str, str]] = frozenset()
+    if database is not None:
+        known = {files.alias: files for files in approved_checkpoints(s, database)}
+        with database.read() as connection:
+            revoked, expired = registry.withdrawn(connection)
+    # The shipped weights are small and change with the package; what else was approved stands as it was approved.
+    approved = {alias: files for alias, files in known.items() if files.directory.parent != BUILTIN_CHECKPOINTS}
+    shipped, refused = _inspected(BUILTIN_CHECKPOINTS, cache)
+    for alias, why in _altered_shipped(shipped).items():
+        refused[alias] = why
+        del shipped[alias]
+    found = {alias: _on_terms(files, known.get(alias)) for alias, files in shipped.items()}
+    own, refused_own = _inspected(s.checkpoints, cache, but=known)
+    found |= own | approved
+    running = {
+        alias: files
+        for alias, files in found.items()
+        if files.digest not in revoked and (files.digest, alias) not in expired
+    }
+    return running, {alias: why for alias, why in (refused | refused_own).items() if alias not in running}
+
+
+def _altered_shipped(shipped: Mapping[str, CheckpointFiles]) -> dict[str, CheckpointError]:
+    """Shipped checkpoints that are not the ones of this release."""
+    released = read_manifest(BUILTIN_CHECKPOINTS)
+    altered = {}
+    for alias, files in shipped.items():
+        differing = dict(files.manifest).items() ^ dict(released.get(alias, {})).items()
+        if differing:
+            name = min(differing)[0]
+            altered[alias] = CheckpointError(
+                f"checkpoint {alias!r}: {name} is not as shipped; install sdpipeline again"
+            )
+    return altered
+
+
+def _on_terms(shipped: CheckpointFiles, approved: CheckpointFiles | None) -> CheckpointFiles:
+    """Shipped weights under their own licence, and for what these very bytes were approved."""
+    if approved is None or approved.digest != shipped.digest:
+        return replace(shipped, licence=BUILTIN_LICENCE)
+    return replace(shipped, licence=approved.licence or BUILTIN_LICENCE, purposes=approved.purposes)
+
+
+def _runnable(s: Settings, database: Database | None) -> dict[str, CheckpointFiles]:
+    """What may run, by digest: jobs keep the weights they were pinned to when an alias has come to mean others."""
+    approved = approved_checkpoints(s, database) if database is not None else []
+    return {files.digest: files for files in (*approved, *catalog(s, database).values())}
+
+
+def _inspected(
+    folder: Path, cache: HashCache, *, but: Mapping[str, CheckpointFiles] | None = None
+) -> tuple[dict[str, CheckpointFiles], dict[str, CheckpointError]]:
+    """Checkpoints of a folder by their directories' names, and why others are refused.
+
+    A link to a directory is followed once, here: what is registered and loaded is the directory.
+    """
+    known = but or {}
+    approved = {files.directory for files in known.values()}
+    found, refused = {}, {}
+    for entry in sorted(folder.iterdir()) if folder.is_dir() else ():
+        if not entry.is_dir() or entry in approved:
+            continue
+        name, directory = entry.name, entry.resolve() if entry.is_symlink() else entry
+        if entry.is_symlink() and name in known and known[name].directory == directory:
+            continue
+        try:
+            found[name] = inspect(name, directory, cache=cache)
+        except CheckpointError as error:
+            # Hidden folders are where `checkpoints add` puts what it fetches.
+            if not name.startswith(".") and any(directory.rglob(f"*{WEIGHTS}")):
+                refused[name] = error
+    return found, refused
+
+
+def input_folder(s: Settings, folder: Path) -> InputFolder:
+    """Where a campaign's pictures and tables may come from: its folder, and what the settings allow beside it."""
+    # Whoever waits for a plan is told within 15 seconds that a bucket does not answer.
+    patience = replace(s3_options(s), connect_timeout_s=2, read_timeout_s=5, total_max_attempts=2)
+    return InputFolder(
+        folder,
+        allowed=[Path(root) for root in s.inputs.allowed if not is_bucket_url(root)],
+        buckets=[root for root in s.inputs.allowed if is_bucket_url(root)],
+        foreign=ForeignObjects(patience),
+        max_pixels=s.inputs.max_pixels,
+    )
+
+
+def load_campaign(
+    s: Settings,
+    path: Path,
+    database: Database | None = None,
+    *,
+    edition: str | None = None,
+    now: datetime | None = None,
+) -> tuple[Campaign, InputFolder]:
+    """A checked campaign file and the folder its pictures come from; raises CampaignError, or SettingsError where the
+    deployment's policy is wrong. ``now`` is when its schedule fired."""
+    inputs = input_folder(s, path.absolute().parent)
+    rules = policy.load(s.policy_file) if s.policy_file else None
+    cache = HashCache(s.home / HASH_CACHE)
+    known, refused = _catalog(s, database, cache)
+    try:
+        campaign = load_campaign_file(path, known, inputs, edition=edition, now=now, deployment=rules)
+    except CampaignError as error:
+        raise CampaignError(*(_with_reason(mistake, refused) for mistake in error.mistakes)) from error
+    _check_weights(campaign, cache)
+    if campaign.spec.budget.max_cost is not None and s.cost_per_gpu_hour is None:
+        place = ("budget", "max_cost")
+        raise CampaignError(campaign.source.mistake(place, "has no price to count by", "set SDP_COST_PER_GPU_HOUR"))
+    return campaign, inputs
+
+
+def _with_reason(mistake: Mistake, refused: Mapping[str, CheckpointError]) -> Mistake:
+    """A mistake about a checkpoint that is not in the catalogue, with the reason if its directory was refused."""
+    for alias, why in refused.items():
+        if mistake.message.startswith("no ") and repr(alias) in mistake.message:
+            return replace(mistake, message=str(why), fix=None)
+    return mistake
+
+
+def _check_weights(campaign: Campaign, cache: HashCache) -> None:
+    """Raise CampaignError for weights that are not as they were approved, if they are on this machine."""
+    spec, source = campaign.spec, campaign.source
+    used: dict[str, tuple[str | int, ...]] = {spec.checkpoint: ("checkpoint",)}
+    for n, stage in enumerate(spec.stages):
+        used |= {alias: ("stages", n) for alias in stage.aliases() if alias not in used}
+    for rules in campaign.policies:
+        if (checker := rules.policy.safety_checker) and checker not in used:
+            used[checker] = ("policy", "safety_checker")
+    mistakes = []
+    for alias, place in used.items():
+        files = campaign.catalog.get(alias)
+        if files is None or not os.path.lexists(files.directory):
+            continue
+        try:
+            verify_checkpoint(files, cache=cache)
+        except CheckpointError as error:
+            mistakes.append(source.mistake(place, str(error)))
+    cache.save()
+    if mistakes:
+        raise CampaignError(*mistakes)
+
+
+def build_engine(s: Settings, device: str, database: Database | None, *, dtype: str | None = None) -> Engine:
+    """The diffusers engine, or its double where the settings ask for it. Imports torch only here."""
+    if s.engine.fake_seconds_per_batch is not None:
+        from sdpipeline.engine.fake import FakeEngine
+
+        return FakeEngine(seconds_per_batch=s.engine.fake_seconds_per_batch)
+    # What was compiled once is read from here at the next start.
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(s.home / "compiled"))
+    _need_engine()
+    from sdpipeline.engine.diffusers.engine import DiffusersEngine
+    from sdpipeline.engine.diffusers.model_cache import TextEncoders
+    from sdpipeline.engine.stepwise.compile import Speedups, check_compiler
+
+    by_digest = _runnable(s, database)
+
+    def locate(ref: CheckpointRef) -> CheckpointFiles:
+        if ref.digest not in by_digest:
+            by_digest.update(_runnable(s, database))
+        if ref.digest not in by_digest:
+            raise CheckpointError(f"checkpoint {ref.alias!r} with digest {ref.digest[:16]} is not on this machine")
+        return by_digest[ref.digest]
+
+    resident = int(s.engine.resident_gib * 2**30) if s.engine.resident_gib else None
+    if s.engine.compile:
+        check_compiler()
+    check_quantization(s, device)
+    speedups = Speedups(
+        compile=s.engine.compile,
+        channels_last=s.engine.channels_last,
+        attention=s.engine.attention,
+        quantize=s.engine.quantize,
+        decode_batch=split(s.engine.decode_batch, s.engine.decode_batch)[0] if s.engine.decode_batch else None,
+    )
+    return DiffusersEngine(
+        device=device,
+        dtype=dtype or s.engine.dtype,
+        locate=locate,
+        resident_bytes=resident,
+        speedups=speedups,
+        text_encoders=TextEncoders(offload=s.engine.offload_text_encoders, ahead=s.engine.encode_ahead),
+    )
+
+
+def check_quantization(s: Settings, device: str | None = None) -> None:
+    """SettingsError where this device, or any of this machine's, cannot do what ``SDP_ENGINE__QUANTIZE`` asks."""
+    if s.engine.quantize is None or s.engine.fake_seconds_per_batch is not None:
+        return
+    _need_engine()
+    from sdpipeline.engine.stepwise.quantization import check
+
+    for each in [device] if device else sorted(set(devices(s))):
+        check(s.engine.quantize, each, s.engine.dtype)
+
+
+def check_engine(s: Settings) -> None:
+    """SettingsError where a package of the extra ``engine`` is missing. Imports none: torch alone takes seconds."""
+    missing = [name for name in ENGINE_PACKAGES if find_spec(name) is None]
+    if missing and s.engine.fake_seconds_per_batch is None:
+        message = f"this machine cannot make pictures: no {missing[0]}"
+        raise SettingsError(Mistake(message=message, fix="pip install 'sdpipeline[engine]'"))
+
+
+def _need_engine() -> None:
+    """Import what makes pictures; raises SettingsError where it is not installed."""
+    # Threads that spin for one another make a busy CPU four to six times slower; read when torch is first imported.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    try:
+        import sdpipeline.engine.diffusers.engine  # noqa: F401
+    except ModuleNotFoundError as error:
+        fix = "pip install 'sdpipeline[engine]'"
+        raise SettingsError(Mistake(message=f"this machine cannot make pictures: no {error.name}", fix=fix)) from error
+
+
+def random_checkpoint(name: str, folder: Path, device: str) -> Path:
+    """A checkpoint of a well-known shape with random weights, for benches; see :mod:`sdpipeline.bench.shapes`."""
+    _need_engine()
+    from sdpipeline.bench.random_weights import ensure
+
+    return ensure(name, folder, device=device)
+
+
+def devices(s: Settings) -> list[str]:
+    """The devices of this machine's workers: what the settings say, else every GPU, else the CPU."""
+    if s.device is not None:
+        return [s.device] * (s.workers or 1)
+    gpus = gpu_count()
+    if not gpus:
+        return ["cpu"] * (s.workers or 1)
+    return [f"cuda:{n % gpus}" for n in range(s.workers or gpus)]
+
+
+@dataclass(frozen=True, slots=True)
+class OpenWorker:
+    """A registered worker whose campaigns are named, for the flows and the ``worker`` command."""
+
+    worker: Worker
+    team: str
+
+    def run(
+        self,
+        *,
+        campaign: str | None = None,
+        until_idle: bool = True,
+        stop: threading.Event | None = None,
+        on_progress: Callable[[int], None] | None = None,
+    ) -> WorkerSummary:
+        """As :meth:`sdpipeline.worker.worker.Worker.run`, with the campaign by name."""
+        database = self.worker.audit.database
+        known = partial(known_campaign, database, self.team)
+        campaign_id = None if campaign is None else until_available(partial(known, campaign), stop)
+        return self.worker.run(campaign_id=campaign_id, until_idle=until_idle, stop=stop, on_progress=on_progress)
+
+
+@contextmanager
+def open_worker(s: Settings, *, device: str | None = None, stop: threading.Event | None = None) -> Iterator[OpenWorker]:
+    """A worker on one device, registered while it lives; its checkpoints stay warm between runs.
+
+    An outage of the database is waited out; raises DatabaseUnavailableError if ``stop`` is set meanwhile.
+    """
+    key, stop = picture_key(s), stop or threading.Event()
+    with services(s, until=stop) as have:
+        have.store.check()
+        until_available(partial(audit.refuse_restored, have.database, have.store), stop)
+        chosen = device or devices(s)[0]
+        with delivery_process(s, key, have.database, s.storage) as (worker_id, deliverer):
+            engine = until_available(partial(build_engine, s, chosen, have.database), stop)
+            worker = make_worker(s, have.database, have.store, engine, key, worker_id=worker_id, deliverer=deliverer)
+            with registered(s, worker, chosen, stop=stop):
+                yield OpenWorker(worker, s.team)
+
+
+@contextmanager
+def registered(s: Settings, worker: Worker, device: str, *, stop: threading.Event | None = None) -> Iterator[Worker]:
+    """The database knows of the worker while the block lasts. With ``stop`` it waits out an outage at the start."""
+
+    def register() -> None:
+        with worker.audit.transaction() as tx:
+            declare(tx, "marks", _marking(s, worker.signing))
+            about = {"worker_id": worker.worker_id, "host": socket.gethostname(), "device": device}
+            workers.register(tx, pid=os.getpid(), description=worker.engine.describe(), **about)
+
+    register() if stop is None else until_available(register, stop)
+    try:
+        yield worker
+    finally:
+        try:
+            with worker.audit.transaction() as tx:
+                workers.stop(tx, worker_id=worker.worker_id)
+        except DatabaseUnavailableError as error:  # its leases expire, and its heartbeat ends
+            _log.warning("worker_end_not_recorded", error=str(error))
+
+
+@contextmanager
+def delivery_process(
+    s: Settings, key: SigningKey, database: Database, storage_url: str
+) -> Iterator[tuple[str, DeliveryProcess | None]]:
+    """The identity of a new worker, and a process that delivers for it while the block lasts; none beside the engine's
+    double, which it would help nothing. It starts meanwhile."""
+    worker_id = secrets.token_hex(16)
+    if s.engine.fake_seconds_per_batch is not None:
+        yield worker_id, None
+        return
+    to = Destination(
+        settings=s,
+        storage_url=storage_url,
+        database_url=database.writer.url.render_as_string(hide_password=False),
+        actor=_worker_actor(worker_id),
+        certificate=key.fingerprint,
+    )
+    # One connection more than deliverers: copies are recorded by the thread that fetches.
+    deliverer = DeliveryProcess(to, connections=s.deliverers + 1, bounds=Bounds.of(s))
+    deliverer.begin()
+    try:
+        yield worker_id, deliverer
+    finally:
+        deliverer.close()
+
+
+def _worker_actor(worker_id: str) -> str:
+    return f"worker:{worker_id} sdpipeline/{__version__}"
+
+
+def make_worker(
+    s: Settings,
+    database: Database,
+    store: ObjectStore,
+    engine: Engine,
+    key: SigningKey,
+    *,
+    worker_id: str | None = None,
+    deliverer: DeliveryProcess | None = None,
+) -> Worker:
+    """A worker as the settings want it, not registered yet.
+
+    Raises DeliveryUnavailableError where its ``deliverer`` does not start: before it leases anything.
+    """
+    worker_id = worker_id or secrets.token_hex(16)
+    if deliverer is not None:
+        deliverer.check()
+    limits = WorkerLimits(
+        max_batch=s.engine.max_batch,
+        lease_ttl_s=s.lease_ttl_s,
+        max_pixels=s.inputs.max_pixels,
+        gpu_second_cost=(s.cost_per_gpu_hour or 0.0) / 3600,
+        shutdown_grace_s=s.shutdown_grace_s,
+        deliverers=s.deliverers,
+    )
+    return Worker(
+        worker_id,
+        AuditLog(database, actor=_worker_actor(worker_id)),
+        store,
+        engine,
+        limits,
+        key,
+        ForeignObjects(s3_options(s)),
+        breaker=Breaker(max_failures=s.worker_max_failures),
+        pace=Pace(s.batch_timeout_s),
+        patience=Patience(s.fairness_max_wait_s),
+        foresee=_foreseeing(engine),
+        trust_anchors=trust_anchors(s),
+        deliverer=deliverer,
+    )
+
+
+def _foreseeing(engine: Engine) -> Callable[[CheckpointRef], None] | None:
+    """Let the kernel read weights that are needed next; the double has none."""
+    residency = getattr(engine, "residency", None)
+    if residency is None:
+        return None
+
+    def foresee(ref: CheckpointRef) -> None:
+        with suppress(CheckpointError):  # whoever loads them says what is wrong
+            read_ahead(residency.files(ref))
+
+    return foresee
+
+
+def run_worker(
+    s: Settings,
+    *,
+    campaign: str | None,
+    until_idle: bool,
+    device: str | None,
+    stop: threading.Event | None = None,
+    on_progress: Callable[[int], None] | None = None,
+) -> WorkerSummary:
+    """One worker from start to end, outside a flow."""
+    with open_worker(s, device=device, stop=stop) as worker:
+        return worker.run(campaign=campaign, until_idle=until_idle, stop=stop, on_progress=on_progress)
+
+
+def known_campaign(database: Database, team: str, name: str) -> int:
+    """The campaign's id; raises BadInputError naming those there are."""
+    with database.read() as connection:
+        found = queries.campaign_id(connection, team=team, name=name)
+        names = ", ".join(queries.campaign_names(connection, team=team)) or "none yet"
+    if found is None:
+        raise BadInputError(Mistake(message=f"no campaign {name!r}", fix=f"there are: {names}"))
+    return found
+
+
+def campaign_progress(s: Settings, campaign: str) -> Progress:
+    """How far a submitted campaign is."""
+    with services(s) as have:
+        campaign_id = known_campaign(have.database, s.team, campaign)
+        with have.database.read() as connection:
+            return queries.progress(connection, campaign_id)
+
+
+def newest_pictures(
+    s: Settings, campaign: str, *, max_bytes: int = 200_000, kept: Thumbnails | None = None
+) -> bytes | None:
+    """The newest pictures as one small JPEG; ``kept`` saves a second drawing from reading them again."""
+    with services(s) as have:
+        campaign_id = known_campaign(have.database, s.team, campaign)
+        return contact_sheet.draw(have.database, have.store, campaign_id, max_bytes=max_bytes, kept=kept)
+
+
+def failures(s: Settings, campaign: str, *, limit: int = 100) -> list[Json]:
+    """The first failed and then blocked jobs with their reasons."""
+    with services(s) as have:
+        campaign_id = known_campaign(have.database, s.team, campaign)
+        with have.database.read() as connection:
+            return queries.failures(connection, campaign_id, limit)
+
+
+def finish_report(s: Settings, campaign: str, span: Span | None = None) -> str:
+    """The closing report, as markdown; ``span`` is the run that closes."""
+    with services(s) as have:
+        campaign_id = known_campaign(have.database, s.team, campaign)
+        return report.closing_report(have.database, have.store, campaign_id, span=span)
+
+
+def release_worker_leases(s: Settings, pid: int) -> int:
+    """Give back what a dead local worker process held, as after a crash; returns the number of jobs."""
+    with services(s) as have:
+        with have.database.read() as connection:
+            dead = queries.worker_ids_of(connection, host=socket.gethostname(), pid=pid)
+        with have.audit.transaction() as tx:
+            held = jobs.open_leases(tx.connection, dead)
+            returned = jobs.reap(tx, lease_ids=held) if held else 0
+            for worker_id in dead:
+                workers.stop(tx, worker_id=worker_id)
+        return returned
+
+
+def seal(s: Settings) -> int:
+    """Sign what the audit log gained, as a flow does every half hour; returns the number of events."""
+    with services(s) as have:
+        key = seal_key(s)
+        _declare_sealing(have, key)
+        return audit.seal(have.database, have.store, key)
+
+
+def seal_here(s: Settings) -> int | None:
+    """Sign what the audit log gained; None if another process does so, because this one has only the public key."""
+    if s.signing.seal_public_key_file is not None:
+        _log.info("seal_skipped", reason="SDP_SIGNING__SEAL_PUBLIC_KEY_FILE is set: another process seals")
+        return None
+    return seal(s)
+
+
+def seal_or_wait(s: Settings) -> int:
+    """Sign what the audit log gained, or wait until the process that has the seal key did so.
+
+    Raises SealOverdueError if that process does not seal within five minutes. Returns the number of events.
+    """
+    if (sealed := seal_here(s)) is not None:
+        return sealed
+    with services(s) as have:
+        return audit.wait_for_seal(have.database, timeout_s=SEAL_TIMEOUT_S)
+
+
+def keep_sealing(
+    s: Settings,
+    stop: threading.Event,
+    *,
+    every_s: float,
+    events: int,
+    on_seal: Callable[[int], None] | None = None,
+) -> None:
+    """Sign what the audit log gains until told to stop: every so often, and sooner once it is so many events."""
+    with services(s, until=stop) as have:
+        key = seal_key(s)
+        until_available(partial(_declare_sealing, have, key), stop)
+        audit.watch(have.database, have.store, key, stop, every_s=every_s, events=events, on_seal=on_seal)
+
+
+def _declare_sealing(have: Services, key: audit.SealKey) -> None:
+    lock = have.store.retention
+    values = {"keys": list(key.public), "lock": lock and {"mode": lock.mode, "days": lock.days}}
+    with have.audit.transaction() as tx:
+        declare(tx, "seals", values)
+
+
+def _marking(s: Settings, key: SigningKey) -> Json:
+    """Every setting that decides how pictures are marked and signed; of files their names, of secrets nothing."""
+    fields = s.signing.model_dump(exclude={"seal_key_file", "seal_public_key_file", "retired_seal_keys"})
+    shown = {name: value.name if isinstance(value, Path) else value for name, value in fields.items()}
+    told = {name: value for name, value in shown.items() if isinstance(value, str | int | float | list | None)}
+    return told | {"signer": key.identity, "certificate_sha256": key.fingerprint}
+
+
+def actor(s: Settings) -> str:
+    """Who acts, and by which release, as every audit event of this process says."""
+    try:
+        user = getpass.getuser()
+    except (KeyError, OSError):
+        user = str(os.getuid())
+    return f"user:{s.actor or f'{user}@{socket.gethostname()[:80]}'} sdpipeline/{__version__}"

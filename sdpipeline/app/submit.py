@@ -1,0 +1,76 @@
+"""A campaign file from wherever it is, a path, a bucket or a text, becomes a submitted campaign."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import datetime
+from pathlib import Path
+
+from sdpipeline import audit
+from sdpipeline.app import services
+from sdpipeline.campaigns import expand, submission
+from sdpipeline.db import job_control
+from sdpipeline.db.submit import Submitted
+from sdpipeline.errors import BadInputError, InputImageError, Mistake
+from sdpipeline.settings import Settings
+
+EDITION_NAME = re.compile(r"[a-z0-9][a-z0-9-]{0,62}")
+
+
+def check_edition(edition: str | None) -> None:
+    """Raises BadInputError for what cannot be the name of an edition."""
+    if edition is not None and not EDITION_NAME.fullmatch(edition):
+        fix = "write at most 63 of a-z, 0-9 and -, as in 2026-11-25"
+        raise BadInputError(Mistake(message=f"--edition {edition!r} is no name", fix=fix))
+
+
+@contextmanager
+def campaign_file(s: Settings, *, url: str | None = None, text: str | None = None) -> Iterator[Path]:
+    """A campaign file that is no file of this machine, as one in a folder of its own: nothing lies beside it.
+
+    Raises BadInputError for an address outside ``SDP_INPUTS__ALLOWED``, or one that nothing is found at.
+    """
+    with tempfile.TemporaryDirectory(prefix="sdp-campaign-") as folder:
+        path = Path(folder) / "campaign.yaml"
+        if url is not None:
+            inputs = services.input_folder(s, path.parent)
+            try:
+                shutil.copyfile(inputs.table(url), path)
+            except InputImageError as error:
+                raise BadInputError(Mistake(message=f"no campaign file: {error}")) from error
+        else:
+            path.write_text(text or "", encoding="utf-8")
+        yield path
+
+
+def submit(
+    s: Settings, file: Path, *, prune: bool = False, edition: str | None = None, now: datetime | None = None
+) -> tuple[str, Submitted]:
+    """Submit a campaign file; the whole of it is checked before the embedded database is even made.
+
+    ``now`` is when its schedule fired, from which its edition has its name.
+    """
+    check_edition(edition)
+    if not services.database_exists(s):
+        expand.check(*services.load_campaign(s, file, edition=edition, now=now))
+    services.open_storage(s).check()
+    with services.services(s) as have:
+        audit.refuse_restored(have.database, have.store)
+        campaign, inputs = services.load_campaign(s, file, have.database, edition=edition, now=now)
+        done = submission.submit(
+            campaign, inputs, have.audit, have.store, team=s.team, max_attempts=s.max_attempts, prune=prune
+        )
+    return campaign.spec.name, done
+
+
+def reopen(s: Settings, campaign: str, status: str) -> tuple[int, int]:
+    """Reopen the jobs of a status: how many were, and how many were left alone because a policy forbids them."""
+    with services.services(s, create=False) as have:
+        campaign_id = services.known_campaign(have.database, s.team, campaign)
+        with have.audit.transaction() as tx:
+            count = job_control.retry(tx, campaign_id=campaign_id, statuses=[status])
+            return count, job_control.forbidden(tx.connection, campaign_id=campaign_id, status=status)

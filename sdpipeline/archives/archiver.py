@@ -1,0 +1,246 @@
+"""Taking closed editions out of the tables, and forgetting in them what is forgotten elsewhere."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, field
+
+from sdpipeline.archives import contents as archived_editions
+from sdpipeline.campaigns.inputs import input_key
+from sdpipeline.db import archives, retention
+from sdpipeline.db.audit import AuditLog
+from sdpipeline.db.connection import now_s
+from sdpipeline.db.retention import DAY_S, Picture, Subject, stored_inputs
+from sdpipeline.domain import Json
+from sdpipeline.storage import ObjectStore
+from sdpipeline.worker.delivery import delete_all, stem
+
+DROPPED = 1000
+"""Jobs that one transaction takes out of the tables."""
+
+
+def archive(
+    audit: AuditLog, store: ObjectStore, seal: Callable[[], object], *, team: str, days: float, dry_run: bool = False
+) -> int:
+    """Archive the editions that closed that long ago, each sealed before it leaves the tables; returns how many."""
+    with audit.database.read() as connection:
+        due = archives.closed(connection, team=team, days=days)
+    if dry_run:
+        return len(due)
+    recorded = []
+    for edition in due:
+        with audit.database.snapshot() as connection:
+            public, private = archived_editions.written(connection, edition)
+        stored = archived_editions.store_edition(store, edition, public, private)
+        with audit.transaction() as tx:
+            if archives.record(tx, edition, stored):
+                recorded.append(edition)
+    if recorded:
+        seal()  # once for all: where another process seals, this waits for its next turn
+    for edition in recorded:
+        _drop(audit, edition.campaign_id, edition.edition)
+    return len(recorded)
+
+
+def _drop(audit: AuditLog, campaign_id: int, edition: str) -> None:
+    while True:
+        with audit.database.write() as connection:
+            if not archives.drop(connection, campaign_id, edition, limit=DROPPED):
+                return
+
+
+def take_up(audit: AuditLog, store: ObjectStore, seal: Callable[[], object], *, team: str) -> None:
+    """Finish what a killed run began: rows of archived editions, and private objects that were replaced."""
+    with audit.database.read() as connection:
+        left, rows = archives.left_behind(connection, team=team), archives.archives(connection, team=team)
+    if left:
+        seal()  # that run may have ended before it
+    for campaign_id, edition in left:
+        _drop(audit, campaign_id, edition)
+    for row in rows:
+        _delete_left(audit, store, row)
+
+
+def _delete_left(audit: AuditLog, store: ObjectStore, row: Json) -> None:
+    if row["private_left"] is not None:
+        store.delete(row["private_left"])
+        with audit.database.write() as connection:
+            archives.change(connection, row, private_left=None)
+
+
+def forget(
+    audit: AuditLog,
+    store: ObjectStore,
+    *,
+    team: str,
+    pictures_days: float | None,
+    prompts_days: float | None,
+    dry_run: bool,
+) -> tuple[int, int]:
+    """Delete the pictures, then the private parts, of archived editions that are that old; returns how many of each."""
+    with audit.database.read() as connection:
+        rows, now = archives.archives(connection, team=team), archives.now(connection)
+    pictures = prompts = 0
+    for row in rows:
+        age_days = (now - row["newest_at"]) / DAY_S
+        if pictures_days is not None and age_days > pictures_days and row["pictures_deleted_at"] is None:
+            gone = [picture for job in archived_editions.jobs(store, row) for picture in _pictures(row, job)]
+            pictures += len(gone)
+            if not dry_run:
+                _delete_pictures(audit, store, row, gone)
+        if prompts_days is not None and age_days > prompts_days:
+            due = [line for line in archived_editions.private(store, row) if _kept(line) != line]
+            prompts += len(due)
+            if due and not dry_run:
+                _delete_private(audit, store, row, {line["id"] for line in due})
+    return pictures, prompts
+
+
+def _pictures(row: Json, job: Json) -> list[Picture]:
+    """The pictures of an archived job that were there when it was archived."""
+    return [
+        Picture(
+            campaign_id=row["campaign_id"],
+            job_id=job["id"],
+            fingerprint=each["fingerprint"],
+            sha256=each["sha256"],
+            key=each["key"],
+        )
+        for each in job["images"]
+        if each["deleted_at"] is None
+    ]
+
+
+def _delete_objects(audit: AuditLog, store: ObjectStore, pictures: Collection[Picture]) -> None:
+    with audit.database.read() as connection:
+        shared = retention.keys_of_others(connection, {picture.fingerprint for picture in pictures}, ())
+    for picture in pictures:
+        if picture.key not in shared:
+            delete_all(store, stem(picture.key))
+
+
+def _delete_pictures(audit: AuditLog, store: ObjectStore, row: Json, pictures: Collection[Picture]) -> None:
+    _delete_objects(audit, store, pictures)
+    with audit.transaction() as tx:
+        archives.change(tx.connection, row, pictures_deleted_at=now_s())
+        retention.tell_deleted(tx, pictures, because="retention")
+
+
+def _kept(line: Json) -> Json | None:
+    """What is left of a job's private line without its prompts: by its inputs a subject is still to be found."""
+    if line["subject"] is None or not stored_inputs(line["request"]):
+        return None
+    nothing: Json = {"row_key": "", "variables": {}, "axes": {}, "error": None, "salt": ""}
+    nothing |= {"scores": {}} if "scores" in line else {}
+    return line | nothing | {"request": retention.without_prompts(line["request"], line["salt"])}
+
+
+def _delete_private(audit: AuditLog, store: ObjectStore, row: Json, job_ids: Collection[int]) -> None:
+    erased = _commitments(store, row, job_ids)
+    rest = [kept for line in archived_editions.private(store, row) if (kept := _kept(line)) is not None]
+    left = archived_editions.store_private(store, row, rest) if rest else {"private_key": None, "private_sha256": None}
+    left |= {"private_left": row["private_key"]}
+    with audit.transaction() as tx:
+        archives.change(tx.connection, row, **left)
+        retention.tell_erased(tx, row["campaign_id"], erased, because="retention")
+    _delete_left(audit, store, row | left)
+
+
+def _commitments(store: ObjectStore, row: Json, job_ids: Collection[int]) -> dict[int, str]:
+    return {job["id"]: job["commitment"] for job in archived_editions.jobs(store, row) if job["id"] in job_ids}
+
+
+def find_private(audit: AuditLog, store: ObjectStore) -> None:
+    """After a restore: take the private parts that storage has now, and tell again what is gone of them."""
+    with audit.database.read() as connection:
+        rows = archives.archives(connection)
+    for row in rows:
+        if row["private_key"] is not None and store.head(row["private_key"]) is None:
+            _find_private(audit, store, row)
+
+
+def _find_private(audit: AuditLog, store: ObjectStore, row: Json) -> None:
+    left = archived_editions.newest_private(store, row) | {"private_left": None}
+    here = {line["id"] for line in archived_editions.private(store, row | left)}
+    gone = [job for job in archived_editions.jobs(store, row) if job["id"] not in here and job["erased_at"] is None]
+    pictures = [] if row["pictures_deleted_at"] else [each for job in gone for each in _pictures(row, job)]
+    with audit.transaction() as tx:
+        archives.change(tx.connection, row, **left)
+        retention.tell_deleted(tx, [each for each in pictures if store.head(each.key) is None], because="restore")
+        if gone:
+            told = {job["id"]: job["commitment"] for job in gone}
+            retention.tell_erased(tx, row["campaign_id"], told, because="restore")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ArchivedJobs:
+    """The jobs of an archived edition that hold a subject's data, with their commitments; their pictures and inputs,
+    and the folders of their fingerprints."""
+
+    row: Json
+    jobs: dict[int, str]
+    pictures: list[Picture]
+    inputs: set[str]
+    folders: dict[str, set[str]]
+
+
+@dataclass(slots=True)
+class Archived:
+    """What archives hold of a subject; the inputs that others' archived jobs consume, and their pictures' keys by
+    fingerprint."""
+
+    editions: list[ArchivedJobs] = field(default_factory=list)
+    inputs_of_others: set[str] = field(default_factory=set)
+    keys_of_others: dict[str, set[str]] = field(default_factory=dict)
+
+    def shared(self, fingerprints: Collection[str]) -> set[str]:
+        """The keys of others' archived pictures of these fingerprints."""
+        return set[str]().union(*(self.keys_of_others.get(each, ()) for each in fingerprints))
+
+
+def of_subject(audit: AuditLog, store: ObjectStore, name: str, *, team: str) -> Archived:
+    """Look through all archives of a team."""
+    found = Archived()
+    with audit.database.read() as connection:
+        rows = archives.archives(connection, team=team)
+    for row in rows:
+        own, inputs = set[int](), set[str]()
+        for line in archived_editions.private(store, row):
+            if line["subject"] == name:
+                own.add(line["id"])
+                inputs |= stored_inputs(line["request"])
+            else:
+                found.inputs_of_others |= stored_inputs(line["request"])
+        jobs, pictures, folders = dict[int, str](), list[Picture](), dict[str, set[str]]()
+        for job in archived_editions.jobs(store, row):
+            living = [] if row["pictures_deleted_at"] else _pictures(row, job)
+            if job["id"] in own:
+                jobs[job["id"]] = job["commitment"]
+                pictures += living
+                for each in {job["fingerprint"], *(picture["fingerprint"] for picture in job["images"])}:
+                    folder = f"{row['team']}/{row['name']}/{job['stage']}/{each}/"
+                    folders.setdefault(each, set()).add(folder)
+            else:
+                for picture in living:
+                    found.keys_of_others.setdefault(picture.fingerprint, set()).add(picture.key)
+        if own:
+            found.editions.append(ArchivedJobs(row=row, jobs=jobs, pictures=pictures, inputs=inputs, folders=folders))
+    return found
+
+
+def erase(audit: AuditLog, store: ObjectStore, found: ArchivedJobs, subject: Subject, inputs: Collection[str]) -> int:
+    """Erase them there, their pictures are gone: the private part is written again without them. Returns how many
+    pictures those were."""
+    row = found.row
+    for digest in sorted(inputs):
+        store.delete(input_key(digest))
+    rest = (line for line in archived_editions.private(store, row) if line["id"] not in found.jobs)
+    left = archived_editions.store_private(store, row, rest) | {"private_left": row["private_key"]}
+    with audit.transaction() as tx:
+        archives.change(tx.connection, row, **left)
+        retention.tell_deleted(tx, found.pictures, because="erasure")
+        retention.tell_erased(tx, row["campaign_id"], found.jobs, because="erasure", subject=subject)
+        if inputs:
+            retention.tell_inputs(tx, row["campaign_id"], inputs, subject)
+    _delete_left(audit, store, row | left)
+    return len(found.pictures)

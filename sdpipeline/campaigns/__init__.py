@@ -1,0 +1,1 @@
+"""Campaign files: read, check, expand into jobs, and submit."""

@@ -1,0 +1,270 @@
+"""A campaign as the stream of jobs it asks for: rows x variables x seeds, stage by stage."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from sdpipeline.campaigns.inputs import InputFolder
+from sdpipeline.campaigns.loader import EDITION, MOST_JOBS, Axes, Campaign, jobs_of_a_chain, seed_count
+from sdpipeline.campaigns.spec import SeedRange
+from sdpipeline.campaigns.stage_plan import Resolved, Size, StagePlan, WrongValueError
+from sdpipeline.campaigns.tables import OnMistake, Row
+from sdpipeline.campaigns.templates import TemplateRefusedError, compile_template
+from sdpipeline.domain import JobSpec, canonical, identities, stage_seed
+from sdpipeline.errors import CampaignError, Mistake
+
+MOST_MISTAKES = 20
+LONGEST_SUBJECT = 500
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Combination:
+    """One row and one value of each variable: what a chain of stages shares, before seeds."""
+
+    row_key: str
+    line: int | None
+    axes: tuple[tuple[str, Any], ...]
+    values: Mapping[str, Any]
+
+
+def expand(campaign: Campaign, inputs: InputFolder) -> Iterator[JobSpec]:
+    """Every job, parents before children, in the file's order; constant memory.
+
+    Raises CampaignError with the first mistakes that only values show: a number out of range, a
+    missing picture, a row that is none.
+    """
+    chains = _Chains(campaign, inputs)
+    for combination in chains.combinations():
+        yield from chains.jobs(combination)
+    chains.raise_mistakes()
+
+
+def check(campaign: Campaign, inputs: InputFolder) -> int:
+    """Find the mistakes that :func:`expand` would find, without making jobs; returns how many there would be."""
+    chains = _Chains(campaign, inputs)
+    each = sum(jobs_of_a_chain(campaign.spec).values()) * seed_count(campaign.spec.seeds)
+    total = 0
+    for combination in chains.combinations():
+        chains.resolve(combination)
+        total += each
+        if total > MOST_JOBS:
+            chains.note(campaign.source.mistake(("variables",), f"asks for more than {MOST_JOBS:,} pictures"))
+            break
+    chains.raise_mistakes()
+    return total
+
+
+def combinations(campaign: Campaign, on_mistake: OnMistake) -> Iterator[Combination]:
+    """Rows x (zipped lists x product, less what is excluded, and what is included), in the file's order."""
+    axes, edition = campaign.axes, {EDITION: campaign.edition} if campaign.edition else {}
+    table: Iterable[Row | None] = axes.table.rows(on_mistake) if axes.table else (None,)
+    together = [tuple(zip(axes.zipped, values, strict=True)) for values in zip(*axes.zipped.values(), strict=True)]
+    left_out = [_matcher(choice, axes) for choice in campaign.spec.exclude]
+    added = [tuple(sorted(choice.items())) for choice in campaign.spec.include]
+    # One and true compare equal, and are not the same value.
+    texts = {canonical(own) for own in added}
+    for row in table:
+        key, line, cells = (row.key, row.line, row.values) if row else ("", None, {})
+        there = set()
+        for own in itertools.chain(_products(axes, together), added):
+            merged = {**cells, **dict(own), **edition}
+            if added:
+                text = canonical(own)
+                if text in there or (text not in texts and any(matches(merged) for matches in left_out)):
+                    continue
+                there.add(text)
+            elif any(matches(merged) for matches in left_out):
+                continue
+            yield Combination(row_key=key, line=line, axes=own, values=merged)
+
+
+def _products(axes: Axes, together: Sequence[tuple[tuple[str, Any], ...]]) -> Iterator[tuple[tuple[str, Any], ...]]:
+    for pairs in together or [()]:
+        for values in itertools.product(*axes.product.values()):
+            yield tuple(sorted((*pairs, *zip(axes.product, values, strict=True))))
+
+
+def _matcher(choice: Mapping[str, Any], axes: Axes) -> Callable[[Mapping[str, Any]], bool]:
+    """Whether a combination has these values; a table's cells are texts, whatever they look like."""
+    columns = axes.columns()
+    wanted = [(name, _cell(value) if name in columns else canonical(value)) for name, value in choice.items()]
+    return lambda values: all(
+        (values[name] if name in columns else canonical(values[name])) == value for name, value in wanted
+    )
+
+
+def _cell(value: Any) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Branch:
+    """One of the jobs that every chain has: its stage, the fan-out seeds it stands under, its parents' branches.
+
+    Its noise seed is ``own_seed``, else derived by the name ``derived``, else the chain's root seed.
+    """
+
+    plan: StagePlan
+    depth: int
+    fanned: Mapping[str, int]
+    parents: tuple[int, ...]
+    own_seed: int | None
+    derived: str | None
+
+    def axes(self) -> tuple[tuple[str, int], ...]:
+        """The fan-out seeds as axes of the job's identity."""
+        return tuple((f"{stage}.seed", seed) for stage, seed in sorted(self.fanned.items()))
+
+    def noise_seed(self, root: int) -> int:
+        """The seed of this job in the chain of that root seed."""
+        if self.own_seed is not None:
+            return self.own_seed
+        return root if self.derived is None else stage_seed(root, self.derived)
+
+
+@dataclass(slots=True)
+class _Chains:
+    """A campaign's stages, and what chains of their jobs have in common."""
+
+    campaign: Campaign
+    inputs: InputFolder
+    mistakes: list[Mistake] = field(default_factory=list)
+    _chain: int = 0
+    _plans: list[StagePlan] = field(init=False)
+    _branches: list[_Branch] = field(init=False, default_factory=list)
+
+    def __post_init__(self) -> None:
+        spec = self.campaign.spec
+        catalog, policies = self.campaign.catalog, self.campaign.policies
+        self._plans = [StagePlan(spec, stage, catalog, policies) for stage in self.campaign.stage_order()]
+        for plan in self._plans:
+            self._branches += list(_branches(plan, self._branches))
+
+    def combinations(self) -> Iterator[Combination]:
+        """Until there are too many mistakes."""
+        for combination in combinations(self.campaign, self.note):
+            yield combination
+            if len(self.mistakes) >= MOST_MISTAKES:
+                return
+
+    def note(self, mistake: Mistake) -> None:
+        """Keep a mistake once."""
+        if mistake not in self.mistakes:
+            self.mistakes.append(mistake)
+
+    def raise_mistakes(self) -> None:
+        """CampaignError if there were any."""
+        if self.mistakes:
+            raise CampaignError(*self.mistakes)
+
+    def resolve(self, combination: Combination) -> dict[str, Resolved]:
+        """Each stage for this combination; one that is wrong is noted and left out, with those below it."""
+        self._subject(combination)
+        found: dict[str, Resolved] = {}
+        sizes: dict[str, Size] = {}
+        for plan in self._plans:
+            if not all(parent in found for parent in plan.parents):
+                continue
+            above = {parent: sizes[parent] for parent in plan.parents}
+            try:
+                resolved = plan.resolve(combination.values, above, self.inputs)
+            except WrongValueError as wrong:
+                self._note_value(wrong, combination)
+                continue
+            found[plan.stage.id] = resolved
+            sizes[plan.stage.id] = resolved.shape.result
+        return found
+
+    def jobs(self, combination: Combination) -> Iterator[JobSpec]:
+        """All jobs of one combination, seed by seed."""
+        resolved = self.resolve(combination)
+        if len(resolved) < len(self._plans):
+            return
+        subject, branches = self._subject(combination), []
+        for branch in self._branches:
+            stage = resolved[branch.plan.stage.id]
+            axes = combination.axes + branch.axes() if branch.fanned else combination.axes
+            variables = tuple(sorted((dict(axes) | stage.used).items())) if axes else tuple(stage.used.items())
+            identity = identities(self.campaign.edition, branch.plan.stage.id, combination.row_key, dict(axes))
+            branches.append((branch, stage, axes, variables, identity))
+        for seed in _seeds(self.campaign.spec.seeds):
+            chain, self._chain = self._chain, self._chain + 1
+            made: list[JobSpec] = []
+            for branch, stage, axes, variables, identity in branches:
+                above = [made[parent] for parent in branch.parents]
+                request, document, fingerprint = stage.request(
+                    branch.noise_seed(seed), {parent.stage: parent.fingerprint for parent in above}
+                )
+                spec = JobSpec(
+                    stage=branch.plan.stage.id,
+                    depth=branch.depth,
+                    row_key=combination.row_key,
+                    variables=variables,
+                    axes=axes,
+                    seed=seed,
+                    request=request,
+                    known_document=document,
+                    fingerprint=fingerprint,
+                    batch_key=stage.form.batch_key,
+                    edition=self.campaign.edition,
+                    parents=tuple((parent.stage, parent.identity) for parent in above),
+                    chain=chain,
+                    blocked=stage.blocked,
+                    subject=subject,
+                    known_identity=identity(seed),
+                )
+                made.append(spec)
+                yield spec
+
+    def _subject(self, combination: Combination) -> str | None:
+        """Whose data this combination is; nobody's where the template becomes an empty text."""
+        if self.campaign.spec.subject is None:
+            return None
+        try:
+            found = str(compile_template(self.campaign.spec.subject).render(combination.values)).strip()
+        except TemplateRefusedError as error:
+            self._note_value(WrongValueError(("subject",), str(error)), combination)
+            return None
+        if len(found) > LONGEST_SUBJECT:
+            why = f"is longer than {LONGEST_SUBJECT} characters"
+            self._note_value(WrongValueError(("subject",), why, "name a column with an identifier"), combination)
+        return found or None
+
+    def _note_value(self, wrong: WrongValueError, combination: Combination) -> None:
+        message = str(wrong)
+        if combination.line is not None and self.campaign.axes.table:
+            message = f"{message}, in {self.campaign.axes.table.name}:{combination.line}"
+        self.note(self.campaign.source.mistake(wrong.path, message, wrong.fix))
+
+
+def _branches(plan: StagePlan, above: list[_Branch]) -> Iterator[_Branch]:
+    """Every agreeing choice of parents' branches, fanned out over the stage's own seeds."""
+    stage = plan.stage
+    choices = [[n for n, branch in enumerate(above) if branch.plan.stage.id == parent] for parent in plan.parents]
+    for parents in itertools.product(*choices):
+        inherited = _agreed([above[parent] for parent in parents])
+        if inherited is None:
+            continue
+        depth = 1 + max((above[parent].depth for parent in parents), default=-1)
+        for own in _seeds(stage.seeds) if stage.seeds is not None else (None,):
+            fanned = inherited if own is None else {**inherited, stage.id: own}
+            same = stage.seed == "same" or depth == 0
+            derived = None if same else "/".join([stage.id, *(str(fanned[each]) for each in sorted(fanned))])
+            yield _Branch(plan=plan, depth=depth, fanned=fanned, parents=parents, own_seed=own, derived=derived)
+
+
+def _agreed(parents: Iterable[_Branch]) -> dict[str, int] | None:
+    """The fan-out seeds the parents stand under, or None where a join would mix two branches of one fan-out."""
+    merged: dict[str, int] = {}
+    for parent in parents:
+        if any(merged.get(stage, seed) != seed for stage, seed in parent.fanned.items()):
+            return None
+        merged |= parent.fanned
+    return merged
+
+
+def _seeds(seeds: SeedRange | list[int]) -> Iterable[int]:
+    return range(seeds.start, seeds.start + seeds.count) if isinstance(seeds, SeedRange) else seeds

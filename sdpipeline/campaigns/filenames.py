@@ -1,0 +1,153 @@
+"""What exported pictures are called: by a template, or readable and unique without one."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from sdpipeline.campaigns.spec import nearest
+from sdpipeline.campaigns.templates import TemplateRefusedError, compile_template
+
+MANIFEST = "manifest.csv"
+EXTENSIONS: Mapping[str, str] = {"png": "png", "jpeg": "jpg", "webp": "webp"}
+"""By the format that a campaign asks for."""
+
+LONGEST_PART_BYTES = 255
+LONGEST_NAME_BYTES = 1024
+LONGEST_WORD_BYTES = 60
+LONGEST_STEM_BYTES = 200
+"""Bounds of names that are made here leave room for a number and an extension."""
+
+_FORBIDDEN = re.compile(r'[\\<>:"|?*]')
+_RESERVED = re.compile(r"(?i)(con|prn|aux|nul|com\d|lpt\d)(\..*)?")
+
+
+class WrongNameError(ValueError):
+    """A template gives a picture no name, or one that is no file name; ``fix`` says what to write."""
+
+    def __init__(self, message: str, fix: str | None = None) -> None:
+        super().__init__(message)
+        self.fix = fix
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Subject:
+    """What a picture may be named after. ``axes`` are the variables that tell it from others of its row."""
+
+    id: int
+    stage: str
+    row: str
+    seed: int
+    edition: str
+    axes: Mapping[str, Any]
+    variables: Mapping[str, Any]
+    extension: str
+
+    def values(self) -> dict[str, Any]:
+        """Everything a template may use; a campaign's own variable is what its author means by that word."""
+        own = {"id": self.id, "stage": self.stage, "row": self.row, "seed": self.seed, "edition": self.edition}
+        return own | dict(self.variables)
+
+
+Naming = Callable[[Subject], str]
+"""A picture's path inside the folder; raises WrongNameError."""
+
+
+def by_template(text: str) -> Naming:
+    """Names from a template over :meth:`Subject.values`; slashes make sub-folders."""
+    try:
+        template = compile_template(text)
+    except TemplateRefusedError as error:
+        raise WrongNameError(str(error)) from error
+
+    def name(subject: Subject) -> str:
+        values = subject.values()
+        try:
+            stem = str(template.render(values))
+        except TemplateRefusedError as error:
+            unknown = sorted(template.names - set(values))
+            if not unknown:
+                raise WrongNameError(f"{error}, for job {subject.id}") from error
+            message = f"job {subject.id} of stage {subject.stage!r} has no variable {unknown[0]!r}"
+            raise WrongNameError(message, nearest(unknown[0], values)) from error
+        ending = f".{subject.extension}"
+        file = stem if stem.lower().endswith(ending) else stem + ending
+        if why := refusal(file):
+            fix = "an expression such as {{ name|replace(':', '-') }} leaves characters out"
+            raise WrongNameError(f"{stem!r} {why}, for job {subject.id}", fix)
+        return file
+
+    return name
+
+
+def by_default(*, keyed: bool, stage_folders: bool) -> Naming:
+    """Names from row, remaining variables and seed. Two may be alike where characters or lengths are lost.
+
+    ``keyed`` says that rows have keys of their own; otherwise their values are more readable than their hash.
+    """
+
+    def name(subject: Subject) -> str:
+        words = [subject.row] if keyed else [*_cells(subject), subject.row]
+        words += [_text(value) for _, value in sorted(subject.axes.items())]
+        stem = "-".join([*filter(None, map(_word, words)), str(subject.seed)])
+        folders = filter(None, [subject.edition, subject.stage if stage_folders else ""])
+        return "/".join(map(_unreserved, [*folders, f"{_cut(stem, LONGEST_STEM_BYTES)}.{subject.extension}"]))
+
+    return name
+
+
+def numbered(file: str, job_id: int) -> str:
+    """A default name that another job has too, told apart; ``~`` is in no other default name."""
+    stem, _, ending = file.rpartition(".")
+    return f"{stem}~{job_id}.{ending}"
+
+
+def refusal(file: str) -> str | None:
+    """Why nothing may be written there on some machine; ``None`` if it may."""
+    parts = file.split("/")
+    if any(part in ("", ".", "..") for part in parts):
+        return "is no path inside the folder"
+    if not file.isprintable():
+        return "holds a control character"
+    if found := _FORBIDDEN.search(file):
+        return f"holds the character {found[0]}"
+    if any(part.startswith((".", " ")) or part.endswith((".", " ")) for part in parts):
+        return "begins or ends with a dot or a space"
+    if any(_RESERVED.fullmatch(part) for part in parts):
+        return "is a reserved name on Windows"
+    if len(file.encode()) > LONGEST_NAME_BYTES or any(len(part.encode()) > LONGEST_PART_BYTES for part in parts):
+        return f"is longer than {LONGEST_PART_BYTES} bytes"
+    # A folder of a picture's name, or of the manifest's, would be in the way of the file.
+    folders = [part.lower() for part in parts[:-1]]
+    if any(part == MANIFEST or part.endswith(tuple(f".{each}" for each in EXTENSIONS.values())) for part in folders):
+        return "has a folder that is called like a file"
+    return None
+
+
+def different(one: Subject, other: Subject) -> list[str]:
+    """The words that would tell two pictures apart in a template, the most telling first."""
+    ours, theirs = one.values(), other.values()
+    own = [name for name in ours if name.isidentifier() and name in theirs and ours[name] != theirs[name]]
+    return sorted(own, key=lambda name: (name == "id", name == "seed", name not in one.variables))
+
+
+def _cells(subject: Subject) -> list[str]:
+    return [_text(value) for name, value in sorted(subject.variables.items()) if name not in subject.axes]
+
+
+def _text(value: Any) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _word(text: str) -> str:
+    return _cut(re.sub(r"[^\w.]+", "-", text), LONGEST_WORD_BYTES)
+
+
+def _unreserved(part: str) -> str:
+    return f"_{part}" if _RESERVED.fullmatch(part) else part
+
+
+def _cut(text: str, most_bytes: int) -> str:
+    return text.encode()[:most_bytes].decode(errors="ignore").strip("-.")

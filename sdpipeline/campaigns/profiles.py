@@ -1,0 +1,48 @@
+"""Which profile a stage's pictures get, and which wishes contradict each other."""
+
+from __future__ import annotations
+
+from sdpipeline.campaigns.spec import CampaignSpec, Stage
+from sdpipeline.campaigns.yaml_source import Faults, KeyPath
+from sdpipeline.domain import Profile, Reproducibility
+from sdpipeline.engine import families
+from sdpipeline.engine.families import Family
+from sdpipeline.engine.stepwise.profiles import PROFILES
+
+
+def chosen(spec: CampaignSpec, stage: Stage, row: Family) -> tuple[Reproducibility, Profile]:
+    """What holds for a stage: its own word, else the campaign's as far as the stage's checkpoint and wish for
+    exactness allow. ``reproducibility: fast`` is the older word for ``tolerant`` under ``profile: fast``."""
+    exactness = stage.reproducibility or spec.reproducibility
+    wanted: Profile = stage.profile or ("fast" if stage.reproducibility == "fast" else None) or campaigns(spec)
+    if exactness == "strict":
+        return "strict", "exact"
+    order = list(PROFILES)
+    possible = [profile for profile in row.profiles if order.index(profile) <= order.index(wanted)]
+    return "tolerant", possible[-1]
+
+
+def campaigns(spec: CampaignSpec) -> Profile:
+    """What the campaign says for stages that say nothing."""
+    return spec.profile or ("fast" if spec.reproducibility == "fast" else "exact")
+
+
+def check(spec: CampaignSpec, faults: Faults) -> None:
+    """Strict pictures under a profile that trades bits."""
+    if spec.reproducibility == "strict":
+        _check_strict(spec.profile, ("profile",), faults)
+    for n, stage in enumerate(spec.stages):
+        if (stage.reproducibility or spec.reproducibility) == "strict":
+            _check_strict(stage.profile, ("stages", n, "profile"), faults)
+
+
+def check_fit(stage: Stage, path: KeyPath, faults: Faults, row: Family) -> None:
+    """A stage's own profile that its checkpoint has no use for; the campaign's applies where it can."""
+    if stage.profile is not None and (why := families.profile_refusal(row.name, stage.profile)):
+        message, _, fix = why.partition("; ")
+        faults.add((*path, "profile"), message, fix)
+
+
+def _check_strict(profile: Profile | None, path: KeyPath, faults: Faults) -> None:
+    if profile not in (None, "exact"):
+        faults.add(path, f"{profile!r} is not strict", "write exact, or reproducibility: tolerant")

@@ -1,0 +1,437 @@
+"""One stage of a campaign: from the values of a combination to what its requests have in common, checked."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from json.encoder import encode_basestring
+from typing import Any
+
+from sdpipeline.batching import batch_key
+from sdpipeline.campaigns import profiles
+from sdpipeline.campaigns.inputs import InputFolder
+from sdpipeline.campaigns.policy import Rules
+from sdpipeline.campaigns.spec import LIMITS, CampaignSpec, ImageSpec, Parameters, Stage, nearest, number
+from sdpipeline.campaigns.templates import Template, TemplateRefusedError, compile_template
+from sdpipeline.campaigns.yaml_source import KeyPath
+from sdpipeline.domain import (
+    AdapterInput,
+    CheckpointRef,
+    ControlNetInput,
+    GenerationRequest,
+    ImageSource,
+    Json,
+    OutputFormat,
+    Task,
+    canonical,
+    fingerprint_document,
+    hashed,
+    to_document,
+)
+from sdpipeline.engine import annotators, families
+from sdpipeline.engine.checkpoints import CheckpointFiles, inversion_words
+from sdpipeline.engine.families import Cell, Family
+from sdpipeline.errors import InputImageError
+
+DEFAULT_SIDE = 512
+"""Width and height where neither the stage, nor ``defaults:``, nor an input picture says one."""
+
+MOST_SHAPES = 10_000
+
+Catalog = Mapping[str, CheckpointFiles]
+"""The checkpoints a campaign may name, by alias."""
+
+Size = tuple[int, int]
+"""Width and height, pixels."""
+
+
+class WrongValueError(ValueError):
+    """A value does not fit; ``path`` is where the campaign file has it or should have it."""
+
+    def __init__(self, path: KeyPath, message: str, fix: str | None = None) -> None:
+        super().__init__(message)
+        self.path = path
+        self.fix = fix
+
+
+def not_taken(name: str, stage: Stage, family: Family, cell: Cell) -> str | None:
+    """Why this stage does not take that parameter; ``None`` if it does."""
+    denoises = family.text != "none"
+    taken = {
+        "num_inference_steps": denoises,
+        "guidance_scale": denoises,
+        "scheduler": denoises,
+        "strength": cell.strength is not None,
+        "negative_prompt": family.negative_prompt,
+        "clip_skip": family.clip_skip,
+        "noise_level": family.max_noise_level is not None,
+        "resize": bool(stage.sized_images()),
+    }
+    if taken.get(name, True):
+        return None
+    who = {"strength": str(stage.task), "resize": "a stage without input pictures"}.get(name, family.title)
+    return f"{who} does not take it"
+
+
+def checked(name: str, value: Any, family: Family) -> Any:
+    """A parameter's value in its own type; WrongValueError, its path still to be filled in, if it has none."""
+    if name in LIMITS:
+        try:
+            result = number(name, value)
+        except ValueError as error:
+            raise WrongValueError((), str(error)) from error
+        most = family.max_noise_level
+        if name == "noise_level" and most is not None and result > most:
+            raise WrongValueError((), f"{result} is more than {most}, the most that {family.title} takes")
+        multiple = family.size_multiple
+        if name in ("width", "height") and result % multiple:
+            near = max(multiple, round(result / multiple) * multiple)
+            raise WrongValueError((), f"{result} is not a multiple of {multiple}", f"write {near}")
+        return result
+    if name == "scheduler" and (why := families.scheduler_refusal(family.name, str(value))):
+        raise WrongValueError((), why)
+    if name == "resize" and value not in annotators.RESIZE_MODES:
+        raise WrongValueError((), f"no mode {value!r}", nearest(str(value), annotators.RESIZE_MODES))
+    return str(value)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Shape:
+    """What requests have in common that differ only in prompts, seed and parents' pictures.
+
+    A source with ``stage`` is a place to fill in; ``result`` is the size of the picture made.
+    """
+
+    fixed: Mapping[str, Any]
+    images: Mapping[str, ImageSource]
+    controlnets: tuple[Mapping[str, Any], ...]
+    ip_adapters: tuple[AdapterInput, ...]
+    result: Size
+    forms: dict[bool, RequestForm] = field(default_factory=dict)
+
+    def request(self, prompt: str, negative_prompt: str, seed: int, digests: Mapping[str, str]) -> GenerationRequest:
+        """One job's request; ``digests`` are the parents' fingerprints by stage."""
+        pictures: dict[str, Any] = {role: _of_parent(source, digests) for role, source in self.images.items()}
+        if self.controlnets:
+            pictures["controlnets"] = tuple(
+                ControlNetInput(**{**use, "image": _of_parent(use["image"], digests)}) for use in self.controlnets
+            )
+        if self.ip_adapters:
+            pictures["ip_adapters"] = tuple(_referring(use, digests) for use in self.ip_adapters)
+        return GenerationRequest(prompt=prompt, negative_prompt=negative_prompt, seed=seed, **pictures, **self.fixed)
+
+    def form(self, *, negative: bool) -> RequestForm:
+        """Hashes of such requests with or without a negative prompt."""
+        if negative not in self.forms:
+            stages = [source.stage for source in self.images.values()]
+            stages += [use["image"].stage for use in self.controlnets]
+            stages += [use.image.stage for use in self.ip_adapters if use.image]
+            marks = {stage: f"\0{stage}" for stage in stages if stage}
+            self.forms[negative] = RequestForm(self.request("\0.prompt", "\0.negative" if negative else "", 0, marks))
+        return self.forms[negative]
+
+
+def _of_parent(source: ImageSource, digests: Mapping[str, str]) -> ImageSource:
+    return source if source.stage is None else ImageSource(stage=source.stage, digest=digests[source.stage])
+
+
+def _referring(use: AdapterInput, digests: Mapping[str, str]) -> AdapterInput:
+    return replace(use, image=use.image and _of_parent(use.image, digests))
+
+
+class RequestForm:
+    """A request's canonical text with holes, so that a job's text and fingerprint cost a join instead of a document.
+
+    The sample marks its holes with a NUL, which no campaign's text can hold.
+    """
+
+    def __init__(self, sample: GenerationRequest) -> None:
+        seed = {"seed": "\0.seed"}
+        self._document = _Form(to_document(sample) | seed)
+        self._fingerprinted = _Form(fingerprint_document(sample) | seed)
+        self.batch_key = batch_key(sample)
+
+    def document(self, fillings: Mapping[str, str]) -> str:
+        """The canonical text of :func:`sdpipeline.domain.to_document`; fillings are JSON, by ``.prompt``,
+        ``.negative``, ``.seed`` and each parent's stage."""
+        return self._document.filled(fillings)
+
+    def fingerprint(self, fillings: Mapping[str, str]) -> str:
+        """As :func:`sdpipeline.domain.fingerprint`."""
+        return hashed(self._fingerprinted.filled(fillings).encode())
+
+
+class _Form:
+    """Canonical text around the places to fill in."""
+
+    def __init__(self, document: Json) -> None:
+        parts = re.split(r'"\\u0000([^"]+)"', canonical(document).decode())
+        self._parts, self._holes = parts, parts[1::2]
+
+    def filled(self, fillings: Mapping[str, str]) -> str:
+        parts = self._parts.copy()
+        parts[1::2] = [fillings[hole] for hole in self._holes]
+        return "".join(parts)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Resolved:
+    """A stage for one combination: all but seeds and parents' fingerprints. ``used`` are its variables.
+
+    ``blocked`` says which rule of a policy forbids it.
+    """
+
+    shape: Shape
+    form: RequestForm
+    prompt: str
+    negative_prompt: str
+    used: dict[str, Any]
+    quoted: Mapping[str, str]
+    blocked: str | None = None
+
+    def request(self, seed: int, digests: Mapping[str, str]) -> tuple[GenerationRequest, str, str]:
+        """One job's request, its document as canonical text, and its fingerprint."""
+        fillings = {**self.quoted, ".seed": str(seed)}
+        for stage, digest in digests.items():
+            fillings[stage] = f'"{digest}"'
+        request = self.shape.request(self.prompt, self.negative_prompt, seed, digests)
+        return request, self.form.document(fillings), self.form.fingerprint(fillings)
+
+
+class StagePlan:
+    """A stage that was found right, with its checkpoints looked up and its templates compiled."""
+
+    def __init__(self, spec: CampaignSpec, stage: Stage, catalog: Catalog, policies: Sequence[Rules] = ()) -> None:
+        self.stage = stage
+        self.policies = policies
+        self.parents = stage.parents()
+        self.path: KeyPath = ("stages", spec.stages.index(stage))
+        self.files = catalog[stage.checkpoint or spec.checkpoint]
+        self.family = families.family(self.files.family)
+        cell = self.family.cell(stage.task, controlnets=len(stage.controlnets))
+        if cell is None:
+            raise AssertionError(f"{stage.task} was to be refused at load")
+        self._cell = cell
+        self._controlnets = [catalog[use.checkpoint] for use in stage.controlnets]
+        self._annotators = [catalog.get(use.annotator_checkpoint or "") for use in stage.controlnets]
+        self._adapters = {place: catalog[use.checkpoint] for place, use in stage.adapters()}
+        self._vae = catalog.get(stage.vae or "")
+        self._reproducibility, self._profile = profiles.chosen(spec, stage, self.family)
+        self._words = [inversion_words(catalog[use.checkpoint]) for use in stage.textual_inversions]
+        output = stage.output or spec.output
+        self._output = OutputFormat(format=output.format, quality=output.quality)
+        self._parameters = {name: self._parameter(spec, name) for name in Parameters.model_fields}
+        self._prompt = compile_template(stage.prompt)
+        negative = self._parameters.pop("negative_prompt")[1]
+        self._negative = negative if isinstance(negative, Template) else compile_template("")
+        scales: dict[KeyPath, Any] = {place: getattr(use, "weight", 1.0) for place, use in stage.adapters()}
+        scales |= {("controlnets", n): use.controlnet_conditioning_scale for n, use in enumerate(stage.controlnets)}
+        self._scales = {place: _compiled(value) for place, value in scales.items()}
+        self._files = {place: compile_template(image.file or image.url or "") for place, image in stage.images()}
+        shaping = [value for _, value in self._parameters.values()] + [*self._scales.values(), *self._files.values()]
+        self._shaping = _names(shaping)
+        self._all_names = _names([*shaping, self._prompt, self._negative])
+        self._shapes: dict[tuple[str, tuple[Size, ...]], Shape] = {}
+
+    def resolve(self, values: Mapping[str, Any], sizes: Mapping[str, Size], inputs: InputFolder) -> Resolved:
+        """The stage for one combination; ``sizes`` are the parents' pictures'. Raises WrongValueError."""
+        # Values that compare equal may be written differently (1, 1.0 and true), so their text is the key.
+        key = (repr([values[name] for name in self._shaping]) if self._shaping else "", tuple(sizes.values()))
+        shape = self._shapes.get(key)
+        if shape is None:
+            shape = self._shape(values, sizes, inputs)
+            if len(self._shapes) >= MOST_SHAPES:
+                self._shapes.clear()
+            self._shapes[key] = shape
+        prompt = self._filled((*self.path, "prompt"), self._prompt, values)
+        if not prompt and self.stage.task is Task.TEXT_TO_IMAGE:
+            raise WrongValueError((*self.path, "prompt"), "is empty with these values")
+        negative = self._filled((*self.path, "negative_prompt"), self._negative, values)
+        self._check_words(prompt, negative)
+        return Resolved(
+            shape=shape,
+            form=shape.form(negative=bool(negative)),
+            prompt=prompt,
+            negative_prompt=negative,
+            used={name: values[name] for name in self._all_names},
+            quoted={".prompt": encode_basestring(prompt), ".negative": encode_basestring(negative)},
+            blocked=next(filter(None, (rules.denial(prompt) for rules in self.policies)), None),
+        )
+
+    def _check_words(self, *texts: str) -> None:
+        """A textual inversion that no prompt mentions would change nothing, without a word."""
+        for n, words in enumerate(self._words):
+            if words and not any(word in text for word in words for text in texts):
+                path: KeyPath = (*self.path, "textual_inversions", n)
+                raise WrongValueError(path, "no prompt mentions it", f"write {words[0]} where it is meant")
+
+    def _parameter(self, spec: CampaignSpec, name: str) -> tuple[KeyPath, Any]:
+        """The stage's own value, else the default where the stage takes it, with its place in the file."""
+        own, default = getattr(self.stage, name), getattr(spec.defaults, name)
+        if own is not None:
+            return (*self.path, name), _compiled(own)
+        if default is None or not_taken(name, self.stage, self.family, self._cell):
+            return (*self.path, name), None
+        if name in ("width", "height") and self.stage.task is Task.SUPER_RESOLUTION:
+            # Its width and height are those of the picture that comes in.
+            return (*self.path, name), None
+        return ("defaults", name), _compiled(default)
+
+    def _shape(self, values: Mapping[str, Any], sizes: Mapping[str, Size], inputs: InputFolder) -> Shape:
+        stage = self.stage
+        sources, given = {}, {}
+        for place, image in stage.images():
+            sources[place], given[place] = self._source(place, image, values, sizes, inputs)
+        sized = {place: given[place] for place in stage.sized_images()}
+        width, height = self._size(values, next(iter(sized.values()), None))
+        resize = self._value("resize", values)
+        for place, size in sized.items():
+            if size != (width, height) and resize is None:
+                message = f"the picture is {size[0]}x{size[1]}, the stage works at {width}x{height}"
+                fix = f"add resize: ({', '.join(annotators.RESIZE_MODES)}) or change width and height"
+                raise WrongValueError((*self.path, *place), message, fix)
+        steps = self._value("num_inference_steps", values, self.family.num_inference_steps)
+        fixed = {
+            "task": stage.task,
+            "checkpoint": _ref(self.files),
+            "width": width,
+            "height": height,
+            "num_inference_steps": steps,
+            "guidance_scale": self._value("guidance_scale", values, self.family.guidance_scale),
+            "scheduler": self._value("scheduler", values, self.family.scheduler),
+            "strength": self._strength(values, steps),
+            "clip_skip": self._value("clip_skip", values),
+            "noise_level": self._value("noise_level", values),
+            "resize": resize,
+            "loras": tuple(self._adapter(("loras", n), values) for n in range(len(stage.loras))),
+            "textual_inversions": tuple(
+                self._adapter(("textual_inversions", n), values) for n in range(len(stage.textual_inversions))
+            ),
+            "vae": _ref(self._vae) if self._vae else None,
+            "reproducibility": self._reproducibility,
+            "profile": self._profile,
+            "output": self._output,
+        }
+        images = {str(place[0]): source for place, source in sources.items() if len(place) == 1}
+        controlnets = tuple(
+            self._controlnet(n, sources["controlnets", n, "image"], values) for n in range(len(stage.controlnets))
+        )
+        ip_adapters = tuple(
+            self._adapter(("ip_adapters", n), values, sources["ip_adapters", n, "image"])
+            for n in range(len(stage.ip_adapters))
+        )
+        result = self._result((width, height), inputs.max_pixels)
+        return Shape(fixed=fixed, images=images, controlnets=controlnets, ip_adapters=ip_adapters, result=result)
+
+    def _value(self, name: str, values: Mapping[str, Any], otherwise: Any = None) -> Any:
+        path, value = self._parameters[name]
+        if isinstance(value, Template):
+            value = self._filled(path, value, values, keep_type=True)
+        if value is None:
+            return otherwise
+        if name == "scheduler" and path[0] == "defaults" and value in families.SCHEDULERS:
+            # A default applies where the family can use it: an upscaler beside an SD 1.x stage keeps its own.
+            return value if value in self.family.schedulers else otherwise
+        try:
+            return checked(name, value, self.family)
+        except WrongValueError as wrong:
+            raise WrongValueError(path, str(wrong), wrong.fix) from wrong
+
+    def _filled(self, path: KeyPath, template: Template, values: Mapping[str, Any], *, keep_type: bool = False) -> Any:
+        try:
+            value = template.render(values)
+        except TemplateRefusedError as error:
+            raise WrongValueError(path, str(error)) from error
+        return value if keep_type else str(value)
+
+    def _strength(self, values: Mapping[str, Any], steps: int) -> float | None:
+        if self._cell.strength is None:
+            return None
+        strength = float(self._value("strength", values, self._cell.strength))
+        if int(steps * strength) < 1:
+            path = self._parameters["strength"][0]
+            raise WrongValueError(path, f"{strength:g} of {steps} steps is no step", "raise one of them")
+        return strength
+
+    def _size(self, values: Mapping[str, Any], given: Size | None) -> Size:
+        """What the stage says, else the defaults, else the first picture that comes in."""
+        fallback = given or (DEFAULT_SIDE, DEFAULT_SIDE)
+        size = self._value("width", values, fallback[0]), self._value("height", values, fallback[1])
+        multiple = self.family.size_multiple
+        if any(side % multiple for side in size):
+            near = [max(multiple, side // multiple * multiple) for side in size]
+            message = f"the picture is {size[0]}x{size[1]}, and {self.family.title} needs multiples of {multiple}"
+            fix = f"write width: {near[0]}, height: {near[1]} and resize: crop"
+            raise WrongValueError((*self.path, "width"), message, fix)
+        return size
+
+    def _result(self, size: Size, max_pixels: int) -> Size:
+        width, height = size[0] * self.files.scale, size[1] * self.files.scale
+        if width * height > max_pixels:
+            message = f"makes a picture of {width}x{height}, more than {max_pixels:,} pixels"
+            raise WrongValueError((*self.path, "width"), message, "make it smaller or raise SDP_INPUTS__MAX_PIXELS")
+        for side, pixels in (("width", width), ("height", height)):
+            for rules in self.policies:
+                if why := rules.size_refusal(side, pixels):
+                    raise WrongValueError(self._parameters[side][0], *why)
+        return width, height
+
+    def _source(
+        self,
+        place: KeyPath,
+        image: ImageSpec,
+        values: Mapping[str, Any],
+        sizes: Mapping[str, Size],
+        inputs: InputFolder,
+    ) -> tuple[ImageSource, Size]:
+        if image.stage:
+            return ImageSource(stage=image.stage, digest=""), sizes[image.stage]
+        path = (*self.path, *place, "file" if image.url is None else "url")
+        name = self._filled(path, self._files[place], values)
+        try:
+            if image.url is None:
+                file = inputs.open(name)
+                return ImageSource(digest=file.sha256), (file.width, file.height)
+            found = inputs.open_object(name)
+        except InputImageError as error:
+            raise WrongValueError(path, str(error)) from error
+        return ImageSource(digest=found.sha256, url=found.url, version=found.version), (found.width, found.height)
+
+    def _controlnet(self, n: int, image: ImageSource, values: Mapping[str, Any]) -> Mapping[str, Any]:
+        use, files = self.stage.controlnets[n], self._controlnets[n]
+        learned = self._annotators[n]
+        return {
+            "checkpoint": _ref(files),
+            "image": image,
+            "annotator": use.annotator,
+            "annotator_parameters": tuple(sorted(use.annotator_parameters.items())),
+            "annotator_checkpoint": learned and _ref(learned),
+            "controlnet_conditioning_scale": self._scale(("controlnets", n), "controlnet_conditioning_scale", values),
+            "control_guidance_start": use.control_guidance_start,
+            "control_guidance_end": use.control_guidance_end,
+        }
+
+    def _adapter(self, place: KeyPath, values: Mapping[str, Any], image: ImageSource | None = None) -> AdapterInput:
+        weight = self._scale(place, "weight", values)
+        return AdapterInput(checkpoint=_ref(self._adapters[place]), weight=weight, image=image)
+
+    def _scale(self, place: KeyPath, name: str, values: Mapping[str, Any]) -> float:
+        path, scale = (*self.path, *place, name), self._scales[place]
+        scale = self._filled(path, scale, values, keep_type=True) if isinstance(scale, Template) else scale
+        try:
+            return float(number(name, scale))
+        except ValueError as error:
+            raise WrongValueError(path, str(error)) from error
+
+
+def _ref(files: CheckpointFiles) -> CheckpointRef:
+    return CheckpointRef(alias=files.alias, digest=files.digest)
+
+
+def _compiled(value: Any) -> Any:
+    return compile_template(value) if isinstance(value, str) else value
+
+
+def _names(values: list[Any]) -> list[str]:
+    return sorted({name for value in values if isinstance(value, Template) for name in value.names})

@@ -1,0 +1,136 @@
+"""Commands about a Prefect server: deploy, schedule and prefect-gateway."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from sdpipeline.app import services, submit
+from sdpipeline.campaigns import expand
+from sdpipeline.campaigns.spec import CampaignSpec
+from sdpipeline.cli.output import AsJson, Home, print_json, print_table, refuse, settings, stdout
+from sdpipeline.errors import CampaignError, Mistake, SettingsError
+from sdpipeline.settings import Settings
+from sdpipeline.storage import is_bucket_url
+
+
+def add_to(app: typer.Typer) -> None:
+    """Put these commands on the application."""
+    app.command()(deploy)
+    app.command()(schedule)
+    app.command(name="prefect-gateway")(prefect_gateway)
+
+
+def deploy(
+    *,
+    max_campaigns: Annotated[
+        int | None, typer.Option(min=0, help="Campaigns at work at a time; 0 is no limit; default as it was.")
+    ] = None,
+    silence_s: Annotated[
+        float, typer.Option(min=35, help="Seconds without a heartbeat after which a run counts as crashed.")
+    ] = 90.0,
+    home: Home = None,
+    as_json: AsJson = False,
+) -> None:
+    """Put pools, deployments, their schedules and the automation for lost runs on the server of PREFECT_API_URL."""
+    from sdpipeline.orchestration import deploy as deployment
+
+    done = deployment.deploy(settings(home), max_campaigns=max_campaigns, silence_s=silence_s)
+    if as_json:
+        print_json(done.document())
+        return
+    limit = "no limit" if done.campaign_limit is None else f"{done.campaign_limit} at a time"
+    rows = [("work pool", name) for name in done.pools] + [("deployment", name) for name in done.deployments]
+    print_table("On the Prefect server", ("what", "name"), [*rows, ("automation", done.automation)])
+    stdout.print(f"campaigns: {limit}; next: prefect worker start --pool cpu, and --pool gpu --limit 1 for each device")
+
+
+def prefect_gateway(
+    *,
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=1, max=65535, help="Port to listen on.")] = 4201,
+    home: Home = None,
+) -> None:
+    """Let workers reach the server of PREFECT_API_URL with a credential of their own, by an allow-list of routes."""
+    from sdpipeline.orchestration import gateway
+
+    s = settings(home)
+    roles = {"worker": s.gateway.worker_auth, "dispatcher": s.gateway.dispatcher_auth}
+    auths = {role: auth.get_secret_value() for role, auth in roles.items() if auth is not None}
+    server_auth = os.environ.get("PREFECT_API_AUTH_STRING")
+    unset = [f"SDP_GATEWAY__{role.upper()}_AUTH" for role in roles if role not in auths]
+    if s.prefect_api_url is None or unset:
+        names = [*unset, *([] if s.prefect_api_url else ["PREFECT_API_URL"])]
+        raise SettingsError(*(Mistake(key=name, message="is not set", fix="see deploy/README.md") for name in names))
+    if len({server_auth, *auths.values()}) <= len(auths):
+        fix = "give the Prefect server and each role a password of its own"
+        raise SettingsError(Mistake(key="SDP_GATEWAY__WORKER_AUTH", message="two credentials are the same", fix=fix))
+    gateway.serve(s.prefect_api_url, server_auth=server_auth, auths=auths, host=host, port=port)
+
+
+def schedule(
+    file: Annotated[str, typer.Argument(metavar="CAMPAIGN", help="The campaign file, or s3://bucket/key.yaml.")],
+    *,
+    off: Annotated[bool, typer.Option("--off", help="Take the schedule away; the campaign's name will do.")] = False,
+    home: Home = None,
+    as_json: AsJson = False,
+) -> None:
+    """Have a campaign made when its own `schedule:` says, by the deployed flow."""
+    from sdpipeline.orchestration import deploy as deployment
+    from sdpipeline.orchestration.request import CampaignRequest
+
+    s = settings(home)
+    if off:
+        _unschedule(s, file, as_json=as_json)
+        return
+    url, text = (file, None) if is_bucket_url(file) else (None, _text(file))
+    spec = _checked(s, file, text)
+    if spec.schedule is None:
+        raise refuse(f"{file} has no schedule", 'write schedule: {cron: "0 3 * * *"}')
+    made = deployment.schedule(s, spec.name, spec.schedule, CampaignRequest(file=url, text=text))
+    if as_json:
+        print_json({"campaign": spec.name, "deployment": made, **spec.schedule.model_dump()})
+    else:
+        stdout.print(f"{made} fires at {spec.schedule.cron} {spec.schedule.timezone}")
+
+
+def _unschedule(s: Settings, given: str, *, as_json: bool) -> None:
+    from sdpipeline.orchestration import deploy as deployment
+
+    there = is_bucket_url(given) or Path(given).is_file()
+    name = _checked(s, given, None if is_bucket_url(given) else _text(given)).name if there else given
+    if not deployment.unschedule(s, name):
+        raise refuse(f"{name} has no schedule on this server", "prefect deployment ls names those there are")
+    if as_json:
+        print_json({"campaign": name, "deployment": None})
+    else:
+        stdout.print(f"{name} is not scheduled any more")
+
+
+def _text(file: str) -> str:
+    try:
+        return Path(file).read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise refuse(f"{file} cannot be read: {error}") from error
+
+
+def _checked(s: Settings, given: str, text: str | None) -> CampaignSpec:
+    """The campaign as a night will find it, which is with nothing beside it; raises CampaignError."""
+    database = services.existing_database(s)
+    hints = []
+    if text is not None:
+        expand.check(*services.load_campaign(s, Path(given), database))
+        beside = "at night the file is alone, without the tables and pictures that lie beside it here"
+        hints.append(Mistake(file=given, message=beside, fix="put them at s3://bucket/key: see SDP_INPUTS__ALLOWED"))
+    try:
+        with submit.campaign_file(s, url=None if text is not None else given, text=text) as path:
+            campaign, inputs = services.load_campaign(s, path, database)
+            expand.check(campaign, inputs)
+    except CampaignError as error:
+        mistakes = [replace(mistake, file=given) for mistake in error.mistakes]
+        raise CampaignError(*mistakes, *hints) from error
+    return campaign.spec

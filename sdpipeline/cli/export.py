@@ -1,0 +1,70 @@
+"""Commands that hand pictures out: export."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from sdpipeline.app import services
+from sdpipeline.cli.output import FOUND_FAULTS, AsJson, CampaignName, Home, print_json, settings, stderr, stdout
+from sdpipeline.private_files import users_umask
+from sdpipeline.reporting import export
+from sdpipeline.reporting.export import Exported, OnProgress
+
+MOST_SHOWN = 20
+
+
+def add_to(app: typer.Typer) -> None:
+    """Put this command on the application."""
+    app.command("export")(export_pictures)
+
+
+def export_pictures(
+    campaign: CampaignName,
+    *,
+    to: Annotated[Path, typer.Option(metavar="DIR", help="The folder to copy to; it may be new.")],
+    name: Annotated[str | None, typer.Option(metavar="TEMPLATE", help="As in '{{ sku }}-{{ seed }}'.")] = None,
+    stage: Annotated[
+        list[str] | None, typer.Option(metavar="ID", help="Only this stage, or several; default the last ones.")
+    ] = None,
+    edition: Annotated[str | None, typer.Option(help="Only this edition.")] = None,
+    home: Home = None,
+    as_json: AsJson = False,
+) -> None:
+    """Copy a campaign's pictures into a folder under names people want, with a manifest.csv."""
+    with services.services(settings(home), create=False) as have:
+        campaign_id = services.known_campaign(have.database, have.settings.team, campaign)
+        choice = export.choose(have.database, campaign_id, name=name, stages=stage or [], edition=edition)
+        checked = export.check(have.database, choice, to)
+        with users_umask(), _progress(campaign, shown=not as_json) as on_progress:
+            done = export.export(have.database, have.store, checked, on_progress=on_progress)
+    if as_json:
+        print_json({"campaign": campaign} | done.document())
+    else:
+        _say(done)
+    if done.faults:
+        raise typer.Exit(FOUND_FAULTS)
+
+
+def _say(done: Exported) -> None:
+    waiting = f"; {done.without_picture} jobs have no picture" if done.without_picture else ""
+    stdout.print(f"{done.copied} pictures copied to {done.directory}, {done.unchanged} were there already{waiting}")
+    for fault in done.faults[:MOST_SHOWN]:
+        stderr.print(f"{fault['file']}: job {fault['job']}: {fault['url']} {fault['detail']}")
+    if len(done.faults) > MOST_SHOWN:
+        stderr.print(f"... and {len(done.faults) - MOST_SHOWN} more; --json lists all")
+
+
+@contextmanager
+def _progress(campaign: str, *, shown: bool) -> Iterator[OnProgress]:
+    """A bar on stderr for people."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=stderr, disable=not shown) as bar:
+        line = bar.add_task(campaign, total=None)
+        yield lambda done, total: bar.update(line, completed=done, total=total)

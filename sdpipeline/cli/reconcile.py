@@ -1,0 +1,51 @@
+"""The command that puts database and storage right after a crash or a restored backup: reconcile."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from sdpipeline.app import maintenance
+from sdpipeline.cli.output import FOUND_FAULTS, AsJson, Home, print_json, print_records, settings, stdout
+from sdpipeline.maintenance.reconcile import Finding, Reconciliation
+
+
+def add_to(app: typer.Typer) -> None:
+    """Put this command on the application."""
+    app.command()(reconcile)
+
+
+def reconcile(
+    *,
+    repair: Annotated[bool, typer.Option("--repair", help="Put it right; objects are moved, never deleted.")] = False,
+    adopt: Annotated[bool, typer.Option("--adopt", help="Record pictures that a restored backup forgot.")] = False,
+    home: Home = None,
+    as_json: AsJson = False,
+) -> None:
+    """Find what a crash or a restored backup left between database and storage; changes nothing unless told to."""
+    done = maintenance.reconcile(settings(home), repair=repair, adopt=adopt)
+    if as_json:
+        print_json(done.document())
+    else:
+        _print(done)
+    if not done.ok:
+        raise typer.Exit(FOUND_FAULTS)
+
+
+def _print(done: Reconciliation) -> None:
+    if done.faults:
+        documents = [{name: getattr(each, name) for name in Finding.__dataclass_fields__} for each in done.faults]
+        title = "Put right" if done.repair else "Found"
+        print_records(title, list(Finding.__dataclass_fields__), documents)
+    if done.adoption is not None:
+        gap = done.adoption.gap
+        if gap is not None:
+            stdout.print(
+                f"the audit log lacks {gap.events} events, of seals {gap.first_seal} to {gap.last_seal}: "
+                "an event says so, and audit verify names it from now on"
+            )
+        waiting = f", {done.adoption.waiting} wait for their campaign to be submitted" if done.adoption.waiting else ""
+        stdout.print(f"{done.adoption.adopted} pictures adopted{waiting}")
+    left = "" if done.ok or done.repair else "; --repair does what the last column says"
+    stdout.print(f"{len(done.faults)} findings{left}" if done.faults else "database and storage agree")

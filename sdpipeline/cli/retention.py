@@ -1,0 +1,64 @@
+"""Commands that forget: retention and erase."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from sdpipeline import audit
+from sdpipeline.app import maintenance, services
+from sdpipeline.cli.output import AsJson, Home, print_json, print_table, refuse, settings, stdout
+from sdpipeline.maintenance import retention as forgetting
+from sdpipeline.settings import RetentionSettings
+
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Only count; change nothing.")]
+
+
+def add_to(app: typer.Typer) -> None:
+    """Put these commands on the application."""
+    app.command()(retention)
+    app.command()(erase)
+
+
+def retention(*, dry_run: DryRun = False, home: Home = None, as_json: AsJson = False) -> None:
+    """Do what the retention settings say is due: delete old pictures and prompts, archive closed editions."""
+    s = settings(home)
+    done = maintenance.forget(s, dry_run=dry_run)
+    document = {"dry_run": dry_run} | done.document()
+    if as_json:
+        print_json(document)
+    elif s.retention == RetentionSettings():
+        stdout.print("nothing is ever due: see SDP_RETENTION__… in the README")
+    else:
+        print_table("Due" if dry_run else "Done", ("what", "count"), done.document().items())
+
+
+def erase(
+    *,
+    subject: Annotated[str, typer.Option(help="Whose data, as the campaign's `subject` names them.")],
+    dry_run: DryRun = False,
+    home: Home = None,
+    as_json: AsJson = False,
+) -> None:
+    """Erase what jobs hold of one subject, and leave a record that proves it was erased and not what."""
+    s, name = settings(home), subject.strip()
+    if not name:
+        raise refuse("--subject is empty", "write what the campaign's `subject` becomes")
+    with services.services(s, create=False) as have:
+        have.store.check()
+        audit.refuse_restored(have.database, have.store)
+        done = forgetting.erase(
+            have.audit, have.store, lambda: services.seal_or_wait(s), name, team=s.team, dry_run=dry_run
+        )
+    if done.jobs and not dry_run:
+        services.seal_here(s)
+    document = done.document()
+    if as_json:
+        print_json({"dry_run": dry_run} | document)
+        return
+    receipt = document.pop("receipt")
+    print_table("Would erase at least" if dry_run else "Erased", ("what", "count"), document.items())
+    if done.jobs and not dry_run:
+        stdout.print(f"receipt: in the audit log this subject is {receipt['subject_commitment']}, by the salt")
+        stdout.print(f"{receipt['salt']}, which is kept nowhere: give it to whoever has to show that it was them")

@@ -1,0 +1,179 @@
+"""Commands that look at pictures from anywhere: verify."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Annotated, TypeVar
+
+import typer
+
+from sdpipeline import provenance
+from sdpipeline.app import services
+from sdpipeline.campaigns.inputs import LARGEST_INPUT_BYTES
+from sdpipeline.cli.output import FOUND_FAULTS, AsJson, Home, print_json, print_table, refuse, settings, stderr, stdout
+from sdpipeline.errors import InputImageError, ObjectMissingError
+from sdpipeline.provenance import VerifiedPicture
+from sdpipeline.reporting import verify as verification
+from sdpipeline.reporting.verify import Checked, Register
+from sdpipeline.settings import Settings
+from sdpipeline.storage import ForeignObjects, is_bucket_url, open_store
+
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
+MOST_SHOWN = 20
+
+_T = TypeVar("_T")
+_Named = tuple[str, Callable[[], bytes]]
+
+
+def add_to(app: typer.Typer) -> None:
+    """Put this command on the application."""
+    app.command()(verify)
+
+
+def verify(
+    picture: Annotated[str, typer.Argument(metavar="FILE|DIR|s3://...", help="A picture, or all of a folder.")],
+    *,
+    home: Home = None,
+    as_json: AsJson = False,
+) -> None:
+    """Say who signed a picture, what it is marked as and made from, and whether our database knows it."""
+    s = settings(home)
+    trusted = services.trust_anchors(s)
+    if not picture:
+        raise refuse("no picture is named", "a file, a folder or s3://bucket/key")
+    named, single = _named(s, picture)
+    with _register(s) as register:
+        check = partial(_checked, trust_anchors=trusted, register=register, single=single)
+        checked = [check(each) for each in _shown(named, hidden=as_json or single)]
+    ok = all(each.ok for each in checked)
+    asked = register is not None
+    if as_json:
+        documents = [each.document() | ({} if asked else {"known": None}) for each in checked]
+        print_json(documents[0] if single else {"ok": ok, "images": len(checked), "pictures": documents})
+    elif single:
+        _say(checked[0])
+    else:
+        _say_all(checked)
+    if not (asked or as_json):
+        stdout.print(f"no database was asked: there is none in {s.home} (--home names another place)")
+    if not ok:
+        raise typer.Exit(FOUND_FAULTS)
+
+
+def _named(s: Settings, picture: str) -> tuple[list[_Named], bool]:
+    """The pictures with how to read each, and whether it is a single one that was named."""
+    if is_bucket_url(picture):
+        if not picture.endswith("/"):
+            return [(picture, partial(_in_bucket, s, picture))], True
+        store = open_store(picture, services.s3_options(s))
+        keys = sorted(key for key in store.list() if key.lower().endswith(SUFFIXES))
+        return _some([(store.url(key), partial(store.get, key)) for key in keys], picture), False
+    path = Path(picture)
+    if path.is_dir():
+        files = sorted(each for each in path.rglob("*") if each.suffix.lower() in SUFFIXES and each.is_file())
+        return _some([(str(each), partial(_in_file, each)) for each in files], picture), False
+    return [(picture, partial(_in_file, path))], True
+
+
+def _in_file(path: Path) -> bytes:
+    with path.open("rb") as file:
+        data = file.read(LARGEST_INPUT_BYTES + 1)
+    if len(data) > LARGEST_INPUT_BYTES:
+        raise InputImageError(f"it is larger than {LARGEST_INPUT_BYTES >> 20} MiB")
+    return data
+
+
+def _some(named: list[_Named], where: str) -> list[_Named]:
+    if not named:
+        raise refuse(f"{where} holds no pictures", f"there are none that end in {', '.join(SUFFIXES)}")
+    return named
+
+
+def _in_bucket(s: Settings, url: str) -> bytes:
+    return ForeignObjects(services.s3_options(s)).read(url, most_bytes=LARGEST_INPUT_BYTES).data
+
+
+@contextmanager
+def _register(s: Settings) -> Iterator[Register | None]:
+    """What the database knows, where there is one."""
+    if not services.database_exists(s):
+        yield None
+        return
+    with services.services(s, create=False) as have:
+        yield Register(have.database, have.store, s.team)
+
+
+def _checked(named: _Named, *, trust_anchors: str, register: Register | None, single: bool) -> Checked:
+    name, read = named
+    try:
+        return verification.check(name, read(), trust_anchors=trust_anchors, register=register)
+    except (OSError, ObjectMissingError, InputImageError) as error:
+        why = f"cannot be read: {error.strerror}" if isinstance(error, OSError) else str(error)
+        if single:
+            raise refuse(f"{name}: {why}", "give a png, jpeg or webp picture") from error
+        broken = VerifiedPicture(c2pa="invalid", digital_source_type=None, record=None, faults=(why,))
+        return Checked(name=name, marks=broken, match=None, faults=broken.faults)
+
+
+def _shown(items: list[_T], *, hidden: bool) -> Iterable[_T]:
+    from rich.progress import track
+
+    return track(items, description="verifying", console=stderr, disable=hidden)
+
+
+def _say(checked: Checked) -> None:
+    marks = checked.marks
+    stdout.print(f"{checked.name}: {'ok' if checked.ok else 'not ok'}")
+    kinds = {provenance.GENERATED: "made by AI", provenance.COMPOSITE: "a picture from outside, changed by AI"}
+    told = kinds.get(marks.digital_source_type or "", marks.digital_source_type or "no mark as AI-made")
+    rows = [("marked as", told), ("signature", _signature(marks)), ("database", _known(checked))]
+    rows += [("fault", fault) for fault in checked.faults]
+    print_table("", ("what", "found"), rows)
+    if marks.parents:
+        columns = ("generation", "role", "relationship", "stage", "marked as", "faults")
+        lines = [
+            (
+                str(each.depth),
+                each.role,
+                each.relationship,
+                (each.record or {}).get("stage", ""),
+                (each.digital_source_type or "").rpartition("/")[2],
+                ", ".join(each.faults),
+            )
+            for each in marks.parents
+        ]
+        print_table("Made from", columns, lines)
+
+
+def _say_all(checked: list[Checked]) -> None:
+    faulty = [each for each in checked if not each.ok]
+    known = sum(each.match is not None for each in checked)
+    stdout.print(f"{len(checked)} pictures, {len(checked) - len(faulty)} ok; the database knows {known}")
+    for each in faulty[:MOST_SHOWN]:
+        stdout.print(f"{each.name}: {', '.join(each.faults)} (database: {_known(each)})")
+    if len(faulty) > MOST_SHOWN:
+        stdout.print(f"... and {len(faulty) - MOST_SHOWN} more; --json lists all")
+
+
+def _signature(marks: VerifiedPicture) -> str:
+    if marks.c2pa == "missing":
+        return "missing"
+    worth = "a development key, which nobody trusts" if marks.development_key else marks.signer or "an unknown signer"
+    when = f", {marks.signed_at}" if marks.signed_at else ""
+    return f"{marks.c2pa}: by {worth}{when}"
+
+
+def _known(checked: Checked) -> str:
+    match = checked.match
+    if match is None:
+        return "does not know it"
+    how = {
+        "file": "knows this file",
+        "pixels": "knows these pixels in another file",
+        "perceptual_hash": f"knows a picture that differs in {match.distance} of 64 bits of the perceptual hash",
+    }[match.by]
+    gone = ", deleted since" if match.picture.deleted else ""
+    return f"{how}: job {match.picture.job}, stage {match.picture.stage} of {match.picture.campaign}{gone}"

@@ -1,0 +1,180 @@
+"""LoRAs, IP-Adapters and textual inversions: put on a resident checkpoint for some passes, and taken off again."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+import transformers
+
+from sdpipeline.engine import Pixels
+from sdpipeline.engine.checkpoints import CheckpointFiles, unchanged, words_of
+from sdpipeline.engine.diffusers.model_cache import Loaded, copy_mapped, load_copied
+from sdpipeline.engine.diffusers.pipeline_call import Reference, Weights, assemble, make_scheduler
+from sdpipeline.engine.diffusers.text import Vectors
+from sdpipeline.engine.pictures import to_pil
+from sdpipeline.errors import CheckpointError, RequestRefusedError
+
+MISFITS = (ValueError, RuntimeError, KeyError, TypeError, AttributeError, IndexError)
+"""What diffusers and peft raise for an adapter that does not fit."""
+
+
+@dataclass(frozen=True, slots=True)
+class Outfit:
+    """Which adapters a checkpoint wears, by digest and weight."""
+
+    loras: tuple[tuple[str, float], ...] = ()
+    ip_adapters: tuple[tuple[str, float], ...] = ()
+
+
+class Wardrobe:
+    """Knows what each resident checkpoint wears, so that no picture sees another one's adapters.
+
+    Nothing is ever fused into the base: adding and subtracting in half precision would leave a trace.
+    """
+
+    def __init__(self) -> None:
+        self._worn: WeakKeyDictionary[Loaded, Outfit] = WeakKeyDictionary()
+
+    def dress(self, weights: Weights) -> None:
+        """Leave the checkpoint with exactly these adapters, whatever it wore before."""
+        wanted = outfit(weights)
+        if self.worn_by(weights.base) == wanted:
+            return
+        pipe = assemble(weights, make_scheduler(weights.row.scheduler, weights), with_text_encoders=True)
+        self._undress(pipe, weights.base)
+        # From here on a fault may leave any part of it behind, so that the next call has to undress first.
+        self._worn[weights.base] = wanted
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", UserWarning)  # peft, about a second LoRA beside the first
+                _put_on_loras(pipe, weights)
+                _put_on_ip_adapters(pipe, weights)
+        except (torch.OutOfMemoryError, CheckpointError):
+            self._undress(pipe, weights.base)
+            raise
+        except MISFITS as error:
+            self._undress(pipe, weights.base)
+            names = ", ".join(repr(files.alias) for files, _ in (*weights.loras, *_files(weights.ip_adapters)))
+            raise CheckpointError(f"adapters {names} do not fit {weights.base.files.alias!r}: {error}") from error
+
+    def worn_by(self, base: Loaded) -> Outfit:
+        """What it wears now."""
+        return self._worn.get(base, Outfit())
+
+    def _undress(self, pipe: Any, base: Loaded) -> None:
+        worn = self._worn.pop(base, Outfit())
+        if worn.ip_adapters:
+            pipe.unload_ip_adapter()
+        if worn.loras:
+            pipe.unload_lora_weights()
+
+
+def outfit(weights: Weights) -> Outfit:
+    """What these weights ask the checkpoint to wear."""
+    return Outfit(
+        loras=tuple((files.digest, weight) for files, weight in weights.loras),
+        ip_adapters=tuple((loaded.files.digest, weight) for loaded, weight in weights.ip_adapters),
+    )
+
+
+def words(inversions: Sequence[Loaded], encoders: Mapping[str, Any]) -> dict[str, Vectors]:
+    """Textual inversions by the tokens that stand for them: ``<alias>``, and the file's own if it has one."""
+    found: dict[str, Vectors] = {}
+    for loaded in inversions:
+        vectors = _vectors(loaded.parts["tensors"])
+        for encoder, rows in vectors.items():
+            width = encoders[encoder].config.hidden_size if encoder in encoders else None
+            if rows.shape[-1] != width:
+                raise CheckpointError(
+                    f"textual inversion {loaded.files.alias!r} has vectors of {rows.shape[-1]} for {encoder}, "
+                    f"which reads {width}: it was made for another family"
+                )
+        found |= dict.fromkeys(_tokens(loaded), vectors)
+    return found
+
+
+def refuse_unused(inversions: Sequence[Loaded], *texts: str) -> None:
+    """A textual inversion that no prompt mentions would change nothing, without a word."""
+    for loaded in inversions:
+        if not any(token in text for token in _tokens(loaded) for text in texts):
+            raise RequestRefusedError(
+                f"textual_inversions: write <{loaded.files.alias}> where the prompt means {loaded.files.alias!r}"
+            )
+
+
+def reference(loaded: Loaded, pixels: Pixels) -> Reference:
+    """An IP-Adapter's reference picture as its encoder sees it, alone in its batch."""
+    encoder = loaded.parts["image_encoder"]
+    size = encoder.config.image_size
+    processor = transformers.CLIPImageProcessor(size={"shortest_edge": size}, crop_size={"height": size, "width": size})
+    values = processor(to_pil(pixels), return_tensors="pt").pixel_values.to(encoder.device, encoder.dtype)
+    with torch.no_grad():
+        if loaded.options["hidden_states"]:
+            hidden = [encoder(given, output_hidden_states=True).hidden_states[-2] for given in (values, values * 0)]
+            return Reference(image=hidden[0][None], nothing=hidden[1][None])
+        image = encoder(values).image_embeds[None]
+    return Reference(image=image, nothing=torch.zeros_like(image))
+
+
+def _tokens(loaded: Loaded) -> list[str]:
+    return words_of(loaded.files.alias, loaded.parts["tensors"])
+
+
+def _vectors(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    if "clip_g" in tensors:
+        named = {"text_encoder": tensors["clip_l"], "text_encoder_2": tensors["clip_g"]}
+    else:
+        named = {"text_encoder": next(iter(tensors.values()))}
+    return {encoder: rows.reshape(-1, rows.shape[-1]) for encoder, rows in named.items()}
+
+
+def _put_on_loras(pipe: Any, weights: Weights) -> None:
+    names = [f"lora_{n}" for n in range(len(weights.loras))]
+    for name, (files, _) in zip(names, weights.loras, strict=True):
+        with unchanged(files) as directory:
+            pipe.load_lora_weights(
+                str(directory),
+                weight_name=_weights_file(files),
+                adapter_name=name,
+                local_files_only=True,
+                use_safetensors=True,
+            )
+            for network in weights.base.networks():
+                copy_mapped(each for each in network.named_parameters() if f".{name}." in each[0])
+        taken = {adapter for adapters in pipe.get_list_adapters().values() for adapter in adapters}
+        if name not in taken:
+            raise ValueError(f"{files.alias!r} has no layer that this checkpoint has")
+    if names:
+        pipe.set_adapters(names, [weight for _, weight in weights.loras])
+
+
+def _put_on_ip_adapters(pipe: Any, weights: Weights) -> None:
+    if not weights.ip_adapters:
+        return
+    states = [_ip_adapter_state(loaded.files) for loaded, _ in weights.ip_adapters]
+    unused = [""] * len(states)  # names of files, for those who give paths
+    pipe.load_ip_adapter(states, subfolder=unused, weight_name=unused, image_encoder_folder=None)
+    pipe.set_ip_adapter_scale([weight for _, weight in weights.ip_adapters])
+
+
+def _ip_adapter_state(files: CheckpointFiles) -> dict[str, dict[str, torch.Tensor]]:
+    with unchanged(files) as directory:
+        tensors = load_copied(directory / _weights_file(files))
+    state: dict[str, dict[str, torch.Tensor]] = {"image_proj": {}, "ip_adapter": {}}
+    for name, tensor in tensors.items():
+        part, _, rest = name.partition(".")
+        state[part][rest] = tensor
+    return state
+
+
+def _weights_file(files: CheckpointFiles) -> str:
+    return next(name for name in files.manifest if name.endswith(".safetensors") and "/" not in name)
+
+
+def _files(adapters: Sequence[tuple[Loaded, float]]) -> list[tuple[CheckpointFiles, float]]:
+    return [(loaded.files, weight) for loaded, weight in adapters]

@@ -1,0 +1,60 @@
+"""Latents developed into pictures, and refused where they are none."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from sdpipeline.engine import Pixels
+from sdpipeline.engine.diffusers.pipeline_call import Weights, decode
+from sdpipeline.engine.pictures import fault, to_pixels
+
+FLOAT32_DECODE = "float32 decode"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Developed:
+    """A picture, or why there is none, and the fallback that was taken on the way."""
+
+    pixels: Pixels | None
+    fault: str | None = None
+    fallbacks: tuple[str, ...] = ()
+
+
+def develop(weights: Weights, latents: torch.Tensor) -> list[Developed]:
+    """One result for each of a batch of latents. What decodes to no picture is decoded once more in float32."""
+    finite = [bool(torch.isfinite(each).all()) for each in latents]
+    # A batch keeps its shape, so that a neighbour's bits do not depend on who else is fit to decode.
+    usable = torch.where(_per_picture(finite, latents), latents, 0)
+    developed = [
+        picture if ok else Developed(pixels=None, fault="its latents are not finite")
+        for ok, picture in zip(finite, _decoded(weights, usable), strict=True)
+    ]
+    if weights.autoencoder.dtype == torch.float32 or all(
+        d.fault is None for d, ok in zip(developed, finite, strict=True) if ok
+    ):
+        return developed
+    again = _decoded(weights, usable, float32=True)
+    return [new if ok and old.fault else old for ok, old, new in zip(finite, developed, again, strict=True)]
+
+
+def _decoded(weights: Weights, values: torch.Tensor, *, float32: bool = False) -> list[Developed]:
+    taken = (FLOAT32_DECODE,) if float32 else ()
+    developed = []
+    for picture in decode(weights, values, float32=float32):
+        if not np.isfinite(picture).all():
+            developed.append(Developed(pixels=None, fault="it decodes to values that are not finite", fallbacks=taken))
+            continue
+        pixels = to_pixels(picture)
+        reason = fault(pixels)
+        developed.append(
+            Developed(pixels=None if reason else pixels, fault=f"it is {reason}" if reason else None, fallbacks=taken)
+        )
+    return developed
+
+
+def _per_picture(flags: Sequence[bool], like: torch.Tensor) -> torch.Tensor:
+    return torch.tensor(flags, device=like.device).view(-1, *[1] * (like.ndim - 1))

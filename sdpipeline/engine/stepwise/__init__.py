@@ -1,0 +1,1 @@
+"""Optional accelerations of the diffusers engine: call batching, caches, compilation, quantization."""

@@ -1,0 +1,180 @@
+"""Denoising step by step: pictures of different steps, strengths, guidance and schedulers share network calls."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from itertools import chain, groupby, repeat
+from typing import Any
+
+import torch
+
+from sdpipeline.engine import Calls
+from sdpipeline.engine.diffusers.pipeline_call import (
+    Latents,
+    Member,
+    PassSettings,
+    Weights,
+    denoise_alone,
+    make_scheduler,
+    settings_of,
+    shared_means,
+)
+from sdpipeline.engine.stepwise.call_batching import Call, in_lockstep, join, make_as_one, split
+from sdpipeline.engine.stepwise.deepcache import kept_feature, shallow
+from sdpipeline.engine.stepwise.profiles import Shortcuts
+
+FEWEST_ROWS_CUT = 5
+"""A call of fewer rows is padded rather than cut in two: the second call would cost more than the padding."""
+
+
+@dataclass(slots=True, eq=False, kw_only=True)
+class Denoising:
+    """How far one picture is: ``done`` calls of the denoiser, and ``sizes`` in rows of all its calls.
+
+    ``recorded`` are the sizes of a picture that is made again. ``feature`` is what the U-Net's deep half last gave,
+    ``difference`` what the prompt last changed in its output.
+    """
+
+    settings: PassSettings
+    guided: bool
+    scheduler: Any
+    recorded: Iterator[int] | None = None
+    sizes: list[int] = field(default_factory=list)
+    done: int = 0
+    feature: torch.Tensor | None = None
+    difference: torch.Tensor | None = None
+
+
+def denoise_stepwise(
+    weights: Weights, members: Sequence[Member], shortcuts: Shortcuts, *, offload_to: torch.device | None = None
+) -> list[Latents]:
+    """The latents of these members, in order, with the calls that each took part in."""
+    pictures = [_begun(weights, member) for member in members]
+    bodies = [
+        partial(denoise_alone, weights, picture.settings, member, picture.scheduler, offload_to=offload_to)
+        for member, picture in zip(members, pictures, strict=True)
+    ]
+    networks = [*dict.fromkeys(loaded.module for loaded in weights.controlnets), weights.denoiser]
+    answers = _Answers(weights.denoiser, pictures, shortcuts)
+    with shared_means(weights), torch.no_grad():
+        made = in_lockstep(bodies, networks, answers)
+    return [replace(latents, calls=_pairs(picture.sizes)) for latents, picture in zip(made, pictures, strict=True)]
+
+
+def cuts(rows: Sequence[int]) -> list[int]:
+    """How many of these calls, of so many rows each, are made as one: all, or those that fill a power of two and then
+    the rest, where padding all would take more than a quarter. Larger calls have to come first."""
+    total, size = sum(rows), power_of_two(sum(rows))
+    if total < FEWEST_ROWS_CUT or total > size * 3 // 4:
+        return [len(rows)]
+    first = next(n for n in range(len(rows) + 1) if sum(rows[:n]) >= size // 2)
+    return [first, len(rows) - first]
+
+
+def power_of_two(rows: int) -> int:
+    """The smallest one that holds them."""
+    return 1 << (rows - 1).bit_length()
+
+
+class _Answers:
+    """Makes the calls that pictures wait for, cut short as their profile allows."""
+
+    def __init__(self, denoiser: torch.nn.Module, pictures: Sequence[Denoising], shortcuts: Shortcuts) -> None:
+        self._denoiser = denoiser
+        self._pictures = pictures
+        self._shortcuts = shortcuts
+
+    def __call__(self, halted: Mapping[int, Call]) -> dict[int, Any]:
+        """What the network gives to each."""
+        halved = [n for n in halted if self._unguided(self._pictures[n])]
+        calls = {n: call.later_half() if n in halved else call for n, call in halted.items()}
+        alike: dict[Any, list[int]] = defaultdict(list)
+        for n, call in calls.items():
+            alike[self._leaves_out(n, call), call.kind()].append(n)
+        outputs: dict[int, Any] = {}
+        for numbers in alike.values():
+            numbers.sort(key=lambda n: -calls[n].rows)
+            start = 0
+            for count in cuts([calls[n].rows for n in numbers]):
+                outputs |= self._together({n: calls[n] for n in numbers[start : start + count]})
+                start += count
+        for n, output in outputs.items():
+            outputs[n] = self._advanced(self._pictures[n], output, halted[n].network, halved=n in halved)
+        return outputs
+
+    def _unguided(self, picture: Denoising) -> bool:
+        """Whether this step's rows without the prompt are left out."""
+        return picture.guided and picture.done % self._shortcuts.guidance_every > 0
+
+    def _advanced(self, picture: Denoising, output: Any, network: torch.nn.Module, *, halved: bool) -> Any:
+        """The output as the pipeline expects it, with the rows that were left out; and the picture a step further."""
+        if network is not self._denoiser:
+            return _doubled(output) if halved else output
+        picture.done += 1
+        if not halved:
+            if picture.guided and self._shortcuts.guidance_every > 1:
+                without, with_prompt = output[0].chunk(2)
+                picture.difference = with_prompt - without
+            return output
+        (with_prompt,) = output
+        return (torch.cat([with_prompt - picture.difference, with_prompt]),)
+
+    def _leaves_out(self, n: int, call: Call) -> bool:
+        picture = self._pictures[n]
+        if call.network is not self._denoiser or picture.done % self._shortcuts.whole_unet_every == 0:
+            return False
+        return picture.feature is not None and len(picture.feature) >= call.rows
+
+    def _together(self, calls: Mapping[int, Call]) -> dict[int, Any]:
+        """One call for pictures of one kind, of a size that is a power of two or the recorded one."""
+        pictures = [self._pictures[n] for n in calls]
+        size = power_of_two(sum(call.rows for call in calls.values()))
+        for picture in pictures:
+            size = max(size, next(picture.recorded, size)) if picture.recorded else size
+        for picture in pictures:
+            picture.sizes.append(size)
+        leaves_out = self._leaves_out(*next(iter(calls.items())))
+        return dict(zip(calls, self._made(list(calls.values()), pictures, size, leaves_out=leaves_out), strict=True))
+
+    def _made(self, calls: Sequence[Call], pictures: Sequence[Denoising], size: int, *, leaves_out: bool) -> list[Any]:
+        if calls[0].network is not self._denoiser or self._shortcuts.whole_unet_every == 1:
+            return make_as_one(calls, size)
+        rows = [call.rows for call in calls]
+        if leaves_out:
+            features = [_last(picture.feature, count) for picture, count in zip(pictures, rows, strict=True)]
+            with shallow(self._denoiser, join(features, size)):
+                return make_as_one(calls, size)
+        with kept_feature(self._denoiser) as kept:
+            made = make_as_one(calls, size)
+        for picture, feature in zip(pictures, split(kept[0], rows, size), strict=True):
+            picture.feature = feature
+        return made
+
+
+def _begun(weights: Weights, member: Member) -> Denoising:
+    settings = settings_of(member, weights)
+    return Denoising(
+        settings=settings,
+        guided=member.negative is not None,
+        scheduler=make_scheduler(settings.scheduler, weights),
+        recorded=chain.from_iterable(repeat(rows, times) for rows, times in member.calls) if member.calls else None,
+    )
+
+
+def _last(feature: torch.Tensor | None, rows: int) -> torch.Tensor:
+    """Those with the prompt stay when guidance ends."""
+    assert feature is not None
+    return feature[-rows:]
+
+
+def _doubled(output: Any) -> Any:
+    if isinstance(output, tuple | list):
+        return type(output)([_doubled(each) for each in output])
+    return torch.cat([output, output]) if torch.is_tensor(output) else output
+
+
+def _pairs(sizes: Sequence[int]) -> Calls:
+    return [[rows, len(list(same))] for rows, same in groupby(sizes)]

@@ -1,0 +1,63 @@
+"""Logs: constant event names with fields, on stderr, for people or for machines."""
+
+from __future__ import annotations
+
+import io
+import logging
+import sys
+from contextlib import suppress
+from typing import TextIO, cast
+
+import structlog
+
+from sdpipeline.escaping import terminal
+from sdpipeline.settings import Settings
+
+
+def configure_logging(s: Settings) -> None:
+    """Set up structlog as the settings ask; stdout stays free for results."""
+    renderer: structlog.typing.Processor = structlog.processors.JSONRenderer()
+    if s.log_format == "console":
+        # The default shows local variables, prompts and passwords among them.
+        renderer = structlog.dev.ConsoleRenderer(
+            colors=sys.stderr is not None and sys.stderr.isatty(),
+            exception_formatter=structlog.dev.plain_traceback,
+        )
+    structlog.configure(
+        processors=[
+            structlog.contextvars.merge_contextvars,
+            structlog.processors.add_log_level,
+            structlog.processors.TimeStamper(fmt="iso", utc=True),
+            *([_without_controls] if s.log_format == "console" else []),
+            renderer,
+        ],
+        wrapper_class=structlog.make_filtering_bound_logger(logging.getLevelNamesMapping()[s.log_level.upper()]),
+        logger_factory=lambda *_: structlog.PrintLogger(cast("TextIO", _StandardError())),
+        cache_logger_on_first_use=False,
+    )
+
+
+class _StandardError(io.TextIOBase):
+    """stderr as it is now, for a process whose work is not worth less than its log.
+
+    Looked up for each line: whoever redirects stderr meanwhile gets what follows. A line is lost if nobody reads it,
+    or if the log's disk is full.
+    """
+
+    def write(self, text: str) -> int:
+        """Write unless that fails."""
+        with suppress(OSError):
+            if sys.stderr is not None:
+                sys.stderr.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        """Flush unless that fails."""
+        with suppress(OSError):
+            if sys.stderr is not None:
+                sys.stderr.flush()
+
+
+def _without_controls(_: object, __: str, event: structlog.typing.EventDict) -> structlog.typing.EventDict:
+    """Show control characters of fields as what they are: names and errors may come from anybody's file."""
+    return {name: terminal(value) if isinstance(value, str) else value for name, value in event.items()}

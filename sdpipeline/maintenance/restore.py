@@ -1,0 +1,184 @@
+"""Taking up again what a restored backup forgot: pictures by their sidecars, and the audit log after its gap."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from functools import partial
+from itertools import islice
+from typing import TypeVar
+
+from sdpipeline import audit, provenance
+from sdpipeline.archives import archiver, contents
+from sdpipeline.audit import Gap, SealKey
+from sdpipeline.db import archives, restore
+from sdpipeline.db import reconcile as rows
+from sdpipeline.db.audit import AuditLog
+from sdpipeline.db.queue import StoredImage
+from sdpipeline.db.restore import FoundPicture
+from sdpipeline.domain import Json, fingerprint, request_from_document
+from sdpipeline.errors import InputImageError, ObjectMissingError
+from sdpipeline.provenance import LARGEST_PICTURE
+from sdpipeline.provenance.untrusted import SHAPE_ERRORS, parse_object
+from sdpipeline.storage import ObjectStore
+from sdpipeline.worker.delivery import SIDECAR_SCHEMA
+
+CHUNK = 500
+THREADS = 16
+
+_T = TypeVar("_T")
+_HASH = "[0-9a-f]{64}"
+SIDECAR = re.compile(
+    rf"(?P<team>[^/]+)/(?P<campaign>[^/]+)/(?P<stage>[^/]+)/(?P<fingerprint>{_HASH})/"
+    rf"((?P<identity>[0-9a-f]{{16}})/)?(?P<sha256>{_HASH})\.[0-9a-f]{{8}}\.json"
+)
+"""A sidecar's key; the folder of a copy names its job."""
+
+
+@dataclass(slots=True)
+class Adoption:
+    """What was taken up. ``waiting`` pictures belong to jobs that are not here: the next submit that asks for them
+    finds them. ``refused`` are sidecars' keys with what is wrong with each."""
+
+    adopted: int = 0
+    waiting: int = 0
+    gap: Gap | None = None
+    refused: list[tuple[str, str]] = field(default_factory=list)
+
+    def document(self) -> Json:
+        """Its part of ``reconcile --json``."""
+        gap = self.gap.document() if self.gap else None
+        return {"adopted": self.adopted, "waiting": self.waiting, "gap": gap}
+
+
+def adopt(log: AuditLog, store: ObjectStore, key: SealKey, gap: Gap | None) -> Adoption:
+    """Record pictures that no row knows as their jobs', then, after a restore, go on with the audit log.
+
+    With a gap all of storage is looked through, for nothing is known of what was forgotten; without one only where
+    attempts did not end in order. May be interrupted and done again: until its last step, workers stay out.
+    """
+    done, database = Adoption(gap=gap), log.database
+    # Whether the log can go on is known before anything is changed.
+    seals = audit.lost_seals(database, store, key, gap) if gap else []
+    if gap:
+        # Whoever held these leases has lost them: they are of a time before the one that was lost.
+        with log.transaction() as tx:
+            rows.reap(tx, rows.open_leases(tx.connection))
+        archiver.find_private(log, store)
+    with database.read() as connection:
+        folders = [] if gap else rows.unfinished_folders(connection)
+        editions = archives.archives(connection) if gap or folders else []
+    archived = {each["sidecar_key"] for each in contents.pictures(store, editions)}
+    keys = store.list() if gap else (key for folder in folders for key in store.list(f"{folder.prefix}/"))
+    _find(log, store, (key for key in keys if key not in archived), done)
+    with database.read() as connection:
+        owners = restore.campaigns_found(connection)
+    for campaign_id in owners:
+        with log.transaction() as tx:
+            done.adopted += restore.claim(tx, campaign_id=campaign_id)
+    if gap:
+        with log.transaction() as tx:
+            audit.bridge(tx, seals, gap)
+    with database.read() as connection:
+        done.waiting = restore.waiting(connection)
+    return done
+
+
+def _find(log: AuditLog, store: ObjectStore, keys: Iterable[str], done: Adoption) -> None:
+    """Keep every picture whose sidecar no row names, if it is whole."""
+    consumed: set[str] = set()
+    with ThreadPoolExecutor(THREADS) as threads:
+        for chunk in _chunks((key, place["fingerprint"]) for key in keys if (place := SIDECAR.fullmatch(key))):
+            with log.database.read() as connection:
+                unknown = restore.unknown(connection, chunk)
+            examined = list(threads.map(partial(_examined, store), unknown))
+            for sidecar, each in zip(unknown, examined, strict=True):
+                if isinstance(each, str):
+                    done.refused.append((sidecar, each))
+            whole = [each for each in examined if not isinstance(each, str)]
+            consumed.update(*(from_stages for _, from_stages in whole))
+            with log.database.write() as connection:
+                restore.remember(connection, [picture for picture, _ in whole])
+    for some in _chunks(sorted(consumed)):
+        with log.database.write() as connection:
+            restore.mark_consumed(connection, some)
+
+
+def _chunks(items: Iterable[_T]) -> Iterator[list[_T]]:
+    all_of_them = iter(items)
+    while chunk := list(islice(all_of_them, CHUNK)):
+        yield chunk
+
+
+def _examined(store: ObjectStore, sidecar_key: str) -> tuple[FoundPicture, frozenset[str]] | str:
+    """The picture beside a sidecar with the keys of those it was made from, or what is wrong with it."""
+    try:
+        return examine(store, sidecar_key)
+    except (InputImageError, ObjectMissingError) as error:
+        return str(error)
+    except SHAPE_ERRORS:
+        return "it is no sidecar that was written here"
+
+
+def examine(store: ObjectStore, sidecar_key: str) -> tuple[FoundPicture, frozenset[str]]:
+    """The picture beside a sidecar, every part read and compared with what the others say of it.
+
+    Raises ObjectMissingError or InputImageError where one is missing or altered, and the errors of reading a
+    document where the sidecar is none.
+    """
+    place = SIDECAR.fullmatch(sidecar_key)
+    if place is None:
+        raise InputImageError(f"{sidecar_key} is no sidecar's key")
+    sidecar = store.get(sidecar_key)
+    told = parse_object(sidecar)
+    about, record, reused = told["object"], told["record"], told.get("reused_from")
+    data = store.get(about["key"])
+    pixels = provenance.decode(data, max_pixels=LARGEST_PICTURE)
+    stem = sidecar_key.rsplit(".", 2)[0]
+    agree = (
+        told["schema"] == SIDECAR_SCHEMA
+        and about["key"].startswith(f"{stem}.")
+        and hashlib.sha256(data).hexdigest() == about["sha256"] == place["sha256"]
+        and provenance.pixels_sha256(pixels) == about["pixels_sha256"]
+        and provenance.read_record(data) == provenance.disclosed(record)
+        and fingerprint(request_from_document(record["asked"])) == record["fingerprint"] == place["fingerprint"]
+        and (bool(place["identity"]) == bool(reused))
+    )
+    if not agree or not all(_has(store, each["key"], each["sha256"]) for each in told["control_maps"]):
+        raise InputImageError(f"{about['key']} and its sidecar do not agree")
+    height, width = pixels.shape[:2]
+    stored = StoredImage(
+        key=about["key"],
+        url=store.url(about["key"]),
+        sha256=about["sha256"],
+        pixels_sha256=about["pixels_sha256"],
+        size_bytes=len(data),
+        version_id=about["version_id"],
+        width=width,
+        height=height,
+        sidecar_key=sidecar_key,
+        sidecar_sha256=hashlib.sha256(sidecar).hexdigest(),
+        gpu_seconds=0.0 if reused else told["timings"]["generate_s"],
+        timings=told["timings"],
+        reused_from=reused["key"] if reused else None,
+        scores=told["scores"],
+    )
+    found = FoundPicture(
+        team=place["team"],
+        campaign=place["campaign"],
+        stage=place["stage"],
+        fingerprint=place["fingerprint"],
+        identity_start=place["identity"] or record["identity"][:16],
+        stored=stored,
+        attempt=told["attempt"],
+        worker_id=told["worker"],
+        made_at=record["made_at"],
+    )
+    return found, frozenset(each["key"] for each in record["inputs"].values() if "stage" in each)
+
+
+def _has(store: ObjectStore, key: str, sha256: str) -> bool:
+    return hashlib.sha256(store.get(key)).hexdigest() == sha256

@@ -1,0 +1,251 @@
+"""Forgetting: pictures and prompts after a set time, and one subject's data on demand, each with its trace in the log.
+
+Objects go first, then one transaction leaves the tombstones and their event. Whoever is killed between the two is
+taken up by the next run: what is not there any more is deleted already.
+"""
+
+from __future__ import annotations
+
+import re
+import secrets
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from sdpipeline.archives import archiver
+from sdpipeline.archives.archiver import Archived
+from sdpipeline.campaigns.inputs import input_key
+from sdpipeline.db import retention
+from sdpipeline.db.audit import AuditLog
+from sdpipeline.db.retention import Held, Picture, Subject
+from sdpipeline.domain import Json
+from sdpipeline.storage import ObjectStore
+from sdpipeline.worker.delivery import delete_all, stem
+
+BATCH = 200
+"""Pictures or jobs of one transaction."""
+
+_QUARANTINED = re.compile(r"quarantine/[^/]+/(?:[0-9a-f]{8}/)?((?:[^/]+/){3}[0-9a-f]{64}/)")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Periods:
+    """After how many days what is forgotten; None is never."""
+
+    pictures_days: float | None = None
+    prompts_days: float | None = None
+    editions_days: float | None = None
+
+
+@dataclass(slots=True)
+class Forgotten:
+    """What was deleted, or would be."""
+
+    pictures: int = 0
+    prompts: int = 0
+    sources: int = 0
+    editions: int = 0
+
+    def document(self) -> Json:
+        """The form of ``retention --json``."""
+        return {name: getattr(self, name) for name in ("pictures", "prompts", "sources", "editions")}
+
+
+@dataclass(slots=True)
+class Erasure:
+    """What was erased of a subject. The receipt's salt shows that ``subject_commitment`` in the audit log is theirs."""
+
+    subject: Subject
+    jobs: int = 0
+    pictures: int = 0
+    inputs: int = 0
+    objects: int = 0
+    cancelled: int = 0
+    sources: int = 0
+    inputs_gone: set[str] = field(default_factory=set)
+    quarantined: dict[str, list[str]] = field(default_factory=dict)
+
+    def document(self) -> Json:
+        """The form of ``erase --json``."""
+        counts = ("jobs", "pictures", "inputs", "objects", "cancelled", "sources")
+        receipt = {"salt": self.subject.salt, "subject_commitment": self.subject.commitment}
+        return {name: getattr(self, name) for name in counts} | {"receipt": receipt}
+
+
+def forget(
+    audit: AuditLog,
+    store: ObjectStore,
+    seal: Callable[[], object],
+    *,
+    team: str,
+    periods: Periods,
+    dry_run: bool = False,
+) -> Forgotten:
+    """Delete what is older than its period: pictures first, then the prompts of jobs that have none any more; then
+    take closed editions out of the tables, each once its archive is under a seal."""
+    done = Forgotten()
+    if not dry_run:
+        archiver.take_up(audit, store, seal, team=team)
+    if periods.pictures_days is not None:
+        for pictures in _old_pictures(audit, team, periods.pictures_days):
+            done.pictures += len(pictures) if dry_run else _delete_pictures(audit, store, pictures)
+    if periods.prompts_days is not None:
+        for job_ids in _old_jobs(audit, team, periods.prompts_days, with_pictures=dry_run):
+            done.prompts += len(job_ids) if dry_run else _erase_prompts(audit, job_ids)
+        if not dry_run:
+            with audit.transaction() as tx:
+                done.sources = retention.drop_old_sources(tx, team=team, days=periods.prompts_days)
+    days = {"pictures_days": periods.pictures_days, "prompts_days": periods.prompts_days}
+    in_archives = archiver.forget(audit, store, team=team, **days, dry_run=dry_run)
+    done.pictures += in_archives[0]
+    done.prompts += in_archives[1]
+    if periods.editions_days is not None:
+        done.editions = archiver.archive(audit, store, seal, team=team, days=periods.editions_days, dry_run=dry_run)
+    return done
+
+
+def _old_pictures(audit: AuditLog, team: str, days: float) -> Iterator[list[Picture]]:
+    after = (0, "")
+    while True:
+        with audit.database.read() as connection:
+            found = retention.old_pictures(connection, team=team, days=days, after=after, limit=BATCH)
+        if not found:
+            return
+        yield found
+        after = (found[-1].job_id, found[-1].fingerprint)
+
+
+def _delete_pictures(audit: AuditLog, store: ObjectStore, pictures: Sequence[Picture]) -> int:
+    with audit.database.read() as connection:
+        owners = {picture.job_id for picture in pictures}
+        shared = retention.keys_of_others(connection, {picture.fingerprint for picture in pictures}, owners)
+    for picture in pictures:
+        if picture.key not in shared:
+            delete_all(store, stem(picture.key))
+    with audit.transaction() as tx:
+        return retention.mark_deleted(tx, pictures, because="retention")
+
+
+def _old_jobs(audit: AuditLog, team: str, days: float, *, with_pictures: bool) -> Iterator[list[int]]:
+    after = 0
+    while True:
+        with audit.database.read() as connection:
+            found = retention.old_jobs(
+                connection, team=team, days=days, after=after, limit=BATCH, with_pictures=with_pictures
+            )
+        if not found:
+            return
+        yield found
+        after = found[-1]
+
+
+def _erase_prompts(audit: AuditLog, job_ids: Collection[int]) -> int:
+    with audit.transaction() as tx:
+        return retention.erase_prompts(tx, job_ids, because="retention")
+
+
+def erase(
+    audit: AuditLog, store: ObjectStore, seal: Callable[[], object], name: str, *, team: str, dry_run: bool = False
+) -> Erasure:
+    """Erase what a team's jobs hold of one subject; again after a kill it goes on where that one ended."""
+    subject = Subject(name=name, salt=secrets.token_hex(16))
+    done = Erasure(subject)
+    with audit.database.read() as connection:
+        campaigns = retention.campaigns_of(connection, name, team=team)
+        if dry_run:
+            done.jobs, done.pictures = retention.extent(connection, name, team=team)
+    if dry_run:
+        archived = archiver.of_subject(audit, store, name, team=team)
+        done.jobs += sum(len(each.jobs) for each in archived.editions)
+        done.pictures += sum(len(each.pictures) for each in archived.editions)
+        return done
+    archiver.take_up(audit, store, seal, team=team)
+    archived = archiver.of_subject(audit, store, name, team=team)
+    if campaigns or archived.editions:
+        done.quarantined = _quarantined(store)
+    for campaign_id in campaigns:
+        with audit.transaction() as tx:
+            done.cancelled += retention.cancel_unfinished(tx, name, campaign_id=campaign_id)
+        while jobs := _held(audit, name, campaign_id):
+            _erase_jobs(audit, store, jobs, done, archived)
+    for each in archived.editions:
+        inputs = each.inputs - archived.inputs_of_others - done.inputs_gone
+        with audit.database.read() as connection:
+            inputs -= retention.in_use_by_others(connection, inputs, name)
+        _delete_folders(audit, store, each.folders, done, archived)
+        with audit.database.read() as connection:
+            shared = retention.keys_of_others(connection, each.folders, ()) | archived.shared(each.folders)
+        for picture in each.pictures:
+            if picture.key not in shared:
+                done.objects += delete_all(store, stem(picture.key))
+        done.pictures += archiver.erase(audit, store, each, subject, inputs)
+        done.jobs += len(each.jobs)
+        done.inputs += len(inputs)
+        done.inputs_gone |= inputs
+    if touched := {*campaigns, *(each.row["campaign_id"] for each in archived.editions)}:
+        with audit.transaction() as tx:
+            done.sources = retention.drop_sources_naming(tx, subject, touched)
+    return done
+
+
+def _quarantined(store: ObjectStore) -> dict[str, list[str]]:
+    """What ``reconcile`` put away, by the folder that it came from."""
+    found: dict[str, list[str]] = {}
+    for key in store.list("quarantine/"):
+        if place := _QUARANTINED.match(key):
+            found.setdefault(place[1], []).append(key)
+    return found
+
+
+def _delete_folders(
+    audit: AuditLog,
+    store: ObjectStore,
+    folders: Mapping[str, Collection[str]],
+    done: Erasure,
+    archived: Archived,
+    *,
+    owners: Collection[int] = (),
+) -> None:
+    """Delete what lies in the folders of these fingerprints, and what attempts left there that was never recorded or
+    was put away since: it holds the same data. Other jobs' pictures stay."""
+    with audit.database.read() as connection:
+        shared = retention.keys_of_others(connection, folders, owners) | archived.shared(folders)
+        others = retention.wanted_by_others(connection, folders, done.subject.name)
+    but = {stem(key) for key in shared}
+    for fingerprint in sorted(folders.keys() - others):
+        for folder in sorted(folders[fingerprint]):
+            done.objects += delete_all(store, folder, but=but)
+            for key in done.quarantined.pop(folder, ()):
+                store.delete(key)
+                done.objects += 1
+
+
+def _held(audit: AuditLog, name: str, campaign_id: int) -> list[Held]:
+    with audit.database.read() as connection:
+        return retention.held(connection, name, campaign_id=campaign_id, limit=BATCH)
+
+
+def _erase_jobs(audit: AuditLog, store: ObjectStore, jobs: Sequence[Held], done: Erasure, archived: Archived) -> None:
+    subject, owners = done.subject, [job.id for job in jobs]
+    named = set().union(*(job.inputs for job in jobs)) - archived.inputs_of_others
+    with audit.database.read() as connection:
+        pictures = retention.pictures_of(connection, owners)
+        own = {picture.fingerprint for picture in pictures} | {job.fingerprint for job in jobs}
+        shared = retention.keys_of_others(connection, own, owners) | archived.shared(own)
+        inputs = named - done.inputs_gone - retention.in_use_by_others(connection, named, subject.name)
+    folders: dict[str, set[str]] = {}
+    for job in jobs:
+        for each in {job.fingerprint, *(picture.fingerprint for picture in pictures if picture.job_id == job.id)}:
+            folders.setdefault(each, set()).add(job.folder(each))
+    _delete_folders(audit, store, folders, done, archived, owners=owners)
+    for picture in pictures:
+        if picture.key not in shared:
+            done.objects += delete_all(store, stem(picture.key))
+    for digest in sorted(inputs):
+        store.delete(input_key(digest))
+    done.inputs_gone |= inputs
+    with audit.transaction() as tx:
+        done.pictures += retention.mark_deleted(tx, pictures, because="erasure")
+        done.jobs += retention.erase_subject(tx, owners, subject)
+        if inputs:
+            retention.tell_inputs(tx, jobs[0].campaign_id, inputs, subject)
+    done.inputs += len(inputs)

@@ -1,0 +1,172 @@
+"""What the Prefect UI shows of a campaign's run; showing is not working, and fails without harm."""
+
+from __future__ import annotations
+
+import base64
+import json
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+from uuid import UUID
+
+import structlog
+
+from sdpipeline.app import services
+from sdpipeline.app.services import Progress, Span, Thumbnails
+from sdpipeline.errors import TransientError
+from sdpipeline.escaping import markdown
+from sdpipeline.orchestration import events
+from sdpipeline.orchestration.events import CampaignEvent
+from sdpipeline.reporting import report
+from sdpipeline.settings import Settings
+
+SHOW_EVERY_S = 5.0
+REFRESH_EVERY_S = 15.0
+REFRESHING_SHARE = 0.05  # of the time at most: with a million pictures the newest are not found in an instant
+
+log = structlog.get_logger(__name__)
+
+
+@contextmanager
+def shown() -> Iterator[None]:
+    """Showing is not working: a Prefect server that is away costs the picture of the work, not the work."""
+    import httpx
+    from prefect.settings import PREFECT_CLIENT_MAX_RETRIES, temporary_settings
+
+    try:
+        with temporary_settings({PREFECT_CLIENT_MAX_RETRIES: 0}):  # five would hold the watch up for a minute
+            yield
+    except httpx.HTTPError as error:
+        log.warning("prefect.unreachable", error=repr(error))
+    except TransientError as error:  # storage or database: the workers wait for them, and say so
+        log.warning("board.unreadable", error=str(error))
+
+
+class Board:
+    """The artifacts and events of one campaign run: progress, newest pictures and failures while it moves, a report.
+
+    Artifacts are made once a run and then changed in place, so that a long run does not fill the server's database.
+    """
+
+    def __init__(self, settings: Settings, campaign: str, *, clock: Callable[[], float] = time.monotonic) -> None:
+        self._settings = settings
+        self._campaign = campaign
+        self._clock = clock
+        self._artifacts: dict[str, UUID] = {}
+        self._thumbnails: Thumbnails = {}
+        self._shown: tuple[float, float] | None = None  # when, and which percentage
+        self._counts = {"contact-sheet": 0, "failures": 0}  # of what is on the board
+        self._due = {"contact-sheet": 0.0, "failures": 0.0}
+        self._status: str | None = None
+        self._opened: tuple[float, int] = (clock(), 0)  # when, and how many pictures there were
+
+    def open(self, progress: Progress, labels: Sequence[str]) -> None:
+        """Name and tag the run so that a person finds it, and say that it has begun."""
+        from prefect.client.orchestration import get_client
+        from prefect.runtime import flow_run
+
+        self._opened = (self._clock(), progress.images)
+        with shown(), get_client(sync_client=True) as client:
+            name = f"{progress.name} · v{progress.version} · {progress.total} jobs"
+            client.update_flow_run(UUID(flow_run.get_id()), name=name, tags=labels)
+            soon = f"# {progress.name}\n\nThe report is written here when the run ends."
+            self._put("report", soon, describe(progress))
+        events.tell(CampaignEvent.STARTED, self._settings.team, progress)
+        self._status = "active"
+
+    def show(self, progress: Progress, *, now: bool = False) -> None:
+        """Move the progress at most every five seconds, the rest at most every fifteen; tell of a pause at once."""
+        if turned := events.turn(self._status, progress):
+            events.tell(turned, self._settings.team, progress)
+        self._status = progress.status
+        self._move(progress, now=now)
+        self._refresh("contact-sheet", progress.images, lambda: self._put_pictures(progress), now=now)
+        self._refresh("failures", progress.failed + progress.blocked, lambda: self._put_failures(progress), now=now)
+
+    def close(self, progress: Progress) -> None:
+        """The last progress, pictures and failures, the closing report, and the event that says how it ended."""
+        self.show(progress, now=True)
+        opened_at, pictures = self._opened
+        span = Span(pictures=progress.images - pictures, wall_s=self._clock() - opened_at)
+        with shown():
+            self._put("report", services.finish_report(self._settings, self._campaign, span), describe(progress))
+        if ended := events.outcome(progress):
+            events.tell(ended, self._settings.team, progress)
+
+    def _move(self, progress: Progress, *, now: bool) -> None:
+        from prefect.artifacts import create_progress_artifact, update_progress_artifact
+
+        percentage = 100.0 * progress.succeeded / progress.total if progress.total else 100.0
+        if self._shown is not None:
+            when, before = self._shown
+            if percentage == before or (not now and self._clock() - when < SHOW_EVERY_S):
+                return
+        with shown():
+            if "progress" not in self._artifacts:
+                created = create_progress_artifact(percentage, f"progress-{self._campaign}", describe(progress))
+                if isinstance(created, UUID):
+                    self._artifacts["progress"] = created
+            else:
+                update_progress_artifact(self._artifacts["progress"], percentage, describe(progress))
+            self._shown = (self._clock(), percentage)
+
+    def _refresh(self, name: str, count: int, put: Callable[[], None], *, now: bool) -> None:
+        """Put up what has changed, where it is due: the dearer it was, the later again."""
+        began = self._clock()
+        if count == self._counts[name] or (not now and began < self._due[name]):
+            return
+        with shown():
+            put()
+            self._counts[name] = count
+        took = self._clock() - began
+        self._due[name] = began + max(REFRESH_EVERY_S, took / REFRESHING_SHARE)
+
+    def _put_pictures(self, progress: Progress) -> None:
+        sheet = services.newest_pictures(self._settings, self._campaign, kept=self._thumbnails)
+        if sheet is not None:
+            url = "data:image/jpeg;base64," + base64.b64encode(sheet).decode("ascii")
+            report = (
+                f" · [report](/artifacts/artifact/{self._artifacts['report']})" if "report" in self._artifacts else ""
+            )
+            self._put("contact-sheet", url, f"The newest of {progress.images} pictures{report}")
+
+    def _put_failures(self, progress: Progress) -> None:
+        failed = [
+            each | {"variables": ", ".join(map(str, each["variables"].values()))}
+            for each in services.failures(self._settings, self._campaign)
+        ]
+        self._put("failures", table_cells(failed), report.unlucky(progress, shown=len(failed)))
+
+    def _put(self, name: str, data: Any, description: str) -> None:
+        """Make an artifact of this run, or change the one it made."""
+        from prefect import artifacts
+        from prefect.client.orchestration import get_client
+        from prefect.client.schemas.actions import ArtifactUpdate
+
+        key = f"{name}-{self._campaign}"
+        if name in self._artifacts:
+            update = ArtifactUpdate(data=data if isinstance(data, str) else json.dumps(data), description=description)
+            with get_client(sync_client=True) as client:
+                client.update_artifact(self._artifacts[name], update)
+            return
+        makers: dict[str, Callable[..., Any]] = {
+            "report": artifacts.create_markdown_artifact,
+            "contact-sheet": artifacts.create_image_artifact,
+            "failures": artifacts.create_table_artifact,
+        }
+        created = makers[name](data, key=key, description=description)
+        if isinstance(created, UUID):
+            self._artifacts[name] = created
+
+
+def table_cells(rows: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Rows for a table artifact: Prefect's page renders each cell that is a text as Markdown."""
+    return [{name: markdown(value) if isinstance(value, str) else value for name, value in row.items()} for row in rows]
+
+
+def describe(progress: Progress) -> str:
+    """What became of the jobs, in one line."""
+    counts = {name: getattr(progress, name) for name in ("failed", "blocked", "skipped", "cancelled")}
+    unlucky = "".join(f", {count} {name}" for name, count in counts.items() if count)
+    return f"{progress.name}: {progress.succeeded} of {progress.total} succeeded{unlucky}"

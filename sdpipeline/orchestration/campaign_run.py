@@ -1,0 +1,220 @@
+"""What a campaign's flow does: have it worked, watch the database until that is done, show it, and end the workers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Protocol
+from uuid import UUID
+
+import structlog
+
+from sdpipeline import shutdown
+from sdpipeline.app import services
+from sdpipeline.app.services import Progress
+from sdpipeline.db import queries, registry
+from sdpipeline.db.waiting import until_available
+from sdpipeline.errors import DatabaseUnavailableError, TransientError
+from sdpipeline.orchestration import local_workers
+from sdpipeline.orchestration.artifacts import Board, describe, shown
+from sdpipeline.orchestration.local_server import answers
+from sdpipeline.settings import Settings
+
+if TYPE_CHECKING:
+    from multiprocessing.process import BaseProcess
+
+    from prefect import Flow
+    from prefect.client.orchestration import SyncPrefectClient
+    from prefect.client.schemas.objects import State
+
+POLL_S = 1.0
+FINISH_GRACE_S = 60.0  # a replacement that still starts ends as soon as it sees that nothing is left
+
+log = structlog.get_logger(__name__)
+
+
+class Workers(Protocol):
+    """Who works a campaign: processes of this machine, or flow runs that other machines take up."""
+
+    def start(self) -> None:
+        """Have workers, or fail before there is anything to watch."""
+
+    def tend(self, progress: Progress) -> None:
+        """Replace who died, as long as there is work; raises WorkersLostError when that does not help."""
+
+    def wait(self, timeout_s: float) -> None:
+        """Sleep, but no longer than until a worker ends."""
+
+    def finish(self, timeout_s: float) -> Sequence[local_workers.Death]:
+        """Let workers see that nothing is left; returns the local processes that had to be ended."""
+
+    def stop(self) -> Sequence[local_workers.Death]:
+        """End every worker; returns the local processes that had to be ended."""
+
+
+def here(settings: Settings, campaign: str, *, worker_flow: Flow[..., Any]) -> local_workers.Crew:
+    """A worker process per device of this machine."""
+    return local_workers.Crew(
+        slots=local_workers.slots(settings),
+        spawn=lambda slot, name: _spawn(settings, campaign, worker_flow, slot, name),
+        bury=lambda death: _bury(settings, campaign, death),
+        # A worker that was told to end needs its own grace, and a moment to close its flow run.
+        stop_grace_s=settings.shutdown_grace_s + shutdown.GIVING_BACK_S + local_workers.STOP_GRACE_S,
+    )
+
+
+def work_off(settings: Settings, campaign: str, workers: Workers) -> State[None]:
+    """Have a campaign worked until the database says finished or paused, and show it all.
+
+    Returns the state the flow run ends in. Called inside the campaign flow's run.
+    """
+    from prefect import tags
+
+    progress = _progress(settings, campaign)
+    board = Board(settings, campaign)
+    labels = until_available(lambda: _tags(settings, progress))
+    board.open(progress, labels)
+    with tags(*labels):
+        ended = _watch(settings, campaign, workers, board)
+    try:
+        services.seal_here(settings)
+    except TransientError as error:
+        log.warning("audit.unsealed", error=str(error))  # the next seal covers these events too
+    board.close(ended)
+    return closing_state(ended, began=progress)
+
+
+def _watch(settings: Settings, campaign: str, workers: Workers, board: Board) -> Progress:
+    try:
+        workers.start()
+        while True:
+            try:
+                progress = services.campaign_progress(settings, campaign)
+            except DatabaseUnavailableError as error:
+                log.warning("database.unavailable", error=str(error))  # the workers wait for it too
+                workers.wait(POLL_S)
+                continue
+            board.show(progress)
+            if not progress.remaining or (progress.status == "paused" and not progress.leased):
+                break
+            workers.tend(progress)
+            workers.wait(POLL_S)
+        _close(settings, campaign, workers.finish(_finish_grace_s()))
+    except BaseException:  # a Ctrl-C above all: whatever ends the watch ends the watched
+        _close(settings, campaign, workers.stop())
+        raise
+    return _progress(settings, campaign)
+
+
+def _progress(settings: Settings, campaign: str) -> Progress:
+    return until_available(lambda: services.campaign_progress(settings, campaign))
+
+
+def _release(settings: Settings, pid: int) -> int | None:
+    """Give back what a dead worker held; None if the database is not available, and its leases expire."""
+    try:
+        return services.release_worker_leases(settings, pid)
+    except DatabaseUnavailableError as error:
+        log.warning("leases_left_to_expire", error=str(error), pid=pid)
+        return None
+
+
+def _finish_grace_s() -> float:
+    """Workers that cannot tell the server of their end ask for a minute; they have nothing else to do any more."""
+    from prefect.settings import PREFECT_API_URL
+
+    url = PREFECT_API_URL.value()
+    there = url is None or any(answers(url, timeout_s=3.0) for _ in range(3))
+    return FINISH_GRACE_S if there else 0.0
+
+
+def _close(settings: Settings, campaign: str, stopped: Sequence[local_workers.Death]) -> None:
+    """Account for workers that were ended: one that was told to gave its leases back, one that was killed could not."""
+    from prefect.states import Cancelled
+
+    for worker in stopped:
+        returned = _release(settings, worker.pid)
+        log.info("worker.stopped", name=worker.name, pid=worker.pid, leases_returned=returned)
+        with shown():
+            _close_run(f"{campaign} · {worker.name}", Cancelled(message="the campaign's run ended"))
+
+
+def _spawn(
+    settings: Settings, campaign: str, worker_flow: Flow[..., Any], slot: local_workers.Slot, name: str
+) -> BaseProcess:
+    from prefect.flow_engine import run_flow_in_subprocess
+
+    (settings.home / "logs").mkdir(parents=True, exist_ok=True)
+    return run_flow_in_subprocess(
+        worker_flow.with_options(flow_run_name=f"{campaign} · {name}"),
+        parameters={
+            "campaign": campaign,
+            "home": str(settings.home),
+            "device": slot.device,
+            "log_file": str(settings.home / "logs" / f"worker-{slot.index}.log"),
+        },
+        # A worker that starts while the server restarts waits for it longer than the dispatcher may.
+        env={**slot.environment, "PREFECT_CLIENT_MAX_RETRIES": "5"},
+    )
+
+
+def _bury(settings: Settings, campaign: str, death: local_workers.Death) -> None:
+    """A worker died: its leases go back to the queue, and its run stops looking alive."""
+    from prefect.states import Crashed
+
+    returned = _release(settings, death.pid)
+    log.warning("worker.died", name=death.name, pid=death.pid, exit_code=death.exit_code, leases_returned=returned)
+    with shown():
+        _close_run(f"{campaign} · {death.name}", Crashed(message=str(death)))
+
+
+def _close_run(name: str, state: State[Any]) -> None:
+    """Put this run's child of that name, and its tasks, into that state, whatever it says itself unless it is done."""
+    from prefect.client.orchestration import get_client
+    from prefect.client.schemas import filters
+    from prefect.runtime import flow_run
+
+    child = filters.FlowRunFilter(
+        parent_flow_run_id=filters.FlowRunFilterParentFlowRunId(any_=[UUID(flow_run.get_id())]),
+        name=filters.FlowRunFilterName(any_=[name]),
+    )
+    with get_client(sync_client=True) as client:
+        for run in client.read_flow_runs(flow_run_filter=child):
+            if run.state is None or not run.state.is_completed():
+                _close_tasks(client, run.id, state)
+                client.set_flow_run_state(run.id, state, force=True)
+
+
+def _close_tasks(client: SyncPrefectClient, run_id: UUID, state: State[Any]) -> None:
+    from prefect.client.schemas import filters
+
+    of_run = filters.FlowRunFilter(id=filters.FlowRunFilterId(any_=[run_id]))
+    for task_run in client.read_task_runs(flow_run_filter=of_run):
+        if task_run.state is None or not task_run.state.is_final():
+            client.set_task_run_state(task_run.id, state, force=True)
+
+
+def closing_state(progress: Progress, *, began: Progress) -> State[Any]:
+    """State of a campaign's run: Failed with its counts where `run` exits 3 for it, Cancelled if somebody cancelled it.
+
+    A version submitted meanwhile may cancel jobs too (`--prune`); its campaign goes on.
+    """
+    from prefect.states import Cancelled, Completed, Failed
+
+    if progress.status == "paused" and progress.remaining:
+        why = f" ({progress.paused_because})" if progress.paused_because else ""
+        return Completed(name="Paused", message=f"paused with {progress.remaining} of {progress.total} jobs to do{why}")
+    if progress.failed or progress.blocked:
+        return Failed(message=describe(progress))
+    cancelled = progress.cancelled > began.cancelled and progress.version == began.version
+    if cancelled or (progress.cancelled and not progress.total):
+        return Cancelled(message=describe(progress))
+    return Completed(message=describe(progress))
+
+
+def _tags(settings: Settings, progress: Progress) -> Sequence[str]:
+    """The campaign, its team and its checkpoints, by the names people use."""
+    with services.services(settings) as have, have.database.read() as connection:
+        used = set(queries.checkpoints_of(connection, progress.id))
+        aliases = {files.alias for files in registry.known(connection) if {files.alias, files.digest} & used}
+    own = (f"campaign:{progress.name}", f"team:{settings.team}")
+    return [*own, *(f"checkpoint:{alias}" for alias in sorted(aliases))]

@@ -1,0 +1,191 @@
+"""The worker processes of one campaign run on this machine: one per device, restarted within bounds, ended together."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from multiprocessing import connection, resource_tracker
+from multiprocessing.process import BaseProcess
+
+from sdpipeline.app.services import Progress
+from sdpipeline.errors import WorkersLostError
+from sdpipeline.settings import Settings
+
+MAX_RESTARTS = 3
+STOP_GRACE_S = 5.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Slot:
+    """One worker's place: the device it is told, and the environment that shows it no other."""
+
+    index: int
+    device: str | None
+    environment: Mapping[str, str]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Death:
+    """A worker process that did not end by itself and well."""
+
+    name: str
+    pid: int
+    exit_code: int
+
+    def __str__(self) -> str:
+        how = f"by signal {-self.exit_code}" if self.exit_code < 0 else f"with exit code {self.exit_code}"
+        return f"{self.name} (process {self.pid}) ended {how}"
+
+
+@dataclass(slots=True, kw_only=True)
+class _Member:
+    """A slot's present process and how often it had to be replaced."""
+
+    slot: Slot
+    process: BaseProcess | None = None
+    starts: int = 0
+    deaths: int = 0
+    finished_at_start: int = 0
+    last_death: Death | None = None
+
+    @property
+    def name(self) -> str:
+        restart = f" · restart {self.starts - 1}" if self.starts > 1 else ""
+        return f"worker {self.slot.index}{restart}"
+
+    @property
+    def running(self) -> bool:
+        return self.process is not None and self.process.is_alive()
+
+
+@dataclass(slots=True, kw_only=True)
+class Crew:
+    """Watches one process per slot. ``spawn`` starts one under a name, ``bury`` hears of each that died."""
+
+    slots: Sequence[Slot]
+    spawn: Callable[[Slot, str], BaseProcess]
+    bury: Callable[[Death], None]
+    max_restarts: int = MAX_RESTARTS
+    stop_grace_s: float = STOP_GRACE_S
+    _members: list[_Member] = field(default_factory=list)
+
+    def start(self) -> None:
+        """Start every worker."""
+        self._members = [_Member(slot=slot) for slot in self.slots]
+        for member in self._members:
+            self._start(member, finished=0)
+
+    def tend(self, progress: Progress) -> None:
+        """Report who died and start again whom there is work for; raises WorkersLostError when nobody is left.
+
+        A worker that ends well found nothing to do. It is started again when work appears; should it end
+        again with that work untouched, it counts as dead, so that no loop of starts goes unbounded.
+        """
+        for member in self._members:
+            if member.running or member.process is None:
+                continue
+            if self._ended_badly(member, progress):
+                member.deaths += 1
+            member.process = None
+        for member in self._members:
+            # With nobody left, what waits for a back-off or behind a dead lease would wait for ever: workers end it.
+            wanted = progress.ready or (progress.remaining and not any(each.running for each in self._members))
+            if member.process is None and wanted and member.deaths <= self.max_restarts:
+                self._start(member, finished=progress.finished)
+        if all(member.deaths > self.max_restarts for member in self._members):
+            raise WorkersLostError("; ".join(str(m.last_death or f"{m.name} found no work") for m in self._members))
+
+    def wait(self, timeout_s: float) -> None:
+        """Sleep, but wake when a worker ends."""
+        processes = {member.process.sentinel: member.process for member in self._members if member.process is not None}
+        for sentinel in connection.wait(list(processes), timeout=timeout_s):
+            if isinstance(sentinel, int):
+                processes[sentinel].join(1.0)  # its pipe closes a moment before it can be reaped
+
+    def finish(self, timeout_s: float) -> list[Death]:
+        """Let workers that find nothing more to do end by themselves; returns those that lingered and were ended."""
+        for member in self._members:
+            if member.process is not None:
+                member.process.join(timeout_s)
+        return self._end(STOP_GRACE_S)  # with nothing on their devices
+
+    def stop(self) -> list[Death]:
+        """End every worker now, politely and after ``stop_grace_s`` not; returns those that had to be ended."""
+        return self._end(self.stop_grace_s)
+
+    def _end(self, grace_s: float) -> list[Death]:
+        running = [(m.name, m.process) for m in self._members if m.process is not None and m.process.is_alive()]
+        for _, process in running:
+            process.terminate()
+        ends_at = time.monotonic() + grace_s
+        for _, process in running:
+            process.join(max(0.0, ends_at - time.monotonic()))
+            if process.is_alive():
+                process.kill()
+                process.join()
+        return [Death(name=name, pid=p.pid or 0, exit_code=p.exitcode or 0) for name, p in running]
+
+    def _start(self, member: _Member, *, finished: int) -> None:
+        member.starts += 1
+        member.finished_at_start = finished
+        # The terminal's Ctrl-C is for the command, which ends its workers in order: they inherit this mask.
+        resource_tracker.ensure_running()  # else the first start unmasks SIGINT again
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        try:
+            member.process = self.spawn(member.slot, member.name)
+        finally:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+
+    def _ended_badly(self, member: _Member, progress: Progress) -> bool:
+        process = member.process
+        if process is None or process.pid is None or process.exitcode is None:
+            return False
+        if process.exitcode == 0:
+            return progress.ready > 0 and progress.finished == member.finished_at_start
+        member.last_death = Death(name=member.name, pid=process.pid, exit_code=process.exitcode)
+        self.bury(member.last_death)
+        return True
+
+
+def slots(settings: Settings, *, gpus: Sequence[str] | None = None, cores: int | None = None) -> list[Slot]:
+    """A slot per GPU, or one for the CPU, unless ``SDP_WORKERS`` and ``SDP_DEVICE`` say otherwise."""
+    pinned = settings.device if settings.device not in {None, "cuda"} else None
+    found = [] if pinned else list(visible_gpus() if gpus is None else gpus)
+    count = settings.workers or len(found) or 1
+    if found:
+        return [
+            Slot(index=n, device=settings.device, environment={"CUDA_VISIBLE_DEVICES": found[n % len(found)]})
+            for n in range(count)
+        ]
+    threads = max(1, (cores or os.cpu_count() or 1) // count)
+    shared = {} if count == 1 or "OMP_NUM_THREADS" in os.environ else {"OMP_NUM_THREADS": str(threads)}
+    return [Slot(index=n, device=pinned or settings.device, environment=shared) for n in range(count)]
+
+
+def visible_gpus() -> list[str]:
+    """The GPUs this process may use, asked of the driver: a dispatcher has no torch to ask."""
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if named is not None:
+        return [name.strip() for name in named.split(",") if name.strip() not in {"", "-1"}]
+    program = shutil.which("nvidia-smi")
+    if program is None:
+        return []
+    query = [program, "--query-gpu=index", "--format=csv,noheader"]
+    try:
+        answer = subprocess.run(
+            query,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            encoding="utf-8",
+            errors="replace",
+            timeout=20,
+            check=True,
+        )
+    except (subprocess.SubprocessError, OSError):
+        return []  # a driver that does not answer shows no GPU
+    return answer.stdout.split()

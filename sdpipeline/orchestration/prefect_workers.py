@@ -1,0 +1,211 @@
+"""The workers of a deployed campaign: runs of the gpu-worker flow that whoever serves the pool ``gpu`` takes up."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+from uuid import UUID
+
+import structlog
+
+from sdpipeline.app.services import Progress
+from sdpipeline.errors import Mistake, SettingsError, WorkersLostError
+from sdpipeline.orchestration.artifacts import shown
+from sdpipeline.orchestration.local_workers import Death
+
+if TYPE_CHECKING:
+    from prefect.client.orchestration import SyncPrefectClient
+    from prefect.client.schemas.objects import FlowRun, State
+
+WORKER_FLOW = "gpu-worker"
+WORKER_DEPLOYMENT = "gpu-worker/gpu-worker"
+TEND_EVERY_S = 3.0
+"""Every look at the runs is a request to the Prefect server."""
+SURPLUS_S = 60.0
+"""How long a worker must have been one too many before it is sent home: starting it again costs a checkpoint's load."""
+MAX_RESTARTS = 3
+"""Deaths for each wanted worker, without a finished job in between, after which the campaign's run gives up."""
+PAGE = 200
+
+log = structlog.get_logger(__name__)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Bounds:
+    """How many workers a campaign has."""
+
+    min_workers: int
+    max_workers: int
+    jobs_per_worker: int
+
+    def wanted(self, workable: int) -> int:
+        """Workers for so many jobs that are ready or leased."""
+        return min(self.max_workers, max(self.min_workers, math.ceil(workable / self.jobs_per_worker)))
+
+
+@dataclass(slots=True, kw_only=True)
+class Fleet:
+    """Keeps as many runs alive as the backlog is worth. It counts those of an earlier dispatcher of the same campaign
+    (``label`` is theirs alone), and ends only what it dispatched itself."""
+
+    campaign: str
+    label: str
+    bounds: Bounds
+    clock: Callable[[], float] = time.monotonic
+    _finished_at_start: dict[UUID, int] = field(default_factory=dict)
+    _starts: int = 0
+    _deaths: int = 0
+    _last_words: str = ""
+    _finished: int = 0
+    _tended_at: float = -math.inf
+    _surplus_since: float | None = None
+    _deserted: bool = False
+
+    def start(self) -> None:
+        """Raises SettingsError where no worker is deployed; who is needed is dispatched when tending."""
+        from prefect.client.orchestration import get_client
+        from prefect.exceptions import ObjectNotFound
+
+        with get_client(sync_client=True) as client:
+            try:
+                client.read_deployment_by_name(WORKER_DEPLOYMENT)
+            except ObjectNotFound as error:
+                missing = Mistake(message=f"no deployment {WORKER_DEPLOYMENT}", fix="sdpipeline deploy")
+                raise SettingsError(missing) from error
+
+    def tend(self, progress: Progress) -> None:
+        """Dispatch whom the backlog is worth, replace who died, and send home who is not needed for a while."""
+        from prefect.client.orchestration import get_client
+        from prefect.settings import PREFECT_CLIENT_MAX_RETRIES, temporary_settings
+
+        if self.clock() - self._tended_at < TEND_EVERY_S:
+            return
+        self._tended_at = self.clock()
+        wanted = self.bounds.wanted(progress.ready + progress.leased)
+        # A request more is cheaper than the trace of half a dispatch; a server that is away is asked again soon.
+        with shown(), temporary_settings({PREFECT_CLIENT_MAX_RETRIES: 2}), get_client(sync_client=True) as client:
+            living = _living(client, self.label)
+            if progress.status == "paused":
+                self._let_end({run.id for run in living})
+                return
+            self._count_deaths(client, {run.id for run in living}, progress)
+            if self._deaths > MAX_RESTARTS * wanted:
+                why = f": {self._last_words}" if self._last_words else ""
+                raise WorkersLostError(f"{self._deaths} workers of {self.campaign} ended with no job finished{why}")
+            # Workers that just ended may have finished what was leased a moment ago; where nothing is ready, only jobs
+            # that wait for a back-off or behind a dead lease need somebody, and those stay.
+            needed = progress.ready > 0 or (self._deserted and not living)
+            self._deserted = not living
+            for _ in range(wanted - len(living) if needed else 0):
+                self._dispatch(progress)
+            self._send_home(client, living, wanted)
+
+    def wait(self, timeout_s: float) -> None:
+        """Sleep: nobody tells of the end of a run elsewhere."""
+        time.sleep(timeout_s)
+
+    def finish(self, timeout_s: float) -> Sequence[Death]:  # noqa: ARG002 - theirs is to see that nothing is left
+        """Withdraw the runs that nobody has taken up yet; the others end by themselves."""
+        self._end(lambda run: run.start_time is None, "nothing is left to do")
+        return ()
+
+    def stop(self) -> Sequence[Death]:
+        """Cancel every run that was dispatched here: within a batch its worker gives its leases back."""
+        self._end(lambda _: True, "the campaign's run ended")
+        return ()
+
+    def _dispatch(self, progress: Progress) -> None:
+        from prefect.context import TagsContext
+        from prefect.deployments import run_deployment
+
+        run: Any = run_deployment(
+            WORKER_DEPLOYMENT,
+            parameters={"campaign": self.campaign},
+            timeout=0,
+            flow_run_name=f"{self.campaign} · worker {self._starts}",
+            tags=sorted({*TagsContext.get().current_tags, self.label}),
+        )
+        log.info("worker.dispatched", name=run.name, flow_run=str(run.id))
+        self._starts += 1
+        self._finished_at_start[run.id] = progress.finished
+
+    def _let_end(self, living: set[UUID]) -> None:
+        """Workers of a paused campaign find nothing to do, and so end: that is no death."""
+        for run_id in self._finished_at_start.keys() - living:
+            del self._finished_at_start[run_id]
+
+    def _count_deaths(self, client: SyncPrefectClient, living: set[UUID], progress: Progress) -> None:
+        """A run that ended well found nothing to do; one that left work untouched is as good as dead."""
+        if progress.finished > self._finished:
+            self._finished, self._deaths = progress.finished, 0
+        for run_id in self._finished_at_start.keys() - living:
+            untouched = self._finished_at_start.pop(run_id) == progress.finished and progress.ready > 0
+            state = _state(client, run_id)
+            if state is not None and (state.is_crashed() or state.is_failed() or (state.is_completed() and untouched)):
+                log.warning("worker.died", flow_run=str(run_id), state=state.name, message=state.message)
+                self._deaths += 1
+                self._last_words = state.message or self._last_words
+
+    def _send_home(self, client: SyncPrefectClient, living: Sequence[FlowRun], wanted: int) -> None:
+        """Who waits for a device goes first and at once, who works only after a while; the newest before the others."""
+        surplus = len(living) - wanted
+        if surplus <= 0:
+            self._surplus_since = None
+            return
+        self._surplus_since = self.clock() if self._surplus_since is None else self._surplus_since
+        patient = self.clock() - self._surplus_since < SURPLUS_S
+        oldest_first = {run_id: n for n, run_id in enumerate(self._finished_at_start)}
+        mine = [run for run in living if run.id in oldest_first]
+        mine.sort(key=lambda run: (run.start_time is not None, -oldest_first[run.id]))
+        for run in mine[:surplus]:
+            if run.start_time is None or not patient:
+                _cancel(client, run.id, "fewer jobs are left than this worker is worth")
+
+    def _end(self, which: Callable[[FlowRun], bool], why: str) -> None:
+        from prefect.client.orchestration import get_client
+
+        with shown(), get_client(sync_client=True) as client:
+            for run in _living(client, self.label):
+                if run.id in self._finished_at_start and which(run):
+                    _cancel(client, run.id, why)
+
+
+def _living(client: SyncPrefectClient, label: str) -> list[FlowRun]:
+    """The runs of a campaign's workers that have not ended, whoever dispatched them."""
+    from prefect.client.schemas import filters
+    from prefect.client.schemas.objects import TERMINAL_STATES, StateType
+
+    unfinished = filters.FlowRunFilterStateType(any_=[kind for kind in StateType if kind not in TERMINAL_STATES])
+    chosen = filters.FlowRunFilter(
+        tags=filters.FlowRunFilterTags(all_=[label]), state=filters.FlowRunFilterState(type=unfinished)
+    )
+    flow = filters.FlowFilter(name=filters.FlowFilterName(any_=[WORKER_FLOW]))
+    found: list[FlowRun] = []
+    while len(page := client.read_flow_runs(flow_filter=flow, flow_run_filter=chosen, limit=PAGE, offset=len(found))):
+        found += page
+        if len(page) < PAGE:
+            break
+    return found
+
+
+def _state(client: SyncPrefectClient, run_id: UUID) -> State[Any] | None:
+    """None where somebody deleted the run: it has ended, and tells nothing of its worker."""
+    from prefect.exceptions import ObjectNotFound
+
+    try:
+        return client.read_flow_run(run_id).state
+    except ObjectNotFound:
+        return None
+
+
+def _cancel(client: SyncPrefectClient, run_id: UUID, why: str) -> None:
+    """Whoever runs it ends it in order; what nobody runs is cancelled at once, and what was deleted has ended."""
+    from prefect.exceptions import ObjectNotFound
+    from prefect.states import Cancelling
+
+    with suppress(ObjectNotFound):
+        client.set_flow_run_state(run_id, Cancelling(message=why))

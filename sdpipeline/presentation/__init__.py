@@ -1,1 +1,0 @@
-"""Text from tables, records and errors on its way to people: escaped for the place it is shown in."""

@@ -1,0 +1,1 @@
+"""Reports, contact sheets, exports, and the checks of finished pictures."""

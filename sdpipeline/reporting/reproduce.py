@@ -1,0 +1,175 @@
+"""Making a picture again from its record, ancestors first, and explaining what differs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from sdpipeline import provenance
+from sdpipeline.domain import GenerationRequest, Json, request_from_document
+from sdpipeline.engine import Batch, Engine, GenerationFailure, Pixels, PreparedRequest
+from sdpipeline.errors import BadInputError, InputImageError, Mistake
+from sdpipeline.provenance import LARGEST_PICTURE
+from sdpipeline.provenance.untrusted import SHAPE_ERRORS
+
+MOST_STEPS = 10_000
+LARGEST_BUCKET = 1024
+"""Bounds of what a stranger's record may ask this machine for."""
+
+RECORD_SCHEMAS = ("sdpipeline/record/1", "sdpipeline/record/2")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reproduction:
+    """The picture made again. ``max_abs_diff`` is in 0-255; None where the original's pixels are not at hand."""
+
+    data: bytes
+    bit_equal: bool
+    max_abs_diff: int | None
+    differences: list[Json]
+
+    def document(self) -> Json:
+        """The form of ``reproduce --json``."""
+        return {"bit_equal": self.bit_equal, "max_abs_diff": self.max_abs_diff, "differences": self.differences}
+
+
+SETTINGS = {
+    "profile.compile": "SDP_ENGINE__COMPILE",
+    "profile.channels_last": "SDP_ENGINE__CHANNELS_LAST",
+    "profile.attention": "SDP_ENGINE__ATTENTION",
+    "profile.quantize": "SDP_ENGINE__QUANTIZE",
+}
+"""What makes these differences: how a machine is set, and not what it is."""
+
+FindInput = Callable[[Json], bytes]
+"""The bytes of an outside input by what the record says of it: its ``sha256``, and its ``url`` if it has one.
+Raises InputImageError."""
+
+
+def reproduce(
+    record: Json, engine: Engine, find_input: FindInput, *, original: Pixels | None, pixels_sha256: str | None
+) -> Reproduction:
+    """Make the picture of ``record`` in the bucket it was made in and compare; raises BadInputError or SdpError.
+
+    The original is known by its decoded pixels or, where only the record is left, by their digest.
+    """
+    data, ran = _made_again(record, engine, find_input, {})
+    pixels = provenance.decode(data, max_pixels=LARGEST_PICTURE)
+    if original is None:
+        equal = provenance.pixels_sha256(pixels) == pixels_sha256
+        apart = 0 if equal else None
+    else:
+        apart = int(np.abs(original.astype(np.int16) - pixels).max()) if original.shape == pixels.shape else 255
+        equal = apart == 0
+    return Reproduction(data=data, bit_equal=equal, max_abs_diff=apart, differences=_differences(record, ran))
+
+
+def checked_record(record: Json | None, name: str) -> Json:
+    """The record, if this release can read it."""
+    if record is None:
+        raise BadInputError(Mistake(file=name, message="holds no record of ours", fix="give a picture made here"))
+    if (schema := record.get("schema")) not in RECORD_SCHEMAS:
+        raise BadInputError(Mistake(file=name, message=f"its record has the unknown schema {str(schema)[:80]!r}"))
+    if isinstance(asked := record.get("asked"), dict) and "prompt" not in asked:
+        fix = "give its job's number: the sidecar in storage has it"
+        raise BadInputError(Mistake(file=name, message="its record keeps the prompt back", fix=fix))
+    try:
+        _request(record)
+    except InputImageError as error:
+        raise BadInputError(Mistake(file=name, message=str(error), fix="give a picture made here")) from error
+    return record
+
+
+def _request(record: Json) -> GenerationRequest:
+    """The request of a record, which a stranger may have written; raises InputImageError for what is none of ours."""
+    try:
+        request = request_from_document(record["asked"])
+        shaped = all(
+            isinstance(part, dict)
+            for part in (record["ran"], record["encoder"], record.get("ancestors", {}), *record["inputs"].values())
+        )
+        named = all(isinstance(record[name], str) for name in ("identity", "fingerprint", "made_at"))
+        figures = (request.width, request.height, request.num_inference_steps, record["ran"]["bucket"])
+    except SHAPE_ERRORS as error:
+        raise InputImageError(f"the record is not one that was written here: {error!r}"[:200]) from error
+    if not (shaped and named and all(type(figure) is int for figure in figures)):
+        raise InputImageError("the record is not one that was written here")
+    width, height, steps, bucket = figures
+    if not (0 < width * height <= LARGEST_PICTURE and steps <= MOST_STEPS and 0 < bucket <= LARGEST_BUCKET):
+        raise InputImageError("the record asks for more pixels, steps or pictures at once than were ever made here")
+    return request
+
+
+def _made_again(
+    record: Json, engine: Engine, find_input: FindInput, made: dict[str, bytes | None]
+) -> tuple[bytes, Json]:
+    """The file and what ran; encoded as recorded, because children consume the pixels of the final file.
+
+    ``made`` holds ancestors by their digests, each made once, and None for one that is being made.
+    """
+    request = _request(record)
+    ancestors = record.get("ancestors", {})
+    images = {role: _image(about, ancestors, engine, find_input, made) for role, about in record["inputs"].items()}
+    prepared = PreparedRequest(request=request, images=images, calls=record["ran"].get("calls", ()))
+    (result,) = engine.generate(Batch(requests=(prepared,), bucket=int(record["ran"]["bucket"])))
+    if isinstance(result, GenerationFailure):
+        raise result.error
+    own = _own_record(record, request, result.ran)
+    shown = provenance.disclosed(own)
+    return provenance.encode(result.pixels, output=request.output, record=shown).data, result.ran
+
+
+def _image(
+    about: Json, ancestors: Json, engine: Engine, find_input: FindInput, made: dict[str, bytes | None]
+) -> Pixels:
+    if "stage" not in about:
+        return provenance.decode(find_input(about), max_pixels=LARGEST_PICTURE)
+    sha256 = str(about.get("sha256", about.get("key")))
+    record = about.get("record") or ancestors.get(sha256)
+    if not isinstance(record, dict):
+        raise InputImageError(f"the record of the picture of stage {about['stage']!r} is not in this record")
+    if sha256 not in made:
+        made[sha256] = None
+        made[sha256], _ = _made_again({"ancestors": ancestors} | record, engine, find_input, made)
+    data = made[sha256]
+    if data is None:
+        raise InputImageError(f"the picture of stage {about['stage']!r} would be made from itself")
+    return provenance.decode(data, max_pixels=LARGEST_PICTURE)
+
+
+def _own_record(record: Json, request: GenerationRequest, ran: Json) -> Json:
+    """A reproduction says that it is one."""
+    about = {"identity": record["identity"], "fingerprint": record["fingerprint"], "made_at": record["made_at"]}
+    return record | {"reproduction_of": about, "ran": ran, "encoder": provenance.encoder(request.output)}
+
+
+def _differences(record: Json, ran: Json) -> list[Json]:
+    """What was different when the picture was made: engine, device, dtype, scheduler, fallbacks, libraries, encoder."""
+    then, now = _compared(record["ran"], record["encoder"]), _compared(ran, _encoder_of(record))
+    names = sorted({*then, *now})
+    return [
+        {"what": name, "then": then.get(name), "now": now.get(name)} | _setting(name, then.get(name))
+        for name in names
+        if then.get(name) != now.get(name)
+    ]
+
+
+def _setting(name: str, then: Json | str | None) -> Json:
+    """What to set for a picture as it was then."""
+    if name not in SETTINGS:
+        return {}
+    value = str(then).lower() if then else None
+    return {"setting": f"{SETTINGS[name]}={value}" if value else f"no {SETTINGS[name]}"}
+
+
+def _encoder_of(record: Json) -> Json:
+    return provenance.encoder(request_from_document(record["asked"]).output)
+
+
+def _compared(ran: Json, encoder: Json) -> Json:
+    names = ("engine", "pipeline", "device", "dtype", "bucket", "calls", "scheduler", "fallbacks")
+    profile = {f"profile.{name}": value for name, value in ran.get("profile", {}).items()}
+    libraries = {f"libraries.{name}": version for name, version in ran.get("libraries", {}).items()}
+    return {name: ran[name] for name in names if name in ran} | profile | libraries | {"encoder": encoder}

@@ -1,0 +1,1 @@
+"""One worker process: lease a batch, generate, deliver."""

@@ -1,0 +1,391 @@
+"""A job's finished picture on its way into storage: encoded, marked, signed, stored with its sidecar, read back."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Collection, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
+from pathlib import PurePosixPath
+from typing import Protocol
+
+from sdpipeline import provenance
+from sdpipeline.db import queue as jobs
+from sdpipeline.db import workers
+from sdpipeline.db.audit import AuditLog
+from sdpipeline.db.budgets import Charge
+from sdpipeline.db.queue import LeasedJob, StoredImage
+from sdpipeline.db.reuse import Original
+from sdpipeline.domain import Json, OutputFormat, canonical, to_document
+from sdpipeline.engine import GeneratedImage, quality
+from sdpipeline.errors import (
+    DatabaseUnavailableError,
+    InputImageError,
+    MarksLostError,
+    ObjectConflictError,
+    ObjectMissingError,
+    StorageUnavailableError,
+)
+from sdpipeline.provenance import LARGEST_PICTURE, EncodedImage
+from sdpipeline.provenance.signing import SigningKey
+from sdpipeline.storage import ObjectStore, StoredObject
+from sdpipeline.worker.inputs import Consumed, verified
+
+RECORD_SCHEMA = "sdpipeline/record/2"
+SIDECAR_SCHEMA = "sdpipeline/sidecar/1"
+CONTROL_MAP_SCHEMA = "sdpipeline/control-map/1"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Attempt:
+    """Who makes a picture, when asked by the sidecar."""
+
+    number: int
+    lease_id: str
+    worker_id: str
+    gpu_seconds: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FinishedPicture:
+    """A picture ready to be stored: the same bytes however often that is tried."""
+
+    folder: str
+    record: Json
+    encoded: EncodedImage
+    control_maps: Sequence[tuple[str, EncodedImage]]
+    scores: Json
+    timings: Json
+    attempt: Attempt
+
+
+class Deliverer(Protocol):
+    """Turns what an engine made into pictures in storage. Called from several threads."""
+
+    def finish(
+        self, leased: LeasedJob, consumed: Consumed, generated: GeneratedImage, attempt: Attempt
+    ) -> FinishedPicture:
+        """As :func:`finish`."""
+
+    def deliver(self, picture: FinishedPicture) -> StoredImage:
+        """As :func:`deliver`."""
+
+    def complete(self, lease_id: str, leased: LeasedJob, stored: StoredImage, charge: Charge) -> bool:
+        """Record the picture, as :func:`sdpipeline.db.queue.complete` in a transaction of its own."""
+
+    def silent_s(self) -> float:
+        """Seconds since whatever delivers stopped showing that it runs; 0 while it does, also during an outage."""
+
+
+@dataclass(frozen=True, slots=True)
+class LocalDeliverer:
+    """Delivers in this process."""
+
+    store: ObjectStore
+    signing: SigningKey
+    audit: AuditLog
+    _shown: dict[str, Mapping[str, str]] = field(default_factory=dict)
+
+    def finish(
+        self, leased: LeasedJob, consumed: Consumed, generated: GeneratedImage, attempt: Attempt
+    ) -> FinishedPicture:
+        """As :func:`finish`."""
+        return finish(leased, consumed, generated, attempt, self.signing)
+
+    def deliver(self, picture: FinishedPicture) -> StoredImage:
+        """As :func:`deliver`; what storage was found to refuse is shown by ``status``."""
+        stored = deliver(self.store, picture)
+        losses, worker_id = self.store.losses(), picture.attempt.worker_id
+        if losses != self._shown.get(worker_id, {}):
+            with suppress(DatabaseUnavailableError), self.audit.database.write() as connection:
+                workers.set_storage_losses(connection, worker_id, losses)
+                self._shown[worker_id] = losses
+        return stored
+
+    def complete(self, lease_id: str, leased: LeasedJob, stored: StoredImage, charge: Charge) -> bool:
+        """As the protocol says."""
+        with self.audit.transaction() as tx:
+            return jobs.complete(tx, lease_id=lease_id, leased=leased, stored=stored, charge=charge)
+
+    def silent_s(self) -> float:
+        """Always 0: this process delivers."""
+        return 0.0
+
+    def recorded(self, leased: LeasedJob, stored: StoredImage) -> bool:
+        """Whether this very attempt's picture is recorded."""
+        with self.audit.database.read() as connection:
+            return jobs.recorded(connection, leased, stored)
+
+
+def finish(
+    leased: LeasedJob, consumed: Consumed, generated: GeneratedImage, attempt: Attempt, signing: SigningKey
+) -> FinishedPicture:
+    """Measure, freeze the record, encode, and sign: nothing may change a byte of the file after that.
+
+    Raises BadPictureError for a picture that scores less than the campaign asks for, SigningUnavailableError.
+    """
+    begun = time.perf_counter()
+    measured = quality.measure(generated.pixels, zip(leased.request.controlnets, generated.control_maps, strict=False))
+    quality.check(measured, leased.rules.get("quality", {}))
+    started = time.perf_counter()
+    frozen = record(leased, consumed, generated)
+    shown, output = provenance.disclosed(frozen), leased.request.output
+    encoded = provenance.encode(generated.pixels, output=output, record=shown, from_photograph=consumed.edits)
+    encoded_at = time.perf_counter()
+    signed = provenance.sign(
+        encoded, key=signing, record=shown, ingredients=consumed.ingredients, from_photograph=consumed.edits
+    )
+    timings = {
+        "generate_s": round(attempt.gpu_seconds, 6),
+        "measure_s": round(started - begun, 6),
+        "encode_s": round(encoded_at - started, 6),
+        "sign_s": round(time.perf_counter() - encoded_at, 6),
+    }
+    return FinishedPicture(
+        folder=_folder(leased),
+        record=frozen,
+        encoded=signed,
+        control_maps=_signed_control_maps(leased, consumed, generated, signing),
+        scores=measured,
+        timings=timings,
+        attempt=attempt,
+    )
+
+
+def deliver(store: ObjectStore, picture: FinishedPicture) -> StoredImage:
+    """Store with record and sidecar, read back and verify; the picture counts only once the database says so.
+
+    May be asked again after a storage outage: what was stored before it is met again byte by byte. Raises
+    MarksLostError where storage gives back a picture without its marks.
+    """
+    started = time.perf_counter()
+    encoded, attempt = picture.encoded, picture.attempt
+    stem = f"{picture.folder}/{encoded.sha256}"
+    key = f"{stem}.{encoded.extension}"
+    stored = _put_marked(store, key, encoded.data)
+    control_maps = _deliver_control_maps(store, stem, picture)
+    about = {"key": key, "sha256": stored.sha256, "size_bytes": stored.size_bytes, "version_id": stored.version_id}
+    sidecar = canonical(
+        {
+            "schema": SIDECAR_SCHEMA,
+            "record": picture.record,
+            "object": about | {"pixels_sha256": encoded.pixels_sha256},
+            "control_maps": control_maps,
+            "scores": picture.scores,
+            "timings": picture.timings,
+            "attempt": attempt.number,
+            "worker": attempt.worker_id,
+        }
+    )
+    # One attempt, one sidecar: a second attempt may make the same bytes, but not in the same time.
+    sidecar_key = f"{stem}.{attempt.lease_id[:8]}.json"
+    store.put(sidecar_key, sidecar, content_type="application/json")
+    return StoredImage(
+        key=key,
+        url=store.url(key),
+        sha256=stored.sha256,
+        pixels_sha256=encoded.pixels_sha256,
+        size_bytes=stored.size_bytes,
+        version_id=stored.version_id,
+        width=encoded.width,
+        height=encoded.height,
+        sidecar_key=sidecar_key,
+        sidecar_sha256=hashlib.sha256(sidecar).hexdigest(),
+        gpu_seconds=attempt.gpu_seconds,
+        timings=picture.timings | {"store_s": round(time.perf_counter() - started, 6)},
+        scores=picture.scores,
+    )
+
+
+def reuse(
+    store: ObjectStore,
+    leased: LeasedJob,
+    original: Original,
+    attempt: Attempt,
+    *,
+    engine: str,
+    signing: SigningKey,
+    trust_anchors: str = "",
+) -> StoredImage:
+    """Copy a picture made for the same fingerprint, byte by byte: its record stays the one of the job it was made for.
+
+    Raises InputImageError where it is not what was recorded of it, not what ``engine`` would make, or not signed as
+    well as ``signing`` and the trusted roots ask for, and BadPictureError where it scores less than the campaign does.
+    """
+    started, made, thresholds = time.perf_counter(), original.stored, leased.rules.get("quality", {})
+    if thresholds and not made.scores:
+        raise InputImageError(f"{made.key} was never measured, and the campaign asks for {', '.join(thresholds)}")
+    quality.check(made.scores, thresholds)
+    data, told = verified(store, made.key, made.sha256), _sidecar_of(store, made)
+    if wrong := _unfit(leased, told["record"], engine) or _unmarked(data, signing, trust_anchors):
+        raise InputImageError(f"{made.key} {wrong}")
+    # The jobs of one stage that ask for the same picture share its folder, and each has a picture of its own.
+    folder = f"{_folder(leased)}/{leased.identity[:16]}"
+    key = f"{folder}/{PurePosixPath(made.key).name}"
+    stored = _put_marked(store, key, data)
+    control_maps = _copy_control_maps(store, folder, told["control_maps"])
+    timings = {"generate_s": 0.0, "encode_s": 0.0}
+    own = {
+        "object": told["object"] | {"key": key, "version_id": stored.version_id},
+        "control_maps": control_maps,
+        "timings": timings,
+        "attempt": attempt.number,
+        "worker": attempt.worker_id,
+        "reused_from": {"key": made.key, "sha256": made.sha256, "job": original.job_id}
+        | {"fingerprint": leased.fingerprint},
+    }
+    sidecar, sidecar_key = canonical(told | own), f"{folder}/{made.sha256}.{attempt.lease_id[:8]}.json"
+    store.put(sidecar_key, sidecar, content_type="application/json")
+    return replace(
+        made,
+        key=key,
+        url=store.url(key),
+        version_id=stored.version_id,
+        sidecar_key=sidecar_key,
+        sidecar_sha256=hashlib.sha256(sidecar).hexdigest(),
+        gpu_seconds=0.0,
+        timings=timings | {"store_s": round(time.perf_counter() - started, 6)},
+        reused_from=made.key,
+    )
+
+
+def stem(key: str) -> str:
+    """What the keys of a picture, its sidecars and its control maps begin with."""
+    return key.rpartition(".")[0]
+
+
+def delete_all(store: ObjectStore, prefix: str, *, but: Collection[str] = ()) -> int:
+    """Delete what lies under a prefix, save under the stems ``but``; returns how many objects that were."""
+    gone = [key for key in store.list(prefix) if not key.startswith(tuple(but))]
+    # The sidecars last: they name the rest.
+    for key in sorted(gone, key=lambda each: each.endswith(".json")):
+        store.delete(key)
+    return len(gone)
+
+
+def record(leased: LeasedJob, consumed: Consumed, generated: GeneratedImage) -> Json:
+    """What was asked, what ran and what went in: enough to make the picture again and to explain it.
+
+    With prompts in any case: the sidecar keeps them, whatever goes into the file.
+    """
+    told, ancestors = leased.rules.get("include_prompt", "full"), dict(consumed.ancestors)
+    about: Json = ({"include_prompt": told} if told != "full" else {}) | ({"ancestors": ancestors} if ancestors else {})
+    return about | {
+        "schema": RECORD_SCHEMA,
+        "team": leased.team,
+        "campaign": leased.campaign,
+        "edition": leased.edition,
+        "stage": leased.stage,
+        "row": leased.row_key,
+        "seed": leased.seed,
+        "identity": leased.identity,
+        "fingerprint": leased.fingerprint,
+        "asked": to_document(leased.request),
+        "ran": generated.ran,
+        "inputs": dict(consumed.inputs),
+        "encoder": provenance.encoder(leased.request.output),
+        "made_at": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+
+
+def _put_marked(store: ObjectStore, key: str, data: bytes) -> StoredObject:
+    """Store, read back, and check the marks of what came back; raises MarksLostError."""
+    try:
+        stored = store.put(key, data, content_type=provenance.content_type(data))
+    except (StorageUnavailableError, ObjectConflictError):
+        _refuse_unmarked(store, key)
+        raise
+    # The store compared what it read back with these bytes.
+    marks = provenance.verify(data)
+    if not marks.ok:
+        raise MarksLostError(f"{store.url(key)} is not marked as it should be: {', '.join(marks.faults)}")
+    return stored
+
+
+def _refuse_unmarked(store: ObjectStore, key: str) -> None:
+    """Other bytes came back: an outage or a fault of the disk, unless they are a whole picture without its marks."""
+    try:
+        data = store.get(key)
+        provenance.decode(data, max_pixels=LARGEST_PICTURE)
+        marks = provenance.verify(data)
+    except (StorageUnavailableError, ObjectMissingError, InputImageError):
+        return
+    if not marks.ok:
+        raise MarksLostError(
+            f"{store.url(key)} came back from storage without its marks ({', '.join(marks.faults)}): something on the"
+            " way there rewrites pictures; have it pass them on as they are"
+        )
+
+
+def _signed_control_maps(
+    leased: LeasedJob, consumed: Consumed, generated: GeneratedImage, signing: SigningKey
+) -> list[tuple[str, EncodedImage]]:
+    """What steered the picture, with the annotator that made it; marked as what it was made from is."""
+    signed = []
+    sources = {each.role: each.data for each in consumed.ingredients}
+    for n, (use, pixels) in enumerate(zip(leased.request.controlnets, generated.control_maps, strict=False)):
+        about = {"schema": CONTROL_MAP_SCHEMA, "annotator": use.annotator, "fingerprint": leased.fingerprint}
+        source = sources.get(f"controlnets.{n}")
+        outside = source is not None and provenance.digital_source_type(source) != provenance.GENERATED
+        encoded = provenance.encode(pixels, output=OutputFormat(), record=about, from_photograph=outside)
+        signed.append((use.annotator, provenance.sign(encoded, key=signing, record=about, from_photograph=outside)))
+    return signed
+
+
+def _deliver_control_maps(store: ObjectStore, stem: str, picture: FinishedPicture) -> list[Json]:
+    """They are kept beside the picture."""
+    kept = []
+    for n, (annotator, encoded) in enumerate(picture.control_maps):
+        stored = _put_marked(store, f"{stem}.control-{n}.png", encoded.data)
+        kept.append({"key": stored.key, "sha256": stored.sha256, "annotator": annotator})
+    return kept
+
+
+def _copy_control_maps(store: ObjectStore, folder: str, made: Sequence[Json]) -> list[Json]:
+    kept = []
+    for about in made:
+        data, key = verified(store, about["key"], about["sha256"]), f"{folder}/{PurePosixPath(about['key']).name}"
+        store.put(key, data, content_type=provenance.content_type(data))
+        kept.append(about | {"key": key})
+    return kept
+
+
+def _sidecar_of(store: ObjectStore, made: StoredImage) -> Json:
+    told: Json = json.loads(verified(store, made.sidecar_key, made.sidecar_sha256))
+    return told
+
+
+def _unmarked(data: bytes, signing: SigningKey, trust_anchors: str) -> str | None:
+    """A release before signatures made it, its certificate ran out, or its signer is trusted no more: the copy would
+    fail whoever verifies it."""
+    marks = provenance.verify(data, trust_anchors=trust_anchors)
+    if not marks.ok:
+        return f"is not marked as it should be: {', '.join(marks.faults)}"
+    if marks.development_key and not signing.development:
+        return "was signed by a development key"
+    if trust_anchors and marks.c2pa != "trusted":
+        return f"was signed by {marks.signed_by}, whom no root of SDP_SIGNING__TRUST_FILE stands behind"
+    return None
+
+
+def _unfit(leased: LeasedJob, made: Json, engine: str) -> str | None:
+    """Why a picture of the same fingerprint will not do: it is a load test's, was not judged, was not made strictly, or
+    tells more of its prompts than this campaign does."""
+    ran, told = made["ran"], leased.rules.get("include_prompt", "full")
+    if ran["engine"] != engine:
+        return f"was made by the engine {ran['engine']!r}, which is not {engine!r}"
+    seen = {each["digest"] for each in ran.get("safety_checkers", ())}
+    if unseen := [each["alias"] for each in leased.rules.get("safety", ()) if each["digest"] not in seen]:
+        return f"was not shown to safety checker {', '.join(unseen)}"
+    if leased.request.exact and ran.get("reproducibility") != "strict":
+        return "was not made strictly"
+    if provenance.tells_more(provenance.include_prompt(made), told):
+        return f"tells more of its prompt than provenance.include_prompt: {told} allows"
+    return None
+
+
+def _folder(leased: LeasedJob) -> str:
+    return f"{leased.team}/{leased.campaign}/{leased.stage}/{leased.fingerprint}"

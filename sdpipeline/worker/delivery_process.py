@@ -1,0 +1,371 @@
+"""Delivery in a process of its own: to encode, sign, store and record pictures takes Python's lock, which an engine's
+thread needs for every operation that it gives to its device.
+
+This is the side of whoever asks; :mod:`sdpipeline.app.delivery_server` is the other. They talk over pairs of sockets that
+only the two of them hold, so that each sees when the other is gone.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import queue
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import Future
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from multiprocessing.connection import Connection, wait
+from typing import Any
+
+import structlog
+
+from sdpipeline.db.budgets import Charge
+from sdpipeline.db.queue import LeasedJob, StoredImage
+from sdpipeline.engine import GeneratedImage
+from sdpipeline.errors import DeliveryLostError, DeliveryUnavailableError, SdpError
+from sdpipeline.settings import Settings
+from sdpipeline.worker.delivery import Attempt, FinishedPicture
+from sdpipeline.worker.inputs import Consumed
+from sdpipeline.worker.watchdog import LEAST_TIMEOUT_S
+
+SERVER = "sdpipeline.app.delivery_server"
+TRIES = 3
+LAST_WORDS_S = 5.0
+BEAT_S = 0.5
+MISSED_BEATS = 4
+"""Fewer in a row are late, not missed."""
+LEAST_SILENCE_S = 5.0
+MOST_SILENCE_S = 60.0
+
+_log = structlog.get_logger(__name__)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Destination:
+    """Where pictures go, and as whose: ``settings`` name the key, and the rest is as they or a measurement have it.
+
+    ``certificate`` is the SHA-256 of the one that whoever asks works with: pictures are signed with no other.
+    """
+
+    settings: Settings
+    storage_url: str
+    database_url: str = field(repr=False)
+    actor: str
+    certificate: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Bounds:
+    """Limits after which a delivery process is killed and replaced.
+
+    ``silence_s`` counts from its last heartbeat, ``start_s`` from its start to its first heartbeat. ``call_s`` is for
+    one call: the heartbeat goes on while a call waits for an outage to end, and while it hangs.
+    """
+
+    silence_s: float = 15.0
+    start_s: float = 120.0
+    call_s: float = LEAST_TIMEOUT_S
+
+    @classmethod
+    def of(cls, s: Settings) -> Bounds:
+        """A quarter of a lease without a heartbeat, so that a lease outlives the replacement.
+
+        A call may take long during an outage, so ``SDP_BATCH_TIMEOUT_S`` only makes the bound of a call longer.
+        """
+        silence_s = min(s.lease_ttl_s / 4, s.batch_timeout_s or math.inf, MOST_SILENCE_S)
+        return cls(silence_s=max(silence_s, LEAST_SILENCE_S), call_s=max(s.batch_timeout_s, LEAST_TIMEOUT_S))
+
+
+class _GoneError(Exception):
+    """The process ended in the middle of a call."""
+
+
+class _HungError(_GoneError):
+    """The process exceeded one of its bounds; nothing but SIGKILL ends it, which works on a stopped process too."""
+
+
+@dataclass(slots=True)
+class _Server:
+    """One such process, the connection of its heartbeat, and the connections that are free for calls."""
+
+    process: subprocess.Popen[bytes]
+    heart: Connection
+    ours: tuple[Connection, ...]
+    free: queue.SimpleQueue[Connection] = field(default_factory=queue.SimpleQueue)
+    asked_at: dict[Connection, float] = field(default_factory=dict)
+
+    def ask(self, method: str, *arguments: Any) -> Any:
+        """Raises what the method raised, or _GoneError."""
+        connection = self.free.get()
+        self.asked_at[connection] = time.monotonic()
+        try:
+            connection.send((method, arguments))
+            done, answer = connection.recv()
+        except (EOFError, OSError) as error:
+            raise _GoneError(repr(error)) from error
+        finally:
+            self.asked_at.pop(connection, None)
+            self.free.put(connection)
+        if done:
+            return answer
+        raise answer
+
+    def longest_call_s(self) -> float:
+        """Duration of the longest call that is under way."""
+        return time.monotonic() - min(tuple(self.asked_at.values()), default=math.inf)
+
+    def hang_up(self) -> None:
+        """Shut the connections down: the process ends, and calls under way fail.
+
+        They are not closed: another thread may still read from one, and its number may be given to a new connection.
+        """
+        for connection in (self.heart, *self.ours):
+            with suppress(OSError), socket.socket(fileno=os.dup(connection.fileno())) as shared:
+                shared.shutdown(socket.SHUT_RDWR)
+
+    def end(self, *, at_once: bool = False) -> None:
+        """End the process, by SIGKILL ``at_once`` or when it takes too long."""
+        self.hang_up()
+        try:
+            self.process.wait(0.0 if at_once else LAST_WORDS_S)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            try:
+                self.process.wait(LAST_WORDS_S)
+            except subprocess.TimeoutExpired:  # it waits in the kernel, as for a dead network file system
+                _log.error("delivery_process_unkillable", pid=self.process.pid)
+
+
+@dataclass(slots=True)
+class DeliveryProcess:
+    """Implements :class:`sdpipeline.worker.delivery.Deliverer`; its methods may be called from several threads, of which so
+    many as ``connections`` are served at a time. Each raises DeliveryLostError and DeliveryUnavailableError besides.
+
+    A thread of its own starts the process, listens to its heartbeat, and replaces it when it dies or exceeds a bound.
+    Calls that were under way are repeated one after the other, so that a call that kills the process kills it again
+    alone. A picture that was stored already stays in storage, where ``reconcile`` finds it.
+    """
+
+    to: Destination
+    connections: int = 5
+    bounds: Bounds = field(default_factory=Bounds)
+    _server: _Server | None = None
+    _starting: Future[_Server] | None = None
+    _wanted: queue.SimpleQueue[Future[_Server] | None] = field(default_factory=queue.SimpleQueue)
+    _keeper: threading.Thread | None = None
+    _silent_since: float | None = None
+    _closed: bool = False
+    _changing: threading.Lock = field(default_factory=threading.Lock)
+    _again: threading.Lock = field(default_factory=threading.Lock)
+
+    def begin(self) -> None:
+        """Start the process in the background; what is wrong with it is told to the first who asks."""
+        with self._changing:
+            self._want()
+
+    def check(self) -> None:
+        """Wait until the process answers; raises DeliveryUnavailableError."""
+        self._current()
+
+    def silent_s(self) -> float:
+        """As :meth:`sdpipeline.worker.delivery.Deliverer.silent_s`; the time in which a dead process is replaced counts."""
+        since = self._silent_since
+        return 0.0 if since is None else time.monotonic() - since
+
+    def finish(
+        self, leased: LeasedJob, consumed: Consumed, generated: GeneratedImage, attempt: Attempt
+    ) -> FinishedPicture:
+        """As :meth:`sdpipeline.worker.delivery.Deliverer.finish`."""
+        finished: FinishedPicture = self._ask("finish", leased, consumed, generated, attempt)[0]
+        return finished
+
+    def deliver(self, picture: FinishedPicture) -> StoredImage:
+        """As :meth:`sdpipeline.worker.delivery.Deliverer.deliver`."""
+        stored: StoredImage = self._ask("deliver", picture)[0]
+        return stored
+
+    def complete(self, lease_id: str, leased: LeasedJob, stored: StoredImage, charge: Charge) -> bool:
+        """As :meth:`sdpipeline.worker.delivery.Deliverer.complete`."""
+        done, tries = self._ask("complete", lease_id, leased, stored, charge)
+        # One that died may have recorded it, and its successor is fenced then.
+        return bool(done or (tries > 1 and self._ask("recorded", leased, stored)[0]))
+
+    def close(self) -> None:
+        """End the process, if there is one; there will be no other."""
+        with self._changing:
+            self._closed = True
+            if self._server is not None:
+                self._server.hang_up()
+            keeper = self._keeper
+        self._wanted.put(None)
+        if keeper is not None:
+            keeper.join()
+
+    def _ask(self, method: str, *arguments: Any) -> tuple[Any, int]:
+        """The answer, and how many processes were asked for it."""
+        server = self._current()
+        try:
+            return server.ask(method, *arguments), 1
+        except _GoneError:
+            self._give_up(server)
+        with self._again:
+            for tries in range(2, TRIES + 1):
+                server = self._current()
+                try:
+                    return server.ask(method, *arguments), tries
+                except _GoneError:
+                    self._give_up(server)
+        raise DeliveryLostError(f"the process that delivers pictures died {TRIES} times at this one")
+
+    def _current(self) -> _Server:
+        with self._changing:
+            self._want()
+            starting = self._starting
+        if starting is None:
+            raise DeliveryUnavailableError("the process that delivers pictures was ended")
+        return starting.result()
+
+    def _want(self) -> None:
+        """Have a process started unless there is one or this was closed. The caller holds the lock."""
+        if self._closed:
+            self._starting = None
+        elif self._starting is None:
+            self._starting = Future()
+            self._wanted.put(self._starting)
+            if self._keeper is None:
+                self._keeper = threading.Thread(target=self._keep, name="sdp-delivery", daemon=True)
+                self._keeper.start()
+
+    def _give_up(self, server: _Server) -> None:
+        """A call found the process gone: the next call waits for another one."""
+        server.process.kill()
+        with self._changing:
+            given = self._starting
+            # Once for each process: a caller that comes late must not withdraw what another waits for.
+            if given is not None and given.done() and given.exception() is None and given.result() is server:
+                self._starting = None
+
+    # The thread that starts processes: the kernel kills a process when the thread that started it ends.
+
+    def _keep(self) -> None:
+        while (starting := self._wanted.get()) is not None:
+            try:
+                server = self._started()
+            except DeliveryUnavailableError as error:
+                self._forget(starting)
+                starting.set_exception(error)
+                continue
+            starting.set_result(server)
+            try:
+                self._listen(server)
+            except _GoneError as error:
+                self._on_exit(server, error)
+            self._forget(starting)
+            # At once, also where nobody asks: a long batch on the device needs its lease extended.
+            self.begin()
+
+    def _forget(self, starting: Future[_Server]) -> None:
+        with self._changing:
+            if self._starting is starting:
+                self._starting = None
+
+    def _started(self) -> _Server:
+        """A process that answers. Raises DeliveryUnavailableError, with the process's own words if there are any."""
+        try:
+            server = _spawned(self.connections)
+        except OSError as error:
+            self._silent_since = None
+            raise DeliveryUnavailableError(f"the process that delivers pictures does not start: {error}") from error
+        with self._changing:
+            self._server = server
+            if self._closed:
+                server.hang_up()
+        try:
+            self._greet(server)
+        except (_GoneError, SdpError) as error:
+            server.end(at_once=isinstance(error, _HungError))
+            if not isinstance(error, _HungError):
+                self._silent_since = None  # an answer: callers wait as for any other outage
+            ended = isinstance(error, _GoneError) and not isinstance(error, _HungError)
+            why = f"it ended with {server.process.returncode}" if ended else str(error)
+            raise DeliveryUnavailableError(f"the process that delivers pictures does not start: {why}") from error
+        return server
+
+    def _greet(self, server: _Server) -> None:
+        first = server.ours[0]
+        server.asked_at[first] = time.monotonic() + self.bounds.start_s
+        try:
+            first.send(("", (self.to,)))
+            self._listen(server, answer=first)
+            done, error = first.recv()
+        except (EOFError, OSError) as gone:
+            raise _GoneError(repr(gone)) from gone
+        finally:
+            server.asked_at.pop(first, None)
+        if not done:
+            raise error
+        for connection in server.ours:
+            server.free.put(connection)
+
+    def _listen(self, server: _Server, *, answer: Connection | None = None) -> None:
+        """Listen to the heartbeat until there is an ``answer``. Raises _GoneError.
+
+        Silence is counted in intervals in which this process ran: one that was frozen with us has time to go on.
+        """
+        missed, allowed_s = 0, self.bounds.silence_s if answer is None else self.bounds.start_s
+        heard = [server.heart] if answer is None else [server.heart, answer]
+        while answer is None or not answer.poll():
+            ready = wait(heard, BEAT_S)
+            if server.heart in ready:
+                try:
+                    server.heart.recv_bytes()
+                except (EOFError, OSError) as error:
+                    raise _GoneError(repr(error)) from error
+                missed, allowed_s, self._silent_since = 0, self.bounds.silence_s, None
+            elif not ready:
+                missed += 1
+            if missed == MISSED_BEATS and self._silent_since is None:
+                self._silent_since = time.monotonic() - missed * BEAT_S
+            if missed * BEAT_S >= allowed_s:
+                raise _HungError(f"no heartbeat for {allowed_s:g} s")
+            if server.longest_call_s() > self.bounds.call_s:
+                raise _HungError(f"a call took longer than {self.bounds.call_s:g} s")
+
+    def _on_exit(self, dead: _Server, error: _GoneError) -> None:
+        with self._changing:
+            closed = self._closed
+        if not closed:
+            self._silent_since = self._silent_since or time.monotonic()
+        if isinstance(error, _HungError):
+            _log.error("delivery_process_silent", pid=dead.process.pid, error=str(error))
+        dead.end(at_once=isinstance(error, _HungError))
+        if not closed:
+            _log.warning("delivery_process_died", exit_code=dead.process.returncode, error=str(error))
+
+
+def _spawned(connections: int) -> _Server:
+    """A new process. Raises OSError."""
+    with _pairs(connections + 1) as (ours, theirs):
+        numbers = [each.fileno() for each in theirs]
+        # Without the current folder on its path (-P). A group of its own, as a Ctrl-C is for whoever started it;
+        # in a session of its own it would be the engine's equal for Linux, however nice.
+        command = [sys.executable, "-P", "-m", SERVER, *map(str, numbers)]
+        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, pass_fds=numbers, process_group=0)
+    return _Server(process, ours[0], ours[1:])
+
+
+@contextmanager
+def _pairs(count: int) -> Iterator[tuple[tuple[Connection, ...], list[socket.socket]]]:
+    """Our ends, and those of a process that is started in the block."""
+    pairs = [socket.socketpair() for _ in range(count)]
+    try:
+        yield tuple(Connection(mine.detach()) for mine, _ in pairs), [other for _, other in pairs]
+    finally:
+        for mine, other in pairs:
+            mine.close()
+            other.close()

@@ -1,0 +1,129 @@
+"""What a job consumes: its input pictures out of storage, with all that its own picture will say of them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from sdpipeline import provenance
+from sdpipeline.campaigns.inputs import LARGEST_INPUT_BYTES, input_key
+from sdpipeline.db.queue import LeasedJob, ParentImage
+from sdpipeline.domain import ImageSource, Json
+from sdpipeline.engine import Pixels, PreparedRequest
+from sdpipeline.errors import InputImageError, ObjectConflictError, ObjectMissingError
+from sdpipeline.provenance import GENERATED, Ingredient
+from sdpipeline.provenance.signing import SigningKey
+from sdpipeline.storage import ForeignObjects, ObjectStore
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Consumed:
+    """What a picture was made from.
+
+    ``inputs`` is what its record says of each, by role; ``ancestors`` are the records of those that were made here
+    and of theirs, by the file's SHA-256. ``ingredients`` are the very files, each once for each role. ``edits`` says
+    that the picture it edits is not wholly a generator's.
+    """
+
+    inputs: Mapping[str, Json] = field(default_factory=dict)
+    ancestors: Mapping[str, Json] = field(default_factory=dict)
+    ingredients: Sequence[Ingredient] = ()
+    edits: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Fetched:
+    """A request with its pictures decoded, and what its own picture will say of them."""
+
+    prepared: PreparedRequest
+    consumed: Consumed
+
+
+def fetch(
+    store: ObjectStore, foreign: ForeignObjects, leased: LeasedJob, *, max_pixels: int, signing: SigningKey
+) -> Fetched:
+    """The job's request with its pictures decoded; raises InputImageError for one that is missing or altered, or from
+    outside with marks so damaged that no picture could be signed that names it: before the device works for it."""
+    images: dict[str, Pixels] = {}
+    inputs: dict[str, Json] = {}
+    ancestors: dict[str, Json] = {}
+    ingredients: list[Ingredient] = []
+    for role, source in leased.request.sources().items():
+        parent = _parent(leased, source)
+        about = _about(source, parent)
+        data = pinned(foreign, about) if "url" in about else verified(store, about["key"], about["sha256"])
+        images[role] = provenance.decode(data, max_pixels=max_pixels)
+        inputs[role] = about
+        ingredients.append(Ingredient(role=role, data=data))
+        if parent is None:
+            provenance.rehearse(signing, ingredients[-1:])
+        else:
+            # With its ancestors' records in it, a picture alone is enough to make its whole chain again.
+            ancestors |= _records(store, parent, data)
+    consumed = Consumed(inputs=inputs, ancestors=ancestors, ingredients=ingredients, edits=_edits(ingredients))
+    return Fetched(prepared=PreparedRequest(request=leased.request, images=images), consumed=consumed)
+
+
+def pinned(foreign: ForeignObjects, about: Json) -> bytes:
+    """What a record's ``url``, ``version`` and ``sha256`` name; raises InputImageError where it is that no more."""
+    url, fix = about["url"], "put it back, or submit it again"
+    try:
+        found = foreign.read(url, most_bytes=LARGEST_INPUT_BYTES, version=about["version"])
+    except ObjectMissingError as error:
+        raise InputImageError(f"{error}, although it was when the campaign was submitted ({fix})") from error
+    except ObjectConflictError as error:
+        raise InputImageError(f"{url} was changed after the campaign was submitted ({fix})") from error
+    if hashlib.sha256(found.data).hexdigest() != about["sha256"]:
+        raise InputImageError(f"{url} was changed after the campaign was submitted ({fix})")
+    return found.data
+
+
+def verified(store: ObjectStore, key: str, sha256: str) -> bytes:
+    """The object, if it is the one that was recorded; else InputImageError."""
+    try:
+        data = store.get(key)
+    except ObjectMissingError as error:
+        raise InputImageError(f"{key} is not in storage") from error
+    if hashlib.sha256(data).hexdigest() != sha256:
+        raise InputImageError(f"{key} was altered in storage: its SHA-256 is not {sha256}")
+    return data
+
+
+def _parent(leased: LeasedJob, source: ImageSource) -> ParentImage | None:
+    if source.stage is None:
+        return None
+    found = next((parent for parent in leased.parents if parent.stage == source.stage), None)
+    if found is None:
+        raise InputImageError(f"the picture of stage {source.stage!r} is not recorded")
+    return found
+
+
+def _about(source: ImageSource, parent: ParentImage | None) -> Json:
+    if source.url is not None:
+        return {"url": source.url, "version": source.version, "sha256": source.digest}
+    if parent is None:
+        return {"key": input_key(source.digest), "sha256": source.digest}
+    about: dict[str, Any] = {"stage": parent.stage, "key": parent.key, "sha256": parent.sha256}
+    return about | {"pixels_sha256": parent.pixels_sha256, "fingerprint": parent.fingerprint}
+
+
+def _records(store: ObjectStore, parent: ParentImage, data: bytes) -> dict[str, Json]:
+    """The parent's record and its ancestors'; where its file keeps prompts back, from its sidecar."""
+    record = provenance.read_record(data)
+    if record is not None and provenance.include_prompt(record) != "full":
+        record = json.loads(verified(store, parent.sidecar_key, parent.sidecar_sha256))["record"]
+    if record is None:
+        return {}
+    return dict(record.get("ancestors", {})) | {parent.sha256: provenance.own_part(record)}
+
+
+def _edits(ingredients: Sequence[Ingredient]) -> bool:
+    """Whether the edited picture is, or goes back to, one that does not say that a generator made all of it.
+
+    What only steers (a mask, a control map, an IP-Adapter's reference) puts none of its pixels into the result.
+    """
+    edited = [each.data for each in ingredients if each.role == "image"]
+    return any(provenance.digital_source_type(data) != GENERATED for data in edited)

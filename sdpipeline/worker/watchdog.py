@@ -1,0 +1,81 @@
+"""A thread beside a worker's own that ends what cannot end itself: a batch that hangs, an end that takes too long."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+from sdpipeline.shutdown import Stop
+
+HUNG_EXIT_CODE = 75
+"""EX_TEMPFAIL of sysexits.h: whoever watches the process starts it again."""
+
+LEAST_TIMEOUT_S = 600.0
+TIMES_AS_LONG = 20.0
+LOOK_S = 0.1
+
+
+@dataclass(slots=True)
+class Pace:
+    """How long batches took here, by group, and so how long one may take; ``timeout_s`` is what the settings say."""
+
+    timeout_s: float = 0.0
+    _longest_s: dict[int, float] = field(default_factory=dict)
+
+    def allowed_s(self, group_id: int) -> float:
+        """A batch of this group that takes longer hangs. A first one also loads its checkpoint."""
+        return self.timeout_s or max(LEAST_TIMEOUT_S, TIMES_AS_LONG * self._longest_s.get(group_id, 0.0))
+
+    def took(self, group_id: int, seconds: float) -> None:
+        """A batch of this group ended."""
+        self._longest_s[group_id] = max(seconds, self._longest_s.get(group_id, 0.0))
+
+
+class Watchdog:
+    """Calls ``late`` when the end takes longer than ``grace_s`` or is wanted at once, and ``hung`` for a batch."""
+
+    def __init__(
+        self, stop: threading.Event, grace_s: float, *, late: Callable[[], object], hung: Callable[[], object]
+    ) -> None:
+        self._stop = stop
+        self._grace_s = grace_s
+        self._late = late
+        self._hung = hung
+        self._hung_at: float | None = None
+        self._done = threading.Event()
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """Watch while the block lasts."""
+        thread = threading.Thread(target=self._watch, name="sdp-watchdog", daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            self._done.set()
+            thread.join()
+
+    @contextmanager
+    def batch(self, allowed_s: float) -> Iterator[None]:
+        """One batch runs while the block lasts."""
+        self._hung_at = time.monotonic() + allowed_s
+        try:
+            yield
+        finally:
+            self._hung_at = None
+
+    def _watch(self) -> None:
+        leave_at: float | None = None
+        while not self._done.wait(LOOK_S):
+            now, hung_at = time.monotonic(), self._hung_at
+            if self._stop.is_set() and leave_at is None:
+                leave_at = now + self._grace_s
+            if (leave_at is not None and now >= leave_at) or (isinstance(self._stop, Stop) and self._stop.at_once):
+                self._late()
+                return
+            if hung_at is not None and now >= hung_at:
+                self._hung()
+                return
