@@ -36,7 +36,7 @@ class Stop(threading.Event):
 
 
 @contextmanager
-def told_by(*numbers: int) -> Iterator[Stop]:
+def handle_signals(*numbers: int) -> Iterator[Stop]:
     """Heed these signals while the block lasts; what they did before is put back afterwards.
 
     Python runs a handler only between two instructions of the main thread, which may spend a whole batch in one

@@ -28,7 +28,7 @@ from sdpipeline.db import queue as jobs
 from sdpipeline.db.audit import AuditLog
 from sdpipeline.db.connection import Database, open_database, sqlite_path
 from sdpipeline.db.queries import Progress
-from sdpipeline.db.queue import Patience
+from sdpipeline.db.queue import AgingPolicy
 from sdpipeline.db.settings_events import declare
 from sdpipeline.db.waiting import until_available
 from sdpipeline.demo.manifest import read_manifest
@@ -53,9 +53,9 @@ from sdpipeline.reporting.contact_sheet import Thumbnails
 from sdpipeline.reporting.report import Span
 from sdpipeline.settings import Settings
 from sdpipeline.storage import ForeignObjects, ObjectStore, S3Options, is_bucket_url, open_store
-from sdpipeline.worker.circuit_breaker import Breaker
+from sdpipeline.worker.circuit_breaker import CircuitBreaker
 from sdpipeline.worker.delivery_process import Bounds, DeliveryProcess, Destination
-from sdpipeline.worker.watchdog import Pace
+from sdpipeline.worker.watchdog import BatchTimings
 from sdpipeline.worker.worker import Worker, WorkerLimits, WorkerSummary
 
 BUILTIN_CHECKPOINTS = Path(__file__).parents[1] / "demo" / "checkpoints"
@@ -605,10 +605,10 @@ def make_worker(
         limits,
         key,
         ForeignObjects(s3_options(s)),
-        breaker=Breaker(max_failures=s.worker_max_failures),
-        pace=Pace(s.batch_timeout_s),
-        patience=Patience(s.fairness_max_wait_s),
-        foresee=_foreseeing(engine),
+        breaker=CircuitBreaker(max_failures=s.worker_max_failures),
+        timings=BatchTimings(s.batch_timeout_s),
+        aging=AgingPolicy(s.fairness_max_wait_s),
+        prefetch_weights=_foreseeing(engine),
         trust_anchors=trust_anchors(s),
         deliverer=deliverer,
     )

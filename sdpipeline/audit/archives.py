@@ -8,14 +8,14 @@ from sdpipeline.archives import contents
 from sdpipeline.audit.findings import Verification
 from sdpipeline.audit.jobs import course_faults, request_faults
 from sdpipeline.audit.pictures import differs
-from sdpipeline.audit.replay import Told
+from sdpipeline.audit.replay import EventReplay
 from sdpipeline.db.retention import ERASED, committed
 from sdpipeline.domain import Json
 from sdpipeline.errors import ObjectConflictError, ObjectMissingError
 from sdpipeline.storage import ObjectStore
 
 
-def verify_archive(store: ObjectStore, found: Verification, told: Told, row: Json) -> list[Json]:
+def verify_archive(store: ObjectStore, found: Verification, told: EventReplay, row: Json) -> list[Json]:
     """Compare an archived edition with the events; returns the rows of the pictures that it still has."""
     name = f"archive:{row['key']}"
     pictures: list[Json] = []
@@ -38,7 +38,7 @@ def verify_archive(store: ObjectStore, found: Verification, told: Told, row: Jso
     return pictures
 
 
-def _archived_faults(row: Json, job: Json, secret: Json | None, told: Told) -> Iterator[str]:
+def _archived_faults(row: Json, job: Json, secret: Json | None, told: EventReplay) -> Iterator[str]:
     prompts_gone = secret is not None and ERASED in secret["request"]
     if (secret is None or prompts_gone) != told.is_erased(job["id"]):
         yield "its request was erased, and is here" if secret else "its request is gone, and no erasure is known"
@@ -52,7 +52,7 @@ def _archived_faults(row: Json, job: Json, secret: Json | None, told: Told) -> I
     yield from course_faults(job, told, known)
 
 
-def _is_kept(store: ObjectStore, found: Verification, told: Told, picture: Json) -> bool:
+def _is_kept(store: ObjectStore, found: Verification, told: EventReplay, picture: Json) -> bool:
     event = told.succeeded.get((picture["job_id"], picture["fingerprint"]))
     deleted = (picture["job_id"], picture["fingerprint"]) in told.deleted
     if event is None or differs(picture, event, deleted=deleted):

@@ -10,7 +10,7 @@ from sdpipeline.audit.authority import Authors
 from sdpipeline.audit.findings import UNREADABLE, Verification
 from sdpipeline.audit.gaps import forgotten
 from sdpipeline.audit.keys import PublicKeys, SealKey, Succession
-from sdpipeline.audit.replay import Told
+from sdpipeline.audit.replay import EventReplay
 from sdpipeline.audit.seals import covers, digest, ranges, seal_name, seal_object
 from sdpipeline.db import audit as rows
 from sdpipeline.db.audit import GENESIS
@@ -21,9 +21,9 @@ from sdpipeline.errors import ObjectMissingError
 from sdpipeline.storage import ObjectStore
 
 
-def verify_chains(connection: Connection, found: Verification) -> Told:
+def verify_chains(connection: Connection, found: Verification) -> EventReplay:
     """Read every chain in order; returns what the events say."""
-    told = Told()
+    told = EventReplay()
     authors = Authors(None if connection.dialect.name == "sqlite" else rows.writers(connection))
     writer, expected, head = "", 0, GENESIS
     for row in rows.events(connection):
@@ -43,7 +43,7 @@ def verify_chains(connection: Connection, found: Verification) -> Told:
                 found.fault("event-altered", subject, "its subject column differs from its bytes")
             for detail in authors.faults(body):
                 found.fault("event-forged", subject, detail)
-            told.hear(body)
+            told.apply(body)
         except UNREADABLE:
             found.fault("event-altered", subject, "it is no event that was written here")
         expected, head = row.seq + 1, row.hash

@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from sdpipeline.audit.findings import Verification
-from sdpipeline.audit.replay import ALLOWED, Told
+from sdpipeline.audit.replay import ALLOWED, EventReplay
 from sdpipeline.db import audit_queries
 from sdpipeline.db.connection import Connection
 from sdpipeline.db.retention import committed
 from sdpipeline.domain import Json, fingerprint, job_identity, request_from_document
 
 
-def verify_jobs(connection: Connection, found: Verification, told: Told) -> None:
+def verify_jobs(connection: Connection, found: Verification, told: EventReplay) -> None:
     """Compare every job row, and the jobs of every published version."""
     for job in audit_queries.jobs(connection):
         subject = f"job:{job['id']}"
@@ -25,7 +25,7 @@ def verify_jobs(connection: Connection, found: Verification, told: Told) -> None
             found.fault("campaign-altered", f"version:{version_id}", detail)
 
 
-def _job_faults(job: Json, told: Told) -> Iterator[str]:
+def _job_faults(job: Json, told: EventReplay) -> Iterator[str]:
     erased = job["erased_at"] is not None
     if erased != told.is_erased(job["id"]):
         yield "its request is gone, and no erasure is known" if erased else "its request was erased, and is here"
@@ -35,7 +35,7 @@ def _job_faults(job: Json, told: Told) -> Iterator[str]:
     yield from course_faults(job, told, known)
 
 
-def course_faults(job: Json, told: Told, known: str | None) -> Iterator[str]:
+def course_faults(job: Json, told: EventReplay, known: str | None) -> Iterator[str]:
     """What became of a job; ``known`` is what it commits to, if that can be told."""
     _, last = told.last.get(job["id"], (0, None))
     if job["status"] not in ALLOWED[last]:
@@ -55,7 +55,7 @@ def course_faults(job: Json, told: Told, known: str | None) -> Iterator[str]:
         yield f"it counts {job['attempt']} attempts, the audit log {attempts}"
 
 
-def _erased_faults(job: Json, told: Told) -> Iterator[str]:
+def _erased_faults(job: Json, told: EventReplay) -> Iterator[str]:
     """All that is left to compare is what had been committed to."""
     if job["salt"]:
         yield "its request was erased, and its salt is here"

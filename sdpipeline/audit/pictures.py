@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from sdpipeline.audit.findings import Verification
 from sdpipeline.audit.proof import altered
-from sdpipeline.audit.replay import Told
+from sdpipeline.audit.replay import EventReplay
 from sdpipeline.db import audit_queries
 from sdpipeline.db.connection import Connection
 from sdpipeline.db.similar_images import looks
@@ -36,7 +36,7 @@ def objects_of(picture: Json) -> list[Expected]:
 
 
 def verify_images(
-    connection: Connection, found: Verification, told: Told, sample: int | None
+    connection: Connection, found: Verification, told: EventReplay, sample: int | None
 ) -> tuple[list[Expected], list[str]]:
     """Compare picture rows with the events; returns the objects that are to be read, and the keys that are to be
     gone."""

@@ -40,7 +40,7 @@ GAP = ("first_seal", "last_seal", "events", "missing", "actor", "at_us")
 
 
 @dataclass(slots=True)
-class Told:
+class EventReplay:
     """What the events say of each job, kept while the chains are read."""
 
     succeeded: dict[tuple[int, str], Json] = field(default_factory=dict)
@@ -56,7 +56,7 @@ class Told:
     archived: dict[tuple[int, str], tuple[str, str]] = field(default_factory=dict)
     campaigns: CampaignReplay = field(default_factory=CampaignReplay)
 
-    def hear(self, event: Json) -> None:
+    def apply(self, event: Json) -> None:
         """Take in one event; raises KeyError, TypeError or ValueError for one that we did not write."""
         kind, at, subject = event["event"], event["at_us"], event["subject"]
         self.campaigns.apply(event)

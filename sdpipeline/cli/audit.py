@@ -22,11 +22,11 @@ from sdpipeline.cli.output import (
     FOUND_FAULTS,
     AsJson,
     Home,
+    load_settings,
     print_json,
     print_table,
     refuse,
     refuse_place,
-    settings,
     stdout,
 )
 from sdpipeline.db import audit_queries
@@ -69,7 +69,7 @@ def verify(
     if alone:
         found = _verified_alone(exported, proof, image, trusted)
     else:
-        found = maintenance.verify(settings(home), sample=None if full else sample, trusted=trusted)
+        found = maintenance.verify(load_settings(home), sample=None if full else sample, trusted=trusted)
     _show(found, as_json=as_json, compare=bool(alone) and not key)
     if found.faults:
         raise typer.Exit(FOUND_FAULTS)
@@ -96,7 +96,7 @@ def seal(
     as_json: AsJson = False,
 ) -> None:
     """Sign what the audit log gained since the last seal."""
-    s = settings(home)
+    s = load_settings(home)
     if not watch:
         count = services.seal(s)
         if as_json:
@@ -112,7 +112,7 @@ def seal(
         if not as_json:
             stdout.print(f"{count} events sealed")
 
-    with shutdown.told_by(*shutdown.SIGNALS) as stop:
+    with shutdown.handle_signals(*shutdown.SIGNALS) as stop:
         services.keep_sealing(s, stop, every_s=every, events=events, on_seal=told)
     if as_json:
         print_json({"sealed": sealed})
@@ -126,7 +126,7 @@ def export(
     as_json: AsJson = False,
 ) -> None:
     """Seal, then write the whole log with its seals and keys as JSON Lines, for audit verify --export."""
-    s = settings(home)
+    s = load_settings(home)
     if as_json and out is None:
         raise refuse("--json needs --out: the export itself goes to standard output", "--out audit.jsonl")
     refuse_place(out)
@@ -154,7 +154,7 @@ def prove_image(
     as_json: AsJson = False,
 ) -> None:
     """Write the proof that a picture's success stands in the sealed log, for audit verify --proof."""
-    s = settings(home)
+    s = load_settings(home)
     refuse_place(out)
     with services.services(s, create=False) as have:
         with have.database.read() as connection:

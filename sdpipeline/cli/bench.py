@@ -26,7 +26,7 @@ from sdpipeline.cli.bench_subject import (
     progress,
     subject,
 )
-from sdpipeline.cli.output import AsJson, Home, print_json, print_records, refuse, settings, stdout
+from sdpipeline.cli.output import AsJson, Home, load_settings, print_json, print_records, refuse, stdout
 from sdpipeline.db.scratch import scratch_database
 from sdpipeline.domain import Json
 from sdpipeline.storage.scratch import scratch_storage
@@ -73,7 +73,7 @@ def engine(
         profile=profile,
         device=device,
     )
-    on = subject(settings(home), wanted)
+    on = subject(load_settings(home), wanted)
     started = time.perf_counter()
     under_test = on.engine()
     built_s = time.perf_counter() - started
@@ -128,7 +128,7 @@ def pipeline(
         profile=profile,
         device=device,
     )
-    s = settings(home)
+    s = load_settings(home)
     key = services.picture_key(s)
     services.open_storage(s).check()
     on = subject(s.model_copy(update={"engine": s.engine.model_copy(update={"max_batch": batch})}), wanted)
@@ -169,7 +169,7 @@ def queue(
 ) -> None:
     """Leases and completions a second on the configured database, in a schema of its own that is dropped again."""
     _check_plot(plot_file)
-    s = settings(home)
+    s = load_settings(home)
     load = queue_bench.Load(jobs=jobs, batch=batch, workers=workers)
     with scratch_database(s.database) as database, progress("bench queue", shown=not as_json) as on_progress:
         found = queue_bench.measure(database, load, on_progress)
@@ -193,7 +193,7 @@ def storage(
 ) -> None:
     """Puts, reads and checks a second on the configured storage, under a prefix of its own that is emptied again."""
     _check_plot(plot_file)
-    s = settings(home)
+    s = load_settings(home)
     services.open_storage(s).check()
     load = storage_bench.Load(objects=objects, size_bytes=size_bytes, threads=threads)
     with (

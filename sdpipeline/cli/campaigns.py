@@ -21,12 +21,12 @@ from sdpipeline.cli.output import (
     CampaignFile,
     CampaignName,
     Home,
+    load_settings,
     print_json,
     print_json_line,
     print_records,
     print_table,
     refuse,
-    settings,
     stderr,
     stdout,
 )
@@ -62,7 +62,7 @@ def plan(
     as_json: AsJson = False,
 ) -> None:
     """Check a campaign and count its jobs against the database, writing nothing."""
-    s = settings(home)
+    s = load_settings(home)
     intake.check_edition(edition)
     database = services.existing_database(s)
     campaign, inputs = services.load_campaign(s, file, database, edition=edition)
@@ -96,7 +96,7 @@ def submit(
     as_json: AsJson = False,
 ) -> None:
     """Publish a campaign file as the campaign's newest version; unchanged jobs are left alone."""
-    name, done = intake.submit(settings(home), file, prune=prune, edition=edition)
+    name, done = intake.submit(load_settings(home), file, prune=prune, edition=edition)
     if as_json:
         counts = {"added": done.added, "unchanged": done.unchanged, "cancelled": done.cancelled}
         about = {"blocked": done.blocked, "left_out": done.left_out}
@@ -116,7 +116,7 @@ def run(
     """Submit a campaign and work it to its end on this machine, under the Prefect flow."""
     from sdpipeline import orchestration
 
-    s = settings(home)
+    s = load_settings(home)
     services.check_engine(s)
     if not s.embedded:  # a missing key is found before any work is done; the embedded default makes its own
         services.picture_key(s)
@@ -138,7 +138,7 @@ def status(
     as_json: AsJson = False,
 ) -> None:
     """Show how far campaigns are, and which workers live."""
-    s = settings(home)
+    s = load_settings(home)
     with services.services(s, create=False) as have:
         ids = [services.known_campaign(have.database, s.team, campaign)] if campaign else None
         with have.database.read() as connection:
@@ -164,7 +164,7 @@ def jobs(
     as_json: AsJson = False,
 ) -> None:
     """List a campaign's jobs in order of their id."""
-    s = settings(home)
+    s = load_settings(home)
     with services.services(s, create=False) as have:
         campaign_id = services.known_campaign(have.database, s.team, campaign)
         wanted = str(with_status) if with_status else None
@@ -186,7 +186,7 @@ def show(
     as_json: AsJson = False,
 ) -> None:
     """Show everything known about one job."""
-    with services.services(settings(home), create=False) as have, have.database.read() as connection:
+    with services.services(load_settings(home), create=False) as have, have.database.read() as connection:
         team = have.settings.team
         found = queries.show(connection, job, team=team) or contents.show(connection, have.store, job, team=team)
     if found is None:
@@ -215,7 +215,7 @@ def retry(
     """Reopen failed jobs, and the jobs that were skipped because of them."""
     if with_status not in RETRYABLE:
         raise refuse(f"--status {with_status} cannot be retried", f"one of {', '.join(RETRYABLE)}")
-    count, kept = intake.reopen(settings(home), campaign, with_status)
+    count, kept = intake.reopen(load_settings(home), campaign, with_status)
     if kept and not count:
         why = f"a policy forbids all {kept} {with_status} jobs of {campaign}, and a retry does not lift it"
         raise refuse(why, "change the prompts or the policy, and submit the file again")
@@ -226,7 +226,7 @@ def retry(
 
 def cancel(campaign: CampaignName, *, home: Home = None, as_json: AsJson = False) -> None:
     """Cancel what is not finished yet; pictures already made are kept."""
-    s = settings(home)
+    s = load_settings(home)
     with services.services(s, create=False) as have:
         campaign_id = services.known_campaign(have.database, s.team, campaign)
         with have.audit.transaction() as tx:
@@ -325,7 +325,7 @@ def _short(value: Any) -> Any:
 
 
 def _set_status(campaign: str, status: str, home: Path | None, *, as_json: bool) -> None:
-    s = settings(home)
+    s = load_settings(home)
     with services.services(s, create=False) as have:
         campaign_id = services.known_campaign(have.database, s.team, campaign)
         with have.audit.transaction() as tx:

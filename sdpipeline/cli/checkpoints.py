@@ -12,7 +12,7 @@ import typer
 
 from sdpipeline.app import services
 from sdpipeline.campaigns.spec import NAME, nearest
-from sdpipeline.cli.output import FOUND_FAULTS, AsJson, Home, print_json, print_records, refuse, settings, stdout
+from sdpipeline.cli.output import FOUND_FAULTS, AsJson, Home, load_settings, print_json, print_records, refuse, stdout
 from sdpipeline.db import registry
 from sdpipeline.domain import Json
 from sdpipeline.engine.checkpoints import CheckpointFiles, inspect, verify
@@ -34,7 +34,7 @@ def add_to(app: typer.Typer) -> None:
 
 def list_all(*, home: Home = None, as_json: AsJson = False) -> None:
     """List every checkpoint: what may run, and what was revoked."""
-    s = settings(home)
+    s = load_settings(home)
     rows = _documents(s)
     if as_json:
         print_json({"checkpoints": rows})
@@ -59,7 +59,7 @@ def add(
     as_json: AsJson = False,
 ) -> None:
     """Approve weights under an alias; from now on that is what the alias means. Jobs keep what they were pinned to."""
-    s = settings(home)
+    s = load_settings(home)
     if not re.fullmatch(NAME, alias):
         raise refuse(f"{alias!r} is no alias", "lower-case letters, digits and -")
     directory = Path(source).expanduser().resolve()
@@ -97,7 +97,7 @@ def verify_all(
     as_json: AsJson = False,
 ) -> None:
     """Hash every file of the weights again, and compare the set of files with what was approved."""
-    s = settings(home)
+    s = load_settings(home)
     database = services.existing_database(s)
     known, refused = services.catalog(s, database), services.refused_checkpoints(s, database)
     if alias is not None and alias not in known.keys() | refused.keys():
@@ -120,7 +120,7 @@ def revoke(
     as_json: AsJson = False,
 ) -> None:
     """Withdraw weights: nothing made with them is leased any more, and no campaign may name them."""
-    s = settings(home)
+    s = load_settings(home)
     with services.services(s) as have:
         known = services.catalog(s, have.database)
         found = [f for name, f in known.items() if alias == name or (len(alias) >= 8 and f.digest.startswith(alias))]

@@ -14,7 +14,7 @@ import typer
 
 from sdpipeline.app import services, submit
 from sdpipeline.cli import campaigns
-from sdpipeline.cli.output import AsJson, Home, print_json, print_table, settings, stderr, stdout
+from sdpipeline.cli.output import AsJson, Home, load_settings, print_json, print_table, stderr, stdout
 from sdpipeline.db import queries
 from sdpipeline.reporting import report
 from sdpipeline.settings import Settings, embedded_database, embedded_storage
@@ -36,8 +36,8 @@ def demo(
     """Make the bundled campaign's pictures on this machine and say where everything is."""
     from sdpipeline import orchestration
 
-    services.check_engine(settings(home))
-    s = _embedded(settings(home))
+    services.check_engine(load_settings(home))
+    s = _embedded(load_settings(home))
     started = time.monotonic()
     name, done = submit.submit(s, BUNDLED_CAMPAIGN)
     if not as_json:

@@ -12,7 +12,7 @@ import typer
 from sdpipeline.app import services, submit
 from sdpipeline.campaigns import expand
 from sdpipeline.campaigns.spec import CampaignSpec
-from sdpipeline.cli.output import AsJson, Home, print_json, print_table, refuse, settings, stdout
+from sdpipeline.cli.output import AsJson, Home, load_settings, print_json, print_table, refuse, stdout
 from sdpipeline.errors import CampaignError, Mistake, SettingsError
 from sdpipeline.settings import Settings
 from sdpipeline.storage import is_bucket_url
@@ -39,7 +39,7 @@ def deploy(
     """Put pools, deployments, their schedules and the automation for lost runs on the server of PREFECT_API_URL."""
     from sdpipeline.orchestration import deploy as deployment
 
-    done = deployment.deploy(settings(home), max_campaigns=max_campaigns, silence_s=silence_s)
+    done = deployment.deploy(load_settings(home), max_campaigns=max_campaigns, silence_s=silence_s)
     if as_json:
         print_json(done.document())
         return
@@ -58,7 +58,7 @@ def prefect_gateway(
     """Let workers reach the server of PREFECT_API_URL with a credential of their own, by an allow-list of routes."""
     from sdpipeline.orchestration import gateway
 
-    s = settings(home)
+    s = load_settings(home)
     roles = {"worker": s.gateway.worker_auth, "dispatcher": s.gateway.dispatcher_auth}
     auths = {role: auth.get_secret_value() for role, auth in roles.items() if auth is not None}
     server_auth = os.environ.get("PREFECT_API_AUTH_STRING")
@@ -83,7 +83,7 @@ def schedule(
     from sdpipeline.orchestration import deploy as deployment
     from sdpipeline.orchestration.request import CampaignRequest
 
-    s = settings(home)
+    s = load_settings(home)
     if off:
         _unschedule(s, file, as_json=as_json)
         return

@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from sdpipeline.app import services
-from sdpipeline.cli.output import FOUND_FAULTS, AsJson, CampaignName, Home, print_json, settings, stderr, stdout
+from sdpipeline.cli.output import FOUND_FAULTS, AsJson, CampaignName, Home, load_settings, print_json, stderr, stdout
 from sdpipeline.private_files import users_umask
 from sdpipeline.reporting import export
 from sdpipeline.reporting.export import Exported, OnProgress
@@ -36,7 +36,7 @@ def export_pictures(
     as_json: AsJson = False,
 ) -> None:
     """Copy a campaign's pictures into a folder under names people want, with a manifest.csv."""
-    with services.services(settings(home), create=False) as have:
+    with services.services(load_settings(home), create=False) as have:
         campaign_id = services.known_campaign(have.database, have.settings.team, campaign)
         choice = export.choose(have.database, campaign_id, name=name, stages=stage or [], edition=edition)
         checked = export.check(have.database, choice, to)

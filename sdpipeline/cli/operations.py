@@ -10,7 +10,7 @@ import typer
 from sdpipeline import shutdown
 from sdpipeline.app import doctor as checkup
 from sdpipeline.app import services
-from sdpipeline.cli.output import FOUND_FAULTS, AsJson, Home, print_json, print_table, settings, stdout
+from sdpipeline.cli.output import FOUND_FAULTS, AsJson, Home, load_settings, print_json, print_table, stdout
 from sdpipeline.db import migrate
 from sdpipeline.db.connection import open_database
 from sdpipeline.errors import DatabaseUnavailableError
@@ -36,9 +36,9 @@ def worker(
     as_json: AsJson = False,
 ) -> None:
     """Run one worker process outside a flow; SIGTERM lets it finish its batch, a second one does not."""
-    s = settings(home)
+    s = load_settings(home)
     services.check_engine(s)
-    with shutdown.told_by(*shutdown.SIGNALS) as stop:
+    with shutdown.handle_signals(*shutdown.SIGNALS) as stop:
         try:
             done = services.run_worker(s, campaign=None, until_idle=until_idle, device=device, stop=stop)
         except DatabaseUnavailableError:
@@ -59,7 +59,7 @@ def worker(
 
 def upgrade(*, home: Home = None, as_json: AsJson = False) -> None:
     """Bring the database to this release's schema."""
-    with closing(open_database(settings(home).database)) as database:
+    with closing(open_database(load_settings(home).database)) as database:
         before, after = migrate.upgrade(database)
     if as_json:
         print_json({"before": before, "after": after})
@@ -69,7 +69,7 @@ def upgrade(*, home: Home = None, as_json: AsJson = False) -> None:
 
 def current(*, home: Home = None, as_json: AsJson = False) -> None:
     """Show the database's schema and the one this release needs."""
-    s = settings(home)
+    s = load_settings(home)
     at = None
     if services.database_exists(s):
         with closing(open_database(s.database)) as database:
@@ -82,7 +82,7 @@ def current(*, home: Home = None, as_json: AsJson = False) -> None:
 
 def doctor(*, home: Home = None, as_json: AsJson = False) -> None:
     """Try database, storage, Prefect, devices, checkpoints and keys; say what to type where one is not ok."""
-    checks = checkup.checks(settings(home))
+    checks = checkup.checks(load_settings(home))
     if as_json:
         print_json({"checks": [check.document() for check in checks]})
     else:

@@ -72,7 +72,7 @@ for _console in (stdout, stderr):
         _console.width = FILE_WIDTH
 
 
-def settings(home: Path | None) -> Settings:
+def load_settings(home: Path | None) -> Settings:
     """The command's settings, with logging set up as they ask."""
     s = services.load_settings(home)
     configure_logging(s)

@@ -18,11 +18,11 @@ from sdpipeline.cli.output import (
     FOUND_FAULTS,
     AsJson,
     Home,
+    load_settings,
     print_json,
     print_records,
     refuse,
     refuse_place,
-    settings,
     stdout,
 )
 from sdpipeline.db import queries
@@ -52,7 +52,7 @@ def reproduce(
     as_json: AsJson = False,
 ) -> None:
     """Make a picture again from its record, ancestors first, and compare the pixels; exit 3 where they differ."""
-    s = settings(home)
+    s = load_settings(home)
     refuse_place(out)
     asked = _from_file(Path(picture)) if not picture.isdigit() or Path(picture).exists() else _from_job(s, int(picture))
     engine = services.build_engine(

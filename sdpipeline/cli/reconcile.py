@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from sdpipeline.app import maintenance
-from sdpipeline.cli.output import FOUND_FAULTS, AsJson, Home, print_json, print_records, settings, stdout
+from sdpipeline.cli.output import FOUND_FAULTS, AsJson, Home, load_settings, print_json, print_records, stdout
 from sdpipeline.maintenance.reconcile import Finding, Reconciliation
 
 
@@ -24,7 +24,7 @@ def reconcile(
     as_json: AsJson = False,
 ) -> None:
     """Find what a crash or a restored backup left between database and storage; changes nothing unless told to."""
-    done = maintenance.reconcile(settings(home), repair=repair, adopt=adopt)
+    done = maintenance.reconcile(load_settings(home), repair=repair, adopt=adopt)
     if as_json:
         print_json(done.document())
     else:

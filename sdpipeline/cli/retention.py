@@ -8,7 +8,7 @@ import typer
 
 from sdpipeline import audit
 from sdpipeline.app import maintenance, services
-from sdpipeline.cli.output import AsJson, Home, print_json, print_table, refuse, settings, stdout
+from sdpipeline.cli.output import AsJson, Home, load_settings, print_json, print_table, refuse, stdout
 from sdpipeline.maintenance import retention as forgetting
 from sdpipeline.settings import RetentionSettings
 
@@ -23,7 +23,7 @@ def add_to(app: typer.Typer) -> None:
 
 def retention(*, dry_run: DryRun = False, home: Home = None, as_json: AsJson = False) -> None:
     """Do what the retention settings say is due: delete old pictures and prompts, archive closed editions."""
-    s = settings(home)
+    s = load_settings(home)
     done = maintenance.forget(s, dry_run=dry_run)
     document = {"dry_run": dry_run} | done.document()
     if as_json:
@@ -42,7 +42,7 @@ def erase(
     as_json: AsJson = False,
 ) -> None:
     """Erase what jobs hold of one subject, and leave a record that proves it was erased and not what."""
-    s, name = settings(home), subject.strip()
+    s, name = load_settings(home), subject.strip()
     if not name:
         raise refuse("--subject is empty", "write what the campaign's `subject` becomes")
     with services.services(s, create=False) as have:

@@ -13,7 +13,17 @@ import typer
 from sdpipeline import provenance
 from sdpipeline.app import services
 from sdpipeline.campaigns.inputs import LARGEST_INPUT_BYTES
-from sdpipeline.cli.output import FOUND_FAULTS, AsJson, Home, print_json, print_table, refuse, settings, stderr, stdout
+from sdpipeline.cli.output import (
+    FOUND_FAULTS,
+    AsJson,
+    Home,
+    load_settings,
+    print_json,
+    print_table,
+    refuse,
+    stderr,
+    stdout,
+)
 from sdpipeline.errors import InputImageError, ObjectMissingError
 from sdpipeline.provenance import VerifiedPicture
 from sdpipeline.reporting import verify as verification
@@ -40,7 +50,7 @@ def verify(
     as_json: AsJson = False,
 ) -> None:
     """Say who signed a picture, what it is marked as and made from, and whether our database knows it."""
-    s = settings(home)
+    s = load_settings(home)
     trusted = services.trust_anchors(s)
     if not picture:
         raise refuse("no picture is named", "a file, a folder or s3://bucket/key")

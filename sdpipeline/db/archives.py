@@ -10,7 +10,7 @@ from sqlalchemy import Connection, Select, and_, case, delete, exists, func, ins
 
 from sdpipeline.db.audit import Event, Transaction
 from sdpipeline.db.connection import now_s
-from sdpipeline.db.locks import have_campaign
+from sdpipeline.db.locks import lock_campaign
 from sdpipeline.db.retention import DAY_S, UNFINISHED, committed
 from sdpipeline.db.tables import LOOKS, archive, attempt, audit_event, campaign, image, job, job_parent
 from sdpipeline.domain import Json
@@ -136,7 +136,7 @@ def _events(connection: Connection, ids: list[int]) -> dict[int, list[list[Any]]
 
 def record(tx: Transaction, edition: Edition, stored: Json) -> bool:
     """From now on the edition is archived, unless anything of it changed since it was read."""
-    have_campaign(tx.connection, edition.campaign_id)
+    lock_campaign(tx.connection, edition.campaign_id)
     mine = (job.c.campaign_id == edition.campaign_id, job.c.edition == edition.edition)
     row = tx.connection.execute(_editions(*mine, before_days=None)).first()
     if row is None or _edition(tx.connection, row) != edition:
@@ -160,7 +160,7 @@ def left_behind(connection: Connection, *, team: str) -> list[tuple[int, str]]:
 
 def drop(connection: Connection, campaign_id: int, edition: str, *, limit: int) -> int:
     """Take the first jobs of an archived edition out of the tables; returns how many."""
-    have_campaign(connection, campaign_id)
+    lock_campaign(connection, campaign_id)
     first = select(job.c.id).where(job.c.campaign_id == campaign_id, job.c.edition == edition)
     ids = list(connection.execute(first.order_by(job.c.id).limit(limit)).scalars())
     if not ids:

@@ -9,7 +9,7 @@ from sqlalchemy import ColumnElement, Connection, and_, case, exists, false, fun
 from sdpipeline.db import budgets, registry
 from sdpipeline.db.audit import Event, Transaction
 from sdpipeline.db.connection import now_s
-from sdpipeline.db.locks import have_campaign
+from sdpipeline.db.locks import lock_campaign
 from sdpipeline.db.queue import LEASED, READY, SKIPPED, WAITING, abandon_in, descendants, skip_descendants
 from sdpipeline.db.staging import POLICY
 from sdpipeline.db.tables import archive, campaign, image, job, job_parent
@@ -27,7 +27,7 @@ def retry(tx: Transaction, *, campaign_id: int, statuses: Collection[str]) -> in
     if wrong := sorted(set(statuses) - set(_DEAD_ENDS)):
         fix = f"one of {', '.join(_DEAD_ENDS)}"
         raise BadInputError(Mistake(key="status", message=f"{', '.join(wrong)} cannot be retried", fix=fix))
-    have_campaign(tx.connection, campaign_id)
+    lock_campaign(tx.connection, campaign_id)
     mine = and_(job.c.campaign_id == campaign_id, job.c.status.in_(list(statuses)))
     # Nobody can make again what was erased; rows of an archived edition are on their way out.
     archived = exists().where(archive.c.campaign_id == job.c.campaign_id, archive.c.edition == job.c.edition)
@@ -42,7 +42,7 @@ def retry(tx: Transaction, *, campaign_id: int, statuses: Collection[str]) -> in
     tx.record(
         Event.JOBS_RETRIED, f"campaign:{campaign_id}", jobs=sorted(skipped + ended), statuses=sorted(set(statuses))
     )
-    settle(tx, campaign_id=campaign_id)
+    resolve_new_jobs(tx, campaign_id=campaign_id)
     return len(ended) + (len(skipped) if "skipped" in statuses else 0)
 
 
@@ -73,7 +73,7 @@ def reset(connection: Connection, chosen: ColumnElement[bool], *, campaign_id: i
     return ids
 
 
-def settle(tx: Transaction, *, campaign_id: int) -> None:
+def resolve_new_jobs(tx: Transaction, *, campaign_id: int) -> None:
     """Give every ``new`` job of a campaign its status: succeeded, ready, waiting, skipped or blocked.
 
     A picture that was already made for the same fingerprint is kept. Stage by stage, because a
@@ -114,7 +114,7 @@ def settle(tx: Transaction, *, campaign_id: int) -> None:
 
 def cancel(tx: Transaction, *, campaign_id: int, chosen: ColumnElement[bool] | None = None) -> int:
     """Cancel what is not terminal yet (or ``chosen``); a worker that has it will find its lease gone."""
-    have_campaign(tx.connection, campaign_id)
+    lock_campaign(tx.connection, campaign_id)
     unfinished = or_(job.c.status == WAITING, job.c.status == READY, job.c.status == LEASED)
     mine = and_(job.c.campaign_id == campaign_id, chosen if chosen is not None else unfinished)
     ended = {"status": "cancelled", "lease_id": null(), "not_before": null(), "finished_at": now_s()}

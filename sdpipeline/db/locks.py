@@ -18,7 +18,7 @@ _CAMPAIGN = 0x5344
 """The class of our advisory locks; the object is the campaign's id."""
 
 
-def have_campaign(connection: Connection, campaign_id: int) -> None:
+def lock_campaign(connection: Connection, campaign_id: int) -> None:
     """Wait for the transitions under way in this campaign, and keep others out until the commit."""
     if connection.dialect.name == "postgresql":
         connection.execute(select(func.pg_advisory_xact_lock(_CAMPAIGN, campaign_id)))

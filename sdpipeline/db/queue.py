@@ -134,7 +134,7 @@ class StoredImage:
 
 
 @dataclass(slots=True)
-class Patience:
+class AgingPolicy:
     """How long a checkpoint for which a campaign has ready jobs may go without a lease, whatever goes before it.
 
     One that waited longer goes first, but not twice in a row at one worker: many that wait take no more
@@ -169,7 +169,7 @@ class Cursor:
     everything took so long that it would be more than ``LOOKING_SHARE`` of the time.
     """
 
-    patience: Patience = field(default_factory=Patience)
+    aging: AgingPolicy = field(default_factory=AgingPolicy)
     after: dict[int, tuple[int, int]] = field(default_factory=dict)
     since: float = field(default_factory=time.monotonic)
     took_s: float = 0.0
@@ -183,7 +183,7 @@ class Cursor:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Wish:
+class _LeaseRequest:
     """What a worker would like to lease; ``max_wait_s`` is None where no campaign may go out of turn."""
 
     limit: int
@@ -212,10 +212,10 @@ def take_lease(
     left alone where the work that the caller still has in flight may fill it.
     """
     cursor = cursor or Cursor()
-    patience = cursor.patience
+    patience = cursor.aging
     cursor.forget(older_than_s=LONGEST_HINT_S)
     bounded = not patience.gave_way and patience.max_wait_s < math.inf
-    wish = _Wish(
+    wish = _LeaseRequest(
         limit=limit,
         campaign_id=campaign_id,
         resident=resident,
@@ -243,7 +243,7 @@ def take_lease(
     return None
 
 
-def _groups(connection: Connection, wish: _Wish, cursor: Cursor) -> Sequence[Any]:
+def _groups(connection: Connection, wish: _LeaseRequest, cursor: Cursor) -> Sequence[Any]:
     """Groups with ready jobs, best first. Counting stops at the limit, so depth does not matter."""
     statement = _ordered(_filled(wish, cursor), wish)
     started = time.monotonic()
@@ -254,7 +254,7 @@ def _groups(connection: Connection, wish: _Wish, cursor: Cursor) -> Sequence[Any
     return found
 
 
-def _filled(wish: _Wish, cursor: Cursor) -> Subquery:
+def _filled(wish: _LeaseRequest, cursor: Cursor) -> Subquery:
     """Every group of an active campaign: how many jobs are ready, and since when it has waited for a lease."""
     of_group = and_(job.c.group_id == work_group.c.id, job.c.status == READY)
     if cursor.after:
@@ -289,7 +289,7 @@ def _filled(wish: _Wish, cursor: Cursor) -> Subquery:
     return filled.subquery()
 
 
-def _ordered(filled: Subquery, wish: _Wish) -> Select[Any]:
+def _ordered(filled: Subquery, wish: _LeaseRequest) -> Select[Any]:
     """The groups to try, in their order; a campaign waits since its last lease, or since it was published.
 
     What is on the device is worked off, to the last part of a batch, before another checkpoint is loaded: that takes
@@ -421,7 +421,7 @@ def heartbeat(connection: Connection, lease_ids: Collection[str], *, ttl_s: floa
 
 
 @dataclass(frozen=True, slots=True)
-class Standing:
+class LeaseState:
     """What a batch is asked for before it begins: whether its campaign is ``active``, and the seconds its lease still
     has, None where it was closed."""
 
@@ -429,7 +429,7 @@ class Standing:
     left_s: float | None
 
 
-def standing(connection: Connection, lease_id: str) -> Standing:
+def lease_state(connection: Connection, lease_id: str) -> LeaseState:
     """Read only: it waits for nobody who writes, so that a device does not either."""
     left_s = case((lease.c.closed_at.is_(None), lease.c.expires_at - now_s()))
     asked = (
@@ -439,7 +439,7 @@ def standing(connection: Connection, lease_id: str) -> Standing:
         .where(lease.c.id == lease_id)
     )
     row = connection.execute(asked).one()
-    return Standing(active=row.status == "active", left_s=row.left_s)
+    return LeaseState(active=row.status == "active", left_s=row.left_s)
 
 
 def close_lease(connection: Connection, lease_id: str) -> None:

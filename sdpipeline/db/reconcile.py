@@ -10,7 +10,7 @@ from sqlalchemy import Connection, Select, and_, case, delete, exists, func, or_
 from sdpipeline.db import job_control, queue
 from sdpipeline.db.audit import Event, Transaction
 from sdpipeline.db.connection import now_s
-from sdpipeline.db.locks import have_campaign
+from sdpipeline.db.locks import lock_campaign
 from sdpipeline.db.queue import LEASED, MOST_REAPED, descendants, held_by_lease
 from sdpipeline.db.tables import attempt, campaign, found_picture, image, job, lease, worker
 from sdpipeline.domain import Json
@@ -163,7 +163,7 @@ def reopen(tx: Transaction, job_ids: Collection[int]) -> list[int]:
     opened: list[int] = []
     owners = select(job.c.campaign_id).where(job.c.id.in_(job_ids)).distinct().order_by(job.c.campaign_id)
     for campaign_id in tx.connection.execute(owners).scalars().all():
-        have_campaign(tx.connection, campaign_id)
+        lock_campaign(tx.connection, campaign_id)
         own = and_(image.c.job_id == job.c.id, image.c.fingerprint == job.c.fingerprint)
         lost = and_(job.c.id.in_(job_ids), job.c.status.in_(("succeeded", "leased")), ~exists().where(own))
         ids = _ids(tx.connection, select(job.c.id).where(job.c.campaign_id == campaign_id, lost))
@@ -174,7 +174,7 @@ def reopen(tx: Transaction, job_ids: Collection[int]) -> list[int]:
         ids = _ids(tx.connection, select(job.c.id).where(or_(job.c.id.in_(ids), unmade)))
         job_control.reset(tx.connection, job.c.id.in_(ids), campaign_id=campaign_id)
         tx.record(Event.JOBS_REOPENED, f"campaign:{campaign_id}", jobs=ids)
-        job_control.settle(tx, campaign_id=campaign_id)
+        job_control.resolve_new_jobs(tx, campaign_id=campaign_id)
         opened += ids
     return opened
 

@@ -12,7 +12,7 @@ from sdpipeline.db import budgets, job_control, similar_images
 from sdpipeline.db.audit import Event, Transaction
 from sdpipeline.db.budgets import Charge
 from sdpipeline.db.connection import insert_ignoring, now_s
-from sdpipeline.db.locks import have_campaign
+from sdpipeline.db.locks import lock_campaign
 from sdpipeline.db.queue import LEASED, StoredImage, commitment, descendants, told_of
 from sdpipeline.db.tables import campaign, found_picture, image, job
 from sdpipeline.domain import Json
@@ -84,7 +84,7 @@ def claim(tx: Transaction, *, campaign_id: int) -> int:
     if campaign_id not in campaigns_found(tx.connection):
         return count
     if tx.connection.execute(_matching(campaign_id).limit(1)).first():
-        have_campaign(tx.connection, campaign_id)
+        lock_campaign(tx.connection, campaign_id)
     while rows := tx.connection.execute(_matching(campaign_id).limit(MOST_CLAIMED)).all():
         first = {row.job_id: row for row in reversed(rows)}
         for job_id in sorted(first):
@@ -165,7 +165,7 @@ def _settle(tx: Transaction, campaign_id: int, adopted: Collection[int]) -> None
         tx.record(Event.JOBS_REOPENED, f"campaign:{campaign_id}", jobs=reopened)
     both = or_(job.c.id.in_(adopted), job.c.id.in_(reopened))
     job_control.reset(tx.connection, both, campaign_id=campaign_id)
-    job_control.settle(tx, campaign_id=campaign_id)
+    job_control.resolve_new_jobs(tx, campaign_id=campaign_id)
 
 
 def _fields(stored: StoredImage) -> Json:

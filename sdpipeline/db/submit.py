@@ -28,7 +28,7 @@ from sqlalchemy import (
 from sdpipeline.db import budgets, job_control, registry, restore
 from sdpipeline.db.audit import Event, Transaction
 from sdpipeline.db.connection import insert_ignoring, now_s
-from sdpipeline.db.locks import have_campaign
+from sdpipeline.db.locks import lock_campaign
 from sdpipeline.db.queue import abandon_in, skip_descendants
 from sdpipeline.db.staging import (
     POLICY,
@@ -82,7 +82,7 @@ def submit(tx: Transaction, ready: Prepared, asked: Publication, *, prune: bool 
     campaign_id = _campaign_id(connection, asked.team, asked.name, asked.priority)
     groups = [_group_id(connection, campaign_id, group) for group in ready.groups]
     with temporary_tables(connection):
-        have_campaign(connection, campaign_id)
+        lock_campaign(connection, campaign_id)
         budgets.set_terms(tx, campaign_id, budget=asked.budget, priority=asked.priority)
         if not _any(connection, job.c.campaign_id == campaign_id):
             version_id, number = _insert_version(tx, campaign_id, source)
@@ -111,7 +111,7 @@ def submit(tx: Transaction, ready: Prepared, asked: Publication, *, prune: bool 
             _keep(connection, version_id)
             if ready.blocked:
                 _block_known(connection, campaign_id)
-            job_control.settle(tx, campaign_id=campaign_id)
+            job_control.resolve_new_jobs(tx, campaign_id=campaign_id)
             if ready.blocked:
                 _tell_blocked(tx, campaign_id)
             if not ready.held:

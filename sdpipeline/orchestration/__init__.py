@@ -27,7 +27,7 @@ from sdpipeline.errors import (
     RunForcedError,
     SettingsError,
 )
-from sdpipeline.orchestration.artifacts import describe, shown
+from sdpipeline.orchestration.artifacts import best_effort, describe
 from sdpipeline.orchestration.local_server import ServerHandle, answers, no_proxy_for_loopback, own_server
 from sdpipeline.settings import Settings
 
@@ -231,7 +231,7 @@ def _cancel(flow_run_id: UUID) -> None:
     from prefect.client.orchestration import get_client
     from prefect.states import Cancelled
 
-    with shown(), get_client(sync_client=True) as client:
+    with best_effort(), get_client(sync_client=True) as client:
         client.set_flow_run_state(flow_run_id, Cancelled(message="stopped by a signal"), force=True)
 
 

@@ -29,7 +29,7 @@ log = structlog.get_logger(__name__)
 
 
 @contextmanager
-def shown() -> Iterator[None]:
+def best_effort() -> Iterator[None]:
     """Showing is not working: a Prefect server that is away costs the picture of the work, not the work."""
     import httpx
     from prefect.settings import PREFECT_CLIENT_MAX_RETRIES, temporary_settings
@@ -43,7 +43,7 @@ def shown() -> Iterator[None]:
         log.warning("board.unreadable", error=str(error))
 
 
-class Board:
+class RunArtifacts:
     """The artifacts and events of one campaign run: progress, newest pictures and failures while it moves, a report.
 
     Artifacts are made once a run and then changed in place, so that a long run does not fill the server's database.
@@ -67,7 +67,7 @@ class Board:
         from prefect.runtime import flow_run
 
         self._opened = (self._clock(), progress.images)
-        with shown(), get_client(sync_client=True) as client:
+        with best_effort(), get_client(sync_client=True) as client:
             name = f"{progress.name} · v{progress.version} · {progress.total} jobs"
             client.update_flow_run(UUID(flow_run.get_id()), name=name, tags=labels)
             soon = f"# {progress.name}\n\nThe report is written here when the run ends."
@@ -89,7 +89,7 @@ class Board:
         self.show(progress, now=True)
         opened_at, pictures = self._opened
         span = Span(pictures=progress.images - pictures, wall_s=self._clock() - opened_at)
-        with shown():
+        with best_effort():
             self._put("report", services.finish_report(self._settings, self._campaign, span), describe(progress))
         if ended := events.outcome(progress):
             events.tell(ended, self._settings.team, progress)
@@ -102,7 +102,7 @@ class Board:
             when, before = self._shown
             if percentage == before or (not now and self._clock() - when < SHOW_EVERY_S):
                 return
-        with shown():
+        with best_effort():
             if "progress" not in self._artifacts:
                 created = create_progress_artifact(percentage, f"progress-{self._campaign}", describe(progress))
                 if isinstance(created, UUID):
@@ -116,7 +116,7 @@ class Board:
         began = self._clock()
         if count == self._counts[name] or (not now and began < self._due[name]):
             return
-        with shown():
+        with best_effort():
             put()
             self._counts[name] = count
         took = self._clock() - began

@@ -15,7 +15,7 @@ from sdpipeline.db import queries, registry
 from sdpipeline.db.waiting import until_available
 from sdpipeline.errors import DatabaseUnavailableError, TransientError
 from sdpipeline.orchestration import local_workers
-from sdpipeline.orchestration.artifacts import Board, describe, shown
+from sdpipeline.orchestration.artifacts import RunArtifacts, best_effort, describe
 from sdpipeline.orchestration.local_server import answers
 from sdpipeline.settings import Settings
 
@@ -38,25 +38,25 @@ class Workers(Protocol):
     def start(self) -> None:
         """Have workers, or fail before there is anything to watch."""
 
-    def tend(self, progress: Progress) -> None:
+    def supervise(self, progress: Progress) -> None:
         """Replace who died, as long as there is work; raises WorkersLostError when that does not help."""
 
     def wait(self, timeout_s: float) -> None:
         """Sleep, but no longer than until a worker ends."""
 
-    def finish(self, timeout_s: float) -> Sequence[local_workers.Death]:
+    def finish(self, timeout_s: float) -> Sequence[local_workers.WorkerExit]:
         """Let workers see that nothing is left; returns the local processes that had to be ended."""
 
-    def stop(self) -> Sequence[local_workers.Death]:
+    def stop(self) -> Sequence[local_workers.WorkerExit]:
         """End every worker; returns the local processes that had to be ended."""
 
 
-def here(settings: Settings, campaign: str, *, worker_flow: Flow[..., Any]) -> local_workers.Crew:
+def here(settings: Settings, campaign: str, *, worker_flow: Flow[..., Any]) -> local_workers.LocalWorkers:
     """A worker process per device of this machine."""
-    return local_workers.Crew(
+    return local_workers.LocalWorkers(
         slots=local_workers.slots(settings),
         spawn=lambda slot, name: _spawn(settings, campaign, worker_flow, slot, name),
-        bury=lambda death: _bury(settings, campaign, death),
+        bury=lambda death: _on_exit(settings, campaign, death),
         # A worker that was told to end needs its own grace, and a moment to close its flow run.
         stop_grace_s=settings.shutdown_grace_s + shutdown.GIVING_BACK_S + local_workers.STOP_GRACE_S,
     )
@@ -70,7 +70,7 @@ def work_off(settings: Settings, campaign: str, workers: Workers) -> State[None]
     from prefect import tags
 
     progress = _progress(settings, campaign)
-    board = Board(settings, campaign)
+    board = RunArtifacts(settings, campaign)
     labels = until_available(lambda: _tags(settings, progress))
     board.open(progress, labels)
     with tags(*labels):
@@ -83,7 +83,7 @@ def work_off(settings: Settings, campaign: str, workers: Workers) -> State[None]
     return closing_state(ended, began=progress)
 
 
-def _watch(settings: Settings, campaign: str, workers: Workers, board: Board) -> Progress:
+def _watch(settings: Settings, campaign: str, workers: Workers, board: RunArtifacts) -> Progress:
     try:
         workers.start()
         while True:
@@ -96,7 +96,7 @@ def _watch(settings: Settings, campaign: str, workers: Workers, board: Board) ->
             board.show(progress)
             if not progress.remaining or (progress.status == "paused" and not progress.leased):
                 break
-            workers.tend(progress)
+            workers.supervise(progress)
             workers.wait(POLL_S)
         _close(settings, campaign, workers.finish(_finish_grace_s()))
     except BaseException:  # a Ctrl-C above all: whatever ends the watch ends the watched
@@ -127,14 +127,14 @@ def _finish_grace_s() -> float:
     return FINISH_GRACE_S if there else 0.0
 
 
-def _close(settings: Settings, campaign: str, stopped: Sequence[local_workers.Death]) -> None:
+def _close(settings: Settings, campaign: str, stopped: Sequence[local_workers.WorkerExit]) -> None:
     """Account for workers that were ended: one that was told to gave its leases back, one that was killed could not."""
     from prefect.states import Cancelled
 
     for worker in stopped:
         returned = _release(settings, worker.pid)
         log.info("worker.stopped", name=worker.name, pid=worker.pid, leases_returned=returned)
-        with shown():
+        with best_effort():
             _close_run(f"{campaign} · {worker.name}", Cancelled(message="the campaign's run ended"))
 
 
@@ -157,13 +157,13 @@ def _spawn(
     )
 
 
-def _bury(settings: Settings, campaign: str, death: local_workers.Death) -> None:
+def _on_exit(settings: Settings, campaign: str, death: local_workers.WorkerExit) -> None:
     """A worker died: its leases go back to the queue, and its run stops looking alive."""
     from prefect.states import Crashed
 
     returned = _release(settings, death.pid)
     log.warning("worker.died", name=death.name, pid=death.pid, exit_code=death.exit_code, leases_returned=returned)
-    with shown():
+    with best_effort():
         _close_run(f"{campaign} · {death.name}", Crashed(message=str(death)))
 
 

@@ -30,7 +30,7 @@ class Slot:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Death:
+class WorkerExit:
     """A worker process that did not end by itself and well."""
 
     name: str
@@ -51,7 +51,7 @@ class _Member:
     starts: int = 0
     deaths: int = 0
     finished_at_start: int = 0
-    last_death: Death | None = None
+    last_death: WorkerExit | None = None
 
     @property
     def name(self) -> str:
@@ -64,12 +64,12 @@ class _Member:
 
 
 @dataclass(slots=True, kw_only=True)
-class Crew:
+class LocalWorkers:
     """Watches one process per slot. ``spawn`` starts one under a name, ``bury`` hears of each that died."""
 
     slots: Sequence[Slot]
     spawn: Callable[[Slot, str], BaseProcess]
-    bury: Callable[[Death], None]
+    bury: Callable[[WorkerExit], None]
     max_restarts: int = MAX_RESTARTS
     stop_grace_s: float = STOP_GRACE_S
     _members: list[_Member] = field(default_factory=list)
@@ -80,7 +80,7 @@ class Crew:
         for member in self._members:
             self._start(member, finished=0)
 
-    def tend(self, progress: Progress) -> None:
+    def supervise(self, progress: Progress) -> None:
         """Report who died and start again whom there is work for; raises WorkersLostError when nobody is left.
 
         A worker that ends well found nothing to do. It is started again when work appears; should it end
@@ -107,18 +107,18 @@ class Crew:
             if isinstance(sentinel, int):
                 processes[sentinel].join(1.0)  # its pipe closes a moment before it can be reaped
 
-    def finish(self, timeout_s: float) -> list[Death]:
+    def finish(self, timeout_s: float) -> list[WorkerExit]:
         """Let workers that find nothing more to do end by themselves; returns those that lingered and were ended."""
         for member in self._members:
             if member.process is not None:
                 member.process.join(timeout_s)
         return self._end(STOP_GRACE_S)  # with nothing on their devices
 
-    def stop(self) -> list[Death]:
+    def stop(self) -> list[WorkerExit]:
         """End every worker now, politely and after ``stop_grace_s`` not; returns those that had to be ended."""
         return self._end(self.stop_grace_s)
 
-    def _end(self, grace_s: float) -> list[Death]:
+    def _end(self, grace_s: float) -> list[WorkerExit]:
         running = [(m.name, m.process) for m in self._members if m.process is not None and m.process.is_alive()]
         for _, process in running:
             process.terminate()
@@ -128,7 +128,7 @@ class Crew:
             if process.is_alive():
                 process.kill()
                 process.join()
-        return [Death(name=name, pid=p.pid or 0, exit_code=p.exitcode or 0) for name, p in running]
+        return [WorkerExit(name=name, pid=p.pid or 0, exit_code=p.exitcode or 0) for name, p in running]
 
     def _start(self, member: _Member, *, finished: int) -> None:
         member.starts += 1
@@ -147,7 +147,7 @@ class Crew:
             return False
         if process.exitcode == 0:
             return progress.ready > 0 and progress.finished == member.finished_at_start
-        member.last_death = Death(name=member.name, pid=process.pid, exit_code=process.exitcode)
+        member.last_death = WorkerExit(name=member.name, pid=process.pid, exit_code=process.exitcode)
         self.bury(member.last_death)
         return True
 

@@ -10,7 +10,7 @@ from sdpipeline.audit import Verification
 from sdpipeline.domain import Json
 from sdpipeline.maintenance.reconcile import Reconciliation
 from sdpipeline.maintenance.retention import Forgotten
-from sdpipeline.orchestration.artifacts import shown, table_cells
+from sdpipeline.orchestration.artifacts import best_effort, table_cells
 
 if TYPE_CHECKING:
     from prefect.client.schemas.objects import State
@@ -60,7 +60,7 @@ def _failed(what: str, faults: Sequence[Json], about: str) -> State[Any]:
     from prefect.artifacts import create_table_artifact
     from prefect.states import Failed
 
-    with shown():
+    with best_effort():
         create_table_artifact(
             table_cells(faults[:MOST_SHOWN]), key=f"{what}-faults", description=f"{len(faults)} faults"
         )

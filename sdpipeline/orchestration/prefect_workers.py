@@ -14,8 +14,8 @@ import structlog
 
 from sdpipeline.app.services import Progress
 from sdpipeline.errors import Mistake, SettingsError, WorkersLostError
-from sdpipeline.orchestration.artifacts import shown
-from sdpipeline.orchestration.local_workers import Death
+from sdpipeline.orchestration.artifacts import best_effort
+from sdpipeline.orchestration.local_workers import WorkerExit
 
 if TYPE_CHECKING:
     from prefect.client.orchestration import SyncPrefectClient
@@ -77,7 +77,7 @@ class Fleet:
                 missing = Mistake(message=f"no deployment {WORKER_DEPLOYMENT}", fix="sdpipeline deploy")
                 raise SettingsError(missing) from error
 
-    def tend(self, progress: Progress) -> None:
+    def supervise(self, progress: Progress) -> None:
         """Dispatch whom the backlog is worth, replace who died, and send home who is not needed for a while."""
         from prefect.client.orchestration import get_client
         from prefect.settings import PREFECT_CLIENT_MAX_RETRIES, temporary_settings
@@ -87,7 +87,7 @@ class Fleet:
         self._tended_at = self.clock()
         wanted = self.bounds.wanted(progress.ready + progress.leased)
         # A request more is cheaper than the trace of half a dispatch; a server that is away is asked again soon.
-        with shown(), temporary_settings({PREFECT_CLIENT_MAX_RETRIES: 2}), get_client(sync_client=True) as client:
+        with best_effort(), temporary_settings({PREFECT_CLIENT_MAX_RETRIES: 2}), get_client(sync_client=True) as client:
             living = _living(client, self.label)
             if progress.status == "paused":
                 self._let_end({run.id for run in living})
@@ -108,12 +108,12 @@ class Fleet:
         """Sleep: nobody tells of the end of a run elsewhere."""
         time.sleep(timeout_s)
 
-    def finish(self, timeout_s: float) -> Sequence[Death]:  # noqa: ARG002 - theirs is to see that nothing is left
+    def finish(self, timeout_s: float) -> Sequence[WorkerExit]:  # noqa: ARG002 - theirs is to see that nothing is left
         """Withdraw the runs that nobody has taken up yet; the others end by themselves."""
         self._end(lambda run: run.start_time is None, "nothing is left to do")
         return ()
 
-    def stop(self) -> Sequence[Death]:
+    def stop(self) -> Sequence[WorkerExit]:
         """Cancel every run that was dispatched here: within a batch its worker gives its leases back."""
         self._end(lambda _: True, "the campaign's run ended")
         return ()
@@ -168,7 +168,7 @@ class Fleet:
     def _end(self, which: Callable[[FlowRun], bool], why: str) -> None:
         from prefect.client.orchestration import get_client
 
-        with shown(), get_client(sync_client=True) as client:
+        with best_effort(), get_client(sync_client=True) as client:
             for run in _living(client, self.label):
                 if run.id in self._finished_at_start and which(run):
                     _cancel(client, run.id, why)

@@ -18,7 +18,7 @@ from pathlib import Path
 import structlog
 
 from sdpipeline.app.services import WorkerSummary
-from sdpipeline.orchestration.artifacts import shown
+from sdpipeline.orchestration.artifacts import best_effort
 from sdpipeline.shutdown import Stop
 
 _log = structlog.get_logger(__name__)
@@ -90,7 +90,7 @@ def state_of_the_server() -> Iterator[None]:
     except TerminationSignal:
         context = FlowRunContext.get()
         if context is not None and context.flow_run is not None:
-            with shown(), get_client(sync_client=True) as client:
+            with best_effort(), get_client(sync_client=True) as client:
                 context.flow_run.state = client.read_flow_run(context.flow_run.id).state
         raise
 

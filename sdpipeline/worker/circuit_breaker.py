@@ -12,7 +12,7 @@ LONGEST_PAUSE_S = 300.0
 
 
 @dataclass(slots=True, kw_only=True)
-class Breaker:
+class CircuitBreaker:
     """Open after ``max_failures`` failures in a row for which no job is to blame.
 
     While it is open one job is tried alone after each pause. A failure doubles the pause, a success closes it.

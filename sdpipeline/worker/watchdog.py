@@ -19,7 +19,7 @@ LOOK_S = 0.1
 
 
 @dataclass(slots=True)
-class Pace:
+class BatchTimings:
     """How long batches took here, by group, and so how long one may take; ``timeout_s`` is what the settings say."""
 
     timeout_s: float = 0.0

@@ -21,7 +21,7 @@ from sdpipeline.batching import bucket_for
 from sdpipeline.db import budgets, queries, reuse, workers
 from sdpipeline.db import queue as jobs
 from sdpipeline.db.audit import AuditLog
-from sdpipeline.db.queue import Lease, LeasedJob, Patience, Standing, StoredImage
+from sdpipeline.db.queue import AgingPolicy, Lease, LeasedJob, LeaseState, StoredImage
 from sdpipeline.db.reuse import Original
 from sdpipeline.domain import CheckpointRef, Status
 from sdpipeline.engine import Batch, Engine, GeneratedImage, GenerationFailure, PreparedRequest
@@ -40,12 +40,12 @@ from sdpipeline.provenance.signing import SigningKey
 from sdpipeline.shutdown import Stop, leave
 from sdpipeline.storage import ForeignObjects, ObjectStore
 from sdpipeline.worker import delivery, inputs
-from sdpipeline.worker.circuit_breaker import Breaker
+from sdpipeline.worker.circuit_breaker import CircuitBreaker
 from sdpipeline.worker.delivery import Deliverer, LocalDeliverer
 from sdpipeline.worker.inputs import Consumed
 from sdpipeline.worker.retry import backoff_s, next_status
 from sdpipeline.worker.safety_filter import judged
-from sdpipeline.worker.watchdog import HUNG_EXIT_CODE, Pace, Watchdog
+from sdpipeline.worker.watchdog import HUNG_EXIT_CODE, BatchTimings, Watchdog
 
 POLL_S = 0.25
 LONGEST_POLL_S = 2.0
@@ -112,10 +112,10 @@ class Worker:
     limits: WorkerLimits
     signing: SigningKey
     foreign: ForeignObjects = field(default_factory=ForeignObjects)
-    breaker: Breaker = field(default_factory=Breaker)
-    pace: Pace = field(default_factory=Pace)
-    patience: Patience = field(default_factory=Patience)
-    foresee: Callable[[CheckpointRef], None] | None = None
+    breaker: CircuitBreaker = field(default_factory=CircuitBreaker)
+    timings: BatchTimings = field(default_factory=BatchTimings)
+    aging: AgingPolicy = field(default_factory=AgingPolicy)
+    prefetch_weights: Callable[[CheckpointRef], None] | None = None
     trust_anchors: str = ""
     deliverer: Deliverer | None = None
 
@@ -197,7 +197,7 @@ class _Run:
         self._watchdog = Watchdog(self.stop, worker.limits.shutdown_grace_s, late=self._leave, hung=self._leave_hung)
         self._engine = str(worker.engine.describe()["engine"])
         self._on_the_way: set[str] = set()
-        self._cursor = jobs.Cursor(worker.patience)
+        self._cursor = jobs.Cursor(worker.aging)
         self._deliverer = worker.deliverer or LocalDeliverer(worker.store, worker.signing, worker.audit)
         self._counting = threading.Lock()
         self._outage = threading.Lock()
@@ -283,7 +283,7 @@ class _Run:
         lease = self._on_device
         if lease is None:
             return
-        allowed_s = self.worker.pace.allowed_s(lease.group_id)
+        allowed_s = self.worker.timings.allowed_s(lease.group_id)
         why = f"a batch hung: it took longer than {allowed_s:g} s"
         _log.error("batch_hung", lease=lease.id, jobs=[leased.id for leased in lease.jobs], allowed_s=allowed_s)
         leave(HUNG_EXIT_CODE, partial(self._say_goodbye, why, crashed=(lease.id,)))
@@ -340,8 +340,8 @@ class _Run:
             self._trial = lease.id if alone else None
             self._leases[lease.id] = lease
             self._next_checkpoint = lease.jobs[0].request.checkpoint
-            if self.worker.foresee and lease.checkpoint_digest not in self.worker.engine.resident():
-                self.worker.foresee(self._next_checkpoint)
+            if self.worker.prefetch_weights and lease.checkpoint_digest not in self.worker.engine.resident():
+                self.worker.prefetch_weights(self._next_checkpoint)
         return lease
 
     def _resident(self) -> frozenset[str]:
@@ -487,13 +487,13 @@ class _Run:
         started = time.perf_counter()
         batch = Batch(requests=work.requests, bucket=bucket_for(len(work.requests)))
         self._on_device, group_id = work.lease, work.lease.group_id
-        self.worker.patience.begun(time.monotonic() - work.leased_at)
-        with self._watchdog.batch(self.worker.pace.allowed_s(group_id)):
+        self.worker.aging.begun(time.monotonic() - work.leased_at)
+        with self._watchdog.batch(self.worker.timings.allowed_s(group_id)):
             made = self.worker.engine.generate(batch)
             work.results = judged(self.worker.engine, [leased.rules for leased in work.jobs], made)
         work.requests = []  # decoded inputs are large, and the record needs them no more
         work.gpu_seconds = time.perf_counter() - started
-        self.worker.pace.took(group_id, work.gpu_seconds)
+        self.worker.timings.took(group_id, work.gpu_seconds)
         self._gpu_seconds += work.gpu_seconds
         self._batches += 1
         # Not where pictures are stored: a device that is broken fails faster than that.
@@ -509,9 +509,9 @@ class _Run:
         The device waits for the answer, so this only reads, unless the heart has missed a beat.
         """
 
-        def ask() -> Standing:
+        def ask() -> LeaseState:
             with self.worker.audit.database.read() as connection:
-                return jobs.standing(connection, lease.id)
+                return jobs.lease_state(connection, lease.id)
 
         if self.worker.breaker.is_open and lease.id != self._trial:
             return False

@@ -16,7 +16,7 @@ from sdpipeline.batching import batch_key, bucket_for
 from sdpipeline.db.audit import AuditLog
 from sdpipeline.db.connection import Database, open_database
 from sdpipeline.db.migrate import upgrade
-from sdpipeline.db.queue import Patience
+from sdpipeline.db.queue import AgingPolicy
 from sdpipeline.domain import CheckpointRef, JobSpec
 from sdpipeline.engine import Batch, GeneratedImage, GenerationFailure, PreparedRequest
 from sdpipeline.engine.fake import FakeEngine
@@ -95,8 +95,8 @@ def by_plan(database: Database, folder: Path, jobs: Sequence[JobSpec]) -> tuple[
     audit, engine = AuditLog(database, actor="bench"), LoadingEngine()
     published(audit, jobs)
     limits = WorkerLimits(max_batch=BATCH, lease_ttl_s=60.0, max_pixels=10_000_000)
-    patience = Patience(MAX_WAIT_S)
-    worker = Worker("bench", audit, LocalStore(folder), engine, limits, signing_key(), patience=patience)
+    patience = AgingPolicy(MAX_WAIT_S)
+    worker = Worker("bench", audit, LocalStore(folder), engine, limits, signing_key(), aging=patience)
     ended = [0.0]
     started = time.perf_counter()
     done = worker.run(on_progress=lambda _: ended.append(time.perf_counter()))

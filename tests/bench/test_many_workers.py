@@ -190,7 +190,7 @@ def test_what_each_transition_costs_the_server(server: PostgresServer) -> None:
 
     def look() -> None:
         with database.read() as connection:
-            queue.standing(connection, leases[0].id)
+            queue.lease_state(connection, leases[0].id)
 
     def complete(each: queue.Lease, job: queue.LeasedJob) -> None:
         with log.transaction() as tx:

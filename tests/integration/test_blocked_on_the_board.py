@@ -13,7 +13,7 @@ from prefect.client.schemas import filters
 
 from sdpipeline import orchestration
 from sdpipeline.app import services
-from sdpipeline.orchestration.artifacts import Board
+from sdpipeline.orchestration.artifacts import RunArtifacts
 from sdpipeline.orchestration.local_server import own_server
 from tests.integration.commands import document
 
@@ -34,7 +34,7 @@ def test_blocked_jobs_are_listed_with_their_rule(prefect_home: Path, tmp_path: P
 
     @flow
     def shows() -> None:
-        Board(settings, "parlour").show(services.campaign_progress(settings, "parlour"))
+        RunArtifacts(settings, "parlour").show(services.campaign_progress(settings, "parlour"))
 
     with own_server(prefect_home), orchestration.local_server(services.load_settings(prefect_home), always_own=True):
         shows()

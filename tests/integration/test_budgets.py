@@ -10,7 +10,7 @@ from sqlalchemy import event, select
 from sdpipeline.db import budgets, job_control, queries, tables
 from sdpipeline.db.audit import AuditLog
 from sdpipeline.db.connection import Database
-from sdpipeline.db.locks import have_campaign
+from sdpipeline.db.locks import lock_campaign
 from tests.factories import chains, completed, events, failed, leased, published, statuses, try_lease
 from tests.integration.databases import on_postgresql
 
@@ -215,7 +215,7 @@ def test_no_chain_is_begun_while_somebody_changes_the_campaign_and_nobody_waits(
 ) -> None:
     campaign_id = budgeted(audit, 4, max_images=12)
     with database.write() as other:
-        have_campaign(other, campaign_id)
+        lock_campaign(other, campaign_id)
         with audit.transaction() as tx:
             tx.connection.exec_driver_sql("SET LOCAL lock_timeout = '1s'")
             budgets.admit(tx, wave=8)

@@ -12,31 +12,31 @@ from multiprocessing.process import BaseProcess
 import pytest
 
 from sdpipeline.errors import WorkersLostError
-from sdpipeline.orchestration.local_workers import Crew, Death, Slot
+from sdpipeline.orchestration.local_workers import LocalWorkers, Slot, WorkerExit
 from tests.factories import progress
 
-Start = Callable[..., Crew]
+Start = Callable[..., LocalWorkers]
 
 
 @pytest.fixture
-def dead() -> list[Death]:
+def dead() -> list[WorkerExit]:
     """Whom the crew buried."""
     return []
 
 
 @pytest.fixture
-def crew_of(dead: list[Death]) -> Iterator[Start]:
+def crew_of(dead: list[WorkerExit]) -> Iterator[Start]:
     """Starts a crew whose workers call the given function; whoever is left at the end is ended."""
-    crews: list[Crew] = []
+    crews: list[LocalWorkers] = []
 
-    def start(target: Callable[..., object], *args: object, count: int = 1) -> Crew:
+    def start(target: Callable[..., object], *args: object, count: int = 1) -> LocalWorkers:
         def spawn(slot: Slot, name: str) -> BaseProcess:
             process = multiprocessing.get_context("fork").Process(target=target, args=args)
             process.start()
             return process
 
         slots = [Slot(index=n, device=None, environment={}) for n in range(count)]
-        crews.append(Crew(slots=slots, spawn=spawn, bury=dead.append))
+        crews.append(LocalWorkers(slots=slots, spawn=spawn, bury=dead.append))
         crews[-1].start()
         return crews[-1]
 
@@ -45,18 +45,18 @@ def crew_of(dead: list[Death]) -> Iterator[Start]:
         crew.stop()
 
 
-def test_a_dead_worker_is_buried_and_replaced(crew_of: Start, dead: list[Death]) -> None:
+def test_a_dead_worker_is_buried_and_replaced(crew_of: Start, dead: list[WorkerExit]) -> None:
     crew = crew_of(time.sleep, 60)
     (first,) = pids()
     os.kill(first, signal.SIGKILL)
     crew.wait(10)
-    crew.tend(progress(ready=5))
+    crew.supervise(progress(ready=5))
     assert [(death.pid, death.exit_code) for death in dead] == [(first, -signal.SIGKILL)]
     assert str(dead[0]) == f"worker 0 (process {first}) ended by signal 9"
     assert len(pids()) == 1
 
 
-def test_workers_that_keep_dying_end_the_run(crew_of: Start, dead: list[Death]) -> None:
+def test_workers_that_keep_dying_end_the_run(crew_of: Start, dead: list[WorkerExit]) -> None:
     crew = crew_of(os._exit, 3)
     with pytest.raises(WorkersLostError, match="with exit code 3"):
         tend_for_ever(crew)
@@ -69,10 +69,10 @@ def test_a_worker_that_leaves_work_untouched_is_not_started_for_ever(crew_of: St
         tend_for_ever(crew)
 
 
-def test_a_worker_that_found_nothing_left_stays_ended(crew_of: Start, dead: list[Death]) -> None:
+def test_a_worker_that_found_nothing_left_stays_ended(crew_of: Start, dead: list[WorkerExit]) -> None:
     crew = crew_of(time.sleep, 0)
     crew.wait(10)
-    crew.tend(progress(succeeded=7))
+    crew.supervise(progress(succeeded=7))
     assert (pids(), dead) == ([], [])
 
 
@@ -99,10 +99,10 @@ def _ignore_sigterm() -> None:
     time.sleep(60)
 
 
-def tend_for_ever(crew: Crew) -> None:
+def tend_for_ever(crew: LocalWorkers) -> None:
     while True:
         crew.wait(10)
-        crew.tend(progress(ready=5))
+        crew.supervise(progress(ready=5))
 
 
 def pids() -> list[int]:

@@ -12,7 +12,7 @@ from sqlalchemy import update
 from sdpipeline.db import tables
 from sdpipeline.db.audit import AuditLog
 from sdpipeline.db.connection import Database
-from sdpipeline.db.queue import Cursor, Lease, Patience
+from sdpipeline.db.queue import AgingPolicy, Cursor, Lease
 from sdpipeline.domain import CheckpointRef
 from tests.factories import CHECKPOINT, chains, completed, leased, published, try_lease
 
@@ -25,7 +25,7 @@ BATCH_S = 10.0
 class Device:
     """A worker that holds one checkpoint at a time, and what it was given."""
 
-    cursor: Cursor = field(default_factory=lambda: Cursor(Patience(MAX_WAIT_S)))
+    cursor: Cursor = field(default_factory=lambda: Cursor(AgingPolicy(MAX_WAIT_S)))
     leases: list[Lease] = field(default_factory=list)
 
     def work(self, audit: AuditLog, name: str) -> Lease:
@@ -86,15 +86,15 @@ def test_equal_campaigns_share_a_device_and_change_its_checkpoint_rarely(audit: 
 def test_a_checkpoint_is_leased_so_much_sooner_as_its_batch_begins_later(audit: AuditLog, database: Database) -> None:
     published(audit, chains(60), name="urgent", priority=10)
     published(audit, chains(10, checkpoint=OTHER), name="usual", priority=100)
-    device = Device(Cursor(Patience(MAX_WAIT_S, lead_s=BATCH_S)))
+    device = Device(Cursor(AgingPolicy(MAX_WAIT_S, lead_s=BATCH_S)))
     worked = list(rounds(audit, database, [device], 40))
     assert longest_wait_s(worked, "usual") <= MAX_WAIT_S - BATCH_S
 
 
 def test_several_that_wait_are_let_go_first_by_turns_and_never_before_half_of_the_bound() -> None:
-    assert Patience(100.0, lead_s=5.0, others=3).due_after_s == 70.0
-    assert Patience(100.0, lead_s=50.0, others=3).due_after_s == 50.0
-    patience = Patience(100.0)
+    assert AgingPolicy(100.0, lead_s=5.0, others=3).due_after_s == 70.0
+    assert AgingPolicy(100.0, lead_s=50.0, others=3).due_after_s == 50.0
+    patience = AgingPolicy(100.0)
     for after_s in (10.0, 1.0, 1.0):
         patience.begun(after_s)
     assert 6.0 < patience.lead_s < 7.0
@@ -112,7 +112,7 @@ def test_campaigns_that_waited_too_long_take_every_second_lease_at_most(audit: A
     for n in range(4):
         published(audit, chains(5), name=f"late-{n}", priority=500)
     time_passes(database, MAX_WAIT_S)
-    always_late = Device(Cursor(Patience(BATCH_S / 2)))
+    always_late = Device(Cursor(AgingPolicy(BATCH_S / 2)))
     worked = [names[0] for names in rounds(audit, database, [always_late], 9)]
     assert 4 <= worked.count("first") <= 6
 
@@ -122,7 +122,7 @@ def test_among_those_that_waited_too_long_lower_numbers_get_more(audit: AuditLog
     published(audit, chains(30), name="often", priority=99)
     published(audit, chains(30), name="rarely", priority=399)
     time_passes(database, MAX_WAIT_S)
-    device = Device(Cursor(Patience(BATCH_S)))
+    device = Device(Cursor(AgingPolicy(BATCH_S)))
     shares = Counter(name for names in rounds(audit, database, [device], 60) for name in names)
     assert shares["often"] > 1.5 * shares["rarely"] > 0
 
@@ -132,7 +132,7 @@ def test_one_that_waited_too_long_gets_a_part_of_a_batch_though_full_ones_are_wa
 ) -> None:
     published(audit, chains(8), name="large", priority=10)
     published(audit, chains(1), name="small", priority=500)
-    cursor = Cursor(Patience(MAX_WAIT_S))
+    cursor = Cursor(AgingPolicy(MAX_WAIT_S))
     completed(audit, leased(audit, limit=4, cursor=cursor))
     time_passes(database, MAX_WAIT_S)
     with database.write() as connection:  # the large one's turn is not over

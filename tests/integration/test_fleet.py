@@ -64,7 +64,7 @@ def dispatched(client: SyncPrefectClient) -> Dispatched:
     bounds = Bounds(min_workers=2, max_workers=2, jobs_per_worker=4)
     label = f"fleet:{uuid4()}"
     here = Dispatched(client, Fleet(campaign="spring", label=label, bounds=bounds, clock=lambda: next(looks)))
-    here.fleet.tend(BUSY)
+    here.fleet.supervise(BUSY)
     assert len(here.runs()) == 2
     return here
 
@@ -72,9 +72,9 @@ def dispatched(client: SyncPrefectClient) -> Dispatched:
 def test_nobody_is_dispatched_to_a_paused_campaign_whose_last_batch_is_on_a_device(dispatched: Dispatched) -> None:
     for _ in range(2 * MAX_RESTARTS + 2):
         dispatched.end_well()
-        dispatched.fleet.tend(PAUSED)
+        dispatched.fleet.supervise(PAUSED)
     assert len(dispatched.runs()) == 2
-    dispatched.fleet.tend(BUSY)  # it goes on, and who ended meanwhile did not die
+    dispatched.fleet.supervise(BUSY)  # it goes on, and who ended meanwhile did not die
     assert len(dispatched.runs()) == 4
     assert dispatched.fleet._deaths == 0
 
@@ -83,7 +83,7 @@ def test_a_run_that_somebody_deleted_is_replaced(dispatched: Dispatched) -> None
     gone, _ = dispatched.runs()
     dispatched.client.delete_flow_run(gone.id)
     prefect_workers._cancel(dispatched.client, gone.id, "it was there when the others were listed")
-    dispatched.fleet.tend(BUSY)
+    dispatched.fleet.supervise(BUSY)
     assert len(dispatched.runs()) == 2
     assert gone.id not in {run.id for run in dispatched.runs()}
     dispatched.fleet.stop()

@@ -14,7 +14,7 @@ from sqlalchemy import select
 from sdpipeline.db import job_control, queue, reconcile, registry, tables
 from sdpipeline.db.audit import AuditLog
 from sdpipeline.db.connection import Database, open_database
-from sdpipeline.db.locks import have_campaign
+from sdpipeline.db.locks import lock_campaign
 from sdpipeline.db.registry import Approval
 from sdpipeline.domain import JobSpec
 from tests.factories import (
@@ -138,9 +138,9 @@ def _revoke(audit: AuditLog, _campaign_id: int) -> None:
 
 def _reset(audit: AuditLog, campaign_id: int) -> None:
     with audit.transaction() as tx:
-        have_campaign(tx.connection, campaign_id)
+        lock_campaign(tx.connection, campaign_id)
         job_control.reset(tx.connection, tables.job.c.campaign_id == campaign_id, campaign_id=campaign_id)
-        job_control.settle(tx, campaign_id=campaign_id)
+        job_control.resolve_new_jobs(tx, campaign_id=campaign_id)
 
 
 @on_postgresql
@@ -185,7 +185,7 @@ def test_a_cancel_does_not_deadlock_with_the_end_of_a_lease(audit: AuditLog, dat
 
     with ThreadPoolExecutor(1) as pool:
         with audit.transaction() as tx:
-            have_campaign(tx.connection, campaign_id)
+            lock_campaign(tx.connection, campaign_id)
             running = pool.submit(end_lease)
             wait_for(lambda: _waiting_for_a_lock(database))
             assert job_control.cancel(tx, campaign_id=campaign_id) == 8

@@ -26,8 +26,8 @@ from sdpipeline.engine import Batch, GeneratedImage, GenerationFailure
 from sdpipeline.engine.fake import FakeEngine
 from sdpipeline.errors import DeviceExhaustedError
 from sdpipeline.storage import LocalStore
-from sdpipeline.worker.circuit_breaker import Breaker
-from sdpipeline.worker.watchdog import HUNG_EXIT_CODE, Pace
+from sdpipeline.worker.circuit_breaker import CircuitBreaker
+from sdpipeline.worker.watchdog import HUNG_EXIT_CODE, BatchTimings
 from sdpipeline.worker.worker import Worker, WorkerLimits
 from tests.factories import chains, events, published, signing_key, statuses
 from tests.integration.commands import FAKE_ENGINE, document, start
@@ -78,8 +78,8 @@ def worker_in(
 def run_until_told(url: str, folder: Path, rounds: int, grace_s: float, timeout_s: float) -> None:
     """What a worker process does; its exit code is the worker's."""
     audit = AuditLog(open_database(url), actor="worker:test")
-    worker = worker_in(audit, folder, Native(rounds), grace_s=grace_s, pace=Pace(timeout_s))
-    with shutdown.told_by(signal.SIGTERM) as stop:
+    worker = worker_in(audit, folder, Native(rounds), grace_s=grace_s, timings=BatchTimings(timeout_s))
+    with shutdown.handle_signals(signal.SIGTERM) as stop:
         worker.run(stop=stop, until_idle=False)
     sys.exit(stop.exit_code)
 
@@ -205,7 +205,7 @@ def test_a_worker_whose_batches_all_fail_pauses_says_why_and_tries_one_job_at_a_
             seen.extend((each["status"], each["note"]) for each in queries.live_workers(connection))
 
     engine = Sick(4, look)
-    breaker = Breaker(max_failures=2, first_pause_s=0.1)
+    breaker = CircuitBreaker(max_failures=2, first_pause_s=0.1)
     done = worker_in(audit, tmp_path, engine, breaker=breaker).run()
     assert (done.succeeded, breaker.is_open) == (16, False)
     assert engine.sizes[:5] == [4, 4, 1, 1, 1]
@@ -225,7 +225,7 @@ def test_a_worker_whose_storage_refuses_writes_pauses_and_loses_no_picture(
     published(audit, chains(12, "only"))
     (tmp_path / "storage").write_text("a file where a folder should be")
     engine = Sick(0)
-    worker = worker_in(audit, tmp_path, engine, breaker=Breaker(max_failures=2, first_pause_s=0.1))
+    worker = worker_in(audit, tmp_path, engine, breaker=CircuitBreaker(max_failures=2, first_pause_s=0.1))
     repaired = threading.Thread(target=_repair_once_paused, args=(database, tmp_path / "storage"))
     repaired.start()
     done = worker.run()

@@ -101,7 +101,7 @@ def test_a_slow_storage_holds_the_device_back_after_a_few_batches_and_the_worker
     # One lease's pictures take half a second; one is being delivered, two wait, and one is in the device's hands.
     assert sum(gaps[:3]) < sum(gaps[3:])
     assert done.waited_for["delivery"] > 0.2
-    assert slow.patience.lead_s > 0.2  # what was leased ahead waited too
+    assert slow.aging.lead_s > 0.2  # what was leased ahead waited too
     assert done.waited_for.keys() == {"work", "database", "delivery"}
 
 
@@ -111,7 +111,9 @@ def test_weights_that_the_next_lease_needs_are_foreseen_while_the_device_is_busy
     published(audit, (*chains(8), *chains(8, "other", checkpoint=OTHER)))
     foreseen: list[tuple[float, CheckpointRef]] = []
     engine = Paced(0.5)
-    worker(audit, LocalStore(tmp_path), engine, foresee=lambda ref: foreseen.append((time.perf_counter(), ref))).run()
+    worker(
+        audit, LocalStore(tmp_path), engine, prefetch_weights=lambda ref: foreseen.append((time.perf_counter(), ref))
+    ).run()
     assert {ref.digest for _, ref in foreseen} == {CHECKPOINT.digest, OTHER.digest}
     assert foreseen[-1][0] < engine.begun[1]
 

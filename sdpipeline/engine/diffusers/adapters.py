@@ -24,26 +24,26 @@ MISFITS = (ValueError, RuntimeError, KeyError, TypeError, AttributeError, IndexE
 
 
 @dataclass(frozen=True, slots=True)
-class Outfit:
+class AdapterSet:
     """Which adapters a checkpoint wears, by digest and weight."""
 
     loras: tuple[tuple[str, float], ...] = ()
     ip_adapters: tuple[tuple[str, float], ...] = ()
 
 
-class Wardrobe:
+class AdapterState:
     """Knows what each resident checkpoint wears, so that no picture sees another one's adapters.
 
     Nothing is ever fused into the base: adding and subtracting in half precision would leave a trace.
     """
 
     def __init__(self) -> None:
-        self._worn: WeakKeyDictionary[Loaded, Outfit] = WeakKeyDictionary()
+        self._worn: WeakKeyDictionary[Loaded, AdapterSet] = WeakKeyDictionary()
 
     def dress(self, weights: Weights) -> None:
         """Leave the checkpoint with exactly these adapters, whatever it wore before."""
-        wanted = outfit(weights)
-        if self.worn_by(weights.base) == wanted:
+        wanted = adapter_set(weights)
+        if self.applied_to(weights.base) == wanted:
             return
         pipe = assemble(weights, make_scheduler(weights.row.scheduler, weights), with_text_encoders=True)
         self._undress(pipe, weights.base)
@@ -62,21 +62,21 @@ class Wardrobe:
             names = ", ".join(repr(files.alias) for files, _ in (*weights.loras, *_files(weights.ip_adapters)))
             raise CheckpointError(f"adapters {names} do not fit {weights.base.files.alias!r}: {error}") from error
 
-    def worn_by(self, base: Loaded) -> Outfit:
+    def applied_to(self, base: Loaded) -> AdapterSet:
         """What it wears now."""
-        return self._worn.get(base, Outfit())
+        return self._worn.get(base, AdapterSet())
 
     def _undress(self, pipe: Any, base: Loaded) -> None:
-        worn = self._worn.pop(base, Outfit())
+        worn = self._worn.pop(base, AdapterSet())
         if worn.ip_adapters:
             pipe.unload_ip_adapter()
         if worn.loras:
             pipe.unload_lora_weights()
 
 
-def outfit(weights: Weights) -> Outfit:
+def adapter_set(weights: Weights) -> AdapterSet:
     """What these weights ask the checkpoint to wear."""
-    return Outfit(
+    return AdapterSet(
         loras=tuple((files.digest, weight) for files, weight in weights.loras),
         ip_adapters=tuple((loaded.files.digest, weight) for loaded, weight in weights.ip_adapters),
     )

@@ -15,12 +15,12 @@ from sdpipeline.domain import AdapterInput, CheckpointRef, ControlNetInput, Gene
 from sdpipeline.engine import Batch, GeneratedImage, GenerationFailure, Pixels, PreparedRequest, safety
 from sdpipeline.engine.annotators import known_annotator
 from sdpipeline.engine.checkpoints import CheckpointFiles
-from sdpipeline.engine.diffusers.adapters import Outfit, Wardrobe, outfit, reference, refuse_unused, words
+from sdpipeline.engine.diffusers.adapters import AdapterSet, AdapterState, adapter_set, reference, refuse_unused, words
 from sdpipeline.engine.diffusers.decoding import Developed, develop
 from sdpipeline.engine.diffusers.determinism import allow_exactness, exactly
 from sdpipeline.engine.diffusers.encoder_lock import Turns
-from sdpipeline.engine.diffusers.model_cache import Form, Loaded, Residency, TextEncoders, release
-from sdpipeline.engine.diffusers.oom_fallback import FAULTS, Ladder, Result, Rung
+from sdpipeline.engine.diffusers.model_cache import Form, Loaded, ModelCache, TextEncoders, release
+from sdpipeline.engine.diffusers.oom_fallback import FAULTS, FallbackLevel, Ladder, Result
 from sdpipeline.engine.diffusers.pipeline_call import Latents, Member, PassSettings, Weights, denoise, settings_of
 from sdpipeline.engine.diffusers.preprocessing import adapters_of, annotator_parameters, check, given, pictures
 from sdpipeline.engine.diffusers.text import Embedding, EmbeddingCache, PromptEncoder
@@ -64,10 +64,10 @@ class DiffusersEngine:
         self._workshop = Workshop(self._speedups)
         self._libraries = library_versions()
         self._prompts = EmbeddingCache(PROMPT_CACHE_BYTES)
-        self._wardrobe = Wardrobe()
+        self._wardrobe = AdapterState()
         self._turns = Turns()
         self._text_encoders = text_encoders or TextEncoders()
-        self.residency = Residency(
+        self.residency = ModelCache(
             device=self._device,
             dtype=self._dtype_of,
             locate=locate,
@@ -99,7 +99,7 @@ class DiffusersEngine:
             return None
         row = family(base.files.family)
         cell = row.cell(request.task, controlnets=len(request.controlnets))
-        if cell is None or row.text == "none" or self._wardrobe.worn_by(base) != Outfit():
+        if cell is None or row.text == "none" or self._wardrobe.applied_to(base) != AdapterSet():
             return None
         return Weights(row=row, cell=cell, base=base)
 
@@ -263,7 +263,7 @@ class DiffusersEngine:
         self, encoder: PromptEncoder, request: GenerationRequest, weights: Weights, text: str, length: int
     ) -> Embedding:
         inversions = tuple(use.checkpoint for use in request.textual_inversions)
-        worn = outfit(weights).loras
+        worn = adapter_set(weights).loras
         dtype = weights.base.dtype
         key = (request.checkpoint.digest, dtype, worn, inversions, text, length, request.clip_skip)
         held = self._prompts.get(key)
@@ -274,7 +274,7 @@ class DiffusersEngine:
             self._prompts.put(key, held)
         return held
 
-    def _forward(self, settings: PassSettings, members: Sequence[Member], rung: Rung) -> list[Result]:
+    def _forward(self, settings: PassSettings, members: Sequence[Member], rung: FallbackLevel) -> list[Result]:
         """One forward pass, padded with copies of its last member; step by step where their steps differ."""
         weights = self._weights(members[0].request)
         self._wardrobe.dress(weights)
@@ -307,7 +307,7 @@ class DiffusersEngine:
         ]
 
     @contextmanager
-    def _means(self, weights: Weights, rung: Rung) -> Iterator[torch.device | None]:
+    def _means(self, weights: Weights, rung: FallbackLevel) -> Iterator[torch.device | None]:
         """The means of this rung that cost time and save memory, for one pass; gives the device to offload to."""
         if rung.offload:
             self.residency.drop(keep={loaded.form for loaded in weights.loaded()})
@@ -323,7 +323,7 @@ class DiffusersEngine:
                 network.to(self._device)
 
     def _result(
-        self, member: Member, picture: Developed, setting: Setting, details: Json, *, slot: int, rung: Rung
+        self, member: Member, picture: Developed, setting: Setting, details: Json, *, slot: int, rung: FallbackLevel
     ) -> Result:
         request, seen = member.request, member.pictures
         if picture.pixels is None:

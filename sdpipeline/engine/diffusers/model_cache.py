@@ -100,7 +100,7 @@ class Loaded:
         return _size_bytes(self.networks(), device) + _sum_bytes(self.parts.get("tensors", {}).values(), device)
 
 
-class Residency:
+class ModelCache:
     """Loads checkpoints on demand and keeps the most recently used ones.
 
     Text encoders run only for prompts that are not kept yet, and may wait in host memory until then. ``budget_bytes``

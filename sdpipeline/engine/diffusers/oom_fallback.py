@@ -18,7 +18,7 @@ FAULTS = (ValueError, TypeError, IndexError, RuntimeError)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Rung:
+class FallbackLevel:
     """How a pass runs: padded to ``bucket``, with or without the means that cost time and save memory."""
 
     bucket: int
@@ -31,7 +31,7 @@ class Rung:
         smaller = [f"bucket {self.bucket} instead of {self.asked}: out of memory"] if self.bucket < self.asked else []
         return [*smaller, *["VAE tiling"] * self.tiling, *["offload"] * self.offload]
 
-    def next(self) -> Rung | None:
+    def next(self) -> FallbackLevel | None:
         """The next way down, ``None`` at the bottom."""
         if self.bucket > 1:
             return replace(self, bucket=self.bucket // 2)
@@ -46,7 +46,7 @@ class Ladder:
     def __init__(
         self,
         *,
-        forward: Callable[[PassSettings, Sequence[Member], Rung], Sequence[Result]],
+        forward: Callable[[PassSettings, Sequence[Member], FallbackLevel], Sequence[Result]],
         free: Callable[[], None],
         spare: Callable[[], bool],
     ) -> None:
@@ -54,27 +54,29 @@ class Ladder:
         self._forward = forward
         self._free = free
         self._spare = spare
-        self._learned: dict[PassSettings, Rung] = {}
+        self._learned: dict[PassSettings, FallbackLevel] = {}
 
     def run(self, settings: PassSettings, members: Sequence[Member], bucket: int) -> Iterator[tuple[Member, Result]]:
         """Every member with its result."""
         if settings.exact:
             # Bits differ a little from bucket to bucket, and which jobs meet in one is chance.
-            yield from self._split(settings, members, Rung(bucket=1, asked=1))
+            yield from self._split(settings, members, FallbackLevel(bucket=1, asked=1))
             return
         learned = self._learned.get(settings)
         if learned is None or learned.bucket > bucket:
-            rung = Rung(bucket=bucket, asked=bucket)
+            rung = FallbackLevel(bucket=bucket, asked=bucket)
         else:
             rung = replace(learned, asked=bucket)
         yield from self._split(settings, members, rung)
 
-    def _split(self, settings: PassSettings, members: Sequence[Member], rung: Rung) -> Iterator[tuple[Member, Result]]:
+    def _split(
+        self, settings: PassSettings, members: Sequence[Member], rung: FallbackLevel
+    ) -> Iterator[tuple[Member, Result]]:
         for start in range(0, len(members), rung.bucket):
             yield from self._attempt(settings, members[start : start + rung.bucket], rung)
 
     def _attempt(
-        self, settings: PassSettings, members: Sequence[Member], rung: Rung
+        self, settings: PassSettings, members: Sequence[Member], rung: FallbackLevel
     ) -> Iterator[tuple[Member, Result]]:
         try:
             results = self._forward(settings, members, rung)
@@ -96,7 +98,7 @@ class Ladder:
             yield from self._isolate(settings, members, rung, reason)
 
     def _climb_down(
-        self, settings: PassSettings, members: Sequence[Member], rung: Rung
+        self, settings: PassSettings, members: Sequence[Member], rung: FallbackLevel
     ) -> Iterator[tuple[Member, Result]]:
         lower = None if settings.exact else rung.next()
         if lower is None:
@@ -108,7 +110,7 @@ class Ladder:
         yield from self._split(settings, members, lower)
 
     def _isolate(
-        self, settings: PassSettings, members: Sequence[Member], rung: Rung, reason: str
+        self, settings: PassSettings, members: Sequence[Member], rung: FallbackLevel, reason: str
     ) -> Iterator[tuple[Member, Result]]:
         """Halve until the culprit is alone; each part is padded to the same bucket, so neighbours keep their bits."""
         if len(members) == 1:

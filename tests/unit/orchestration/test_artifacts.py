@@ -8,7 +8,7 @@ import pytest
 
 from sdpipeline.app import services
 from sdpipeline.errors import StorageUnavailableError
-from sdpipeline.orchestration.artifacts import REFRESH_EVERY_S, REFRESHING_SHARE, Board, shown
+from sdpipeline.orchestration.artifacts import REFRESH_EVERY_S, REFRESHING_SHARE, RunArtifacts, best_effort
 
 
 class Wall:
@@ -18,7 +18,7 @@ class Wall:
         self.now_s = 0.0
         self.put_at: list[float] = []
         self._takes_s = takes_s
-        self._board = Board(services.load_settings(home), "spring", clock=lambda: self.now_s)
+        self._board = RunArtifacts(services.load_settings(home), "spring", clock=lambda: self.now_s)
 
     def look(self, count: int, *, now: bool = False) -> None:
         self._board._refresh("failures", count, self._put, now=now)
@@ -63,10 +63,10 @@ def test_the_end_is_shown_at_once(tmp_path: Path) -> None:
 
 
 def test_storage_that_is_away_costs_the_picture_and_not_the_work() -> None:
-    with shown():
+    with best_effort():
         raise StorageUnavailableError("no answer")
 
 
 def test_what_is_wrong_with_the_program_is_not_hidden() -> None:
-    with pytest.raises(ZeroDivisionError), shown():
+    with pytest.raises(ZeroDivisionError), best_effort():
         raise ZeroDivisionError
