@@ -14,10 +14,10 @@ from sdpipeline.escaping import terminal
 from sdpipeline.settings import Settings
 
 
-def configure_logging(s: Settings) -> None:
+def configure_logging(settings: Settings) -> None:
     """Set up structlog as the settings ask; stdout stays free for results."""
     renderer: structlog.typing.Processor = structlog.processors.JSONRenderer()
-    if s.log_format == "console":
+    if settings.log_format == "console":
         # The default shows local variables, prompts and passwords among them.
         renderer = structlog.dev.ConsoleRenderer(
             colors=sys.stderr is not None and sys.stderr.isatty(),
@@ -28,10 +28,10 @@ def configure_logging(s: Settings) -> None:
             structlog.contextvars.merge_contextvars,
             structlog.processors.add_log_level,
             structlog.processors.TimeStamper(fmt="iso", utc=True),
-            *([_without_controls] if s.log_format == "console" else []),
+            *([_without_controls] if settings.log_format == "console" else []),
             renderer,
         ],
-        wrapper_class=structlog.make_filtering_bound_logger(logging.getLevelNamesMapping()[s.log_level.upper()]),
+        wrapper_class=structlog.make_filtering_bound_logger(logging.getLevelNamesMapping()[settings.log_level.upper()]),
         logger_factory=lambda *_: structlog.PrintLogger(cast("TextIO", _StandardError())),
         cache_logger_on_first_use=False,
     )

@@ -39,12 +39,12 @@ class Check:
         return {"name": self.name, "ok": self.ok, "detail": self.detail, "fix": self.fix}
 
 
-def checks(s: Settings) -> list[Check]:
+def checks(settings: Settings) -> list[Check]:
     """Everything, in the order a first run needs it."""
     tried: list[Check] = []
     for name, check in _CHECKS.items():
         try:
-            tried += check(s)
+            tried += check(settings)
         except BadInputError as error:
             first = error.mistakes[0]
             detail = f"{first.key}: {first.message}" if first.key else first.message
@@ -55,35 +55,41 @@ def checks(s: Settings) -> list[Check]:
     return tried
 
 
-def _home(s: Settings) -> Iterator[Check]:
+def _home(settings: Settings) -> Iterator[Check]:
     """Close what a release before, or another umask, left open to other users."""
-    if not s.home.is_dir():
-        yield Check(name="home", ok=True, detail=f"{s.home} is made private (0700) by the first command that writes")
+    if not settings.home.is_dir():
+        yield Check(
+            name="home", ok=True, detail=f"{settings.home} is made private (0700) by the first command that writes"
+        )
         return
-    if s.home in (Path("/"), Path.home().resolve()):
-        detail = f"{s.home} holds more than this program's files, and is left as it is"
+    if settings.home in (Path("/"), Path.home().resolve()):
+        detail = f"{settings.home} holds more than this program's files, and is left as it is"
         yield Check(name="home", ok=False, detail=detail, fix="name a folder of its own in SDP_HOME")
         return
-    found = private_files.mend(s.home)
+    found = private_files.mend(settings.home)
     if found.still_open:
         path, why = found.still_open[0]
         detail = f"{len(found.still_open)} files can be read or changed by other users: {path}: {why}"
-        fix = f"as their owner: chmod -R go= {shlex.quote(str(s.home))}"
+        fix = f"as their owner: chmod -R go= {shlex.quote(str(settings.home))}"
         yield Check(name="home", ok=False, detail=detail, fix=fix)
     elif found.closed:
-        detail = f"mended: {found.closed} of {found.looked_at} files and folders in {s.home} were open to other users"
+        detail = (
+            f"mended: {found.closed} of {found.looked_at} files and folders in {settings.home} were open to other users"
+        )
         yield Check(name="home", ok=True, detail=f"{detail}; now only their owner may read them")
     else:
-        yield Check(name="home", ok=True, detail=f"{s.home} and its {found.looked_at} files are their owner's alone")
+        yield Check(
+            name="home", ok=True, detail=f"{settings.home} and its {found.looked_at} files are their owner's alone"
+        )
 
 
-def _database(s: Settings) -> Iterator[Check]:
-    if not services.database_exists(s):
+def _database(settings: Settings) -> Iterator[Check]:
+    if not services.database_exists(settings):
         yield Check(name="database", ok=True, detail="SQLite, made by the first command that writes")
         return
-    database = open_database(s.database)
+    database = open_database(settings.database)
     try:
-        yield from _database_checks(database, embedded=s.embedded)
+        yield from _database_checks(database, embedded=settings.embedded)
     finally:
         database.close()
 
@@ -100,13 +106,13 @@ def _database_checks(database: Database, *, embedded: bool) -> Iterator[Check]:
         yield Check(name="database: pooler", ok=True, detail=detail)
 
 
-def _workers(s: Settings) -> Iterator[Check]:
-    database = services.existing_database(s)
+def _workers(settings: Settings) -> Iterator[Check]:
+    database = services.existing_database(settings)
     if database is None:
         return
     try:
         with database.read() as connection:
-            found = queries.live_workers(connection, lost_after_s=s.lease_ttl_s)
+            found = queries.live_workers(connection, lost_after_s=settings.lease_ttl_s)
     finally:
         database.close()
     lost = [each for each in found if each["status"] == "lost"]
@@ -124,43 +130,43 @@ def _time(seconds: float) -> str:
     return datetime.fromtimestamp(seconds, UTC).isoformat(sep=" ", timespec="seconds")
 
 
-def _storage(s: Settings) -> Iterator[Check]:
+def _storage(settings: Settings) -> Iterator[Check]:
     # What an endpoint cannot do is no fault: we say what we do without it.
-    for capability in services.open_storage(s).probe():
+    for capability in services.open_storage(settings).probe():
         yield Check(
             name=f"storage: {capability.name}", ok=True, detail=f"{_YES_NO[capability.ok]}: {capability.detail}"
         )
 
 
-def _prefect(s: Settings) -> Iterator[Check]:
+def _prefect(settings: Settings) -> Iterator[Check]:
     version = importlib.metadata.version("prefect")
-    if s.prefect_api_url is None:
+    if settings.prefect_api_url is None:
         yield Check(name="prefect", ok=True, detail=f"Prefect {version}; a local server is started when needed")
         return
     try:
-        url = f"{s.prefect_api_url.rstrip('/')}/health"
+        url = f"{settings.prefect_api_url.rstrip('/')}/health"
         answer = httpx.get(url, timeout=PREFECT_TIMEOUT_S, trust_env=not on_loopback(url))  # no proxy leads there
-        ok, detail = answer.is_success, f"{s.prefect_api_url} answered {answer.status_code}"
+        ok, detail = answer.is_success, f"{settings.prefect_api_url} answered {answer.status_code}"
     except httpx.HTTPError as error:
-        ok, detail = False, f"{s.prefect_api_url} does not answer: {type(error).__name__}"
+        ok, detail = False, f"{settings.prefect_api_url} does not answer: {type(error).__name__}"
     yield Check(name="prefect", ok=ok, detail=detail, fix=None if ok else "check PREFECT_API_URL: prefect server start")
 
 
-def _engine(s: Settings) -> Iterator[Check]:
+def _engine(settings: Settings) -> Iterator[Check]:
     try:
         version = importlib.metadata.version("torch")
     except importlib.metadata.PackageNotFoundError:
         fix = "pip install 'sdpipeline[engine]' on machines that make pictures"
         yield Check(name="engine", ok=False, detail="torch is not installed", fix=fix)
         return
-    services.check_quantization(s)
-    yield Check(name="engine", ok=True, detail=f"torch {version} on {', '.join(services.devices(s))}")
+    services.check_quantization(settings)
+    yield Check(name="engine", ok=True, detail=f"torch {version} on {', '.join(services.devices(settings))}")
 
 
-def _checkpoints(s: Settings) -> Iterator[Check]:
-    database = services.existing_database(s)
+def _checkpoints(settings: Settings) -> Iterator[Check]:
+    database = services.existing_database(settings)
     try:
-        known, refused = services.catalog(s, database), services.refused_checkpoints(s, database)
+        known, refused = services.catalog(settings, database), services.refused_checkpoints(settings, database)
     finally:
         if database is not None:
             database.close()
@@ -177,29 +183,33 @@ def _checkpoints(s: Settings) -> Iterator[Check]:
         yield Check(name=f"checkpoint {alias}", ok=False, detail=str(why), fix=_FIXES["checkpoints"])
 
 
-def _picture_key(s: Settings) -> Iterator[Check]:
-    own = s.signing
-    if not (s.embedded or own.certificates_file or own.key_file or own.kms_key_id):
+def _picture_key(settings: Settings) -> Iterator[Check]:
+    own = settings.signing
+    if not (settings.embedded or own.certificates_file or own.key_file or own.kms_key_id):
         detail = "none here, which is right where no worker runs: each of them needs SDP_SIGNING__CERTIFICATES_FILE"
         yield Check(name="picture key", ok=True, detail=detail)
         return
-    key = services.picture_key(s)
-    roots = services.trust_anchors(s).count("BEGIN CERTIFICATE")
+    key = services.picture_key(settings)
+    roots = services.trust_anchors(settings).count("BEGIN CERTIFICATE")
     trusted = f"{roots} trusted roots" if roots else "no trusted roots: verify calls no picture trusted"
     times = f", times from {key.tsa_url}" if key.tsa_url else ""
     yield Check(name="picture key", ok=True, detail=f"{key.identity}{times}; {trusted}")
 
 
-def _signing(s: Settings) -> Iterator[Check]:
-    if s.embedded and s.signing.seal_key_file is None and not services.development_seal_key(s).is_file():
+def _signing(settings: Settings) -> Iterator[Check]:
+    if (
+        settings.embedded
+        and settings.signing.seal_key_file is None
+        and not services.development_seal_key(settings).is_file()
+    ):
         yield Check(name="signing key", ok=True, detail="a development key is made with the first seal")
         return
-    if s.signing.seal_public_key_file is not None:
-        public = services.believed_seal_keys(s).public[0]
+    if settings.signing.seal_public_key_file is not None:
+        public = services.believed_seal_keys(settings).public[0]
         yield Check(name="signing key", ok=True, detail=f"public half, Ed25519 {public[:16]}: another process seals")
         return
-    key = services.seal_key(s)
-    kind = "development key" if s.signing.seal_key_file is None else str(s.signing.seal_key_file)
+    key = services.seal_key(settings)
+    kind = "development key" if settings.signing.seal_key_file is None else str(settings.signing.seal_key_file)
     yield Check(name="signing key", ok=True, detail=f"{kind}, Ed25519 {key.public_hex[:16]}")
 
 

@@ -27,9 +27,9 @@ class Reclaimed:
     due: int
 
 
-def reclaim(s: Settings) -> Reclaimed:
+def reclaim(settings: Settings) -> Reclaimed:
     """Make ready what dead workers held and what waited long enough; living workers do so too, where there are any."""
-    with services.services(s, create=False) as have:
+    with services.services(settings, create=False) as have:
 
         def expired() -> int:
             with have.audit.transaction() as tx:
@@ -50,46 +50,51 @@ def _until_none(some: Callable[[], int]) -> int:
     return total
 
 
-def reconcile(s: Settings, *, repair: bool = False, adopt: bool = False) -> Reconciliation:
+def reconcile(settings: Settings, *, repair: bool = False, adopt: bool = False) -> Reconciliation:
     """Compare the database with storage; changes nothing unless told to."""
-    with services.services(s, create=False) as have:
+    with services.services(settings, create=False) as have:
         have.store.check()
         done = reconciling.reconcile(
             have.audit,
             have.store,
-            lambda: services.seal_key(s),
-            grace_s=s.reconcile_grace_s,
+            lambda: services.seal_key(settings),
+            grace_s=settings.reconcile_grace_s,
             repair=repair,
             adopt=adopt,
         )
         if done.adoption is not None and done.adoption.gap is not None:
             # From here on nobody can take the gap back without being found out.
-            audit.seal(have.database, have.store, services.seal_key(s))
+            audit.seal(have.database, have.store, services.seal_key(settings))
     return done
 
 
-def forget(s: Settings, *, dry_run: bool = False) -> Forgotten:
+def forget(settings: Settings, *, dry_run: bool = False) -> Forgotten:
     """Do what the retention settings say is due, and seal it."""
-    with services.services(s, create=False) as have:
+    with services.services(settings, create=False) as have:
         have.store.check()
         audit.refuse_restored(have.database, have.store)
-        periods = forgetting.Periods(**s.retention.model_dump())
+        periods = forgetting.Periods(**settings.retention.model_dump())
         done = forgetting.forget(
-            have.audit, have.store, lambda: services.seal_or_wait(s), team=s.team, periods=periods, dry_run=dry_run
+            have.audit,
+            have.store,
+            lambda: services.seal_or_wait(settings),
+            team=settings.team,
+            periods=periods,
+            dry_run=dry_run,
         )
     if not dry_run:
-        services.seal_here(s)
+        services.seal_here(settings)
     return done
 
 
-def verify(s: Settings, *, sample: int | None = None, trusted: tuple[str, ...] | None = None) -> Verification:
+def verify(settings: Settings, *, sample: int | None = None, trusted: tuple[str, ...] | None = None) -> Verification:
     """Check every event, seal, job row and picture (or only ``sample`` of those) against each other.
 
     ``trusted`` are the public keys whose seals are believed; None takes those of the settings' own seal key.
     """
-    with services.services(s, create=False) as have:
+    with services.services(settings, create=False) as have:
         have.store.check()
-        key = services.believed_seal_keys(s) if trusted is None else audit.PublicKeys(trusted)
+        key = services.believed_seal_keys(settings) if trusted is None else audit.PublicKeys(trusted)
         found = audit.verify(have.database, have.store, key, sample=sample)
         if sample is None:
             _verify_weights(have, found)

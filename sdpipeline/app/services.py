@@ -92,94 +92,94 @@ class Services:
 
 
 @contextmanager
-def services(s: Settings, *, create: bool = True, until: threading.Event | None = None) -> Iterator[Services]:
+def services(settings: Settings, *, create: bool = True, until: threading.Event | None = None) -> Iterator[Services]:
     """Open database (at this release's schema) and storage; ``create`` makes an embedded database where none is.
 
     With ``until`` an outage of the database is waited out until that event is set.
     """
-    if not create and not database_exists(s):
+    if not create and not database_exists(settings):
         fix = "sdpipeline demo, or sdpipeline submit FILE; --home names another folder"
-        raise BadInputError(Mistake(message=f"nothing was submitted in {s.home} yet", fix=fix))
-    database = open_database(s.database)
-    check = partial(ensure_schema, s, database)
+        raise BadInputError(Mistake(message=f"nothing was submitted in {settings.home} yet", fix=fix))
+    database = open_database(settings.database)
+    check = partial(ensure_schema, settings, database)
     try:
         check() if until is None else until_available(check, until)
-        yield Services(s, database, open_storage(s), AuditLog(database, actor=actor(s)))
+        yield Services(settings, database, open_storage(settings), AuditLog(database, actor=actor(settings)))
     finally:
         database.close()
 
 
-def ensure_schema(s: Settings, database: Database) -> None:
+def ensure_schema(settings: Settings, database: Database) -> None:
     """Migrate the embedded database; any other must have been migrated by ``db upgrade``."""
-    revision = migrate.current(database) if database_exists(s) else None
+    revision = migrate.current(database) if database_exists(settings) else None
     if migrate.suits(revision):
         return
-    if s.embedded:
+    if settings.embedded:
         migrate.upgrade(database)
     else:
         message = f"the database's schema is at {revision or 'nothing'}, this release needs {migrate.newest()}"
         raise SettingsError(Mistake(key="SDP_DATABASE_URL", message=message, fix="sdpipeline db upgrade"))
 
 
-def database_exists(s: Settings) -> bool:
+def database_exists(settings: Settings) -> bool:
     """Whether there is a database to compare with; ``plan`` creates none."""
-    path = sqlite_path(s.database)
+    path = sqlite_path(settings.database)
     return path is None or path.is_file()
 
 
-def existing_database(s: Settings) -> Database | None:
+def existing_database(settings: Settings) -> Database | None:
     """The database at this release's schema, or None where the embedded one was not made yet."""
-    if not database_exists(s):
+    if not database_exists(settings):
         return None
-    database = open_database(s.database)
-    ensure_schema(s, database)
+    database = open_database(settings.database)
+    ensure_schema(settings, database)
     return database
 
 
-def open_storage(s: Settings) -> ObjectStore:
+def open_storage(settings: Settings) -> ObjectStore:
     """The store the settings name."""
-    return open_store(s.storage, s3_options(s))
+    return open_store(settings.storage, s3_options(settings))
 
 
-def s3_options(s: Settings) -> S3Options:
+def s3_options(settings: Settings) -> S3Options:
     """How to reach S3, for our own storage and for what lies in other buckets."""
-    return S3Options(**s.s3.model_dump())
+    return S3Options(**settings.s3.model_dump())
 
 
-def seal_key(s: Settings) -> audit.SealKey:
+def seal_key(settings: Settings) -> audit.SealKey:
     """The key that seals the audit log; a development key is made beside the embedded database."""
-    path = s.signing.seal_key_file
-    if path is None and s.signing.seal_public_key_file is not None:
+    path = settings.signing.seal_key_file
+    if path is None and settings.signing.seal_public_key_file is not None:
         fix = "run this on the machine that seals; SDP_SIGNING__SEAL_PUBLIC_KEY_FILE only checks seals"
         raise SettingsError(Mistake(key="SDP_SIGNING__SEAL_KEY_FILE", message="is not set", fix=fix))
-    if path is None and not s.embedded:
+    if path is None and not settings.embedded:
         fix = "name an Ed25519 key: openssl genpkey -algorithm ed25519 -out seal.pem"
         raise SettingsError(Mistake(key="SDP_SIGNING__SEAL_KEY_FILE", message="is not set", fix=fix))
-    retired = tuple(s.signing.retired_seal_keys)
-    with _development_keys(s):
-        return audit.load_key(path or development_seal_key(s), create=path is None, retired=retired)
+    retired = tuple(settings.signing.retired_seal_keys)
+    with _development_keys(settings):
+        return audit.load_key(path or development_seal_key(settings), create=path is None, retired=retired)
 
 
-def believed_seal_keys(s: Settings) -> audit.SealKey | audit.PublicKeys:
+def believed_seal_keys(settings: Settings) -> audit.SealKey | audit.PublicKeys:
     """The keys whose seals are believed: those of the seal key, or of its public half where another process seals."""
-    path = s.signing.seal_public_key_file
+    path = settings.signing.seal_public_key_file
     if path is None:
-        return seal_key(s)
+        return seal_key(settings)
     own = audit.public_key(str(path), setting="SDP_SIGNING__SEAL_PUBLIC_KEY_FILE")
-    return audit.PublicKeys((own, *s.signing.retired_seal_keys))
+    return audit.PublicKeys((own, *settings.signing.retired_seal_keys))
 
 
-def development_seal_key(s: Settings) -> Path:
+def development_seal_key(settings: Settings) -> Path:
     """Where the embedded default keeps the key it made."""
-    return s.home / "keys" / "development-seal.pem"
+    return settings.home / "keys" / "development-seal.pem"
 
 
-def picture_key(s: Settings) -> SigningKey:
+def picture_key(settings: Settings) -> SigningKey:
     """The key that signs pictures; a development key is made beside the embedded database."""
-    own = s.signing
-    if own.certificates_file is None and s.embedded and not (own.key_file or own.kms_key_id):
-        with _development_keys(s):
-            return replace(signing.development_key(development_picture_keys(s)), tsa_url=own.tsa_url)
+    own = settings.signing
+    if own.certificates_file is None and settings.embedded and not (own.key_file or own.kms_key_id):
+        with _development_keys(settings):
+            return replace(signing.development_key(development_picture_keys(settings)), tsa_url=own.tsa_url)
     if own.certificates_file is None:
         fix = "name the PEM file with your signing certificate and its intermediates"
         raise SettingsError(Mistake(key="SDP_SIGNING__CERTIFICATES_FILE", message="is not set", fix=fix))
@@ -201,55 +201,55 @@ def picture_key(s: Settings) -> SigningKey:
     )
 
 
-def development_picture_keys(s: Settings) -> Path:
+def development_picture_keys(settings: Settings) -> Path:
     """The folder in which the embedded default keeps the chain it made."""
-    return s.home / "keys" / "pictures"
+    return settings.home / "keys" / "pictures"
 
 
 @contextmanager
-def _development_keys(s: Settings) -> Iterator[None]:
+def _development_keys(settings: Settings) -> Iterator[None]:
     """SettingsError if a key cannot be written in the home."""
     try:
         yield
     except OSError as error:
-        message = f"cannot make a development key in {s.home / 'keys'}: {error.strerror}"
+        message = f"cannot make a development key in {settings.home / 'keys'}: {error.strerror}"
         fix = "name a home on a disk that is writable and has space"
         raise SettingsError(Mistake(key="SDP_HOME", message=message, fix=fix)) from error
 
 
-def trust_anchors(s: Settings) -> str:
+def trust_anchors(settings: Settings) -> str:
     """The root certificates that make a signature trusted, in PEM; none where none were named."""
-    return signing.trusted_roots(s.signing.trust_file) if s.signing.trust_file else ""
+    return signing.trusted_roots(settings.signing.trust_file) if settings.signing.trust_file else ""
 
 
-def catalog(s: Settings, database: Database | None = None) -> Catalog:
+def catalog(settings: Settings, database: Database | None = None) -> Catalog:
     """Every checkpoint a campaign may name: the shipped ones, those of the folder, those already registered."""
-    return _catalog(s, database, HashCache(s.home / HASH_CACHE))[0]
+    return _catalog(settings, database, HashCache(settings.home / HASH_CACHE))[0]
 
 
-def refused_checkpoints(s: Settings, database: Database | None = None) -> dict[str, CheckpointError]:
+def refused_checkpoints(settings: Settings, database: Database | None = None) -> dict[str, CheckpointError]:
     """Directories that look like checkpoints and are not accepted, by name, with the reason."""
-    return _catalog(s, database, HashCache(s.home / HASH_CACHE))[1]
+    return _catalog(settings, database, HashCache(settings.home / HASH_CACHE))[1]
 
 
-def approved_checkpoints(s: Settings, database: Database) -> list[CheckpointFiles]:
+def approved_checkpoints(settings: Settings, database: Database) -> list[CheckpointFiles]:
     """Registered checkpoints in force, oldest first; a link in SDP_CHECKPOINTS_DIR stands for its directory."""
     with database.read() as connection:
         known = registry.known(connection)
     return [
-        replace(files, directory=files.directory.resolve()) if files.directory.parent == s.checkpoints else files
+        replace(files, directory=files.directory.resolve()) if files.directory.parent == settings.checkpoints else files
         for files in known
     ]
 
 
 def _catalog(
-    s: Settings, database: Database | None, cache: HashCache
+    settings: Settings, database: Database | None, cache: HashCache
 ) -> tuple[dict[str, CheckpointFiles], dict[str, CheckpointError]]:
     known: dict[str, CheckpointFiles] = {}
     revoked: frozenset[str] = frozenset()
     expired: frozenset[tuple[str, str]] = frozenset()
     if database is not None:
-        known = {files.alias: files for files in approved_checkpoints(s, database)}
+        known = {files.alias: files for files in approved_checkpoints(settings, database)}
         with database.read() as connection:
             revoked, expired = registry.withdrawn(connection)
     # The shipped weights are small and change with the package; what else was approved stands as it was approved.
@@ -259,7 +259,7 @@ def _catalog(
         refused[alias] = why
         del shipped[alias]
     found = {alias: _on_terms(files, known.get(alias)) for alias, files in shipped.items()}
-    own, refused_own = _inspected(s.checkpoints, cache, but=known)
+    own, refused_own = _inspected(settings.checkpoints, cache, but=known)
     found |= own | approved
     running = {
         alias: files
@@ -290,10 +290,10 @@ def _on_terms(shipped: CheckpointFiles, approved: CheckpointFiles | None) -> Che
     return replace(shipped, licence=approved.licence or BUILTIN_LICENCE, purposes=approved.purposes)
 
 
-def _runnable(s: Settings, database: Database | None) -> dict[str, CheckpointFiles]:
+def _runnable(settings: Settings, database: Database | None) -> dict[str, CheckpointFiles]:
     """What may run, by digest: jobs keep the weights they were pinned to when an alias has come to mean others."""
-    approved = approved_checkpoints(s, database) if database is not None else []
-    return {files.digest: files for files in (*approved, *catalog(s, database).values())}
+    approved = approved_checkpoints(settings, database) if database is not None else []
+    return {files.digest: files for files in (*approved, *catalog(settings, database).values())}
 
 
 def _inspected(
@@ -321,21 +321,21 @@ def _inspected(
     return found, refused
 
 
-def input_folder(s: Settings, folder: Path) -> InputFolder:
+def input_folder(settings: Settings, folder: Path) -> InputFolder:
     """Where a campaign's pictures and tables may come from: its folder, and what the settings allow beside it."""
     # Whoever waits for a plan is told within 15 seconds that a bucket does not answer.
-    patience = replace(s3_options(s), connect_timeout_s=2, read_timeout_s=5, total_max_attempts=2)
+    patience = replace(s3_options(settings), connect_timeout_s=2, read_timeout_s=5, total_max_attempts=2)
     return InputFolder(
         folder,
-        allowed=[Path(root) for root in s.inputs.allowed if not is_bucket_url(root)],
-        buckets=[root for root in s.inputs.allowed if is_bucket_url(root)],
+        allowed=[Path(root) for root in settings.inputs.allowed if not is_bucket_url(root)],
+        buckets=[root for root in settings.inputs.allowed if is_bucket_url(root)],
         foreign=ForeignObjects(patience),
-        max_pixels=s.inputs.max_pixels,
+        max_pixels=settings.inputs.max_pixels,
     )
 
 
 def load_campaign(
-    s: Settings,
+    settings: Settings,
     path: Path,
     database: Database | None = None,
     *,
@@ -344,16 +344,16 @@ def load_campaign(
 ) -> tuple[Campaign, InputFolder]:
     """A checked campaign file and the folder its pictures come from; raises CampaignError, or SettingsError where the
     deployment's policy is wrong. ``now`` is when its schedule fired."""
-    inputs = input_folder(s, path.absolute().parent)
-    rules = policy.load(s.policy_file) if s.policy_file else None
-    cache = HashCache(s.home / HASH_CACHE)
-    known, refused = _catalog(s, database, cache)
+    inputs = input_folder(settings, path.absolute().parent)
+    rules = policy.load(settings.policy_file) if settings.policy_file else None
+    cache = HashCache(settings.home / HASH_CACHE)
+    known, refused = _catalog(settings, database, cache)
     try:
         campaign = load_campaign_file(path, known, inputs, edition=edition, now=now, deployment=rules)
     except CampaignError as error:
         raise CampaignError(*(_with_reason(mistake, refused) for mistake in error.mistakes)) from error
     _check_weights(campaign, cache)
-    if campaign.spec.budget.max_cost is not None and s.cost_per_gpu_hour is None:
+    if campaign.spec.budget.max_cost is not None and settings.cost_per_gpu_hour is None:
         place = ("budget", "max_cost")
         raise CampaignError(campaign.source.mistake(place, "has no price to count by", "set SDP_COST_PER_GPU_HOUR"))
     return campaign, inputs
@@ -390,64 +390,66 @@ def _check_weights(campaign: Campaign, cache: HashCache) -> None:
         raise CampaignError(*mistakes)
 
 
-def build_engine(s: Settings, device: str, database: Database | None, *, dtype: str | None = None) -> Engine:
+def build_engine(settings: Settings, device: str, database: Database | None, *, dtype: str | None = None) -> Engine:
     """The diffusers engine, or its double where the settings ask for it. Imports torch only here."""
-    if s.engine.fake_seconds_per_batch is not None:
+    if settings.engine.fake_seconds_per_batch is not None:
         from sdpipeline.engine.fake import FakeEngine
 
-        return FakeEngine(seconds_per_batch=s.engine.fake_seconds_per_batch)
+        return FakeEngine(seconds_per_batch=settings.engine.fake_seconds_per_batch)
     # What was compiled once is read from here at the next start.
-    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(s.home / "compiled"))
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(settings.home / "compiled"))
     _need_engine()
     from sdpipeline.engine.diffusers.engine import DiffusersEngine
     from sdpipeline.engine.diffusers.model_cache import TextEncoders
     from sdpipeline.engine.stepwise.compile import Speedups, check_compiler
 
-    by_digest = _runnable(s, database)
+    by_digest = _runnable(settings, database)
 
     def locate(ref: CheckpointRef) -> CheckpointFiles:
         if ref.digest not in by_digest:
-            by_digest.update(_runnable(s, database))
+            by_digest.update(_runnable(settings, database))
         if ref.digest not in by_digest:
             raise CheckpointError(f"checkpoint {ref.alias!r} with digest {ref.digest[:16]} is not on this machine")
         return by_digest[ref.digest]
 
-    resident = int(s.engine.resident_gib * 2**30) if s.engine.resident_gib else None
-    if s.engine.compile:
+    resident = int(settings.engine.resident_gib * 2**30) if settings.engine.resident_gib else None
+    if settings.engine.compile:
         check_compiler()
-    check_quantization(s, device)
+    check_quantization(settings, device)
     speedups = Speedups(
-        compile=s.engine.compile,
-        channels_last=s.engine.channels_last,
-        attention=s.engine.attention,
-        quantize=s.engine.quantize,
-        decode_batch=split(s.engine.decode_batch, s.engine.decode_batch)[0] if s.engine.decode_batch else None,
+        compile=settings.engine.compile,
+        channels_last=settings.engine.channels_last,
+        attention=settings.engine.attention,
+        quantize=settings.engine.quantize,
+        decode_batch=split(settings.engine.decode_batch, settings.engine.decode_batch)[0]
+        if settings.engine.decode_batch
+        else None,
     )
     return DiffusersEngine(
         device=device,
-        dtype=dtype or s.engine.dtype,
+        dtype=dtype or settings.engine.dtype,
         locate=locate,
         resident_bytes=resident,
         speedups=speedups,
-        text_encoders=TextEncoders(offload=s.engine.offload_text_encoders, ahead=s.engine.encode_ahead),
+        text_encoders=TextEncoders(offload=settings.engine.offload_text_encoders, ahead=settings.engine.encode_ahead),
     )
 
 
-def check_quantization(s: Settings, device: str | None = None) -> None:
+def check_quantization(settings: Settings, device: str | None = None) -> None:
     """SettingsError where this device, or any of this machine's, cannot do what ``SDP_ENGINE__QUANTIZE`` asks."""
-    if s.engine.quantize is None or s.engine.fake_seconds_per_batch is not None:
+    if settings.engine.quantize is None or settings.engine.fake_seconds_per_batch is not None:
         return
     _need_engine()
     from sdpipeline.engine.stepwise.quantization import check
 
-    for each in [device] if device else sorted(set(devices(s))):
-        check(s.engine.quantize, each, s.engine.dtype)
+    for each in [device] if device else sorted(set(devices(settings))):
+        check(settings.engine.quantize, each, settings.engine.dtype)
 
 
-def check_engine(s: Settings) -> None:
+def check_engine(settings: Settings) -> None:
     """SettingsError where a package of the extra ``engine`` is missing. Imports none: torch alone takes seconds."""
     missing = [name for name in ENGINE_PACKAGES if find_spec(name) is None]
-    if missing and s.engine.fake_seconds_per_batch is None:
+    if missing and settings.engine.fake_seconds_per_batch is None:
         message = f"this machine cannot make pictures: no {missing[0]}"
         raise SettingsError(Mistake(message=message, fix="pip install 'sdpipeline[engine]'"))
 
@@ -471,14 +473,14 @@ def random_checkpoint(name: str, folder: Path, device: str) -> Path:
     return ensure(name, folder, device=device)
 
 
-def devices(s: Settings) -> list[str]:
+def devices(settings: Settings) -> list[str]:
     """The devices of this machine's workers: what the settings say, else every GPU, else the CPU."""
-    if s.device is not None:
-        return [s.device] * (s.workers or 1)
+    if settings.device is not None:
+        return [settings.device] * (settings.workers or 1)
     gpus = gpu_count()
     if not gpus:
-        return ["cpu"] * (s.workers or 1)
-    return [f"cuda:{n % gpus}" for n in range(s.workers or gpus)]
+        return ["cpu"] * (settings.workers or 1)
+    return [f"cuda:{n % gpus}" for n in range(settings.workers or gpus)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -504,30 +506,36 @@ class OpenWorker:
 
 
 @contextmanager
-def open_worker(s: Settings, *, device: str | None = None, stop: threading.Event | None = None) -> Iterator[OpenWorker]:
+def open_worker(
+    settings: Settings, *, device: str | None = None, stop: threading.Event | None = None
+) -> Iterator[OpenWorker]:
     """A worker on one device, registered while it lives; its checkpoints stay warm between runs.
 
     An outage of the database is waited out; raises DatabaseUnavailableError if ``stop`` is set meanwhile.
     """
-    key, stop = picture_key(s), stop or threading.Event()
-    with services(s, until=stop) as have:
+    key, stop = picture_key(settings), stop or threading.Event()
+    with services(settings, until=stop) as have:
         have.store.check()
         until_available(partial(audit.refuse_restored, have.database, have.store), stop)
-        chosen = device or devices(s)[0]
-        with delivery_process(s, key, have.database, s.storage) as (worker_id, deliverer):
-            engine = until_available(partial(build_engine, s, chosen, have.database), stop)
-            worker = make_worker(s, have.database, have.store, engine, key, worker_id=worker_id, deliverer=deliverer)
-            with registered(s, worker, chosen, stop=stop):
-                yield OpenWorker(worker, s.team)
+        chosen = device or devices(settings)[0]
+        with delivery_process(settings, key, have.database, settings.storage) as (worker_id, deliverer):
+            engine = until_available(partial(build_engine, settings, chosen, have.database), stop)
+            worker = make_worker(
+                settings, have.database, have.store, engine, key, worker_id=worker_id, deliverer=deliverer
+            )
+            with registered(settings, worker, chosen, stop=stop):
+                yield OpenWorker(worker, settings.team)
 
 
 @contextmanager
-def registered(s: Settings, worker: Worker, device: str, *, stop: threading.Event | None = None) -> Iterator[Worker]:
+def registered(
+    settings: Settings, worker: Worker, device: str, *, stop: threading.Event | None = None
+) -> Iterator[Worker]:
     """The database knows of the worker while the block lasts. With ``stop`` it waits out an outage at the start."""
 
     def register() -> None:
         with worker.audit.transaction() as tx:
-            declare(tx, "marks", _marking(s, worker.signing))
+            declare(tx, "marks", _marking(settings, worker.signing))
             about = {"worker_id": worker.worker_id, "host": socket.gethostname(), "device": device}
             workers.register(tx, pid=os.getpid(), description=worker.engine.describe(), **about)
 
@@ -544,23 +552,23 @@ def registered(s: Settings, worker: Worker, device: str, *, stop: threading.Even
 
 @contextmanager
 def delivery_process(
-    s: Settings, key: SigningKey, database: Database, storage_url: str
+    settings: Settings, key: SigningKey, database: Database, storage_url: str
 ) -> Iterator[tuple[str, DeliveryProcess | None]]:
     """The identity of a new worker, and a process that delivers for it while the block lasts; none beside the engine's
     double, which it would help nothing. It starts meanwhile."""
     worker_id = secrets.token_hex(16)
-    if s.engine.fake_seconds_per_batch is not None:
+    if settings.engine.fake_seconds_per_batch is not None:
         yield worker_id, None
         return
     to = Destination(
-        settings=s,
+        settings=settings,
         storage_url=storage_url,
         database_url=database.writer.url.render_as_string(hide_password=False),
         actor=_worker_actor(worker_id),
         certificate=key.fingerprint,
     )
     # One connection more than deliverers: copies are recorded by the thread that fetches.
-    deliverer = DeliveryProcess(to, connections=s.deliverers + 1, bounds=Bounds.of(s))
+    deliverer = DeliveryProcess(to, connections=settings.deliverers + 1, bounds=Bounds.of(settings))
     deliverer.begin()
     try:
         yield worker_id, deliverer
@@ -573,7 +581,7 @@ def _worker_actor(worker_id: str) -> str:
 
 
 def make_worker(
-    s: Settings,
+    settings: Settings,
     database: Database,
     store: ObjectStore,
     engine: Engine,
@@ -590,12 +598,12 @@ def make_worker(
     if deliverer is not None:
         deliverer.check()
     limits = WorkerLimits(
-        max_batch=s.engine.max_batch,
-        lease_ttl_s=s.lease_ttl_s,
-        max_pixels=s.inputs.max_pixels,
-        gpu_second_cost=(s.cost_per_gpu_hour or 0.0) / 3600,
-        shutdown_grace_s=s.shutdown_grace_s,
-        deliverers=s.deliverers,
+        max_batch=settings.engine.max_batch,
+        lease_ttl_s=settings.lease_ttl_s,
+        max_pixels=settings.inputs.max_pixels,
+        gpu_second_cost=(settings.cost_per_gpu_hour or 0.0) / 3600,
+        shutdown_grace_s=settings.shutdown_grace_s,
+        deliverers=settings.deliverers,
     )
     return Worker(
         worker_id,
@@ -604,12 +612,12 @@ def make_worker(
         engine,
         limits,
         key,
-        ForeignObjects(s3_options(s)),
-        breaker=CircuitBreaker(max_failures=s.worker_max_failures),
-        timings=BatchTimings(s.batch_timeout_s),
-        aging=AgingPolicy(s.fairness_max_wait_s),
+        ForeignObjects(s3_options(settings)),
+        breaker=CircuitBreaker(max_failures=settings.worker_max_failures),
+        timings=BatchTimings(settings.batch_timeout_s),
+        aging=AgingPolicy(settings.fairness_max_wait_s),
         prefetch_weights=_foreseeing(engine),
-        trust_anchors=trust_anchors(s),
+        trust_anchors=trust_anchors(settings),
         deliverer=deliverer,
     )
 
@@ -628,7 +636,7 @@ def _foreseeing(engine: Engine) -> Callable[[CheckpointRef], None] | None:
 
 
 def run_worker(
-    s: Settings,
+    settings: Settings,
     *,
     campaign: str | None,
     until_idle: bool,
@@ -637,7 +645,7 @@ def run_worker(
     on_progress: Callable[[int], None] | None = None,
 ) -> WorkerSummary:
     """One worker from start to end, outside a flow."""
-    with open_worker(s, device=device, stop=stop) as worker:
+    with open_worker(settings, device=device, stop=stop) as worker:
         return worker.run(campaign=campaign, until_idle=until_idle, stop=stop, on_progress=on_progress)
 
 
@@ -651,41 +659,41 @@ def known_campaign(database: Database, team: str, name: str) -> int:
     return found
 
 
-def campaign_progress(s: Settings, campaign: str) -> Progress:
+def campaign_progress(settings: Settings, campaign: str) -> Progress:
     """How far a submitted campaign is."""
-    with services(s) as have:
-        campaign_id = known_campaign(have.database, s.team, campaign)
+    with services(settings) as have:
+        campaign_id = known_campaign(have.database, settings.team, campaign)
         with have.database.read() as connection:
             return queries.progress(connection, campaign_id)
 
 
 def newest_pictures(
-    s: Settings, campaign: str, *, max_bytes: int = 200_000, kept: Thumbnails | None = None
+    settings: Settings, campaign: str, *, max_bytes: int = 200_000, kept: Thumbnails | None = None
 ) -> bytes | None:
     """The newest pictures as one small JPEG; ``kept`` saves a second drawing from reading them again."""
-    with services(s) as have:
-        campaign_id = known_campaign(have.database, s.team, campaign)
+    with services(settings) as have:
+        campaign_id = known_campaign(have.database, settings.team, campaign)
         return contact_sheet.draw(have.database, have.store, campaign_id, max_bytes=max_bytes, kept=kept)
 
 
-def failures(s: Settings, campaign: str, *, limit: int = 100) -> list[Json]:
+def failures(settings: Settings, campaign: str, *, limit: int = 100) -> list[Json]:
     """The first failed and then blocked jobs with their reasons."""
-    with services(s) as have:
-        campaign_id = known_campaign(have.database, s.team, campaign)
+    with services(settings) as have:
+        campaign_id = known_campaign(have.database, settings.team, campaign)
         with have.database.read() as connection:
             return queries.failures(connection, campaign_id, limit)
 
 
-def finish_report(s: Settings, campaign: str, span: Span | None = None) -> str:
+def finish_report(settings: Settings, campaign: str, span: Span | None = None) -> str:
     """The closing report, as markdown; ``span`` is the run that closes."""
-    with services(s) as have:
-        campaign_id = known_campaign(have.database, s.team, campaign)
+    with services(settings) as have:
+        campaign_id = known_campaign(have.database, settings.team, campaign)
         return report.closing_report(have.database, have.store, campaign_id, span=span)
 
 
-def release_worker_leases(s: Settings, pid: int) -> int:
+def release_worker_leases(settings: Settings, pid: int) -> int:
     """Give back what a dead local worker process held, as after a crash; returns the number of jobs."""
-    with services(s) as have:
+    with services(settings) as have:
         with have.database.read() as connection:
             dead = queries.worker_ids_of(connection, host=socket.gethostname(), pid=pid)
         with have.audit.transaction() as tx:
@@ -696,35 +704,35 @@ def release_worker_leases(s: Settings, pid: int) -> int:
         return returned
 
 
-def seal(s: Settings) -> int:
+def seal(settings: Settings) -> int:
     """Sign what the audit log gained, as a flow does every half hour; returns the number of events."""
-    with services(s) as have:
-        key = seal_key(s)
+    with services(settings) as have:
+        key = seal_key(settings)
         _declare_sealing(have, key)
         return audit.seal(have.database, have.store, key)
 
 
-def seal_here(s: Settings) -> int | None:
+def seal_here(settings: Settings) -> int | None:
     """Sign what the audit log gained; None if another process does so, because this one has only the public key."""
-    if s.signing.seal_public_key_file is not None:
+    if settings.signing.seal_public_key_file is not None:
         _log.info("seal_skipped", reason="SDP_SIGNING__SEAL_PUBLIC_KEY_FILE is set: another process seals")
         return None
-    return seal(s)
+    return seal(settings)
 
 
-def seal_or_wait(s: Settings) -> int:
+def seal_or_wait(settings: Settings) -> int:
     """Sign what the audit log gained, or wait until the process that has the seal key did so.
 
     Raises SealOverdueError if that process does not seal within five minutes. Returns the number of events.
     """
-    if (sealed := seal_here(s)) is not None:
+    if (sealed := seal_here(settings)) is not None:
         return sealed
-    with services(s) as have:
+    with services(settings) as have:
         return audit.wait_for_seal(have.database, timeout_s=SEAL_TIMEOUT_S)
 
 
 def keep_sealing(
-    s: Settings,
+    settings: Settings,
     stop: threading.Event,
     *,
     every_s: float,
@@ -732,8 +740,8 @@ def keep_sealing(
     on_seal: Callable[[int], None] | None = None,
 ) -> None:
     """Sign what the audit log gains until told to stop: every so often, and sooner once it is so many events."""
-    with services(s, until=stop) as have:
-        key = seal_key(s)
+    with services(settings, until=stop) as have:
+        key = seal_key(settings)
         until_available(partial(_declare_sealing, have, key), stop)
         audit.watch(have.database, have.store, key, stop, every_s=every_s, events=events, on_seal=on_seal)
 
@@ -745,18 +753,18 @@ def _declare_sealing(have: Services, key: audit.SealKey) -> None:
         declare(tx, "seals", values)
 
 
-def _marking(s: Settings, key: SigningKey) -> Json:
+def _marking(settings: Settings, key: SigningKey) -> Json:
     """Every setting that decides how pictures are marked and signed; of files their names, of secrets nothing."""
-    fields = s.signing.model_dump(exclude={"seal_key_file", "seal_public_key_file", "retired_seal_keys"})
+    fields = settings.signing.model_dump(exclude={"seal_key_file", "seal_public_key_file", "retired_seal_keys"})
     shown = {name: value.name if isinstance(value, Path) else value for name, value in fields.items()}
     told = {name: value for name, value in shown.items() if isinstance(value, str | int | float | list | None)}
     return told | {"signer": key.identity, "certificate_sha256": key.fingerprint}
 
 
-def actor(s: Settings) -> str:
+def actor(settings: Settings) -> str:
     """Who acts, and by which release, as every audit event of this process says."""
     try:
         user = getpass.getuser()
     except (KeyError, OSError):
         user = str(os.getuid())
-    return f"user:{s.actor or f'{user}@{socket.gethostname()[:80]}'} sdpipeline/{__version__}"
+    return f"user:{settings.actor or f'{user}@{socket.gethostname()[:80]}'} sdpipeline/{__version__}"

@@ -29,7 +29,7 @@ def check_edition(edition: str | None) -> None:
 
 
 @contextmanager
-def campaign_file(s: Settings, *, url: str | None = None, text: str | None = None) -> Iterator[Path]:
+def campaign_file(settings: Settings, *, url: str | None = None, text: str | None = None) -> Iterator[Path]:
     """A campaign file that is no file of this machine, as one in a folder of its own: nothing lies beside it.
 
     Raises BadInputError for an address outside ``SDP_INPUTS__ALLOWED``, or one that nothing is found at.
@@ -37,7 +37,7 @@ def campaign_file(s: Settings, *, url: str | None = None, text: str | None = Non
     with tempfile.TemporaryDirectory(prefix="sdp-campaign-") as folder:
         path = Path(folder) / "campaign.yaml"
         if url is not None:
-            inputs = services.input_folder(s, path.parent)
+            inputs = services.input_folder(settings, path.parent)
             try:
                 shutil.copyfile(inputs.table(url), path)
             except InputImageError as error:
@@ -48,29 +48,35 @@ def campaign_file(s: Settings, *, url: str | None = None, text: str | None = Non
 
 
 def submit(
-    s: Settings, file: Path, *, prune: bool = False, edition: str | None = None, now: datetime | None = None
+    settings: Settings, file: Path, *, prune: bool = False, edition: str | None = None, now: datetime | None = None
 ) -> tuple[str, Submitted]:
     """Submit a campaign file; the whole of it is checked before the embedded database is even made.
 
     ``now`` is when its schedule fired, from which its edition has its name.
     """
     check_edition(edition)
-    if not services.database_exists(s):
-        expand.check(*services.load_campaign(s, file, edition=edition, now=now))
-    services.open_storage(s).check()
-    with services.services(s) as have:
+    if not services.database_exists(settings):
+        expand.check(*services.load_campaign(settings, file, edition=edition, now=now))
+    services.open_storage(settings).check()
+    with services.services(settings) as have:
         audit.refuse_restored(have.database, have.store)
-        campaign, inputs = services.load_campaign(s, file, have.database, edition=edition, now=now)
+        campaign, inputs = services.load_campaign(settings, file, have.database, edition=edition, now=now)
         done = submission.submit(
-            campaign, inputs, have.audit, have.store, team=s.team, max_attempts=s.max_attempts, prune=prune
+            campaign,
+            inputs,
+            have.audit,
+            have.store,
+            team=settings.team,
+            max_attempts=settings.max_attempts,
+            prune=prune,
         )
     return campaign.spec.name, done
 
 
-def reopen(s: Settings, campaign: str, status: str) -> tuple[int, int]:
+def reopen(settings: Settings, campaign: str, status: str) -> tuple[int, int]:
     """Reopen the jobs of a status: how many were, and how many were left alone because a policy forbids them."""
-    with services.services(s, create=False) as have:
-        campaign_id = services.known_campaign(have.database, s.team, campaign)
+    with services.services(settings, create=False) as have:
+        campaign_id = services.known_campaign(have.database, settings.team, campaign)
         with have.audit.transaction() as tx:
             count = job_control.retry(tx, campaign_id=campaign_id, statuses=[status])
             return count, job_control.forbidden(tx.connection, campaign_id=campaign_id, status=status)

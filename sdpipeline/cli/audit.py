@@ -96,9 +96,9 @@ def seal(
     as_json: AsJson = False,
 ) -> None:
     """Sign what the audit log gained since the last seal."""
-    s = load_settings(home)
+    settings = load_settings(home)
     if not watch:
-        count = services.seal(s)
+        count = services.seal(settings)
         if as_json:
             print_json({"sealed": count})
         else:
@@ -113,7 +113,7 @@ def seal(
             stdout.print(f"{count} events sealed")
 
     with shutdown.handle_signals(*shutdown.SIGNALS) as stop:
-        services.keep_sealing(s, stop, every_s=every, events=events, on_seal=told)
+        services.keep_sealing(settings, stop, every_s=every, events=events, on_seal=told)
     if as_json:
         print_json({"sealed": sealed})
     raise typer.Exit(stop.exit_code)
@@ -126,19 +126,19 @@ def export(
     as_json: AsJson = False,
 ) -> None:
     """Seal, then write the whole log with its seals and keys as JSON Lines, for audit verify --export."""
-    s = load_settings(home)
+    settings = load_settings(home)
     if as_json and out is None:
         raise refuse("--json needs --out: the export itself goes to standard output", "--out audit.jsonl")
     refuse_place(out)
-    with services.services(s, create=False) as have:
-        services.seal(s)
+    with services.services(settings, create=False) as have:
+        services.seal(settings)
         if out is None:
-            exporting.write(have.database, services.seal_key(s), sys.stdout.buffer)
+            exporting.write(have.database, services.seal_key(settings), sys.stdout.buffer)
             return
         # Under another name first: half an export is none.
         unfinished = out.with_name(f"{out.name}.part")
         with users_umask(), unfinished.open("wb") as file:
-            done = exporting.write(have.database, services.seal_key(s), file)
+            done = exporting.write(have.database, services.seal_key(settings), file)
         unfinished.replace(out)
     if as_json:
         print_json(done.document() | {"file": str(out)})
@@ -154,14 +154,14 @@ def prove_image(
     as_json: AsJson = False,
 ) -> None:
     """Write the proof that a picture's success stands in the sealed log, for audit verify --proof."""
-    s = load_settings(home)
+    settings = load_settings(home)
     refuse_place(out)
-    with services.services(s, create=False) as have:
+    with services.services(settings, create=False) as have:
         with have.database.read() as connection:
-            success = _success(connection, picture, s.team)
+            success = _success(connection, picture, settings.team)
             document = prove(connection, success)
         if document is None:
-            services.seal_or_wait(s)
+            services.seal_or_wait(settings)
             with have.database.read() as connection:
                 document = prove(connection, success)
     if out is None:

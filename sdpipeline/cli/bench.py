@@ -128,17 +128,19 @@ def pipeline(
         profile=profile,
         device=device,
     )
-    s = load_settings(home)
-    key = services.picture_key(s)
-    services.open_storage(s).check()
-    on = subject(s.model_copy(update={"engine": s.engine.model_copy(update={"max_batch": batch})}), wanted)
+    settings = load_settings(home)
+    key = services.picture_key(settings)
+    services.open_storage(settings).check()
+    on = subject(
+        settings.model_copy(update={"engine": settings.engine.model_copy(update={"max_batch": batch})}), wanted
+    )
     under_test = on.engine()
     from sdpipeline.bench import pipeline as pipeline_bench
 
     plan = pipeline_bench.Plan(batch=batch, batches=batches, plain=max(2, batch // 2), rounds=rounds, device=on.device)
     with (
-        scratch_database(s.database) as database,
-        scratch_storage(s.storage, services.s3_options(s)) as scratch,
+        scratch_database(settings.database) as database,
+        scratch_storage(settings.storage, services.s3_options(settings)) as scratch,
         services.delivery_process(on.settings, key, database, scratch.url) as (worker_id, deliverer),
         services.registered(
             on.settings,
@@ -169,9 +171,9 @@ def queue(
 ) -> None:
     """Leases and completions a second on the configured database, in a schema of its own that is dropped again."""
     _check_plot(plot_file)
-    s = load_settings(home)
+    settings = load_settings(home)
     load = queue_bench.Load(jobs=jobs, batch=batch, workers=workers)
-    with scratch_database(s.database) as database, progress("bench queue", shown=not as_json) as on_progress:
+    with scratch_database(settings.database) as database, progress("bench queue", shown=not as_json) as on_progress:
         found = queue_bench.measure(database, load, on_progress)
     if plot_file is not None:
         plot.bars(plot_file, found["transitions"], x="what", y=("per_s", "p50_ms", "p99_ms"), title="queue")
@@ -193,11 +195,11 @@ def storage(
 ) -> None:
     """Puts, reads and checks a second on the configured storage, under a prefix of its own that is emptied again."""
     _check_plot(plot_file)
-    s = load_settings(home)
-    services.open_storage(s).check()
+    settings = load_settings(home)
+    services.open_storage(settings).check()
     load = storage_bench.Load(objects=objects, size_bytes=size_bytes, threads=threads)
     with (
-        scratch_storage(s.storage, services.s3_options(s)) as scratch,
+        scratch_storage(settings.storage, services.s3_options(settings)) as scratch,
         progress("bench storage", shown=not as_json) as on_progress,
     ):
         found = storage_bench.measure(scratch.store, load, on_progress)

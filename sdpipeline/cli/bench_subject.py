@@ -89,10 +89,10 @@ class Subject:
         }
 
 
-def subject(s: Settings, wanted: Wanted) -> Subject:
+def subject(settings: Settings, wanted: Wanted) -> Subject:
     """Raises BadInputError for what this machine or the checkpoint cannot do; builds a checkpoint that is not there."""
-    device = _device(s, wanted)
-    s, files = _checkpoint(s, wanted.checkpoint, device)
+    device = _device(settings, wanted)
+    settings, files = _checkpoint(settings, wanted.checkpoint, device)
     row = family(files.family)
     if row.cell(Task.TEXT_TO_IMAGE) is None:
         raise refuse(f"--checkpoint {files.alias} makes no pictures from text", "name one that does")
@@ -106,30 +106,30 @@ def subject(s: Settings, wanted: Wanted) -> Subject:
             raise refuse(f"--{name} {chosen[name]} is no multiple of {row.size_multiple}", "name the nearest one")
     ref = CheckpointRef(alias=files.alias, digest=files.digest)
     workload = Workload(checkpoint=ref, scheduler=wanted.scheduler, profile=wanted.profile, **chosen)
-    dtype = s.engine.dtype or (row.cuda_dtype if device.startswith("cuda") else "float32")
-    return Subject(settings=s, files=files, workload=workload, device=device, dtype=dtype)
+    dtype = settings.engine.dtype or (row.cuda_dtype if device.startswith("cuda") else "float32")
+    return Subject(settings=settings, files=files, workload=workload, device=device, dtype=dtype)
 
 
-def _device(s: Settings, wanted: Wanted) -> str:
-    device = wanted.device or services.devices(s)[0]
+def _device(settings: Settings, wanted: Wanted) -> str:
+    device = wanted.device or services.devices(settings)[0]
     number = device.removeprefix("cuda").removeprefix(":") or "0"
     if device != "cpu" and not (device.startswith("cuda") and number.isdigit() and int(number) < gpu_count()):
         raise refuse(f"--device {device} is not on this machine", f"it has cpu and {gpu_count()} GPUs")
     return device
 
 
-def _checkpoint(s: Settings, alias: str, device: str) -> tuple[Settings, CheckpointFiles]:
+def _checkpoint(settings: Settings, alias: str, device: str) -> tuple[Settings, CheckpointFiles]:
     if alias in NAMES:
-        folder = s.home / "bench"
+        folder = settings.home / "bench"
         folder.mkdir(parents=True, exist_ok=True)
-        s = s.model_copy(update={"checkpoints_dir": folder})
+        settings = settings.model_copy(update={"checkpoints_dir": folder})
         if not (folder / alias).is_dir():
             stderr.print(f"building {alias} with random weights in {folder / alias}")
         services.random_checkpoint(alias, folder, device)
-    known = services.catalog(s)
+    known = services.catalog(settings)
     if alias not in known:
         raise refuse(f"--checkpoint {alias}: there is no such checkpoint", nearest(alias, [*known, *NAMES]))
-    return s, known[alias]
+    return settings, known[alias]
 
 
 def _usual(files: CheckpointFiles, device: str) -> Json:

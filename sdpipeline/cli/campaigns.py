@@ -62,12 +62,12 @@ def plan(
     as_json: AsJson = False,
 ) -> None:
     """Check a campaign and count its jobs against the database, writing nothing."""
-    s = load_settings(home)
+    settings = load_settings(home)
     intake.check_edition(edition)
-    database = services.existing_database(s)
-    campaign, inputs = services.load_campaign(s, file, database, edition=edition)
-    cost = None if s.cost_per_gpu_hour is None else s.cost_per_gpu_hour / 3600
-    planning = submission.Planning(team=s.team, max_batch=s.engine.max_batch, gpu_second_cost=cost)
+    database = services.existing_database(settings)
+    campaign, inputs = services.load_campaign(settings, file, database, edition=edition)
+    cost = None if settings.cost_per_gpu_hour is None else settings.cost_per_gpu_hour / 3600
+    planning = submission.Planning(team=settings.team, max_batch=settings.engine.max_batch, gpu_second_cost=cost)
     planned = submission.plan(campaign, inputs, database, planning, explain=diff).document()
     if database is not None:
         database.close()
@@ -116,17 +116,17 @@ def run(
     """Submit a campaign and work it to its end on this machine, under the Prefect flow."""
     from sdpipeline import orchestration
 
-    s = load_settings(home)
-    services.check_engine(s)
-    if not s.embedded:  # a missing key is found before any work is done; the embedded default makes its own
-        services.picture_key(s)
-        services.believed_seal_keys(s)
-    services.check_quantization(s)  # its workers would die of it one after another
-    name, done = intake.submit(s, file, edition=edition)
+    settings = load_settings(home)
+    services.check_engine(settings)
+    if not settings.embedded:  # a missing key is found before any work is done; the embedded default makes its own
+        services.picture_key(settings)
+        services.believed_seal_keys(settings)
+    services.check_quantization(settings)  # its workers would die of it one after another
+    name, done = intake.submit(settings, file, edition=edition)
     if not as_json:
         stderr.print(_submitted(name, done))
-    progress = orchestration.run_campaign(s, name, keep_ui=keep_ui, console=None if as_json else stderr)
-    services.seal_here(s)
+    progress = orchestration.run_campaign(settings, name, keep_ui=keep_ui, console=None if as_json else stderr)
+    services.seal_here(settings)
     show_status([progress], as_json=as_json)
     leave(progress)
 
@@ -138,16 +138,16 @@ def status(
     as_json: AsJson = False,
 ) -> None:
     """Show how far campaigns are, and which workers live."""
-    s = load_settings(home)
-    with services.services(s, create=False) as have:
-        ids = [services.known_campaign(have.database, s.team, campaign)] if campaign else None
+    settings = load_settings(home)
+    with services.services(settings, create=False) as have:
+        ids = [services.known_campaign(have.database, settings.team, campaign)] if campaign else None
         with have.database.read() as connection:
             if ids is None:
-                names = queries.campaign_names(connection, team=s.team)
-                found = [queries.campaign_id(connection, team=s.team, name=name) for name in names]
+                names = queries.campaign_names(connection, team=settings.team)
+                found = [queries.campaign_id(connection, team=settings.team, name=name) for name in names]
                 ids = [each for each in found if each is not None]
             everything = [queries.progress(connection, each) for each in ids]
-            living = queries.live_workers(connection, lost_after_s=s.lease_ttl_s)
+            living = queries.live_workers(connection, lost_after_s=settings.lease_ttl_s)
         refusal = server_checks.write_refusal(have.database)
     show_status(everything, as_json=as_json, workers=living, refusal=refusal)
 
@@ -164,9 +164,9 @@ def jobs(
     as_json: AsJson = False,
 ) -> None:
     """List a campaign's jobs in order of their id."""
-    s = load_settings(home)
-    with services.services(s, create=False) as have:
-        campaign_id = services.known_campaign(have.database, s.team, campaign)
+    settings = load_settings(home)
+    with services.services(settings, create=False) as have:
+        campaign_id = services.known_campaign(have.database, settings.team, campaign)
         wanted = str(with_status) if with_status else None
         with have.database.read() as connection:
             found = queries.jobs(connection, campaign_id, status=wanted, made_with=checkpoint, after=after, limit=limit)
@@ -226,9 +226,9 @@ def retry(
 
 def cancel(campaign: CampaignName, *, home: Home = None, as_json: AsJson = False) -> None:
     """Cancel what is not finished yet; pictures already made are kept."""
-    s = load_settings(home)
-    with services.services(s, create=False) as have:
-        campaign_id = services.known_campaign(have.database, s.team, campaign)
+    settings = load_settings(home)
+    with services.services(settings, create=False) as have:
+        campaign_id = services.known_campaign(have.database, settings.team, campaign)
         with have.audit.transaction() as tx:
             count = job_control.cancel(tx, campaign_id=campaign_id)
     _say(f"{count} jobs cancelled", {"campaign": campaign, "cancelled": count}, as_json=as_json)
@@ -325,9 +325,9 @@ def _short(value: Any) -> Any:
 
 
 def _set_status(campaign: str, status: str, home: Path | None, *, as_json: bool) -> None:
-    s = load_settings(home)
-    with services.services(s, create=False) as have:
-        campaign_id = services.known_campaign(have.database, s.team, campaign)
+    settings = load_settings(home)
+    with services.services(settings, create=False) as have:
+        campaign_id = services.known_campaign(have.database, settings.team, campaign)
         with have.audit.transaction() as tx:
             job_control.set_campaign_status(tx, campaign_id=campaign_id, status=status)
     _say(f"{campaign} is {status}", {"campaign": campaign, "status": status}, as_json=as_json)

@@ -34,8 +34,8 @@ def add_to(app: typer.Typer) -> None:
 
 def list_all(*, home: Home = None, as_json: AsJson = False) -> None:
     """List every checkpoint: what may run, and what was revoked."""
-    s = load_settings(home)
-    rows = _documents(s)
+    settings = load_settings(home)
+    rows = _documents(settings)
     if as_json:
         print_json({"checkpoints": rows})
         return
@@ -59,20 +59,20 @@ def add(
     as_json: AsJson = False,
 ) -> None:
     """Approve weights under an alias; from now on that is what the alias means. Jobs keep what they were pinned to."""
-    s = load_settings(home)
+    settings = load_settings(home)
     if not re.fullmatch(NAME, alias):
         raise refuse(f"{alias!r} is no alias", "lower-case letters, digits and -")
     directory = Path(source).expanduser().resolve()
     if not directory.is_dir() and REPOSITORY.fullmatch(source):
         if revision is None:
             raise refuse(f"{source} is no directory, and as a repository it needs --revision", "pin its commit")
-        with nullcontext() if s.checkpoints.is_relative_to(s.home) else users_umask():
-            directory = fetch(source, revision, s.checkpoints / f".{alias}-{revision[:12]}")
+        with nullcontext() if settings.checkpoints.is_relative_to(settings.home) else users_umask():
+            directory = fetch(source, revision, settings.checkpoints / f".{alias}-{revision[:12]}")
     try:
         files = inspect(alias, directory)
     except CheckpointError as error:
         raise refuse(str(error)) from error
-    with services.services(s) as have, have.audit.transaction() as tx:
+    with services.services(settings) as have, have.audit.transaction() as tx:
         day_after = expires.replace(tzinfo=UTC).timestamp() + 86400 if expires else None
         origin = f"{source}@{revision}" if revision else str(directory)
         approval = registry.Approval(
@@ -97,9 +97,9 @@ def verify_all(
     as_json: AsJson = False,
 ) -> None:
     """Hash every file of the weights again, and compare the set of files with what was approved."""
-    s = load_settings(home)
-    database = services.existing_database(s)
-    known, refused = services.catalog(s, database), services.refused_checkpoints(s, database)
+    settings = load_settings(home)
+    database = services.existing_database(settings)
+    known, refused = services.catalog(settings, database), services.refused_checkpoints(settings, database)
     if alias is not None and alias not in known.keys() | refused.keys():
         raise refuse(f"no checkpoint {alias!r}", nearest(alias, known))
     checked = [_verified(files) for name, files in sorted(known.items()) if alias in (None, name)]
@@ -120,9 +120,9 @@ def revoke(
     as_json: AsJson = False,
 ) -> None:
     """Withdraw weights: nothing made with them is leased any more, and no campaign may name them."""
-    s = load_settings(home)
-    with services.services(s) as have:
-        known = services.catalog(s, have.database)
+    settings = load_settings(home)
+    with services.services(settings) as have:
+        known = services.catalog(settings, have.database)
         found = [f for name, f in known.items() if alias == name or (len(alias) >= 8 and f.digest.startswith(alias))]
         if len({files.digest for files in found}) != 1:
             raise refuse(f"no checkpoint {alias!r}", nearest(alias, known))
@@ -135,14 +135,14 @@ def revoke(
         stdout.print(f"{alias} revoked, {blocked} jobs blocked; jobs CAMPAIGN --checkpoint lists what it made")
 
 
-def _documents(s: Settings) -> list[Json]:
+def _documents(settings: Settings) -> list[Json]:
     """The registry's rows, and what may run without ever having been used."""
-    database = services.existing_database(s)
+    database = services.existing_database(settings)
     rows: list[Json] = []
     if database is not None:
         with database.read() as connection:
             rows = registry.documents(connection)
-    known = services.catalog(s, database)
+    known = services.catalog(settings, database)
     running = {(files.digest, alias) for alias, files in known.items()}
     seen = {(row["digest"], row["alias"]) for row in rows}
     for row in rows:

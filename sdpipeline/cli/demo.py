@@ -73,28 +73,28 @@ class _Result:
         return made | {"places": self.places, "seconds": self.seconds}
 
 
-def _embedded(s: Settings) -> Settings:
+def _embedded(settings: Settings) -> Settings:
     """The embedded default whatever else is set; the environment carries it to the worker processes."""
-    os.environ["SDP_DATABASE_URL"] = embedded_database(s.home)
-    os.environ["SDP_STORAGE_URL"] = embedded_storage(s.home)
-    return services.load_settings(s.home)
+    os.environ["SDP_DATABASE_URL"] = embedded_database(settings.home)
+    os.environ["SDP_STORAGE_URL"] = embedded_storage(settings.home)
+    return services.load_settings(settings.home)
 
 
-def _result(s: Settings, name: str, wall_s: float) -> _Result:
-    sheet = s.home / "demo-contact-sheet.jpg"
-    sheet.write_bytes(services.newest_pictures(s, name) or b"")
-    with services.services(s) as have:
-        campaign_id = services.known_campaign(have.database, s.team, name)
+def _result(settings: Settings, name: str, wall_s: float) -> _Result:
+    sheet = settings.home / "demo-contact-sheet.jpg"
+    sheet.write_bytes(services.newest_pictures(settings, name) or b"")
+    with services.services(settings) as have:
+        campaign_id = services.known_campaign(have.database, settings.team, name)
         with have.database.read() as connection:
             images = queries.progress(connection, campaign_id).images
             newest = queries.newest_images(connection, campaign_id, 1)
             spent = report.time_spent(queries.timings(connection, campaign_id))
     places = {
         "contact sheet": str(sheet),
-        "pictures": str(s.home / "storage" / s.team / name),
-        "audit seals": str(s.home / "storage" / "audit" / "seals"),
-        "database": str(s.home / "sdpipeline.db"),
-        "logs": str(s.home / "logs"),
+        "pictures": str(settings.home / "storage" / settings.team / name),
+        "audit seals": str(settings.home / "storage" / "audit" / "seals"),
+        "database": str(settings.home / "sdpipeline.db"),
+        "logs": str(settings.home / "logs"),
         "campaign file": str(BUNDLED_CAMPAIGN),
     }
     seconds = {label.removesuffix("_s"): round(value, 2) for label, value in spent.items()}
@@ -103,8 +103,8 @@ def _result(s: Settings, name: str, wall_s: float) -> _Result:
         wall_s=wall_s,
         places=places,
         seconds=seconds,
-        signer=services.picture_key(s).identity,
-        home="" if s.home == services.load_settings().home else f" --home {shlex.quote(str(s.home))}",
+        signer=services.picture_key(settings).identity,
+        home="" if settings.home == services.load_settings().home else f" --home {shlex.quote(str(settings.home))}",
         newest=unquote(urlsplit(newest[0]["url"]).path) if newest else "PICTURE",
     )
 

@@ -58,18 +58,18 @@ def prefect_gateway(
     """Let workers reach the server of PREFECT_API_URL with a credential of their own, by an allow-list of routes."""
     from sdpipeline.orchestration import gateway
 
-    s = load_settings(home)
-    roles = {"worker": s.gateway.worker_auth, "dispatcher": s.gateway.dispatcher_auth}
+    settings = load_settings(home)
+    roles = {"worker": settings.gateway.worker_auth, "dispatcher": settings.gateway.dispatcher_auth}
     auths = {role: auth.get_secret_value() for role, auth in roles.items() if auth is not None}
     server_auth = os.environ.get("PREFECT_API_AUTH_STRING")
     unset = [f"SDP_GATEWAY__{role.upper()}_AUTH" for role in roles if role not in auths]
-    if s.prefect_api_url is None or unset:
-        names = [*unset, *([] if s.prefect_api_url else ["PREFECT_API_URL"])]
+    if settings.prefect_api_url is None or unset:
+        names = [*unset, *([] if settings.prefect_api_url else ["PREFECT_API_URL"])]
         raise SettingsError(*(Mistake(key=name, message="is not set", fix="see deploy/README.md") for name in names))
     if len({server_auth, *auths.values()}) <= len(auths):
         fix = "give the Prefect server and each role a password of its own"
         raise SettingsError(Mistake(key="SDP_GATEWAY__WORKER_AUTH", message="two credentials are the same", fix=fix))
-    gateway.serve(s.prefect_api_url, server_auth=server_auth, auths=auths, host=host, port=port)
+    gateway.serve(settings.prefect_api_url, server_auth=server_auth, auths=auths, host=host, port=port)
 
 
 def schedule(
@@ -83,27 +83,27 @@ def schedule(
     from sdpipeline.orchestration import deploy as deployment
     from sdpipeline.orchestration.request import CampaignRequest
 
-    s = load_settings(home)
+    settings = load_settings(home)
     if off:
-        _unschedule(s, file, as_json=as_json)
+        _unschedule(settings, file, as_json=as_json)
         return
     url, text = (file, None) if is_bucket_url(file) else (None, _text(file))
-    spec = _checked(s, file, text)
+    spec = _checked(settings, file, text)
     if spec.schedule is None:
         raise refuse(f"{file} has no schedule", 'write schedule: {cron: "0 3 * * *"}')
-    made = deployment.schedule(s, spec.name, spec.schedule, CampaignRequest(file=url, text=text))
+    made = deployment.schedule(settings, spec.name, spec.schedule, CampaignRequest(file=url, text=text))
     if as_json:
         print_json({"campaign": spec.name, "deployment": made, **spec.schedule.model_dump()})
     else:
         stdout.print(f"{made} fires at {spec.schedule.cron} {spec.schedule.timezone}")
 
 
-def _unschedule(s: Settings, given: str, *, as_json: bool) -> None:
+def _unschedule(settings: Settings, given: str, *, as_json: bool) -> None:
     from sdpipeline.orchestration import deploy as deployment
 
     there = is_bucket_url(given) or Path(given).is_file()
-    name = _checked(s, given, None if is_bucket_url(given) else _text(given)).name if there else given
-    if not deployment.unschedule(s, name):
+    name = _checked(settings, given, None if is_bucket_url(given) else _text(given)).name if there else given
+    if not deployment.unschedule(settings, name):
         raise refuse(f"{name} has no schedule on this server", "prefect deployment ls names those there are")
     if as_json:
         print_json({"campaign": name, "deployment": None})
@@ -118,17 +118,17 @@ def _text(file: str) -> str:
         raise refuse(f"{file} cannot be read: {error}") from error
 
 
-def _checked(s: Settings, given: str, text: str | None) -> CampaignSpec:
+def _checked(settings: Settings, given: str, text: str | None) -> CampaignSpec:
     """The campaign as a night will find it, which is with nothing beside it; raises CampaignError."""
-    database = services.existing_database(s)
+    database = services.existing_database(settings)
     hints = []
     if text is not None:
-        expand.check(*services.load_campaign(s, Path(given), database))
+        expand.check(*services.load_campaign(settings, Path(given), database))
         beside = "at night the file is alone, without the tables and pictures that lie beside it here"
         hints.append(Mistake(file=given, message=beside, fix="put them at s3://bucket/key: see SDP_INPUTS__ALLOWED"))
     try:
-        with submit.campaign_file(s, url=None if text is not None else given, text=text) as path:
-            campaign, inputs = services.load_campaign(s, path, database)
+        with submit.campaign_file(settings, url=None if text is not None else given, text=text) as path:
+            campaign, inputs = services.load_campaign(settings, path, database)
             expand.check(campaign, inputs)
     except CampaignError as error:
         mistakes = [replace(mistake, file=given) for mistake in error.mistakes]

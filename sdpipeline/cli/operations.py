@@ -36,11 +36,11 @@ def worker(
     as_json: AsJson = False,
 ) -> None:
     """Run one worker process outside a flow; SIGTERM lets it finish its batch, a second one does not."""
-    s = load_settings(home)
-    services.check_engine(s)
+    settings = load_settings(home)
+    services.check_engine(settings)
     with shutdown.handle_signals(*shutdown.SIGNALS) as stop:
         try:
-            done = services.run_worker(s, campaign=None, until_idle=until_idle, device=device, stop=stop)
+            done = services.run_worker(settings, campaign=None, until_idle=until_idle, device=device, stop=stop)
         except DatabaseUnavailableError:
             if not stop.is_set():
                 raise
@@ -69,10 +69,10 @@ def upgrade(*, home: Home = None, as_json: AsJson = False) -> None:
 
 def current(*, home: Home = None, as_json: AsJson = False) -> None:
     """Show the database's schema and the one this release needs."""
-    s = load_settings(home)
+    settings = load_settings(home)
     at = None
-    if services.database_exists(s):
-        with closing(open_database(s.database)) as database:
+    if services.database_exists(settings):
+        with closing(open_database(settings.database)) as database:
             at = migrate.current(database)
     if as_json:
         print_json({"current": at, "newest": migrate.newest()})

@@ -74,9 +74,9 @@ for _console in (stdout, stderr):
 
 def load_settings(home: Path | None) -> Settings:
     """The command's settings, with logging set up as they ask."""
-    s = services.load_settings(home)
-    configure_logging(s)
-    return s
+    settings = services.load_settings(home)
+    configure_logging(settings)
+    return settings
 
 
 def print_json(document: Any) -> None:

@@ -52,16 +52,23 @@ def reproduce(
     as_json: AsJson = False,
 ) -> None:
     """Make a picture again from its record, ancestors first, and compare the pixels; exit 3 where they differ."""
-    s = load_settings(home)
+    settings = load_settings(home)
     refuse_place(out)
-    asked = _from_file(Path(picture)) if not picture.isdigit() or Path(picture).exists() else _from_job(s, int(picture))
+    asked = (
+        _from_file(Path(picture))
+        if not picture.isdigit() or Path(picture).exists()
+        else _from_job(settings, int(picture))
+    )
     engine = services.build_engine(
-        s, services.devices(s)[0], services.existing_database(s), dtype=asked.record["ran"].get("dtype")
+        settings,
+        services.devices(settings)[0],
+        services.existing_database(settings),
+        dtype=asked.record["ran"].get("dtype"),
     )
     done = reproduction.reproduce(
         asked.record,
         engine,
-        lambda about: _input(s, inputs, about),
+        lambda about: _input(settings, inputs, about),
         original=asked.pixels,
         pixels_sha256=asked.pixels_sha256,
     )
@@ -101,12 +108,12 @@ def _from_file(path: Path) -> _Asked:
         raise refuse(f"{path}: {error}", "give a job's id or a picture") from error
 
 
-def _from_job(s: Settings, job_id: int) -> _Asked:
+def _from_job(settings: Settings, job_id: int) -> _Asked:
     """From the database: the sidecar holds the record, the picture in storage the pixels if it is still there."""
-    with services.services(s, create=False) as have:
+    with services.services(settings, create=False) as have:
         with have.database.read() as connection:
-            job = queries.show(connection, job_id, team=s.team)
-            job = job or contents.show(connection, have.store, job_id, team=s.team)
+            job = queries.show(connection, job_id, team=settings.team)
+            job = job or contents.show(connection, have.store, job_id, team=settings.team)
         if job is not None and job["image_deleted_at"] is not None:
             raise refuse(f"job {job_id} cannot be made again: its picture was deleted", "see show for when it was")
         if job is None or job["image"] is None:
@@ -121,16 +128,16 @@ def _from_job(s: Settings, job_id: int) -> _Asked:
         return _Asked(record=record, pixels=pixels, pixels_sha256=picture["pixels_sha256"])
 
 
-def _input(s: Settings, folder: Path | None, about: Json) -> bytes:
+def _input(settings: Settings, folder: Path | None, about: Json) -> bytes:
     """An outside input by its digest: from the folder given, else from its own bucket, else from storage."""
     sha256 = about["sha256"]
     for file in sorted(folder.iterdir()) if folder is not None else ():
         if file.is_file() and hashlib.sha256(data := file.read_bytes()).hexdigest() == sha256:
             return data
     if "url" in about:
-        services.input_folder(s, Path()).admit(about["url"])  # a stranger's record opens no bucket
-        return pinned(ForeignObjects(services.s3_options(s)), about)
+        services.input_folder(settings, Path()).admit(about["url"])  # a stranger's record opens no bucket
+        return pinned(ForeignObjects(services.s3_options(settings)), about)
     try:
-        return services.open_storage(s).get(input_key(sha256))
+        return services.open_storage(settings).get(input_key(sha256))
     except ObjectMissingError as error:
         raise InputImageError(f"the input {sha256} is neither in storage nor in --inputs") from error

@@ -23,12 +23,12 @@ def add_to(app: typer.Typer) -> None:
 
 def retention(*, dry_run: DryRun = False, home: Home = None, as_json: AsJson = False) -> None:
     """Do what the retention settings say is due: delete old pictures and prompts, archive closed editions."""
-    s = load_settings(home)
-    done = maintenance.forget(s, dry_run=dry_run)
+    settings = load_settings(home)
+    done = maintenance.forget(settings, dry_run=dry_run)
     document = {"dry_run": dry_run} | done.document()
     if as_json:
         print_json(document)
-    elif s.retention == RetentionSettings():
+    elif settings.retention == RetentionSettings():
         stdout.print("nothing is ever due: see SDP_RETENTION__… in the README")
     else:
         print_table("Due" if dry_run else "Done", ("what", "count"), done.document().items())

@@ -50,12 +50,12 @@ def verify(
     as_json: AsJson = False,
 ) -> None:
     """Say who signed a picture, what it is marked as and made from, and whether our database knows it."""
-    s = load_settings(home)
-    trusted = services.trust_anchors(s)
+    settings = load_settings(home)
+    trusted = services.trust_anchors(settings)
     if not picture:
         raise refuse("no picture is named", "a file, a folder or s3://bucket/key")
-    named, single = _named(s, picture)
-    with _register(s) as register:
+    named, single = _named(settings, picture)
+    with _register(settings) as register:
         check = partial(_checked, trust_anchors=trusted, register=register, single=single)
         checked = [check(each) for each in _shown(named, hidden=as_json or single)]
     ok = all(each.ok for each in checked)
@@ -68,17 +68,17 @@ def verify(
     else:
         _say_all(checked)
     if not (asked or as_json):
-        stdout.print(f"no database was asked: there is none in {s.home} (--home names another place)")
+        stdout.print(f"no database was asked: there is none in {settings.home} (--home names another place)")
     if not ok:
         raise typer.Exit(FOUND_FAULTS)
 
 
-def _named(s: Settings, picture: str) -> tuple[list[_Named], bool]:
+def _named(settings: Settings, picture: str) -> tuple[list[_Named], bool]:
     """The pictures with how to read each, and whether it is a single one that was named."""
     if is_bucket_url(picture):
         if not picture.endswith("/"):
-            return [(picture, partial(_in_bucket, s, picture))], True
-        store = open_store(picture, services.s3_options(s))
+            return [(picture, partial(_in_bucket, settings, picture))], True
+        store = open_store(picture, services.s3_options(settings))
         keys = sorted(key for key in store.list() if key.lower().endswith(SUFFIXES))
         return _some([(store.url(key), partial(store.get, key)) for key in keys], picture), False
     path = Path(picture)
@@ -102,18 +102,18 @@ def _some(named: list[_Named], where: str) -> list[_Named]:
     return named
 
 
-def _in_bucket(s: Settings, url: str) -> bytes:
-    return ForeignObjects(services.s3_options(s)).read(url, most_bytes=LARGEST_INPUT_BYTES).data
+def _in_bucket(settings: Settings, url: str) -> bytes:
+    return ForeignObjects(services.s3_options(settings)).read(url, most_bytes=LARGEST_INPUT_BYTES).data
 
 
 @contextmanager
-def _register(s: Settings) -> Iterator[Register | None]:
+def _register(settings: Settings) -> Iterator[Register | None]:
     """What the database knows, where there is one."""
-    if not services.database_exists(s):
+    if not services.database_exists(settings):
         yield None
         return
-    with services.services(s, create=False) as have:
-        yield Register(have.database, have.store, s.team)
+    with services.services(settings, create=False) as have:
+        yield Register(have.database, have.store, settings.team)
 
 
 def _checked(named: _Named, *, trust_anchors: str, register: Register | None, single: bool) -> Checked:

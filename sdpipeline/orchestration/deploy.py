@@ -48,13 +48,13 @@ class Deployed:
         return {name: getattr(self, name) for name in names}
 
 
-def deploy(s: Settings, *, max_campaigns: int | None = None, silence_s: float = SILENCE_S) -> Deployed:
+def deploy(settings: Settings, *, max_campaigns: int | None = None, silence_s: float = SILENCE_S) -> Deployed:
     """Create what is missing and renew the rest; pools that exist stay what they are, as does a limit not given.
 
     At most ``max_campaigns`` campaign runs at a time (0 is no limit); the others wait in their queue. A run that sent
     no heartbeat for ``silence_s`` seconds is marked Crashed.
     """
-    with _server(s) as client:
+    with _server(settings) as client:
         _make_pools(client)
         limit = _limit_campaigns(client, max_campaigns)
         _deploy_file()
@@ -62,7 +62,7 @@ def deploy(s: Settings, *, max_campaigns: int | None = None, silence_s: float = 
         return Deployed(pools=POOLS, deployments=_deployments(client), automation=AUTOMATION, campaign_limit=limit)
 
 
-def schedule(s: Settings, name: str, when: Schedule, request: CampaignRequest) -> str:
+def schedule(settings: Settings, name: str, when: Schedule, request: CampaignRequest) -> str:
     """Have a campaign made when its schedule says, by a deployment of its own; returns that one's name.
 
     It is the deployed campaign flow with other parameters: its own, so that deploying again leaves it alone and a
@@ -71,12 +71,12 @@ def schedule(s: Settings, name: str, when: Schedule, request: CampaignRequest) -
     from prefect.client.schemas.actions import DeploymentScheduleCreate
     from prefect.client.schemas.schedules import CronSchedule
 
-    with _server(s) as client:
+    with _server(settings) as client:
         base = _campaign_deployment(client)
         client.create_deployment(
             flow_id=base.flow_id,
-            name=_scheduled(s, name),
-            description=f"Makes the campaign {name} of the team {s.team} when its schedule says.",
+            name=_scheduled(settings, name),
+            description=f"Makes the campaign {name} of the team {settings.team} when its schedule says.",
             entrypoint=base.entrypoint,
             pull_steps=base.pull_steps,
             parameter_openapi_schema=base.parameter_openapi_schema,
@@ -92,35 +92,35 @@ def schedule(s: Settings, name: str, when: Schedule, request: CampaignRequest) -
                 )
             ],
         )
-    return f"campaign/{_scheduled(s, name)}"
+    return f"campaign/{_scheduled(settings, name)}"
 
 
-def unschedule(s: Settings, name: str) -> bool:
+def unschedule(settings: Settings, name: str) -> bool:
     """Take a campaign's schedule away, with the runs that it planned; whether there was one."""
     from prefect.exceptions import ObjectNotFound
 
-    with _server(s) as client:
+    with _server(settings) as client:
         try:
-            found = client.read_deployment_by_name(f"campaign/{_scheduled(s, name)}")
+            found = client.read_deployment_by_name(f"campaign/{_scheduled(settings, name)}")
         except ObjectNotFound:
             return False
         client.delete_deployment(found.id)
         return True
 
 
-def _scheduled(s: Settings, name: str) -> str:
+def _scheduled(settings: Settings, name: str) -> str:
     """A name that neither another team's campaign nor a deployment of the file has: campaigns have no dots."""
-    return f"{s.team}.{name}"
+    return f"{settings.team}.{name}"
 
 
 @contextmanager
-def _server(s: Settings) -> Iterator[SyncPrefectClient]:
+def _server(settings: Settings) -> Iterator[SyncPrefectClient]:
     from prefect.client.orchestration import get_client
 
-    if s.prefect_api_url is None:
+    if settings.prefect_api_url is None:
         message = "is not set, and schedules need a Prefect server that stays"
         raise SettingsError(Mistake(key="PREFECT_API_URL", message=message, fix="http://HOST:4200/api"))
-    with local_server(s), get_client(sync_client=True) as client:
+    with local_server(settings), get_client(sync_client=True) as client:
         yield client
 
 

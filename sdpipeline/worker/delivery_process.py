@@ -72,13 +72,13 @@ class Bounds:
     call_s: float = LEAST_TIMEOUT_S
 
     @classmethod
-    def of(cls, s: Settings) -> Bounds:
+    def of(cls, settings: Settings) -> Bounds:
         """A quarter of a lease without a heartbeat, so that a lease outlives the replacement.
 
         A call may take long during an outage, so ``SDP_BATCH_TIMEOUT_S`` only makes the bound of a call longer.
         """
-        silence_s = min(s.lease_ttl_s / 4, s.batch_timeout_s or math.inf, MOST_SILENCE_S)
-        return cls(silence_s=max(silence_s, LEAST_SILENCE_S), call_s=max(s.batch_timeout_s, LEAST_TIMEOUT_S))
+        silence_s = min(settings.lease_ttl_s / 4, settings.batch_timeout_s or math.inf, MOST_SILENCE_S)
+        return cls(silence_s=max(silence_s, LEAST_SILENCE_S), call_s=max(settings.batch_timeout_s, LEAST_TIMEOUT_S))
 
 
 class _GoneError(Exception):

@@ -48,11 +48,11 @@ def _work(environment: dict[str, str], fencing: bool, delivery: bool) -> None:
     if not fencing:
         _switch_fencing_off()
     try:
-        s = services.load_settings()
+        settings = services.load_settings()
         if delivery:
-            _run_with_delivery(s)
+            _run_with_delivery(settings)
         else:
-            services.run_worker(s, campaign=None, until_idle=True, device="cpu")
+            services.run_worker(settings, campaign=None, until_idle=True, device="cpu")
     except (DatabaseUnavailableError, DeliveryUnavailableError, SettingsError):
         # The database or the bucket was away when it began or ended: as an operator's supervisor would be told.
         traceback.print_exc()
@@ -60,18 +60,18 @@ def _work(environment: dict[str, str], fencing: bool, delivery: bool) -> None:
         sys.exit(os.EX_TEMPFAIL)
 
 
-def _run_with_delivery(s: Settings) -> None:
+def _run_with_delivery(settings: Settings) -> None:
     """As ``run_worker``, which starts no delivery process beside the double of the engine."""
-    engine, key = services.build_engine(s, "cpu", None), services.picture_key(s)
-    real = s.model_copy(update={"engine": s.engine.model_copy(update={"fake_seconds_per_batch": None})})
+    engine, key = services.build_engine(settings, "cpu", None), services.picture_key(settings)
+    real = settings.model_copy(update={"engine": settings.engine.model_copy(update={"fake_seconds_per_batch": None})})
     with (
-        services.services(s) as have,
-        services.delivery_process(real, key, have.database, s.storage) as (worker_id, deliverer),
+        services.services(settings) as have,
+        services.delivery_process(real, key, have.database, settings.storage) as (worker_id, deliverer),
     ):
         worker = services.make_worker(
-            s, have.database, have.store, engine, key, worker_id=worker_id, deliverer=deliverer
+            settings, have.database, have.store, engine, key, worker_id=worker_id, deliverer=deliverer
         )
-        with services.registered(s, worker, "cpu"):
+        with services.registered(settings, worker, "cpu"):
             worker.run()
 
 

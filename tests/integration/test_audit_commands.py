@@ -192,13 +192,13 @@ def test_a_sealer_that_is_told_to_end_seals_and_leaves_with_143(home: Path) -> N
 
 def test_a_large_backlog_becomes_several_seals(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sdpipeline.audit.seals.MOST_EVENTS", 2)
-    s = services.load_settings(home)
-    count = services.seal(s)
+    settings = services.load_settings(home)
+    count = services.seal(settings)
     with opened(home).read() as connection:
         bodies = [json.loads(body) for body in connection.execute(select(audit_seal.c.body)).scalars()]
     assert (sum(body["events"] for body in bodies), {body["events"] for body in bodies[:-1]}) == (count, {2})
-    with services.services(s) as have:
-        assert audit.verify(have.database, have.store, services.seal_key(s)).faults == []
+    with services.services(settings) as have:
+        assert audit.verify(have.database, have.store, services.seal_key(settings)).faults == []
 
 
 # Who did it, and under which settings.
@@ -283,10 +283,10 @@ def sealing_elsewhere(home: Path, key: Path) -> Iterator[None]:
 def test_a_process_without_the_key_waits_for_the_one_that_seals_and_verifies_its_seals(
     home: Path, elsewhere: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    s = services.load_settings(home)
-    assert services.seal_here(s) is None
+    settings = services.load_settings(home)
+    assert services.seal_here(settings) is None
     with sealing_elsewhere(home, elsewhere):
-        assert services.seal_or_wait(s) > 0
+        assert services.seal_or_wait(settings) > 0
     assert audit.unsealed(opened(home)) == 0
     ran("audit", "verify", "--home", home)
     capsys.readouterr()

@@ -165,18 +165,18 @@ def test_a_link_in_the_folder_stands_for_the_directory_that_it_named_first(
     document("submit", _campaign(tmp_path, "mine"), "--home", home)
     link.unlink()
     link.symlink_to(services.BUILTIN_CHECKPOINTS / "shapes")
-    s = services.load_settings(home)
-    with services.services(s) as have:
-        assert services.catalog(s, have.database)["mine"].directory == weights
+    settings = services.load_settings(home)
+    with services.services(settings) as have:
+        assert services.catalog(settings, have.database)["mine"].directory == weights
 
 
 def test_a_file_added_to_shipped_weights_is_found(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shipped = Path(shutil.copytree(services.BUILTIN_CHECKPOINTS, tmp_path / "shipped"))
     (shipped / "shapes" / "unet" / "more.json").write_text("{}")
     monkeypatch.setattr(services, "BUILTIN_CHECKPOINTS", shipped)
-    s = services.load_settings(home)
-    assert "unet/more.json is not as shipped" in str(services.refused_checkpoints(s)["shapes"])
-    assert {"shapes-canny", "shapes-upscale"} == services.catalog(s).keys()
+    settings = services.load_settings(home)
+    assert "unet/more.json is not as shipped" in str(services.refused_checkpoints(settings)["shapes"])
+    assert {"shapes-canny", "shapes-upscale"} == services.catalog(settings).keys()
 
 
 def test_revoking_blocks_what_is_not_made_lists_what_was_and_refuses_new_campaigns(tmp_path: Path, home: Path) -> None:
@@ -234,13 +234,13 @@ def test_what_cannot_be_added_is_refused_with_its_reason(
 
 
 def test_shipped_weights_keep_their_licence_and_may_be_approved_for_a_purpose(home: Path) -> None:
-    s = services.load_settings(home)
-    with services.services(s) as have:
-        shipped = services.catalog(s, have.database)["shapes"]
+    settings = services.load_settings(home)
+    with services.services(settings) as have:
+        shipped = services.catalog(settings, have.database)["shapes"]
         assert (shipped.licence, shipped.purposes) == ("Apache-2.0", ())
         with have.audit.transaction() as tx:
             registry.add(tx, shipped, registry.Approval(approved_by="legal", purposes=("advertising",)))
-        approved = services.catalog(s, have.database)["shapes"]
+        approved = services.catalog(settings, have.database)["shapes"]
         (told,) = [event for event in events(have.database) if event["event"] == "checkpoint.added"]
     assert (approved.licence, approved.purposes) == ("Apache-2.0", ("advertising",))
     assert (told["licence"], told["purposes"]) == (None, ["advertising"])

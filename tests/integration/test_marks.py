@@ -288,9 +288,9 @@ def test_what_an_older_key_signed_is_made_again_where_it_is_not_trusted(
             if trust or "TRUST" not in setting:
                 monkeypatch.setenv(setting, value)
         published(place.audit, [job_spec("a")], name=name)
-        s = services.load_settings(tmp_path)
-        key = services.picture_key(s)
-        services.make_worker(s, place.audit.database, place.store, place.engine, key).run()
+        settings = services.load_settings(tmp_path)
+        key = services.picture_key(settings)
+        services.make_worker(settings, place.audit.database, place.store, place.engine, key).run()
         return place.pictures()[-1]
 
     place.work(job_spec("a"), name="by-a-development-key")
