@@ -30,6 +30,15 @@ DEFAULT_HOME = Path("sdp-home")
 LARGEST_SETTINGS_FILE = 2**20
 
 
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
+
+
+def on_loopback(url: str) -> bool:
+    """Return True for a URL of this machine, to which no proxy leads."""
+    host = urlsplit(url).hostname or ""
+    return host in LOOPBACK or host.startswith("127.")
+
+
 def _refuse_password(url: str | None, fix: str) -> str | None:
     """Refuse an address that holds a password: addresses are shown in errors and logs."""
     if url is not None and "@" in url:
@@ -198,7 +207,7 @@ class RetentionSettings(_Section):
 
 
 class Settings(BaseSettings):
-    """One immutable value, read once per process by ``bootstrap``."""
+    """One immutable value, read once per process."""
 
     model_config = SettingsConfigDict(
         env_prefix=PREFIX,

@@ -1,5 +1,7 @@
-"""Delivers pictures for another process: started by :mod:`sdpipeline.worker.delivery_process`, it ends with whoever asks it,
-however that ended."""
+"""Deliver pictures for a worker process, which starts this one by :mod:`sdpipeline.worker.delivery_process`.
+
+This process ends with its worker, however that ended.
+"""
 
 from __future__ import annotations
 

@@ -18,8 +18,7 @@ from sdpipeline.db.connection import Database, open_database
 from sdpipeline.domain import Json
 from sdpipeline.engine.checkpoints import verify
 from sdpipeline.errors import BadInputError, CheckpointError, DatabaseUnavailableError, SdpError
-from sdpipeline.orchestration.local_server import on_loopback
-from sdpipeline.settings import Settings
+from sdpipeline.settings import Settings, on_loopback
 
 PREFECT_TIMEOUT_S = 10.0
 _YES_NO = {True: "yes", False: "no"}

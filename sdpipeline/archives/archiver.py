@@ -6,14 +6,14 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 
 from sdpipeline.archives import contents as archived_editions
-from sdpipeline.campaigns.inputs import input_key
 from sdpipeline.db import archives, retention
 from sdpipeline.db.audit import AuditLog
 from sdpipeline.db.connection import now_s
 from sdpipeline.db.retention import DAY_S, Picture, Subject, stored_inputs
 from sdpipeline.domain import Json
 from sdpipeline.storage import ObjectStore
-from sdpipeline.worker.delivery import delete_all, stem
+from sdpipeline.storage.contract import delete_all
+from sdpipeline.storage.keys import input_key, picture_folder, stem
 
 DROPPED = 1000
 """Jobs that one transaction takes out of the tables."""
@@ -218,7 +218,10 @@ def of_subject(audit: AuditLog, store: ObjectStore, name: str, *, team: str) -> 
                 jobs[job["id"]] = job["commitment"]
                 pictures += living
                 for each in {job["fingerprint"], *(picture["fingerprint"] for picture in job["images"])}:
-                    folder = f"{row['team']}/{row['name']}/{job['stage']}/{each}/"
+                    folder = (
+                        picture_folder(team=row["team"], campaign=row["name"], stage=job["stage"], fingerprint=each)
+                        + "/"
+                    )
                     folders.setdefault(each, set()).add(folder)
             else:
                 for picture in living:

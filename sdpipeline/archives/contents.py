@@ -16,6 +16,7 @@ from sdpipeline.db.retention import ERASED
 from sdpipeline.domain import Json, canonical
 from sdpipeline.errors import ObjectConflictError
 from sdpipeline.storage import ObjectStore
+from sdpipeline.storage.keys import archive_key, archive_stem, private_archive_key
 
 SCHEMA = "sdpipeline/archive/1"
 _TYPE = "application/gzip"
@@ -54,12 +55,12 @@ def written(connection: Connection, edition: Edition) -> tuple[bytes, bytes]:
 def store_edition(store: ObjectStore, edition: Edition, public: bytes, private: bytes) -> Json:
     """Put both into storage, the first under retention; returns what the database is to know of them."""
     sha256 = hashlib.sha256(public).hexdigest()
-    stem = f"archive/{edition.team}/{edition.campaign}/{edition.edition or '_'}"
+    stem = archive_stem(team=edition.team, campaign=edition.campaign, edition=edition.edition)
     try:
-        stored = store.put(f"{stem}.jsonl.gz", public, content_type=_TYPE, retained=True)
+        stored = store.put(archive_key(stem), public, content_type=_TYPE, retained=True)
     except ObjectConflictError:
         # Written by a run that was killed, before something of the edition was erased.
-        stored = store.put(f"{stem}.{sha256[:16]}.jsonl.gz", public, content_type=_TYPE, retained=True)
+        stored = store.put(archive_key(stem, sha256=sha256), public, content_type=_TYPE, retained=True)
     kept = {"key": stored.key, "sha256": sha256, "version_id": stored.version_id}
     return kept | _store_private(store, stem, private)
 
@@ -69,24 +70,28 @@ def store_private(store: ObjectStore, row: Json, lines: Iterable[Json]) -> Json:
     private = _Lines()
     for line in lines:
         private.add(line)
-    return _store_private(store, f"archive/{row['team']}/{row['name']}/{row['edition'] or '_'}", private.data())
+    return _store_private(store, _stem(row), private.data())
+
+
+def _stem(row: Json) -> str:
+    return archive_stem(team=row["team"], campaign=row["name"], edition=row["edition"])
 
 
 def _store_private(store: ObjectStore, stem: str, data: bytes) -> Json:
     sha256 = hashlib.sha256(data).hexdigest()
-    stored = store.put(f"{stem}.{sha256[:16]}.private.jsonl.gz", data, content_type=_TYPE)
+    stored = store.put(private_archive_key(stem, sha256), data, content_type=_TYPE)
     return {"private_key": stored.key, "private_sha256": sha256}
 
 
 def newest_private(store: ObjectStore, row: Json) -> Json:
     """The private part that storage has of an edition, where its row names one that was replaced or deleted since."""
-    stem = f"archive/{row['team']}/{row['name']}/{row['edition'] or '_'}."
-    parts = [store.get(key) for key in store.list(stem) if key.endswith(".private.jsonl.gz")]
+    stem = _stem(row)
+    parts = [store.get(key) for key in store.list(f"{stem}.") if key.endswith(".private.jsonl.gz")]
     if not parts:
         return {"private_key": None, "private_sha256": None}
     # Each is written with less than the one before it.
     sha256 = hashlib.sha256(min(parts, key=len)).hexdigest()
-    return {"private_key": f"{stem}{sha256[:16]}.private.jsonl.gz", "private_sha256": sha256}
+    return {"private_key": private_archive_key(stem, sha256), "private_sha256": sha256}
 
 
 def jobs(store: ObjectStore, row: Json) -> Iterator[Json]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from sdpipeline.audit.findings import Fault, Verification
 from sdpipeline.audit.gaps import Gap, bridge, find_gap, lost_seals, refuse_restored
 from sdpipeline.audit.keys import PublicKeys, SealKey, load_key, public_key
-from sdpipeline.audit.seals import seal, seal_name, unsealed, wait_for_seal, watch
+from sdpipeline.audit.seals import seal, unsealed, wait_for_seal, watch
 from sdpipeline.audit.verification import verify
 
 __all__ = [
@@ -21,7 +21,6 @@ __all__ = [
     "public_key",
     "refuse_restored",
     "seal",
-    "seal_name",
     "unsealed",
     "verify",
     "wait_for_seal",

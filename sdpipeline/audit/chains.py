@@ -11,7 +11,7 @@ from sdpipeline.audit.findings import UNREADABLE, Verification
 from sdpipeline.audit.gaps import forgotten
 from sdpipeline.audit.keys import PublicKeys, SealKey, Succession
 from sdpipeline.audit.replay import EventReplay
-from sdpipeline.audit.seals import covers, digest, ranges, seal_name, seal_object
+from sdpipeline.audit.seals import covers, digest, ranges, seal_object
 from sdpipeline.db import audit as rows
 from sdpipeline.db.audit import GENESIS
 from sdpipeline.db.connection import Connection, Database
@@ -19,6 +19,7 @@ from sdpipeline.db.event_reader import read_event
 from sdpipeline.domain import Json
 from sdpipeline.errors import ObjectMissingError
 from sdpipeline.storage import ObjectStore
+from sdpipeline.storage.keys import seal_object_key
 
 
 def verify_chains(connection: Connection, found: Verification) -> EventReplay:
@@ -124,10 +125,10 @@ def verify_newest(database: Database, store: ObjectStore, found: Verification) -
     """Find seals in storage that the database does not know of."""
     with database.read() as connection:
         last = rows.last_seal(connection)
-    following = seal_name(last["number"] + 1 if last else 1)
+    following = seal_object_key(last["number"] + 1 if last else 1)
     if store.head(following) is None and store.versions(following):
         found.fault("seal-missing", following, "storage had a newer seal, and somebody deleted it")
     for number in forgotten(database, store):
         detail = "storage has sealed events that the database lacks: a backup? (sdpipeline reconcile --adopt)"
-        found.fault("database-too-old", seal_name(number), detail)
+        found.fault("database-too-old", seal_object_key(number), detail)
         return

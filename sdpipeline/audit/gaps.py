@@ -8,20 +8,21 @@ from dataclasses import dataclass
 from itertools import count
 
 from sdpipeline.audit.keys import SealKey
-from sdpipeline.audit.seals import covers, digest, older_than, ranges, read_seal, seal_name, seal_object
+from sdpipeline.audit.seals import covers, digest, older_than, ranges, read_seal, seal_object
 from sdpipeline.db import audit as rows
 from sdpipeline.db.audit import GENESIS, Event, Transaction
 from sdpipeline.db.connection import Database
 from sdpipeline.domain import Json
 from sdpipeline.errors import AuditBrokenError
 from sdpipeline.storage import ObjectStore
+from sdpipeline.storage.keys import seal_object_key
 
 
 def refuse_restored(database: Database, store: ObjectStore) -> None:
     """Raises AuditBrokenError where storage has sealed events that the database lacks: work there would be done
     twice."""
     for number in forgotten(database, store):
-        raise older_than(seal_name(number))
+        raise older_than(seal_object_key(number))
 
 
 def forgotten(database: Database, store: ObjectStore) -> Iterator[int]:
@@ -32,10 +33,10 @@ def forgotten(database: Database, store: ObjectStore) -> Iterator[int]:
     with database.read() as connection:
         last = rows.last_seal(connection)
     for number in count(last["number"] + 1 if last else 1):
-        if store.head(seal_name(number)) is None:
+        if store.head(seal_object_key(number)) is None:
             return
         try:
-            body, _ = read_seal(store.get(seal_name(number)))
+            body, _ = read_seal(store.get(seal_object_key(number)))
             with database.read() as connection:
                 known = covers(connection, json.loads(body))
         except (KeyError, TypeError, ValueError):
@@ -87,11 +88,11 @@ def find_gap(database: Database, store: ObjectStore) -> Gap | None:
 
 def _lost_seal(store: ObjectStore, number: int) -> tuple[str, str, Json]:
     try:
-        body, signature = read_seal(store.get(seal_name(number)))
+        body, signature = read_seal(store.get(seal_object_key(number)))
         told: Json = json.loads(body)
         ranges(told)
     except (KeyError, TypeError, ValueError) as error:
-        raise AuditBrokenError(f"{seal_name(number)} in storage is no seal") from error
+        raise AuditBrokenError(f"{seal_object_key(number)} in storage is no seal") from error
     return body, signature, told
 
 
@@ -108,11 +109,11 @@ def lost_seals(
     for number in range(last["number"] + 1 if last else 1, gap.last_seal + 1):
         body, signature, told = _lost_seal(store, number)
         if not key.signed(body, signature) or (told["number"], told["prev"]) != (number, previous):
-            raise AuditBrokenError(f"{seal_name(number)} in storage does not continue this database's seals")
+            raise AuditBrokenError(f"{seal_object_key(number)} in storage does not continue this database's seals")
         previous = digest(body)
         data = seal_object(body, signature)
-        stored = store.put(seal_name(number), data, content_type="application/json", retained=True)
-        row = {"number": number, "body": body, "signature": signature, "hash": previous, "key": seal_name(number)}
+        stored = store.put(seal_object_key(number), data, content_type="application/json", retained=True)
+        row = {"number": number, "body": body, "signature": signature, "hash": previous, "key": seal_object_key(number)}
         found.append((row | {"version_id": stored.version_id}, ranges(told) if number < gap.first_seal else []))
     return found
 

@@ -19,6 +19,7 @@ from sdpipeline.domain import Json
 from sdpipeline.errors import AuditBrokenError, ObjectConflictError, SealOverdueError, TransientError
 from sdpipeline.merkle import root
 from sdpipeline.storage import ObjectStore
+from sdpipeline.storage.keys import seal_object_key
 
 Ranges = list[tuple[str, int, int]]
 """(writer, first, last sequence number)."""
@@ -140,7 +141,7 @@ def size(found: Ranges) -> int:
 
 
 def _publish(database: Database, store: ObjectStore, number: int, body: str, key: SealKey) -> int:
-    name, signature = seal_name(number), key.sign(body)
+    name, signature = seal_object_key(number), key.sign(body)
     try:
         stored = store.put(name, seal_object(body, signature), content_type="application/json", retained=True)
     except ObjectConflictError:
@@ -165,11 +166,6 @@ def ranges(body: Json) -> Ranges:
 def covers(connection: Connection, body: Json) -> bool:
     """Whether the database's events are those that were sealed."""
     return root(rows.bodies(connection, ranges(body))).hex() == str(body["merkle_root"])
-
-
-def seal_name(number: int) -> str:
-    """Where seal number ``number`` lies in storage."""
-    return f"audit/seals/{number:08d}.json"
 
 
 def seal_object(body: str, signature: str) -> bytes:

@@ -15,6 +15,7 @@ from pathlib import Path, PurePosixPath
 from sdpipeline.errors import BadInputError, InputImageError, ObjectMissingError, StorageUnavailableError
 from sdpipeline.provenance import inspect
 from sdpipeline.storage import ForeignObject, ForeignObjects, is_bucket_url, lies_under, split_url
+from sdpipeline.storage.keys import input_key
 
 LARGEST_INPUT_BYTES = 256 * 1024 * 1024
 LONGEST_SHOWN = 80
@@ -45,11 +46,6 @@ class InputObject:
     sha256: str
     width: int
     height: int
-
-
-def input_key(sha256: str) -> str:
-    """The storage key of an input."""
-    return f"inputs/{sha256}"
 
 
 class InputFolder:

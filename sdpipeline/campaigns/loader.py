@@ -103,9 +103,9 @@ def load(
 ) -> Campaign:
     """Read and check a campaign file; raises CampaignError holding all mistakes.
 
-    What only the values of a table show is found by :func:`sdpipeline.campaigns.expand.check`. ``edition`` names a making of
-    the whole campaign; without it a schedule of editions says which is due at ``now``. ``deployment`` is a policy that
-    holds beside the file's own.
+    :func:`sdpipeline.campaigns.expand.check` finds what only the values of a table show. ``edition`` names a making
+    of the whole campaign; without it a schedule of editions says which is due at ``now``. ``deployment`` is a
+    policy that holds in addition to the file's own.
     """
     folder = path.absolute().parent
     inputs = inputs or InputFolder(folder, max_pixels=MAX_PIXELS)

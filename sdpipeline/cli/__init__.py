@@ -6,27 +6,13 @@ import errno
 import os
 import sys
 from collections.abc import Sequence
+from importlib import import_module
 from typing import Annotated, TextIO
 
 import typer
 from typer.exceptions import TyperException
 
 from sdpipeline import __version__
-from sdpipeline.cli import (
-    audit,
-    bench,
-    campaigns,
-    checkpoints,
-    demo,
-    deploy,
-    export,
-    operations,
-    pictures,
-    reconcile,
-    retention,
-    start,
-    verify,
-)
 from sdpipeline.cli.output import print_mistakes, stdout
 from sdpipeline.cli.streams import READER_GONE, flushed, prepare_streams, reader_is_gone, silence
 from sdpipeline.errors import (
@@ -43,13 +29,38 @@ from sdpipeline.private_files import private_files
 
 DONE, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
 
-app = typer.Typer(
-    name="sdpipeline",
-    help="Batch image generation with a queue that loses nothing and pictures that prove what made them.",
-    no_args_is_help=True,
-    pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
-)
+_COMMANDS = {
+    "demo": ("demo",),
+    "start": ("init", "schema"),
+    "campaigns": ("plan", "submit", "run", "status", "jobs", "show", "retry", "cancel", "pause", "resume"),
+    "pictures": ("reproduce",),
+    "verify": ("verify",),
+    "export": ("export",),
+    "retention": ("retention", "erase"),
+    "checkpoints": ("checkpoints",),
+    "deploy": ("deploy", "schedule", "prefect-gateway"),
+    "operations": ("worker", "doctor", "db"),
+    "audit": ("audit",),
+    "reconcile": ("reconcile",),
+    "bench": ("bench",),
+}
+"""The commands of each module, in the order of ``--help``."""
+
+
+def application(words: Sequence[str] = ()) -> typer.Typer:
+    """The command line; with the words of one command only that command's module is imported."""
+    app = typer.Typer(
+        name="sdpipeline",
+        help="Batch image generation with a queue that loses nothing and pictures that prove what made them.",
+        no_args_is_help=True,
+        pretty_exceptions_enable=False,
+        context_settings={"help_option_names": ["-h", "--help"]},
+    )
+    app.callback()(_options)
+    wanted = [module for module, commands in _COMMANDS.items() if words and words[0] in commands]
+    for module in wanted or ([] if "--version" in words[:1] else _COMMANDS):
+        import_module(f"{__name__}.{module}").add_to(app)
+    return app
 
 
 def _show_version(wanted: bool) -> None:
@@ -58,7 +69,6 @@ def _show_version(wanted: bool) -> None:
         raise typer.Exit
 
 
-@app.callback()
 def _options(
     *,
     version: Annotated[
@@ -67,20 +77,6 @@ def _options(
 ) -> None:
     del version
 
-
-demo.add_to(app)
-start.add_to(app)
-campaigns.add_to(app)
-pictures.add_to(app)
-verify.add_to(app)
-export.add_to(app)
-retention.add_to(app)
-checkpoints.add_to(app)
-deploy.add_to(app)
-operations.add_to(app)
-audit.add_to(app)
-reconcile.add_to(app)
-bench.add_to(app)
 
 _DISK_FIXES = {
     errno.EROFS: "the disk is read-only: name a home or an output folder that is writable",
@@ -120,7 +116,7 @@ def run(arguments: Sequence[str]) -> int:
 
 def _run(arguments: Sequence[str], *, as_json: bool, stdout_before: TextIO) -> int:
     try:
-        return int(app(list(arguments), standalone_mode=False) or DONE)
+        return int(application(arguments)(list(arguments), standalone_mode=False) or DONE)
     except SystemExit as ended:
         return _after_broken_pipe(ended, stdout_before)
     except typer.Exit as ended:

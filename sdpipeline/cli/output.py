@@ -8,18 +8,18 @@ import sys
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 
 from sdpipeline import escaping
-from sdpipeline.app import services
 from sdpipeline.cli.streams import encodable, is_utf8, written
 from sdpipeline.cli.tables import SAMPLE, table_lines
 from sdpipeline.errors import BadInputError, Mistake
-from sdpipeline.logs import configure_logging
-from sdpipeline.settings import Settings
+
+if TYPE_CHECKING:
+    from sdpipeline.settings import Settings
 
 FOUND_FAULTS = 3
 FILE_WIDTH = 160
@@ -74,7 +74,12 @@ for _console in (stdout, stderr):
 
 def load_settings(home: Path | None) -> Settings:
     """The command's settings, with logging set up as they ask."""
-    settings = services.load_settings(home)
+    from sdpipeline import (
+        settings as settings_module,  # pydantic takes a tenth of a second that `--version` does not need
+    )
+    from sdpipeline.logs import configure_logging
+
+    settings = settings_module.load(home=home)
     configure_logging(settings)
     return settings
 

@@ -13,7 +13,6 @@ import typer
 from sdpipeline import provenance
 from sdpipeline.app import services
 from sdpipeline.archives import contents
-from sdpipeline.campaigns.inputs import input_key
 from sdpipeline.cli.output import (
     FOUND_FAULTS,
     AsJson,
@@ -35,6 +34,7 @@ from sdpipeline.reporting import reproduce as reproduction
 from sdpipeline.reporting.reproduce import checked_record
 from sdpipeline.settings import Settings
 from sdpipeline.storage import ForeignObjects
+from sdpipeline.storage.keys import input_key
 from sdpipeline.worker.inputs import pinned
 
 

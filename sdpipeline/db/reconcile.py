@@ -14,6 +14,7 @@ from sdpipeline.db.locks import lock_campaign
 from sdpipeline.db.queue import LEASED, MOST_REAPED, descendants, held_by_lease
 from sdpipeline.db.tables import attempt, campaign, found_picture, image, job, lease, worker
 from sdpipeline.domain import Json
+from sdpipeline.storage.keys import picture_folder
 
 PAGE = 500
 
@@ -94,7 +95,9 @@ def unfinished_folders(connection: Connection) -> list[Folder]:
         .order_by(campaign.c.team, campaign.c.name, job.c.stage, fingerprint)
     )
     return [
-        Folder(prefix=f"{team}/{name}/{stage}/{of}", fingerprint=of, job_id=job_id)
+        Folder(
+            prefix=picture_folder(team=team, campaign=name, stage=stage, fingerprint=of), fingerprint=of, job_id=job_id
+        )
         for team, name, stage, of, job_id in connection.execute(statement)
     ]
 

@@ -30,6 +30,7 @@ from sdpipeline.db.connection import now_s
 from sdpipeline.db.queue import commitment
 from sdpipeline.db.tables import LOOKS, attempt, campaign, campaign_version, image, job, job_parent
 from sdpipeline.domain import Json, request_from_document
+from sdpipeline.storage.keys import picture_folder
 
 ERASED = "erased"
 """The key of a request that is left of one: what the audit log has committed to."""
@@ -77,7 +78,7 @@ class Held:
 
     def folder(self, fingerprint: str) -> str:
         """Where the pictures of that fingerprint lie, and what attempts left there."""
-        return f"{self.team}/{self.campaign}/{self.stage}/{fingerprint}/"
+        return picture_folder(team=self.team, campaign=self.campaign, stage=self.stage, fingerprint=fingerprint) + "/"
 
 
 def old_pictures(

@@ -24,6 +24,7 @@ from sdpipeline.errors import Mistake, ObjectMissingError, SettingsError
 from sdpipeline.maintenance import restore as adopting
 from sdpipeline.maintenance.restore import SIDECAR, THREADS, Adoption
 from sdpipeline.storage import ObjectStore
+from sdpipeline.storage.keys import quarantine_folder, shared_stem
 
 ADOPT = "sdpipeline reconcile --adopt"
 
@@ -208,10 +209,10 @@ def _unrecorded(log: AuditLog, store: ObjectStore, done: Reconciliation, before:
         folders = rows.unfinished_folders(connection)
         editions = archives.archives(connection) if folders else []
     made = {folder.fingerprint for folder in folders}
-    archived = {_stem(each["key"]) for each in contents.pictures(store, editions) if each["fingerprint"] in made}
+    archived = {shared_stem(each["key"]) for each in contents.pictures(store, editions) if each["fingerprint"] in made}
     instead = f", or {ADOPT}" if done.adoption is None else ""
     for folder in folders:
-        orphans = [key for key in _orphans(log, store, folder, before) if _stem(key) not in archived]
+        orphans = [key for key in _orphans(log, store, folder, before) if shared_stem(key) not in archived]
         for key in orphans:
             record = SIDECAR.fullmatch(key) is not None
             kind, what = ("record-unknown", "a sidecar") if record else ("object-orphan", "an object")
@@ -219,12 +220,6 @@ def _unrecorded(log: AuditLog, store: ObjectStore, done: Reconciliation, before:
             done.found(kind, key, detail, "quarantined" if done.repair or not record else f"quarantined{instead}")
         if done.repair:
             _quarantine(log, store, folder.job_id, orphans)
-
-
-def _stem(key: str) -> str:
-    """What the keys of a picture, its sidecars and its control maps have in common."""
-    folder, _, name = key.rpartition("/")
-    return f"{folder}/{name.partition('.')[0]}"
 
 
 def _orphans(log: AuditLog, store: ObjectStore, folder: Folder, before: datetime) -> Iterator[str]:
@@ -245,7 +240,7 @@ def _quarantine(log: AuditLog, store: ObjectStore, job_id: int, keys: list[str])
     """Move objects out of the way, and tell it first; nothing is deleted."""
     if not keys:
         return
-    today = f"quarantine/{datetime.now(UTC):%Y-%m-%d}"
+    today = quarantine_folder(datetime.now(UTC))
     moved = [(key, _free(store, today, key)) for key in keys]
     with log.transaction() as tx:
         rows.tell_quarantined(tx, job_id, moved)

@@ -13,13 +13,13 @@ from dataclasses import dataclass, field
 
 from sdpipeline.archives import archiver
 from sdpipeline.archives.archiver import Archived
-from sdpipeline.campaigns.inputs import input_key
 from sdpipeline.db import retention
 from sdpipeline.db.audit import AuditLog
 from sdpipeline.db.retention import Held, Picture, Subject
 from sdpipeline.domain import Json
 from sdpipeline.storage import ObjectStore
-from sdpipeline.worker.delivery import delete_all, stem
+from sdpipeline.storage.contract import delete_all
+from sdpipeline.storage.keys import input_key, stem
 
 BATCH = 200
 """Pictures or jobs of one transaction."""

@@ -21,19 +21,18 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from urllib.parse import urlsplit
 
 import psutil
 from filelock import FileLock, Timeout
 
 from sdpipeline.errors import Mistake, OrchestratorUnavailableError, SettingsError
+from sdpipeline.settings import LOOPBACK, on_loopback
 
 START_TIMEOUT_S = 120.0
 STOP_TIMEOUT_S = 5.0
 WATCH_EVERY_S = 1.0
 LOG_TAIL_LINES = 15
 SERVER_MODULE = "sdpipeline.orchestration.local_server_process"
-LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -175,12 +174,6 @@ def answers(api_url: str, *, timeout_s: float = 2.0) -> bool:
             return bool(response.status == 200)
     except (urllib.error.URLError, OSError, ValueError):
         return False
-
-
-def on_loopback(url: str) -> bool:
-    """Whether a URL names this very machine, to which no proxy leads."""
-    host = urlsplit(url).hostname or ""
-    return host in LOOPBACK or host.startswith("127.")
 
 
 def no_proxy_for_loopback() -> dict[str, str]:

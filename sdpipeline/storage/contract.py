@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Protocol
@@ -128,3 +128,12 @@ def check_prefix(prefix: str) -> str:
     if folder:
         check_key(folder)
     return prefix
+
+
+def delete_all(store: ObjectStore, prefix: str, *, but: Collection[str] = ()) -> int:
+    """Delete what lies under a prefix, save under the stems ``but``; returns how many objects that were."""
+    gone = [key for key in store.list(prefix) if not key.startswith(tuple(but))]
+    # The sidecars last: they name the rest.
+    for key in sorted(gone, key=lambda each: each.endswith(".json")):
+        store.delete(key)
+    return len(gone)

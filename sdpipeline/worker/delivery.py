@@ -5,11 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
-from pathlib import PurePosixPath
 from typing import Protocol
 
 from sdpipeline import provenance
@@ -31,7 +30,7 @@ from sdpipeline.errors import (
 )
 from sdpipeline.provenance import LARGEST_PICTURE, EncodedImage
 from sdpipeline.provenance.signing import SigningKey
-from sdpipeline.storage import ObjectStore, StoredObject
+from sdpipeline.storage import ObjectStore, StoredObject, keys
 from sdpipeline.worker.inputs import Consumed, verified
 
 RECORD_SCHEMA = "sdpipeline/record/2"
@@ -163,7 +162,7 @@ def deliver(store: ObjectStore, picture: FinishedPicture) -> StoredImage:
     """
     started = time.perf_counter()
     encoded, attempt = picture.encoded, picture.attempt
-    stem = f"{picture.folder}/{encoded.sha256}"
+    stem = keys.picture_stem(picture.folder, encoded.sha256)
     key = f"{stem}.{encoded.extension}"
     stored = _put_marked(store, key, encoded.data)
     control_maps = _deliver_control_maps(store, stem, picture)
@@ -181,7 +180,7 @@ def deliver(store: ObjectStore, picture: FinishedPicture) -> StoredImage:
         }
     )
     # One attempt, one sidecar: a second attempt may make the same bytes, but not in the same time.
-    sidecar_key = f"{stem}.{attempt.lease_id[:8]}.json"
+    sidecar_key = keys.sidecar_key(stem, attempt.lease_id)
     store.put(sidecar_key, sidecar, content_type="application/json")
     return StoredImage(
         key=key,
@@ -223,8 +222,8 @@ def reuse(
     if wrong := _unfit(leased, told["record"], engine) or _unmarked(data, signing, trust_anchors):
         raise InputImageError(f"{made.key} {wrong}")
     # The jobs of one stage that ask for the same picture share its folder, and each has a picture of its own.
-    folder = f"{_folder(leased)}/{leased.identity[:16]}"
-    key = f"{folder}/{PurePosixPath(made.key).name}"
+    folder = keys.copy_folder(_folder(leased), leased.identity)
+    key = keys.moved_to(folder, made.key)
     stored = _put_marked(store, key, data)
     control_maps = _copy_control_maps(store, folder, told["control_maps"])
     timings = {"generate_s": 0.0, "encode_s": 0.0}
@@ -237,7 +236,8 @@ def reuse(
         "reused_from": {"key": made.key, "sha256": made.sha256, "job": original.job_id}
         | {"fingerprint": leased.fingerprint},
     }
-    sidecar, sidecar_key = canonical(told | own), f"{folder}/{made.sha256}.{attempt.lease_id[:8]}.json"
+    sidecar = canonical(told | own)
+    sidecar_key = keys.sidecar_key(keys.picture_stem(folder, made.sha256), attempt.lease_id)
     store.put(sidecar_key, sidecar, content_type="application/json")
     return replace(
         made,
@@ -250,20 +250,6 @@ def reuse(
         timings=timings | {"store_s": round(time.perf_counter() - started, 6)},
         reused_from=made.key,
     )
-
-
-def stem(key: str) -> str:
-    """What the keys of a picture, its sidecars and its control maps begin with."""
-    return key.rpartition(".")[0]
-
-
-def delete_all(store: ObjectStore, prefix: str, *, but: Collection[str] = ()) -> int:
-    """Delete what lies under a prefix, save under the stems ``but``; returns how many objects that were."""
-    gone = [key for key in store.list(prefix) if not key.startswith(tuple(but))]
-    # The sidecars last: they name the rest.
-    for key in sorted(gone, key=lambda each: each.endswith(".json")):
-        store.delete(key)
-    return len(gone)
 
 
 def record(leased: LeasedJob, consumed: Consumed, generated: GeneratedImage) -> Json:
@@ -339,7 +325,7 @@ def _deliver_control_maps(store: ObjectStore, stem: str, picture: FinishedPictur
     """They are kept beside the picture."""
     kept = []
     for n, (annotator, encoded) in enumerate(picture.control_maps):
-        stored = _put_marked(store, f"{stem}.control-{n}.png", encoded.data)
+        stored = _put_marked(store, keys.control_map_key(stem, n), encoded.data)
         kept.append({"key": stored.key, "sha256": stored.sha256, "annotator": annotator})
     return kept
 
@@ -347,7 +333,7 @@ def _deliver_control_maps(store: ObjectStore, stem: str, picture: FinishedPictur
 def _copy_control_maps(store: ObjectStore, folder: str, made: Sequence[Json]) -> list[Json]:
     kept = []
     for about in made:
-        data, key = verified(store, about["key"], about["sha256"]), f"{folder}/{PurePosixPath(about['key']).name}"
+        data, key = verified(store, about["key"], about["sha256"]), keys.moved_to(folder, about["key"])
         store.put(key, data, content_type=provenance.content_type(data))
         kept.append(about | {"key": key})
     return kept
@@ -388,4 +374,6 @@ def _unfit(leased: LeasedJob, made: Json, engine: str) -> str | None:
 
 
 def _folder(leased: LeasedJob) -> str:
-    return f"{leased.team}/{leased.campaign}/{leased.stage}/{leased.fingerprint}"
+    return keys.picture_folder(
+        team=leased.team, campaign=leased.campaign, stage=leased.stage, fingerprint=leased.fingerprint
+    )

@@ -1,8 +1,8 @@
 """Delivery in a process of its own: to encode, sign, store and record pictures takes Python's lock, which an engine's
 thread needs for every operation that it gives to its device.
 
-This is the side of whoever asks; :mod:`sdpipeline.app.delivery_server` is the other. They talk over pairs of sockets that
-only the two of them hold, so that each sees when the other is gone.
+This is the asking side; :mod:`sdpipeline.app.delivery_server` is the other. They talk over pairs of sockets that only
+the two of them hold, so that each sees when the other is gone.
 """
 
 from __future__ import annotations
@@ -143,8 +143,10 @@ class _Server:
 
 @dataclass(slots=True)
 class DeliveryProcess:
-    """Implements :class:`sdpipeline.worker.delivery.Deliverer`; its methods may be called from several threads, of which so
-    many as ``connections`` are served at a time. Each raises DeliveryLostError and DeliveryUnavailableError besides.
+    """Implement :class:`sdpipeline.worker.delivery.Deliverer` in a process of its own.
+
+    Its methods may be called from several threads; ``connections`` of them are served at a time.
+    Each raises DeliveryLostError and DeliveryUnavailableError too.
 
     A thread of its own starts the process, listens to its heartbeat, and replaces it when it dies or exceeds a bound.
     Calls that were under way are repeated one after the other, so that a call that kills the process kills it again
@@ -173,7 +175,7 @@ class DeliveryProcess:
         self._current()
 
     def silent_s(self) -> float:
-        """As :meth:`sdpipeline.worker.delivery.Deliverer.silent_s`; the time in which a dead process is replaced counts."""
+        """As :meth:`sdpipeline.worker.delivery.Deliverer.silent_s`; includes the time to replace a dead process."""
         since = self._silent_since
         return 0.0 if since is None else time.monotonic() - since
 

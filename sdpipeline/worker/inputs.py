@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from sdpipeline import provenance
-from sdpipeline.campaigns.inputs import LARGEST_INPUT_BYTES, input_key
+from sdpipeline.campaigns.inputs import LARGEST_INPUT_BYTES
 from sdpipeline.db.queue import LeasedJob, ParentImage
 from sdpipeline.domain import ImageSource, Json
 from sdpipeline.engine import Pixels, PreparedRequest
@@ -17,6 +17,7 @@ from sdpipeline.errors import InputImageError, ObjectConflictError, ObjectMissin
 from sdpipeline.provenance import GENERATED, Ingredient
 from sdpipeline.provenance.signing import SigningKey
 from sdpipeline.storage import ForeignObjects, ObjectStore
+from sdpipeline.storage.keys import input_key
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

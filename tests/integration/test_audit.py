@@ -13,7 +13,7 @@ import pytest
 from sqlalchemy import Connection, Table, delete, select, update
 from sqlalchemy.event import listen, remove
 
-from sdpipeline.audit import Fault, SealKey, load_key, seal, seal_name, verify
+from sdpipeline.audit import Fault, SealKey, load_key, seal, verify
 from sdpipeline.db import job_control, queue, workers
 from sdpipeline.db.audit import GENESIS, AuditLog, Event
 from sdpipeline.db.connection import Database
@@ -21,6 +21,7 @@ from sdpipeline.db.tables import audit_event, audit_seal, audit_seal_range, imag
 from sdpipeline.domain import Json, Status
 from sdpipeline.errors import AuditBrokenError
 from sdpipeline.storage import LocalStore
+from sdpipeline.storage.keys import seal_object_key
 from tests.factories import chains, completed, events, expired, failed, job_spec, leased, published
 from tests.integration.databases import on_sqlite
 
@@ -258,7 +259,7 @@ def seal_edited(archive: Archive) -> None:
 
 
 def seal_missing_in_storage(archive: Archive) -> None:
-    (archive.folder / seal_name(1)).unlink()
+    (archive.folder / seal_object_key(1)).unlink()
 
 
 def picture_byte(archive: Archive) -> None:

@@ -139,11 +139,11 @@ def test_one_that_is_killed_is_replaced_and_no_picture_is_lost(have: Services) -
 
 
 OWNER = (
-    "import sys, time; from pathlib import Path; from sdpipeline import bootstrap;"
+    "import sys, time; from pathlib import Path; from sdpipeline.app import services;"
     "from sdpipeline.worker.delivery_process import Bounds;"
-    "s = bootstrap.load_settings(Path(sys.argv[1])); key = bootstrap.picture_key(s);"
-    "database = bootstrap.existing_database(s);"
-    "made = bootstrap.delivery_process(s, key, database, s.storage); _, process = made.__enter__();"
+    "s = services.load_settings(Path(sys.argv[1])); key = services.picture_key(s);"
+    "database = services.existing_database(s);"
+    "made = services.delivery_process(s, key, database, s.storage); _, process = made.__enter__();"
     "process.bounds = Bounds(silence_s=3.0);"
     "process.check(); print('ready', flush=True); time.sleep(60)"
 )

@@ -16,7 +16,6 @@ from sqlalchemy import Table, select, update
 
 from sdpipeline import cli
 from sdpipeline.audit import SealKey, Verification, load_key, seal, verify
-from sdpipeline.campaigns.inputs import input_key
 from sdpipeline.db import job_control, queries, reuse
 from sdpipeline.db import retention as forgetting
 from sdpipeline.db.audit import AuditLog
@@ -29,6 +28,7 @@ from sdpipeline.maintenance.retention import Periods
 from sdpipeline.reporting import contact_sheet, report
 from sdpipeline.reporting.verify import Register, check
 from sdpipeline.storage import LocalStore
+from sdpipeline.storage.keys import input_key
 from sdpipeline.worker.worker import Worker, WorkerLimits
 from tests.factories import chains, events, job_spec, leased, published, signing_key, statuses
 from tests.integration.commands import FAKE_ENGINE

@@ -18,7 +18,6 @@ from sqlalchemy import select, update
 
 from sdpipeline import provenance
 from sdpipeline.app import services
-from sdpipeline.campaigns.inputs import input_key
 from sdpipeline.db.audit import AuditLog
 from sdpipeline.db.tables import image, job
 from sdpipeline.domain import ControlNetInput, ImageSource, JobSpec, Json, OutputFormat, Task, hashed
@@ -30,6 +29,7 @@ from sdpipeline.provenance import COMPOSITE, GENERATED, VerifiedPicture, verify
 from sdpipeline.provenance.signing import SigningKey
 from sdpipeline.reporting import reproduce
 from sdpipeline.storage import LocalStore, ObjectStore
+from sdpipeline.storage.keys import input_key
 from sdpipeline.worker.worker import Worker, WorkerLimits
 from tests.factories import CHECKPOINT, damaged, job_spec, published, signing_key, statuses
 from tests.hostile import BOMBS

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from sqlalchemy import delete, select, update
 
-from sdpipeline.audit import load_key, seal, seal_name, verify
+from sdpipeline.audit import load_key, seal, verify
 from sdpipeline.db import workers
 from sdpipeline.db.audit import AuditLog
 from sdpipeline.db.connection import Database
@@ -24,6 +24,7 @@ from sdpipeline.engine.fake import FakeEngine
 from sdpipeline.errors import SettingsError
 from sdpipeline.maintenance.reconcile import Reconciliation, reconcile
 from sdpipeline.storage import LocalStore
+from sdpipeline.storage.keys import seal_object_key
 from sdpipeline.worker import delivery
 from sdpipeline.worker.inputs import Consumed
 from sdpipeline.worker.worker import Worker, WorkerLimits
@@ -291,7 +292,7 @@ def test_a_storage_that_is_not_this_databases_is_refused_and_nothing_reopened(pl
     place.work()
     seal(database, place.store, place.key())
     (place.folder / "storage").rename(place.folder / "unmounted")
-    with pytest.raises(SettingsError, match=f"does not hold {seal_name(1)}"):
+    with pytest.raises(SettingsError, match=f"does not hold {seal_object_key(1)}"):
         place.reconcile(repair=True)
     assert statuses(database) == ["succeeded"]
 

@@ -14,7 +14,7 @@ import sqlalchemy
 from sqlalchemy import select
 from sqlalchemy.event import listen, remove
 
-from sdpipeline.audit import SealKey, Verification, load_key, refuse_restored, seal, seal_name, verify
+from sdpipeline.audit import SealKey, Verification, load_key, refuse_restored, seal, verify
 from sdpipeline.cli import run
 from sdpipeline.db import job_control, migrate
 from sdpipeline.db.audit import AuditLog
@@ -28,6 +28,7 @@ from sdpipeline.errors import AuditBrokenError
 from sdpipeline.maintenance.reconcile import reconcile
 from sdpipeline.maintenance.restore import Adoption
 from sdpipeline.storage import LocalStore
+from sdpipeline.storage.keys import seal_object_key
 from sdpipeline.worker import delivery
 from sdpipeline.worker.inputs import Consumed
 from sdpipeline.worker.worker import Worker, WorkerLimits
@@ -169,7 +170,7 @@ def test_after_a_restore_nothing_is_generated_again_and_the_log_names_its_gap(de
     deployment.restored()
     lost -= len(events(deployment.database))
     assert len(deployment.pictures()) == 10
-    with pytest.raises(AuditBrokenError, match=f"older than {seal_name(2)}"):
+    with pytest.raises(AuditBrokenError, match=f"older than {seal_object_key(2)}"):
         refuse_restored(deployment.database, deployment.store)
 
     done = deployment.adopt()
@@ -306,7 +307,7 @@ def test_a_gap_hides_nothing_that_is_changed_by_hand(deployment: Deployment) -> 
     deployment.restored()
     deployment.adopt()
     deployment.seal()
-    lost = seal_name(2)
+    lost = seal_object_key(2)
     (deployment.folder / "storage" / lost).unlink()
     assert [(fault.kind, fault.subject) for fault in deployment.verify().faults] == [("seal-missing", "seal:2")]
 

@@ -22,7 +22,7 @@ from PIL import Image
 from sqlalchemy import delete, insert, select, update
 
 from sdpipeline import provenance
-from sdpipeline.audit import SealKey, load_key, seal, seal_name, verify
+from sdpipeline.audit import SealKey, load_key, seal, verify
 from sdpipeline.audit.export import END, SEAL, write
 from sdpipeline.audit.offline import verify_export
 from sdpipeline.audit.proof import prove, success_of_job, verify_proof
@@ -35,6 +35,7 @@ from sdpipeline.domain import Json, OutputFormat
 from sdpipeline.engine import Pixels
 from sdpipeline.errors import BadInputError
 from sdpipeline.storage import LocalStore, ObjectStore, S3Store
+from sdpipeline.storage.keys import seal_object_key
 from tests.factories import chains, leased, published, stored_image
 from tests.integration.conftest import Bucket
 
@@ -175,7 +176,7 @@ def drop_a_seal(log: Log) -> None:
 def drop_the_newest_seal(log: Log) -> None:
     """Everywhere: what it covered is open again."""
     log.forget_seals(2)
-    log.store.delete(seal_name(2))
+    log.store.delete(seal_object_key(2))
 
 
 def rewrite_all(log: Log, key: SealKey) -> None:
@@ -190,7 +191,7 @@ def rewrite_all(log: Log, key: SealKey) -> None:
     log.forget_seals(1, 2)
     if not isinstance(log.store, S3Store):
         for number in (1, 2):
-            log.store.delete(seal_name(number))
+            log.store.delete(seal_object_key(number))
         seal(log.database, log.store, key)
 
 
@@ -314,8 +315,8 @@ def test_in_a_locked_bucket_a_seal_written_over_with_the_stolen_key_is_found(
     rewrite_all(locked, locked.key)
     elsewhere = LocalStore(locked.folder / "forged")
     seal(locked.database, elsewhere, locked.key)
-    forged = elsewhere.get(seal_name(1))
-    put = locked_bucket.client.put_object(Bucket=locked_bucket.name, Key=seal_name(1), Body=forged)
+    forged = elsewhere.get(seal_object_key(1))
+    put = locked_bucket.client.put_object(Bucket=locked_bucket.name, Key=seal_object_key(1), Body=forged)
     with locked.database.write() as connection:
         connection.execute(update(audit_seal).values(version_id=put["VersionId"]))
     assert "seal-rewritten" in locked.kinds()
@@ -325,12 +326,12 @@ def test_in_a_locked_bucket_the_newest_seal_leaves_a_trace_when_it_is_deleted(
     locked: Log, locked_bucket: Bucket
 ) -> None:
     locked.forget_seals(2)
-    locked_bucket.client.delete_object(Bucket=locked_bucket.name, Key=seal_name(2))
+    locked_bucket.client.delete_object(Bucket=locked_bucket.name, Key=seal_object_key(2))
     assert locked.kinds() == {"seal-missing"}
 
 
 def test_a_lock_that_was_taken_off_or_shortened_is_found(locked: Log, locked_bucket: Bucket) -> None:
-    target: Any = {"Bucket": locked_bucket.name, "Key": seal_name(1), "BypassGovernanceRetention": True}
+    target: Any = {"Bucket": locked_bucket.name, "Key": seal_object_key(1), "BypassGovernanceRetention": True}
     longer = datetime.now(UTC) + timedelta(days=20)
     locked_bucket.client.put_object_retention(**target, Retention={"Mode": "GOVERNANCE", "RetainUntilDate": longer})
     assert locked.kinds() == NOTHING  # longer is fine

@@ -11,7 +11,7 @@ from pydantic import BaseModel
 from typer.core import TyperGroup
 
 from sdpipeline.campaigns import spec
-from sdpipeline.cli import app
+from sdpipeline.cli import application
 from sdpipeline.engine import annotators, families
 from sdpipeline.settings import setting_names
 
@@ -29,7 +29,7 @@ def _commands(group: TyperGroup, prefix: str = "") -> Iterator[tuple[str, list[s
 
 
 def _all_commands() -> list[tuple[str, list[str]]]:
-    group = typer.main.get_command(app)
+    group = typer.main.get_command(application())
     assert isinstance(group, TyperGroup)
     return list(_commands(group))
 

@@ -18,7 +18,7 @@ from tests.factories import mistakes_of
 
 DOCUMENT = json_schema.document()
 VALIDATOR = Draft202012Validator(DOCUMENT)
-DEMO = Path(json_schema.__file__).parent / "demo" / "campaign.yaml"
+DEMO = Path(json_schema.__file__).parents[1] / "demo" / "campaign.yaml"
 EXAMPLES = [scaffold.EXAMPLES / name for name in scaffold.CAMPAIGNS]
 
 HEAD = "name: spring\ncheckpoint: shapes\n"
