@@ -15,7 +15,7 @@ BENCH_ARGS ?=
 SOAK_S ?= 60
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check bench soak constraints clean
+.PHONY: help demo test check docs bench soak constraints clean
 
 help:  ## Show this list
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -31,6 +31,9 @@ check: $(VENV)/.installed-dev  ## Lint, formatting, types and import layers
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-logo
+
+docs: $(VENV)/.installed-dev  ## Build the documentation into build/site; warnings are errors
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 bench: $(VENV)/.installed-dev  ## Measure this machine; prints ratios
 	$(BIN)/python -m pytest tests/bench --capture=no --timeout=0 $(BENCH_ARGS)

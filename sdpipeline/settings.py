@@ -532,7 +532,7 @@ def _sections() -> set[str]:
 
 def _nearest(name: str, known: list[str]) -> str:
     close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    return f"did you mean {close[0]}?" if close else "see the settings table in the README"
+    return f"did you mean {close[0]}?" if close else "see docs/reference/settings.md"
 
 
 def _not_json(found: list[_Written]) -> list[Mistake]:

@@ -29,7 +29,7 @@ def retention(*, dry_run: DryRun = False, home: Home = None, as_json: AsJson = F
     if as_json:
         print_json(document)
     elif settings.retention == RetentionSettings():
-        stdout.print("nothing is ever due: see SDP_RETENTION__… in the README")
+        stdout.print("nothing is ever due: see SDP_RETENTION__… in the documentation")
     else:
         print_table("Due" if dry_run else "Done", ("what", "count"), done.document().items())
 

@@ -1,4 +1,4 @@
-"""PostgreSQL, S3 over HTTP and a Prefect server of one's own, set up as the README says."""
+"""PostgreSQL, S3 over HTTP and a Prefect server of one's own, set up as the documentation says."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from tests.integration.commands import document, environment, pictures, sdpipeli
 from tests.integration.conftest import Bucket, free_port, served
 
 ROOT = Path(__file__).parents[2]
-SECTION = "## From the embedded default to PostgreSQL, S3 and a Prefect server"
+PAGE = ROOT / "docs" / "how-to" / "postgresql-s3-prefect.md"
 
 pytestmark = pytest.mark.timeout(300)
 
@@ -40,7 +40,7 @@ def prefect_api_url(tmp_path: Path) -> Iterator[str]:
 
 @pytest.fixture
 def real_parts(postgres_url: str, moto_bucket: Bucket, prefect_api_url: str, tmp_path: Path) -> dict[str, str]:
-    """The settings the README's section names, for the servers of this test."""
+    """The settings that the page names, for the servers of this test."""
     return {
         "SDP_DATABASE_URL": postgres_url,
         "SDP_STORAGE_URL": f"s3://{moto_bucket.name}/production",
@@ -52,9 +52,8 @@ def real_parts(postgres_url: str, moto_bucket: Bucket, prefect_api_url: str, tmp
 
 
 def _commands(settings: dict[str, str]) -> list[str]:
-    """The section's commands; its exports are checked against the settings at hand and left out."""
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    block = readme.split(SECTION)[1].split("```sh\n")[1].split("```")[0]
+    """The page's commands; its exports are checked against the settings at hand and left out."""
+    block = PAGE.read_text(encoding="utf-8").split("```sh\n")[1].split("```")[0]
     lines = [line for line in block.splitlines() if not line.startswith("pip ")]
     exported = [found[1] for line in lines if (found := re.match(r"export (\w+)=", line))]
     assert exported == list(settings)

@@ -1,6 +1,6 @@
 """The tamper matrix: what somebody with the database and the storage in hand may do, and by what name it is found.
 
-The README's table says the same, and a test holds the two together.
+The table in docs/explanation/tampering.md says the same, and a test holds the two together.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from sdpipeline.storage.keys import seal_object_key
 from tests.factories import chains, leased, published, stored_image
 from tests.integration.conftest import Bucket
 
-README = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+PAGE = (Path(__file__).parents[2] / "docs" / "explanation" / "tampering.md").read_text(encoding="utf-8")
 NOTHING = set[str]()
 
 
@@ -298,9 +298,8 @@ def test_what_was_done_to_a_picture_is_told(log: Log, change: Callable[[Log], No
     assert all(each.startswith(detail) for each in told)
 
 
-def test_the_readme_lists_the_same_matrix() -> None:
-    table = README.split("### What tampering leaves")[1].split("\n### ")[0]
-    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines() if line[:2] == "| "]
+def test_the_documentation_lists_the_same_matrix() -> None:
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in PAGE.splitlines() if line[:2] == "| "]
     told = {row[0]: tuple(re.sub(r"[`*]|:.*", "", cell).strip() for cell in row[1:3]) for row in rows[1:]}
     assert told == {name: (kind, of_export) for name, (_, kind, of_export) in MATRIX.items()}
 

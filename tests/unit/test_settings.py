@@ -121,7 +121,7 @@ def test_a_misspelt_key_in_a_toml_file_is_refused_with_its_line(folder: Path) ->
     assert [line.removeprefix(str(folder) + "/") for line in refusals()] == [
         "sdpipeline.toml:1: region: no such setting (did you mean s3.region?)",
         "sdpipeline.toml:4: s3.regoin: no such setting (did you mean s3.region?)",
-        "sdpipeline.toml:6: qqqq.zz: no such setting (see the settings table in the README)",
+        "sdpipeline.toml:6: qqqq.zz: no such setting (see docs/reference/settings.md)",
     ]
 
 
