@@ -34,6 +34,11 @@ def picture_stem(folder: str, sha256: str) -> str:
     return f"{folder}/{sha256}"
 
 
+def picture_key(stem: str, extension: str) -> str:
+    """The key of a picture; ``extension`` is png, jpg or webp."""
+    return f"{stem}.{extension}"
+
+
 def sidecar_key(stem: str, lease_id: str) -> str:
     """The key of the sidecar that one attempt wrote."""
     return f"{stem}.{lease_id[:LEASE_CHARACTERS]}.json"

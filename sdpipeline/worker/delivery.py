@@ -163,7 +163,7 @@ def deliver(store: ObjectStore, picture: FinishedPicture) -> StoredImage:
     started = time.perf_counter()
     encoded, attempt = picture.encoded, picture.attempt
     stem = keys.picture_stem(picture.folder, encoded.sha256)
-    key = f"{stem}.{encoded.extension}"
+    key = keys.picture_key(stem, encoded.extension)
     stored = _put_marked(store, key, encoded.data)
     control_maps = _deliver_control_maps(store, stem, picture)
     about = {"key": key, "sha256": stored.sha256, "size_bytes": stored.size_bytes, "version_id": stored.version_id}
