@@ -83,7 +83,7 @@ def by_template(text: str) -> Naming:
 
 
 def by_default(*, keyed: bool, stage_folders: bool) -> Naming:
-    """Name pictures by row, remaining variables and seed. Two names may collide if characters or lengths are lost.
+    """Name pictures by row, remaining variables and seed. Two names may collide after characters are replaced or cut.
 
     ``keyed`` means that rows have keys of their own; otherwise their values are more readable than their hash.
     """

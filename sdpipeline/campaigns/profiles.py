@@ -40,7 +40,7 @@ def check(spec: CampaignSpec, faults: Faults) -> None:
 
 
 def check_fit(stage: Stage, path: KeyPath, faults: Faults, row: Family) -> None:
-    """Refuse a stage's own profile that its checkpoint does not support; the campaign's applies only if it fits."""
+    """Refuse a stage's own profile that its checkpoint does not support; the campaign's is lowered to fit."""
     if stage.profile is not None and (why := families.profile_refusal(row.name, stage.profile)):
         message, _, fix = why.partition("; ")
         faults.add((*path, "profile"), message, fix)
