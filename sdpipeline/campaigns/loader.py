@@ -84,7 +84,7 @@ class Campaign:
 
     @property
     def text(self) -> str:
-        """The file as it was read."""
+        """Text of the file as it was read."""
         return self.source.text
 
     def stage_order(self) -> list[Stage]:

@@ -40,7 +40,7 @@ def main(path: str, wanted: Collection[str] | None) -> None:
         for line in _lines(path, wanted):
             sys.stdout.write(json.dumps(line, ensure_ascii=False) + "\n")
         sys.stdout.flush()
-    except MemoryError:  # of pyarrow too
+    except MemoryError:  # pyarrow raises it too
         _leave(f"needs more than {MEMORY_BYTES >> 20} MiB to be decoded")
     except (pa.ArrowException, OSError, UnicodeError) as error:
         first = (str(error).splitlines() or [type(error).__name__])[0]

@@ -42,7 +42,7 @@ class SeedRange(_Part):
     start: Seed = 0
     """The first seed."""
     count: Annotated[int, Field(ge=1, le=MOST_SEEDS)] = 1
-    """How many seeds: one picture of each row and combination for each."""
+    """Number of seeds; each gives one picture per row and combination."""
 
 
 Seeds = Annotated[

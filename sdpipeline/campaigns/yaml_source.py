@@ -207,7 +207,7 @@ class _Builder:
         self._nodes += 1
         self.places[path] = _start(node)
         if self._nodes > MOST_NODES or len(path) > DEEPEST:
-            # Stop nested aliases (a billion laughs) long before memory runs out.
+            # Stop nested aliases (billion laughs attack) long before memory runs out.
             self._refuse(node, path, "expands to too many values", "write fewer aliases")
             raise CampaignError(self.mistakes[-1][1])
         match node:

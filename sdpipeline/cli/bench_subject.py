@@ -68,7 +68,7 @@ class Subject:
         return services.build_engine(self.settings, self.device, None, dtype=self.dtype)
 
     def plain(self) -> PlainLoop:
-        """Build a plain diffusers loop, as in a script. Call ``engine`` first, which imports torch with the right setup."""
+        """Build a plain diffusers loop, as in a script. Call ``engine`` first: it sets up torch's import."""
         from sdpipeline.bench.plain import PlainLoop
 
         return PlainLoop(self.files.directory, self.workload, device=self.device, dtype=self.dtype)

@@ -41,7 +41,7 @@ def erase(
     home: Home = None,
     as_json: AsJson = False,
 ) -> None:
-    """Erase one subject's data from jobs, and record a proof of the erasure that does not reveal the subject."""
+    """Erase one subject's data from jobs, and record a proof of the erasure that does not reveal what was erased."""
     s, name = load_settings(home), subject.strip()
     if not name:
         raise refuse("--subject is empty", "write what the campaign's `subject` becomes")
