@@ -1,1 +1,1 @@
-"""Campaign files: read, check, expand into jobs, and submit."""
+"""Campaign files: loading, validation, expansion into jobs, and submission."""

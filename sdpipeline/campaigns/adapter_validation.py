@@ -1,4 +1,4 @@
-"""What is wrong with what a stage's checkpoint wears: LoRAs, textual inversions, IP-Adapters, another autoencoder."""
+"""Validation of a stage's adapters: LoRAs, textual inversions, IP-Adapters and a replacement autoencoder."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ KINDS = {
     "textual_inversions": ("textual-inversion", "textual inversion"),
     "ip_adapters": ("ip-adapter", "IP-Adapter"),
 }
-"""Kind of checkpoint and its name for people, by the stage's key."""
+"""Kind of checkpoint and its display name, by the stage's key."""
 
 
 def check(stage: Stage, path: KeyPath, faults: Faults, catalog: Catalog) -> None:
-    """Aliases that are no such thing, whatever wears them."""
+    """Note aliases that are unknown or of the wrong kind, for any base checkpoint."""
     for place, use in stage.adapters():
         if why := _no_such(use.checkpoint, *KINDS[str(place[0])], catalog):
             faults.add((*path, *place, "checkpoint"), *why)
@@ -30,7 +30,7 @@ def check(stage: Stage, path: KeyPath, faults: Faults, catalog: Catalog) -> None
 def check_fit(
     stage: Stage, path: KeyPath, faults: Faults, catalog: Catalog, *, base: CheckpointFiles, row: Family
 ) -> None:
-    """What this checkpoint cannot wear."""
+    """Note adapters that do not fit the stage's checkpoint."""
     can = {"loras": row.lora, "textual_inversions": row.textual_inversion, "ip_adapters": row.ip_adapter}
     for key in dict.fromkeys(str(place[0]) for place, _ in stage.adapters()):
         if not can[key]:

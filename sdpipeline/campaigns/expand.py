@@ -1,4 +1,4 @@
-"""A campaign as the stream of jobs it asks for: rows x variables x seeds, stage by stage."""
+"""Expansion of a campaign into a stream of jobs: rows x variables x seeds, stage by stage."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ LONGEST_SUBJECT = 500
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Combination:
-    """One row and one value of each variable: what a chain of stages shares, before seeds."""
+    """One row and one value of each variable, shared by the stages of a chain before seeds apply."""
 
     row_key: str
     line: int | None
@@ -31,10 +31,10 @@ class Combination:
 
 
 def expand(campaign: Campaign, inputs: InputFolder) -> Iterator[JobSpec]:
-    """Every job, parents before children, in the file's order; constant memory.
+    """Yield every job, parents before children, in the file's order; constant memory.
 
-    Raises CampaignError with the first mistakes that only values show: a number out of range, a
-    missing picture, a row that is none.
+    Raises CampaignError with the first mistakes that only show in values: a number out of range, a
+    missing picture, an invalid row.
     """
     chains = _Chains(campaign, inputs)
     for combination in chains.combinations():
@@ -43,7 +43,7 @@ def expand(campaign: Campaign, inputs: InputFolder) -> Iterator[JobSpec]:
 
 
 def check(campaign: Campaign, inputs: InputFolder) -> int:
-    """Find the mistakes that :func:`expand` would find, without making jobs; returns how many there would be."""
+    """Find the mistakes that :func:`expand` would find, without making jobs; return the number of jobs."""
     chains = _Chains(campaign, inputs)
     each = sum(jobs_of_a_chain(campaign.spec).values()) * seed_count(campaign.spec.seeds)
     total = 0
@@ -58,13 +58,13 @@ def check(campaign: Campaign, inputs: InputFolder) -> int:
 
 
 def combinations(campaign: Campaign, on_mistake: OnMistake) -> Iterator[Combination]:
-    """Rows x (zipped lists x product, less what is excluded, and what is included), in the file's order."""
+    """Yield rows x (zipped lists x product, minus ``exclude``, plus ``include``), in the file's order."""
     axes, edition = campaign.axes, {EDITION: campaign.edition} if campaign.edition else {}
     table: Iterable[Row | None] = axes.table.rows(on_mistake) if axes.table else (None,)
     together = [tuple(zip(axes.zipped, values, strict=True)) for values in zip(*axes.zipped.values(), strict=True)]
     left_out = [_matcher(choice, axes) for choice in campaign.spec.exclude]
     added = [tuple(sorted(choice.items())) for choice in campaign.spec.include]
-    # One and true compare equal, and are not the same value.
+    # 1 and True compare equal but are different values.
     texts = {canonical(own) for own in added}
     for row in table:
         key, line, cells = (row.key, row.line, row.values) if row else ("", None, {})
@@ -88,7 +88,7 @@ def _products(axes: Axes, together: Sequence[tuple[tuple[str, Any], ...]]) -> It
 
 
 def _matcher(choice: Mapping[str, Any], axes: Axes) -> Callable[[Mapping[str, Any]], bool]:
-    """Whether a combination has these values; a table's cells are texts, whatever they look like."""
+    """Return a predicate for combinations with these values; a table's cells compare as text."""
     columns = axes.columns()
     wanted = [(name, _cell(value) if name in columns else canonical(value)) for name, value in choice.items()]
     return lambda values: all(
@@ -102,9 +102,9 @@ def _cell(value: Any) -> str:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Branch:
-    """One of the jobs that every chain has: its stage, the fan-out seeds it stands under, its parents' branches.
+    """One job of every chain: its stage, its fan-out seeds and its parents' branches.
 
-    Its noise seed is ``own_seed``, else derived by the name ``derived``, else the chain's root seed.
+    The noise seed is ``own_seed``, else derived from the name ``derived``, else the chain's root seed.
     """
 
     plan: StagePlan
@@ -115,11 +115,11 @@ class _Branch:
     derived: str | None
 
     def axes(self) -> tuple[tuple[str, int], ...]:
-        """The fan-out seeds as axes of the job's identity."""
+        """Return the fan-out seeds as axes of the job's identity."""
         return tuple((f"{stage}.seed", seed) for stage, seed in sorted(self.fanned.items()))
 
     def noise_seed(self, root: int) -> int:
-        """The seed of this job in the chain of that root seed."""
+        """Return this job's noise seed in the chain of that root seed."""
         if self.own_seed is not None:
             return self.own_seed
         return root if self.derived is None else stage_seed(root, self.derived)
@@ -127,7 +127,7 @@ class _Branch:
 
 @dataclass(slots=True)
 class _Chains:
-    """A campaign's stages, and what chains of their jobs have in common."""
+    """Stage plans and branches of a campaign, shared by all its job chains."""
 
     campaign: Campaign
     inputs: InputFolder
@@ -144,24 +144,24 @@ class _Chains:
             self._branches += list(_branches(plan, self._branches))
 
     def combinations(self) -> Iterator[Combination]:
-        """Until there are too many mistakes."""
+        """Yield combinations until there are too many mistakes."""
         for combination in combinations(self.campaign, self.note):
             yield combination
             if len(self.mistakes) >= MOST_MISTAKES:
                 return
 
     def note(self, mistake: Mistake) -> None:
-        """Keep a mistake once."""
+        """Record a mistake, once."""
         if mistake not in self.mistakes:
             self.mistakes.append(mistake)
 
     def raise_mistakes(self) -> None:
-        """CampaignError if there were any."""
+        """Raise CampaignError if there were any."""
         if self.mistakes:
             raise CampaignError(*self.mistakes)
 
     def resolve(self, combination: Combination) -> dict[str, Resolved]:
-        """Each stage for this combination; one that is wrong is noted and left out, with those below it."""
+        """Resolve each stage for this combination; note and skip an invalid one, and skip its descendants."""
         self._subject(combination)
         found: dict[str, Resolved] = {}
         sizes: dict[str, Size] = {}
@@ -179,7 +179,7 @@ class _Chains:
         return found
 
     def jobs(self, combination: Combination) -> Iterator[JobSpec]:
-        """All jobs of one combination, seed by seed."""
+        """Yield all jobs of one combination, seed by seed."""
         resolved = self.resolve(combination)
         if len(resolved) < len(self._plans):
             return
@@ -220,7 +220,7 @@ class _Chains:
                 yield spec
 
     def _subject(self, combination: Combination) -> str | None:
-        """Whose data this combination is; nobody's where the template becomes an empty text."""
+        """Return the data subject of this combination, or None if the template renders to an empty text."""
         if self.campaign.spec.subject is None:
             return None
         try:
@@ -241,7 +241,7 @@ class _Chains:
 
 
 def _branches(plan: StagePlan, above: list[_Branch]) -> Iterator[_Branch]:
-    """Every agreeing choice of parents' branches, fanned out over the stage's own seeds."""
+    """Yield every consistent choice of parents' branches, fanned out over the stage's own seeds."""
     stage = plan.stage
     choices = [[n for n, branch in enumerate(above) if branch.plan.stage.id == parent] for parent in plan.parents]
     for parents in itertools.product(*choices):
@@ -257,7 +257,7 @@ def _branches(plan: StagePlan, above: list[_Branch]) -> Iterator[_Branch]:
 
 
 def _agreed(parents: Iterable[_Branch]) -> dict[str, int] | None:
-    """The fan-out seeds the parents stand under, or None where a join would mix two branches of one fan-out."""
+    """Merge the parents' fan-out seeds; return None if a join would mix two branches of one fan-out."""
     merged: dict[str, int] = {}
     for parent in parents:
         if any(merged.get(stage, seed) != seed for stage, seed in parent.fanned.items()):

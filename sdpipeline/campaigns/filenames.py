@@ -1,4 +1,4 @@
-"""What exported pictures are called: by a template, or readable and unique without one."""
+"""File names of exported pictures: from a template, or a readable and unique default."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from sdpipeline.campaigns.templates import TemplateRefusedError, compile_templat
 
 MANIFEST = "manifest.csv"
 EXTENSIONS: Mapping[str, str] = {"png": "png", "jpeg": "jpg", "webp": "webp"}
-"""By the format that a campaign asks for."""
+"""File extension by output format."""
 
 LONGEST_PART_BYTES = 255
 LONGEST_NAME_BYTES = 1024
 LONGEST_WORD_BYTES = 60
 LONGEST_STEM_BYTES = 200
-"""Bounds of names that are made here leave room for a number and an extension."""
+"""Bounds of generated names; they leave room for a number and an extension."""
 
 _FORBIDDEN = re.compile(r'[\\<>:"|?*]')
 _RESERVED = re.compile(r"(?i)(con|prn|aux|nul|com\d|lpt\d)(\..*)?")
 
 
 class WrongNameError(ValueError):
-    """A template gives a picture no name, or one that is no file name; ``fix`` says what to write."""
+    """A template renders no valid file name for a picture; ``fix`` says what to write."""
 
     def __init__(self, message: str, fix: str | None = None) -> None:
         super().__init__(message)
@@ -34,7 +34,7 @@ class WrongNameError(ValueError):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Subject:
-    """What a picture may be named after. ``axes`` are the variables that tell it from others of its row."""
+    """Values that a picture's name may use; ``axes`` are the variables that distinguish it from others of its row."""
 
     id: int
     stage: str
@@ -46,17 +46,17 @@ class Subject:
     extension: str
 
     def values(self) -> dict[str, Any]:
-        """Everything a template may use; a campaign's own variable is what its author means by that word."""
+        """Return everything a template may use; a campaign's own variable overrides a built-in name."""
         own = {"id": self.id, "stage": self.stage, "row": self.row, "seed": self.seed, "edition": self.edition}
         return own | dict(self.variables)
 
 
 Naming = Callable[[Subject], str]
-"""A picture's path inside the folder; raises WrongNameError."""
+"""Function that returns a picture's path inside the folder; raises WrongNameError."""
 
 
 def by_template(text: str) -> Naming:
-    """Names from a template over :meth:`Subject.values`; slashes make sub-folders."""
+    """Name pictures by a template over :meth:`Subject.values`; slashes make sub-folders."""
     try:
         template = compile_template(text)
     except TemplateRefusedError as error:
@@ -83,9 +83,9 @@ def by_template(text: str) -> Naming:
 
 
 def by_default(*, keyed: bool, stage_folders: bool) -> Naming:
-    """Names from row, remaining variables and seed. Two may be alike where characters or lengths are lost.
+    """Name pictures by row, remaining variables and seed. Two names may collide after characters are replaced or cut.
 
-    ``keyed`` says that rows have keys of their own; otherwise their values are more readable than their hash.
+    ``keyed`` means that rows have keys of their own; otherwise their values are more readable than their hash.
     """
 
     def name(subject: Subject) -> str:
@@ -99,13 +99,13 @@ def by_default(*, keyed: bool, stage_folders: bool) -> Naming:
 
 
 def numbered(file: str, job_id: int) -> str:
-    """A default name that another job has too, told apart; ``~`` is in no other default name."""
+    """Make a default name unique that another job has too; no other default name contains ``~``."""
     stem, _, ending = file.rpartition(".")
     return f"{stem}~{job_id}.{ending}"
 
 
 def refusal(file: str) -> str | None:
-    """Why nothing may be written there on some machine; ``None`` if it may."""
+    """Return why the path is invalid on some platform, or ``None`` if it is valid."""
     parts = file.split("/")
     if any(part in ("", ".", "..") for part in parts):
         return "is no path inside the folder"
@@ -119,7 +119,7 @@ def refusal(file: str) -> str | None:
         return "is a reserved name on Windows"
     if len(file.encode()) > LONGEST_NAME_BYTES or any(len(part.encode()) > LONGEST_PART_BYTES for part in parts):
         return f"is longer than {LONGEST_PART_BYTES} bytes"
-    # A folder of a picture's name, or of the manifest's, would be in the way of the file.
+    # A folder named like a picture or the manifest would block the file of that name.
     folders = [part.lower() for part in parts[:-1]]
     if any(part == MANIFEST or part.endswith(tuple(f".{each}" for each in EXTENSIONS.values())) for part in folders):
         return "has a folder that is called like a file"
@@ -127,7 +127,7 @@ def refusal(file: str) -> str | None:
 
 
 def different(one: Subject, other: Subject) -> list[str]:
-    """The words that would tell two pictures apart in a template, the most telling first."""
+    """List the template variables that would distinguish two pictures, the best first."""
     ours, theirs = one.values(), other.values()
     own = [name for name in ours if name.isidentifier() and name in theirs and ours[name] != theirs[name]]
     return sorted(own, key=lambda name: (name == "id", name == "seed", name not in one.variables))

@@ -1,4 +1,4 @@
-"""Pictures from outside: found under an allowed root, checked, and known by their SHA-256 from then on."""
+"""Input pictures: looked up under an allowed root, checked, and identified by their SHA-256."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class InputFile:
 
     @property
     def key(self) -> str:
-        """Where it lies in storage."""
+        """Storage key of the picture."""
         return input_key(self.sha256)
 
 
@@ -49,9 +49,9 @@ class InputObject:
 
 
 class InputFolder:
-    """Reads each picture once and remembers what it was; nothing outside the allowed roots is opened.
+    """Reader that checks each picture once and caches the result; it opens nothing outside the allowed roots.
 
-    ``allowed`` are folders, by default the campaign's own, and ``buckets`` are ``s3://bucket/prefix``, by default none.
+    ``allowed`` are folders, by default the campaign's own. ``buckets`` are ``s3://bucket/prefix``, by default none.
     """
 
     def __init__(
@@ -73,19 +73,19 @@ class InputFolder:
         self._silent: StorageUnavailableError | None = None
 
     def open(self, name: str) -> InputFile:
-        """The picture of that name, relative to the campaign's folder; raises InputImageError."""
+        """Return the picture of that name, relative to the campaign's folder; raises InputImageError."""
         if name not in self.found:
             self.found[name] = self._check(name)
         return self.found[name]
 
     def open_object(self, url: str) -> InputObject:
-        """The picture at ``s3://bucket/key``; raises InputImageError."""
+        """Return the picture at ``s3://bucket/key``; raises InputImageError."""
         if url not in self._pinned:
             self._pinned[url] = self._check_object(url)
         return self._pinned[url]
 
     def admit(self, url: str) -> None:
-        """Look at the address alone; raises InputImageError unless ``s3://bucket/key`` is under an allowed prefix."""
+        """Check the address alone; raises InputImageError unless ``s3://bucket/key`` is under an allowed prefix."""
         try:
             split_url(url)
         except BadInputError as error:
@@ -94,11 +94,14 @@ class InputFolder:
             raise InputImageError(f"{_shown(url)} lies outside the allowed buckets: see SDP_INPUTS__ALLOWED")
 
     def table(self, name: str) -> Path:
-        """The table of that name, fetched if it is in a bucket; raises InputImageError."""
+        """Return the path of that table, fetched if it is in a bucket; raises InputImageError."""
         return self._fetched(name) if is_bucket_url(name) else self.locate(name)
 
     def matching(self, pattern: str) -> list[str]:
-        """Files below the campaign's folder that a glob finds, hidden ones left out, sorted; raises InputImageError."""
+        """List the files below the campaign's folder that match a glob, sorted, without hidden ones.
+
+        Raises InputImageError.
+        """
         if pattern.startswith("/") or ".." in PurePosixPath(pattern).parts:
             raise InputImageError(f"{_shown(pattern)} is no pattern below the campaign's folder")
         try:
@@ -113,13 +116,13 @@ class InputFolder:
         return names
 
     def locate(self, name: str) -> Path:
-        """The regular file of that name, links followed; raises InputImageError."""
+        """Return the path of that regular file, links followed; raises InputImageError."""
         shown = _shown(name)
         try:
             path = (self.folder / name).resolve()
             if not any(path.is_relative_to(root) for root in self.allowed):
                 raise InputImageError(f"{shown} lies outside the allowed folders: see SDP_INPUTS__ALLOWED")
-            # A pipe would wait for ever, and a device never ends.
+            # Reading a pipe would block for ever, and a device never ends.
             if not stat.S_ISREG(path.stat().st_mode):
                 raise InputImageError(f"{shown} is no regular file")
         except OSError as error:
@@ -171,7 +174,7 @@ class InputFolder:
 
     @contextmanager
     def _asking(self, url: str) -> Iterator[None]:
-        """Turns what a bucket refuses into InputImageError. One that does not answer is not asked again and again."""
+        """Translate a bucket's errors into InputImageError. An unavailable bucket is not asked again."""
         if self._silent is not None:
             raise InputImageError(f"{_shown(url)} cannot be read: {self._silent}") from self._silent
         try:

@@ -1,4 +1,4 @@
-"""The JSON Schema of a campaign file, for editors that complete and check what one writes."""
+"""JSON Schema of a campaign file, for completion and checks in editors."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from sdpipeline.engine import annotators, families
 DIALECT = "https://json-schema.org/draft/2020-12/schema"
 TEMPLATE: Json = {"type": "string", "pattern": r"\{", "description": "a template, as in {{ name }}"}
 NUMBER_OR_TEMPLATE = r"\{|^\s*[-+]?[0-9.]+([eE][-+]?[0-9]+)?\s*$"
-"""A number in quotes is one too: a table's cell that a template takes has none other."""
+"""A number in quotes is a number too: a table's cell filled into a template is always text."""
 
 WORDS: Mapping[str, Iterable[str]] = {"scheduler": families.SCHEDULERS, "resize": annotators.RESIZE_MODES}
-"""Keys that hold one of these words, or a template."""
+"""Allowed words of a key that also takes a template."""
 
 
 def document() -> Json:
-    """The schema, in the dialect of 2020-12; what only a checkpoint or a table shows is left to ``plan``."""
+    """Return the schema, in the 2020-12 dialect; ``plan`` checks what depends on a checkpoint or a table."""
     _, schema = models_json_schema(
         [(CampaignSpec, "validation"), (Rows, "validation")], schema_generator=_Generator, title="sdpipeline campaign"
     )
@@ -44,12 +44,12 @@ def document() -> Json:
 
 
 def text() -> str:
-    """The same as a file."""
+    """Return the schema as the text of a file."""
     return json.dumps(document(), indent=2, ensure_ascii=False) + "\n"
 
 
 class _Generator(GenerateJsonSchema):
-    """Pydantic's, without titles that repeat the key, and without defaults that nobody would write."""
+    """Pydantic's generator, without titles that repeat the key and without null, list or object defaults."""
 
     def field_title_should_be_set(self, schema: Any) -> bool:  # noqa: ARG002 -- the signature is pydantic's
         return False
@@ -62,7 +62,7 @@ class _Generator(GenerateJsonSchema):
 
 
 def _refine(name: str, shape: Json) -> None:
-    """What the campaign's checks know of a key beyond its type."""
+    """Add the constraints of a key that go beyond its type."""
     if name in LIMITS:
         _, low, high = LIMITS[name]
         for option in shape["anyOf"]:
@@ -98,7 +98,7 @@ def _needed_pictures() -> Iterator[Json]:
 
 
 def _annotators_parameters() -> Iterator[Json]:
-    """Each annotator's own parameters; without an annotator there are none."""
+    """Yield a rule for each annotator's own parameters; without an annotator there are none."""
     for name, annotator in annotators.ANNOTATORS.items():
         numbers = {
             key: {
@@ -138,7 +138,7 @@ def _variables() -> Json:
 
 
 def _close(shape: Any) -> None:
-    """No other keys than those that are named, wherever keys are."""
+    """Forbid additional properties in every object of the schema."""
     if isinstance(shape, list):
         for each in shape:
             _close(each)

@@ -1,4 +1,4 @@
-"""A campaign file, read and checked: every mistake in it is found before anything is written."""
+"""Loader of campaign files: finds every mistake before anything is written."""
 
 from __future__ import annotations
 
@@ -44,14 +44,14 @@ MOST_JOBS = 10_000_000
 MOST_JOBS_OF_A_CHAIN = 10_000
 MAX_PIXELS = 64_000_000
 EDITION = "edition"
-"""The variable that every template of a campaign made in editions may use."""
+"""Variable that every template of a campaign with editions may use."""
 
 _IN_BRACES = re.compile(r"\{[{%](.*?)[}%]\}", re.DOTALL)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Axes:
-    """``variables:`` sorted out: named lists that multiply, lists that advance together, and a table."""
+    """Parsed ``variables:``: named lists that multiply, lists that advance together, and a table."""
 
     product: Mapping[str, list[Scalar]] = field(default_factory=dict)
     zipped: Mapping[str, list[Scalar]] = field(default_factory=dict)
@@ -59,11 +59,11 @@ class Axes:
     titles: Sequence[str] = ()
 
     def columns(self) -> Mapping[str, int]:
-        """The table's variables and where they stand in it."""
+        """Return the table's variables with their column numbers."""
         return self.table.variables(list(self.titles)) if self.table else {}
 
     def combinations(self) -> int:
-        """How many there are, for each row of the table."""
+        """Return the number of combinations for each row of the table."""
         together = len(next(iter(self.zipped.values()))) if self.zipped else 1
         return together * math.prod(len(values) for values in self.product.values())
 
@@ -78,17 +78,17 @@ class Campaign:
     folder: Path
     catalog: Catalog
     edition: str = ""
-    """Which making of the campaign this is; empty where a campaign is made once and kept up to date."""
+    """Name of the edition; empty if the campaign is made once and kept up to date."""
     policies: Sequence[Rules] = ()
-    """Its own and the deployment's."""
+    """The campaign's own policy and the deployment's."""
 
     @property
     def text(self) -> str:
-        """The file as it was read."""
+        """Text of the file as it was read."""
         return self.source.text
 
     def stage_order(self) -> list[Stage]:
-        """Stages with parents before children."""
+        """Return the stages, parents before children."""
         return validation.ordered(self.spec.stages)
 
 
@@ -103,9 +103,9 @@ def load(
 ) -> Campaign:
     """Read and check a campaign file; raises CampaignError holding all mistakes.
 
-    :func:`sdpipeline.campaigns.expand.check` finds what only the values of a table show. ``edition`` names a making
-    of the whole campaign; without it a schedule of editions says which is due at ``now``. ``deployment`` is a
-    policy that holds in addition to the file's own.
+    :func:`sdpipeline.campaigns.expand.check` finds mistakes that only show in the values of a table. ``edition`` names
+    an edition of the whole campaign; without it a schedule of editions decides which is due at ``now``.
+    ``deployment`` is a policy that applies in addition to the file's own.
     """
     folder = path.absolute().parent
     inputs = inputs or InputFolder(folder, max_pixels=MAX_PIXELS)
@@ -121,7 +121,7 @@ def check(
     now: datetime | None = None,
     deployment: Rules | None = None,
 ) -> Campaign:
-    """The same for a document at hand. No bucket is asked before everything else in the file is known to be right."""
+    """Check a parsed document. Buckets are asked only if everything else in the file is right."""
     now = now or datetime.now(UTC)
     look = partial(_checked, source, catalog, inputs, edition=edition, now=now, deployment=deployment)
     found = look(online=False)
@@ -129,7 +129,7 @@ def check(
 
 
 def _in_buckets(spec: CampaignSpec) -> bool:
-    """Whether a table or a picture that is named outright has to be looked for in a bucket."""
+    """Return True if the file names a table or a picture in a bucket without a template."""
     rows = spec.variables.get("rows")
     table = rows.get("file") if isinstance(rows, dict) else None
     urls = [image.url for stage in spec.stages for _, image in stage.images() if image.url and "{" not in image.url]
@@ -174,7 +174,7 @@ def _checked(
 
 
 def template_texts(spec: CampaignSpec) -> Iterator[tuple[KeyPath, str]]:
-    """Every string that may be a template, with its place."""
+    """Yield every string that may be a template, with its place."""
     parts: list[tuple[KeyPath, Parameters]] = [(("defaults",), spec.defaults)]
     parts += [(("stages", n), stage) for n, stage in enumerate(spec.stages)]
     if spec.subject is not None:
@@ -197,7 +197,7 @@ def template_texts(spec: CampaignSpec) -> Iterator[tuple[KeyPath, str]]:
 
 
 def _axes(spec: CampaignSpec, faults: Faults, inputs: InputFolder, *, online: bool) -> tuple[Axes, bool]:
-    """The variables, and whether all their names are known although something may be wrong with them."""
+    """Parse the variables; also return True if all their names are known despite possible mistakes."""
     product: dict[str, list[Scalar]] = {}
     zipped: dict[str, list[Scalar]] = {}
     axes, known = Axes(), True
@@ -237,7 +237,7 @@ def _values(given: Any, path: KeyPath, faults: Faults) -> list[Scalar]:
 
 
 def _check_repeats(values: Sequence[Any], path: KeyPath, faults: Faults) -> None:
-    """Equal values would ask for the same job twice."""
+    """Refuse equal values, which would ask for the same job twice."""
     seen = set()
     for n, value in enumerate(values):
         text = canonical(value)
@@ -248,7 +248,7 @@ def _check_repeats(values: Sequence[Any], path: KeyPath, faults: Faults) -> None
 
 
 def _table(given: Any, path: KeyPath, faults: Faults, inputs: InputFolder, *, online: bool) -> tuple[Axes, bool]:
-    """The table's part of the axes, and whether its columns are known."""
+    """Open the table and return its axes; also return True if its columns are known."""
     try:
         rows = Rows.model_validate(given)
     except ValidationError as error:
@@ -321,7 +321,7 @@ def _check_schedule(spec: CampaignSpec, faults: Faults) -> None:
 
 
 def _due(spec: CampaignSpec, faults: Faults, now: datetime) -> str:
-    """The edition that the campaign's schedule asks for now."""
+    """Return the edition that is due by the campaign's schedule."""
     planned = spec.schedule
     if planned is None or planned.mode != "edition" or faults.within(("schedule",)):
         return ""
@@ -329,7 +329,7 @@ def _due(spec: CampaignSpec, faults: Faults, now: datetime) -> str:
 
 
 def _check_choices(spec: CampaignSpec, axes: Axes, faults: Faults, *, columns_known: bool) -> None:
-    """Combinations that are left out name what there is; those that are added name all there is to choose."""
+    """Check that ``exclude`` names existing values and ``include`` names every variable with a list."""
     lists = {**axes.product, **axes.zipped}
     known = {*lists, *axes.columns()}
     for n, choice in enumerate(spec.exclude):
@@ -354,7 +354,7 @@ def _check_choices(spec: CampaignSpec, axes: Axes, faults: Faults, *, columns_kn
 
 
 def _check_variables(spec: CampaignSpec, axes: Axes, faults: Faults, *, columns_known: bool, edition: str) -> None:
-    """Every template compiles and uses declared variables; every declared variable is used."""
+    """Check that every template compiles, uses declared variables only, and no declared variable is unused."""
     given = faults.source.data.get("variables")
     declared = {*axes.columns(), *axes.zipped, *axes.product}
     declared |= set(axes.table.columns or ()) if axes.table else set()
@@ -363,7 +363,7 @@ def _check_variables(spec: CampaignSpec, axes: Axes, faults: Faults, *, columns_
     known = declared | set(given if isinstance(given, dict) else ())
     known |= {EDITION} if edition or faults.within(("schedule",)) else set()
     all_known = columns_known and not any(faults.has(path) for path in (("variables",), ("variables", "zip")))
-    # What is wrong elsewhere may hide a use from us, so then every word in braces counts as one.
+    # A mistake elsewhere may hide a use, so then every word in braces counts as a use.
     used = set(_IN_BRACES.findall(faults.source.text)) if faults.mistakes else set()
     used = {word for text in used for word in re.findall(r"\w+", text)}
     for path, text in template_texts(spec):
@@ -377,11 +377,11 @@ def _check_variables(spec: CampaignSpec, axes: Axes, faults: Faults, *, columns_
         for name in sorted(names - known) if all_known else ():
             fix = "add schedule: with mode: edition, or submit --edition NAME" if name == EDITION else ""
             faults.add(path, f"the variable {name!r} is not declared", fix or nearest(name, declared))
-            # What it may have meant is not unused besides.
+            # Do not report the variable it may have meant as unused.
             used |= set(difflib.get_close_matches(name, declared, n=1))
     used |= {name for choice in spec.exclude for name in choice}
     if axes.table is not None and axes.table.key is not None:
-        # The key tells the rows apart, whatever uses it besides.
+        # The key distinguishes rows, so its column counts as used.
         used |= {name for name, title in (axes.table.columns or {}).items() if title == axes.table.key}
     open_columns = set() if axes.table is None or axes.table.columns is not None else set(axes.columns())
     for name in sorted(declared - used - open_columns):
@@ -389,7 +389,7 @@ def _check_variables(spec: CampaignSpec, axes: Axes, faults: Faults, *, columns_
 
 
 def _check_files(spec: CampaignSpec, faults: Faults, inputs: InputFolder, *, online: bool) -> None:
-    """Pictures that are named outright; those that a row names are found when its jobs are."""
+    """Check pictures named without a template; pictures named by a row are checked at expansion."""
     for n, stage in enumerate(spec.stages):
         for place, image in stage.images():
             key, name = ("file", image.file) if image.url is None else ("url", image.url)
@@ -408,7 +408,7 @@ def _check_files(spec: CampaignSpec, faults: Faults, inputs: InputFolder, *, onl
 
 
 def _check_count(spec: CampaignSpec, axes: Axes, faults: Faults) -> None:
-    """A slip in a count would otherwise keep a database busy for days."""
+    """Refuse too many jobs: a typo in a count would otherwise keep a database busy for days."""
     if faults.mistakes:
         return
     chain = sum(jobs_of_a_chain(spec).values())
@@ -425,7 +425,7 @@ def _check_count(spec: CampaignSpec, axes: Axes, faults: Faults) -> None:
 
 
 def jobs_of_a_chain(spec: CampaignSpec) -> dict[str, int]:
-    """How many jobs each stage has for one row, combination of variables and root seed."""
+    """Return the number of jobs of each stage for one row, combination of variables and root seed."""
     fanned: dict[str, set[str]] = {}
     seeds = {stage.id: seed_count(stage.seeds) for stage in spec.stages if stage.seeds is not None}
     for stage in validation.ordered(spec.stages):
@@ -435,5 +435,5 @@ def jobs_of_a_chain(spec: CampaignSpec) -> dict[str, int]:
 
 
 def seed_count(seeds: SeedRange | list[int]) -> int:
-    """How many seeds are asked for."""
+    """Return the number of seeds."""
     return seeds.count if isinstance(seeds, SeedRange) else len(seeds)

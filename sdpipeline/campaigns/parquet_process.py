@@ -1,8 +1,8 @@
-"""Process that decodes one parquet file under a memory limit: a file of some kB can hold gigabytes.
+"""Process that decodes one parquet file under a memory limit: a file of a few kB can hold gigabytes.
 
-Runs as a script, with pyarrow as its only import from outside the standard library. Writes JSON Lines to stdout: the
-titles, then the cells of some rows as text, column by column. Leaves with ``REFUSED`` and one sentence on stderr if
-the file is not a table.
+It runs as a script, with pyarrow as its only import from outside the standard library. It writes JSON Lines to stdout:
+the titles, then the cells of some rows as text, column by column. It exits with ``REFUSED`` and one sentence on stderr
+if the file is not a table.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ LARGEST_LINE = 2**20
 
 
 class _RefusedError(Exception):
-    """The file is no table of single values."""
+    """The file is not a table of single values."""
 
 
 def main(path: str, wanted: Collection[str] | None) -> None:
@@ -40,7 +40,7 @@ def main(path: str, wanted: Collection[str] | None) -> None:
         for line in _lines(path, wanted):
             sys.stdout.write(json.dumps(line, ensure_ascii=False) + "\n")
         sys.stdout.flush()
-    except MemoryError:  # of pyarrow too
+    except MemoryError:  # pyarrow raises it too
         _leave(f"needs more than {MEMORY_BYTES >> 20} MiB to be decoded")
     except (pa.ArrowException, OSError, UnicodeError) as error:
         first = (str(error).splitlines() or [type(error).__name__])[0]
@@ -50,7 +50,7 @@ def main(path: str, wanted: Collection[str] | None) -> None:
 
 
 def _limit(what: int, value: int) -> None:
-    """Lower a limit; one that is lower already stays."""
+    """Lower a resource limit; keep one that is lower already."""
     _, hard = resource.getrlimit(what)
     value = value if hard == resource.RLIM_INFINITY else min(value, hard)
     resource.setrlimit(what, (value, value))
@@ -59,7 +59,7 @@ def _limit(what: int, value: int) -> None:
 def _leave(why: str) -> None:
     sys.stderr.write(why)
     sys.stderr.flush()
-    os._exit(REFUSED)  # nothing is freed and no buffer written: the memory for it may be gone
+    os._exit(REFUSED)  # skip clean-up and buffer flushing: they may need memory that is exhausted
 
 
 def _lines(path: str, wanted: Collection[str] | None) -> Iterator[list[Any]]:
@@ -86,7 +86,7 @@ def _lines(path: str, wanted: Collection[str] | None) -> Iterator[list[Any]]:
 
 
 def _check_footer(path: str) -> None:
-    """The footer is parsed as a whole, and its length stands before the last four bytes."""
+    """Limit the footer, which is parsed as a whole; its length precedes the last four bytes."""
     with open(path, "rb") as file:  # noqa: PTH123 -- the script imports as little as it can
         size = file.seek(0, os.SEEK_END)
         file.seek(max(0, size - 8))
@@ -96,14 +96,14 @@ def _check_footer(path: str) -> None:
 
 
 def _texts(column: Any) -> list[str | None]:
-    """A column's cells as text. One that is too long is None, which its reader says: null is an empty text."""
+    """Return a column's cells as text. Null is an empty text; None marks a cell that is too long."""
     import pyarrow as pa
     from pyarrow import compute
 
     texts = column.cast(pa.string()).fill_null("")
     lengths = compute.binary_length(texts)
     if (compute.max(lengths).as_py() or 0) > LARGEST_CELL:
-        # In bytes, of which a character has up to four.
+        # Lengths are in bytes, and a character has up to four.
         texts = compute.if_else(compute.less_equal(lengths, 4 * LARGEST_CELL), texts, None)
     found: list[str | None] = texts.to_pylist()
     return [None if text is None or len(text) > LARGEST_CELL else text for text in found]

@@ -1,4 +1,4 @@
-"""What may be asked for at all: checkpoints, sizes and words, by a campaign's own policy and by the deployment's."""
+"""Policies on checkpoints, sizes and prompt words: a campaign's own and the deployment's."""
 
 from __future__ import annotations
 
@@ -19,21 +19,21 @@ from sdpipeline.errors import CampaignError, SettingsError
 
 CAMPAIGN, DEPLOYMENT = "policy", "deployment policy"
 
-# Unicode's Default_Ignorable_Code_Point: nobody sees them, so nobody hides a word with them.
+# Unicode's Default_Ignorable_Code_Point: invisible, so they must not hide a denied word.
 _INVISIBLE = re.compile(
     "[\u00ad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180b-\u180f\u200b-\u200f\u202a-\u202e\u2060-\u206f\u3164\ufe00-\ufe0f"
     "\ufeff\uffa0\ufff0-\ufff8\U0001bca0-\U0001bca3\U0001d173-\U0001d17a\U000e0000-\U000e0fff]"
 )
-# What is left of them after composition strikes letters through or circles them.
+# Combining marks that remain after composition strike letters through or circle them.
 _DRAWN_OVER = re.compile("[\u0300-\u036f\u1ab0-\u1aff\u1dc0-\u1dff\u20d0-\u20ff]")
 
 Words = tuple[str, ...]
 Span = tuple[int, int, str]
-"""Where a phrase begins and ends among the words of a prompt, and as its policy writes it."""
+"""Start and end of a phrase among the words of a prompt, and the phrase as its policy writes it."""
 
 
 class Rules:
-    """One policy, made ready once for a million prompts; ``name`` tells whose it is."""
+    """One policy, indexed once for a million prompts; ``name`` is the campaign's or the deployment's."""
 
     def __init__(self, policy: Policy, *, name: str = CAMPAIGN) -> None:
         self.name = name
@@ -42,7 +42,7 @@ class Rules:
         self._allow = _by_first_word(policy.allow)
 
     def denial(self, prompt: str) -> str | None:
-        """The rule that forbids a prompt, which itself is not quoted; ``None`` if there is none."""
+        """Return the rule that forbids a prompt, without quoting the prompt; ``None`` if no rule does."""
         if not self._deny:
             return None
         found = words(prompt)
@@ -55,14 +55,14 @@ class Rules:
         return None
 
     def checkpoint_refusal(self, alias: str) -> tuple[str, str] | None:
-        """What is wrong with naming that checkpoint, and what to name instead."""
+        """Return why the policy refuses that checkpoint, and the fix; ``None`` if it is allowed."""
         known = self.policy.checkpoints
         if known is None or alias in known:
             return None
         return f"{self.name}.checkpoints does not allow {alias!r}", nearest(alias, known)
 
     def terms_refusal(self, files: CheckpointFiles) -> Iterator[tuple[str, str]]:
-        """What is wrong with the terms that weights were approved under, and what to do."""
+        """Yield why the policy refuses the weights' licence or purposes, and the fix."""
         asked, alias = self.policy, files.alias
         fix = f"sdpipeline checkpoints add {alias} DIR_OR_REPO --licence L --purpose P, or other weights"
         if asked.licences is not None and files.licence not in asked.licences:
@@ -72,7 +72,7 @@ class Rules:
             yield f"{alias!r} is not approved for {', '.join(missing)}, as {self.name}.purposes asks", fix
 
     def size_refusal(self, side: str, pixels: int) -> tuple[str, str] | None:
-        """What is wrong with a picture of that ``width`` or ``height``, and what to do."""
+        """Return why the policy refuses that ``width`` or ``height``, and the fix; ``None`` if it is allowed."""
         most = self.policy.max_width if side == "width" else self.policy.max_height
         if most is None or pixels <= most:
             return None
@@ -80,7 +80,7 @@ class Rules:
 
 
 def load(path: Path) -> Rules:
-    """The deployment's policy from its file, its keys under ``policy:`` or at the top; raises SettingsError."""
+    """Load the deployment's policy from its file, with keys under ``policy:`` or at the top; raises SettingsError."""
     try:
         source = yaml_source.load(path)
     except CampaignError as error:
@@ -104,7 +104,7 @@ def load(path: Path) -> Rules:
 
 
 def check_words(policy: Policy, at: KeyPath, faults: Faults) -> None:
-    """Phrases that no prompt could hold, as nothing of them is compared."""
+    """Refuse phrases without a word: no prompt could match them."""
     for key, phrases in (("deny", policy.deny), ("allow", policy.allow)):
         for n, phrase in enumerate(phrases):
             if not words(phrase):
@@ -120,7 +120,7 @@ def check_checkpoints(
     policies: Iterable[Rules],
     catalog: Mapping[str, CheckpointFiles],
 ) -> None:
-    """Whatever a stage names that a policy does not, or whose terms it does not accept."""
+    """Refuse checkpoints that a policy does not list, or whose terms it does not accept."""
     for rules in policies:
         for place, alias in _named(spec, stage, path):
             if why := rules.checkpoint_refusal(alias):
@@ -131,7 +131,7 @@ def check_checkpoints(
 
 
 def check_safety_checkers(policies: Iterable[Rules], catalog: Mapping[str, CheckpointFiles], faults: Faults) -> None:
-    """A safety checker that is not registered, or is none: nothing may be made unseen."""
+    """Refuse a missing safety checker or one of the wrong kind: no picture may skip the check."""
     for rules in policies:
         alias = rules.policy.safety_checker
         if alias is None or (alias in catalog and catalog[alias].kind == SAFETY_CHECKER):
@@ -144,7 +144,7 @@ def check_safety_checkers(policies: Iterable[Rules], catalog: Mapping[str, Check
 
 
 def safety_checks(policies: Iterable[Rules], catalog: Mapping[str, CheckpointFiles]) -> list[Json]:
-    """Which network every finished picture is shown to, pinned, and the rule that names it."""
+    """Return the pinned safety checkers that every finished picture must pass, with their rules."""
     found = [(rules.name, catalog[alias]) for rules in policies if (alias := rules.policy.safety_checker)]
     return [
         {"rule": f"{name}.safety_checker: {shown(files.alias)}", "alias": files.alias, "digest": files.digest}
@@ -153,8 +153,11 @@ def safety_checks(policies: Iterable[Rules], catalog: Mapping[str, CheckpointFil
 
 
 def words(text: str) -> list[str]:
-    """A text as it is compared: by NFKC and without case, invisible characters, accents drawn over letters and
-    punctuation. A pictograph is a word of its own."""
+    """Return a text's words as they are compared.
+
+    The text is normalised by NFKC, without case, invisible characters, combining marks and punctuation. A pictograph
+    is a word of its own.
+    """
     if text.isascii():
         return text.lower().translate(_SPACED).split()
     return [word for token in text.split() for word in _compared(token)]
@@ -168,7 +171,7 @@ def _compared(token: str) -> Words:
 
 
 class _Spaced(dict[int, str]):
-    """A table for ``str.translate`` that looks every character up once."""
+    """Table for ``str.translate`` that looks up every character once."""
 
     def __missing__(self, code: int) -> str:
         character = chr(code)
@@ -198,7 +201,7 @@ def _spans(found: Sequence[str], phrases: Mapping[str, list[tuple[Words, str]]])
 
 
 def _named(spec: CampaignSpec, stage: Stage, path: KeyPath) -> Iterator[tuple[KeyPath, str]]:
-    """Every checkpoint that a stage's pictures are made with, and where the file names it."""
+    """Yield every checkpoint that a stage uses, with its place in the file."""
     if stage.checkpoint is None:
         yield ("checkpoint",), spec.checkpoint
     else:

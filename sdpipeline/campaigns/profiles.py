@@ -1,4 +1,4 @@
-"""Which profile a stage's pictures get, and which wishes contradict each other."""
+"""Choice and validation of a stage's reproducibility and speed profile."""
 
 from __future__ import annotations
 
@@ -11,8 +11,11 @@ from sdpipeline.engine.stepwise.profiles import PROFILES
 
 
 def chosen(spec: CampaignSpec, stage: Stage, row: Family) -> tuple[Reproducibility, Profile]:
-    """What holds for a stage: its own word, else the campaign's as far as the stage's checkpoint and wish for
-    exactness allow. ``reproducibility: fast`` is the older word for ``tolerant`` under ``profile: fast``."""
+    """Return a stage's reproducibility and profile: its own, else the campaign's.
+
+    The campaign's profile is limited to those that the stage's checkpoint and reproducibility allow.
+    ``reproducibility: fast`` is the older form of ``tolerant`` with ``profile: fast``.
+    """
     exactness = stage.reproducibility or spec.reproducibility
     wanted: Profile = stage.profile or ("fast" if stage.reproducibility == "fast" else None) or campaigns(spec)
     if exactness == "strict":
@@ -23,12 +26,12 @@ def chosen(spec: CampaignSpec, stage: Stage, row: Family) -> tuple[Reproducibili
 
 
 def campaigns(spec: CampaignSpec) -> Profile:
-    """What the campaign says for stages that say nothing."""
+    """Return the campaign's profile, for stages without one of their own."""
     return spec.profile or ("fast" if spec.reproducibility == "fast" else "exact")
 
 
 def check(spec: CampaignSpec, faults: Faults) -> None:
-    """Strict pictures under a profile that trades bits."""
+    """Refuse strict reproducibility with a profile that changes bits."""
     if spec.reproducibility == "strict":
         _check_strict(spec.profile, ("profile",), faults)
     for n, stage in enumerate(spec.stages):
@@ -37,7 +40,7 @@ def check(spec: CampaignSpec, faults: Faults) -> None:
 
 
 def check_fit(stage: Stage, path: KeyPath, faults: Faults, row: Family) -> None:
-    """A stage's own profile that its checkpoint has no use for; the campaign's applies where it can."""
+    """Refuse a stage's own profile that its checkpoint does not support; the campaign's is lowered to fit."""
     if stage.profile is not None and (why := families.profile_refusal(row.name, stage.profile)):
         message, _, fix = why.partition("; ")
         faults.add((*path, "profile"), message, fix)

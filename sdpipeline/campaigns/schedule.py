@@ -1,4 +1,4 @@
-"""When a campaign's schedule fires, and the edition that each firing makes."""
+"""Cron schedules of campaigns, and the edition that each firing makes."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from zoneinfo import ZoneInfo, available_timezones
 from cronsim import CronSim, CronSimError
 
 LOOK_BACK_DAYS = (1, 8, 40, 400)
-"""How far to look for the latest firing, in widening steps: from every minute to once a year."""
+"""How far to look back for the latest firing, in widening steps: from every minute to once a year."""
 
 MOST_CHARACTERS = 200
 
 
 class WrongScheduleError(ValueError):
-    """The text is no cron expression."""
+    """The text is not a cron expression."""
 
 
 def check_cron(cron: str) -> None:
-    """Raises WrongScheduleError for what is no expression of five fields."""
+    """Raise WrongScheduleError unless the text is a cron expression of five fields."""
     try:
         if len(cron) > MOST_CHARACTERS or len(cron.split()) != 5:
             raise WrongScheduleError("is not five fields: minute, hour, day of month, month, day of week")
@@ -29,15 +29,15 @@ def check_cron(cron: str) -> None:
 
 
 def timezones() -> set[str]:
-    """The names of all time zones."""
+    """Return the names of all time zones."""
     return available_timezones()
 
 
 def firings(cron: str, timezone: str, *, after: datetime, until: datetime) -> Iterator[datetime]:
-    """Every firing later than ``after`` and not later than ``until``, in the schedule's own time zone.
+    """Yield every firing later than ``after`` and not later than ``until``, in the schedule's own time zone.
 
-    Where a clock is put forward, a time that does not exist fires right after the gap; where it is put back, a time
-    that exists twice fires once. (Expressions with ``*`` for the hour follow elapsed time, as Debian's cron does:
+    When clocks go forward, a time that does not exist fires right after the gap. When they go back, a time that exists
+    twice fires once. (Expressions with ``*`` for the hour follow elapsed time, as Debian's cron does:
     https://github.com/cuu508/cronsim.)
     """
     for at in CronSim(cron, after.astimezone(ZoneInfo(timezone))):
@@ -47,7 +47,7 @@ def firings(cron: str, timezone: str, *, after: datetime, until: datetime) -> It
 
 
 def latest(cron: str, timezone: str, now: datetime) -> datetime | None:
-    """The last firing up to ``now``, or None where there was none for over a year."""
+    """Return the last firing up to ``now``, or None if there was none for over a year."""
     for days in LOOK_BACK_DAYS:
         found = list(firings(cron, timezone, after=now - timedelta(days=days), until=now))
         if found:
@@ -56,15 +56,15 @@ def latest(cron: str, timezone: str, now: datetime) -> datetime | None:
 
 
 def upcoming(cron: str, timezone: str, now: datetime, count: int) -> list[datetime]:
-    """The next ``count`` firings within a year."""
+    """Return the next ``count`` firings within a year."""
     after = firings(cron, timezone, after=now, until=now + timedelta(days=366))
     return [at for at, _ in zip(after, range(count), strict=False)]
 
 
 def edition(cron: str, timezone: str, now: datetime) -> str:
-    """The name of the edition that is due at ``now``: the local date of the latest firing.
+    """Return the name of the edition due at ``now``: the local date of the latest firing.
 
-    With its time where that date has several firings. Before the first firing, today's date.
+    The time is added if that date has several firings. Before the first firing, the name is today's date.
     """
     at = latest(cron, timezone, now)
     if at is None:

@@ -1,4 +1,4 @@
-"""What a campaign file may say, as the shapes its text is read into."""
+"""Pydantic models of the campaign file."""
 
 from __future__ import annotations
 
@@ -29,20 +29,20 @@ Integer = int | str
 
 
 class _Part(BaseModel):
-    # Strict, so that `true` is no 1 and "4" no 4: what a file says is refused or meant.
-    # What stands below a key is its description, in the editor too.
+    # Strict, so that `true` is not read as 1, nor "4" as 4.
+    # The docstring below a key is its description, in editors too.
     model_config = ConfigDict(
         extra="forbid", frozen=True, strict=True, allow_inf_nan=False, use_attribute_docstrings=True
     )
 
 
 class SeedRange(_Part):
-    """``count`` seeds from ``start`` on."""
+    """A range of ``count`` seeds from ``start`` on."""
 
     start: Seed = 0
     """The first seed."""
     count: Annotated[int, Field(ge=1, le=MOST_SEEDS)] = 1
-    """How many seeds: one picture of each row and combination for each."""
+    """Number of seeds; each gives one picture per row and combination."""
 
 
 Seeds = Annotated[
@@ -52,227 +52,227 @@ Seeds = Annotated[
 
 
 class Rows(_Part):
-    """A table whose rows are values, or a folder's files as one: one job chain per row."""
+    """A table whose rows are values, or a folder's files as rows: one job chain per row."""
 
     file: str | None = None
-    """A table beside this file or in a bucket, read as a stream."""
+    """A table next to this file or in a bucket, read as a stream."""
     files: str | None = None
-    """Pictures beside this file, one a row, as in `pictures/*.png`, instead of a table."""
+    """Pictures next to this file, one a row, as in `pictures/*.png`, instead of a table."""
     key: str | None = None
-    """The title of the column that names a row for ever; without it a row is known by its content."""
+    """Title of the column that identifies a row permanently; without it the content identifies a row."""
     columns: dict[Variable, str] | None = None
-    """Variables with the titles of their columns; without it every column is a variable in lower case."""
+    """Variables with the titles of their columns; without it every column is a variable, named in lower case."""
 
 
 class ImageSpec(_Part):
-    """A picture from an earlier stage, from a file beside the campaign, or from a bucket."""
+    """A picture from an earlier stage, from a file next to the campaign, or from a bucket."""
 
     stage: str | None = None
-    """The id of an earlier stage, whose picture of the same row, combination and seed is taken."""
+    """Id of an earlier stage; its picture of the same row, combination and seed is used."""
     file: str | None = None
-    """A picture beside this file; a template."""
+    """A picture next to this file; a template."""
     url: str | None = None
     """A picture in a bucket, as in `s3://bucket/key`; a template."""
 
 
 class ControlNetSpec(_Part):
-    """One ControlNet and what steers it."""
+    """One ControlNet and its conditioning picture."""
 
     checkpoint: str
     """Alias of a ControlNet."""
     image: ImageSpec
-    """The picture that steers it."""
+    """The conditioning picture."""
     annotator: str = "none"
-    """What turns that picture into a control map; `none` takes it as the map it is."""
+    """Annotator that turns the picture into a control map; `none` uses the picture as the map."""
     annotator_parameters: dict[str, Scalar] = Field(default_factory=dict)
-    """The annotator's own numbers."""
+    """The annotator's own parameters."""
     annotator_checkpoint: str | None = None
     """Alias of the weights of a learned annotator."""
     controlnet_conditioning_scale: Number = 1.0
-    """How strongly it steers."""
+    """How strongly the ControlNet steers."""
     control_guidance_start: Annotated[float, Field(ge=0, le=1)] = 0.0
-    """The share of the steps after which it begins."""
+    """Share of the steps after which the ControlNet starts."""
     control_guidance_end: Annotated[float, Field(ge=0, le=1)] = 1.0
-    """The share of the steps after which it ends."""
+    """Share of the steps after which the ControlNet stops."""
 
 
 class LoraSpec(_Part):
-    """A LoRA and how strongly it is felt."""
+    """A LoRA and its weight."""
 
     checkpoint: str
     """Alias of a LoRA."""
     weight: Number = 1.0
-    """How strongly it is felt."""
+    """Strength of the adapter."""
 
 
 class TextualInversionSpec(_Part):
-    """A word of one's own, which prompts write as ``<alias>``."""
+    """A textual inversion: a learned word that prompts write as ``<alias>``."""
 
     checkpoint: str
     """Alias of a textual inversion; prompts write `<alias>`."""
 
 
 class IPAdapterSpec(_Part):
-    """An IP-Adapter, the picture it takes its likeness from, and how strongly that is felt."""
+    """An IP-Adapter, its reference picture and its weight."""
 
     checkpoint: str
     """Alias of an IP-Adapter."""
     image: ImageSpec
-    """The picture it takes its likeness from, of any size."""
+    """The reference picture, of any size."""
     weight: Number = 1.0
-    """How strongly it is felt."""
+    """Strength of the adapter."""
 
 
 AdapterSpec = LoraSpec | TextualInversionSpec | IPAdapterSpec
 
 
 class OutputSpec(_Part):
-    """How pictures are encoded."""
+    """Encoding of pictures."""
 
     format: Literal["png", "jpeg", "webp"] = "png"
-    """png is lossless."""
+    """File format; png is lossless."""
     quality: Annotated[int, Field(ge=1, le=100)] | None = None
-    """Of a jpeg or webp."""
+    """Quality of a jpeg or webp."""
     metadata: Literal["embedded+sidecar"] = "embedded+sidecar"
-    """Where the record of what made a picture is kept."""
+    """Places where a picture's provenance record is kept."""
 
 
 class Budget(_Part):
-    """What a campaign may spend before it pauses itself."""
+    """Limits at which a campaign pauses itself."""
 
     max_gpu_seconds: Annotated[float, Field(gt=0)] | None = None
-    """Seconds on devices, failed attempts included."""
+    """Device seconds, failed attempts included."""
     max_images: Annotated[int, Field(ge=1, le=2**53 - 1)] | None = None
-    """Pictures of any stage."""
+    """Number of pictures, of any stage."""
     max_cost: Annotated[float, Field(gt=0)] | None = None
-    """In the currency of SDP_COST_PER_GPU_HOUR."""
+    """Cost in the currency of SDP_COST_PER_GPU_HOUR."""
 
 
 class Schedule(_Part):
-    """When a campaign is made, and whether as the same campaign or as a new edition each time."""
+    """Cron schedule of a campaign, run as the same campaign or as a new edition each time."""
 
     cron: str
     """Minute, hour, day of month, month and day of week, as in "0 3 * * *"."""
     timezone: str = "UTC"
-    """The zone of those hours, as in Europe/Berlin."""
+    """Time zone of the cron expression, as in Europe/Berlin."""
     mode: Literal["incremental", "edition"] = "incremental"
     """`incremental` makes what is new or changed; `edition` makes all of it again, with the date as `{{ edition }}`."""
     on_overlap: Literal["skip", "queue"] = "skip"
-    """What becomes of an edition that is due while an older one is being made."""
+    """`skip` or `queue` an edition that is due while an older one is unfinished."""
 
 
 class Quality(_Part):
-    """Scores a picture must reach; what is always refused (black, flat, not finite) needs no threshold."""
+    """Minimum quality scores; black, flat or non-finite pictures are always refused, without a threshold."""
 
     min_sharpness: Annotated[float, Field(ge=0)] | None = None
-    """The least sharpness."""
+    """Minimum sharpness."""
     min_edge_agreement: Annotated[float, Field(ge=0, le=1)] | None = None
-    """The least share of a control map's edges that the picture has."""
+    """Minimum share of the control map's edges that the picture reproduces."""
 
 
 class Provenance(_Part):
-    """What a picture's own record tells; it is marked as AI-made and signed in any case."""
+    """Content of the provenance record in a picture; every picture is marked as AI-made and signed."""
 
     include_prompt: Literal["full", "hash", "none"] = "full"
-    """Whether prompts stand in the file: `full`, as their SHA-256 (`hash`), or `none`; the sidecar has them always."""
+    """Prompts in the file: `full`, as their SHA-256 (`hash`), or `none`; the sidecar always has them."""
 
 
 class Policy(_Part):
-    """What a campaign may ask for at all."""
+    """Restrictions on checkpoints, sizes and prompts."""
 
     checkpoints: list[str] | None = None
-    """All aliases that stages may name, ControlNets, adapters and annotators included."""
+    """Aliases that stages may name, including ControlNets, adapters and annotators."""
     licences: list[Annotated[str, Field(min_length=1, max_length=200)]] | None = None
-    """All licences that weights may be registered under."""
+    """Licences that weights may be registered under."""
     purposes: list[Annotated[str, Field(min_length=1, max_length=200)]] = Field(default_factory=list)
-    """What the pictures are for: weights must be approved for each of these."""
+    """Purposes of the pictures; weights must be approved for each of them."""
     safety_checker: Annotated[str, Field(pattern=NAME)] | None = None
-    """Alias of the network that looks at every finished picture and may forbid it."""
+    """Alias of the safety checker that every finished picture must pass."""
     max_width: Annotated[int, Field(ge=8, le=LARGEST_SIDE)] | None = None
-    """The widest finished picture, in pixels."""
+    """Maximum width of a finished picture, in pixels."""
     max_height: Annotated[int, Field(ge=8, le=LARGEST_SIDE)] | None = None
-    """The highest finished picture, in pixels."""
+    """Maximum height of a finished picture, in pixels."""
     deny: list[Annotated[str, Field(min_length=1, max_length=1000)]] = Field(default_factory=list)
-    """Words and phrases that no prompt may hold, its variables filled in."""
+    """Words and phrases that no prompt may contain after its variables are filled in."""
     allow: list[Annotated[str, Field(min_length=1, max_length=1000)]] = Field(default_factory=list)
-    """Phrases inside which a denied word is fine."""
+    """Phrases inside which a denied word is allowed."""
 
 
 class Parameters(_Part):
     """Generation parameters under diffusers' names; a string is a template."""
 
     width: Integer | None = None
-    """Pixels; for super-resolution the input decides."""
+    """Pixels; in super-resolution the input decides."""
     height: Integer | None = None
-    """Pixels; for super-resolution the input decides."""
+    """Pixels; in super-resolution the input decides."""
     num_inference_steps: Integer | None = None
     """Denoising steps."""
     guidance_scale: Number | None = None
-    """How closely the prompt is followed; 1 is without guidance."""
+    """How closely the prompt is followed; 1 means no guidance."""
     strength: Number | None = None
-    """How much of the input picture is made anew: 0 keeps it, 1 forgets it."""
+    """How much of the input picture is changed: 0 keeps it, 1 ignores it."""
     scheduler: str | None = None
-    """How the steps are taken."""
+    """The scheduler (sampler) of the denoising steps."""
     negative_prompt: str | None = None
-    """What is not wanted; a template."""
+    """Prompt for what the picture should not show; a template."""
     clip_skip: Integer | None = None
-    """How many last layers of the text encoder are left out."""
+    """Number of last text encoder layers to skip."""
     noise_level: Integer | None = None
-    """How much noise an upscaler adds to its input."""
+    """Noise that an upscaler adds to its input."""
     resize: str | None = None
-    """What to do with an input of another size; without it that is refused."""
+    """Resize mode for inputs of another size; without it they are refused."""
 
 
 class Stage(Parameters):
     """One step of the chain: one picture per row, variable combination and seed."""
 
     id: Name
-    """A name that later stages refer to."""
+    """Name that later stages refer to."""
     task: Annotated[Task, Field(strict=False)]
     checkpoint: str | None = None
-    """Alias of this stage's weights; without it the campaign's."""
+    """Alias of this stage's weights; default the campaign's."""
     prompt: str = ""
-    """What is wanted; a template. Values from a table are data, never templates."""
+    """The prompt; a template. Values from a table are data, never templates."""
     seed: Literal["same"] | None = None
     """`same` uses the root seed instead of one derived for this stage."""
     seeds: Seeds | None = None
-    """Noise seeds of this stage's own: one picture for each."""
+    """This stage's own noise seeds: one picture for each."""
     image: ImageSpec | None = None
-    """The picture that is edited or enlarged."""
+    """The input picture, to edit or to upscale."""
     mask_image: ImageSpec | None = None
-    """White where the picture is painted anew."""
+    """Inpainting mask: white areas are repainted."""
     controlnets: list[ControlNetSpec] = Field(default_factory=list)
     """ControlNets that steer this stage together."""
     loras: list[LoraSpec] = Field(default_factory=list)
-    """LoRAs worn together."""
+    """LoRAs applied together."""
     textual_inversions: list[TextualInversionSpec] = Field(default_factory=list)
-    """Words of your own."""
+    """Textual inversions that prompts may use."""
     ip_adapters: list[IPAdapterSpec] = Field(default_factory=list)
-    """Pictures whose likeness is taken."""
+    """IP-Adapters with their reference pictures."""
     vae: str | None = None
-    """Alias of an autoencoder to decode with instead of the checkpoint's own."""
+    """Alias of an autoencoder that replaces the checkpoint's own for decoding."""
     reproducibility: Reproducibility | None = None
-    """How exactly this stage's pictures must come out again; without it as the campaign says."""
+    """How exactly this stage's pictures must be reproducible; default the campaign's."""
     profile: Profile | None = None
-    """What this stage trades for speed; without it as the campaign says."""
+    """Speed profile of this stage; default the campaign's."""
     output: OutputSpec | None = None
-    """How this stage's pictures are encoded; without it as the campaign says."""
+    """Encoding of this stage's pictures; default the campaign's."""
     quality: Quality | None = None
-    """Scores this stage's pictures must reach; without it those of the campaign."""
+    """Minimum quality scores of this stage; default the campaign's."""
 
     def images(self) -> list[tuple[KeyPath, ImageSpec]]:
-        """Every picture the stage consumes, with its place inside the stage."""
+        """Return every picture the stage consumes, with its place inside the stage."""
         named: list[tuple[KeyPath, ImageSpec | None]] = [(("image",), self.image), (("mask_image",), self.mask_image)]
         named += [(("controlnets", n, "image"), use.image) for n, use in enumerate(self.controlnets)]
         named += [(("ip_adapters", n, "image"), use.image) for n, use in enumerate(self.ip_adapters)]
         return [(place, image) for place, image in named if image is not None]
 
     def sized_images(self) -> list[KeyPath]:
-        """Places of those that have to be of the stage's size; an IP-Adapter looks at any."""
+        """Return the places of pictures that must have the stage's size; an IP-Adapter takes any size."""
         return [place for place, _ in self.images() if place[0] != "ip_adapters"]
 
     def adapters(self) -> list[tuple[KeyPath, AdapterSpec]]:
-        """Everything the checkpoint wears, with its place inside the stage."""
+        """Return every adapter of the stage, with its place inside the stage."""
         worn: dict[str, Sequence[AdapterSpec]] = {
             "loras": self.loras,
             "textual_inversions": self.textual_inversions,
@@ -281,13 +281,13 @@ class Stage(Parameters):
         return [((key, n), use) for key, uses in worn.items() for n, use in enumerate(uses)]
 
     def aliases(self) -> list[str]:
-        """Every checkpoint the stage names itself."""
+        """Return every checkpoint the stage names itself."""
         own = [self.checkpoint, self.vae, *(use.checkpoint for use in self.controlnets)]
         own += [use.checkpoint for _, use in self.adapters()]
         return [alias for alias in [*own, *(use.annotator_checkpoint for use in self.controlnets)] if alias]
 
     def parents(self) -> list[str]:
-        """Stages whose pictures this stage consumes, each once."""
+        """Return the stages whose pictures this stage consumes, each once."""
         return list(dict.fromkeys(image.stage for _, image in self.images() if image.stage))
 
 
@@ -297,41 +297,41 @@ class CampaignSpec(_Part):
     name: Name
     """Lower-case letters, digits and `-`; the same name again is the next version of the campaign."""
     checkpoint: str
-    """Alias of the weights; a stage may name its own."""
+    """Alias of the weights; a stage may override it."""
     priority: Annotated[int, Field(ge=0, le=1000)] = 100
     """Lower runs first."""
     budget: Budget = Budget()
-    """What may be spent before the campaign pauses itself."""
+    """Limits at which the campaign pauses itself."""
     schedule: Schedule | None = None
-    """When it is made without being asked."""
+    """Cron schedule of the campaign."""
     subject: Annotated[str, Field(min_length=1)] | None = None
-    """Whose data a job holds, as a template: what `erase --subject` finds it by."""
+    """Data subject of a job, as a template; `erase --subject` finds jobs by it."""
     reuse: bool = True
-    """Whether a picture that was made before is copied instead of made again."""
+    """Copy a picture that exists already instead of generating it again."""
     policy: Policy = Policy()
-    """What may be asked for at all."""
+    """Restrictions on checkpoints, sizes and prompts."""
     variables: dict[Variable, Any] = Field(default_factory=dict)
     """Lists of values by name, multiplied; `zip:` lists that advance together; `rows:` a table."""
     exclude: list[Choice] = Field(default_factory=list)
-    """Combinations that are left out."""
+    """Combinations to leave out."""
     include: list[Choice] = Field(default_factory=list)
-    """Combinations that are added to the product of the lists."""
+    """Combinations to add to the product of the lists."""
     seeds: Seeds = SeedRange()
     """Root seeds, as a range or a list: one chain of pictures for each."""
     defaults: Parameters = Parameters()
-    """Parameters for every stage whose task takes them."""
+    """Default parameters for every stage whose task takes them."""
     stages: Annotated[list[Stage], Field(min_length=1, max_length=64)]
     """The steps of the chain: each makes one picture per row, combination and seed."""
     reproducibility: Reproducibility = "tolerant"
-    """How exactly pictures must come out again."""
+    """How exactly pictures must be reproducible."""
     profile: Profile | None = None
-    """What is traded for speed; without it nothing (`exact`)."""
+    """Speed profile; default `exact`, which trades nothing for speed."""
     quality: Quality = Quality()
-    """Scores every picture must reach."""
+    """Minimum quality scores of every picture."""
     output: OutputSpec = OutputSpec()
-    """How pictures are encoded."""
+    """Encoding of pictures."""
     provenance: Provenance = Provenance()
-    """What the record in a picture tells."""
+    """Content of the provenance record in a picture."""
 
 
 LIMITS: Mapping[str, tuple[type, float, float]] = {
@@ -349,7 +349,7 @@ LIMITS: Mapping[str, tuple[type, float, float]] = {
 
 
 def number(name: str, value: Any) -> int | float:
-    """A parameter's value in its own type; ValueError says what is wrong with it."""
+    """Convert a parameter's value to its type and check its range; raises ValueError."""
     kind, low, high = LIMITS[name]
     try:
         result = math.nan if isinstance(value, bool) else float(value)
@@ -364,7 +364,7 @@ def number(name: str, value: Any) -> int | float:
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """``did you mean X?`` or the list of what there is."""
+    """Return ``did you mean X?`` or the list of known names."""
     names = sorted(known)
     close = difflib.get_close_matches(name[:100], names, n=1)
     if close:
@@ -374,7 +374,7 @@ def nearest(name: str, known: Iterable[str]) -> str:
 
 
 def shown(value: Any) -> str:
-    """A value from a file as a mistake quotes it."""
+    """Format a value from a file for an error message."""
     if isinstance(value, bool):
         return str(value).lower()
     if value is None:
@@ -386,13 +386,15 @@ def shown(value: Any) -> str:
 
 
 def parse(data: Any, faults: Faults) -> CampaignSpec | None:
-    """The file's shape. What is wrong goes to ``faults`` and is left out or stood in for, so that the rest
-    can be checked too; ``None`` where nothing can."""
+    """Validate the file's shape; return ``None`` if no part of it can be checked.
+
+    Invalid parts go to ``faults`` and are removed or replaced, so that the rest can be checked too.
+    """
     if not isinstance(data, dict):
         faults.add((), "is not a campaign", "write at least name:, checkpoint: and stages:")
         return None
     data = copy.deepcopy(data)
-    # A stand-in never fails itself, so the second round only sees what the first uncovered.
+    # A replacement never fails itself, so the second round only sees what the first one uncovered.
     for _ in range(3):
         try:
             return CampaignSpec.model_validate(data)
@@ -409,9 +411,9 @@ def parse(data: Any, faults: Faults) -> CampaignSpec | None:
 def note_faults(
     error: ValidationError, data: Any, at: KeyPath, faults: Faults, *, shape: type[BaseModel] | None = None
 ) -> list[KeyPath]:
-    """Pydantic's faults about the value ``at`` a place; a union's several complaints about one value become one.
+    """Note Pydantic's errors about the value ``at`` a place; a union's errors about one value become one.
 
-    ``shape`` is that of a file which is no campaign.
+    ``shape`` is the model of a file that is not a campaign.
     """
     grouped: dict[KeyPath, list[Any]] = {}
     for fault in error.errors():
@@ -424,7 +426,7 @@ def note_faults(
             continue
         faults.add((*at, *path), *_in_words(about, (*at, *path), shape or CampaignSpec))
     for path in unknown:
-        # Nor is what it was meant for told to be missing besides.
+        # Do not report the key it was meant for as missing as well.
         known = _known_keys((*at, *path), shape or CampaignSpec)
         for meant in difflib.get_close_matches(str(path[-1]), list(known), n=1):
             faults.hide((*at, *path[:-1], meant))
@@ -432,7 +434,7 @@ def note_faults(
 
 
 def _in_file(loc: KeyPath, data: Any) -> KeyPath:
-    """The fault's place without the parts pydantic adds for unions (type names and the like)."""
+    """Return the error's place without the parts pydantic adds for unions (type names and the like)."""
     path: KeyPath = ()
     here = data
     for n, part in enumerate(loc):
@@ -510,12 +512,12 @@ def _known_keys(path: KeyPath, shape: type[BaseModel]) -> Iterable[str]:
 
 
 def _mend(data: Any, path: KeyPath) -> None:
-    """Leave out what is wrong at ``path``, or put something in its place where it is required."""
+    """Remove the invalid value at ``path``, or replace it if it is required."""
     holder = data
     for part in path[:-1]:
         inside = part in holder if isinstance(holder, dict) else isinstance(part, int) and part < len(holder)
         if not inside:
-            return  # gone with another fault
+            return  # removed with another fault
         holder = holder[part]
     stand_in = _stand_in(path)
     if stand_in is not None:

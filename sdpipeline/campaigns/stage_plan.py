@@ -1,4 +1,4 @@
-"""One stage of a campaign: from the values of a combination to what its requests have in common, checked."""
+"""Plan of one stage: checks the values of a combination and builds its generation requests."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ from sdpipeline.engine.families import Cell, Family
 from sdpipeline.errors import InputImageError
 
 DEFAULT_SIDE = 512
-"""Width and height where neither the stage, nor ``defaults:``, nor an input picture says one."""
+"""Width and height if neither the stage, nor ``defaults:``, nor an input picture gives one."""
 
 MOST_SHAPES = 10_000
 
@@ -47,7 +47,7 @@ Size = tuple[int, int]
 
 
 class WrongValueError(ValueError):
-    """A value does not fit; ``path`` is where the campaign file has it or should have it."""
+    """A value is invalid; ``path`` is its place in the campaign file, or the place of a missing key."""
 
     def __init__(self, path: KeyPath, message: str, fix: str | None = None) -> None:
         super().__init__(message)
@@ -56,7 +56,7 @@ class WrongValueError(ValueError):
 
 
 def not_taken(name: str, stage: Stage, family: Family, cell: Cell) -> str | None:
-    """Why this stage does not take that parameter; ``None`` if it does."""
+    """Return why this stage does not take that parameter; ``None`` if it does."""
     denoises = family.text != "none"
     taken = {
         "num_inference_steps": denoises,
@@ -75,7 +75,7 @@ def not_taken(name: str, stage: Stage, family: Family, cell: Cell) -> str | None
 
 
 def checked(name: str, value: Any, family: Family) -> Any:
-    """A parameter's value in its own type; WrongValueError, its path still to be filled in, if it has none."""
+    """Convert a parameter's value to its type; raises WrongValueError with an empty path."""
     if name in LIMITS:
         try:
             result = number(name, value)
@@ -98,9 +98,9 @@ def checked(name: str, value: Any, family: Family) -> Any:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Shape:
-    """What requests have in common that differ only in prompts, seed and parents' pictures.
+    """Common part of requests that differ only in prompts, seed and parents' pictures.
 
-    A source with ``stage`` is a place to fill in; ``result`` is the size of the picture made.
+    A source with ``stage`` is a placeholder to fill in. ``result`` is the size of the finished picture.
     """
 
     fixed: Mapping[str, Any]
@@ -111,7 +111,7 @@ class Shape:
     forms: dict[bool, RequestForm] = field(default_factory=dict)
 
     def request(self, prompt: str, negative_prompt: str, seed: int, digests: Mapping[str, str]) -> GenerationRequest:
-        """One job's request; ``digests`` are the parents' fingerprints by stage."""
+        """Build one job's request; ``digests`` are the parents' fingerprints by stage."""
         pictures: dict[str, Any] = {role: _of_parent(source, digests) for role, source in self.images.items()}
         if self.controlnets:
             pictures["controlnets"] = tuple(
@@ -122,7 +122,7 @@ class Shape:
         return GenerationRequest(prompt=prompt, negative_prompt=negative_prompt, seed=seed, **pictures, **self.fixed)
 
     def form(self, *, negative: bool) -> RequestForm:
-        """Hashes of such requests with or without a negative prompt."""
+        """Return the cached form that hashes such requests, with or without a negative prompt."""
         if negative not in self.forms:
             stages = [source.stage for source in self.images.values()]
             stages += [use["image"].stage for use in self.controlnets]
@@ -141,9 +141,9 @@ def _referring(use: AdapterInput, digests: Mapping[str, str]) -> AdapterInput:
 
 
 class RequestForm:
-    """A request's canonical text with holes, so that a job's text and fingerprint cost a join instead of a document.
+    """Canonical text of a request with placeholders, so that a job's text and fingerprint cost only a string join.
 
-    The sample marks its holes with a NUL, which no campaign's text can hold.
+    The sample marks placeholders with a NUL, which no campaign's text can contain.
     """
 
     def __init__(self, sample: GenerationRequest) -> None:
@@ -153,17 +153,19 @@ class RequestForm:
         self.batch_key = batch_key(sample)
 
     def document(self, fillings: Mapping[str, str]) -> str:
-        """The canonical text of :func:`sdpipeline.domain.to_document`; fillings are JSON, by ``.prompt``,
-        ``.negative``, ``.seed`` and each parent's stage."""
+        """Return the canonical text of :func:`sdpipeline.domain.to_document`.
+
+        Fillings are JSON, by ``.prompt``, ``.negative``, ``.seed`` and each parent's stage.
+        """
         return self._document.filled(fillings)
 
     def fingerprint(self, fillings: Mapping[str, str]) -> str:
-        """As :func:`sdpipeline.domain.fingerprint`."""
+        """Return the same digest as :func:`sdpipeline.domain.fingerprint`."""
         return hashed(self._fingerprinted.filled(fillings).encode())
 
 
 class _Form:
-    """Canonical text around the places to fill in."""
+    """Canonical text split at its placeholders."""
 
     def __init__(self, document: Json) -> None:
         parts = re.split(r'"\\u0000([^"]+)"', canonical(document).decode())
@@ -177,9 +179,9 @@ class _Form:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Resolved:
-    """A stage for one combination: all but seeds and parents' fingerprints. ``used`` are its variables.
+    """A stage for one combination, without seeds and parents' fingerprints; ``used`` are its variables.
 
-    ``blocked`` says which rule of a policy forbids it.
+    ``blocked`` names the policy rule that forbids it.
     """
 
     shape: Shape
@@ -191,7 +193,7 @@ class Resolved:
     blocked: str | None = None
 
     def request(self, seed: int, digests: Mapping[str, str]) -> tuple[GenerationRequest, str, str]:
-        """One job's request, its document as canonical text, and its fingerprint."""
+        """Return one job's request, its document as canonical text, and its fingerprint."""
         fillings = {**self.quoted, ".seed": str(seed)}
         for stage, digest in digests.items():
             fillings[stage] = f'"{digest}"'
@@ -200,7 +202,7 @@ class Resolved:
 
 
 class StagePlan:
-    """A stage that was found right, with its checkpoints looked up and its templates compiled."""
+    """A validated stage, with its checkpoints looked up and its templates compiled."""
 
     def __init__(self, spec: CampaignSpec, stage: Stage, catalog: Catalog, policies: Sequence[Rules] = ()) -> None:
         self.stage = stage
@@ -235,7 +237,7 @@ class StagePlan:
         self._shapes: dict[tuple[str, tuple[Size, ...]], Shape] = {}
 
     def resolve(self, values: Mapping[str, Any], sizes: Mapping[str, Size], inputs: InputFolder) -> Resolved:
-        """The stage for one combination; ``sizes`` are the parents' pictures'. Raises WrongValueError."""
+        """Resolve the stage for one combination; ``sizes`` are the parents'. Raises WrongValueError."""
         # Values that compare equal may be written differently (1, 1.0 and true), so their text is the key.
         key = (repr([values[name] for name in self._shaping]) if self._shaping else "", tuple(sizes.values()))
         shape = self._shapes.get(key)
@@ -260,21 +262,21 @@ class StagePlan:
         )
 
     def _check_words(self, *texts: str) -> None:
-        """A textual inversion that no prompt mentions would change nothing, without a word."""
+        """Refuse a textual inversion that no prompt mentions: it would silently have no effect."""
         for n, words in enumerate(self._words):
             if words and not any(word in text for word in words for text in texts):
                 path: KeyPath = (*self.path, "textual_inversions", n)
                 raise WrongValueError(path, "no prompt mentions it", f"write {words[0]} where it is meant")
 
     def _parameter(self, spec: CampaignSpec, name: str) -> tuple[KeyPath, Any]:
-        """The stage's own value, else the default where the stage takes it, with its place in the file."""
+        """Return the stage's own value, else the default if the stage takes it, with its place in the file."""
         own, default = getattr(self.stage, name), getattr(spec.defaults, name)
         if own is not None:
             return (*self.path, name), _compiled(own)
         if default is None or not_taken(name, self.stage, self.family, self._cell):
             return (*self.path, name), None
         if name in ("width", "height") and self.stage.task is Task.SUPER_RESOLUTION:
-            # Its width and height are those of the picture that comes in.
+            # Its width and height are those of the input picture.
             return (*self.path, name), None
         return ("defaults", name), _compiled(default)
 
@@ -331,7 +333,7 @@ class StagePlan:
         if value is None:
             return otherwise
         if name == "scheduler" and path[0] == "defaults" and value in families.SCHEDULERS:
-            # A default applies where the family can use it: an upscaler beside an SD 1.x stage keeps its own.
+            # A default applies only if the family supports it: an upscaler after an SD 1.x stage keeps its own.
             return value if value in self.family.schedulers else otherwise
         try:
             return checked(name, value, self.family)
@@ -355,7 +357,7 @@ class StagePlan:
         return strength
 
     def _size(self, values: Mapping[str, Any], given: Size | None) -> Size:
-        """What the stage says, else the defaults, else the first picture that comes in."""
+        """Return the size by the stage, else by the defaults, else of the first input picture."""
         fallback = given or (DEFAULT_SIDE, DEFAULT_SIDE)
         size = self._value("width", values, fallback[0]), self._value("height", values, fallback[1])
         multiple = self.family.size_multiple

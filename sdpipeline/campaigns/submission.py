@@ -1,4 +1,4 @@
-"""From a campaign file to jobs in the database: checked as a whole, inputs copied, then published at once."""
+"""Planning and submission of a campaign: check it as a whole, copy its inputs, publish its jobs at once."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ from sdpipeline.storage import ObjectStore
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Estimate:
-    """What making everything that has no picture yet will take; None where nothing like it was made here before.
+    """Estimated resources for all jobs without a picture; None if some have no comparable history here.
 
-    ``unknown`` counts the jobs without such a history, ``cost`` needs a price as well.
+    ``unknown`` counts the jobs without such a history. ``cost`` needs a price as well.
     """
 
     gpu_seconds: float | None
@@ -38,7 +38,7 @@ class Estimate:
     unknown: int
 
     def document(self) -> Json:
-        """The form of ``plan --json``."""
+        """Return the JSON form of ``plan --json``."""
         size_bytes = None if self.size_bytes is None else round(self.size_bytes)
         seconds = None if self.gpu_seconds is None else round(self.gpu_seconds, 3)
         cost = None if self.cost is None else round(self.cost, 4)
@@ -47,7 +47,7 @@ class Estimate:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
-    """What a campaign file asks for, and what of that is new here."""
+    """Jobs and batches of a campaign file, compared with the database."""
 
     name: str
     edition: str
@@ -57,7 +57,7 @@ class Plan:
     estimate: Estimate
 
     def document(self) -> Json:
-        """The form of ``plan --json``."""
+        """Return the JSON form of ``plan --json``."""
         d = self.difference
         counts = {
             "new": d.new,
@@ -82,7 +82,7 @@ class Plan:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Planning:
-    """How a deployment works jobs: whose they are, pictures in a batch, the price of a second of a device."""
+    """Planning inputs of a deployment: the team, pictures in a batch, and the price of a device second."""
 
     team: str
     max_batch: int
@@ -92,7 +92,7 @@ class Planning:
 def plan(
     campaign: Campaign, inputs: InputFolder, database: Database | None, planning: Planning, *, explain: bool = False
 ) -> Plan:
-    """Expand once without writing; without a database every job is new. ``explain`` finds what made jobs new."""
+    """Expand once without writing; without a database every job is new. ``explain`` finds why jobs are new."""
     tally = _Tally(stages=Counter({stage.id: 0 for stage in campaign.stage_order()}))
     jobs = tally.counted(expand.expand(campaign, inputs))
     with database.read() if database is not None else nullcontext() as connection:
@@ -129,7 +129,7 @@ def _estimate(connection: Connection | None, difference: Difference, gpu_second_
 
 @dataclass(slots=True)
 class _Tally:
-    """What went by, by stage and by batch key of a stage; exact pictures are made one by one."""
+    """Job counts by stage and by batch key of a stage; exact pictures are generated one by one."""
 
     stages: Counter[str]
     groups: Counter[tuple[str, str, bool]] = field(default_factory=Counter)
@@ -151,7 +151,7 @@ def submit(
     max_attempts: int,
     prune: bool = False,
 ) -> Submitted:
-    """Check everything, copy the inputs, then publish in one transaction: workers see all of it or nothing."""
+    """Check everything, copy the inputs, then publish in one transaction: workers see all jobs or none."""
     _refuse_archived(campaign, audit.database, team)
     if waiting := _overlap(campaign, audit.database, team):
         return waiting
@@ -178,7 +178,7 @@ def submit(
 
 
 def delivery_rules(campaign: Campaign) -> dict[str, Json]:
-    """What the delivery of each stage's pictures obeys; none of it changes a pixel."""
+    """Return the delivery rules of each stage's pictures; none of them changes a pixel."""
     rules, spec = dict[str, Json](), campaign.spec
     told, safety = spec.provenance.include_prompt, policy.safety_checks(campaign.policies, campaign.catalog)
     for stage in spec.stages:
@@ -189,7 +189,7 @@ def delivery_rules(campaign: Campaign) -> dict[str, Json]:
 
 
 def _refuse_archived(campaign: Campaign, database: Database, team: str) -> None:
-    """An archived edition is closed for good: its jobs would be made a second time."""
+    """Refuse an archived edition, whose jobs would be run a second time."""
     with database.read() as connection:
         closed = archives.is_archived(connection, team=team, name=campaign.spec.name, edition=campaign.edition)
     if closed:
@@ -199,7 +199,7 @@ def _refuse_archived(campaign: Campaign, database: Database, team: str) -> None:
 
 
 def _overlap(campaign: Campaign, database: Database, team: str) -> Submitted | None:
-    """A new edition is left out while an older one is being made, if the schedule says so."""
+    """Skip a new edition while an older one is unfinished, if the schedule says so."""
     planned = campaign.spec.schedule
     if planned is None or planned.mode != "edition" or planned.on_overlap != "skip":
         return None
@@ -212,13 +212,13 @@ def _overlap(campaign: Campaign, database: Database, team: str) -> Submitted | N
             return None
         present = queries.progress(connection, campaign_id)
     if present.paused_because:
-        return None  # nothing is being made, and a larger budget has to be heard of
+        return None  # the campaign is paused, and a larger budget in the file has to take effect
     why = f"edition {campaign.edition} is left out: {', '.join(sorted(older))} is still being made"
     return Submitted(campaign_id=campaign_id, version=present.version, added=0, unchanged=0, cancelled=0, left_out=why)
 
 
 def copy_inputs(found: Iterable[InputFile], store: ObjectStore) -> None:
-    """Put local pictures into storage under their digest, so that workers elsewhere find them."""
+    """Upload local pictures to storage under their digest, so that workers on other hosts find them."""
     for each in found:
         data = Path(each.path).read_bytes()
         if hashlib.sha256(data).hexdigest() != each.sha256:

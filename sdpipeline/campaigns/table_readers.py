@@ -1,4 +1,4 @@
-"""What stands in a table's file, record by record, whatever kind of file it is: every value as text."""
+"""Readers of csv, tsv, jsonl and parquet tables: a stream of records with every value as text."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ LARGEST_LINE = 16 * 2**20
 DELIMITERS = {".tsv": "\t", ".tab": "\t", ".csv": ","}
 
 Record = tuple[int, list[str], str | None]
-"""The line a record starts on (in a parquet table its number), its cells, and why they are none. The first holds the
-titles."""
+"""First line of a record (its number in a parquet table), its cells, and why it is invalid or None. The first record
+holds the titles."""
 
 
 class _WrongLineError(ValueError):
-    """One line is no record; the message is for whoever wrote it."""
+    """One line is not a record; the message is for the author of the table."""
 
 
 def read(path: Path, name: str, wanted: Collection[str] | None = None) -> Generator[Record]:
-    """The records of a file, its titles first; raises CampaignError where it stops being a table.
+    """Yield the records of a file, its titles first; raises CampaignError if it is not a table.
 
-    ``wanted`` are titles: a file that can be read by columns is read for these alone.
+    ``wanted`` are titles: a columnar file is read for these columns only.
     """
     if path.suffix.lower() == ".parquet":
         yield from _parquet(path, name, wanted)
@@ -51,7 +51,7 @@ def read(path: Path, name: str, wanted: Collection[str] | None = None) -> Genera
 
 
 def parse(lines: Iterable[str], suffix: str, name: str, wanted: Collection[str] | None = None) -> Iterator[Record]:
-    """The same for the lines of a text file at hand."""
+    """Parse the lines of a text file into records, as :func:`read` does."""
     delimiter = DELIMITERS.get(suffix.lower())
     if delimiter is not None:
         return _delimited(lines, delimiter, name)
@@ -61,14 +61,14 @@ def parse(lines: Iterable[str], suffix: str, name: str, wanted: Collection[str] 
 
 
 def of_files(paths: Sequence[str]) -> Generator[Record]:
-    """Files as a table of their paths and of their names without folder and ending."""
+    """Yield files as a table of their paths and their names without folder and ending."""
     yield 1, ["path", "name"], None
     for n, path in enumerate(paths, start=1):
         yield n, [path, PurePosixPath(path).stem], None
 
 
 def _delimited(lines: Iterable[str], delimiter: str, name: str) -> Iterator[Record]:
-    """Tab-separated files have no quoting, comma-separated ones follow RFC 4180."""
+    """Parse delimited text: tab-separated files have no quoting, comma-separated ones follow RFC 4180."""
     csv.field_size_limit(LARGEST_CELL)
     taken = 0
 
@@ -92,7 +92,7 @@ def _delimited(lines: Iterable[str], delimiter: str, name: str) -> Iterator[Reco
             if width is None:
                 width = len(cells)
                 _check_width(width, name)
-            # A line of nothing but delimiters is passed over by whoever reads the rows, however many they are.
+            # The reader of the rows skips a line of only delimiters, whatever its width.
             ragged = len(cells) != width and any(cells)
             yield line, cells, f"has {len(cells)} cells where the first line has {width}" if ragged else None
             line, taken = reader.line_num + 1, 0
@@ -107,7 +107,7 @@ def _check_width(columns: int, name: str) -> None:
 
 
 def _json_lines(lines: Iterable[str], name: str, wanted: Collection[str] | None) -> Iterator[Record]:
-    """One flat object a line; the first one's keys are the titles."""
+    """Parse one flat object a line; the first object's keys are the titles."""
     titles: list[str] | None = None
     for line, text in enumerate(lines, start=1):
         if not text.strip():
@@ -126,7 +126,7 @@ def _json_lines(lines: Iterable[str], name: str, wanted: Collection[str] | None)
 
 
 def _object(text: str) -> dict[str, Any]:
-    """A line's object, its numbers as they are written: 1.50 stays 1.50, and 1e400 is no infinity."""
+    """Parse a line's object; numbers keep their spelling: 1.50 stays 1.50, and 1e400 is not an infinity."""
     if len(text) > LARGEST_LINE:
         raise _WrongLineError(f"is longer than {LARGEST_LINE:,} characters")
     try:
@@ -177,7 +177,7 @@ def _text(title: str, value: Any) -> str:
 
 
 def _parquet(path: Path, name: str, wanted: Collection[str] | None) -> Iterator[Record]:
-    """Decoded by a process of its own, whose memory is limited: see ``storage.parquet_process``."""
+    """Decode a parquet file in a process with limited memory: see ``campaigns.parquet_process``."""
     if find_spec("pyarrow") is None:
         fix = "pip install 'sdpipeline[parquet]'"
         raise CampaignError(Mistake(file=name, message="parquet tables need pyarrow", fix=fix))
@@ -204,7 +204,7 @@ def _parquet(path: Path, name: str, wanted: Collection[str] | None) -> Iterator[
 
 @contextmanager
 def _running(command: Sequence[str], said: IO[bytes]) -> Iterator[Popen[str]]:
-    """The process, which ends with the block."""
+    """Run the process and kill it at the end of the block."""
     with Popen(command, stdin=DEVNULL, stdout=PIPE, stderr=said, encoding="utf-8", errors="replace") as process:
         try:
             yield process

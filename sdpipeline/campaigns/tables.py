@@ -1,4 +1,4 @@
-"""Tables that campaigns read their values from, one row at a time."""
+"""Tables of a campaign's values, read one row at a time."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ class Row:
 class Table:
     """A csv, tsv, jsonl or parquet table, or the ``files`` of a folder as one.
 
-    ``name`` is what mistakes call it, ``columns`` maps variables to titles. Tab-separated files have no quoting
+    Mistakes quote ``name``; ``columns`` maps variables to titles. Tab-separated files have no quoting
     (https://www.iana.org/assignments/media-types/text/tab-separated-values); comma-separated ones follow RFC 4180.
-    Values are texts in every kind of table, so that a row stays the same row when its table is saved as another
-    kind: numbers as they are written, ``true`` and ``false``, and nothing for null. Without ``columns`` every column
-    is a variable, named in lower case with underscores. Without ``key`` a row is known by its content.
+    Values are texts in every format, so that a row keeps its identity when its table is saved in another one:
+    numbers as they are written, ``true`` and ``false``, and an empty text for null. Without ``columns`` every column
+    is a variable, named in lower case with underscores. Without ``key`` a row's content identifies it.
     """
 
     path: Path
@@ -45,24 +45,24 @@ class Table:
     files: Sequence[str] | None = None
 
     def titles(self) -> list[str]:
-        """The first line's cells; raises CampaignError for what is no table."""
+        """Return the first line's cells; raises CampaignError if the file is not a table."""
         with closing(self._records(None)) as found:
             return next(found, (1, [], None))[1]
 
     def variables(self, titles: list[str]) -> dict[str, int]:
-        """Each variable's column. Titles that are not there are left to whoever checks the campaign."""
+        """Return each variable's column number. The campaign's checks report missing titles."""
         if self.columns is not None:
             return {name: titles.index(title) for name, title in self.columns.items() if title in titles}
         return {variable_name(title): n for n, title in enumerate(titles)}
 
     def wanted(self) -> list[str] | None:
-        """The titles that are asked for; ``None`` for all."""
+        """Return the titles of the columns to read; ``None`` for all."""
         if self.columns is None:
             return None
         return [*self.columns.values(), *([self.key] if self.key is not None else [])]
 
     def rows(self, on_mistake: OnMistake) -> Iterator[Row]:
-        """Stream the rows; a row that is wrong goes to ``on_mistake`` instead."""
+        """Stream the rows; an invalid row goes to ``on_mistake`` instead."""
         with closing(self._records(self.wanted())) as found:
             yield from _rows(self, found, on_mistake)
 
@@ -73,12 +73,12 @@ class Table:
 
 
 def read_rows(table: Table, lines: Iterable[str], on_mistake: OnMistake) -> Iterator[Row]:
-    """The rows of a table whose lines are at hand."""
+    """Yield the rows of a table from its lines."""
     return _rows(table, table_readers.parse(lines, table.path.suffix, table.name, table.wanted()), on_mistake)
 
 
 def variable_name(title: str) -> str:
-    """A column's title as a variable: ``Unit price (EUR)`` becomes ``unit_price_eur``."""
+    """Convert a column's title to a variable: ``Unit price (EUR)`` becomes ``unit_price_eur``."""
     name = re.sub(r"\W+", "_", title.strip().lower()).strip("_")
     return name if name and not name[0].isdigit() else f"column_{name}"
 
@@ -87,7 +87,7 @@ def _rows(table: Table, found: Iterator[Record], on_mistake: OnMistake) -> Itera
     _, titles, _ = next(found, (1, [], None))
     columns = table.variables(titles)
     key_column = titles.index(table.key) if table.key in titles else None
-    # Only what is asked for, as a file read by columns has no more: the row stays the same in every kind of table.
+    # Only the wanted columns, as a columnar reader has no others: the content key is the same in every format.
     asked = [n for n, title in enumerate(titles) if (wanted := table.wanted()) is None or title in wanted]
     known = _Keys()
     for line, cells, refused in found:
@@ -106,14 +106,14 @@ def _rows(table: Table, found: Iterator[Record], on_mistake: OnMistake) -> Itera
 
 
 class _Keys:
-    """Which keys came before, 16 bytes each, so that a million rows take little memory."""
+    """Set of known row keys, as digests of at most 16 bytes, so that a million rows take little memory."""
 
     def __init__(self) -> None:
         self._seen: set[bytes] = set()
         self._again: Counter[str] = Counter()
 
     def of(self, cells: list[str]) -> str:
-        """A key from the content, numbered where rows are equal."""
+        """Derive a key from the content, numbered if rows are equal."""
         digest = hashlib.sha256("\x1f".join(cells).encode()).digest()[:8]
         content = digest.hex()
         if digest not in self._seen:
@@ -123,7 +123,7 @@ class _Keys:
         return f"{content}-{self._again[content] + 1}"
 
     def refusal(self, key: str) -> str | None:
-        """Why this cannot be a row's key; ``None`` if it can."""
+        """Return why this cannot be a row's key; ``None`` if it can."""
         if not key:
             return "the key is empty"
         digest = hashlib.blake2b(key.encode(), digest_size=16).digest()

@@ -1,4 +1,4 @@
-"""Templates in campaign files: Jinja2's sandbox, narrowed to expressions that cannot loop, call, grow or reach out."""
+"""Templates in campaign files: Jinja2's sandbox without loops, calls, attribute access or unbounded results."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ LONGEST_TEMPLATE = 20_000
 LONGEST_RESULT = 20_000
 MOST_EXPRESSIONS = 400
 LONGEST_FILTERED = 100_000
-"""Characters of a value that a filter works on: a table's longest cell."""
+"""Maximum characters of a filter's input: a table's longest cell."""
 DEEPEST = 50
 
 FILTERS = frozenset(
@@ -52,11 +52,11 @@ _WORDS = {
 
 
 class TemplateRefusedError(ValueError):
-    """A template is refused, or has no value for the given variables."""
+    """A template is not allowed, or cannot be rendered with the given variables."""
 
 
 def _replace(value: Any, was: Any, becomes: Any) -> str:
-    """As Jinja2's own, but chained calls cannot multiply without bound."""
+    """Replace text as Jinja2's own filter does, but with a bound on the growth by chained calls."""
     text, old, new = str(value), str(was), str(becomes)
     if len(text) + text.count(old) * max(0, len(new) - len(old)) > LONGEST_RESULT:
         raise TemplateRefusedError(f"becomes longer than {LONGEST_RESULT:,} characters")
@@ -64,14 +64,14 @@ def _replace(value: Any, was: Any, becomes: Any) -> str:
 
 
 def _round(value: Any, precision: Any = 0, method: Any = "common") -> float:
-    """As Jinja2's own, for precisions that a float has; any other would compute huge powers of ten."""
+    """Round as Jinja2's own filter does, for precisions of a float; others would compute huge powers of ten."""
     if precision not in range(16) or method != "common":
         raise TemplateRefusedError("round takes a precision from 0 to 15 and nothing else")
     return round(float(value), int(precision))
 
 
 def _bounded(work: Callable[..., Any]) -> Callable[..., Any]:
-    """The filter, for values that are not longer than one cell: joined ones would cost seconds and gigabytes."""
+    """Limit a filter to values of one cell's length: longer, joined ones would cost seconds and gigabytes."""
 
     @wraps(work)
     def bounded(value: Any, *arguments: Any) -> Any:
@@ -86,7 +86,7 @@ def _sandbox() -> ImmutableSandboxedEnvironment:
     environment = ImmutableSandboxedEnvironment(
         undefined=StrictUndefined, autoescape=False, keep_trailing_newline=True, optimized=False
     )
-    # `range`, `dict` and the like are no variables of a campaign.
+    # `range`, `dict` and other globals are not variables of a campaign.
     environment.globals.clear()
     filters = {name: environment.filters[name] for name in FILTERS} | {"replace": _replace, "round": _round}
     environment.filters = {name: _bounded(work) for name, work in filters.items()}
@@ -98,14 +98,14 @@ _environment = _sandbox()
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Template:
-    """A compiled template: the names it uses, and what makes its value of theirs."""
+    """A compiled template: its text, the names it uses, and its render function."""
 
     text: str
     names: frozenset[str]
     _value: Callable[[Mapping[str, Any]], Any]
 
     def render(self, variables: Mapping[str, Any]) -> Any:
-        """The value for these variables, of the variable's own type where the template is nothing else.
+        """Render the value; a template of a single variable keeps the variable's type.
 
         Raises TemplateRefusedError.
         """
@@ -126,7 +126,7 @@ class Template:
 
 @lru_cache(maxsize=4096)
 def compile_template(text: str) -> Template:
-    """Check and compile; raises TemplateRefusedError naming what is not allowed."""
+    """Check and compile a template; raises TemplateRefusedError that names the forbidden part."""
     if len(text) > LONGEST_TEMPLATE:
         raise TemplateRefusedError(f"is longer than {LONGEST_TEMPLATE:,} characters")
     if text.count("{{") > MOST_EXPRESSIONS:
@@ -166,13 +166,13 @@ def _check(tree: nodes.Node, *, depth: int) -> None:
 
 
 def _check_uses(tree: nodes.Template) -> None:
-    """Each use of a variable may stand for a table's longest cell."""
+    """Limit the uses of variables, as each may insert a table's longest cell."""
     if sum(1 for _ in tree.find_all(nodes.Name)) > MOST_EXPRESSIONS:
         raise TemplateRefusedError(f"uses variables more than {MOST_EXPRESSIONS} times")
 
 
 def _joined(tree: nodes.Template) -> Callable[[Mapping[str, Any]], Any] | None:
-    """Text and bare variables put together here, which is most templates, take a fifth of Jinja2's time."""
+    """Render templates of only text and bare variables (most of them) here, in a fifth of Jinja2's time."""
     parts = [part for output in tree.body if isinstance(output, nodes.Output) for part in output.nodes]
     if any(not isinstance(part, nodes.Output) for part in tree.body):
         return None

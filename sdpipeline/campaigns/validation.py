@@ -1,4 +1,4 @@
-"""What is wrong with a campaign's stages: their order, their pictures, and what their checkpoint cannot do."""
+"""Validation of a campaign's stages: order, input pictures, parameters and the capabilities of checkpoints."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def check(spec: CampaignSpec, faults: Faults, catalog: Catalog, policies: Sequen
 
 
 def ordered(stages: list[Stage]) -> list[Stage]:
-    """Parents before children, else in the file's order; stages of a cycle are left out."""
+    """Sort stages parents before children, else in the file's order; leave out stages of a cycle."""
     rest, done = list(stages), list[Stage]()
     known: set[str] = set()
     while ready := next((stage for stage in rest if known.issuperset(stage.parents())), None):
@@ -78,7 +78,7 @@ def _check_seeds(seeds: Seeds | None, path: KeyPath, faults: Faults) -> None:
 
 
 def _check_values(part: Parameters, path: KeyPath, faults: Faults) -> None:
-    """What is wrong in any family."""
+    """Note values that are invalid in every model family."""
     for name in Parameters.model_fields:
         if wrong := _wrong(name, getattr(part, name)):
             faults.add((*path, name), *wrong)
@@ -99,7 +99,7 @@ def _wrong(name: str, value: Any) -> tuple[str, str | None] | None:
 
 
 def _check_quality(spec: CampaignSpec, faults: Faults) -> None:
-    """Agreement with edges is measured only where a ControlNet was given some."""
+    """Refuse an edge agreement threshold without a ControlNet that follows edges."""
     fix = f"add controlnets: with annotator: {' or '.join(EDGE_ANNOTATORS)}, or remove it"
     for n, stage in enumerate(spec.stages):
         if stage.quality and stage.quality.min_edge_agreement is not None and not _follows_edges(stage):
@@ -130,7 +130,7 @@ def _check_names(spec: CampaignSpec, faults: Faults) -> None:
 
 
 def _check_cycles(spec: CampaignSpec, faults: Faults) -> None:
-    """Each cycle once, named in full, at its first stage in the file."""
+    """Note each cycle once, named in full, at its first stage in the file."""
     parents = {stage.id: [parent for parent in stage.parents() if parent != stage.id] for stage in spec.stages}
     told: set[str] = set()
     for n, stage in enumerate(spec.stages):
@@ -142,7 +142,7 @@ def _check_cycles(spec: CampaignSpec, faults: Faults) -> None:
 
 
 def _cycle(start: str, parents: Mapping[str, list[str]]) -> list[str] | None:
-    """The shortest way from a stage through its parents back to itself."""
+    """Return the shortest cycle from a stage through its parents; None if there is none."""
     ways, seen = [[start]], set()
     for way in ways:
         for parent in parents.get(way[-1], ()):
@@ -174,7 +174,7 @@ def _check_pictures(stage: Stage, path: KeyPath, faults: Faults) -> None:
 def _check_checkpoint(
     spec: CampaignSpec, stage: Stage, path: KeyPath, faults: Faults, catalog: Catalog, *, policies: Sequence[Rules]
 ) -> None:
-    """Whether the stage's checkpoint exists and can do this at all; then, whether everything else fits it."""
+    """Check that the stage's checkpoint exists and supports the task, then that everything else fits it."""
     own = stage.checkpoint is not None
     alias = stage.checkpoint if stage.checkpoint is not None else spec.checkpoint
     place: KeyPath = (*path, "checkpoint") if own else ("checkpoint",)
@@ -224,7 +224,7 @@ def _check_parameters(spec: CampaignSpec, stage: Stage, path: KeyPath, faults: F
 def _check_size(
     spec: CampaignSpec, stage: Stage, path: KeyPath, faults: Faults, *, scale: int, policies: Sequence[Rules]
 ) -> None:
-    """Sizes that are written outright; those that come from values or pictures are found when jobs are."""
+    """Check literal sizes; sizes from values or pictures are checked at expansion."""
     for side in ("width", "height"):
         own, default = getattr(stage, side), getattr(spec.defaults, side)
         value = own if own is not None else None if _spared(side, stage) else default
@@ -236,7 +236,7 @@ def _check_size(
 
 
 def _spared(name: str, stage: Stage) -> bool:
-    """Defaults that a stage only takes where they fit."""
+    """Return True for a default that a stage takes only if it fits."""
     return name == "scheduler" or (stage.task is Task.SUPER_RESOLUTION and name in ("width", "height"))
 
 
@@ -265,7 +265,7 @@ def _check_fit(
 
 
 def _check_controlnet(use: ControlNetSpec, path: KeyPath, faults: Faults, catalog: Catalog) -> None:
-    """What is wrong with a ControlNet whatever it steers."""
+    """Note faults of a ControlNet that do not depend on the base checkpoint."""
     known = [alias for alias, files in catalog.items() if files.kind == "controlnet"]
     if use.checkpoint not in known:
         faults.add((*path, "checkpoint"), f"no ControlNet {use.checkpoint!r}", nearest(use.checkpoint, known))

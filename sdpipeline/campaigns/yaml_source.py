@@ -1,4 +1,4 @@
-"""YAML with positions: plain data only, bounded in size, and every value knows its line and column."""
+"""YAML loader with positions: plain data only, bounded in size, with line and column of every value."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ KeyPath = tuple[str | int, ...]
 
 @dataclass(frozen=True, slots=True)
 class Located:
-    """A file's data and text, where each key path stands in it (line and column from 1), and what no value is."""
+    """A file's data and text, the place of each key path (line and column from 1), and its invalid values."""
 
     file: str
     data: Any
@@ -32,7 +32,7 @@ class Located:
     mistakes: tuple[tuple[KeyPath, Mistake], ...] = ()
 
     def mistake(self, path: KeyPath, message: str, fix: str | None = None) -> Mistake:
-        """A mistake at ``path``, or at the nearest enclosing key that the file has."""
+        """Return a mistake at ``path``, or at the nearest enclosing key that the file has."""
         known = path
         while known and known not in self.places:
             known = known[:-1]
@@ -42,7 +42,7 @@ class Located:
 
 @dataclass(slots=True)
 class Faults:
-    """Mistakes as they are found. One that only follows from an earlier phase's, at or above its place, is dropped."""
+    """Collector of mistakes. A mistake at or below the place of one from an earlier phase is dropped as a follow-up."""
 
     source: Located
     mistakes: list[Mistake] = field(default_factory=list)
@@ -56,34 +56,34 @@ class Faults:
         self.next_phase()
 
     def next_phase(self) -> None:
-        """From here on, what has been found hides what follows from it."""
+        """Start a phase in which mistakes found so far hide follow-up mistakes."""
         self._settled |= self._found
 
     def add(self, path: KeyPath, message: str, fix: str | None = None) -> None:
-        """Note a mistake at that place."""
+        """Record a mistake at that place."""
         if not self.has(path):
             self.mistakes.append(self.source.mistake(path, message, fix))
             self._found.add(path)
 
     def hide(self, path: KeyPath) -> None:
-        """Let nothing more be said about that place in later phases."""
+        """Suppress mistakes about that place in later phases."""
         self._found.add(path)
 
     def has(self, path: KeyPath) -> bool:
-        """Whether an earlier phase found something wrong at ``path`` or around it."""
+        """Return True if an earlier phase found a mistake at ``path`` or an enclosing key."""
         return any(path[:n] in self._settled for n in range(len(path) + 1))
 
     def within(self, path: KeyPath) -> bool:
-        """Whether an earlier phase found something wrong somewhere in what stands at ``path``."""
+        """Return True if an earlier phase found a mistake at ``path`` or below it."""
         return any(found[: len(path)] == path for found in self._settled)
 
     def in_order(self) -> list[Mistake]:
-        """All of them, each once, as the file has them."""
+        """Return all mistakes, each once, in the file's order."""
         return sorted(dict.fromkeys(self.mistakes), key=lambda mistake: (mistake.line or 0, mistake.column or 0))
 
 
 def dotted(path: KeyPath) -> str:
-    """``("stages", 0, "prompt")`` as ``stages[0].prompt``."""
+    """Format a key path: ``("stages", 0, "prompt")`` becomes ``stages[0].prompt``."""
     text = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in path)
     return text.removeprefix(".")
 
@@ -108,7 +108,7 @@ def load(path: Path) -> Located:
 
 
 def parse(text: str, *, file: str) -> Located:
-    """The same for a document at hand."""
+    """Parse one document from its text; raises CampaignError as :func:`load` does."""
     try:
         loader = _Loader(text, file)
         node = loader.get_single_node()
@@ -131,8 +131,8 @@ def parse(text: str, *, file: str) -> Located:
 class _Loader(yaml.SafeLoader):
     """PyYAML's parser, bounded while it reads, with the plain scalars of YAML 1.2.
 
-    By YAML 1.1 ``no`` would be false, ``16:9`` 969 and ``0123`` 83; in a prompt or an article number
-    they are words. What looks like a number but starts with a zero stays text.
+    In YAML 1.1 ``no`` would be false, ``16:9`` 969 and ``0123`` 83; in a prompt or an article number
+    they are words. A number-like value with a leading zero stays text.
     """
 
     yaml_implicit_resolvers: dict[str, Any] = {}  # noqa: RUF012 -- replaces PyYAML's own, whose type this is
@@ -180,7 +180,7 @@ _SCALARS: Mapping[str, tuple[re.Pattern[str], Callable[[str], Any]]] = {
 _CONTROL = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]")
 
 
-# JSON writes what lies beyond U+FFFF as two escapes, which PyYAML leaves apart.
+# JSON writes characters beyond U+FFFF as two escapes, which PyYAML does not join.
 _SURROGATES = re.compile("[\ud800-\udbff][\udc00-\udfff]")
 
 
@@ -189,13 +189,13 @@ def _joined_pair(pair: re.Match[str]) -> str:
 
 
 def control_character(text: str) -> str | None:
-    """The first character that cannot be part of a text, as ``U+0000``; no database or picture could keep it."""
+    """Return the first character, as ``U+0000``, that no database or picture could store, or None."""
     found = _CONTROL.search(text)
     return f"U+{ord(found.group()):04X}" if found else None
 
 
 class _Builder:
-    """Turns nodes into data, refusing what could run code, repeat a key or grow without bound."""
+    """Builder of data from nodes; it refuses tags that could run code, repeated keys and unbounded growth."""
 
     def __init__(self, file: str) -> None:
         self.file = file
@@ -207,7 +207,7 @@ class _Builder:
         self._nodes += 1
         self.places[path] = _start(node)
         if self._nodes > MOST_NODES or len(path) > DEEPEST:
-            # Aliases of aliases end here, long before memory does.
+            # Stop nested aliases (billion laughs attack) long before memory runs out.
             self._refuse(node, path, "expands to too many values", "write fewer aliases")
             raise CampaignError(self.mistakes[-1][1])
         match node:

@@ -1,4 +1,4 @@
-"""The command line: every command, and how errors become exit codes."""
+"""Command-line application: registration of commands and exit codes of errors."""
 
 from __future__ import annotations
 
@@ -44,11 +44,11 @@ _COMMANDS = {
     "reconcile": ("reconcile",),
     "bench": ("bench",),
 }
-"""The commands of each module, in the order of ``--help``."""
+"""Commands of each module, in the order of ``--help``."""
 
 
 def application(words: Sequence[str] = ()) -> typer.Typer:
-    """The command line; with the words of one command only that command's module is imported."""
+    """Build the Typer application; with the words of one command, import only that command's module."""
     app = typer.Typer(
         name="sdpipeline",
         help="Batch image generation with a queue that loses nothing and pictures that prove what made them.",
@@ -92,7 +92,7 @@ _UNUSABLE = {
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run one command and leave with its exit code: 0, 1, 2, 3, 130, 141 or 143."""
+    """Run one command and exit with its exit code: 0, 1, 2, 3, 130, 141 or 143."""
     _close_stdin()
     prepare_streams()
     words = list(sys.argv[1:] if arguments is None else arguments)
@@ -100,7 +100,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _close_stdin() -> None:
-    """No command reads stdin. A library that would ask a question there gets an end of file instead."""
+    """Replace stdin by an empty file: no command reads it, and a library that prompts there gets an end of file."""
     descriptor = os.open(os.devnull, os.O_RDONLY)
     os.dup2(descriptor, 0)
     if descriptor:
@@ -108,7 +108,7 @@ def _close_stdin() -> None:
 
 
 def run(arguments: Sequence[str]) -> int:
-    """The exit code of one command; an error that is not ours keeps its traceback and ends as 1."""
+    """Run one command and return its exit code; an error that is not ours keeps its traceback and exits with 1."""
     stdout_before = sys.stdout
     with private_files():
         return _run(arguments, as_json="--json" in arguments, stdout_before=stdout_before)
@@ -133,7 +133,7 @@ def _run(arguments: Sequence[str], *, as_json: bool, stdout_before: TextIO) -> i
 
 
 def _after_broken_pipe(ended: SystemExit, stdout_before: TextIO) -> int:
-    """The exit code for a reader that is gone: Typer and rich answer any BrokenPipeError with SystemExit."""
+    """Return the exit code for a closed reader: Typer and rich turn any BrokenPipeError into SystemExit."""
     cause, replaced = ended.__context__, sys.stdout is not stdout_before
     sys.stdout = stdout_before
     if not isinstance(cause, BrokenPipeError):
@@ -145,7 +145,7 @@ def _after_broken_pipe(ended: SystemExit, stdout_before: TextIO) -> int:
 
 
 def _explained(error: Exception) -> tuple[Sequence[Mistake], int] | None:
-    """What to print for an error and the exit code; None for an error that keeps its traceback."""
+    """Return the messages and the exit code of an error; None for an error that keeps its traceback."""
     if isinstance(error, TyperException):
         return [Mistake(message=error.format_message(), fix="see --help")], BAD_INPUT
     if isinstance(error, UnicodeEncodeError):

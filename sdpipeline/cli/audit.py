@@ -1,4 +1,4 @@
-"""Commands about the audit log: audit verify, seal, export, prove."""
+"""Commands of the audit log: audit verify, seal, export, prove."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ _GROUP = typer.Typer(help="Seal the audit log, check it, and prove what stands i
 
 
 def add_to(app: typer.Typer) -> None:
-    """Put these commands on the application."""
+    """Register these commands on the application."""
     commands = (("verify", verify), ("seal", seal), ("export", export), ("prove", prove_image))
     for name, command in commands:
         _GROUP.command(name)(command)
@@ -59,7 +59,7 @@ def verify(
     home: Home = None,
     as_json: AsJson = False,
 ) -> None:
-    """Check all teams' events, seals, jobs, campaigns and pictures, or an export or a proof; exit 3 names faults."""
+    """Check all teams' events, seals, jobs, campaigns and pictures, or an export or a proof; exit 3 on faults."""
     alone = [each for each in (exported, proof) if each is not None]
     if len(alone) > 1 or (alone and (sample is not None or full)):
         raise refuse("--export, --proof and --sample or --full are checks of their own", "give one of them")
@@ -78,7 +78,7 @@ def verify(
 def _verified_alone(
     exported: Path | None, proof: Path | None, image: Path | None, trusted: tuple[str, ...] | None
 ) -> Verification:
-    """By nothing but the files and the keys that are trusted: no setting is read."""
+    """Verify an export or a proof by the files and the trusted keys only, without reading settings."""
     if exported is not None:
         with _opened(exported) as file:
             # A file without line ends would otherwise be read at once, however large it is.
@@ -95,7 +95,7 @@ def seal(
     home: Home = None,
     as_json: AsJson = False,
 ) -> None:
-    """Sign what the audit log gained since the last seal."""
+    """Sign the audit events since the last seal."""
     settings = load_settings(home)
     if not watch:
         count = services.seal(settings)
@@ -135,7 +135,7 @@ def export(
         if out is None:
             exporting.write(have.database, services.seal_key(settings), sys.stdout.buffer)
             return
-        # Under another name first: half an export is none.
+        # Under another name first, so that an interrupted export leaves no partial file under the final name.
         unfinished = out.with_name(f"{out.name}.part")
         with users_umask(), unfinished.open("wb") as file:
             done = exporting.write(have.database, services.seal_key(settings), file)
@@ -153,7 +153,7 @@ def prove_image(
     home: Home = None,
     as_json: AsJson = False,
 ) -> None:
-    """Write the proof that a picture's success stands in the sealed log, for audit verify --proof."""
+    """Write the proof that the sealed log records a picture's success, for audit verify --proof."""
     settings = load_settings(home)
     refuse_place(out)
     with services.services(settings, create=False) as have:

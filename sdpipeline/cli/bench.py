@@ -1,4 +1,4 @@
-"""Commands that measure this machine: bench engine, pipeline, queue, storage."""
+"""Benchmark commands: bench engine, pipeline, queue, storage."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ PlotFile = Annotated[Path | None, typer.Option("--plot", metavar="FILE.png|svg",
 
 
 def add_to(app: typer.Typer) -> None:
-    """Put these commands on the application."""
+    """Register these commands on the application."""
     for name, command in (("engine", engine), ("pipeline", pipeline), ("queue", queue), ("storage", storage)):
         _GROUP.command(name)(command)
     app.add_typer(_GROUP, name="bench")
@@ -60,7 +60,7 @@ def engine(
     home: Home = None,
     as_json: AsJson = False,
 ) -> None:
-    """Pictures a second by batch size, beside a plain diffusers loop and what the device's matrix products reach."""
+    """Measure pictures per second by batch size, against a plain diffusers loop and the device's peak matmul rate."""
     sizes = _batches(batch)
     _check_plot(plot_file)
     wanted = Wanted(
@@ -115,7 +115,10 @@ def pipeline(
     home: Home = None,
     as_json: AsJson = False,
 ) -> None:
-    """The whole line, marked pictures in your storage, against the engine alone and a plain loop that saves there."""
+    """Measure the whole pipeline, storage included, against the engine alone and a plain loop that saves there.
+
+    The pipeline delivers marked pictures to the configured storage.
+    """
     _batches([batch])
     _check_plot(plot_file)
     wanted = Wanted(
@@ -169,7 +172,7 @@ def queue(
     home: Home = None,
     as_json: AsJson = False,
 ) -> None:
-    """Leases and completions a second on the configured database, in a schema of its own that is dropped again."""
+    """Measure leases and completions per second on the configured database, in a temporary schema."""
     _check_plot(plot_file)
     settings = load_settings(home)
     load = queue_bench.Load(jobs=jobs, batch=batch, workers=workers)
@@ -193,7 +196,7 @@ def storage(
     home: Home = None,
     as_json: AsJson = False,
 ) -> None:
-    """Puts, reads and checks a second on the configured storage, under a prefix of its own that is emptied again."""
+    """Measure writes, reads and checks per second on the configured storage, under a temporary prefix."""
     _check_plot(plot_file)
     settings = load_settings(home)
     services.open_storage(settings).check()

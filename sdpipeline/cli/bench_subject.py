@@ -1,4 +1,4 @@
-"""What a bench measures, by its options: checkpoint, pictures, engine and the loop beside it."""
+"""Options and subject of a benchmark: checkpoint, workload, engine and the plain loop for comparison."""
 
 from __future__ import annotations
 
@@ -36,12 +36,12 @@ Device = Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N; default t
 
 SHIPPED = {"width": 128, "height": 128, "num_inference_steps": 20, "guidance_scale": 4.0}
 ON_A_CPU = {"width": 128, "height": 128, "num_inference_steps": 2}
-"""Large checkpoints would take a CPU minutes for a picture."""
+"""Defaults on a CPU, which would need minutes per picture with a large checkpoint."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Wanted:
-    """The options, as they were given."""
+    """Benchmark options as given."""
 
     checkpoint: str
     width: int | None
@@ -55,7 +55,7 @@ class Wanted:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Subject:
-    """What is measured on which device."""
+    """Workload, checkpoint and device of a benchmark."""
 
     settings: Settings
     files: CheckpointFiles
@@ -64,17 +64,17 @@ class Subject:
     dtype: str
 
     def engine(self) -> Engine:
-        """The engine as workers have it."""
+        """Build the engine as workers do."""
         return services.build_engine(self.settings, self.device, None, dtype=self.dtype)
 
     def plain(self) -> PlainLoop:
-        """The loop that a script would be. After ``engine``, which has torch imported as it should be."""
+        """Build a plain diffusers loop, as in a script. Call ``engine`` first: it sets up torch's import."""
         from sdpipeline.bench.plain import PlainLoop
 
         return PlainLoop(self.files.directory, self.workload, device=self.device, dtype=self.dtype)
 
     def document(self) -> Json:
-        """What a reader of the figures has to know."""
+        """Return the conditions of the measurement as JSON."""
         w = self.workload
         return {
             "checkpoint": self.files.alias,
@@ -90,7 +90,10 @@ class Subject:
 
 
 def subject(settings: Settings, wanted: Wanted) -> Subject:
-    """Raises BadInputError for what this machine or the checkpoint cannot do; builds a checkpoint that is not there."""
+    """Resolve the options; build a missing benchmark checkpoint with random weights.
+
+    Raises BadInputError if this machine or the checkpoint does not support them.
+    """
     device = _device(settings, wanted)
     settings, files = _checkpoint(settings, wanted.checkpoint, device)
     row = family(files.family)
@@ -144,7 +147,7 @@ def _usual(files: CheckpointFiles, device: str) -> Json:
 
 @contextmanager
 def progress(title: str, *, shown: bool) -> Iterator[OnProgress]:
-    """A bar on stderr for people."""
+    """Show a progress bar on stderr."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())

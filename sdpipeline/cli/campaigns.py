@@ -1,4 +1,4 @@
-"""Commands about campaigns and their jobs: plan, submit, run, status, jobs, show, retry, cancel, pause, resume."""
+"""Commands of campaigns and jobs: plan, submit, run, status, jobs, show, retry, cancel, pause, resume."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ Edition = Annotated[
 
 
 def add_to(app: typer.Typer) -> None:
-    """Put these commands on the application."""
+    """Register these commands on the application."""
     for command in (plan, submit, run, status, jobs, show, retry, cancel, pause, resume):
         app.command()(command)
 
@@ -61,7 +61,7 @@ def plan(
     home: Home = None,
     as_json: AsJson = False,
 ) -> None:
-    """Check a campaign and count its jobs against the database, writing nothing."""
+    """Check a campaign file and compare its jobs with the database, without writing anything."""
     settings = load_settings(home)
     intake.check_edition(edition)
     database = services.existing_database(settings)
@@ -113,7 +113,7 @@ def run(
     home: Home = None,
     as_json: AsJson = False,
 ) -> None:
-    """Submit a campaign and work it to its end on this machine, under the Prefect flow."""
+    """Submit a campaign and run it to completion on this machine, in the Prefect flow."""
     from sdpipeline import orchestration
 
     settings = load_settings(home)
@@ -121,7 +121,7 @@ def run(
     if not settings.embedded:  # a missing key is found before any work is done; the embedded default makes its own
         services.picture_key(settings)
         services.believed_seal_keys(settings)
-    services.check_quantization(settings)  # its workers would die of it one after another
+    services.check_quantization(settings)  # otherwise each of its workers would crash on it
     name, done = intake.submit(settings, file, edition=edition)
     if not as_json:
         stderr.print(_submitted(name, done))
@@ -137,7 +137,7 @@ def status(
     home: Home = None,
     as_json: AsJson = False,
 ) -> None:
-    """Show how far campaigns are, and which workers live."""
+    """Show the progress of campaigns, and the live workers."""
     settings = load_settings(home)
     with services.services(settings, create=False) as have:
         ids = [services.known_campaign(have.database, settings.team, campaign)] if campaign else None
@@ -212,7 +212,7 @@ def retry(
     home: Home = None,
     as_json: AsJson = False,
 ) -> None:
-    """Reopen failed jobs, and the jobs that were skipped because of them."""
+    """Reopen failed jobs and the jobs that were skipped because of them."""
     if with_status not in RETRYABLE:
         raise refuse(f"--status {with_status} cannot be retried", f"one of {', '.join(RETRYABLE)}")
     count, kept = intake.reopen(load_settings(home), campaign, with_status)
@@ -225,7 +225,7 @@ def retry(
 
 
 def cancel(campaign: CampaignName, *, home: Home = None, as_json: AsJson = False) -> None:
-    """Cancel what is not finished yet; pictures already made are kept."""
+    """Cancel unfinished jobs of a campaign; pictures already made are kept."""
     settings = load_settings(home)
     with services.services(settings, create=False) as have:
         campaign_id = services.known_campaign(have.database, settings.team, campaign)
@@ -235,7 +235,7 @@ def cancel(campaign: CampaignName, *, home: Home = None, as_json: AsJson = False
 
 
 def pause(campaign: CampaignName, *, home: Home = None, as_json: AsJson = False) -> None:
-    """Lease nothing more of a campaign; batches that run are finished."""
+    """Stop leasing jobs of a campaign; running batches are finished."""
     _set_status(campaign, "paused", home, as_json=as_json)
 
 
@@ -254,7 +254,7 @@ def show_status(
     workers: list[dict[str, Any]] | None = None,
     refusal: WriteRefusal | None = None,
 ) -> None:
-    """The status table, or its JSON form; ``refusal`` says why the database takes no writes."""
+    """Print the status table or its JSON form; ``refusal`` says why the database takes no writes."""
     documents = [progress.document() for progress in campaigns]
     names = ("id", "host", "pid", "device", "status", *_SEEN)
     living = [
@@ -293,12 +293,12 @@ def show_status(
 
 
 def _there(documents: list[dict[str, Any]], names: Sequence[str]) -> list[str]:
-    """Those statuses that some campaign has jobs of: a table of zeros is hard to read."""
+    """Return the statuses that some campaign has jobs in: a table of zeros is hard to read."""
     return [name for name in names if any(d["jobs"][name] for d in documents)]
 
 
 def leave(progress: Progress) -> None:
-    """Exit 3 where jobs did not succeed, saying what to type next."""
+    """Exit with 3 if jobs did not succeed, and print the next command to type."""
     if progress.failed:
         stderr.print(f"why: sdpipeline jobs {progress.name} --status failed; again: sdpipeline retry {progress.name}")
     if progress.blocked:
@@ -312,7 +312,7 @@ def leave(progress: Progress) -> None:
 
 
 def _estimated(estimate: dict[str, Any]) -> str:
-    """What is still to be made, in words."""
+    """Format the estimate of the remaining work."""
     if estimate["gpu_seconds"] is None:
         return f"no estimate: nothing like {estimate['jobs_without_history']} of them was made here before"
     cost = f", cost {estimate['cost']:.2f}" if estimate["cost"] is not None else ""
@@ -346,7 +346,7 @@ def _submitted(name: str, done: Submitted) -> str:
 def _jobs_table(campaign: str, found: Iterator[dict[str, Any]]) -> None:
     first = list(islice(found, SAMPLE))
     optional = ("edition", "row", "variables")
-    # Of a long list only the first rows are known: a column that is empty there may be filled later.
+    # Only the first rows of a long list are known: a column that is empty there may be filled later.
     telling = [name for name in optional if len(first) == SAMPLE or any(job[name] for job in first)]
     columns = ("id", "stage", *telling, "seed", "status", "attempts", "picture or error")
     print_records(f"Jobs of {campaign}", columns, map(_shown_job, chain(first, found)))

@@ -1,4 +1,4 @@
-"""Commands about weights: checkpoints list, add, verify, revoke."""
+"""Commands of the checkpoint registry: checkpoints list, add, verify, revoke."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ Alias = Annotated[str, typer.Argument(metavar="ALIAS", help="The name campaigns 
 
 
 def add_to(app: typer.Typer) -> None:
-    """Put these commands on the application."""
+    """Register these commands on the application."""
     for name, command in (("list", list_all), ("add", add), ("verify", verify_all), ("revoke", revoke)):
         _GROUP.command(name)(command)
     app.add_typer(_GROUP, name="checkpoints")
 
 
 def list_all(*, home: Home = None, as_json: AsJson = False) -> None:
-    """List every checkpoint: what may run, and what was revoked."""
+    """List every checkpoint, allowed or revoked."""
     settings = load_settings(home)
     rows = _documents(settings)
     if as_json:
@@ -58,7 +58,7 @@ def add(
     home: Home = None,
     as_json: AsJson = False,
 ) -> None:
-    """Approve weights under an alias; from now on that is what the alias means. Jobs keep what they were pinned to."""
+    """Approve weights under an alias, which refers to them from now on. Existing jobs keep their pinned weights."""
     settings = load_settings(home)
     if not re.fullmatch(NAME, alias):
         raise refuse(f"{alias!r} is no alias", "lower-case letters, digits and -")
@@ -96,7 +96,7 @@ def verify_all(
     home: Home = None,
     as_json: AsJson = False,
 ) -> None:
-    """Hash every file of the weights again, and compare the set of files with what was approved."""
+    """Hash every file of the weights again, and compare the files with the approved ones."""
     settings = load_settings(home)
     database = services.existing_database(settings)
     known, refused = services.catalog(settings, database), services.refused_checkpoints(settings, database)
@@ -119,7 +119,7 @@ def revoke(
     home: Home = None,
     as_json: AsJson = False,
 ) -> None:
-    """Withdraw weights: nothing made with them is leased any more, and no campaign may name them."""
+    """Revoke weights: jobs that use them are not leased any more, and no campaign may name them."""
     settings = load_settings(home)
     with services.services(settings) as have:
         known = services.catalog(settings, have.database)
@@ -136,7 +136,7 @@ def revoke(
 
 
 def _documents(settings: Settings) -> list[Json]:
-    """The registry's rows, and what may run without ever having been used."""
+    """Return the registry's rows, and the allowed checkpoints that were never used."""
     database = services.existing_database(settings)
     rows: list[Json] = []
     if database is not None:

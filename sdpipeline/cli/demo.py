@@ -1,4 +1,4 @@
-"""The main job in one command: the bundled campaign on the embedded default."""
+"""Command that runs the bundled campaign on the embedded default: demo."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ BUNDLED_CAMPAIGN = Path(services.__file__).parents[1] / "demo" / "campaign.yaml"
 
 
 def add_to(app: typer.Typer) -> None:
-    """Put this command on the application."""
+    """Register this command on the application."""
     app.command()(demo)
 
 
@@ -33,7 +33,7 @@ def demo(
     home: Home = None,
     as_json: AsJson = False,
 ) -> None:
-    """Make the bundled campaign's pictures on this machine and say where everything is."""
+    """Make the bundled campaign's pictures on this machine, and list where everything is."""
     from sdpipeline import orchestration
 
     services.check_engine(load_settings(home))
@@ -57,7 +57,7 @@ def demo(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Result:
-    """What the closing table says."""
+    """Content of the closing tables."""
 
     images: int
     wall_s: float
@@ -74,7 +74,7 @@ class _Result:
 
 
 def _embedded(settings: Settings) -> Settings:
-    """The embedded default whatever else is set; the environment carries it to the worker processes."""
+    """Force the embedded default over all settings; worker processes inherit it through the environment."""
     os.environ["SDP_DATABASE_URL"] = embedded_database(settings.home)
     os.environ["SDP_STORAGE_URL"] = embedded_storage(settings.home)
     return services.load_settings(settings.home)

@@ -1,4 +1,4 @@
-"""Commands about a Prefect server: deploy, schedule and prefect-gateway."""
+"""Commands of a Prefect server: deploy, schedule and prefect-gateway."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from sdpipeline.storage import is_bucket_url
 
 
 def add_to(app: typer.Typer) -> None:
-    """Put these commands on the application."""
+    """Register these commands on the application."""
     app.command()(deploy)
     app.command()(schedule)
     app.command(name="prefect-gateway")(prefect_gateway)
@@ -36,7 +36,7 @@ def deploy(
     home: Home = None,
     as_json: AsJson = False,
 ) -> None:
-    """Put pools, deployments, their schedules and the automation for lost runs on the server of PREFECT_API_URL."""
+    """Create pools, deployments, schedules and the automation for lost runs on the server of PREFECT_API_URL."""
     from sdpipeline.orchestration import deploy as deployment
 
     done = deployment.deploy(load_settings(home), max_campaigns=max_campaigns, silence_s=silence_s)
@@ -55,7 +55,7 @@ def prefect_gateway(
     port: Annotated[int, typer.Option(min=1, max=65535, help="Port to listen on.")] = 4201,
     home: Home = None,
 ) -> None:
-    """Let workers reach the server of PREFECT_API_URL with a credential of their own, by an allow-list of routes."""
+    """Proxy the server of PREFECT_API_URL for workers, with their own credentials and an allow-list of routes."""
     from sdpipeline.orchestration import gateway
 
     settings = load_settings(home)
@@ -79,7 +79,7 @@ def schedule(
     home: Home = None,
     as_json: AsJson = False,
 ) -> None:
-    """Have a campaign made when its own `schedule:` says, by the deployed flow."""
+    """Schedule a campaign in the deployed flow by the `schedule:` of its file."""
     from sdpipeline.orchestration import deploy as deployment
     from sdpipeline.orchestration.request import CampaignRequest
 
@@ -119,7 +119,7 @@ def _text(file: str) -> str:
 
 
 def _checked(settings: Settings, given: str, text: str | None) -> CampaignSpec:
-    """The campaign as a night will find it, which is with nothing beside it; raises CampaignError."""
+    """Check the campaign as the scheduled run loads it, without files next to it; raises CampaignError."""
     database = services.existing_database(settings)
     hints = []
     if text is not None:

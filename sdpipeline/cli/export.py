@@ -1,4 +1,4 @@
-"""Commands that hand pictures out: export."""
+"""Command that exports pictures to a folder: export."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ MOST_SHOWN = 20
 
 
 def add_to(app: typer.Typer) -> None:
-    """Put this command on the application."""
+    """Register this command on the application."""
     app.command("export")(export_pictures)
 
 
@@ -35,7 +35,7 @@ def export_pictures(
     home: Home = None,
     as_json: AsJson = False,
 ) -> None:
-    """Copy a campaign's pictures into a folder under names people want, with a manifest.csv."""
+    """Copy a campaign's pictures into a folder under readable names, with a manifest.csv."""
     with services.services(load_settings(home), create=False) as have:
         campaign_id = services.known_campaign(have.database, have.settings.team, campaign)
         choice = export.choose(have.database, campaign_id, name=name, stages=stage or [], edition=edition)
@@ -61,7 +61,7 @@ def _say(done: Exported) -> None:
 
 @contextmanager
 def _progress(campaign: str, *, shown: bool) -> Iterator[OnProgress]:
-    """A bar on stderr for people."""
+    """Show a progress bar on stderr."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())

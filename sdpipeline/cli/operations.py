@@ -1,4 +1,4 @@
-"""Commands that run and check an installation: worker, db, doctor."""
+"""Commands that run and check an installation: worker, doctor, db."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from sdpipeline.errors import DatabaseUnavailableError
 
 
 def add_to(app: typer.Typer) -> None:
-    """Put these commands on the application."""
+    """Register these commands on the application."""
     app.command()(worker)
     app.command()(doctor)
     for command in (upgrade, current):
@@ -35,7 +35,7 @@ def worker(
     home: Home = None,
     as_json: AsJson = False,
 ) -> None:
-    """Run one worker process outside a flow; SIGTERM lets it finish its batch, a second one does not."""
+    """Run one worker process outside a flow; SIGTERM lets it finish its batch, a second SIGTERM does not."""
     settings = load_settings(home)
     services.check_engine(settings)
     with shutdown.handle_signals(*shutdown.SIGNALS) as stop:
@@ -58,7 +58,7 @@ def worker(
 
 
 def upgrade(*, home: Home = None, as_json: AsJson = False) -> None:
-    """Bring the database to this release's schema."""
+    """Migrate the database to this release's schema."""
     with closing(open_database(load_settings(home).database)) as database:
         before, after = migrate.upgrade(database)
     if as_json:
@@ -81,7 +81,7 @@ def current(*, home: Home = None, as_json: AsJson = False) -> None:
 
 
 def doctor(*, home: Home = None, as_json: AsJson = False) -> None:
-    """Try database, storage, Prefect, devices, checkpoints and keys; say what to type where one is not ok."""
+    """Check database, storage, Prefect, devices, checkpoints and keys; print the fix for each failed check."""
     checks = checkup.checks(load_settings(home))
     if as_json:
         print_json({"checks": [check.document() for check in checks]})

@@ -1,4 +1,4 @@
-"""How commands speak: tables for people, one JSON document for scripts, mistakes on stderr."""
+"""Command output: tables for people, one JSON document for scripts, mistakes on stderr."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ if TYPE_CHECKING:
 
 FOUND_FAULTS = 3
 FILE_WIDTH = 160
-"""Columns of a table that goes to a file or a log, where nobody has a terminal's eighty."""
+"""Width of a table written to a file or a log, which has no terminal width."""
 
 FLUSH_LINES = 500
-"""Lines of a table between two flushes: a pipe shows rows while others are still being read."""
+"""Lines of a table between two flushes, so that a pipe shows rows while others are still being read."""
 
 Home = Annotated[Path | None, typer.Option("--home", help="Folder of the embedded default.", show_default="./sdp-home")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of a table.")]
@@ -35,7 +35,7 @@ CampaignName = Annotated[str, typer.Argument(metavar="CAMPAIGN", help="A submitt
 
 
 class _Escaping(Console):
-    """A console on which names from tables, pictures and records are text and nothing else."""
+    """Console that escapes names from tables, pictures and records, so that they are only text."""
 
     def print(self, *objects: Any, **options: Any) -> None:
         """Print objects; control characters in texts are escaped."""
@@ -44,7 +44,7 @@ class _Escaping(Console):
 
 
 class _Quiet(_Escaping):
-    """A console for progress and hints: work goes on if nobody reads them."""
+    """Console for progress and hints: the command continues if the reader closes the pipe."""
 
     def on_broken_pipe(self) -> None:
         """Print nothing more."""
@@ -52,10 +52,10 @@ class _Quiet(_Escaping):
 
 
 class _Results(_Escaping):
-    """A console for results: the command ends if nobody reads them."""
+    """Console for results: the command ends if the reader closes the pipe."""
 
     def print(self, *objects: Any, **options: Any) -> None:
-        """As rich's; raises SdpError if stdout takes no more."""
+        """Print objects; raises SdpError if stdout cannot be written."""
         with written():
             super().print(*objects, **options)
 
@@ -64,7 +64,7 @@ class _Results(_Escaping):
         raise  # noqa: PLE0704
 
 
-# A sentence is one line however narrow the terminal, or none: scripts look for it.
+# A sentence stays on one line at any terminal width: scripts search for it.
 stdout = _Results(highlight=False, markup=False, emoji=False, soft_wrap=True)
 stderr = _Quiet(stderr=True, highlight=False, markup=False, emoji=False, soft_wrap=True)
 for _console in (stdout, stderr):
@@ -73,7 +73,7 @@ for _console in (stdout, stderr):
 
 
 def load_settings(home: Path | None) -> Settings:
-    """The command's settings, with logging set up as they ask."""
+    """Load the command's settings and configure logging by them."""
     from sdpipeline import (
         settings as settings_module,  # pydantic takes a tenth of a second that `--version` does not need
     )
@@ -85,24 +85,24 @@ def load_settings(home: Path | None) -> Settings:
 
 
 def print_json(document: Any) -> None:
-    """The one JSON document of a ``--json`` command."""
+    """Print the JSON document of a ``--json`` command."""
     text = json.dumps(document, indent=2, ensure_ascii=not is_utf8(), default=str)
     print_text(escaping.json_document(text) + "\n")
 
 
 def print_json_line(document: Any) -> None:
-    """One line of ``--jsonl``."""
+    """Print one line of ``--jsonl``."""
     print_text(escaping.json_document(json.dumps(document, ensure_ascii=not is_utf8())) + "\n")
 
 
 def print_text(text: str) -> None:
-    """Text as it is, for results that are not tables; a lone surrogate is escaped as JSON does."""
+    """Print text unchanged, for results that are not tables; a lone surrogate is escaped as in JSON."""
     with written():
         sys.stdout.write(text if text.isascii() else encodable(text))
 
 
 def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
-    """A table; numbers to the right. Rows are printed as they come."""
+    """Print a table row by row as rows arrive, with numbers right-aligned."""
     if title:
         stdout.print(title)
     for number, line in enumerate(table_lines(columns, rows, stdout.width)):
@@ -113,27 +113,27 @@ def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]
 
 
 def print_records(title: str, columns: Sequence[str], records: Iterable[Mapping[str, Any]]) -> None:
-    """A table of the named fields of records."""
+    """Print a table of the named fields of records."""
     print_table(title, columns, ([record[name] for name in columns] for record in records))
 
 
 def print_mistakes(mistakes: Iterable[Mistake], *, as_json: bool) -> None:
-    """One line per mistake on stderr, or the JSON form on stdout."""
+    """Print one line per mistake on stderr, or the JSON form on stdout."""
     if as_json:
         print_json({"errors": [_mistake_document(mistake) for mistake in mistakes]})
         return
-    with suppress(OSError):  # nobody reads them
+    with suppress(OSError):  # stderr may be closed
         for mistake in mistakes:
             sys.stderr.write(f"{mistake}\n".replace("\n\n", "\n"))
 
 
 def refuse(message: str, fix: str | None = None) -> BadInputError:
-    """An error for an option or argument that cannot be right."""
+    """Return the error for an invalid option or argument."""
     return BadInputError(Mistake(message=message, fix=fix))
 
 
 def refuse_place(out: Path | None) -> None:
-    """Refuse what a file cannot be written to, before anything is done for it."""
+    """Refuse an output path that cannot be written, before any work is done."""
     if out is not None and not out.parent.is_dir():
         raise refuse(f"--out {out}: no folder {out.parent}", "make it first")
     if out is not None and out.is_dir():

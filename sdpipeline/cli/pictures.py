@@ -1,4 +1,4 @@
-"""Commands about pictures: reproduce."""
+"""Command that generates a picture again from its record: reproduce."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ from sdpipeline.worker.inputs import pinned
 
 
 def add_to(app: typer.Typer) -> None:
-    """Put these commands on the application."""
+    """Register these commands on the application."""
     app.command()(reproduce)
 
 
@@ -51,7 +51,7 @@ def reproduce(
     home: Home = None,
     as_json: AsJson = False,
 ) -> None:
-    """Make a picture again from its record, ancestors first, and compare the pixels; exit 3 where they differ."""
+    """Generate a picture again from its record, ancestors first, and compare the pixels; exit 3 if they differ."""
     settings = load_settings(home)
     refuse_place(out)
     asked = (
@@ -96,7 +96,7 @@ class _Asked:
 
 
 def _from_file(path: Path) -> _Asked:
-    """From a picture alone: its embedded record says how, its own pixels are what to compare with."""
+    """Read the embedded record of a picture file, and its own pixels for the comparison."""
     try:
         data = path.read_bytes()
     except OSError as error:
@@ -109,7 +109,7 @@ def _from_file(path: Path) -> _Asked:
 
 
 def _from_job(settings: Settings, job_id: int) -> _Asked:
-    """From the database: the sidecar holds the record, the picture in storage the pixels if it is still there."""
+    """Read a job's record from its sidecar, and the pixels from the picture in storage if it still exists."""
     with services.services(settings, create=False) as have:
         with have.database.read() as connection:
             job = queries.show(connection, job_id, team=settings.team)
@@ -129,13 +129,13 @@ def _from_job(settings: Settings, job_id: int) -> _Asked:
 
 
 def _input(settings: Settings, folder: Path | None, about: Json) -> bytes:
-    """An outside input by its digest: from the folder given, else from its own bucket, else from storage."""
+    """Read an outside input by its digest: from the given folder, else its own bucket, else storage."""
     sha256 = about["sha256"]
     for file in sorted(folder.iterdir()) if folder is not None else ():
         if file.is_file() and hashlib.sha256(data := file.read_bytes()).hexdigest() == sha256:
             return data
     if "url" in about:
-        services.input_folder(settings, Path()).admit(about["url"])  # a stranger's record opens no bucket
+        services.input_folder(settings, Path()).admit(about["url"])  # an untrusted record must not open other buckets
         return pinned(ForeignObjects(services.s3_options(settings)), about)
     try:
         return services.open_storage(settings).get(input_key(sha256))

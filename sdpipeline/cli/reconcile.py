@@ -1,4 +1,4 @@
-"""The command that puts database and storage right after a crash or a restored backup: reconcile."""
+"""Command that repairs database and storage after a crash or a restored backup: reconcile."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from sdpipeline.maintenance.reconcile import Finding, Reconciliation
 
 
 def add_to(app: typer.Typer) -> None:
-    """Put this command on the application."""
+    """Register this command on the application."""
     app.command()(reconcile)
 
 
@@ -23,7 +23,7 @@ def reconcile(
     home: Home = None,
     as_json: AsJson = False,
 ) -> None:
-    """Find what a crash or a restored backup left between database and storage; changes nothing unless told to."""
+    """Find differences between database and storage after a crash or a restored backup; read-only by default."""
     done = maintenance.reconcile(load_settings(home), repair=repair, adopt=adopt)
     if as_json:
         print_json(done.document())

@@ -1,4 +1,4 @@
-"""Commands that forget: retention and erase."""
+"""Commands that delete data: retention and erase."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ DryRun = Annotated[bool, typer.Option("--dry-run", help="Only count; change noth
 
 
 def add_to(app: typer.Typer) -> None:
-    """Put these commands on the application."""
+    """Register these commands on the application."""
     app.command()(retention)
     app.command()(erase)
 
 
 def retention(*, dry_run: DryRun = False, home: Home = None, as_json: AsJson = False) -> None:
-    """Do what the retention settings say is due: delete old pictures and prompts, archive closed editions."""
+    """Apply the retention settings: delete old pictures and prompts, archive closed editions."""
     settings = load_settings(home)
     done = maintenance.forget(settings, dry_run=dry_run)
     document = {"dry_run": dry_run} | done.document()
@@ -41,7 +41,7 @@ def erase(
     home: Home = None,
     as_json: AsJson = False,
 ) -> None:
-    """Erase what jobs hold of one subject, and leave a record that proves it was erased and not what."""
+    """Erase one subject's data from jobs, and record a proof of the erasure that does not reveal what was erased."""
     s, name = load_settings(home), subject.strip()
     if not name:
         raise refuse("--subject is empty", "write what the campaign's `subject` becomes")

@@ -1,4 +1,4 @@
-"""Commands to begin with: init and schema."""
+"""Commands for a new project: init and schema."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from sdpipeline.settings import TOML_NAME
 
 
 def add_to(app: typer.Typer) -> None:
-    """Put these commands on the application."""
+    """Register these commands on the application."""
     app.command()(init)
     app.command()(schema)
 
@@ -27,7 +27,7 @@ def init(
     as_json: AsJson = False,
 ) -> None:
     """Write a commented settings file and example campaigns to start from."""
-    del home  # a new folder has none yet; taken because every command takes it
+    del home  # a new folder has none yet; accepted because every command accepts it
     written = scaffold.write(directory, force=force)
     if as_json:
         print_json({"directory": str(directory.absolute()), "written": written, "campaigns": list(scaffold.CAMPAIGNS)})
@@ -58,5 +58,5 @@ def init(
 
 def schema(*, home: Home = None) -> None:
     """Print the JSON Schema of the campaign file."""
-    del home  # the schema is the same everywhere; taken because every command takes it
+    del home  # the schema is the same everywhere; accepted because every command accepts it
     print_text(campaign_schema.text())

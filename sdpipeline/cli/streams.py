@@ -1,4 +1,4 @@
-"""Standard streams that cannot fail for their encoding, for being closed, or for a reader that is gone."""
+"""Standard streams that tolerate unencodable characters, closed descriptors and closed readers."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from typing import TextIO
 from sdpipeline.errors import SdpError
 
 READER_GONE = 141
-"""Exit code of a command whose output nobody reads any more, e.g. ``| head``: 128 and SIGPIPE."""
+"""Exit code of a command whose reader closed the pipe, e.g. ``| head``: 128 and SIGPIPE."""
 
 _UNWRITABLE = "stdout cannot be written"
 
 
 def prepare_streams() -> None:
-    """Open closed streams, and escape each character that a stream cannot encode; child processes do the same."""
-    # A closed descriptor would be given to the next file or socket, and children would write into that.
+    """Open closed streams, and escape characters that a stream cannot encode; child processes inherit both."""
+    # A closed descriptor would be reused for the next file or socket, and children would write into it.
     while (lowest := os.open(os.devnull, os.O_RDWR)) <= 2:
         pass
     os.close(lowest)
@@ -34,18 +34,18 @@ def prepare_streams() -> None:
 
 
 def encodable(text: str) -> str:
-    """The text with escapes for what stdout cannot encode, so that it is as wide as it is printed."""
+    """Escape characters that stdout cannot encode, so that the text has its printed width."""
     encoding = sys.stdout.encoding or "utf-8"
     return text.encode(encoding, "backslashreplace").decode(encoding)
 
 
 def is_utf8() -> bool:
-    """Whether stdout takes every character."""
+    """Return True if stdout can encode every character."""
     return (sys.stdout.encoding or "utf-8").lower().replace("_", "-") in {"utf-8", "utf8"}
 
 
 def flushed(exit_code: int) -> int:
-    """The exit code after the last output has left, or READER_GONE."""
+    """Flush stdout and return the exit code, or READER_GONE if the reader closed the pipe."""
     try:
         sys.stdout.flush()
     except BrokenPipeError:
@@ -62,7 +62,7 @@ def flushed(exit_code: int) -> int:
 
 @contextmanager
 def written() -> Iterator[None]:
-    """Raises SdpError if stdout takes no more, e.g. a file on a full disk; BrokenPipeError passes."""
+    """Raise SdpError if stdout cannot be written, e.g. on a full disk; BrokenPipeError passes through."""
     try:
         yield
     except BrokenPipeError:
@@ -72,7 +72,7 @@ def written() -> Iterator[None]:
 
 
 def silence() -> None:
-    """Discard what stdout still buffers, which the interpreter would complain about at its end."""
+    """Discard buffered output, about which the interpreter would print an error at exit."""
     with suppress(OSError, ValueError):
         null = os.open(os.devnull, os.O_WRONLY)
         os.dup2(null, sys.stdout.fileno())
@@ -80,7 +80,7 @@ def silence() -> None:
 
 
 def reader_is_gone() -> bool:
-    """Whether stdout or stderr is a pipe or socket that nobody reads."""
+    """Return True if stdout or stderr is a pipe or socket without a reader."""
     poll = select.poll()
     for descriptor in (1, 2):
         poll.register(descriptor, 0)

@@ -1,4 +1,4 @@
-"""Tables in plain text, streamed: the first rows decide on the columns' widths, and no more are kept."""
+"""Streamed plain-text tables: only the first rows are buffered, and they set the column widths."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from sdpipeline.cli.streams import encodable
 from sdpipeline.escaping import terminal, terminal_lines
 
 SAMPLE = 100
-"""Rows that decide on the widths."""
+"""Number of rows that set the column widths."""
 
 NARROWEST = 10
-"""A column of text is made no narrower than this: below it, each row is printed as a list of names and values."""
+"""Minimum width of a text column: below it, each row is printed as a list of names and values."""
 
 LONG_NUMBER = 7
 _GAP = "  "
@@ -23,7 +23,7 @@ Row = Sequence[str]
 
 
 def table_lines(columns: Sequence[str], rows: Iterable[Sequence[Any]], width: int) -> Iterator[str]:
-    """The lines of a table that is ``width`` cells wide; an empty line is never the last."""
+    """Yield the lines of a table that is ``width`` cells wide; the last line is never empty."""
     texts = ([_cell(value) for value in row] for row in rows)
     sample = list(islice(texts, SAMPLE))
     numeric = [bool(sample) and all(_is_number(row[n]) for row in sample) for n in range(len(columns))]
@@ -39,7 +39,7 @@ def table_lines(columns: Sequence[str], rows: Iterable[Sequence[Any]], width: in
 
 
 def _widths(columns: Row, sample: Sequence[Row], numeric: Sequence[bool], width: int) -> list[int] | None:
-    """The widths of the columns; None if they would be too narrow to read."""
+    """Return the column widths; None if they would be too narrow to read."""
     parts = [[columns[n], *(row[n] for row in sample)] for n in range(len(columns))]
     widths = [max(1, *(cell_len(line) for text in texts for line in text.split("\n"))) for texts in parts]
     if len(sample) == SAMPLE:  # numbers grow in the rows that follow
@@ -56,7 +56,7 @@ def _widths(columns: Row, sample: Sequence[Row], numeric: Sequence[bool], width:
 
 
 def _line(row: Row, widths: Sequence[int], numeric: Sequence[bool]) -> Iterator[str]:
-    """A row's lines: what is wider than its column goes on in the next."""
+    """Yield a row's lines: a text wider than its column continues on the next line."""
     folded = [
         [piece for line in text.split("\n") for piece in chop_cells(line, width) or [""]]
         for text, width in zip(row, widths, strict=True)
@@ -70,7 +70,7 @@ def _line(row: Row, widths: Sequence[int], numeric: Sequence[bool]) -> Iterator[
 
 
 def _listed(columns: Row, rows: Iterable[Row]) -> Iterator[str]:
-    """Each row as names and values, which a terminal may wrap; a row of two is a name and its value already."""
+    """Yield each row as names and values, which a terminal may wrap; a row of two is already a name and a value."""
     if len(columns) == 2:
         yield from (f"{terminal(name)}: {terminal(value)}" for name, value in rows)
         return

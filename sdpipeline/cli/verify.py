@@ -1,4 +1,4 @@
-"""Commands that look at pictures from anywhere: verify."""
+"""Command that verifies pictures from files, folders and buckets: verify."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ _Named = tuple[str, Callable[[], bytes]]
 
 
 def add_to(app: typer.Typer) -> None:
-    """Put this command on the application."""
+    """Register this command on the application."""
     app.command()(verify)
 
 
@@ -49,7 +49,7 @@ def verify(
     home: Home = None,
     as_json: AsJson = False,
 ) -> None:
-    """Say who signed a picture, what it is marked as and made from, and whether our database knows it."""
+    """Show a picture's signer, its AI mark, its source pictures and its match in the database."""
     settings = load_settings(home)
     trusted = services.trust_anchors(settings)
     if not picture:
@@ -74,7 +74,7 @@ def verify(
 
 
 def _named(settings: Settings, picture: str) -> tuple[list[_Named], bool]:
-    """The pictures with how to read each, and whether it is a single one that was named."""
+    """Return the pictures with a reader for each; also return True if a single picture was named."""
     if is_bucket_url(picture):
         if not picture.endswith("/"):
             return [(picture, partial(_in_bucket, settings, picture))], True
@@ -108,7 +108,7 @@ def _in_bucket(settings: Settings, url: str) -> bytes:
 
 @contextmanager
 def _register(settings: Settings) -> Iterator[Register | None]:
-    """What the database knows, where there is one."""
+    """Open the register of recorded pictures, or yield None without a database."""
     if not services.database_exists(settings):
         yield None
         return
