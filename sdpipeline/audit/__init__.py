@@ -1,4 +1,4 @@
-"""The audit log: seals over it, and the check of database, storage and seals against each other."""
+"""The audit log: its seals, and the verification of database, storage and seals against each other."""
 
 from __future__ import annotations
 

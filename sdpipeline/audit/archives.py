@@ -1,4 +1,4 @@
-"""The check of archived editions against the events."""
+"""Verification of archived editions against the audit events."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from sdpipeline.storage import ObjectStore
 
 
 def verify_archive(store: ObjectStore, found: Verification, told: EventReplay, row: Json) -> list[Json]:
-    """Compare an archived edition with the events; returns the rows of the pictures that it still has."""
+    """Compare an archived edition with the events; return the rows of the pictures that it still has."""
     name = f"archive:{row['key']}"
     pictures: list[Json] = []
     if told.archived.get((row["campaign_id"], row["edition"])) != (row["key"], row["sha256"]):
@@ -47,7 +47,7 @@ def _archived_faults(row: Json, job: Json, secret: Json | None, told: EventRepla
             yield from request_faults(job | secret | {"edition": row["edition"]})
         if committed(secret["request"], secret["salt"]) != job["commitment"]:
             yield "it commits to another request than its archive says"
-    # With its salt a job that was erased and asked for anew lost the means to show what it had committed to.
+    # A job that was erased and then asked for again has a new salt, so its old commitment cannot be checked.
     known = None if job["id"] in told.erased and job["erased_at"] is None else job["commitment"]
     yield from course_faults(job, told, known)
 

@@ -1,7 +1,7 @@
-"""Check who wrote each event: one actor and one database login for a chain, and only what that actor may write.
+"""Checks of event authorship: one actor and one database login per chain, and only events that the actor may write.
 
-PostgreSQL refuses such events when they are inserted (migration 0004); this check finds those that were written around
-it, and is all there is on SQLite and in an export.
+PostgreSQL refuses such events when they are inserted (migration 0004). This check finds events that were written around
+that trigger. On SQLite and in an export, it is the only check.
 """
 
 from __future__ import annotations
@@ -28,17 +28,17 @@ WORKER_EVENTS = frozenset(
         Event.CHAIN_TAKEN,
     }
 )
-"""All that a worker writes. Migration 0004 holds the same list."""
+"""All events that a worker writes. Migration 0004 holds the same list."""
 
 MOST_NAMED = 1000
-"""Foreign events of one chain: whoever writes them chooses their numbers."""
+"""Limit of foreign events reported per chain, because their writer chooses their sequence numbers."""
 
 SEALER_EVENTS = frozenset({Event.SETTINGS_CHANGED, Event.CHAIN_TAKEN})
 
 
 @dataclass(frozen=True, slots=True)
 class _Author:
-    """Who wrote the first event of a chain; ``login`` is None on SQLite and in events of older releases."""
+    """Author of the first event of a chain; ``login`` is None on SQLite and in events of older releases."""
 
     actor: str
     login: str | None
@@ -48,7 +48,7 @@ class Authors:
     """The author of every chain, learned from its first event."""
 
     def __init__(self, writers: Mapping[str, Writer] | None = None) -> None:
-        """``writers`` are the logins that the database bound chains to; None if it binds none."""
+        """Take the logins that the database bound chains to; ``writers`` is None if it binds none."""
         self._writers = writers
         self._authors: dict[str, _Author] = {}
         self._taken: dict[tuple[str, _Author], int] = {}
@@ -76,7 +76,7 @@ class Authors:
             yield reason
 
     def foreign(self) -> Iterator[str]:
-        """The events that their chain's own author, in its next chain, said are not its own."""
+        """Yield the events that the chain's own author disowned in its next chain."""
         for (writer, author), first in self._taken.items():
             if self._authors.get(writer) == author:
                 events = range(first, self._newest[writer] + 1)[:MOST_NAMED]

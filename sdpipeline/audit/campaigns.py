@@ -1,4 +1,4 @@
-"""Check campaigns, their versions and costs, and checkpoints against the events."""
+"""Verification of campaigns, their versions and costs, and checkpoints against the events."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ _STATUSES = (Event.CAMPAIGN_PAUSED, Event.CAMPAIGN_RESUMED)
 _ATTEMPTS = (Event.JOB_SUCCEEDED, Event.JOB_FAILED, Event.JOB_DEFERRED, Event.JOB_ADOPTED)
 _Key = TypeVar("_Key")
 _TOLERANCE = 1e-6
-"""Sums of the same numbers in another order differ by less."""
+"""Tolerance for sums of the same numbers in another order."""
 
 
 @dataclass(slots=True)
 class CampaignReplay:
-    """What the events say of campaigns, versions, costs and checkpoints, collected while the chains are read.
+    """State of campaigns, versions, costs and checkpoints according to the events, collected while chains are read.
 
     Chains are read one after the other, so the newest event is the one with the latest time.
     """
@@ -39,12 +39,12 @@ class CampaignReplay:
     attempts: dict[tuple[int, str], tuple[float, float]] = field(default_factory=dict)
     """GPU-seconds and cost of attempts, by job and lease."""
     unpriced: set[str] = field(default_factory=set)
-    """Workers of releases whose events did not say what an attempt cost."""
+    """Workers of releases whose events did not record the cost of an attempt."""
     approved: dict[tuple[str, str], Json] = field(default_factory=dict)
     judged: dict[str, Json] = field(default_factory=dict)
 
     def apply(self, event: Json) -> None:
-        """Take in one event; raises KeyError, TypeError or ValueError for a malformed one."""
+        """Apply one event; raises KeyError, TypeError or ValueError for a malformed one."""
         kind = event["event"]
         if kind in _ATTEMPTS:
             self._spend(event)
@@ -101,14 +101,14 @@ def _campaign_faults(row: Json, replay: CampaignReplay) -> Iterator[str]:
     last = replay.statuses.get(row["id"], {})
     for_budget = last.get("reason") == "budget"
     expected = "paused" if last.get("event") == Event.CAMPAIGN_PAUSED else "active"
-    # The release before wrote no event when a submit ended a pause for the budget.
+    # The previous release wrote no event when a submit ended a pause for the budget.
     unsure = for_budget and "budget" not in last and row["status"] == "active"
     if row["status"] != expected and not unsure:
         yield f"it is {row['status']}, the audit log says {expected}"
     if row["status"] == expected == "paused" and (row["paused_because"] is not None) != for_budget:
         yield "the reason why it is paused is not the one in the audit log"
     newest = replay.newest.get(row["id"], {})
-    # The release before wrote no terms.
+    # The previous release wrote no terms.
     for name in [name for name in _TERMS if name in newest]:
         if row[name] != newest[name]:
             yield f"its {name} is {row[name]!r}, the audit log says {newest[name]!r}"
@@ -178,7 +178,7 @@ def _checkpoint_faults(row: Json, replay: CampaignReplay) -> Iterator[str]:
             yield f"its {name} is {row[name]!r}, the audit log says {event[name]!r}"
     last = replay.judged[row["digest"]]
     revoked = row["revoked_at"] is not None
-    # An approval under another alias may be a campaign's use of it, which lifts no revocation.
+    # An approval under another alias may come from a campaign that uses it, which does not lift a revocation.
     if last["event"] == Event.CHECKPOINT_REVOKED and not revoked:
         yield "it is approved, the audit log says that it was revoked"
     if last == event and revoked:

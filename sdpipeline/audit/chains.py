@@ -1,4 +1,4 @@
-"""The check of events, chains and seals."""
+"""Verification of events, chains and seals."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from sdpipeline.storage.keys import seal_object_key
 
 
 def verify_chains(connection: Connection, found: Verification) -> EventReplay:
-    """Read every chain in order; returns what the events say."""
+    """Read every chain in order; return the replay of its events."""
     told = EventReplay()
     authors = Authors(None if connection.dialect.name == "sqlite" else rows.writers(connection))
     writer, expected, head = "", 0, GENESIS
@@ -56,8 +56,10 @@ def verify_chains(connection: Connection, found: Verification) -> EventReplay:
 def verify_seals(
     connection: Connection, key: SealKey | PublicKeys, found: Verification, lost: Collection[range]
 ) -> list[Json]:
-    """Check every seal against the key and the events it covers; returns their rows. ``lost`` are the numbers of those
-    over events that a gap names as missing."""
+    """Check every seal against the key and the events it covers; return the seal rows.
+
+    ``lost`` holds the numbers of the seals over events that a gap names as missing.
+    """
     sealed = rows.seals(connection)
     previous, covered, keys = GENESIS, dict[str, int](), Succession(found.signers)
     for position, row in enumerate(sealed, 1):
@@ -66,7 +68,7 @@ def verify_seals(
         if digest(row["body"]) != row["hash"]:
             found.fault("seal-invalid", subject, "its bytes do not hash to its hash")
         if wrong := keys.fault(row["body"], row["signature"], key.public):
-            # Nothing that it says can be relied on, so nothing is compared with it.
+            # Its content cannot be trusted, so nothing is compared with it.
             found.fault(wrong[0], subject, wrong[1])
             continue
         body = json.loads(row["body"])
@@ -88,7 +90,7 @@ def verify_seals(
 
 
 def verify_stored_seal(store: ObjectStore, found: Verification, row: Json) -> None:
-    """Compare a seal with what storage holds of it."""
+    """Compare a seal with the copy in storage."""
     subject = f"seal:{row['number']}"
     try:
         stored = store.get(row["key"], version_id=row["version_id"])
@@ -104,7 +106,7 @@ def verify_stored_seal(store: ObjectStore, found: Verification, row: Json) -> No
 
 
 def _unlocked(store: ObjectStore, row: Json) -> str | None:
-    """Whether storage keeps a seal for as long as the seal itself says, by what storage answers now."""
+    """Explain why storage does not lock a seal for as long as the seal itself says, according to storage now."""
     try:
         told = json.loads(row["body"])
         until = datetime.fromtimestamp(told["sealed_at_ms"] / 1000, UTC) + timedelta(days=told["lock"]["days"])
@@ -115,14 +117,14 @@ def _unlocked(store: ObjectStore, row: Json) -> str | None:
         return None
     if held.retained_until is None:
         return f"it was to be locked until {until:%Y-%m-%d}, storage tells of no lock (needs s3:GetObjectRetention)"
-    # The lock was asked for after the seal's time was taken, to the second.
+    # The lock is requested after the seal's timestamp was taken, with a resolution of one second.
     if held.retained_until < until - timedelta(minutes=1):
         return f"it was to be locked until {until:%Y-%m-%d}, storage says {held.retained_until:%Y-%m-%d}"
     return None
 
 
 def verify_newest(database: Database, store: ObjectStore, found: Verification) -> None:
-    """Find seals in storage that the database does not know of."""
+    """Find seals in storage that the database does not know."""
     with database.read() as connection:
         last = rows.last_seal(connection)
     following = seal_object_key(last["number"] + 1 if last else 1)

@@ -1,9 +1,9 @@
-"""The audit log as one file that can be checked without this program's database, storage or settings.
+"""Export of the audit log to one file, verifiable without this program's database, storage or settings.
 
-JSON Lines, in the order in which a check needs them: ``{"export": …}`` names the format and the keys; each
-``{"seal": {"body", "signature"}}`` is followed by the events that it covers, in the order of its Merkle tree; events
-that no seal covers yet stand behind the last seal; ``{"end": {"body", "signature"}}`` signs how much there was. A line
-that is none of these is an event: the very bytes that were hashed.
+The file is JSON Lines, in the order that verification needs. ``{"export": …}`` names the format and the keys. Each
+``{"seal": {"body", "signature"}}`` is followed by the events that it covers, in the order of its Merkle tree. Unsealed
+events follow the last seal. ``{"end": {"body", "signature"}}`` signs the counts. Any other line is an event: the exact
+bytes that were hashed.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _PAGE = 500
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Exported:
-    """What was written."""
+    """Counts of a written export, and the public key that signed it."""
 
     events: int
     seals: int
@@ -39,12 +39,12 @@ class Exported:
     public_key: str
 
     def document(self) -> Json:
-        """The form of ``audit export --json``."""
+        """Return the document of ``audit export --json``."""
         return {name: getattr(self, name) for name in ("events", "seals", "unsealed", "public_key")}
 
 
 def write(database: Database, key: SealKey, file: BinaryIO) -> Exported:
-    """Write the whole log as it stands at one moment, in memory that does not grow with it."""
+    """Write the whole log as of one moment, in constant memory."""
     written = _Written(file)
     written.line({"export": {"format": FORMAT, "keys": list(key.public), "version": __version__}})
     with database.snapshot() as connection:
@@ -68,12 +68,12 @@ def _seals(connection: Connection) -> Iterator[Json]:
 
 
 def _in_signed_order(row: Json) -> list[tuple[str, int, int]]:
-    """A seal's ranges are made in the order of their writers; of one whose events were lost none are here."""
+    """Return a seal's ranges by writer, the order in which they were signed; none if its events were lost."""
     return sorted(row["ranges"])
 
 
 class _Written:
-    """The file so far, with what its last line says of it."""
+    """The file so far, with the counts for its last line."""
 
     def __init__(self, file: BinaryIO) -> None:
         self.file = file

@@ -1,4 +1,4 @@
-"""What a verification counts and finds."""
+"""Result of a verification: counts and faults."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ from dataclasses import dataclass, field
 from sdpipeline.domain import Json
 
 MOST_FAULTS = 1000
-"""So many are named: a log that was written anew has as many as it has events."""
+"""Limit of listed faults, because a rewritten log has as many faults as events."""
 
 UNREADABLE = (AttributeError, KeyError, TypeError, ValueError, OverflowError, RecursionError, MemoryError)
-"""What reading somebody's file raises where it is not what was written here."""
+"""Exceptions raised when a file was not written by this program."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Fault:
-    """One thing that does not agree: what kind, of what, and how."""
+    """One mismatch: its kind, its subject and the detail."""
 
     kind: str
     subject: str
@@ -24,12 +24,14 @@ class Fault:
 
 @dataclass(slots=True)
 class Verification:
-    """What was checked and what was found. ``skipped`` counts pictures that ``sample`` left out, ``deleted`` and
-    ``erased`` the tombstones: pictures that are gone, and jobs whose requests are.
+    """Counts and faults of a verification.
 
-    ``gaps`` are events that a restored backup lost and ``reconcile --adopt`` told of: named for ever, no fault.
-    ``signers`` are the public keys that signed, with the number of their seals. Beyond ``MOST_FAULTS`` faults are only
-    counted.
+    ``skipped`` counts pictures that ``sample`` left out. ``deleted`` and ``erased`` count the tombstones: deleted
+    pictures, and jobs whose requests were erased.
+
+    ``gaps`` are events that a restored backup lost and ``reconcile --adopt`` recorded. They are always listed and are
+    not faults. ``signers`` are the public keys that signed, with the number of their seals. Faults beyond
+    ``MOST_FAULTS`` are only counted.
     """
 
     events: int = 0
@@ -45,14 +47,14 @@ class Verification:
     more_faults: int = 0
 
     def fault(self, kind: str, subject: str, detail: str) -> None:
-        """Note a fault."""
+        """Add a fault."""
         if len(self.faults) < MOST_FAULTS:
             self.faults.append(Fault(kind=kind, subject=subject, detail=detail))
         else:
             self.more_faults += 1
 
     def document(self) -> Json:
-        """The form of ``audit verify --json``."""
+        """Return the document of ``audit verify --json``."""
         faults = [{"kind": f.kind, "subject": f.subject, "detail": f.detail} for f in self.faults]
         names = ("events", "seals", "images", "skipped", "unsealed", "deleted", "erased")
         counts = {name: getattr(self, name) for name in names}

@@ -1,4 +1,4 @@
-"""What a database that was restored lacks of its own log, and how it goes on."""
+"""Gaps in the audit log of a restored database, and the event that bridges them."""
 
 from __future__ import annotations
 
@@ -19,16 +19,18 @@ from sdpipeline.storage.keys import seal_object_key
 
 
 def refuse_restored(database: Database, store: ObjectStore) -> None:
-    """Raises AuditBrokenError where storage has sealed events that the database lacks: work there would be done
-    twice."""
+    """Raise AuditBrokenError if the database lacks sealed events that storage has.
+
+    Such a database was restored from a backup, so its work would be done twice.
+    """
     for number in forgotten(database, store):
         raise older_than(seal_object_key(number))
 
 
 def forgotten(database: Database, store: ObjectStore) -> Iterator[int]:
-    """The numbers of the seals that storage has and whose events the database lacks.
+    """Yield the numbers of the seals in storage whose events the database lacks.
 
-    A seal that only storage has may be on its way into the database, but then its events are here.
+    A seal that only storage has may be on its way into the database. Its events are in the database then.
     """
     with database.read() as connection:
         last = rows.last_seal(connection)
@@ -47,7 +49,7 @@ def forgotten(database: Database, store: ObjectStore) -> Iterator[int]:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Gap:
-    """What a restored database lacks of its own log, told by seals ``first_seal`` to ``last_seal``.
+    """Sealed events that a restored database lacks, covered by seals ``first_seal`` to ``last_seal``.
 
     ``missing`` are (writer, first, last sequence number), ``events`` their number.
     """
@@ -58,15 +60,15 @@ class Gap:
     missing: tuple[tuple[str, int, int], ...]
 
     def document(self) -> Json:
-        """As an event and ``audit verify --json`` tell it."""
+        """Return the fields as an event and ``audit verify --json`` show them."""
         missing = [list(each) for each in self.missing]
         return {"first_seal": self.first_seal, "last_seal": self.last_seal, "events": self.events, "missing": missing}
 
 
 def find_gap(database: Database, store: ObjectStore) -> Gap | None:
-    """From which seal to which the database lacks events that were sealed; None where it lacks none.
+    """Find the first and last seal over events that the database lacks; None if it lacks none.
 
-    Raises AuditBrokenError where one of these seals cannot be read.
+    Raises AuditBrokenError if one of these seals cannot be read.
     """
     lost = list(forgotten(database, store))
     if not lost:
@@ -99,7 +101,7 @@ def _lost_seal(store: ObjectStore, number: int) -> tuple[str, str, Json]:
 def lost_seals(
     database: Database, store: ObjectStore, key: SealKey, gap: Gap
 ) -> list[tuple[Json, list[tuple[str, int, int]]]]:
-    """The rows of the seals that only storage has, with what each covers that is here.
+    """Return the rows of the seals that only storage has, each with the ranges whose events are in the database.
 
     Raises AuditBrokenError unless they continue this database's own seals under the same key.
     """
@@ -119,8 +121,11 @@ def lost_seals(
 
 
 def bridge(tx: Transaction, seals: Sequence[tuple[Json, list[tuple[str, int, int]]]], gap: Gap) -> None:
-    """Go on after a gap: the lost seals stay in the chain of seals, covering nothing that is here, and an event
-    names what is missing. What is still here of the events they covered belongs to the next seal."""
+    """Continue after a gap: insert the lost seals and record an event that names the missing events.
+
+    The lost seals stay in the chain of seals and cover no event of the database. Events that they covered and that are
+    still here belong to the next seal.
+    """
     for row, covered in seals:
         rows.insert_seal(tx.connection, row, covered)
     tx.record(Event.AUDIT_GAP, "audit", last_hash=seals[-1][0]["hash"], **gap.document())

@@ -1,4 +1,4 @@
-"""The check of job rows against the events."""
+"""Verification of job rows against the audit events."""
 
 from __future__ import annotations
 
@@ -30,19 +30,19 @@ def _job_faults(job: Json, told: EventReplay) -> Iterator[str]:
     if erased != told.is_erased(job["id"]):
         yield "its request is gone, and no erasure is known" if erased else "its request was erased, and is here"
     yield from _erased_faults(job, told) if erased else request_faults(job)
-    # With its salt a job that was erased in between lost the means to show what it had committed to.
+    # A job that was erased in between has a new salt, so its old commitment cannot be checked.
     known = None if job["id"] in told.erased and not erased else committed(job["request"], job["salt"])
     yield from course_faults(job, told, known)
 
 
 def course_faults(job: Json, told: EventReplay, known: str | None) -> Iterator[str]:
-    """What became of a job; ``known`` is what it commits to, if that can be told."""
+    """Compare a job's status and attempts with the events; ``known`` is its commitment, None if unknown."""
     _, last = told.last.get(job["id"], (0, None))
     if job["status"] not in ALLOWED[last]:
         yield f"it is {job['status']}, the audit log says {last or 'nothing of it'}"
     attempts = told.attempts.get(job["id"], (0, 0))[1]
     event = told.succeeded.get((job["id"], job["fingerprint"]))
-    # A job that was cancelled, wanted again and found its old picture counts that picture's attempts.
+    # A job that was cancelled, asked for again and matched to its old picture counts that picture's attempts.
     kept = event["attempt"] if event is not None and job["status"] == "cancelled" else attempts
     if job["status"] == "succeeded":
         if event is None:
@@ -56,7 +56,7 @@ def course_faults(job: Json, told: EventReplay, known: str | None) -> Iterator[s
 
 
 def _erased_faults(job: Json, told: EventReplay) -> Iterator[str]:
-    """All that is left to compare is what had been committed to."""
+    """Compare an erased job's commitment with the events; nothing else of its request is left."""
     if job["salt"]:
         yield "its request was erased, and its salt is here"
     if job["id"] in told.erased and committed(job["request"], job["salt"]) != told.erased[job["id"]][1]:
@@ -64,7 +64,7 @@ def _erased_faults(job: Json, told: EventReplay) -> Iterator[str]:
 
 
 def request_faults(job: Json) -> Iterator[str]:
-    """What of a job does not hash to what it is known by."""
+    """Explain which values of a job do not hash to its identity or fingerprint."""
     if job_identity(job["edition"], job["stage"], job["row_key"], job["axes"], job["seed"]) != job["identity"]:
         yield "stage, row, variables or seed do not hash to its identity"
     try:

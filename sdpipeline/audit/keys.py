@@ -1,4 +1,4 @@
-"""The Ed25519 keys of seals: the one that signs, and those whose signatures are believed."""
+"""Ed25519 keys of seals: the signing key and the trusted public keys."""
 
 from __future__ import annotations
 
@@ -20,32 +20,32 @@ _RAW = serialization.Encoding.Raw, serialization.PublicFormat.Raw
 
 @dataclass(frozen=True, slots=True)
 class SealKey:
-    """The Ed25519 key that signs seals, and the raw public keys, hexadecimal, of those that did so before."""
+    """The Ed25519 key that signs seals, and the raw public keys of its predecessors, in hexadecimal."""
 
     private: Ed25519PrivateKey
     retired: tuple[str, ...] = ()
 
     @property
     def public_hex(self) -> str:
-        """The raw public key, hexadecimal."""
+        """The raw public key, in hexadecimal."""
         return self.private.public_key().public_bytes(*_RAW).hex()
 
     @property
     def public(self) -> tuple[str, ...]:
-        """Every key whose seals are believed, hexadecimal, this one first."""
+        """All trusted public keys in hexadecimal, this one first."""
         return self.public_hex, *self.retired
 
     def sign(self, body: str) -> str:
-        """The signature, hexadecimal."""
+        """Return the signature, in hexadecimal."""
         return self.private.sign(body.encode()).hex()
 
     def signed(self, body: str, signature: str) -> bool:
-        """Whether this key, or one before it, made the signature."""
+        """Return True if this key or one of its predecessors made the signature."""
         return signer(body) in self.public and is_signed(body, signature)
 
 
 def signer(body: str) -> str:
-    """The public key that a signed statement names as its own; empty where it names none."""
+    """Return the public key that a signed statement names as its own; empty if it names none."""
     try:
         return str(json.loads(body)["public_key"])
     except UNREADABLE:
@@ -53,7 +53,7 @@ def signer(body: str) -> str:
 
 
 def is_signed(body: str, signature: str) -> bool:
-    """Whether the key that a statement names made the signature."""
+    """Return True if the key that a statement names made the signature."""
     try:
         key = Ed25519PublicKey.from_public_bytes(bytes.fromhex(signer(body)))
         key.verify(bytes.fromhex(signature), body.encode())
@@ -64,20 +64,20 @@ def is_signed(body: str, signature: str) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class PublicKeys:
-    """The keys of whoever only checks seals."""
+    """Public keys for a verifier that does not sign."""
 
     public: tuple[str, ...]
 
 
 @dataclass(slots=True)
 class Succession:
-    """The keys of a chain of seals, one after the other: none comes back once another has signed."""
+    """The keys of a chain of seals in order: a key may not return once another has signed."""
 
     signers: dict[str, int] = field(default_factory=dict)
     _now: str = ""
 
     def fault(self, body: str, signature: str, trusted: tuple[str, ...] | None) -> tuple[str, str] | None:
-        """What is wrong with the next seal's signature, as kind and detail; ``trusted`` None believes any key."""
+        """Check the next seal's signature; return kind and detail of a fault. ``trusted=None`` accepts any key."""
         key = signer(body)
         if trusted is not None and key and key not in trusted:
             return "seal-key-unknown", f"it is signed by {key[:16]}, which is no key that is trusted here"
@@ -91,7 +91,7 @@ class Succession:
 
 
 def load_key(path: Path, *, create: bool, retired: tuple[str, ...] = ()) -> SealKey:
-    """Read a PEM file; ``create`` makes a development key where there is none."""
+    """Read a PEM file; ``create`` makes a development key if the file does not exist."""
     if not path.is_file():
         if not create:
             fix = "write an Ed25519 key there: openssl genpkey -algorithm ed25519"
@@ -111,7 +111,7 @@ def load_key(path: Path, *, create: bool, retired: tuple[str, ...] = ()) -> Seal
 
 
 def public_key(given: str, *, setting: str = "--key") -> str:
-    """A public key from 64 hexadecimal digits or a PEM file; raises SettingsError for what is neither."""
+    """Read a public key from 64 hexadecimal digits or a PEM file; raises SettingsError for anything else."""
     if re.fullmatch("[0-9a-fA-F]{64}", given):
         return given.lower()
     try:
@@ -133,7 +133,7 @@ def _create_key(path: Path) -> None:
         pem = Ed25519PrivateKey.generate().private_bytes(
             serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
         )
-        # Under another name first: whoever looks for the key finds all of it or nothing.
+        # Write under another name first, so that a reader finds the whole key or none.
         unfinished = path.with_suffix(".new")
         unfinished.touch(mode=0o600)
         unfinished.write_bytes(pem)

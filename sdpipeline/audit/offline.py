@@ -1,4 +1,4 @@
-"""The check of an export by nothing but itself and the keys that are trusted."""
+"""Offline verification of an export, from the file and the trusted keys alone."""
 
 from __future__ import annotations
 
@@ -19,21 +19,21 @@ from sdpipeline.errors import BadInputError
 from sdpipeline.merkle import Tree
 
 LONGEST_LINE = 16 * 2**20
-"""Bytes: a seal over 100,000 events of as many processes has some 5 MB."""
+"""Limit in bytes: a seal over 100,000 events of as many processes has about 5 MB."""
 
 
 def verify_export(lines: Iterable[bytes], *, trusted: tuple[str, ...] | None = None) -> Verification:
-    """Check every chain, every seal and the end of an export, line by line; memory grows with the number of processes
-    that wrote events and not with that of events.
+    """Check every chain, every seal and the end of an export, line by line.
 
-    ``trusted`` are the public keys whose seals are believed; None believes any one, for whoever compares the key
-    afterwards. Raises BadInputError for what is no export.
+    Memory grows with the number of processes that wrote events, not with the number of events. ``trusted`` are the
+    public keys whose seals are accepted. None accepts any key, for callers that compare the key afterwards. Raises
+    BadInputError if the file is not an export.
     """
     return _Reading(trusted).read(lines)
 
 
 class _Reading:
-    """How far an export was read: the head of every chain, and the seal whose events come now."""
+    """State of reading an export: the head of every chain, and the seal whose events come next."""
 
     def __init__(self, trusted: tuple[str, ...] | None) -> None:
         self.found = Verification()
@@ -52,7 +52,7 @@ class _Reading:
         self._ended = False
 
     def read(self, lines: Iterable[bytes]) -> Verification:
-        """The whole file."""
+        """Read and check the whole file."""
         for number, line in enumerate(lines):
             if len(line) > LONGEST_LINE:
                 raise BadInputError(f"this is no {FORMAT}: line {number + 1} is longer than {LONGEST_LINE:,} bytes")
@@ -115,7 +115,7 @@ class _Reading:
                 found.fault("event-forged", f"event:{writer}/{seq}", detail)
             if told["event"] == Event.AUDIT_GAP:
                 found.gaps.append({name: told[name] for name in GAP})
-                # A gap that is under no seal excuses nothing: whoever cut the log could have written it.
+                # An unsealed gap event excuses nothing: an attacker who cut the log could have written it.
                 self._lost += [range(told["first_seal"], told["last_seal"] + 1)] if self._left else []
         except UNREADABLE:
             found.fault("event-altered", f"event:{found.events}", "it is no event that was written here")
@@ -145,7 +145,7 @@ class _Reading:
         self._tree, self._left = Tree(), events
 
     def _close_seal(self) -> None:
-        """Compare what came since the last seal with what it signed."""
+        """Compare the events since the last seal with what it signed."""
         told, self._seal = self._seal, None
         if told is None:
             return

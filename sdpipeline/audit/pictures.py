@@ -1,4 +1,4 @@
-"""The check of picture rows against the events, and of what storage holds."""
+"""Verification of picture rows against the events, and of the objects in storage."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from sdpipeline.storage import ObjectStore
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Expected:
-    """An object that is to be in storage; ``pixels_sha256`` is known of pictures."""
+    """An object that must be in storage; ``pixels_sha256`` is known for pictures."""
 
     key: str
     sha256: str
@@ -30,7 +30,7 @@ class Expected:
 
 
 def objects_of(picture: Json) -> list[Expected]:
-    """A picture and its sidecar, by the picture's row."""
+    """Return a picture and its sidecar, from the picture's row."""
     own = Expected(key=picture["key"], sha256=picture["sha256"], pixels_sha256=picture["pixels_sha256"])
     return [own, Expected(key=picture["sidecar_key"], sha256=picture["sidecar_sha256"])]
 
@@ -38,8 +38,7 @@ def objects_of(picture: Json) -> list[Expected]:
 def verify_images(
     connection: Connection, found: Verification, told: EventReplay, sample: int | None
 ) -> tuple[list[Expected], list[str]]:
-    """Compare picture rows with the events; returns the objects that are to be read, and the keys that are to be
-    gone."""
+    """Compare picture rows with the events; return the objects to read, and the keys that must be deleted."""
     keys = audit_queries.image_keys(connection)
     wanted = set(keys if sample is None else random.sample(keys, min(sample, len(keys))))
     objects: list[Expected] = []
@@ -70,7 +69,7 @@ def verify_images(
 
 
 def differs(picture: Json, event: Json, *, deleted: bool) -> bool:
-    """Whether a picture's row is not what the event of its success says; of a deleted one the scores may be gone."""
+    """Return True if a picture's row differs from its success event; a deleted picture's scores may be gone."""
     told = event["image"] | {"attempt": event["attempt"], "worker_id": event["worker"]}
     if deleted and not picture["scores"]:
         told.pop("scores", None)
@@ -78,14 +77,17 @@ def differs(picture: Json, event: Json, *, deleted: bool) -> bool:
 
 
 def _looks_else(picture: Json, made: Json) -> bool:
-    """Whether a copy that lost its marks would not lead to this row; rows of releases before have no such columns."""
+    """Return True if the row's lookup columns differ from its hash, so that a stripped copy would not match.
+
+    Rows of older releases have no such columns and never differ.
+    """
     there = {name: picture.get(name) for name in LOOKS}
     wanted = dict.fromkeys(LOOKS) | looks(made["scores"] if "scores" in made else picture["scores"])
     return any(value is not None for value in there.values()) and there != wanted
 
 
 def verify_objects(store: ObjectStore, found: Verification, expected: Sequence[Expected]) -> None:
-    """Read every object, and the control maps that sidecars name, and name how it was changed."""
+    """Read every object, and the control maps that sidecars name, and report how each was changed."""
     keys = {each.sha256: each.key for each in expected}
     for each in expected:
         data = _verify_object(store, found, each, keys)
@@ -95,7 +97,7 @@ def verify_objects(store: ObjectStore, found: Verification, expected: Sequence[E
 
 
 def _verify_object(store: ObjectStore, found: Verification, each: Expected, keys: Mapping[str, str]) -> bytes | None:
-    """The object's bytes, if they are those that were recorded; ``keys`` of all others tell a swap."""
+    """Return the object's bytes if they are the recorded ones; ``keys`` by SHA-256 reveal a swap."""
     try:
         data = store.get(each.key)
     except ObjectMissingError:

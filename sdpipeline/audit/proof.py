@@ -1,7 +1,7 @@
-"""The proof that one picture's success stands in the sealed log, checkable by itself.
+"""Inclusion proof of one picture in the sealed audit log, verifiable on its own.
 
-A JSON document: the event's very bytes, its place among the leaves of its seal's Merkle tree with the sibling hashes
-up to the root (RFC 6962), and the signed seal.
+The proof is a JSON document with the event's exact bytes and the signed seal. It also holds the event's place among the
+leaves of the seal's Merkle tree, with the sibling hashes up to the root (RFC 6962).
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ from sdpipeline.merkle import inclusion_proof, verify_inclusion
 
 FORMAT = "sdpipeline/audit-proof/1"
 LARGEST_PICTURE = 1_000_000_000
-"""Pixels: what this program made is not held to what strangers may send."""
+"""Limit in pixels: this program's own pictures are not held to the limit for untrusted input."""
 
 _SUCCESSES = (Event.JOB_SUCCEEDED, Event.JOB_ADOPTED)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Success:
-    """The event of a picture, in its chain."""
+    """The success event of a picture, in its chain."""
 
     writer_id: str
     seq: int
@@ -43,7 +43,7 @@ class Success:
 
 
 def success_of_job(connection: Connection, job_id: int, *, team: str) -> Success:
-    """The newest picture of one of the team's jobs; raises BadInputError if it has none."""
+    """Return the newest picture of one of the team's jobs; raises BadInputError if it has none."""
     found = _successes(rows.about(connection, f"job:{job_id}"), team)
     if not found:
         raise BadInputError(Mistake(message=f"the audit log knows of no picture of job {job_id}"))
@@ -51,12 +51,14 @@ def success_of_job(connection: Connection, job_id: int, *, team: str) -> Success
 
 
 def success_of_picture(connection: Connection, sha256: str, *, team: str) -> Success:
-    """The team's oldest job with a picture of these bytes, for copies came later; raises BadInputError if it has
-    none."""
+    """Return the team's oldest success with a picture of these bytes, because copies come later.
+
+    Raises BadInputError if it has none.
+    """
     told = [
         row for job_id in audit_queries.jobs_with(connection, sha256) for row in rows.about(connection, f"job:{job_id}")
     ]
-    # A picture of an archived edition has no row any more, and its event is looked for.
+    # A picture of an archived edition has no row any more, so search the events.
     found = _successes(told, team) or _successes(rows.holding(connection, sha256), team)
     own = [each for each in found if each.told["image"]["sha256"] == sha256]
     if not own:
@@ -68,14 +70,17 @@ def success_of_picture(connection: Connection, sha256: str, *, team: str) -> Suc
 def _successes(events: Sequence[Any], team: str) -> list[Success]:
     found = []
     for row, told in readable(events):
-        # A picture's key begins with its team; of an archived job nothing else says whose it is.
+        # A picture's key begins with its team; nothing else names the team of an archived job.
         if told["event"] in _SUCCESSES and told["image"]["key"].startswith(f"{team}/"):
             found.append(Success(writer_id=row.writer_id, seq=row.seq, body=row.body, told=told))
     return found
 
 
 def prove(connection: Connection, success: Success) -> Json | None:
-    """The proof; None where no seal covers the event yet. Raises BadInputError where the seal is of other events."""
+    """Return the proof; None if no seal covers the event yet.
+
+    Raises BadInputError if the proof does not verify, because the sealed events were changed.
+    """
     row = rows.seal_over(connection, success.writer_id, success.seq)
     if row is None:
         return None
@@ -102,9 +107,9 @@ def prove(connection: Connection, success: Success) -> Json | None:
 def verify_proof(
     document: Json, *, trusted: tuple[str, ...] | None = None, picture: bytes | None = None
 ) -> Verification:
-    """Check a proof, and a picture against it where one is given; raises BadInputError for what is no proof.
+    """Check a proof, and a picture against it if given.
 
-    ``trusted`` is as for an export.
+    ``trusted`` is as for an export. Raises BadInputError if the document is not a proof.
     """
     proof, found = _parsed(document), Verification(events=1, seals=1)
     if wrong := Succession(found.signers).fault(proof.seal, proof.signature, trusted):
@@ -156,7 +161,7 @@ def _parsed(document: Json) -> _Proof:
 
 
 def altered(data: bytes, *, sha256: str, pixels_sha256: str | None) -> str | None:
-    """How a picture's bytes differ from what was recorded of it; None where they do not."""
+    """Describe how a picture's bytes differ from the recorded ones; None if they do not."""
     if hashlib.sha256(data).hexdigest() == sha256:
         return None
     try:

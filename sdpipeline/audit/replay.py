@@ -1,4 +1,4 @@
-"""What the events say of every job."""
+"""Replay of the events into the expected state of every job."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from sdpipeline.domain import Json
 ALLOWED: Mapping[str | None, tuple[str, ...]] = {
     None: ("waiting", "ready"),
     Event.LEASE_TAKEN: ("leased",),
-    # A submit or a retry holds again what a budget may not cover and nobody has leased.
+    # A submit or a retry holds jobs again that are not leased and that a budget may not cover.
     Event.LEASE_RELEASED: ("waiting", "ready"),
     Event.LEASE_EXPIRED: ("waiting", "ready"),
     Event.JOB_SUCCEEDED: ("succeeded",),
@@ -26,7 +26,7 @@ ALLOWED: Mapping[str | None, tuple[str, ...]] = {
     Event.JOBS_CHANGED: ("waiting", "ready", "succeeded"),
     Event.JOBS_REOPENED: ("waiting", "ready", "succeeded"),
 }
-"""What a job's status may be after the last event that names it."""
+"""Statuses that a job may have after the last event that names it."""
 
 
 _AFRESH = frozenset({Event.JOBS_RETRIED, Event.JOBS_CHANGED, Event.JOBS_REOPENED})
@@ -36,12 +36,12 @@ _LISTING = _AFRESH | {Event.JOBS_SKIPPED, Event.JOBS_CANCELLED, Event.JOBS_BLOCK
 
 
 GAP = ("first_seal", "last_seal", "events", "missing", "actor", "at_us")
-"""What is shown of an event that names what a restored database lacks."""
+"""Fields shown of an event that names the events a restored database lacks."""
 
 
 @dataclass(slots=True)
 class EventReplay:
-    """What the events say of each job, kept while the chains are read."""
+    """State of each job according to the events, collected while the chains are read."""
 
     succeeded: dict[tuple[int, str], Json] = field(default_factory=dict)
     last: dict[int, tuple[int, str]] = field(default_factory=dict)
@@ -57,7 +57,7 @@ class EventReplay:
     campaigns: CampaignReplay = field(default_factory=CampaignReplay)
 
     def apply(self, event: Json) -> None:
-        """Take in one event; raises KeyError, TypeError or ValueError for one that we did not write."""
+        """Apply one event; raises KeyError, TypeError or ValueError for one that this program did not write."""
         kind, at, subject = event["event"], event["at_us"], event["subject"]
         self.campaigns.apply(event)
         if kind == Event.CAMPAIGN_SUBMITTED:
@@ -93,17 +93,17 @@ class EventReplay:
                 self.erased[job_id] = max(self.erased.get(job_id, told), told)
 
     def _succeeded(self, job_id: int, event: Json) -> None:
-        """A picture that was lost is made again: the newest one counts."""
+        """Record a success; the newest one counts, because a lost picture is made again."""
         known = self.succeeded.get((job_id, event["fingerprint"]), event)
         if known["at_us"] <= event["at_us"]:
             self.succeeded[job_id, event["fingerprint"]] = event
 
     def is_erased(self, job_id: int) -> bool:
-        """Whether its request was erased, and nobody asked for something else since."""
+        """Return True if the job's request was erased and has not been replaced since."""
         return job_id in self.erased and self.changed.get(job_id, -1) <= self.erased[job_id][0]
 
     def _note(self, job_id: int, at: int, kind: str, attempt: int | None) -> None:
-        """Chains are read one after the other, so the clock says what came last; in a chain, its order."""
+        """Record an event of a job by time, because chains are read one by one; within a chain, by order."""
         if self.last.get(job_id, (at, ""))[0] <= at:
             self.last[job_id] = (at, kind)
         if attempt is not None and self.attempts.get(job_id, (at, 0))[0] <= at:

@@ -1,4 +1,4 @@
-"""Signed Merkle roots over what the audit log gained, in storage and in the database."""
+"""Seals: signed Merkle roots over new audit events, in storage and in the database."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ Ranges = list[tuple[str, int, int]]
 """(writer, first, last sequence number)."""
 
 MOST_EVENTS = 100_000
-"""What one seal covers at most: a proof reads as many events."""
+"""Limit of events per seal: a proof reads as many events."""
 EVERY_S = 60.0
 _LOOK_S = 1.0
 
@@ -33,9 +33,9 @@ _log = structlog.get_logger(__name__)
 
 
 def seal(database: Database, store: ObjectStore, key: SealKey) -> int:
-    """Sign Merkle roots over all events no seal covers yet, as many as there were; returns their number.
+    """Sign Merkle roots over all unsealed events; return the number of events.
 
-    A seal goes to storage first: one that only the database knows proves nothing.
+    A seal goes to storage first: a seal that only the database has proves nothing.
     """
     sealed = 0
     while True:
@@ -55,9 +55,9 @@ def watch(
     events: int = MOST_EVENTS,
     on_seal: Callable[[int], None] | None = None,
 ) -> None:
-    """Seal every ``every_s`` seconds what there is, and sooner once it is ``events``; a last time when told to stop.
+    """Seal new events every ``every_s`` seconds, sooner after ``events`` events, and once more on ``stop``.
 
-    An outage of database or storage is waited out: the next look finds what is open.
+    An outage of database or storage is logged; the next round seals what is open.
     """
     begun = time.monotonic()
     while True:
@@ -76,7 +76,7 @@ def watch(
 
 
 def wait_for_seal(database: Database, *, timeout_s: float) -> int:
-    """Wait until another process sealed the events that are open now; returns their number.
+    """Wait until another process has sealed the events that are open now; return their number.
 
     Raises SealOverdueError if they are not sealed within ``timeout_s``.
     """
@@ -95,7 +95,7 @@ def wait_for_seal(database: Database, *, timeout_s: float) -> int:
 
 
 def unsealed(database: Database) -> int:
-    """How many events no seal covers yet."""
+    """Count the events that no seal covers yet."""
     with database.read() as connection:
         return size(rows.unsealed_ranges(connection))
 
@@ -124,7 +124,7 @@ def _seal_next(database: Database, store: ObjectStore, key: SealKey) -> int:
 
 
 def _first(found: Ranges, most: int) -> Ranges:
-    """The first ``most`` events of these ranges."""
+    """Return the first ``most`` events of these ranges."""
     taken: Ranges = []
     for writer, first, last in found:
         if most <= 0:
@@ -136,7 +136,7 @@ def _first(found: Ranges, most: int) -> Ranges:
 
 
 def size(found: Ranges) -> int:
-    """How many events lie in these ranges."""
+    """Count the events in these ranges."""
     return sum(last - first + 1 for _, first, last in found)
 
 
@@ -145,7 +145,7 @@ def _publish(database: Database, store: ObjectStore, number: int, body: str, key
     try:
         stored = store.put(name, seal_object(body, signature), content_type="application/json", retained=True)
     except ObjectConflictError:
-        # A sealer died between storage and database: what it signed stands, if this database has what it sealed.
+        # A sealer died between storage and database: its seal is valid if this database has the sealed events.
         body, signature = read_seal(store.get(name))
         with database.read() as connection:
             if not (key.signed(body, signature) and covers(connection, json.loads(body))):
@@ -159,33 +159,33 @@ def _publish(database: Database, store: ObjectStore, number: int, body: str, key
 
 
 def ranges(body: Json) -> Ranges:
-    """(writer, first, last sequence number) of what a seal covers, in the order of its leaves."""
+    """Return (writer, first, last sequence number) of a seal's events, in the order of its leaves."""
     return [(writer, first, last) for writer, first, last in body["ranges"]]
 
 
 def covers(connection: Connection, body: Json) -> bool:
-    """Whether the database's events are those that were sealed."""
+    """Return True if the database's events are those that were sealed."""
     return root(rows.bodies(connection, ranges(body))).hex() == str(body["merkle_root"])
 
 
 def seal_object(body: str, signature: str) -> bytes:
-    """A seal as storage holds it."""
+    """Return a seal as storage holds it."""
     return rfc8785.dumps({"body": body, "signature": signature})
 
 
 def read_seal(data: bytes) -> tuple[str, str]:
-    """Body and signature of a stored seal; raises KeyError, TypeError or ValueError for what is none."""
+    """Return body and signature of a stored seal; raises KeyError, TypeError or ValueError if it is not a seal."""
     found = json.loads(data)
     return str(found["body"]), str(found["signature"])
 
 
 def digest(text: str) -> str:
-    """The SHA-256 that chains events and seals."""
+    """Return the SHA-256 that chains events and seals."""
     return hashlib.sha256(text.encode()).hexdigest()
 
 
 def older_than(seal: str) -> AuditBrokenError:
-    """The error for a database that a seal in storage is ahead of."""
+    """Return the error for a database that is older than a seal in storage."""
     return AuditBrokenError(
         f"the database is older than {seal} in storage: a restored backup, or another database's storage?"
     )

@@ -1,4 +1,4 @@
-"""The check of database, storage and seals against each other."""
+"""Verification of database, storage and seals against each other."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def verify(
 ) -> Verification:
     """Check every chain, seal, job row and picture; ``sample`` limits the pictures whose bytes are read.
 
-    Workers may go on meanwhile: rows are compared as they stood at one moment, storage afterwards.
+    Workers may continue meanwhile: rows are compared as of one moment, storage afterwards.
     """
     found = Verification()
     with database.snapshot() as connection:

@@ -1,1 +1,1 @@
-"""The database: the truth about campaigns, jobs, pictures and what happened to them."""
+"""The database: the source of truth about campaigns, jobs, pictures and their history."""

@@ -1,4 +1,4 @@
-"""Closed editions on their way out of the tables that workers use, and the rows that say where they are now."""
+"""Archiving of closed editions: move their rows out of the workers' tables and record their location."""
 
 from __future__ import annotations
 
@@ -33,13 +33,13 @@ _PUBLIC = (
     "erased_at",
 )
 _UNSEEN: Json = {"scores": {}} | dict.fromkeys(LOOKS)
-"""What the object that is kept for good says of how a subject's picture looks: nothing."""
+"""Values in the permanent archive object in place of a subject's picture's scores and hash: none."""
 _ENDED_AT = func.coalesce(job.c.finished_at, job.c.created_at)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Edition:
-    """One closed making of a campaign. ``state`` changes with whatever anybody does to its jobs or pictures."""
+    """One closed edition of a campaign; ``state`` changes with any change to its jobs or pictures."""
 
     campaign_id: int
     team: str
@@ -52,7 +52,7 @@ class Edition:
 
 
 def closed(connection: Connection, *, team: str, days: float) -> list[Edition]:
-    """Editions whose jobs all ended that long ago and that are not (part of) their campaign's present version."""
+    """List editions whose jobs all ended ``days`` ago and have no job in their campaign's current version."""
     found = connection.execute(_editions(campaign.c.team == team, _ENDED_AT.is_not(None), before_days=days)).all()
     return [_edition(connection, row) for row in found]
 
@@ -92,7 +92,7 @@ def _edition(connection: Connection, row: Any) -> Edition:
 
 
 def lines(connection: Connection, edition: Edition) -> Iterator[tuple[Json, Json | None]]:
-    """Every job with its attempts, pictures and the places of its events; and what is private of it, if it is here."""
+    """Yield every job with attempts, pictures and event positions, and its private part if it still exists."""
     after = 0
     mine = and_(job.c.campaign_id == edition.campaign_id, job.c.edition == edition.edition)
     while (
@@ -106,7 +106,7 @@ def lines(connection: Connection, edition: Edition) -> Iterator[tuple[Json, Json
         for row in rows:
             public = {name: row[name] for name in _PUBLIC} | {"commitment": committed(row["request"], row["salt"])}
             public["parents"] = sorted(each["parent_id"] for each in parents.get(row["id"], ()))
-            # An error may name a file or a value.
+            # Leave the error out: it may name a file or a value.
             public["attempts"] = [{n: v for n, v in each.items() if n != "error"} for each in tries.get(row["id"], ())]
             own = pictures.get(row["id"], [])
             public["images"] = own if row["subject"] is None else [each | _UNSEEN for each in own]
@@ -135,7 +135,7 @@ def _events(connection: Connection, ids: list[int]) -> dict[int, list[list[Any]]
 
 
 def record(tx: Transaction, edition: Edition, stored: Json) -> bool:
-    """From now on the edition is archived, unless anything of it changed since it was read."""
+    """Record the edition as archived; return False if it changed since it was read."""
     lock_campaign(tx.connection, edition.campaign_id)
     mine = (job.c.campaign_id == edition.campaign_id, job.c.edition == edition.edition)
     row = tx.connection.execute(_editions(*mine, before_days=None)).first()
@@ -152,14 +152,14 @@ def record(tx: Transaction, edition: Edition, stored: Json) -> bool:
 
 
 def left_behind(connection: Connection, *, team: str) -> list[tuple[int, str]]:
-    """Archived editions of which rows are still in the tables."""
+    """List archived editions that still have rows in the tables."""
     there = exists().where(job.c.campaign_id == archive.c.campaign_id, job.c.edition == archive.c.edition)
     mine = select(archive.c.campaign_id, archive.c.edition).join(campaign, campaign.c.id == archive.c.campaign_id)
     return [(row[0], row[1]) for row in connection.execute(mine.where(campaign.c.team == team, there))]
 
 
 def drop(connection: Connection, campaign_id: int, edition: str, *, limit: int) -> int:
-    """Take the first jobs of an archived edition out of the tables; returns how many."""
+    """Delete the first jobs of an archived edition from the tables; return their number."""
     lock_campaign(connection, campaign_id)
     first = select(job.c.id).where(job.c.campaign_id == campaign_id, job.c.edition == edition)
     ids = list(connection.execute(first.order_by(job.c.id).limit(limit)).scalars())
@@ -173,7 +173,7 @@ def drop(connection: Connection, campaign_id: int, edition: str, *, limit: int) 
 
 
 def archives(connection: Connection, *, team: str | None = None, job_id: int | None = None) -> list[Json]:
-    """The archived editions, with team and campaign by name; those that may hold a job, where one is given."""
+    """List archived editions with team and campaign by name; with ``job_id``, those that may hold that job."""
     statement = select(archive, campaign.c.team, campaign.c.name).join(campaign, campaign.c.id == archive.c.campaign_id)
     if team is not None:
         statement = statement.where(campaign.c.team == team)
@@ -184,25 +184,25 @@ def archives(connection: Connection, *, team: str | None = None, job_id: int | N
 
 
 def is_archived(connection: Connection, *, team: str, name: str, edition: str) -> bool:
-    """Whether that edition of a campaign was archived."""
+    """Return True if that edition of a campaign was archived."""
     mine = select(archive.c.edition).join(campaign, campaign.c.id == archive.c.campaign_id)
     mine = mine.where(campaign.c.team == team, campaign.c.name == name, archive.c.edition == edition)
     return connection.execute(mine).first() is not None
 
 
 def events_of(connection: Connection, job_id: int) -> list[str]:
-    """The events of a job, which stay where they are."""
+    """List the events of a job, which are not moved by archiving."""
     return list(
         connection.execute(select(audit_event.c.body).where(audit_event.c.subject == f"job:{job_id}")).scalars()
     )
 
 
 def now(connection: Connection) -> float:
-    """The database's clock."""
+    """Return the time of the database's clock."""
     return float(connection.execute(select(now_s())).scalar_one())
 
 
 def change(connection: Connection, row: Json, **values: Any) -> None:
-    """Write down what became of an archived edition's pictures or private part."""
+    """Update an archived edition's row after its pictures or private part changed."""
     mine = and_(archive.c.campaign_id == row["campaign_id"], archive.c.edition == row["edition"])
     connection.execute(update(archive).where(mine).values(**values))

@@ -1,4 +1,4 @@
-"""The audit log's rows: one hash chain per writer process, written inside the transition's own transaction."""
+"""Rows of the audit log: one hash chain per writer process, written in the transition's own transaction."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _SESSION_USER: ColumnElement[str] = literal_column("session_user::text")
 
 
 class Event(StrEnum):
-    """Everything that is written down."""
+    """Kinds of audit events."""
 
     CAMPAIGN_SUBMITTED = "campaign.submitted"
     CAMPAIGN_PAUSED = "campaign.paused"
@@ -73,9 +73,9 @@ class Transaction:
     _told: list[Json] = field(default_factory=list)
 
     def record(self, event: Event, subject: str, **details: Any) -> None:
-        """Append one event; ``details`` must be JSON without floats' NaN and without personal data.
+        """Append one event; ``details`` must be JSON without NaN and without personal data.
 
-        Record a transition after the statement that made it: its row locks order the events of one job.
+        Record a transition after the statement that made it, because its row locks order the events of one job.
         """
         self._told.append({"event": str(event), "subject": subject, **details})
 
@@ -100,7 +100,7 @@ class Transaction:
 
 
 class AuditLog:
-    """One process's chain of events. Transactions are taken one at a time."""
+    """One process's chain of events; only one transaction is open at a time."""
 
     def __init__(self, database: Database, *, actor: str) -> None:
         self.database = database
@@ -115,7 +115,7 @@ class AuditLog:
 
     @contextmanager
     def transaction(self) -> Iterator[Transaction]:
-        """One write transaction whose events extend the chain when, and only when, it commits."""
+        """Open a write transaction whose events extend the chain if and only if it commits."""
         with self._lock:
             if self._pid != os.getpid():
                 self._start_chain()
@@ -125,7 +125,7 @@ class AuditLog:
                     tx.record(Event.CHAIN_TAKEN, f"event:{writer_id}/{seq}", chain=writer_id, first=seq)
                 yield tx
                 self._flush(tx)
-                # Whether a commit arrived is unknown if it fails: the old chain goes on only once it did.
+                # A failed commit may have been applied, so continue the old chain only after a successful one.
                 self._start_chain()
             self.writer_id, self._seq, self._head = tx.writer_id, tx.seq, tx.head
             self._taken.clear()
@@ -142,15 +142,15 @@ class AuditLog:
 
 
 def canonical_event(event: Json) -> str:
-    """The RFC 8785 bytes of one event; these, not the database's idea of JSON, are hashed."""
+    """Return the RFC 8785 bytes of one event; these are hashed, not the database's form of JSON."""
     return rfc8785.dumps({"v": 1} | event).decode()
 
 
 def _stamp(connection: Connection) -> Json:
-    """Time and database login of new events.
+    """Return time and database login for new events.
 
-    One clock for all writers: the server's on PostgreSQL, the machine's on SQLite (whose own has milliseconds).
-    SQLite has no logins.
+    All writers use one clock: the server's on PostgreSQL, the machine's on SQLite (whose own has milliseconds). SQLite
+    has no logins.
     """
     if connection.dialect.name == "sqlite":
         return {"at_us": time.time_ns() // 1000}
@@ -159,10 +159,10 @@ def _stamp(connection: Connection) -> Json:
 
 
 def unsealed_ranges(connection: Connection) -> list[tuple[str, int, int]]:
-    """(writer, first, last sequence number) of every chain's events that no seal covers yet.
+    """List (writer, first, last sequence number) of every chain's events that no seal covers yet.
 
-    Two look-ups in the primary key for each chain, however many events are sealed: neither database skips from one
-    writer to the next by itself, so a recursion does.
+    Each chain takes two look-ups in the primary key, however many events are sealed. A recursion skips from one writer
+    to the next, because neither database does so by itself.
     """
     own = audit_event.c
     chains = select(func.min(own.writer_id).label("writer")).cte("chains", recursive=True)
@@ -182,7 +182,7 @@ def unsealed_ranges(connection: Connection) -> list[tuple[str, int, int]]:
 
 
 def bodies(connection: Connection, ranges: Sequence[tuple[str, int, int]]) -> Iterator[bytes]:
-    """The events of the given ranges, in their order: the leaves of a seal's Merkle tree."""
+    """Yield the events of the given ranges, in their order: the leaves of a seal's Merkle tree."""
     for writer, first, last in ranges:
         statement = (
             select(audit_event.c.body)
@@ -195,7 +195,7 @@ def bodies(connection: Connection, ranges: Sequence[tuple[str, int, int]]) -> It
 
 
 def insert_seal(connection: Connection, seal: Json, ranges: Sequence[tuple[str, int, int]]) -> bool:
-    """Store a seal and what it covers; False if another sealer was first with this number."""
+    """Store a seal and its ranges; return False if another sealer was first with this number."""
     statement = insert_ignoring(connection, audit_seal).values(**seal).execution_options(preserve_rowcount=True)
     if not connection.execute(statement).rowcount:
         return False
@@ -209,7 +209,7 @@ def insert_seal(connection: Connection, seal: Json, ranges: Sequence[tuple[str, 
 
 
 def seals_after(connection: Connection, number: int, *, limit: int) -> list[Json]:
-    """The next seals after that number with what each covers here, oldest first."""
+    """List the next seals after that number, each with its ranges in this database, oldest first."""
     page = select(audit_seal).where(audit_seal.c.number > number).order_by(audit_seal.c.number).limit(limit)
     found = [dict(row) | {"ranges": []} for row in connection.execute(page).mappings()]
     own = audit_seal_range.c
@@ -221,7 +221,7 @@ def seals_after(connection: Connection, number: int, *, limit: int) -> list[Json
 
 
 def seal_over(connection: Connection, writer_id: str, seq: int) -> Json | None:
-    """The row of the seal that covers an event."""
+    """Return the row of the seal that covers an event; None if there is none."""
     own = audit_seal_range.c
     covers = (own.writer_id == writer_id, own.first_seq <= seq, own.last_seq >= seq)
     number = select(own.number).where(*covers).limit(1).scalar_subquery()
@@ -230,30 +230,30 @@ def seal_over(connection: Connection, writer_id: str, seq: int) -> Json | None:
 
 
 def about(connection: Connection, subject: str) -> list[Any]:
-    """All events of one subject, in no order that counts."""
+    """List all events of one subject, in no particular order."""
     return list(connection.execute(select(audit_event).where(audit_event.c.subject == subject)))
 
 
 def holding(connection: Connection, text: str) -> list[Any]:
-    """All events whose bytes hold that text of letters and digits; looks through the whole log."""
+    """List all events that contain this text of letters and digits; scans the whole log."""
     return list(connection.execute(select(audit_event).where(audit_event.c.body.contains(text))))
 
 
 def last_seal(connection: Connection) -> Json | None:
-    """The newest seal's row."""
+    """Return the newest seal's row; None if there is none."""
     row = connection.execute(select(audit_seal).order_by(audit_seal.c.number.desc()).limit(1)).mappings().first()
     return dict(row) if row else None
 
 
 def newest_sequences(connection: Connection, writers: Collection[str]) -> dict[str, int]:
-    """The last sequence number that is here of each of these chains."""
+    """Return the last sequence number of each of these chains that the database has."""
     newest = select(audit_event.c.writer_id, func.max(audit_event.c.seq)).group_by(audit_event.c.writer_id)
     rows = connection.execute(newest.where(audit_event.c.writer_id.in_(writers)))
     return {writer: int(seq) for writer, seq in rows}
 
 
 def seals(connection: Connection) -> list[Json]:
-    """All seals with their ranges, oldest first."""
+    """List all seals with their ranges, oldest first."""
     ranges: dict[int, list[tuple[str, int, int]]] = {}
     for row in connection.execute(
         select(audit_seal_range).order_by(audit_seal_range.c.number, audit_seal_range.c.writer_id)
@@ -264,16 +264,16 @@ def seals(connection: Connection) -> list[Json]:
 
 
 def events(connection: Connection) -> Iterator[Any]:
-    """Every event row, chain by chain in order."""
+    """Yield every event row, chain by chain, in order."""
     statement = select(audit_event).order_by(audit_event.c.writer_id, audit_event.c.seq)
     yield from connection.execute(statement.execution_options(yield_per=1000))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Writer:
-    """The database login that a chain of events is bound to; None for a chain that ended before logins were kept.
+    """The database login that a chain is bound to; None for a chain that ended before logins were recorded.
 
-    ``kind`` is "worker" or "sealer" if that login may write only what such a process writes.
+    ``kind`` is "worker" or "sealer" if that login may write only the events of such a process.
     """
 
     login: str | None
@@ -282,7 +282,7 @@ class Writer:
 
 
 def writers(connection: Connection) -> dict[str, Writer]:
-    """The login of every chain, by writer; empty on SQLite."""
+    """Return the login of every chain, by writer; empty on SQLite."""
     columns = (audit_writer.c.writer_id, audit_writer.c.login, audit_writer.c.kind, audit_writer.c.actor)
     rows = connection.execute(select(*columns))
     return {row.writer_id: Writer(login=row.login, kind=row.kind, actor=row.actor) for row in rows}

@@ -1,4 +1,4 @@
-"""What a campaign may spend and has spent: its chains are begun as the budget allows, then it pauses itself."""
+"""Campaign budgets: record spending, begin chains as far as the budget allows, and pause a campaign that spent it."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _READY: ColumnElement[str] = literal_column("'ready'")
 _LEASED: ColumnElement[str] = literal_column("'leased'")
 _UNFINISHED = and_(job.c.chain.is_not(None), job.c.status.in_((_WAITING, _READY, _LEASED)))
 LIMITS = {"max_images": "images", "max_gpu_seconds": "gpu_seconds", "max_cost": "cost"}
-"""A budget's keys and what each of them limits."""
+"""A budget's keys and the amount that each of them limits."""
 
 Amounts = Mapping[str, float]
 """Pictures, GPU-seconds and cost, by the names of ``spending``'s columns."""
@@ -29,7 +29,7 @@ Amounts = Mapping[str, float]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Charge:
-    """Which worker made an attempt, and what it took: seconds of the device, and their price."""
+    """Cost of an attempt: its worker, seconds of the device, and their price."""
 
     worker_id: str
     gpu_seconds: float = 0.0
@@ -37,7 +37,7 @@ class Charge:
 
 
 def set_terms(tx: Transaction, campaign_id: int, *, budget: Json | None, priority: int) -> None:
-    """The newest version's budget and priority; a campaign that paused itself goes on if it may."""
+    """Set the newest version's budget and priority; resume a campaign that paused itself."""
     this = campaign.c.id == campaign_id
     values = {"budget": budget if budget is not None else null(), "priority": priority}
     tx.connection.execute(update(campaign).where(this).values(**values))
@@ -48,23 +48,23 @@ def set_terms(tx: Transaction, campaign_id: int, *, budget: Json | None, priorit
 
 
 def start_over(connection: Connection, campaign_id: int) -> None:
-    """Look at every chain again: some are to be made anew. What nobody has leased yet is held again."""
+    """Reconsider every chain, because some are to be made again; hold root jobs that are not leased."""
     connection.execute(update(campaign).where(campaign.c.id == campaign_id).values(admitted=0))
     roots = and_(job.c.campaign_id == campaign_id, job.c.chain.is_not(None), job.c.depth == 0)
     connection.execute(update(job).where(roots, job.c.status == _READY).values(status="waiting"))
 
 
 def let_go(connection: Connection, campaign_id: int) -> None:
-    """No budget, or none any more: nothing is held."""
+    """Release all held jobs of a campaign that has no budget (any more)."""
     connection.execute(update(job).where(job.c.campaign_id == campaign_id, _held()).values(status="ready"))
     numbered = and_(job.c.campaign_id == campaign_id, job.c.chain.is_not(None))
     connection.execute(update(job).where(numbered).values(chain=null()))
 
 
 def spend(connection: Connection, campaign_id: int, group_id: int, charge: Charge, *, size_bytes: int | None) -> Json:
-    """Add an attempt to what a campaign's group has cost; ``size_bytes`` of its picture, None where it made none.
+    """Add an attempt to the cost of a campaign's group; return the amounts for the attempt's audit event.
 
-    Returns what the attempt's audit event says of it.
+    ``size_bytes`` is the size of its picture, None if it made none.
     """
     amounts: dict[str, float] = {"images": int(size_bytes is not None), "size_bytes": size_bytes or 0}
     amounts |= {"gpu_seconds": charge.gpu_seconds, "cost": charge.cost}
@@ -77,17 +77,17 @@ def spend(connection: Connection, campaign_id: int, group_id: int, charge: Charg
 
 
 def spent(connection: Connection, campaign_id: int) -> Amounts:
-    """What a campaign has cost so far, failed attempts too."""
+    """Return a campaign's cost so far, including failed attempts."""
     sums = [func.coalesce(func.sum(spending.c[name]), 0).label(name) for name in LIMITS.values()]
     row = connection.execute(select(*sums).where(spending.c.campaign_id == campaign_id)).one()
     return {name: float(getattr(row, name)) for name in LIMITS.values()}
 
 
 def admit(tx: Transaction, *, wave: int, gpu_second_cost: float = 0.0, campaign_id: int | None = None) -> None:
-    """Begin chains of campaigns with a budget, at most ``wave`` ahead of what is leased; pause those that spent it.
+    """Begin chains of campaigns with a budget, at most ``wave`` ahead of the leases; pause those that spent it.
 
     A chain is begun only if the budget also covers the rest of all chains begun before, so that it buys finished
-    pictures and not only drafts. Stages without any picture yet are learned from one wave.
+    pictures and not only drafts. The cost of stages without any picture yet is learned from one wave.
     ``gpu_second_cost`` is the deployment's price.
     """
     to_begin = exists().where(job.c.campaign_id == campaign.c.id, _UNFINISHED, job.c.chain >= campaign.c.admitted)
@@ -95,10 +95,10 @@ def admit(tx: Transaction, *, wave: int, gpu_second_cost: float = 0.0, campaign_
     chosen = select(campaign.c.id, campaign.c.budget, campaign.c.admitted).where(*mine)
     if campaign_id is not None:
         chosen = chosen.where(campaign.c.id == campaign_id)
-    # Not in the way of completions, whose first row of spending refers to the campaign.
+    # Do not block completions: their first row of spending refers to the campaign.
     free = chosen.order_by(campaign.c.id).with_for_update(skip_locked=True, key_share=True)
     for row in tx.connection.execute(free).all():
-        # JSON's null is no NULL everywhere. What somebody has for himself would be waited for with its row locked.
+        # JSON's null is not NULL everywhere. Do not wait for a campaign's exclusive lock while its row is locked here.
         if row.budget is not None and share_if_free(tx.connection, row.id):
             _admit(tx, row, wave, gpu_second_cost)
 
@@ -138,21 +138,21 @@ def _admit(tx: Transaction, row: Any, wave: int, gpu_second_cost: float) -> None
 
 
 def _running(connection: Connection, campaign_id: int, admitted: int) -> list[int]:
-    """Chains on their way that a submit or a retry has put behind others."""
+    """List chains in progress that a submit or a retry has moved behind others."""
     there = and_(job.c.campaign_id == campaign_id, or_(job.c.status == _READY, job.c.status == _LEASED))
-    # `+ 0` keeps to the index on the status: few jobs are ready or leased, and any number may be in later chains.
+    # `+ 0` forces the index on the status: few jobs are ready or leased, and any number may be in later chains.
     return sorted(set(connection.execute(select(job.c.chain).where(there, job.c.chain + 0 >= admitted)).scalars()))
 
 
 def _left(connection: Connection, chosen: ColumnElement[bool]) -> list[tuple[str, int, int]]:
-    """Unfinished jobs by stage, and how many of them are roots that nobody has leased."""
+    """Count unfinished jobs by stage, and how many of them are root jobs that are not leased."""
     roots = func.sum(case((and_(job.c.depth == 0, job.c.status != _LEASED), 1), else_=0))
     rows = connection.execute(select(job.c.stage, func.count(), roots).where(chosen).group_by(job.c.stage))
     return [(stage, int(count), int(idle)) for stage, count, idle in rows]
 
 
 def _next_chains(connection: Connection, held: ColumnElement[bool], wave: int) -> dict[int, dict[str, int]]:
-    """How many jobs of each stage the next chains still ask for."""
+    """Count the unfinished jobs of each stage in the next chains."""
     numbers = select(job.c.chain).where(held).distinct().order_by(job.c.chain).limit(wave).subquery()
     counted = (
         select(job.c.chain, job.c.stage, func.count())
@@ -167,7 +167,7 @@ def _next_chains(connection: Connection, held: ColumnElement[bool], wave: int) -
 
 
 def _seconds(connection: Connection, campaign_id: int, stage: str) -> float | None:
-    """GPU-seconds of one picture of a stage: from this campaign, else from such pictures of others."""
+    """Estimate GPU-seconds of one picture of a stage, from this campaign or else from others' same batch keys."""
     own = and_(work_group.c.campaign_id == campaign_id, work_group.c.stage == stage)
     keys = select(work_group.c.batch_key).where(own).scalar_subquery()
     found = average(connection, own) or average(connection, work_group.c.batch_key.in_(keys))
@@ -195,5 +195,5 @@ def _pause(tx: Transaction, campaign_id: int, budget: Json) -> None:
 
 
 def _held() -> ColumnElement[bool]:
-    """Jobs that wait for neither parents nor time."""
+    """Select jobs that wait for neither parents nor time."""
     return and_(job.c.status == _WAITING, job.c.parents_left == 0, job.c.not_before.is_(None))

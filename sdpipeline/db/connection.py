@@ -1,4 +1,4 @@
-"""Opening a database: one writer and one reader, the database's clock, and its errors translated."""
+"""Database connections: one writer and one reader, the database's clock, and translated errors."""
 
 from __future__ import annotations
 
@@ -31,17 +31,17 @@ CHUNK = 5000
 _POSTGRES_CONNECTION = {
     # Per address of a host name: two of them must fail within 15 s.
     "connect_timeout": 5,
-    # A server that vanished without a word is noticed within half a minute.
+    # A server that vanished silently is noticed within half a minute.
     "keepalives_idle": 10,
     "keepalives_interval": 5,
     "keepalives_count": 3,
     "tcp_user_timeout": 30_000,
 }
-# Transactions begin with a statement of ours, in the round trip that the driver's own BEGIN would take.
+# Our own BEGIN opens each transaction, in the round trip that the driver's BEGIN would take.
 _POSTGRES_DRIVER = {"autocommit": True}
 _IDLE_TIMEOUT = "idle_in_transaction_session_timeout"
-# A process that is frozen in the middle of a transaction must not hold its row locks for ever. Set by the transaction:
-# a pooler refuses start-up options and keeps no session's settings.
+# A process that is frozen in the middle of a transaction must not hold its row locks for ever. The transaction sets the
+# limit, because a pooler refuses start-up options and keeps no session's settings.
 _LIMITED = f"; SET LOCAL {_IDLE_TIMEOUT} = '60s'"
 _ISOLATION = "sdp_isolation"
 
@@ -66,10 +66,10 @@ def _now_on_postgresql(*_: Any, **__: Any) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Database:
-    """Two pools on one database. On PostgreSQL they are the same pool.
+    """Two pools on one database; on PostgreSQL they are the same pool.
 
-    On SQLite a reader that begins a write transaction would queue behind the writer, and a writer
-    that begins as a reader fails when it upgrades: so each has its own engine.
+    On SQLite each has its own engine. A reader that began a write transaction would queue behind the writer, and a
+    writer that began as a reader would fail when it upgrades.
     """
 
     writer: Engine
@@ -77,24 +77,24 @@ class Database:
 
     @property
     def is_sqlite(self) -> bool:
-        """Whether this is the embedded default."""
+        """True if this is the embedded default."""
         return self.writer.dialect.name == "sqlite"
 
     @contextmanager
     def write(self) -> Iterator[Connection]:
-        """One short transaction that may write; commits at the end."""
+        """Open one short transaction that may write; commits at the end."""
         with _translated(self.writer.url), self.writer.begin() as connection:
             yield connection
 
     @contextmanager
     def read(self) -> Iterator[Connection]:
-        """One transaction that only reads."""
+        """Open one read-only transaction."""
         with _translated(self.reader.url), self.reader.begin() as connection:
             yield connection
 
     @contextmanager
     def snapshot(self) -> Iterator[Connection]:
-        """One transaction that only reads, and sees the database as it stood at its first statement."""
+        """Open one read-only transaction that sees the database as of its first statement."""
         with _translated(self.reader.url), self.reader.connect() as connection:
             if not self.is_sqlite:
                 connection.execution_options(**{_ISOLATION: " ISOLATION LEVEL REPEATABLE READ"})
@@ -102,7 +102,7 @@ class Database:
                 yield connection
 
     def close(self) -> None:
-        """Give all connections back."""
+        """Close all connections."""
         self.writer.dispose()
         self.reader.dispose()
 
@@ -112,10 +112,10 @@ def open_database(url: str) -> Database:
     try:
         parsed = make_url(url)
     except (ArgumentError, ValueError):
-        # `from None`: such an error quotes the address, password included.
+        # `from None`: such an error quotes the URL, password included.
         raise SettingsError(_wrong_url("is no database URL")) from None
     if url.count("@") > 1 and parsed.get_backend_name() != "sqlite":
-        # What follows the first one would be taken for the host, and shown.
+        # The text after the first @ would be taken for the host, and shown.
         raise SettingsError(_wrong_url("holds more than one @"))
     backend = parsed.get_backend_name()
     if backend == "sqlite":
@@ -128,22 +128,22 @@ def open_database(url: str) -> Database:
 
 
 def sqlite_path(url: str) -> Path | None:
-    """The file behind a SQLite URL, or None for any other database."""
+    """Return the file of a SQLite URL; None for any other database."""
     parsed = make_url(url)
     return Path(parsed.database or "") if parsed.get_backend_name() == "sqlite" else None
 
 
 def insert_ignoring(connection: Connection, table: Table) -> postgresql.Insert | sqlite.Insert:
-    """``INSERT ... ON CONFLICT DO NOTHING`` in the dialect at hand."""
+    """Build ``INSERT ... ON CONFLICT DO NOTHING`` in the connection's dialect."""
     if connection.dialect.name == "postgresql":
         return postgresql.insert(table).on_conflict_do_nothing()
     return sqlite.insert(table).on_conflict_do_nothing()
 
 
 def copy_rows(connection: Connection, table: Table, columns: Sequence[str], rows: Iterable[tuple[Any, ...]]) -> None:
-    """Add many rows of values as the driver takes them (JSON as text), in this transaction: COPY where there is one.
+    """Insert many rows of driver values (JSON as text) in this transaction, with COPY if available.
 
-    A thread sends what is ready while the next rows are made, so that neither side waits for the other.
+    A thread sends finished rows while the next ones are made, so that neither side waits for the other.
     """
     names = ", ".join(columns)
     if connection.dialect.name == "sqlite":
@@ -192,7 +192,7 @@ def _open_sqlite(url: URL) -> Database:
 
 
 def _open_postgresql(url: URL) -> Database:
-    # What the URL says itself wins.
+    # Options in the URL take precedence.
     arguments = {name: value for name, value in _POSTGRES_CONNECTION.items() if name not in url.query}
     try:
         engine = create_engine(
@@ -231,10 +231,10 @@ def _reopen_after_errors(engine: Engine) -> None:
 
 
 def _prepare_without_pooler(engine: Engine) -> None:
-    """Prepare statements on direct connections only, where they save half of the server's work.
+    """Prepare statements on direct connections only, which saves half of the server's work there.
 
-    A pooler in transaction mode executes each transaction on another server connection, which does not know what was
-    prepared on the one before. A pooler that :func:`is_pooled` does not recognise is noticed by that.
+    A pooler in transaction mode executes each transaction on another server connection, which does not know the
+    statements prepared on the previous one. That error also reveals a pooler that :func:`is_pooled` does not recognise.
     """
     found = threading.Event()
 
@@ -250,12 +250,12 @@ def _prepare_without_pooler(engine: Engine) -> None:
 
 
 def is_pooled(driver: Any) -> bool:
-    """True if a connection of psycopg goes through a pooler, which tells a new client a process id that it made up."""
+    """Return True if psycopg's connection goes through a pooler, which reports a made-up process id to clients."""
     return bool(driver.execute("SELECT pg_backend_pid()").fetchone()[0] != driver.info.backend_pid)
 
 
 def _leave_to_parent(engine: Engine) -> None:
-    """After a fork the parent's connections are the parent's: the child opens its own."""
+    """Discard the parent's connections after a fork, so that the child opens its own."""
 
     @event.listens_for(engine, "connect")
     def _remember(_dbapi_connection: Any, record: Any) -> None:
@@ -269,7 +269,7 @@ def _leave_to_parent(engine: Engine) -> None:
 
 
 def _hide_values(context: ExceptionContext) -> None:
-    """Keep the first line of a server's error: its DETAIL and CONTEXT lines hold values, a prompt among them."""
+    """Keep the first line of a server's error: its DETAIL and CONTEXT lines hold values, such as prompts."""
     for error in (context.original_exception, context.sqlalchemy_exception):
         if error is not None:
             _keep_first_line(error)
@@ -295,12 +295,12 @@ def _translated(url: URL) -> Iterator[None]:
 
 
 def _is_of_no_server(error: BaseException | None) -> TypeGuard[BaseException]:
-    """A driver's own error, before it asked a server: it does not take the address."""
+    """Return True for a driver's own error before it contacted a server: it rejects the URL."""
     return error is not None and not isinstance(error, sqlite3.Error) and driver_errors.sqlstate(error) is None
 
 
 def _place(url: URL) -> str:
-    """The database without its user, password and options."""
+    """Return the database's name and host without user, password and options."""
     if url.get_backend_name() == "sqlite":
         return str(url.database)
     host = url.host or url.query.get("host") or "the local socket"

@@ -1,4 +1,4 @@
-"""What pictures took in this deployment, from which the next ones are estimated."""
+"""Average cost of this deployment's pictures, for estimates of the next ones."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from sdpipeline.db.tables import spending, work_group
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Usual:
-    """What one picture took, on average; failed attempts are part of it."""
+    """Average cost of one picture, including failed attempts."""
 
     gpu_seconds: float
     size_bytes: float
 
 
 def usual(connection: Connection, batch_key: str) -> Usual | None:
-    """What pictures of this batch key took in this deployment; None where there are none."""
+    """Return the average cost of pictures with this batch key in this deployment; None if there are none."""
     return average(connection, work_group.c.batch_key == batch_key)
 
 
 def average(connection: Connection, groups: ColumnElement[bool]) -> Usual | None:
-    """The same for any groups. It reads a row for each worker of theirs, however many pictures there are."""
+    """Return the average cost for any groups; reads one row per worker of theirs, not per picture."""
     sums = [func.sum(spending.c[name]).label(name) for name in ("images", "gpu_seconds", "size_bytes")]
     own = and_(spending.c.campaign_id == work_group.c.campaign_id, spending.c.group_id == work_group.c.id)
     row = connection.execute(select(*sums).select_from(work_group.join(spending, own)).where(groups)).one()

@@ -65,7 +65,7 @@ _FAILED_CONNECTIONS = (
 
 
 def translated(error: BaseException | None, place: str, *, connection_lost: bool = False) -> SdpError | None:
-    """The error of ours for a driver's error at ``place``; None for one that is a fault of the statement or its data.
+    """Translate a driver's error at ``place``; None if the statement or its data is at fault.
 
     ``connection_lost`` says that the connection ended with the error.
     """
@@ -92,13 +92,13 @@ def translated(error: BaseException | None, place: str, *, connection_lost: bool
 
 
 def sqlstate(error: BaseException | None) -> str | None:
-    """The SQLSTATE of a driver's error; None where the server sent none."""
+    """Return the SQLSTATE of a driver's error; None if the server sent none."""
     state = getattr(error, "sqlstate", None)
     return state if isinstance(state, str) else None
 
 
 def first_line(error: BaseException) -> str:
-    """The driver's message in one line."""
+    """Return the first line of the driver's message."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
@@ -118,7 +118,7 @@ def _matching(patterns: tuple[tuple[str, str], ...], text: str) -> str | None:
 
 
 def _is_operational(error: BaseException) -> bool:
-    """By its name, so that SQLite's users need no psycopg."""
+    """Check the class by its name, so that users of SQLite need no psycopg."""
     return any(kind.__name__ == "OperationalError" for kind in type(error).mro())
 
 
@@ -130,23 +130,23 @@ _NO_SPACE_BYTES = 1 << 20
 
 
 def sqlite_kind(error: BaseException | None) -> int | None:
-    """The primary result code of a SQLite error."""
+    """Return the primary result code of a SQLite error."""
     code: Any = getattr(error, "sqlite_errorcode", None)
     return code & 0xFF if isinstance(code, int) else None
 
 
 def reopens(error: BaseException | None) -> bool:
-    """True if this connection cannot be used after the error, even once its cause is gone.
+    """Return True if this connection cannot be used after the error, even once its cause is gone.
 
-    A session of PostgreSQL that began read-only stays so, and one with a demoted primary stays with it. A file of
-    SQLite that was opened read-only, or was moved away, stays so for its connection.
+    A PostgreSQL session that began read-only stays read-only, and one with a demoted primary stays with it. A SQLite
+    file that was opened read-only, or was moved away, stays so for its connection.
     """
     kinds = (*_FORBIDDEN, *_DAMAGED, sqlite3.SQLITE_IOERR)
     return sqlstate(error) == _READ_ONLY_SESSION or sqlite_kind(error) in kinds or is_prepared_elsewhere(error)
 
 
 def is_prepared_elsewhere(error: BaseException | None) -> bool:
-    """True if a pooler had prepared the statement on another server connection."""
+    """Return True if a pooler had prepared the statement on another server connection."""
     return sqlstate(error) in {"26000", "42P05"}
 
 
@@ -155,7 +155,7 @@ def _of_sqlite(error: sqlite3.Error, message: str, file: str) -> SdpError | None
     if kind in _DAMAGED:
         fix = "restore the file from a backup, or name another one"
         return SettingsError(Mistake(key=SETTING, message=message, fix=fix))
-    # SQLite reports a statement that is wrong (SQLITE_ERROR) like a database that is away.
+    # SQLite reports a wrong statement (SQLITE_ERROR) with the same class as an unavailable database.
     if kind in {None, sqlite3.SQLITE_ERROR} or not isinstance(error, sqlite3.OperationalError):
         return None
     fix = _sqlite_fix(kind, Path(file))
@@ -173,7 +173,7 @@ def _sqlite_fix(kind: int | None, file: Path) -> str:
 
 
 def is_full(folder: Path) -> bool:
-    """True if SQLite cannot grow its files in that folder."""
+    """Return True if SQLite cannot grow its files in that folder."""
     try:
         return shutil.disk_usage(folder).free < _NO_SPACE_BYTES
     except OSError:

@@ -1,7 +1,7 @@
-"""Read audit events that somebody else may have written: a login that may insert events decides all of their bytes.
+"""Validating reader for audit events: a login that may insert events controls all of their bytes.
 
-A worker's login can insert an event whose fields are missing, of other types, or nested without end. Whoever reads the
-log finds those here, at one place, and goes on.
+A worker's login can insert an event whose fields are missing, of other types, or nested without end. This module
+detects such events in one place, so that readers of the log can continue.
 """
 
 from __future__ import annotations
@@ -147,7 +147,7 @@ _KINDS: dict[str, type[BaseModel]] = {
 
 
 def read_event(body: str | bytes) -> Json:
-    """The document of an event; raises ValueError unless it has the fields, of the types, that its kind is read for."""
+    """Parse an event; raises ValueError unless it has the fields, with their types, of its kind."""
     try:
         told = json.loads(body)
         kind = told.get("event") if isinstance(told, dict) else None
@@ -158,7 +158,7 @@ def read_event(body: str | bytes) -> Json:
 
 
 def readable(rows: Iterable[Any]) -> Iterator[tuple[Any, Json]]:
-    """Rows of events and their documents, without those that were not written here: ``audit verify`` names them."""
+    """Yield valid events with their documents; ``audit verify`` reports the others."""
     for row in rows:
         try:
             yield row, read_event(row.body)

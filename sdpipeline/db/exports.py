@@ -1,4 +1,4 @@
-"""What an export reads: jobs with their pictures, page by page, and what of them may be a name."""
+"""Queries for picture exports: pages of jobs with their pictures, and the variables for file names."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from sdpipeline.db.tables import campaign, campaign_version, image, job, job_par
 from sdpipeline.domain import Json
 
 PAGE = 500
-"""Jobs of one page: each is read in a transaction of its own, which no copying holds open."""
+"""Jobs per page; each page is read in its own transaction, so that none stays open while files are copied."""
 
 
 def stages(connection: Connection, campaign_id: int) -> list[str]:
-    """Stages that have jobs, in the chain's order."""
+    """List the stages that have jobs, in the chain's order."""
     there = select(job.c.stage).where(*_asked_for(campaign_id)).group_by(job.c.stage)
     return list(connection.execute(there.order_by(func.min(job.c.depth), job.c.stage)).scalars())
 
 
 def last_stages(connection: Connection, campaign_id: int) -> list[str]:
-    """Those of them whose pictures no other job consumes."""
+    """List the stages whose pictures no other job consumes."""
     child = job.alias("child")
     consumed = (
         select(job.c.stage)
@@ -35,19 +35,19 @@ def last_stages(connection: Connection, campaign_id: int) -> list[str]:
 
 
 def editions(connection: Connection, campaign_id: int) -> list[str]:
-    """The campaign's editions by name; the one without a name is the campaign itself."""
+    """List the campaign's editions by name; the one without a name is the campaign itself."""
     there = select(job.c.edition).where(*_asked_for(campaign_id)).distinct().order_by(job.c.edition)
     return list(connection.execute(there).scalars())
 
 
 def source(connection: Connection, campaign_id: int) -> str:
-    """The text of the published version of the campaign's file."""
+    """Return the text of the published version of the campaign's file."""
     newest = select(campaign_version.c.source).join(campaign, campaign.c.version_id == campaign_version.c.id)
     return str(connection.execute(newest.where(campaign.c.id == campaign_id)).scalar() or "")
 
 
 def bounds(connection: Connection, campaign_id: int) -> tuple[int, int]:
-    """The first and last id of the campaign's jobs: pages need not look at others before and behind."""
+    """Return the first and last id of the campaign's jobs, so that pages can skip all others."""
     ids = select(func.min(job.c.id), func.max(job.c.id)).where(job.c.campaign_id == campaign_id)
     first, last = connection.execute(ids).one()
     return int(first or 0), int(last or 0)
@@ -56,7 +56,7 @@ def bounds(connection: Connection, campaign_id: int) -> tuple[int, int]:
 def page(
     connection: Connection, campaign_id: int, *, stages: Sequence[str], edition: str | None, after: int, last: int
 ) -> Sequence[Any]:
-    """The next jobs in order of their id, each with its picture if it has one."""
+    """Return the next jobs in order of their id, each with its picture if it has one."""
     columns = ("id", "stage", "row_key", "seed", "edition", "axes", "variables", "request")
     pictures = ("key", "url", "sha256", "size_bytes", "width", "height")
     own = and_(image.c.job_id == job.c.id, image.c.fingerprint == job.c.fingerprint, job.c.status == "succeeded")
@@ -64,7 +64,7 @@ def page(
     statement = (
         select(*(job.c[name] for name in columns), *(image.c[name] for name in pictures))
         .outerjoin(image, own)
-        # An index on the campaign would have all its jobs sorted for every page; `+ 0` keeps to the order of ids.
+        # An index on the campaign would sort all its jobs for every page; `+ 0` keeps the order of ids.
         .where(job.c.campaign_id + 0 == campaign_id, job.c.status != "cancelled")
         .where(job.c.stage.in_(stages), job.c.id > after, job.c.id <= last)
         .order_by(job.c.id)
@@ -76,7 +76,7 @@ def page(
 
 
 def inherited(connection: Connection, job_ids: Sequence[int]) -> dict[int, Json]:
-    """The variables of each job's ancestors, the nearest first: a later stage need not use them to be named by them."""
+    """Return the variables of each job's ancestors, nearest first, so that later stages can use them in names."""
     found: dict[int, Json] = {each: {} for each in job_ids}
     below = {each: {each} for each in job_ids}
     while below:

@@ -1,4 +1,4 @@
-"""What people do to jobs: retry, cancel, pause and resume; and the status a job starts with."""
+"""User control of jobs: retry, cancel, pause and resume; and the initial status of new jobs."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ _DEAD_ENDS = ("failed", "blocked", "skipped", "cancelled")
 
 
 def retry(tx: Transaction, *, campaign_id: int, statuses: Collection[str]) -> int:
-    """Reopen jobs that ended in one of the given statuses, and the skipped descendants of what is reopened.
+    """Reopen jobs that ended in one of the given statuses, and the skipped descendants of reopened jobs.
 
-    What a policy forbids is left alone: only a submit looks at prompts and policies again. Returns how many of the
-    given statuses were reopened; raises BadInputError for one that is no dead end.
+    Jobs that a policy forbids are left alone, because only a submit checks prompts and policies again. Returns how many
+    jobs of the given statuses were reopened; raises BadInputError for a status that cannot be retried.
     """
     if wrong := sorted(set(statuses) - set(_DEAD_ENDS)):
         fix = f"one of {', '.join(_DEAD_ENDS)}"
         raise BadInputError(Mistake(key="status", message=f"{', '.join(wrong)} cannot be retried", fix=fix))
     lock_campaign(tx.connection, campaign_id)
     mine = and_(job.c.campaign_id == campaign_id, job.c.status.in_(list(statuses)))
-    # Nobody can make again what was erased; rows of an archived edition are on their way out.
+    # Erased jobs cannot be made again; rows of an archived edition are about to be deleted.
     archived = exists().where(archive.c.campaign_id == job.c.campaign_id, archive.c.edition == job.c.edition)
     there = and_(job.c.erased_at.is_(None), ~archived)
     chosen = and_(mine, there, job.c.error_kind.is_distinct_from(POLICY))
@@ -47,15 +47,15 @@ def retry(tx: Transaction, *, campaign_id: int, statuses: Collection[str]) -> in
 
 
 def forbidden(connection: Connection, *, campaign_id: int, status: str) -> int:
-    """How many jobs of a status a retry leaves alone because a policy forbids them."""
+    """Count jobs of a status that a retry leaves alone because a policy forbids them."""
     mine = and_(job.c.campaign_id == campaign_id, job.c.status == status, job.c.error_kind == POLICY)
     return int(connection.execute(select(func.count()).where(mine)).scalar_one())
 
 
 def reset(connection: Connection, chosen: ColumnElement[bool], *, campaign_id: int) -> list[int]:
-    """Back to the start: no attempts, no error, status ``new`` until :func:`settle` decides. Returns their ids.
+    """Reset jobs to no attempts, no error and status ``new`` until :func:`resolve_new_jobs`; return their ids.
 
-    A worker that has one of them will find its lease gone.
+    A worker that holds one of them loses its lease.
     """
     start = {
         "status": "new",
@@ -76,8 +76,8 @@ def reset(connection: Connection, chosen: ColumnElement[bool], *, campaign_id: i
 def resolve_new_jobs(tx: Transaction, *, campaign_id: int) -> None:
     """Give every ``new`` job of a campaign its status: succeeded, ready, waiting, skipped or blocked.
 
-    A picture that was already made for the same fingerprint is kept. Stage by stage, because a
-    job's status depends on its parents'. The caller has the campaign.
+    An existing picture for the same fingerprint is kept. Stages are resolved in order, because a job's status depends
+    on its parents'. The caller holds the campaign's lock.
     """
     parent = job.alias("parent")
     of_this = (
@@ -113,7 +113,7 @@ def resolve_new_jobs(tx: Transaction, *, campaign_id: int) -> None:
 
 
 def cancel(tx: Transaction, *, campaign_id: int, chosen: ColumnElement[bool] | None = None) -> int:
-    """Cancel what is not terminal yet (or ``chosen``); a worker that has it will find its lease gone."""
+    """Cancel unfinished jobs (or ``chosen``); a worker that holds one loses its lease."""
     lock_campaign(tx.connection, campaign_id)
     unfinished = or_(job.c.status == WAITING, job.c.status == READY, job.c.status == LEASED)
     mine = and_(job.c.campaign_id == campaign_id, chosen if chosen is not None else unfinished)
@@ -126,7 +126,7 @@ def cancel(tx: Transaction, *, campaign_id: int, chosen: ColumnElement[bool] | N
 
 
 def set_campaign_status(tx: Transaction, *, campaign_id: int, status: str) -> None:
-    """Pause or resume: workers lease nothing from a campaign that is not active."""
+    """Pause or resume a campaign: workers lease nothing from one that is not active."""
     own = {"status": status, "paused_because": null()}
     tx.connection.execute(update(campaign).where(campaign.c.id == campaign_id).values(**own))
     event = Event.CAMPAIGN_PAUSED if status == "paused" else Event.CAMPAIGN_RESUMED

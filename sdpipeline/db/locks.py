@@ -1,9 +1,9 @@
-"""Who may change one campaign's jobs at a time, so that transitions neither deadlock nor miss one another.
+"""Campaign locks: shared for workers' transitions, exclusive for submit, retry and cancel.
 
-Workers' transitions share a campaign: each locks its own leased jobs first and what is below them in
-order of id, so they cannot deadlock among themselves. What people do (submit, retry, cancel) touches
-many jobs and reads their parents' statuses; it has the campaign alone, and a child that is published
-while its parent finishes is counted by one of the two. SQLite has one writer anyway.
+They prevent deadlocks and missed updates between transitions. Workers' transitions share a campaign. Each locks its own
+leased jobs first and then their descendants in order of id, so they cannot deadlock among themselves. Commands (submit,
+retry, cancel) touch many jobs and read their parents' statuses, so they lock the campaign exclusively. If a child is
+published while its parent finishes, one of the two transactions counts it. SQLite has only one writer anyway.
 """
 
 from __future__ import annotations
@@ -19,23 +19,23 @@ _CAMPAIGN = 0x5344
 
 
 def lock_campaign(connection: Connection, campaign_id: int) -> None:
-    """Wait for the transitions under way in this campaign, and keep others out until the commit."""
+    """Wait for running transitions of this campaign, and keep others out until the commit."""
     if connection.dialect.name == "postgresql":
         connection.execute(select(func.pg_advisory_xact_lock(_CAMPAIGN, campaign_id)))
 
 
 def have_campaigns(connection: Connection, of_jobs: ColumnElement[bool]) -> None:
-    """As :func:`have_campaign`, for the campaigns of these jobs, in one order for everybody."""
+    """Lock the campaigns of these jobs as :func:`lock_campaign` does, in one order for all callers."""
     _lock_owners(connection, of_jobs, func.pg_advisory_xact_lock)
 
 
 def share_campaigns(connection: Connection, of_jobs: ColumnElement[bool]) -> None:
-    """Keep :func:`have_campaign` out of the campaigns of these jobs until the commit."""
+    """Keep :func:`lock_campaign` out of the campaigns of these jobs until the commit."""
     _lock_owners(connection, of_jobs, func.pg_advisory_xact_lock_shared)
 
 
 def share_if_free(connection: Connection, campaign_id: int) -> bool:
-    """Keep :func:`have_campaign` out of this campaign until the commit, unless somebody has it or waits for it."""
+    """Keep :func:`lock_campaign` out of this campaign until the commit; False if it is held or awaited."""
     if connection.dialect.name != "postgresql":
         return True
     return bool(connection.execute(select(func.pg_try_advisory_xact_lock_shared(_CAMPAIGN, campaign_id))).scalar_one())

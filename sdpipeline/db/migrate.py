@@ -1,4 +1,4 @@
-"""Bringing a database to this release's schema, from a checkout or an installed wheel."""
+"""Database migrations to this release's schema, from a checkout or an installed wheel."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ from sdpipeline.db.tables import metadata
 from sdpipeline.errors import DatabaseUnavailableError
 
 _ADVISORY_LOCK = 7_305_011_948
-"""Any number that no one else uses: only one process migrates at a time."""
+"""Any number that nothing else uses: only one process migrates at a time."""
 
 LOCK_TIMEOUT_S = 10
-"""A migration that waits longer for a busy table would make everybody behind it wait: it gives up."""
+"""A migration that waits longer for a busy table would block everyone behind it, so it gives up."""
 
 
 MOST_TRIES = 5
-"""Somebody who reads tables in another order than the migration may be in its way once, hardly five times."""
+"""Limit of tries: a reader with another table order may cause a deadlock once, hardly five times."""
 
 _DEADLOCK = "40P01"
 
 
 def upgrade(database: Database) -> tuple[str | None, str]:
-    """Run what is missing, alone; returns the revision before and after."""
+    """Run missing migrations in one process at a time; return the revision before and after."""
     for _ in range(MOST_TRIES - 1):
         try:
             return _upgrade(database)
@@ -40,7 +40,7 @@ def upgrade(database: Database) -> tuple[str | None, str]:
 
 
 def _deadlocked(error: DatabaseUnavailableError) -> bool:
-    """Whether nothing happened but that the database broke a circle of waiting by taking it all back."""
+    """Return True if the database only resolved a deadlock by rolling everything back."""
     return getattr(getattr(error.__cause__, "orig", None), "sqlstate", None) == _DEADLOCK
 
 
@@ -59,13 +59,16 @@ def _upgrade(database: Database) -> tuple[str | None, str]:
 
 
 def current(database: Database) -> str | None:
-    """The schema's revision, or None for an empty database."""
+    """Return the schema's revision, or None for an empty database."""
     with database.read() as connection:
         return _revision(connection)
 
 
 def suits(revision: str | None) -> bool:
-    """Whether this release's code works on that schema: its own, or a newer one, which must work with its code too."""
+    """Return True if this release's code works on that schema: its own, or a newer one.
+
+    A newer schema must work with the previous release's code too.
+    """
     if revision is None or revision == newest():
         return revision is not None
     with as_file(files("sdpipeline") / "migrations") as folder:
@@ -74,7 +77,7 @@ def suits(revision: str | None) -> bool:
 
 
 def newest() -> str:
-    """The revision this release's code was written for."""
+    """Return the revision that this release's code was written for."""
     with as_file(files("sdpipeline") / "migrations") as folder:
         head = ScriptDirectory.from_config(_config(str(folder))).get_current_head()
     if head is None:

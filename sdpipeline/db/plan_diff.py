@@ -1,4 +1,4 @@
-"""What a submit would do: each job against what the database has, without writing."""
+"""Dry run of a submit: compare each job with the database, without writing."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from sdpipeline.domain import JobSpec, Json, changed_keys, to_document
 
 CHUNK = 1000
 NOT_THERE_BEFORE = "identity"
-"""The key in a difference that stands for a row, combination or seed nobody asked for before."""
+"""The key in a difference for a row, combination or seed that was not submitted before."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -30,14 +30,17 @@ class Change:
     jobs: int = 0
 
     def document(self) -> Json:
-        """The form of ``plan --diff --json``."""
+        """Return the document of ``plan --diff --json``."""
         return {"stage": self.stage, "key": self.key, "jobs": self.jobs, "was": self.was, "now": self.now}
 
 
 @dataclass(slots=True, kw_only=True)
 class Difference:
-    """What a submit would do, by stage. ``reused`` counts those of the new jobs whose picture the team has already,
-    ``blocked`` the jobs that a policy forbids, ``to_make`` those without a picture, by stage and batch key."""
+    """Effect of a submit, by stage.
+
+    ``reused`` counts new jobs whose picture the team has already, ``blocked`` jobs that a policy forbids. ``to_make``
+    counts jobs without a picture, by stage and batch key.
+    """
 
     new: Counter[str] = field(default_factory=Counter)
     reused: Counter[str] = field(default_factory=Counter)
@@ -48,7 +51,7 @@ class Difference:
     changes: dict[tuple[str, str], Change] = field(default_factory=dict)
 
     def note_new(self, spec: JobSpec, stored: Json | None) -> None:
-        """Count a new job under every key that makes it so; ``stored`` is what was asked before."""
+        """Count a new job under every key that makes it new; ``stored`` is the previous request."""
         if stored is None:
             example = {"row": spec.row_key, "variables": dict(spec.axes), "seed": spec.seed}
             self._note(spec.stage, NOT_THERE_BEFORE, None, example)
@@ -70,7 +73,7 @@ def compare(
     reuse: bool = True,
     explain: bool = False,
 ) -> Difference:
-    """What :func:`sdpipeline.db.submit.submit` would do; identities are looked up in chunks.
+    """Compute the effect of :func:`sdpipeline.db.submit.submit`; identities are looked up in chunks.
 
     ``reuse`` looks for pictures that need not be made again, ``explain`` for the keys that make jobs new. Without a
     database every job is new.

@@ -1,4 +1,4 @@
-"""What the database knows, read only: for status, jobs, show, progress and the reports."""
+"""Read-only queries for status, jobs, show, progress and the reports."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ _ABOUT = (image.c.reused_from, image.c.deleted_at)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Progress:
-    """How far a campaign is. ``status`` is active, paused or finished."""
+    """Progress of a campaign; ``status`` is active, paused or finished."""
 
     id: int
     name: str
@@ -51,14 +51,14 @@ class Progress:
     paused_because: str | None
 
     def __getattr__(self, name: str) -> int:
-        """``progress.succeeded`` and the like, by status."""
+        """Return the count of a status, as in ``progress.succeeded``."""
         if name in Status._value2member_map_:
             return self.counts.get(name, 0)
         raise AttributeError(name)
 
     @property
     def total(self) -> int:
-        """All jobs but cancelled ones."""
+        """All jobs except cancelled ones."""
         return sum(self.counts.values()) - self.counts.get("cancelled", 0)
 
     @property
@@ -72,7 +72,7 @@ class Progress:
         return self.total - self.remaining
 
     def document(self) -> Json:
-        """The form of ``status --json``."""
+        """Return the document of ``status --json``."""
         jobs = {"total": self.total} | {str(s): self.counts.get(s, 0) for s in Status}
         own = {"name": self.name, "version": self.version, "status": self.status}
         spent = {"images": self.images, "gpu_seconds": round(self.gpu_seconds, 3), "cost": round(self.cost, 4)}
@@ -80,19 +80,19 @@ class Progress:
 
 
 def campaign_id(connection: Connection, *, team: str, name: str) -> int | None:
-    """The campaign's id, or None."""
+    """Return the campaign's id, or None."""
     found = select(campaign.c.id).where(campaign.c.team == team, campaign.c.name == name)
     return connection.execute(found).scalar()
 
 
 def campaign_names(connection: Connection, *, team: str) -> list[str]:
-    """All campaigns of a team, oldest first."""
+    """List all campaigns of a team, oldest first."""
     names = select(campaign.c.name).where(campaign.c.team == team).order_by(campaign.c.id)
     return list(connection.execute(names).scalars())
 
 
 def progress(connection: Connection, campaign_id: int) -> Progress:
-    """Counts by status, pictures, GPU-seconds (failed attempts' too) and cost of one campaign."""
+    """Return counts by status, pictures, GPU-seconds (including failed attempts) and cost of one campaign."""
     about = connection.execute(
         select(
             campaign.c.name,
@@ -115,7 +115,7 @@ def progress(connection: Connection, campaign_id: int) -> Progress:
         version=about.version,
         status=status,
         counts=counts,
-        # Each succeeded job has exactly one picture; counting them again would read a table as long.
+        # Each succeeded job has exactly one picture; counting pictures would read an equally long table.
         images=counts.get("succeeded", 0),
         gpu_seconds=spent["gpu_seconds"],
         cost=spent["cost"],
@@ -125,19 +125,19 @@ def progress(connection: Connection, campaign_id: int) -> Progress:
 
 
 def unfinished_editions(connection: Connection, campaign_id: int) -> set[str]:
-    """Editions of which something is still to be made."""
+    """List editions with unfinished jobs."""
     mine = (job.c.campaign_id == campaign_id, job.c.status.in_(_UNFINISHED))
     return set(connection.execute(select(job.c.edition).where(*mine).distinct()).scalars())
 
 
 def has_edition(connection: Connection, campaign_id: int, edition: str) -> bool:
-    """Whether that edition was submitted before."""
+    """Return True if that edition was submitted before."""
     mine = (job.c.campaign_id == campaign_id, job.c.edition == edition)
     return connection.execute(select(job.c.id).where(*mine).limit(1)).first() is not None
 
 
 def work_left(connection: Connection, campaign_id: int | None) -> bool:
-    """Whether any job of an active campaign may still be leased, by whomever."""
+    """Return True if any worker may still lease a job of an active campaign."""
     unfinished = and_(job.c.campaign_id == campaign.c.id, job.c.status.in_(_UNFINISHED))
     active = select(campaign.c.id).where(campaign.c.status == "active", exists().where(unfinished))
     if campaign_id is not None:
@@ -154,7 +154,7 @@ def jobs(
     after: int = 0,
     limit: int | None = None,
 ) -> Iterator[Json]:
-    """Jobs in order of their id, as ``jobs --json`` shows them."""
+    """Yield jobs in order of their id, as ``jobs --json`` shows them."""
     statement = (
         select(job, *_PICTURE, *_ABOUT)
         .outerjoin(image, _OWN_IMAGE)
@@ -183,7 +183,7 @@ def _parents(connection: Connection, job_ids: list[int]) -> dict[int, list[int]]
 
 def _job_document(row: Any, parents: list[int]) -> Json:
     picture = {column.name: getattr(row, column.name) for column in _PICTURE}
-    # An older picture of a job that is being made again is not its picture.
+    # While a job is being made again, its older picture does not count.
     has_picture = row.url is not None and row.status == "succeeded"
     return {
         "id": row.id,
@@ -205,7 +205,7 @@ def _job_document(row: Any, parents: list[int]) -> Json:
 
 
 def show(connection: Connection, job_id: int, *, team: str) -> Json | None:
-    """Everything known about one of the team's jobs; None for any other."""
+    """Return everything known about one of the team's jobs; None for any other."""
     row = connection.execute(
         select(job, *_PICTURE, *_ABOUT, campaign.c.team, campaign.c.name)
         .join(campaign, campaign.c.id == job.c.campaign_id)
@@ -236,9 +236,9 @@ def show(connection: Connection, job_id: int, *, team: str) -> Json | None:
 
 
 def failures(connection: Connection, campaign_id: int, limit: int) -> list[Json]:
-    """The first failed and then blocked jobs with their reasons.
+    """List the first failed and then blocked jobs with their reasons.
 
-    None has a subject, for Prefect keeps what it is shown.
+    Jobs with a subject are left out, because Prefect keeps everything that it shows.
     """
     unlucky = (job.c.status.in_(("failed", "blocked")), job.c.subject.is_(None))
     statement = (
@@ -261,7 +261,7 @@ def failures(connection: Connection, campaign_id: int, limit: int) -> list[Json]
 
 
 def newest_images(connection: Connection, campaign_id: int, limit: int, *, without_subject: bool = False) -> list[Json]:
-    """The newest finished pictures, deepest stages first among equals."""
+    """List the newest finished pictures, deepest stages first."""
     statement = (
         select(
             job.c.id,
@@ -283,7 +283,7 @@ def newest_images(connection: Connection, campaign_id: int, limit: int, *, witho
 
 
 def stages(connection: Connection, campaign_id: int) -> list[Json]:
-    """Per stage: jobs, pictures, and where the time went, in the chain's order."""
+    """List jobs, pictures and GPU-seconds per stage, in the chain's order."""
     finished = case((job.c.status == "succeeded", 1), else_=0)
     statement = (
         select(
@@ -302,27 +302,28 @@ def stages(connection: Connection, campaign_id: int) -> list[Json]:
 
 
 def timings(connection: Connection, campaign_id: int) -> Iterator[Json]:
-    """The measured seconds of every picture."""
+    """Yield the measured seconds of every picture."""
     statement = select(image.c.timings).join(job, _OWN_IMAGE).where(job.c.campaign_id == campaign_id)
     yield from connection.execute(statement.execution_options(yield_per=1000)).scalars()
 
 
 def checkpoints_of(connection: Connection, campaign_id: int) -> list[str]:
-    """Aliases of the base checkpoints a campaign's jobs are made with, by name."""
+    """List aliases of the base checkpoints that a campaign's jobs use, by name."""
     used = select(work_group.c.checkpoint_digest).where(work_group.c.campaign_id == campaign_id)
     aliases = select(checkpoint.c.alias).where(checkpoint.c.digest.in_(used)).distinct().order_by(checkpoint.c.alias)
     return list(connection.execute(aliases).scalars())
 
 
 def live_workers(connection: Connection, *, lost_after_s: float = LOST_AFTER_S) -> list[Json]:
-    """Workers that did not stop in order: ``working``, ``paused`` by themselves, or ``lost``; with their open leases.
+    """List workers that did not stop in order, with status and open leases.
 
-    A lost worker has sent no heartbeat for ``lost_after_s``, and its leases expired: it was killed, is frozen, or
-    cannot reach the database. Workers lost more than a day ago are left out.
+    The status is ``working``, ``paused`` (by the worker itself) or ``lost``. A lost worker has sent no heartbeat for
+    ``lost_after_s``, and its leases expired: it was killed, is frozen, or cannot reach the database. Workers lost more
+    than a day ago are left out.
     """
     held = select(func.count()).where(lease.c.worker_id == worker.c.id, lease.c.closed_at.is_(None)).correlate(worker)
     alive = exists().where(lease.c.worker_id == worker.c.id, lease.c.closed_at.is_(None), lease.c.expires_at >= now_s())
-    # Its own lease time may be longer than that of whoever asks.
+    # The worker's own lease time may be longer than the caller's.
     lost = and_(worker.c.seen_at < now_s() - lost_after_s, ~alive)
     status = case((lost, "lost"), (worker.c.paused_at.is_not(None), "paused"), else_="working").label("status")
     lost_since = case((lost, worker.c.seen_at)).label("lost_since")
@@ -333,6 +334,6 @@ def live_workers(connection: Connection, *, lost_after_s: float = LOST_AFTER_S) 
 
 
 def worker_ids_of(connection: Connection, *, host: str, pid: int) -> list[str]:
-    """Workers that run as this process and have not said goodbye."""
+    """List workers that run as this process and have not stopped in order."""
     mine = (worker.c.host == host, worker.c.pid == pid, worker.c.stopped_at.is_(None))
     return list(connection.execute(select(worker.c.id).where(*mine)).scalars())

@@ -1,4 +1,4 @@
-"""The life of a job: one function per transition, each one short transaction with its audit event."""
+"""Job transitions: one function per transition, each one short transaction with its audit event."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ WAITING: ColumnElement[str] = literal_column("'waiting'")
 
 MOST_REAPED = 100
 MOST_PROMOTED = 1000
-"""In one transaction; the next call takes the rest."""
+"""Limit per transaction; the next call takes the rest."""
 
 BEFORE_ALL = -(2**15) - 1
 LONGEST_HINT_S = 30.0
@@ -53,10 +53,10 @@ SHORT_HINT_S = 1.0
 LOOKING_SHARE = 0.02
 
 EQUALISER = 100.0
-"""Added to a priority number where it is a weight: the highest waits no more than eleven times as long as 0."""
+"""Added to a priority number to make it a weight: the highest waits at most eleven times as long as 0."""
 
 LEAD_KEPT = 0.8
-"""Of what it was, when a lease begins sooner."""
+"""Fraction of the lead time that is kept when a lease begins sooner."""
 
 SKIPPED: Mapping[str, Any] = {
     "finished_at": now_s(),
@@ -67,9 +67,9 @@ SKIPPED: Mapping[str, Any] = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LeasedJob:
-    """One job a worker may finish, with what it needs to know about it.
+    """One job that a worker may finish, with its inputs.
 
-    ``rules`` say how its picture is delivered and change no pixel. Of a ``private`` picture no other job gets a copy.
+    ``rules`` say how its picture is delivered and change no pixel. No other job gets a copy of a ``private`` picture.
     """
 
     id: int
@@ -115,7 +115,7 @@ class Lease:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StoredImage:
-    """A picture that is in storage, was read back, and may be recorded; a copy says of which key."""
+    """A verified picture in storage, ready to be recorded; a copy names the key of its original."""
 
     key: str
     url: str
@@ -135,12 +135,13 @@ class StoredImage:
 
 @dataclass(slots=True)
 class AgingPolicy:
-    """How long a checkpoint for which a campaign has ready jobs may go without a lease, whatever goes before it.
+    """Aging policy: how long ready jobs of a checkpoint may wait before they override priority.
 
-    One that waited longer goes first, but not twice in a row at one worker: many that wait take no more
-    than half of it from a campaign whose turn it is. What is leased begins ``lead_s`` later, behind what was leased
-    before, and the last of ``others`` that wait begins after a turn of each and the one that each gives back: all of
-    them go first so much sooner.
+    A checkpoint that waited longer goes first, but not twice in a row at one worker. So many overdue checkpoints take
+    at most half of a worker from the campaign that is next in order.
+
+    A lease begins ``lead_s`` after it was taken, behind earlier leases. The last of ``others`` waiting checkpoints
+    begins after one lease of each and the normal lease in between. Therefore all of them go first that much sooner.
     """
 
     max_wait_s: float = math.inf
@@ -150,23 +151,25 @@ class AgingPolicy:
 
     @property
     def due_after_s(self) -> float:
-        """After so long without a lease a checkpoint goes first, so that it begins within ``max_wait_s``; at least half
-        of that, or devices would do little else than load."""
+        """Seconds without a lease after which a checkpoint goes first, so that it begins within ``max_wait_s``.
+
+        It is at least half of ``max_wait_s``, or devices would do little else than load.
+        """
         return self.max_wait_s - min(2 * self.lead_s * self.others, self.max_wait_s / 2)
 
     def begun(self, after_s: float) -> None:
-        """A lease began so long after it was taken: the next may take as long, and a short one proves little."""
+        """Record the seconds from taking a lease to its begin; one short delay lowers the estimate slowly."""
         self.lead_s = max(after_s, self.lead_s * LEAD_KEPT)
 
 
 @dataclass(slots=True)
 class Cursor:
-    """Where one worker last found ready jobs of each group: a hint that keeps the index scan short.
+    """Position of a worker's last ready jobs in each group: a hint that keeps the index scan short.
 
-    While someone holds an old snapshot, the index entries of leased jobs stay and would be read again by
-    every lease. Jobs that become ready behind the cursor are seen when it is forgotten: after
-    ``LONGEST_HINT_S``, or after ``SHORT_HINT_S`` if it finds no full batch, and later where looking at
-    everything took so long that it would be more than ``LOOKING_SHARE`` of the time.
+    While a transaction holds an old snapshot, the index entries of leased jobs stay and every lease would read them
+    again. Jobs that become ready behind the cursor are seen when it is forgotten. That is after ``LONGEST_HINT_S``, or
+    after ``SHORT_HINT_S`` if it finds no full batch. It is later if a full scan took so long that it would exceed
+    ``LOOKING_SHARE`` of the time.
     """
 
     aging: AgingPolicy = field(default_factory=AgingPolicy)
@@ -175,7 +178,7 @@ class Cursor:
     took_s: float = 0.0
 
     def forget(self, *, older_than_s: float) -> bool:
-        """Look at everything again, unless that was done just now."""
+        """Clear the cursor for a full scan, unless that was done recently; return True if cleared."""
         if not self.after or time.monotonic() - self.since < max(older_than_s, self.took_s / LOOKING_SHARE):
             return False
         self.after.clear()
@@ -184,7 +187,7 @@ class Cursor:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _LeaseRequest:
-    """What a worker would like to lease; ``max_wait_s`` is None where no campaign may go out of turn."""
+    """Constraints of a lease request; ``max_wait_s`` is None if no campaign may go out of turn."""
 
     limit: int
     campaign_id: int | None
@@ -206,10 +209,10 @@ def take_lease(
 ) -> Lease | None:
     """Lease up to ``limit`` ready jobs of one group, or ``None`` if there are none.
 
-    The campaign of the lowest priority number goes first, but for one that waited too long. Among equals what uses a
-    checkpoint in ``resident`` goes first, then full batches, then the campaign whose last lease is longest ago; within
-    a campaign deeper stages, so that chains are finished rather than begun. With ``full_only`` a part of a batch is
-    left alone where the work that the caller still has in flight may fill it.
+    The campaign with the lowest priority number goes first, unless another waited too long. Ties are broken by
+    checkpoints in ``resident``, then full batches, then the campaign whose last lease is longest ago. Within a campaign
+    deeper stages go first, so that chains are finished rather than begun. With ``full_only`` a partial batch is left
+    alone if the caller's work in flight may fill it.
     """
     cursor = cursor or Cursor()
     patience = cursor.aging
@@ -230,7 +233,7 @@ def take_lease(
     for group_id, checkpoint_digest, ready, out_of_turn in groups:
         lease_id = secrets.token_hex(16)
         _insert_lease(tx.connection, lease_id, worker_id, group_id, ttl_s)
-        # Beside work in flight a job that may be poison would be lost with it, or it with the job.
+        # If a possible poison job ran while other work is in flight, one could take the other down.
         alone_too = not full_only or ready >= limit or bool(out_of_turn)
         rows = _claim(tx.connection, group_id, lease_id, limit, cursor, alone_too=alone_too)
         if rows:
@@ -244,7 +247,7 @@ def take_lease(
 
 
 def _groups(connection: Connection, wish: _LeaseRequest, cursor: Cursor) -> Sequence[Any]:
-    """Groups with ready jobs, best first. Counting stops at the limit, so depth does not matter."""
+    """List groups with ready jobs, best first; counting stops at the limit, so queue depth does not matter."""
     statement = _ordered(_filled(wish, cursor), wish)
     started = time.monotonic()
     found = connection.execute(statement).all()
@@ -255,10 +258,10 @@ def _groups(connection: Connection, wish: _LeaseRequest, cursor: Cursor) -> Sequ
 
 
 def _filled(wish: _LeaseRequest, cursor: Cursor) -> Subquery:
-    """Every group of an active campaign: how many jobs are ready, and since when it has waited for a lease."""
+    """Select every group of an active campaign with its number of ready jobs and the start of its wait."""
     of_group = and_(job.c.group_id == work_group.c.id, job.c.status == READY)
     if cursor.after:
-        # A value for each group, in the order of the index.
+        # One value per group, in the order of the index.
         after = [
             case({n: at[k] for n, at in cursor.after.items()}, value=work_group.c.id, else_=BEFORE_ALL) for k in (0, 1)
         ]
@@ -290,13 +293,14 @@ def _filled(wish: _LeaseRequest, cursor: Cursor) -> Subquery:
 
 
 def _ordered(filled: Subquery, wish: _LeaseRequest) -> Select[Any]:
-    """The groups to try, in their order; a campaign waits since its last lease, or since it was published.
+    """Order the groups to try; a campaign waits since its last lease, or since it was published.
 
-    What is on the device is worked off, to the last part of a batch, before another checkpoint is loaded: that takes
-    longer than most batches. Each checkpoint of a campaign waits by itself, so that this has a bound.
+    A resident checkpoint's work is finished, including the last partial batch, before another checkpoint is loaded,
+    because loading takes longer than most batches. Each checkpoint of a campaign ages separately, so that its wait is
+    bounded.
     """
     since = case((filled.c.leased_at > filled.c.published_at, filled.c.leased_at), else_=filled.c.published_at)
-    now = select(now_s()).scalar_subquery()  # PostgreSQL would ask its clock again for each group
+    now = select(now_s()).scalar_subquery()  # PostgreSQL would read its clock again for each group
     of_checkpoint = [filled.c.campaign_id, filled.c.checkpoint_digest]
     g = select(
         *filled.c,
@@ -306,13 +310,13 @@ def _ordered(filled: Subquery, wish: _LeaseRequest) -> Select[Any]:
     full = g.c.ready >= wish.limit
     turn = (g.c.priority, g.c.loaded, case((full, 0), else_=1), g.c.waited.desc())
     best = (g.c.depth.desc(), g.c.ready.desc(), g.c.checkpoint_waited.desc(), g.c.id)
-    # Work in flight cannot fill a part of a batch of roots: held back, it would need its checkpoint once more.
+    # Work in flight cannot fill a partial batch of roots; if held back, it would need its checkpoint loaded again.
     enough = or_(full, and_(g.c.ready >= 1, g.c.loaded == 0, g.c.depth == 0)) if wish.full_only else g.c.ready >= 1
     if wish.max_wait_s is None:
         chosen = select(g.c.id, g.c.checkpoint_digest, g.c.ready, literal(0).label("out_of_turn"))
         return chosen.where(enough).order_by(*turn, *best)
     overdue = g.c.checkpoint_waited > wish.max_wait_s
-    # Served in the order of wait x weight, each of several that waited too long gets a share as its weight.
+    # Ordered by wait x weight, each overdue checkpoint gets a share in proportion to its weight.
     urgency = case((overdue, g.c.checkpoint_waited / (g.c.priority + EQUALISER)), else_=0.0)
     chosen = select(g.c.id, g.c.checkpoint_digest, g.c.ready, case((overdue, 1), else_=0).label("out_of_turn"))
     return chosen.where(or_(enough, and_(overdue, g.c.ready >= 1))).order_by(urgency.desc(), *turn, *best)
@@ -326,7 +330,7 @@ def _insert_lease(connection: Connection, lease_id: str, worker_id: str, group_i
 def _claim(
     connection: Connection, group_id: int, lease_id: str, limit: int, cursor: Cursor, *, alone_too: bool
 ) -> Sequence[Any]:
-    """Neighbours first; a job whose lease once expired only by itself."""
+    """Claim neighbouring jobs first; a job whose lease once expired is claimed only by itself."""
     for alone, count in ((False, limit), (True, 1))[: 2 if alone_too else 1]:
         after = None if alone else cursor.after.get(group_id)
         picked = pick(group_id, count, alone=alone, after=after).with_for_update(skip_locked=True).cte("picked")
@@ -345,7 +349,7 @@ def _claim(
 
 
 def pick(group_id: int, limit: int, *, alone: bool, after: tuple[int, int] | None = None) -> Select[int]:
-    """The ready jobs of a group that go next, in the order of ``ix_job_ready``."""
+    """Select the next ready jobs of a group, in the order of ``ix_job_ready``."""
     of_group = select(job.c.id).where(job.c.group_id == group_id, job.c.status == READY, job.c.alone.is_(alone))
     if after is not None:
         of_group = of_group.where(tuple_(job.c.priority, job.c.id) > tuple_(*after))
@@ -407,8 +411,8 @@ def _parent_images(connection: Connection, job_ids: Collection[int]) -> dict[int
 
 
 def heartbeat(connection: Connection, lease_ids: Collection[str], *, ttl_s: float) -> frozenset[str]:
-    """Extend the leases that are still open, in database time; the others are lost."""
-    # In one order, as every statement that locks several leases: so no two of them deadlock.
+    """Extend the leases that are still open, in database time; return their ids. The others are lost."""
+    # Every statement that locks several leases uses one order, so that no two of them deadlock.
     mine = select(lease.c.id).where(lease.c.id.in_(lease_ids), lease.c.closed_at.is_(None))
     locked = mine.order_by(lease.c.id).with_for_update().cte("locked")
     statement = (
@@ -422,15 +426,17 @@ def heartbeat(connection: Connection, lease_ids: Collection[str], *, ttl_s: floa
 
 @dataclass(frozen=True, slots=True)
 class LeaseState:
-    """What a batch is asked for before it begins: whether its campaign is ``active``, and the seconds its lease still
-    has, None where it was closed."""
+    """State of a lease, checked before a batch begins.
+
+    ``active`` says if its campaign is active; ``left_s`` is the lease's remaining seconds, None if it was closed.
+    """
 
     active: bool
     left_s: float | None
 
 
 def lease_state(connection: Connection, lease_id: str) -> LeaseState:
-    """Read only: it waits for nobody who writes, so that a device does not either."""
+    """Read a lease's state without locks, so that the device does not wait for any writer."""
     left_s = case((lease.c.closed_at.is_(None), lease.c.expires_at - now_s()))
     asked = (
         select(campaign.c.status, left_s.label("left_s"))
@@ -443,14 +449,14 @@ def lease_state(connection: Connection, lease_id: str) -> LeaseState:
 
 
 def close_lease(connection: Connection, lease_id: str) -> None:
-    """The end of a lease; one with a job that nobody accounted for stays open until it expires."""
+    """Close a lease; one with an unfinished job stays open until it expires."""
     unfinished = exists().where(job.c.lease_id == lease_id, job.c.status == LEASED)
     mine = and_(lease.c.id == lease_id, lease.c.closed_at.is_(None))
     connection.execute(update(lease).where(mine, ~unfinished).values(closed_at=now_s()))
 
 
 def complete(tx: Transaction, *, lease_id: str, leased: LeasedJob, stored: StoredImage, charge: Charge) -> bool:
-    """Record the picture, unless the lease was lost meanwhile: then nothing is written and False returned."""
+    """Record the picture; if the lease was lost meanwhile, write nothing and return False."""
     share_campaigns(tx.connection, job.c.id == leased.id)
     row = tx.connection.execute(
         update(job)
@@ -493,13 +499,16 @@ def complete(tx: Transaction, *, lease_id: str, leased: LeasedJob, stored: Store
 
 
 def recorded(connection: Connection, leased: LeasedJob, stored: StoredImage) -> bool:
-    """Whether :func:`complete` was committed for this attempt and picture."""
+    """Return True if :func:`complete` was committed for this attempt and picture."""
     this = and_(image.c.job_id == leased.id, image.c.attempt == leased.attempt, image.c.sha256 == stored.sha256)
     return bool(connection.execute(select(exists().where(this))).scalar_one())
 
 
 def told_of(fields: Json, subject: str | None) -> Json:
-    """What the audit log may say of a picture for ever: by its perceptual hash a subject's would be known again."""
+    """Return a picture's fields for the audit log, without the scores of a subject's picture.
+
+    The log is kept for ever, and the perceptual hash would let a subject's picture be recognised.
+    """
     return fields if subject is None else {name: value for name, value in fields.items() if name != "scores"}
 
 
@@ -514,8 +523,11 @@ def fail(
     charge: Charge,
     backoff_s: float = 0.0,
 ) -> bool:
-    """End an attempt with an error: ``failed`` for good, ``blocked`` where the error is a policy's rule, or ``waiting``
-    to be tried after ``backoff_s``."""
+    """End an attempt with an error; return False if the lease was lost.
+
+    The job becomes ``failed`` for good, ``blocked`` if the error is a policy's rule, or ``waiting`` for a retry after
+    ``backoff_s``.
+    """
     share_campaigns(tx.connection, job.c.id == leased.id)
     again = status is Status.WAITING
     row = tx.connection.execute(
@@ -549,7 +561,7 @@ def fail(
 
 
 def release(tx: Transaction, *, lease_id: str) -> int:
-    """Give a lease's unfinished jobs back as they were: their attempt does not count."""
+    """Return a lease's unfinished jobs to their previous state; their attempt does not count."""
     # The campaign's lock first, then the lease's row: cancel and submit take them in this order too.
     share_campaigns(tx.connection, and_(job.c.lease_id == lease_id, job.c.status == LEASED))
     mine = and_(lease.c.id == lease_id, lease.c.closed_at.is_(None))
@@ -566,8 +578,8 @@ def release(tx: Transaction, *, lease_id: str) -> int:
 def reap(tx: Transaction, *, lease_ids: Collection[str] | None = None) -> int:
     """Close expired leases (or the given ones) and make their jobs ready again, to be leased alone.
 
-    Only an attempt made alone counts, and the last of those fails the job: so a job that kills its
-    worker is found and its neighbours are not burned with it.
+    Only an attempt made alone counts, and the last of those fails the job. So a job that kills its worker is found, and
+    its neighbours lose no attempts.
     """
     closed = _close_dead(tx.connection, lease_ids)
     if not closed:
@@ -576,7 +588,7 @@ def reap(tx: Transaction, *, lease_ids: Collection[str] | None = None) -> int:
     _end_attempts(tx.connection, closed, "expired")
     exhausted = [row for row in held if row.alone and row.attempt >= row.max_attempts]
     again = [row for row in held if not row.alone or row.attempt < row.max_attempts]
-    # Each alike: an attempt beside others is given back, one made alone counts.
+    # An attempt made together with others is given back; one made alone counts.
     _reopen(tx.connection, again, attempt=case((job.c.alone, job.c.attempt), else_=job.c.attempt - 1), alone=true())
     for lease_id in closed:
         jobs = [[row.id, row.attempt - (not row.alone)] for row in again if row.lease_id == lease_id]
@@ -601,7 +613,7 @@ def _close_dead(connection: Connection, lease_ids: Collection[str] | None) -> li
 
 
 def _held_jobs(connection: Connection, lease_ids: Collection[str]) -> Sequence[Any]:
-    """The jobs nobody finished under these leases, locked."""
+    """Lock and return the unfinished jobs of these leases."""
     ours = and_(job.c.lease_id.in_(lease_ids), job.c.status == LEASED)
     share_campaigns(connection, ours)
     columns = (job.c.id, job.c.lease_id, job.c.attempt, job.c.max_attempts, job.c.alone, job.c.fingerprint)
@@ -628,7 +640,7 @@ def _exhaust(tx: Transaction, held: Sequence[Any]) -> None:
 
 
 def promote(connection: Connection) -> int:
-    """Make jobs whose back-off is over ready again; those someone is just changing wait for the next call."""
+    """Make jobs ready again when their back-off is over; skip locked ones until the next call."""
     due = (
         select(job.c.id)
         .where(job.c.status == WAITING, job.c.not_before.is_not(None), job.c.not_before <= now_s())
@@ -642,7 +654,7 @@ def promote(connection: Connection) -> int:
 
 
 def _still_ours(lease_id: str, job_id: int) -> ColumnElement[bool]:
-    """The fence: a worker whose lease was closed matches no row."""
+    """Return the fencing condition: a worker whose lease was closed matches no row."""
     return and_(job.c.id == job_id, job.c.lease_id == lease_id, job.c.status == LEASED)
 
 
@@ -676,7 +688,7 @@ def _count_down_children(connection: Connection, parent_id: int) -> None:
 
 
 def skip_descendants(tx: Transaction, of: Collection[int] | Select[int], subject: str) -> None:
-    """What can no longer be made because an ancestor failed."""
+    """Skip the descendants of failed jobs, because they can no longer be made."""
     below = descendants(of)
     stranded = (
         select(job.c.id)
@@ -692,17 +704,17 @@ def skip_descendants(tx: Transaction, of: Collection[int] | Select[int], subject
 
 
 def descendants(of: Collection[int] | Select[int]) -> CTE:
-    """A recursive table of the ids of all jobs below the given ones."""
+    """Build a recursive table of the ids of all descendants of the given jobs."""
     below = select(job_parent.c.job_id.label("id")).where(job_parent.c.parent_id.in_(of)).cte("below", recursive=True)
     deeper = select(job_parent.c.job_id).join(below, job_parent.c.parent_id == below.c.id)
     return below.union(deeper)
 
 
 def abandon(connection: Connection, groups: Select[int]) -> None:
-    """End the attempts of these groups whose job was taken from its lease, and close the leases left without a job.
+    """End these groups' attempts whose job lost its lease, and close the leases left without a job.
 
-    Call it after the update of the jobs, never before: a lease that commits while that update waits for its rows is
-    not in the snapshot of any earlier statement. A worker whose lease was closed skips its next forward pass.
+    Call it after the update of the jobs, never before. A lease that commits while that update waits for its rows is not
+    in the snapshot of any earlier statement. A worker whose lease was closed skips its next forward pass.
     """
     leases = select(lease.c.id).where(lease.c.closed_at.is_(None), lease.c.group_id.in_(groups))
     lease_ids = list(connection.execute(leases).scalars())
@@ -718,22 +730,22 @@ def abandon(connection: Connection, groups: Select[int]) -> None:
 
 
 def abandon_in(connection: Connection, campaign_id: int) -> None:
-    """As :func:`abandon`, for all groups of a campaign."""
+    """Call :func:`abandon` for all groups of a campaign."""
     abandon(connection, select(work_group.c.id).where(work_group.c.campaign_id == campaign_id))
 
 
 def held_by_lease() -> ColumnElement[bool]:
-    """The job of an attempt is leased under the attempt's lease."""
+    """Return the condition that an attempt's job is leased under the attempt's lease."""
     same = (job.c.id == attempt.c.job_id, job.c.lease_id == attempt.c.lease_id)
     return exists().where(*same, job.c.status == LEASED).correlate(attempt)
 
 
 def open_leases(connection: Connection, worker_ids: Collection[str]) -> list[str]:
-    """Leases the given workers still hold."""
+    """List leases that the given workers still hold."""
     held = select(lease.c.id).where(lease.c.closed_at.is_(None), lease.c.worker_id.in_(worker_ids))
     return list(connection.execute(held).scalars())
 
 
 def commitment(salt: str, request: Json) -> str:
-    """What an audit event says of a request: nothing readable, and nothing at all once the salt is gone."""
+    """Hash a request with its salt for audit events: not readable, and meaningless once the salt is deleted."""
     return digest([salt, request])

@@ -1,4 +1,4 @@
-"""What a crash can leave in the database, and the transitions that put it right."""
+"""Reconciliation after a crash: queries for inconsistent rows, and the transitions that repair them."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ PAGE = 500
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Folder:
-    """Where pictures of one fingerprint lie, and a job whose attempt may have left something there."""
+    """Folder of the pictures of one fingerprint, and a job whose attempt may have left objects there."""
 
     prefix: str
     fingerprint: str
@@ -30,7 +30,7 @@ class Folder:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StaleLease:
-    """A lease whose worker does not beat any more."""
+    """A lease whose worker sends no heartbeat any more."""
 
     lease_id: str
     jobs: int
@@ -38,12 +38,12 @@ class StaleLease:
 
 
 def open_leases(connection: Connection) -> list[str]:
-    """The leases that were not closed."""
+    """List the leases that were not closed."""
     return list(connection.execute(select(lease.c.id).where(lease.c.closed_at.is_(None))).scalars())
 
 
 def stale_leases(connection: Connection) -> list[StaleLease]:
-    """Leases that expired, or whose worker has said goodbye."""
+    """List leases that expired, or whose worker has stopped."""
     held = select(func.count()).where(job.c.lease_id == lease.c.id, job.c.status == LEASED).correlate(lease)
     late = lease.c.expires_at < now_s()
     statement = (
@@ -69,7 +69,10 @@ def reap(tx: Transaction, lease_ids: Sequence[str]) -> None:
 
 
 def unfinished_folders(connection: Connection) -> list[Folder]:
-    """Where attempts that did not end in order may have left objects; not where a worker is at it just now."""
+    """List folders in which interrupted attempts may have left objects.
+
+    Folders that a worker is writing to just now are left out.
+    """
     fingerprint = func.coalesce(attempt.c.fingerprint, job.c.fingerprint)
     other = job.alias("other")
     being_made = (
@@ -103,13 +106,13 @@ def unfinished_folders(connection: Connection) -> list[Folder]:
 
 
 def page_of_pictures(connection: Connection, after: tuple[int, str] | None) -> Sequence[Json]:
-    """A page of picture rows, each with its job's status and whether it is what that asks for now."""
+    """Return a page of picture rows, each marked if it is the current picture of a succeeded job."""
     columns = ("job_id", "fingerprint", "key", "sha256", "sidecar_key", "sidecar_sha256")
     present = and_(job.c.fingerprint == image.c.fingerprint, job.c.status == "succeeded")
     statement = (
         select(*(image.c[name] for name in columns), job.c.campaign_id, case((present, 1), else_=0).label("present"))
         .join(job, job.c.id == image.c.job_id)
-        .where(image.c.deleted_at.is_(None))  # what was forgotten is not missing
+        .where(image.c.deleted_at.is_(None))  # a deleted picture is not missing
         .order_by(image.c.job_id, image.c.fingerprint)
         .limit(PAGE)
     )
@@ -119,20 +122,23 @@ def page_of_pictures(connection: Connection, after: tuple[int, str] | None) -> S
 
 
 def without_picture(connection: Connection) -> list[int]:
-    """Jobs that say they succeeded and have no picture."""
+    """List jobs whose status is succeeded and that have no picture."""
     own = and_(image.c.job_id == job.c.id, image.c.fingerprint == job.c.fingerprint)
     pictureless = and_(job.c.status == "succeeded", ~exists().where(own))
     return _ids(connection, select(job.c.id).where(pictureless))
 
 
 def stranded(connection: Connection) -> list[int]:
-    """Jobs in the hands of a lease that was closed: nobody would ever give them back."""
+    """List jobs that are leased under a closed lease, which nothing would ever release."""
     held = and_(job.c.status == LEASED, lease.c.closed_at.is_not(None))
     return _ids(connection, select(job.c.id).join(lease, lease.c.id == job.c.lease_id).where(held))
 
 
 def open_attempts(connection: Connection) -> list[tuple[int, str]]:
-    """(job, lease) of attempts that a release before this one left open when their job was taken from its lease."""
+    """List (job, lease) of attempts left open when their job was taken from its lease.
+
+    Only a release before this one left such attempts open.
+    """
     lost = and_(attempt.c.outcome.is_(None), ~held_by_lease())
     statement = select(attempt.c.job_id, attempt.c.lease_id).where(lost).order_by(attempt.c.job_id, attempt.c.lease_id)
     return [(job_id, lease_id) for job_id, lease_id in connection.execute(statement)]
@@ -148,7 +154,7 @@ def end_attempts(tx: Transaction) -> None:
 
 
 def forget(tx: Transaction, lost: Json, *, because: str) -> bool:
-    """Take back the row of a picture that storage does not have as recorded; False if it is another one by now."""
+    """Delete the row of a picture that storage lacks or holds altered; False if the row changed meanwhile."""
     mine = and_(image.c.job_id == lost["job_id"], image.c.fingerprint == lost["fingerprint"])
     same = and_(mine, image.c.sidecar_sha256 == lost["sidecar_sha256"])
     if not tx.connection.execute(delete(image).where(same).returning(image.c.job_id)).first():
@@ -159,9 +165,9 @@ def forget(tx: Transaction, lost: Json, *, because: str) -> bool:
 
 
 def reopen(tx: Transaction, job_ids: Collection[int]) -> list[int]:
-    """Have these jobs made again if they have no picture; what is still to be made from them waits for that.
+    """Reopen these jobs if they have no picture, and their unfinished descendants; return the reopened jobs.
 
-    What was made from them before stays: equal fingerprints are equal pixels. Returns the jobs that start anew.
+    Pictures that were made from them before stay, because equal fingerprints are equal pixels.
     """
     opened: list[int] = []
     owners = select(job.c.campaign_id).where(job.c.id.in_(job_ids)).distinct().order_by(job.c.campaign_id)
@@ -183,15 +189,17 @@ def reopen(tx: Transaction, job_ids: Collection[int]) -> list[int]:
 
 
 def tell_quarantined(tx: Transaction, job_id: int, moved: Sequence[tuple[str, str]]) -> None:
-    """Written before the objects are moved: one that was not is found again."""
+    """Record quarantined objects before they are moved; one that was not moved is found again."""
     tx.record(Event.OBJECT_QUARANTINED, f"job:{job_id}", moved=[list(pair) for pair in moved])
 
 
 def still_used(
     connection: Connection, keys: Collection[str], fingerprint: str, *, but_of: int | None = None
 ) -> frozenset[str]:
-    """Of these keys those of a picture that another job has, or that was found and waits for its job: equal jobs
-    share a folder."""
+    """Return those of the keys that another job's picture, or a found picture without a job, still uses.
+
+    Equal jobs share a folder.
+    """
     recorded = select(image.c.key, image.c.sidecar_key).where(image.c.fingerprint == fingerprint)
     if but_of is not None:
         recorded = recorded.where(image.c.job_id != but_of)

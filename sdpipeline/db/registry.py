@@ -1,4 +1,4 @@
-"""The checkpoints allowed to run: what each alias means, who approved it, and what was revoked."""
+"""Checkpoint registry: the approved checkpoint of each alias, who approved it, and revocations."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from sdpipeline.domain import Json
 from sdpipeline.engine.checkpoints import CheckpointFiles
 
 REVOKED = "checkpoint-revoked"
-"""The rule that blocks a job whose weights may not run any more."""
+"""The rule that blocks a job whose weights were revoked."""
 
 _UNFINISHED = ("waiting", "ready", "leased")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Approval:
-    """Under which terms weights may run. ``expires_at`` is in seconds since 1970."""
+    """Terms under which weights may run; ``expires_at`` is in seconds since 1970."""
 
     approved_by: str
     source: str | None = None
@@ -35,7 +35,7 @@ class Approval:
 
 
 def known(connection: Connection) -> list[CheckpointFiles]:
-    """What may run, oldest first: of two rows for one alias the later one counts."""
+    """List the approved checkpoints, oldest first: of two rows for one alias the later one counts."""
     in_force = (
         checkpoint.c.revoked_at.is_(None),
         or_(checkpoint.c.expires_at.is_(None), checkpoint.c.expires_at > now_s()),
@@ -45,7 +45,7 @@ def known(connection: Connection) -> list[CheckpointFiles]:
 
 
 def withdrawn(connection: Connection) -> tuple[frozenset[str], frozenset[tuple[str, str]]]:
-    """What may not run: revoked digests, whatever their alias, and (digest, alias) whose approval is over."""
+    """Return revoked digests, whatever their alias, and (digest, alias) whose approval has expired."""
     revoked = select(checkpoint.c.digest).where(checkpoint.c.revoked_at.is_not(None))
     over = select(checkpoint.c.digest, checkpoint.c.alias).where(checkpoint.c.expires_at <= now_s())
     expired = frozenset((row.digest, row.alias) for row in connection.execute(over))
@@ -53,15 +53,15 @@ def withdrawn(connection: Connection) -> tuple[frozenset[str], frozenset[tuple[s
 
 
 def documents(connection: Connection) -> list[Json]:
-    """Every row, as ``checkpoints list --json`` shows it."""
+    """List every row, as ``checkpoints list --json`` shows it."""
     columns = [column for column in checkpoint.columns if column.name != "manifest"]
     rows = connection.execute(select(*columns).order_by(checkpoint.c.alias, checkpoint.c.created_at)).mappings()
     return [dict(row) for row in rows]
 
 
 def remember(tx: Transaction, used: Iterable[CheckpointFiles]) -> None:
-    """Write down the checkpoints a campaign uses, shipped ones and those of the deployment's folder too."""
-    # Held until the commit: whoever revokes one meanwhile waits, and then finds the jobs that use it.
+    """Record the checkpoints that a campaign uses, including shipped ones and those of the deployment's folder."""
+    # Held until the commit, so that a concurrent revocation waits and then finds the jobs that use the checkpoint.
     rows = select(checkpoint.c.digest, checkpoint.c.alias).order_by(checkpoint.c.digest, checkpoint.c.alias)
     present = {(row.digest, row.alias) for row in tx.connection.execute(rows.with_for_update(read=True))}
     for files in used:
@@ -70,7 +70,7 @@ def remember(tx: Transaction, used: Iterable[CheckpointFiles]) -> None:
 
 
 def add(tx: Transaction, files: CheckpointFiles, approval: Approval) -> None:
-    """Approve weights under an alias, from now on what that alias means; also approves revoked ones again."""
+    """Approve weights under an alias, which means them from now on; also lifts a revocation."""
     same = (checkpoint.c.digest == files.digest, checkpoint.c.alias == files.alias)
     tx.connection.execute(checkpoint.delete().where(*same))
     again = {"revoked_at": null(), "revoked_because": null()}
@@ -79,7 +79,7 @@ def add(tx: Transaction, files: CheckpointFiles, approval: Approval) -> None:
 
 
 def revoke(tx: Transaction, digest: str, *, because: str) -> int:
-    """Withdraw weights everywhere: nothing made with them is leased any more. Returns how many jobs are blocked."""
+    """Revoke weights everywhere, so that no job with them is leased any more; return the number of blocked jobs."""
     rows = update(checkpoint).where(checkpoint.c.digest == digest)
     tx.connection.execute(rows.values(revoked_at=now_s(), revoked_because=because))
     tx.record(Event.CHECKPOINT_REVOKED, f"checkpoint:{digest[:16]}", digest=digest)
@@ -94,8 +94,8 @@ def revoke(tx: Transaction, digest: str, *, because: str) -> int:
 
 
 def block_published(tx: Transaction, *, campaign_id: int, version_id: int) -> None:
-    """Of the jobs just published, those whose weights were revoked between the file's check and now."""
-    # Asked of the groups, which are few: looking through all its jobs would take a sixth of a submit's time.
+    """Block jobs just published whose weights were revoked between the file's check and now."""
+    # Query the groups, which are few: scanning all jobs would take a sixth of a submit's time.
     own = _revoked_groups().join(work_group, work_group.c.id == group_checkpoint.c.group_id)
     if tx.connection.execute(own.where(work_group.c.campaign_id == campaign_id).limit(1)).first() is None:
         return
@@ -107,7 +107,7 @@ def block_published(tx: Transaction, *, campaign_id: int, version_id: int) -> No
 
 
 def block(connection: Connection, chosen: ColumnElement[bool]) -> list[int]:
-    """Block those of the chosen jobs that need revoked weights; a worker that has one will find its lease gone."""
+    """Block those of the chosen jobs that need revoked weights; a worker that holds one loses its lease."""
     mine = (chosen, job.c.group_id.in_(_revoked_groups()))
     ended = {"status": "blocked", "lease_id": null(), "not_before": null(), "finished_at": now_s()}
     why = {"error_kind": REVOKED, "error": "a checkpoint it needs was revoked: see sdpipeline checkpoints list"}
@@ -119,7 +119,7 @@ def block(connection: Connection, chosen: ColumnElement[bool]) -> list[int]:
 
 
 def _revoked_groups() -> Select[int]:
-    """The groups that need revoked weights."""
+    """Select the groups that need revoked weights."""
     needed = select(group_checkpoint.c.group_id)
     needed = needed.join(checkpoint, checkpoint.c.digest == group_checkpoint.c.digest)
     return needed.where(checkpoint.c.revoked_at.is_not(None))

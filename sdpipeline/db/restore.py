@@ -1,4 +1,4 @@
-"""Pictures that storage has and no row knows: kept until the job they were made for is there, then recorded as its."""
+"""Restore of pictures that storage has and no row names: kept until their job exists, then recorded as its picture."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _HAS_ONE = exists().where(image.c.job_id == job.c.id, image.c.fingerprint == job
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FoundPicture:
-    """A picture with its sidecar, checked byte by byte, and whose it says it is."""
+    """A picture with its sidecar, checked byte by byte, and the job that the sidecar names."""
 
     team: str
     campaign: str
@@ -38,7 +38,7 @@ class FoundPicture:
 
 
 def unknown(connection: Connection, sidecars: Sequence[tuple[str, str]]) -> list[str]:
-    """Of these sidecars' (key, fingerprint) the keys that no row names; a thousand at a time, or so."""
+    """Return the keys of those (key, fingerprint) sidecars that no row names; pass about a thousand at a time."""
     fingerprints = {fingerprint for _, fingerprint in sidecars}
     recorded = select(image.c.sidecar_key).where(image.c.fingerprint.in_(fingerprints))
     waiting = select(found_picture.c.sidecar_key).where(found_picture.c.sidecar_key.in_([key for key, _ in sidecars]))
@@ -59,26 +59,25 @@ def remember(connection: Connection, found: Sequence[FoundPicture]) -> None:
 
 
 def mark_consumed(connection: Connection, keys: Sequence[str]) -> None:
-    """Other pictures were made from these."""
+    """Mark these pictures as inputs of other pictures."""
     connection.execute(update(found_picture).where(found_picture.c.key.in_(keys)).values(consumed=True))
 
 
 def campaigns_found(connection: Connection) -> list[int]:
-    """The campaigns whose pictures were found, as far as they are here."""
+    """List the known campaigns whose pictures were found."""
     mine = and_(found_picture.c.team == campaign.c.team, found_picture.c.campaign == campaign.c.name)
     return list(connection.execute(select(campaign.c.id).where(exists().where(mine)).order_by(campaign.c.id)).scalars())
 
 
 def waiting(connection: Connection) -> int:
-    """How many found pictures have no job yet."""
+    """Count the found pictures that have no job yet."""
     return int(connection.execute(select(func.count()).select_from(found_picture)).scalar_one())
 
 
 def claim(tx: Transaction, *, campaign_id: int) -> int:
-    """Record the found pictures of a campaign's jobs as theirs: the jobs succeeded, and what waited for them goes on.
+    """Record the found pictures of a campaign's jobs as theirs, so that the jobs succeed and their children continue.
 
-    A job that is being made just now, was cancelled or is blocked is left as it is, and so is one that was erased.
-    Returns how many were adopted.
+    Jobs that are leased, cancelled, blocked or erased are left as they are. Returns how many were adopted.
     """
     count = 0
     if campaign_id not in campaigns_found(tx.connection):
@@ -98,7 +97,7 @@ def claim(tx: Transaction, *, campaign_id: int) -> int:
 
 
 def _its() -> Any:
-    """Which of the found pictures says that it is a job's."""
+    """Return the join condition between a found picture and the job that its sidecar names."""
     f = found_picture.c
     return and_(
         f.team == campaign.c.team,
@@ -110,14 +109,14 @@ def _its() -> Any:
 
 
 def _not_wanted(campaign_id: int) -> Any:
-    """Found pictures of jobs that have one, or were erased: they are orphans like any other."""
+    """Match found pictures of jobs that have one or were erased: they are orphans like any other."""
     theirs = select(job.c.id).select_from(campaign.join(job, job.c.campaign_id == campaign.c.id))
     theirs = theirs.where(campaign.c.id == campaign_id, _its(), or_(_HAS_ONE, job.c.erased_at.is_not(None)))
     return theirs.correlate(found_picture).exists()
 
 
 def _matching(campaign_id: int) -> Any:
-    """Jobs without a picture with what was found of each, the best first."""
+    """Select jobs without a picture together with their found pictures, best first."""
     f = found_picture.c
     found = (f.sidecar_key, f.stored, f.attempt, f.worker_id)
     columns = (job.c.group_id, job.c.identity, job.c.salt, job.c.request, job.c.subject, *found)
@@ -133,7 +132,7 @@ def _matching(campaign_id: int) -> Any:
 
 
 def _adopt(tx: Transaction, campaign_id: int, row: Any) -> None:
-    """The same row and event as when the picture was completed, but for its name."""
+    """Insert the same row and event as for a completed picture, under the event name of an adoption."""
     stored = StoredImage(**row.stored)
     about = {"attempt": row.attempt, "fingerprint": row.fingerprint}
     values = about | {"job_id": row.job_id, "worker_id": row.worker_id, "created_at": now_s()} | _fields(stored)
@@ -156,7 +155,7 @@ def _adopt(tx: Transaction, campaign_id: int, row: Any) -> None:
 
 
 def _settle(tx: Transaction, campaign_id: int, adopted: Collection[int]) -> None:
-    """The adopted jobs have succeeded; what is to be made from them is counted anew."""
+    """Mark the adopted jobs as succeeded, and resolve their unfinished descendants again."""
     below = descendants(adopted)
     unmade = and_(job.c.id.in_(select(below.c.id)), job.c.status.in_(("waiting", "ready", "skipped")))
     others = and_(unmade, job.c.id.not_in(adopted), job.c.erased_at.is_(None))

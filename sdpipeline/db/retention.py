@@ -1,4 +1,4 @@
-"""What is due to be forgotten, and the rows that say that it was: tombstones, each with its audit event."""
+"""Retention and erasure: rows that are due for deletion, and their tombstones with audit events."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from sdpipeline.domain import Json, request_from_document
 from sdpipeline.storage.keys import picture_folder
 
 ERASED = "erased"
-"""The key of a request that is left of one: what the audit log has committed to."""
+"""The key in an erased request for what is left of it: the commitment in the audit log."""
 
 DAY_S = 86_400
 UNFINISHED = ("waiting", "ready", "leased")
@@ -42,7 +42,7 @@ _PRIVATE = ("prompt", "negative_prompt")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Picture:
-    """A picture that storage is to lose."""
+    """A picture to delete from storage."""
 
     campaign_id: int
     job_id: int
@@ -53,20 +53,23 @@ class Picture:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Subject:
-    """Whose data is erased, and how the audit log calls them: by a salted hash whose salt only the receipt holds."""
+    """The person whose data is erased; the audit log names them by a salted hash.
+
+    Only the receipt holds the salt.
+    """
 
     name: str
     salt: str
 
     @property
     def commitment(self) -> str:
-        """Who has the receipt can show that it is this subject."""
+        """The salted hash; the holder of the receipt can show that it is this subject."""
         return commitment(self.salt, {"subject": self.name})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Held:
-    """A job that holds a subject's data: where its pictures are, and the inputs that it names."""
+    """A job that holds a subject's data, with the location of its pictures and its inputs."""
 
     id: int
     campaign_id: int
@@ -77,14 +80,14 @@ class Held:
     inputs: frozenset[str]
 
     def folder(self, fingerprint: str) -> str:
-        """Where the pictures of that fingerprint lie, and what attempts left there."""
+        """Return the folder of that fingerprint's pictures, with everything that attempts left there."""
         return picture_folder(team=self.team, campaign=self.campaign, stage=self.stage, fingerprint=fingerprint) + "/"
 
 
 def old_pictures(
     connection: Connection, *, team: str, days: float, after: tuple[int, str], limit: int
 ) -> list[Picture]:
-    """The next pictures older than that, in the order of their key; one that a job still needs is left."""
+    """List the next pictures older than ``days``, in key order; skip those that unfinished jobs need."""
     child = job.alias("child")
     needed = exists().where(
         job_parent.c.parent_id == image.c.job_id, child.c.id == job_parent.c.job_id, child.c.status.in_(UNFINISHED)
@@ -96,7 +99,7 @@ def old_pictures(
 
 
 def pictures_of(connection: Connection, job_ids: Collection[int]) -> list[Picture]:
-    """Every picture of these jobs that is not deleted yet."""
+    """List every picture of these jobs that is not deleted yet."""
     return _read(connection, _pictures(image.c.job_id.in_(job_ids), image.c.deleted_at.is_(None)))
 
 
@@ -111,13 +114,13 @@ def _read(connection: Connection, statement: Select[Any]) -> list[Picture]:
 
 
 def keys_of_others(connection: Connection, fingerprints: Collection[str], but: Collection[int]) -> set[str]:
-    """Keys of the living pictures of these fingerprints that other jobs have."""
+    """Return keys of existing pictures of these fingerprints that other jobs have."""
     living = select(image.c.key).where(image.c.fingerprint.in_(fingerprints), image.c.deleted_at.is_(None))
     return set(connection.execute(living.where(image.c.job_id.not_in(but))).scalars())
 
 
 def mark_deleted(tx: Transaction, pictures: Collection[Picture], *, because: str) -> int:
-    """Leave a tombstone for each, unless it has one; returns how many got theirs now."""
+    """Leave a tombstone for each picture that has none; return the number of new ones."""
     rows = {(picture.job_id, picture.fingerprint): picture for picture in pictures}
     if not rows:
         return 0
@@ -129,7 +132,7 @@ def mark_deleted(tx: Transaction, pictures: Collection[Picture], *, because: str
 
 
 def tell_deleted(tx: Transaction, pictures: Collection[Picture], *, because: str) -> None:
-    """The audit log's word for pictures that storage has no more."""
+    """Record an audit event for pictures that were deleted from storage."""
     for campaign_id in sorted({picture.campaign_id for picture in pictures}):
         own = [[each.job_id, each.fingerprint, each.sha256] for each in pictures if each.campaign_id == campaign_id]
         tx.record(Event.PICTURES_DELETED, f"campaign:{campaign_id}", pictures=sorted(own), because=because)
@@ -138,9 +141,9 @@ def tell_deleted(tx: Transaction, pictures: Collection[Picture], *, because: str
 def old_jobs(
     connection: Connection, *, team: str, days: float, after: int, limit: int, with_pictures: bool = False
 ) -> list[int]:
-    """The next ended jobs older than that whose request is still here and whose pictures are gone, by id.
+    """List ended jobs older than ``days`` that have their request but no pictures any more, by id.
 
-    ``with_pictures`` takes in those whose pictures are due to go before.
+    ``with_pictures`` includes jobs whose pictures are due to be deleted first.
     """
     living = exists().where(image.c.job_id == job.c.id, image.c.deleted_at.is_(None))
     ready = true() if with_pictures else ~living
@@ -157,7 +160,7 @@ def old_jobs(
 
 
 def erase_prompts(tx: Transaction, job_ids: Collection[int], *, because: str) -> int:
-    """Take prompts and salts from ended jobs; what the audit log has committed to stays in the prompts' place."""
+    """Erase prompts and salts of ended jobs; the commitment in the audit log takes the prompts' place."""
     here = and_(job.c.id.in_(job_ids), job.c.erased_at.is_(None))
     rows = _ended(tx.connection, here)
     changed = [{"row": row.id, "left": without_prompts(row.request, row.salt)} for row in rows]
@@ -165,8 +168,10 @@ def erase_prompts(tx: Transaction, job_ids: Collection[int], *, because: str) ->
 
 
 def erase_subject(tx: Transaction, job_ids: Collection[int], subject: Subject) -> int:
-    """Take all that may tell of the subject from its ended jobs: requests, variables, row keys, errors and salts, and
-    what its pictures looked like."""
+    """Erase all data of the subject from its ended jobs.
+
+    That is requests, variables, row keys, errors and salts, and the scores and hashes of its pictures.
+    """
     rows = _ended(tx.connection, and_(job.c.id.in_(job_ids), job.c.subject == subject.name))
     changed = [{"row": row.id, "left": {ERASED: committed(row.request, row.salt)}} for row in rows]
     nothing = {"variables": {}, "axes": {}, "row_key": "", "error": null()}
@@ -184,12 +189,12 @@ def _ended(connection: Connection, which: ColumnElement[bool]) -> Sequence[Any]:
 
 
 def committed(request: Json, salt: str) -> str:
-    """What a job's success told the audit log of its request; of an erased one it is all that is left."""
+    """Return the commitment of a request in the audit log; an erased request holds nothing else of it."""
     return str(request[ERASED]) if ERASED in request else commitment(salt, request)
 
 
 def without_prompts(request: Json, salt: str) -> Json:
-    """What is left of a request without its prompts."""
+    """Return a request without its prompts, with its commitment."""
     left = {name: value for name, value in request.items() if name not in _PRIVATE}
     return left | {ERASED: committed(request, salt)}
 
@@ -218,20 +223,23 @@ def _erase(
 def tell_erased(
     tx: Transaction, campaign_id: int, jobs: Mapping[int, str], *, because: str, subject: Subject | None = None
 ) -> None:
-    """The audit log's word for requests that are gone, each with what it had been committed to by."""
+    """Record an audit event for erased requests, each with its earlier commitment."""
     whose = {"subject_commitment": subject.commitment} if subject else {}
     told = [[job_id, what] for job_id, what in sorted(jobs.items())]
     tx.record(Event.JOBS_ERASED, f"campaign:{campaign_id}", jobs=told, because=because, **whose)
 
 
 def tell_inputs(tx: Transaction, campaign_id: int, digests: Collection[str], subject: Subject) -> None:
-    """That these outside pictures are gone from storage; who has the receipt can show which they were."""
+    """Record that these outside pictures were deleted; the receipt's holder can show which they were."""
     told = sorted(commitment(subject.salt, {"input": digest}) for digest in digests)
     tx.record(Event.INPUTS_DELETED, f"campaign:{campaign_id}", inputs=told, because="erasure")
 
 
 def drop_old_sources(tx: Transaction, *, team: str, days: float) -> int:
-    """Campaign files hold prompts too: those that no job with a request belongs to, save the present version's."""
+    """Erase old campaign files, which hold prompts too; return their number.
+
+    Files of versions with unerased jobs, and of the current version, are kept.
+    """
     told = exists().where(
         job.c.campaign_id == campaign_version.c.campaign_id,
         job.c.version_id == campaign_version.c.id,
@@ -244,7 +252,7 @@ def drop_old_sources(tx: Transaction, *, team: str, days: float) -> int:
 
 
 def drop_sources_naming(tx: Transaction, subject: Subject, campaign_ids: Collection[int]) -> int:
-    """The campaign files that name the subject."""
+    """Erase the campaign files that name the subject; return their number."""
     named = campaign_version.c.source.contains(subject.name, autoescape=True)
     return _drop_sources(tx, and_(campaign_version.c.campaign_id.in_(campaign_ids), named))
 
@@ -259,14 +267,14 @@ def _drop_sources(tx: Transaction, which: ColumnElement[bool]) -> int:
 
 
 def campaigns_of(connection: Connection, subject: str, *, team: str) -> list[int]:
-    """Campaigns in which jobs hold this subject's data."""
+    """List campaigns in which jobs hold this subject's data."""
     mine = select(campaign.c.id).join(job, job.c.campaign_id == campaign.c.id)
     mine = mine.where(campaign.c.team == team, job.c.subject == subject)
     return list(connection.execute(mine.distinct().order_by(campaign.c.id)).scalars())
 
 
 def extent(connection: Connection, subject: str, *, team: str) -> tuple[int, int]:
-    """How many jobs hold this subject's data, and how many pictures they have."""
+    """Count the jobs that hold this subject's data, and their pictures."""
     mine = select(job.c.id).join(campaign, campaign.c.id == job.c.campaign_id)
     mine = mine.where(campaign.c.team == team, job.c.subject == subject)
     jobs = select(func.count()).select_from(mine.subquery())
@@ -275,14 +283,14 @@ def extent(connection: Connection, subject: str, *, team: str) -> tuple[int, int
 
 
 def cancel_unfinished(tx: Transaction, subject: str, *, campaign_id: int) -> int:
-    """What is not made yet of this subject is not made any more."""
+    """Cancel the unfinished jobs of this subject."""
     return job_control.cancel(
         tx, campaign_id=campaign_id, chosen=and_(job.c.subject == subject, job.c.status.in_(UNFINISHED))
     )
 
 
 def held(connection: Connection, subject: str, *, campaign_id: int, limit: int) -> list[Held]:
-    """The first ended jobs of a campaign that hold this subject's data."""
+    """List the first ended jobs of a campaign that hold this subject's data."""
     columns = (job.c.id, job.c.campaign_id, campaign.c.team, campaign.c.name, job.c.stage, job.c.fingerprint)
     statement = (
         select(*columns, job.c.request)
@@ -306,7 +314,7 @@ def held(connection: Connection, subject: str, *, campaign_id: int, limit: int) 
 
 
 def stored_inputs(request: Json) -> frozenset[str]:
-    """Digests of the outside pictures that a request consumes and our storage has."""
+    """Return digests of the outside pictures that a request consumes and our storage has."""
     if "checkpoint" not in request:
         return frozenset()
     sources = request_from_document({"prompt": ""} | {n: v for n, v in request.items() if n != ERASED}).sources()
@@ -314,7 +322,7 @@ def stored_inputs(request: Json) -> frozenset[str]:
 
 
 def in_use_by_others(connection: Connection, digests: Iterable[str], subject: str) -> set[str]:
-    """Those of the inputs that a job of somebody else consumes too."""
+    """Return those of the inputs that another subject's job, or one without a subject, also uses."""
     others = or_(job.c.subject.is_(None), job.c.subject != subject)
     return {
         digest
@@ -326,7 +334,7 @@ def in_use_by_others(connection: Connection, digests: Iterable[str], subject: st
 
 
 def wanted_by_others(connection: Connection, fingerprints: Collection[str], subject: str) -> set[str]:
-    """Those of the fingerprints that somebody else's job has: what lies in their folder may be theirs."""
+    """Return those of the fingerprints that others' jobs have: objects in their folder may be theirs."""
     others = and_(or_(job.c.subject.is_(None), job.c.subject != subject), job.c.erased_at.is_(None))
     return set(
         connection.execute(select(job.c.fingerprint).where(others, job.c.fingerprint.in_(fingerprints))).scalars()

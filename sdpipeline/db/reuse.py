@@ -1,4 +1,4 @@
-"""Pictures that jobs of the same fingerprint may be delivered from, so that they cost nothing."""
+"""Reuse of existing pictures for jobs of the same fingerprint, at no GPU cost."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ _STORED = tuple(StoredImage.__dataclass_fields__)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Original:
-    """A picture that was made, and the job it was made for; never itself a copy."""
+    """A generated picture and the job that it was made for; never itself a copy."""
 
     job_id: int
     stored: StoredImage
 
 
 def newest(connection: Connection, *, team: str, fingerprints: Collection[str]) -> dict[str, Original]:
-    """For each fingerprint the team's newest picture of it, where there is one; its bytes are still to be checked."""
+    """Return the team's newest picture of each fingerprint that has one; its bytes must still be checked."""
     columns = (image.c.fingerprint, image.c.job_id, *(image.c[name] for name in _STORED))
     statement = _made(columns, team, fingerprints).order_by(image.c.created_at, image.c.job_id)
     return {
@@ -33,15 +33,15 @@ def newest(connection: Connection, *, team: str, fingerprints: Collection[str]) 
 
 
 def known(connection: Connection, *, team: str, fingerprints: Collection[str]) -> frozenset[str]:
-    """Which of these fingerprints the team has a picture of; a thousand at a time, or so."""
+    """Return those of the fingerprints that the team has a picture of; pass about a thousand at a time."""
     statement = _made((image.c.fingerprint,), team, fingerprints).distinct()
     return frozenset(connection.execute(statement).scalars())
 
 
 def _made(columns: Collection[Any], team: str, fingerprints: Collection[str]) -> Select[Any]:
-    """Every picture row stands for a picture that was stored, read back and told to the audit log."""
-    # Not a join: SQLite would begin it at the team and read all of its jobs. And a copy keeps its maker's record: what
-    # holds one person's data is never delivered to another's job.
+    """Select original pictures; each row stands for one that was stored, read back and recorded in the audit log."""
+    # Not a join: SQLite would begin it at the team and read all of its jobs. Pictures with a subject are left out: a
+    # copy keeps its maker's record, and one person's data is never delivered to another's job.
     owner = select(campaign.c.team).join(job, job.c.campaign_id == campaign.c.id)
     owner = owner.where(job.c.id == image.c.job_id, job.c.subject.is_(None))
     made = (image.c.fingerprint.in_(fingerprints), image.c.reused_from.is_(None), image.c.deleted_at.is_(None))

@@ -1,4 +1,4 @@
-"""An empty database of one's own beside the live one, for a measurement: nobody else sees it, and it is dropped."""
+"""Scratch database for benchmarks: empty, next to the live one, invisible to others, and dropped afterwards."""
 
 from __future__ import annotations
 
@@ -17,18 +17,19 @@ from sdpipeline.errors import Mistake, SettingsError
 
 PREFIX = "sdp_bench_"
 FIRST_CAMPAIGN = 2_000_000_000
-"""Campaigns are numbered from here, so that their advisory locks, which know no schema, are nobody else's."""
+"""First campaign id, so that advisory locks, which ignore schemas, collide with nobody else's."""
 
 _HELD = 0x5343
-"""The class of the advisory locks that say that a scratch schema is in use."""
+"""The class of the advisory locks that mark a scratch schema as in use."""
 
 
 @contextmanager
 def scratch_database(url: str) -> Iterator[Database]:
-    """At this release's schema, while the block lasts: a file beside SQLite's, a schema in PostgreSQL's database.
+    """Create a database at this release's schema for the duration of the block.
 
-    Raises SettingsError if the role may not create schemas, or if the connection goes through a pooler. What a killed
-    measurement left in PostgreSQL is dropped by the next one.
+    It is a file next to SQLite's, or a schema in PostgreSQL's database. Raises SettingsError if the role may not create
+    schemas, or if the connection goes through a pooler. The next measurement drops schemas that a killed one left in
+    PostgreSQL.
     """
     path = sqlite_path(url)
     with _file_beside(path) if path is not None else _schema_in(url) as scratch_url:
@@ -45,7 +46,7 @@ def scratch_database(url: str) -> Iterator[Database]:
 
 @contextmanager
 def _file_beside(path: Path) -> Iterator[str]:
-    """On the same disk, which is what the measurement is about."""
+    """Create the file on the same disk, because the measurement is about that disk."""
     own = path.parent / f".{PREFIX}{secrets.token_hex(8)}.db"
     try:
         yield f"sqlite:///{own.absolute()}"
@@ -56,13 +57,13 @@ def _file_beside(path: Path) -> Iterator[str]:
 
 @contextmanager
 def _schema_in(url: str) -> Iterator[str]:
-    """A schema that is first in the search path of every connection; a session's lock says that it is in use."""
+    """Create a schema that is first in the search path of every connection; a session lock marks it as in use."""
     live, name = open_database(url), f"{PREFIX}{secrets.token_hex(8)}"
     try:
         with live.read() as holder:
             # A pooler drops the search path that keeps the measurement out of the live tables.
             require_direct(holder, "bench")
-            # The lock is the session's: it outlives this transaction's savepoints and dies with the process.
+            # A session lock outlives this transaction's savepoints and is released when the process ends.
             holder.execute(text("SET LOCAL idle_in_transaction_session_timeout = 0"))
             holder.execute(select(func.pg_advisory_lock(_HELD, func.hashtext(name))))
             _create(live, name)
@@ -88,7 +89,7 @@ def _create(live: Database, name: str) -> None:
 
 
 def _drop_abandoned(connection: Connection) -> None:
-    """Schemas whose measurement was killed: nobody holds their lock."""
+    """Drop schemas of killed measurements: nobody holds their lock."""
     names = connection.execute(text("SELECT nspname FROM pg_namespace WHERE starts_with(nspname, :p)"), {"p": PREFIX})
     for name in names.scalars().all():
         if connection.execute(select(func.pg_try_advisory_xact_lock(_HELD, func.hashtext(name)))).scalar_one():

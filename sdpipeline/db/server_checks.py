@@ -28,14 +28,14 @@ class Pooler:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WriteRefusal:
-    """The reason why a database is read-only, and what to do about it."""
+    """The reason why a database is read-only, and its fix."""
 
     reason: str
     fix: str | None
 
 
 def write_refusal(database: Database) -> WriteRefusal | None:
-    """Why the database takes no writes; None if it does."""
+    """Explain why the database accepts no writes; None if it does."""
     try:
         if database.is_sqlite:
             return _sqlite_refusal(Path(str(database.writer.url.database)))
@@ -46,9 +46,9 @@ def write_refusal(database: Database) -> WriteRefusal | None:
 
 
 def find_pooler(database: Database) -> Pooler | None:
-    """The pooler between this process and PostgreSQL; None for a direct connection and for SQLite.
+    """Find the pooler in front of PostgreSQL; None for a direct connection and for SQLite.
 
-    A pooler has given one server connection to two clients at once if both meet the same server process.
+    If two open clients meet the same server process, the pooler is in transaction mode.
     """
     if database.is_sqlite:
         return None
@@ -71,13 +71,13 @@ def require_direct(connection: Connection, command: str) -> None:
 
 
 def _server_process(connection: Connection) -> int:
-    """The server process of a transaction that ends at once; the client stays connected."""
+    """Return the server process of a transaction that ends at once; the client stays connected."""
     with connection.begin():
         return int(connection.execute(select(func.pg_backend_pid())).scalar_one())
 
 
 def _sqlite_refusal(file: Path) -> WriteRefusal | None:
-    """Without waiting for another process's write transaction."""
+    """Check a SQLite file without waiting for another process's write transaction."""
     if is_full(file.parent):
         return WriteRefusal(reason=f"the disk of {file.parent} is full", fix=f"free space on the disk of {file.parent}")
     with closing(sqlite3.connect(file, timeout=0, isolation_level=None)) as connection:

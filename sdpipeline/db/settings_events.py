@@ -1,4 +1,4 @@
-"""What a process declares in the audit log when it starts: how it marks and signs, where that is not as before."""
+"""Audit events for changed settings of a starting process: how it marks and signs pictures."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from sdpipeline.domain import Json
 
 
 def declare(tx: Transaction, part: str, values: Json) -> bool:
-    """Record these settings unless they are what was recorded last of this part; ``values`` hold no secret.
+    """Record these settings unless they equal the last recorded ones of this part; ``values`` hold no secret.
 
-    Two machines that are set up differently declare in turn, and so they should.
+    Two machines with different settings record them in turn, which is intended.
     """
     subject = f"settings:{part}"
     told = [event for _, event in readable(about(tx.connection, subject))]

@@ -1,4 +1,4 @@
-"""Whose picture is this: recorded pictures by their pixels, and by what they look like."""
+"""Find recorded images by pixel hash or perceptual hash."""
 
 from __future__ import annotations
 
@@ -13,21 +13,23 @@ from sdpipeline.db.tables import LOOKS, campaign, image, job
 from sdpipeline.domain import Json
 
 MOST_BITS = 7
-"""In how many of 64 bits a copy may differ and still be found for sure: one of its four quarters then differs in none
-or in one, so that these 4 x 17 values are all that has to be asked for."""
+"""Number of 64 bits in which a copy may differ and is still certain to be found.
+
+One of its four quarters then differs in no bit or in one, so a query asks for only 4 x 17 values.
+"""
 
 _PAGE = 500
 
 _INDEXED: ColumnElement[bool] = literal_column("look_1 IS NOT NULL")
-"""As the partial indexes say it."""
+"""The condition of the partial indexes, verbatim."""
 
 _KNOWN = or_(job.c.erased_at.is_(None), cast(job.c.request, Text).contains("checkpoint"))
-"""Not a job of an erased subject, whose request is gone as a whole."""
+"""Excludes jobs of an erased subject, whose whole request is gone."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RecordedPicture:
-    """A picture as the database or an archive knows it. ``deleted`` says that storage has it no more."""
+    """A picture as the database or an archive records it; ``deleted`` says that storage has it no more."""
 
     job: int
     campaign: str
@@ -43,7 +45,7 @@ class RecordedPicture:
 
 
 def looks(scores: Json) -> dict[str, int]:
-    """The columns that a picture is found by: its perceptual hash in four numbers of 16 bits."""
+    """Return the lookup columns of a picture: its perceptual hash in four numbers of 16 bits."""
     found = scores.get("perceptual_hash")
     if not isinstance(found, str):
         return {}
@@ -51,21 +53,21 @@ def looks(scores: Json) -> dict[str, int]:
 
 
 def of_pixels(connection: Connection, *, team: str, pixels_sha256: str) -> list[RecordedPicture]:
-    """Pictures with exactly these pixels, the newest first."""
+    """List pictures with exactly these pixels, newest first."""
     return _owned(connection, team, connection.execute(_of_pixels(pixels_sha256)).mappings())
 
 
 def of_fingerprint(
     connection: Connection, *, team: str, fingerprint: str, copies: bool = False
 ) -> list[RecordedPicture]:
-    """Pictures made for this fingerprint, the newest first; with those that are copies of them, where asked."""
+    """List pictures made for this fingerprint, newest first; with ``copies``, also their copies."""
     own = [] if copies else [image.c.reused_from.is_(None)]
     found = _images(image.c.fingerprint == fingerprint, *own)
     return _owned(connection, team, connection.execute(found).mappings())
 
 
 def alike(connection: Connection, *, team: str, perceptual_hash: str) -> list[RecordedPicture]:
-    """Pictures whose perceptual hash differs from this one in at most ``MOST_BITS``, the newest first."""
+    """List pictures whose perceptual hash differs from this one in at most ``MOST_BITS``, newest first."""
     asked = looks({"perceptual_hash": perceptual_hash})
     rows = connection.execute(_alike(asked)).mappings()
     near = (row for row in rows if sum((row[name] ^ bits).bit_count() for name, bits in asked.items()) <= MOST_BITS)
@@ -73,14 +75,14 @@ def alike(connection: Connection, *, team: str, perceptual_hash: str) -> list[Re
 
 
 def without_index(connection: Connection, *, team: str) -> Iterator[RecordedPicture]:
-    """Pictures that the release before recorded: they are found by reading them all."""
+    """Yield pictures that the previous release recorded; they are only found by a full scan."""
     rows = connection.execute(_images(image.c.look_1.is_(None), image.c.reused_from.is_(None))).mappings()
     while some := list(islice(rows, _PAGE)):
         yield from _owned(connection, team, some)
 
 
 def archived(row: Json, lines: Iterator[Json], private: Iterator[Json]) -> Iterator[RecordedPicture]:
-    """The pictures of an archived edition, from its lines, but for those of jobs that were erased there."""
+    """Yield the pictures of an archived edition, from its lines, except those of erased jobs."""
     scores = {line["id"]: line.get("scores", {}) for line in private}
     for line in lines:
         if line["id"] not in scores and line["erased_at"] is None:
@@ -100,7 +102,7 @@ def _of_pixels(pixels_sha256: str) -> Select[Any]:
 
 
 def _alike(asked: Mapping[str, int]) -> Select[Any]:
-    """Each quarter as it is and with any one bit changed, said with its index's own condition."""
+    """Match each quarter as it is and with any one bit changed, using its index's own condition."""
     near = [
         image.c[name].in_([bits, *(bits ^ (1 << n) for n in range(16))]) & literal_column(f"{name} IS NOT NULL")
         for name, bits in asked.items()
@@ -113,7 +115,7 @@ def _images(*which: Any) -> Select[Any]:
 
 
 def _owned(connection: Connection, team: str, rows: Iterable[Any]) -> list[RecordedPicture]:
-    """Those of the team's jobs. Not by a join: SQLite would begin it at the team and read all of its jobs."""
+    """Keep the team's pictures; not by a join: SQLite would begin it at the team and read all of its jobs."""
     found, owners = list(rows), dict[int, Any]()
     for page in range(0, len(found), _PAGE):
         ids = {row["job_id"] for row in found[page : page + _PAGE]}

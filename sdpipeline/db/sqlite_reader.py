@@ -1,4 +1,4 @@
-"""Connections that read a SQLite file, also one on a disk that is read-only or full."""
+"""Read-only SQLite connections, which also work on a disk that is read-only or full."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ _IMMUTABLE = "sdp_immutable"
 
 
 def open_reader(engine: Engine) -> None:
-    """Have the engine's connections refuse writes, and read without a lock if no file can be made beside the database.
+    """Make the engine's connections refuse writes, and read without a lock if the folder takes no new file.
 
-    A reader of a database in WAL mode makes the files -wal and -shm if they are not there. On a disk that takes none,
-    nobody writes either, so the file is read as it is. If a -wal with changes lies there, only a reader that can
-    make -shm may read them, and the error stands.
+    A reader of a database in WAL mode makes the files -wal and -shm if they are missing. On a disk that takes none,
+    nobody writes either, so the file is read as it is. If there is a -wal with changes, only a reader that can make
+    -shm may read them, and the error stands.
     """
 
     @event.listens_for(engine, "do_connect")
@@ -47,7 +47,7 @@ def open_reader(engine: Engine) -> None:
 
     @event.listens_for(engine, "checkin")
     def _forget(_connection: Any, record: Any) -> None:
-        """The next reader looks again whether the file can be locked."""
+        """Discard the connection, so that the next reader checks again if the file can be locked."""
         if record.info.get(_IMMUTABLE):
             record.invalidate()
 

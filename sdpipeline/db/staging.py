@@ -1,4 +1,4 @@
-"""The jobs of one submit on their way into the database: written to a file first, then into temporary tables."""
+"""Staging of one submit's jobs: written to a file first, then into temporary tables."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ _temporary = MetaData()
 incoming = Table(
     "incoming_job",
     _temporary,
-    # Joins name both columns of the unique key: a campaign given as a value would be planned as having one job.
+    # Joins name both columns of the unique key: with a campaign as a value, the planner would expect one job.
     Column("campaign_id", BigInteger, nullable=False),
     Column("position", BigInteger, primary_key=True, autoincrement=False),
     Column("identity", String(64), nullable=False),
@@ -77,8 +77,8 @@ incoming_parent = Table(
     Column("parent_identity", String(64), nullable=False),
     prefixes=["TEMPORARY"],
 )
-# Incoming jobs that the campaign has already; ``same`` are those whose pixels and status need no change, ``moved``
-# those of them whose pictures are the same bytes under another address, pin or name now.
+# Incoming jobs that the campaign has already. ``same``: pixels and status need no change. ``moved``: the input pictures
+# are the same bytes under another address, pin or name now.
 known = Table(
     "known_job",
     _temporary,
@@ -107,17 +107,17 @@ ROW = (
     "error_kind",
     "error",
 )
-"""The columns of a job's own, in the order of a prepared row, between its group and its number of parents."""
+"""A job's own columns, in the order of a prepared row, between its group and its number of parents."""
 
 _ERROR_KIND = ROW.index("error_kind")
 
 POLICY = "policy"
-"""The kind of error of a job that a policy forbids."""
+"""The error kind of a job that a policy forbids."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Group:
-    """Jobs of one stage that may share a forward pass, before the database knows them."""
+    """Jobs of one stage that may share a forward pass, before they are in the database."""
 
     stage: str
     depth: int
@@ -128,29 +128,29 @@ class Group:
 
 
 class Spool:
-    """Tuples of plain values in a file without a name, added in lists and read in order, any number of times."""
+    """Tuples of plain values in an unnamed file, added in lists and read in order, any number of times."""
 
     def __init__(self, file: IO[bytes]) -> None:
         self._file = file
         self._sizes: list[int] = []
 
     def add(self, rows: list[tuple[Any, ...]]) -> None:
-        """Append them; not while they are read."""
+        """Append rows; not while they are read."""
         self._sizes.append(self._file.write(marshal.dumps(rows)))
 
     def __iter__(self) -> Iterator[tuple[Any, ...]]:
         self._file.seek(0)
         for size in self._sizes:
-            # Read at once: `marshal.load` asks a file for every single value.
+            # Read at once: `marshal.load` calls the file for every single value.
             yield from marshal.loads(self._file.read(size))  # noqa: S302 -- our own file
 
 
 @dataclass(slots=True, kw_only=True)
 class Prepared:
-    """Checked jobs, ready to be published; expanding them never holds the database up.
+    """Checked jobs, ready to be published; expanding them never blocks the database.
 
-    ``held`` says that chains are begun only as a budget allows; ``blocked`` counts what a policy forbids, ``subjects``
-    says that some jobs hold somebody's data.
+    ``held`` says that chains are begun only as a budget allows. ``blocked`` counts jobs that a policy forbids.
+    ``subjects`` says that some jobs hold a person's data.
     """
 
     held: bool = False
@@ -160,16 +160,16 @@ class Prepared:
     editions: set[str] = field(default_factory=set)
     groups: list[Group] = field(default_factory=list)
     rows: Spool
-    """For each job its place in the file, its place in ``groups``, :data:`ROW` and its number of parents."""
+    """For each job its position in the file, its index in ``groups``, :data:`ROW` and its number of parents."""
     pairs: Spool
-    """The identities of each job and each job it is made from."""
+    """The identities of each job and each of its parents."""
 
 
 @contextmanager
 def prepared(
     jobs: Iterable[JobSpec], *, rules: Mapping[str, Json] | None = None, held: bool = False
 ) -> Iterator[Prepared]:
-    """Run through all jobs, whatever mistakes that shows, into a temporary file. ``rules`` are by stage."""
+    """Expand all jobs into a temporary file, so that their mistakes surface first; ``rules`` are by stage."""
     with tempfile.TemporaryFile() as rows_file, tempfile.TemporaryFile() as pairs_file:
         ready = Prepared(rows=Spool(rows_file), pairs=Spool(pairs_file), held=held)
         places: dict[tuple[str, str], int] = {}
@@ -198,14 +198,14 @@ def prepared(
 
 @contextmanager
 def temporary_tables(connection: Connection) -> Iterator[None]:
-    """Made and dropped inside the transaction, so that a failure leaves nothing behind."""
+    """Create and drop the tables inside the transaction, so that a failure leaves nothing behind."""
     _temporary.create_all(connection, checkfirst=False)
     yield
     _temporary.drop_all(connection, checkfirst=False)
 
 
 def load(connection: Connection, ready: Prepared, campaign_id: int, group_ids: Sequence[int]) -> None:
-    """Fill the tables of what comes in; ``group_ids`` are the ids of ``ready.groups``."""
+    """Fill the tables of incoming jobs; ``group_ids`` are the ids of ``ready.groups``."""
     names = ["campaign_id", "position", *ROW, "parents", "group_id"]
     filled = ((campaign_id, position, *row, group_ids[group]) for position, group, *row in ready.rows)
     copy_rows(connection, incoming, names, filled)
@@ -216,7 +216,7 @@ def load(connection: Connection, ready: Prepared, campaign_id: int, group_ids: S
 def load_first(
     connection: Connection, ready: Prepared, group_ids: Sequence[int], *, created_at: float, **constants: int
 ) -> None:
-    """Fill a campaign that has no jobs yet: there is nothing to compare with, so they go where they belong at once."""
+    """Fill a campaign that has no jobs yet directly: there is nothing to compare with."""
     names = ["created_at", *constants, "status", "group_id", *ROW, "parents_left"]
     fixed = (created_at, *constants.values())
     root = "waiting" if ready.held else "ready"
@@ -236,10 +236,10 @@ def _load_parents(connection: Connection, ready: Prepared, campaign_id: int) -> 
 
 
 def match(connection: Connection) -> None:
-    """Find the incoming jobs that are there already.
+    """Match incoming jobs to existing ones.
 
-    What a policy forbade and now allows is to be made anew, and what was skipped because of it. What was erased stays
-    erased, whoever asks for the same again.
+    Jobs that a policy forbade and now allows are made anew, with the jobs skipped because of them. Erased jobs stay
+    erased, even if the same is submitted again.
     """
     there = and_(job.c.campaign_id == incoming.c.campaign_id, job.c.identity == incoming.c.identity)
     there_still = job.c.erased_at.is_(None)
@@ -249,7 +249,7 @@ def match(connection: Connection) -> None:
         or_(job.c.status != "cancelled", job.c.erased_at.is_not(None)),
         case((allowed, false()), else_=true()),
     )
-    # What was made or erased is not written down again. Found here, where the tables are joined once for all.
+    # Finished and erased jobs are not rewritten. Computed here, where the tables are joined anyway.
     open_still = and_(same, job.c.status != "succeeded", job.c.erased_at.is_(None))
     differs = cast(job.c.request, Text) != cast(incoming.c.request, Text)
     moved = case((open_still, differs), else_=false())
@@ -264,21 +264,21 @@ def match(connection: Connection) -> None:
 
 
 def analyze(connection: Connection, *tables: Table) -> None:
-    """Nobody else does it for temporary tables, and joins would be planned for a handful of rows."""
+    """Analyze temporary tables, which autovacuum does not; joins would be planned for a handful of rows."""
     if connection.dialect.name == "postgresql":
         for table in tables:
             connection.execute(text(f"ANALYZE {table.name} (identity)"))
 
 
 def chunked(jobs: Iterable[JobSpec], size: int) -> Iterator[list[JobSpec]]:
-    """The jobs in lists of ``size``."""
+    """Yield the jobs in lists of ``size``."""
     iterator = iter(jobs)
     while chunk := list(itertools.islice(iterator, size)):
         yield chunk
 
 
 def _place(spec: JobSpec, ready: Prepared, places: dict[tuple[str, str], int], rules: Mapping[str, Json]) -> int:
-    """The number of the job's group, which is added if it is new."""
+    """Return the index of the job's group, which is added if it is new."""
     key = (spec.stage, spec.batch_key)
     if key not in places:
         places[key] = len(places)
@@ -323,7 +323,10 @@ def _row(spec: JobSpec, position: int, group: int, salt: str, texts: dict[int, s
 
 
 def _text(values: tuple[tuple[str, Any], ...], texts: dict[int, str]) -> str:
-    """Their JSON object, written once for all jobs that share them; ``texts`` are of values that are still alive."""
+    """Return the values as a JSON object, serialised once for all jobs that share them.
+
+    ``texts`` is keyed by the ids of values that are still alive.
+    """
     if id(values) not in texts:
         texts[id(values)] = canonical(dict(values)).decode()
     return texts[id(values)]

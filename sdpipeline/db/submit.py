@@ -1,4 +1,4 @@
-"""Publishing a campaign version: what is new, changed or removed is decided in the database, in one transaction."""
+"""Publication of a campaign version: new, changed and removed jobs are determined in one database transaction."""
 
 from __future__ import annotations
 
@@ -51,8 +51,11 @@ CHUNK = 1000
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Submitted:
-    """What a submit did. ``added`` counts new, changed and revived jobs, ``changed`` those of them that were there
-    before, ``blocked`` what a policy forbids of all that is asked for; ``left_out`` says why nothing was done."""
+    """Result of a submit.
+
+    ``added`` counts new, changed and revived jobs, ``changed`` those of them that existed before. ``blocked`` counts
+    all requested jobs that a policy forbids; ``left_out`` says why nothing was done.
+    """
 
     campaign_id: int
     version: int
@@ -66,7 +69,7 @@ class Submitted:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Publication:
-    """A campaign's newest version beside its jobs: whose it is, its file's text, and what holds for all of it."""
+    """A campaign's newest version without its jobs: owner, file text and campaign-wide values."""
 
     team: str
     name: str
@@ -77,7 +80,7 @@ class Publication:
 
 
 def submit(tx: Transaction, ready: Prepared, asked: Publication, *, prune: bool = False) -> Submitted:
-    """Make the campaign's newest version what ``ready`` says; workers see all of it or nothing."""
+    """Publish ``ready`` as the campaign's newest version; workers see all of it or nothing."""
     connection, source = tx.connection, asked.source
     campaign_id = _campaign_id(connection, asked.team, asked.name, asked.priority)
     groups = [_group_id(connection, campaign_id, group) for group in ready.groups]
@@ -116,7 +119,7 @@ def submit(tx: Transaction, ready: Prepared, asked: Publication, *, prune: bool 
                 _tell_blocked(tx, campaign_id)
             if not ready.held:
                 budgets.let_go(connection, campaign_id)
-            # Everything asked for is of this version now.
+            # All requested jobs belong to this version now.
             chosen = and_(present, job.c.version_id != version_id)
             cancelled = job_control.cancel(tx, campaign_id=campaign_id, chosen=chosen) if gone else 0
     restore.claim(tx, campaign_id=campaign_id)
@@ -156,7 +159,7 @@ def _campaign_id(connection: Connection, team: str, name: str, priority: int) ->
 
 
 def jobs_root(connection: Connection, version_id: int) -> str:
-    """Merkle root over the jobs of a version: what the audit log says was asked for."""
+    """Compute the Merkle root over a version's jobs, which the audit log records as the request."""
     leaf = (job.c.identity + job.c.fingerprint).label("leaf")
     owner = select(campaign_version.c.campaign_id).where(campaign_version.c.id == version_id).scalar_subquery()
     mine = and_(job.c.campaign_id == owner, job.c.version_id == version_id)
@@ -182,7 +185,7 @@ def _group_id(connection: Connection, campaign_id: int, group: Group) -> int:
 
 
 def _digests(description: Any) -> set[str]:
-    """The digests of all weights in a batch document; its pictures are not in it."""
+    """Return the digests of all weights in a batch document; input pictures are not part of it."""
     if isinstance(description, dict):
         own = {description["digest"]} if "digest" in description else set()
         return own.union(*(_digests(value) for value in description.values()))
@@ -190,7 +193,7 @@ def _digests(description: Any) -> set[str]:
 
 
 def _same_version(connection: Connection, campaign_id: int, source: str, count: int) -> int | None:
-    """The number of the campaign's version if it already says exactly this."""
+    """Return the number of the campaign's version if it is already exactly this one."""
     present = connection.execute(
         select(campaign_version.c.id, campaign_version.c.number)
         .join(campaign, campaign.c.version_id == campaign_version.c.id)
@@ -229,7 +232,7 @@ def _asked_before(campaign_id: int, editions: set[str]) -> ColumnElement[bool]:
 
 
 def _change(tx: Transaction, campaign_id: int, version_id: int) -> int:
-    """Jobs whose pixels would differ now, and cancelled ones that are wanted again, start anew."""
+    """Reset jobs whose pixels would differ now, and cancelled ones that are requested again."""
     connection = tx.connection
     differ = select(known.c.id).where(~known.c.same)
     ids = job_control.reset(connection, job.c.id.in_(differ), campaign_id=campaign_id)
@@ -239,7 +242,7 @@ def _change(tx: Transaction, campaign_id: int, version_id: int) -> int:
     connection.execute(delete(job_parent).where(job_parent.c.job_id.in_(differ)))
     names = ("group_id", "depth", "fingerprint", "variables", "request", "chain", "subject", "error_kind", "error")
     fresh: dict[str, ColumnElement[Any]] = {name: incoming.c[name] for name in (*names, "row_key", "axes")}
-    # What was erased lost its salt too; any other keeps it, for its older pictures were told to the audit log by it.
+    # An erased job lost its salt; any other keeps it, because its older pictures' commitments in the audit log use it.
     fresh["salt"] = case((job.c.erased_at.is_not(None), incoming.c.salt), else_=job.c.salt)
     fresh["erased_at"] = null()
     these = and_(job.c.id == known.c.id, ~known.c.same, incoming.c.identity == known.c.identity)
@@ -248,7 +251,7 @@ def _change(tx: Transaction, campaign_id: int, version_id: int) -> int:
 
 
 def _keep(connection: Connection, version_id: int) -> None:
-    """Jobs that need no change belong to the new version too, at the place their chain has in it."""
+    """Move unchanged jobs to the new version, with the place of their chain in it."""
     these = and_(job.c.id == known.c.id, known.c.same, incoming.c.identity == known.c.identity)
     connection.execute(update(job).where(these, known.c.moved).values(request=incoming.c.request))
     subject = case((job.c.erased_at.is_(None), incoming.c.subject), else_=job.c.subject)
@@ -257,12 +260,12 @@ def _keep(connection: Connection, version_id: int) -> None:
 
 
 def _moved() -> ColumnElement[bool]:
-    """Jobs whose pictures have another address, pin or name now."""
+    """Match jobs whose input pictures have another address, pin or name now."""
     return job.c.id.in_(select(known.c.id).where(known.c.moved))
 
 
 def _of_others(campaign_id: int, ready: Prepared) -> ColumnElement[bool]:
-    """Jobs that need no other change than of whose data they hold."""
+    """Match jobs whose only change is the subject of their data."""
     if not ready.subjects:
         return false()
     whose = select(known.c.id).join(incoming, incoming.c.identity == known.c.identity)
@@ -272,7 +275,7 @@ def _of_others(campaign_id: int, ready: Prepared) -> ColumnElement[bool]:
 
 
 def _to_block() -> ColumnElement[bool]:
-    """Jobs that were there already and the newest policy forbids: whatever a retry could bring to run counts."""
+    """Match existing jobs that the newest policy forbids, including any that a retry could run."""
     there = job.alias("there")
     told = and_(there.c.status == "blocked", there.c.error_kind == POLICY, there.c.error == incoming.c.error)
     forbidden = (
@@ -295,7 +298,7 @@ def _block_known(connection: Connection, campaign_id: int) -> None:
 
 
 def _tell_blocked(tx: Transaction, campaign_id: int) -> None:
-    """The audit log hears of what a policy forbids, and what would be made from it is skipped."""
+    """Record an audit event for jobs that a policy forbids, and skip their descendants."""
     mine = and_(job.c.campaign_id == campaign_id, job.c.status == "blocked", job.c.error_kind == POLICY)
     blocked = select(job.c.id).where(mine)
     jobs = list(tx.connection.execute(blocked.order_by(job.c.id)).scalars())
@@ -304,7 +307,10 @@ def _tell_blocked(tx: Transaction, campaign_id: int) -> None:
 
 
 def _insert_new(connection: Connection, version_id: int, max_attempts: int) -> int:
-    """Jobs nobody asked for before. Only where a parent is older than its child must :func:`control.settle` look."""
+    """Insert jobs that were not requested before; return their number.
+
+    :func:`sdpipeline.db.job_control.resolve_new_jobs` is needed only for jobs with a parent older than themselves.
+    """
     older = incoming_parent.join(known, known.c.identity == incoming_parent.c.parent_identity)
     child_of_older = select(incoming_parent.c.identity).select_from(older).distinct().subquery()
     own = [column for column in incoming.columns if column.name not in ("position", "parents")]
@@ -325,7 +331,7 @@ def _insert_new(connection: Connection, version_id: int, max_attempts: int) -> i
         select(*values.values())
         .select_from(incoming.outerjoin(child_of_older, child_of_older.c.identity == incoming.c.identity))
         .where(~exists().where(known.c.identity == incoming.c.identity))
-        # In the file's order, so that ids, and with them the order of work, follow the file.
+        # In the file's order, so that ids, and thus the order of work, follow the file.
         .order_by(incoming.c.position)
     )
     statement = insert(job).from_select(list(values), rows).execution_options(preserve_rowcount=True)
@@ -333,7 +339,7 @@ def _insert_new(connection: Connection, version_id: int, max_attempts: int) -> i
 
 
 def _link_parents(connection: Connection) -> None:
-    """New and changed jobs with those they are made from."""
+    """Link new and changed jobs to their parents."""
     child, parent = job.alias("child"), job.alias("parent")
     pair = incoming_parent.c
     pairs = (

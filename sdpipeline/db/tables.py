@@ -49,10 +49,10 @@ campaign = Table(
     Column("priority", SmallInteger, nullable=False, server_default="100"),
     # The one pointer whose update publishes a version: workers see all of it or nothing.
     Column("version_id", _Big),
-    # What may be spent (max_images, max_gpu_seconds, max_cost), and the chains below this number may be begun.
+    # Spending limits (max_images, max_gpu_seconds, max_cost); chains with a number below ``admitted`` may begin.
     Column("budget", JSON),
     Column("admitted", BigInteger, nullable=False, server_default="0"),
-    # Why it paused itself; empty where a person paused it.
+    # Why the campaign paused itself; empty if a person paused it.
     Column("paused_because", Text),
     Column("created_at", Double, nullable=False),
     UniqueConstraint("team", "name"),
@@ -90,8 +90,8 @@ work_group = Table(
     Index("ix_work_group_batch_key", "batch_key"),
 )
 
-# What a campaign's attempts have cost, failed ones too; a row for each worker, so that completions do not wait for
-# one another.
+# Cost of a campaign's attempts, including failed ones; one row per worker, so that completions do not wait for one
+# another.
 spending = Table(
     "spending",
     metadata,
@@ -120,15 +120,15 @@ Index(
     postgresql_where=text("closed_at IS NULL"),
     sqlite_where=text("closed_at IS NULL"),
 )
-# When a group was leased last: who waited longest is asked at every lease.
+# Time of a group's last lease: every lease looks for the longest wait.
 Index("ix_lease_group", lease.c.group_id, lease.c.created_at)
 
 job = Table(
     "job",
     metadata,
     _id(),
-    # Campaign and version are what the submit that inserts a job has just locked or made; checking them
-    # again for each row would take a fifth of a submit's time.
+    # No foreign keys: the submit that inserts a job has just locked or made its campaign and version, and checking
+    # them again for each row would take a fifth of a submit's time.
     Column("campaign_id", _Big, nullable=False),
     Column("version_id", _Big, nullable=False),
     Column("group_id", ForeignKey("work_group.id"), nullable=False),
@@ -149,15 +149,15 @@ job = Table(
     Column("priority", SmallInteger, nullable=False, server_default="100"),
     Column("attempt", SmallInteger, nullable=False, server_default="0"),
     Column("max_attempts", SmallInteger, nullable=False, server_default="3"),
-    # Set after a lease expired with this job in it: it is leased alone, so that a poison job burns no neighbours.
+    # Set after a lease expired with this job in it: it is leased alone, so that a poison job costs no neighbours.
     Column("alone", Boolean, nullable=False, server_default=text("false")),
     Column("parents_left", SmallInteger, nullable=False, server_default="0"),
-    # The number of its chain where the campaign has a budget: a job without parents that waits for no time is held
-    # until its chain may be begun.
+    # The number of its chain if the campaign has a budget: a job without parents or back-off is held until its chain
+    # may be begun.
     Column("chain", BigInteger),
-    # Whose data it holds, in the words of the campaign's `subject`; erasing it empties this column too.
+    # The person whose data it holds, from the campaign's `subject`; erasing it empties this column too.
     Column("subject", Text),
-    # Since when its request is not here any more.
+    # Time when its request was erased.
     Column("erased_at", Double),
     Column("not_before", Double),
     Column("lease_id", ForeignKey("lease.id")),
@@ -203,10 +203,10 @@ attempt = Table(
     Column("outcome", String(12)),
     Column("error_kind", String(63)),
     Column("error", Text),
-    # What the attempt took of the device, and that at the deployment's price.
+    # GPU-seconds of the attempt, and their cost at the deployment's price.
     Column("gpu_seconds", Double),
     Column("cost", Double),
-    # The folder it may have left objects in, also after the job has come to ask for another picture.
+    # Names the folder in which it may have left objects, even after the job's fingerprint changed.
     Column("fingerprint", _Hash),
     Index("ix_attempt_lease_id", "lease_id"),
 )
@@ -232,15 +232,15 @@ image = Table(
     Column("sidecar_sha256", _Hash, nullable=False),
     Column("gpu_seconds", Double, nullable=False),
     Column("timings", JSON, nullable=False),
-    # sharpness, perceptual_hash, edge_agreement: what was measured of the picture.
+    # Quality metrics: sharpness, perceptual_hash, edge_agreement.
     Column("scores", JSON, nullable=False, server_default="{}"),
-    # The picture this one is a byte copy of: its key.
+    # The key of the picture that this one is a byte copy of.
     Column("reused_from", Text),
-    # Since when storage has it no more: the row stays as its tombstone.
+    # Time when it was deleted from storage; the row stays as its tombstone.
     Column("deleted_at", Double),
     Column("worker_id", String(32), nullable=False),
     Column("created_at", Double, nullable=False),
-    # The perceptual hash in four numbers of 16 bits; a copy has none, for it is found where its original is.
+    # The perceptual hash in four numbers of 16 bits; a copy has none, because it is found through its original.
     *(Column(name, Integer) for name in LOOKS),
     Index("ix_image_fingerprint", "fingerprint"),
 )
@@ -248,8 +248,8 @@ for _name, _look in (("pixels_sha256", LOOKS[0]), *((name, name) for name in LOO
     _where = f"{_look} IS NOT NULL"
     Index(f"ix_image_{_name}", image.c[_name], postgresql_where=text(_where), sqlite_where=text(_where))
 
-# Pictures that storage holds with their sidecars and that no job has: a restored backup forgot them. Each waits for
-# its job, which may come only with the next submit; then it is recorded as that job's picture, and its row goes.
+# Pictures with sidecars in storage that no job has, because a restored backup lacks them. Each waits for its job, which
+# may come only with the next submit. Then it is recorded as that job's picture, and its row is deleted.
 found_picture = Table(
     "found_picture",
     metadata,
@@ -258,20 +258,20 @@ found_picture = Table(
     Column("campaign", String(63), nullable=False),
     Column("stage", String(63), nullable=False),
     Column("fingerprint", _Hash, nullable=False),
-    # The start of the job's identity, which is all that the folder of a copy says of it.
+    # The start of the job's identity, which is the only part in the name of a copy's folder.
     Column("identity_start", String(16), nullable=False),
     Column("key", Text, nullable=False),
     Column("stored", JSON, nullable=False),
     Column("attempt", SmallInteger, nullable=False),
     Column("worker_id", String(32), nullable=False),
-    # Of two pictures of one job the one that others were made from is its picture, else the newer one.
+    # Of two pictures of one job, the one that others were made from counts, else the newer one.
     Column("consumed", Boolean, nullable=False, server_default=text("false")),
     Column("made_at", String(40), nullable=False),
     Index("ix_found_picture_owner", "team", "campaign", "fingerprint"),
 )
 
-# Closed editions that were taken out of the tables above. What is private of them lies in an object of its own, which
-# can be deleted; the archive itself holds nothing that anybody may want to be forgotten.
+# Closed editions that were moved out of the tables above. Their private part is in a separate object, which can be
+# deleted; the archive itself holds no personal data.
 archive = Table(
     "archive",
     metadata,
@@ -286,13 +286,13 @@ archive = Table(
     Column("private_left", Text),
     Column("first_job", BigInteger, nullable=False),
     Column("last_job", BigInteger, nullable=False),
-    # When its last job ended, and since when storage has none of its pictures.
+    # Time when its last job ended, and time when its last picture was deleted from storage.
     Column("newest_at", Double, nullable=False),
     Column("pictures_deleted_at", Double),
     Column("created_at", Double, nullable=False),
 )
 
-# The newest row of an alias is what it means now; older ones say what it meant. A digest is revoked as a whole.
+# The newest row of an alias is its current meaning; older ones are its history. A digest is revoked as a whole.
 checkpoint = Table(
     "checkpoint",
     metadata,
@@ -314,7 +314,7 @@ checkpoint = Table(
     Column("revoked_because", Text),
 )
 
-# Every set of weights a group's pictures are made with: the base, ControlNets, adapters.
+# Every set of weights that a group uses: the base, ControlNets, adapters.
 group_checkpoint = Table(
     "group_checkpoint",
     metadata,
@@ -335,11 +335,11 @@ worker = Table(
     Column("seen_at", Double, nullable=False),
     Column("stopped_at", Double),
     Column("note", Text),
-    # Set while it leases nothing because too much failed; the note says what.
+    # Set while the worker's circuit breaker is open because too much failed; the note gives the reason.
     Column("paused_at", Double),
 )
 
-# One chain per writer process. ``body`` holds the very bytes that were hashed.
+# One chain per writer process. ``body`` holds the exact bytes that were hashed.
 audit_event = Table(
     "audit_event",
     metadata,
@@ -376,7 +376,7 @@ audit_seal = Table(
     Column("version_id", Text),
 )
 
-# What each seal covers of each chain, so that events themselves are never updated.
+# The range of each chain that a seal covers, so that events themselves are never updated.
 audit_seal_range = Table(
     "audit_seal_range",
     metadata,

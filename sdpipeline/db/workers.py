@@ -1,4 +1,4 @@
-"""The worker processes: who they are, that they live, and how they leave."""
+"""Worker rows: registration, heartbeat, notes and orderly stop."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ STORAGE_LOSSES = "storage_losses"
 
 
 def register(tx: Transaction, *, worker_id: str, host: str, pid: int, device: str, description: Json) -> None:
-    """A worker process says who it is."""
+    """Register a worker process."""
     times = {"started_at": now_s(), "seen_at": now_s()}
     row = {"id": worker_id, "host": host, "pid": pid, "device": device, "description": description}
     tx.connection.execute(insert(worker).values(**row, **times))
@@ -25,18 +25,18 @@ def register(tx: Transaction, *, worker_id: str, host: str, pid: int, device: st
 
 
 def seen(connection: Connection, worker_id: str) -> None:
-    """A worker is alive."""
+    """Record a worker's heartbeat."""
     connection.execute(update(worker).where(worker.c.id == worker_id).values(seen_at=now_s()))
 
 
 def note(connection: Connection, worker_id: str, text: str | None, *, paused: bool = False) -> None:
-    """What a worker waits for, or why it paused itself, shown by ``status``; None when it waits no more."""
+    """Set the reason why a worker waits or paused itself, shown by ``status``; None clears it."""
     values = {"seen_at": now_s(), "note": text, "paused_at": now_s() if paused else null()}
     connection.execute(update(worker).where(worker.c.id == worker_id).values(**values))
 
 
 def note_if_none(connection: Connection, worker_id: str, text: str) -> None:
-    """Note what a worker waits for, unless it has noted something else."""
+    """Set the reason why a worker waits, unless it has another note."""
     mine = (worker.c.id == worker_id, worker.c.note.is_(None))
     connection.execute(update(worker).where(*mine).values(note=text))
 
@@ -48,7 +48,7 @@ def take_back(connection: Connection, worker_id: str, text: str) -> None:
 
 
 def set_storage_losses(connection: Connection, worker_id: str, losses: Mapping[str, str]) -> None:
-    """Features that storage refuses to a worker, each with the consequence, shown by ``status``."""
+    """Set the features that storage refuses to a worker, each with its consequence, shown by ``status``."""
     mine = worker.c.id == worker_id
     description = connection.execute(select(worker.c.description).where(mine)).scalar_one_or_none()
     if description is not None:
@@ -57,7 +57,7 @@ def set_storage_losses(connection: Connection, worker_id: str, losses: Mapping[s
 
 
 def stop(tx: Transaction, *, worker_id: str) -> None:
-    """A worker ended in order, with its leases given back."""
+    """Record an orderly stop of a worker, and release its leases."""
     for lease_id in open_leases(tx.connection, [worker_id]):
         release(tx, lease_id=lease_id)
     tx.connection.execute(update(worker).where(worker.c.id == worker_id).values(stopped_at=now_s()))
