@@ -161,7 +161,7 @@ def misfit(task: Task, base: CheckpointFiles, controlnet: CheckpointFiles) -> st
 
 
 def adapter_misfit(field: str, kind: str, base: CheckpointFiles, adapter: CheckpointFiles) -> str | None:
-    """Return the reason why this adapter does not fit this checkpoint; ``None`` if none shows before loading."""
+    """Return why the adapter does not fit the checkpoint; ``None`` if it fits, or only loading can tell."""
     if adapter.kind != kind:
         return f"{field}: {adapter.alias!r} is a {adapter.kind}, not a {kind}"
     if adapter.family not in ("any", *FAMILIES[base.family].adapters_of):

@@ -51,7 +51,7 @@ class AdapterState:
         self._worn[weights.base] = wanted
         try:
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore", UserWarning)  # peft, about a second LoRA beside the first
+                warnings.simplefilter("ignore", UserWarning)  # raised by peft for a second LoRA
                 _put_on_loras(pipe, weights)
                 _put_on_ip_adapters(pipe, weights)
         except (torch.OutOfMemoryError, CheckpointError):
