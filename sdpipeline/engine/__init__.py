@@ -1,4 +1,4 @@
-"""What makes pictures: one protocol, the real diffusers engine, and a double for load tests and dry runs.
+"""Engine protocol, with the diffusers engine and a fake engine for load tests and dry runs as implementations.
 
 This module, ``families`` and ``checkpoints`` import no torch, so that a machine without the
 ``[engine]`` extra can plan, submit and dispatch.
@@ -17,8 +17,8 @@ import numpy.typing as npt
 from sdpipeline.domain import CheckpointRef, GenerationRequest, Json
 from sdpipeline.errors import SdpError
 
-# Where torchao is installed, diffusers and peft import it though nobody quantizes, and each start would tell of what
-# neither needs: kernels for other devices, names of an older torchao.
+# If torchao is installed, diffusers and peft import it even without quantization. Each start would then log warnings
+# about parts that neither needs: kernels for other devices, names of an older torchao.
 for _name in ("torchao", "torch.utils._pytree", "diffusers.quantizers.torchao.torchao_quantizer"):
     logging.getLogger(_name).setLevel(logging.ERROR)
 
@@ -26,15 +26,15 @@ Pixels = npt.NDArray[np.uint8]
 """A picture: height x width x 3, RGB, 0-255."""
 
 Calls = Sequence[Sequence[int]]
-"""The network calls a picture took part in, as pairs: of so many rows, so many times one after another. A row is
-one input of the network, the picture's own, its neighbours' or padding; bits depend on how many there are."""
+"""Network calls that a picture shared, as pairs: number of rows, number of consecutive calls. A row is one input of
+the network: the picture's own, another picture's or padding. Bits depend on the number of rows."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PreparedRequest:
-    """A request with the pictures it consumes, decoded, by the roles of ``GenerationRequest.sources``.
+    """A request with its decoded input pictures, by the roles of ``GenerationRequest.sources``.
 
-    ``calls`` are given for a picture that is made again, where its record has some.
+    ``calls`` are given if the picture is reproduced and its record has some.
     """
 
     request: GenerationRequest
@@ -52,11 +52,11 @@ class Batch:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GeneratedImage:
-    """A finished picture and what actually ran to make it.
+    """A finished picture with the parameters that actually ran.
 
     ``ran`` is JSON and goes into the record: at least seed, checkpoint digests, scheduler with its
     config, dtype, device kind, bucket, slot, fallbacks taken, and library versions.
-    ``control_maps`` are the maps that steered it, one per ControlNet.
+    ``control_maps`` holds one map per ControlNet.
     """
 
     pixels: Pixels
@@ -66,35 +66,36 @@ class GeneratedImage:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GenerationFailure:
-    """Why one request of a batch has no picture; its neighbours are not touched."""
+    """Error of one request of a batch; the other requests are not affected."""
 
     error: SdpError
 
 
 class Engine(Protocol):
-    """Turns batches into pictures. Called from one thread only, but for ``prepare``."""
+    """Generate pictures from batches. Only ``prepare`` may be called from a second thread."""
 
     def generate(self, batch: Batch) -> Sequence[GeneratedImage | GenerationFailure]:
-        """One result per request, in order.
+        """Return one result per request, in order.
 
-        Raises nothing for a request's own fault: that is a GenerationFailure. An unknown exception
-        means the process is not to be trusted any more and ends it.
+        A request's own error is returned as a GenerationFailure, not raised. An unknown exception means that
+        the process cannot be trusted any more, and ends it.
         """
 
     def prepare(self, requests: Sequence[GenerationRequest]) -> None:
-        """Told by another thread what comes next: what can be done for it beside a batch that is being made.
+        """Prepare the next requests while a batch is being generated; called from another thread.
 
-        It may wait for that batch. What cannot be done ahead is left to ``generate``, a request's fault too.
+        It may wait for that batch. Anything that cannot be prepared is left to ``generate``, including a request's
+        own error.
         """
 
     def flagged(self, checker: CheckpointRef, pictures: Sequence[Pixels]) -> Sequence[bool]:
-        """Which of these pictures a safety checker objects to.
+        """Return True for each picture that the safety checker flags.
 
-        Raises CheckpointError or DeviceExhaustedError where it cannot tell: then none of them may be stored.
+        Raises CheckpointError or DeviceExhaustedError if it cannot check: then none of the pictures may be stored.
         """
 
     def resident(self) -> frozenset[str]:
-        """Digests of the checkpoints that are loaded now."""
+        """Return the digests of the checkpoints that are loaded now."""
 
     def describe(self) -> dict[str, Any]:
-        """Device, dtype and library versions, for the worker's row and for ``doctor``."""
+        """Return device, dtype and library versions, for the worker's row and for ``doctor``."""

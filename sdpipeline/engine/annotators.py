@@ -1,4 +1,4 @@
-"""Control maps: annotators that need no weights, and explicit resizing, on OpenCV alone."""
+"""Annotators that draw control maps without weights, and explicit resizing, both with OpenCV alone."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Parameter = float | int | str
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ParameterRange:
-    """A number an annotator takes: its default, and the smallest and largest that make sense."""
+    """Numeric parameter of an annotator: its default and the lowest and highest sensible values."""
 
     default: float
     low: float
@@ -28,21 +28,21 @@ class ParameterRange:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Annotator:
-    """How a picture becomes a control map. ``learned`` ones need a checkpoint of that kind."""
+    """Conversion of a picture into a control map. ``learned`` names the kind of checkpoint it needs, if any."""
 
     function: Callable[..., Pixels] | None = None
     parameters: Mapping[str, ParameterRange] = field(default_factory=dict)
     learned: str | None = None
 
     def resolve(self, name: str, given: Mapping[str, Parameter]) -> dict[str, float | int]:
-        """Every parameter's value; RequestRefusedError for one that is unknown or out of range."""
+        """Return every parameter's value; RequestRefusedError for one that is unknown or out of range."""
         for key, value in given.items():
             if reason := self.refusal(name, key, value):
                 raise RequestRefusedError(reason)
         return {key: given.get(key, limit.default) for key, limit in self.parameters.items()}  # type: ignore[misc]
 
     def refusal(self, name: str, key: str, value: object) -> str | None:
-        """Why this parameter is wrong; ``None`` if it is right."""
+        """Return the reason why this parameter is invalid; ``None`` if it is valid."""
         if key not in self.parameters:
             known = ", ".join(self.parameters) or "none"
             return f"annotator {name!r} has no parameter {key!r}; it takes: {known}"
@@ -55,7 +55,7 @@ class Annotator:
 
 
 def annotate(name: str, pixels: Pixels, parameters: Mapping[str, Parameter]) -> Pixels:
-    """The control map of a picture, of the same size; equal input gives equal bytes."""
+    """Draw the control map of a picture, of the same size; equal input gives equal bytes."""
     annotator = known_annotator(name)
     values = annotator.resolve(name, parameters)
     if annotator.function is None:
@@ -64,14 +64,14 @@ def annotate(name: str, pixels: Pixels, parameters: Mapping[str, Parameter]) -> 
 
 
 def known_annotator(name: str) -> Annotator:
-    """The annotator of that name; RequestRefusedError lists the names there are."""
+    """Return the annotator of that name; RequestRefusedError lists the known names."""
     if name not in ANNOTATORS:
         raise RequestRefusedError(f"unknown annotator {name!r}; use one of {', '.join(ANNOTATORS)}")
     return ANNOTATORS[name]
 
 
 def resize(pixels: Pixels, width: int, height: int, mode: str | None) -> Pixels:
-    """The picture at that size. ``None`` accepts only a picture that has it already."""
+    """Resize the picture. Mode ``None`` accepts only a picture that already has that size."""
     if pixels.shape[:2] == (height, width):
         return pixels
     if mode is None:
@@ -91,7 +91,7 @@ def _stretch(pixels: Pixels, width: int, height: int) -> Pixels:
 
 
 def _crop(pixels: Pixels, width: int, height: int) -> Pixels:
-    """Cover the frame, then cut what hangs over at both ends."""
+    """Scale to cover the frame, then crop both ends equally."""
     factor = max(width / pixels.shape[1], height / pixels.shape[0])
     scaled = _scaled(pixels, factor, at_least=(width, height))
     top, left = (scaled.shape[0] - height) // 2, (scaled.shape[1] - width) // 2
@@ -99,7 +99,7 @@ def _crop(pixels: Pixels, width: int, height: int) -> Pixels:
 
 
 def _pad(pixels: Pixels, width: int, height: int) -> Pixels:
-    """Fit into the frame, with black bars at both ends."""
+    """Scale to fit into the frame, with black bars at both ends."""
     factor = min(width / pixels.shape[1], height / pixels.shape[0])
     scaled = _scaled(pixels, factor, at_least=(1, 1))[:height, :width]
     padded = np.zeros((height, width, 3), np.uint8)
@@ -118,7 +118,7 @@ RESIZE_MODES: Mapping[str, Callable[[Pixels, int, int], Pixels]] = {"stretch": _
 
 
 def _three(gray: npt.NDArray[Any]) -> Pixels:
-    """One channel as three."""
+    """Repeat one channel as three."""
     return np.repeat(np.asarray(gray, dtype=np.uint8)[..., None], 3, axis=2)
 
 
@@ -135,18 +135,18 @@ def _none(pixels: Pixels) -> Pixels:
 
 
 def _canny(pixels: Pixels, *, low_threshold: float, high_threshold: float) -> Pixels:
-    # In colour: OpenCV takes the strongest channel's gradient, so that two colours of one brightness have an edge.
+    # On colour input OpenCV uses the strongest channel's gradient, so two colours of equal brightness have an edge.
     return _three(cv2.Canny(pixels, low_threshold, high_threshold))
 
 
 def _scribble(pixels: Pixels, *, threshold: float) -> Pixels:
-    """White strokes where a narrow blur is darker than a wide one, as ControlNet's scribble_xdog draws them."""
+    """Draw white strokes where a narrow blur is darker than a wide one, as ControlNet's scribble_xdog does."""
     darker = np.min(_blurred(pixels, 5.0) - _blurred(pixels, 0.5), axis=2).clip(0, 255)
     return _three(np.where(2 * darker > threshold, 255, 0))
 
 
 def _lineart(pixels: Pixels, *, sigma: float, threshold: float) -> Pixels:
-    """Strength of dark lines on a lighter ground, normalised by the median line."""
+    """Measure the strength of dark lines on a lighter background, normalised by the median line."""
     strength = np.min(_blurred(pixels, sigma) - pixels, axis=2).clip(0, 255)
     lines = strength[strength > threshold]
     usual = max(16.0, float(np.median(lines))) if lines.size else 16.0
@@ -154,21 +154,21 @@ def _lineart(pixels: Pixels, *, sigma: float, threshold: float) -> Pixels:
 
 
 def _softedge(pixels: Pixels, *, sigma: float) -> Pixels:
-    """Gradient magnitude; a stand-in without weights for learned soft edges."""
+    """Compute the gradient magnitude, a substitute without weights for learned soft edges."""
     gray = _blurred(_gray(pixels), sigma)
     magnitude = cv2.magnitude(cv2.Sobel(gray, cv2.CV_32F, 1, 0), cv2.Sobel(gray, cv2.CV_32F, 0, 1))
     return _three((magnitude / max(1.0, float(np.percentile(magnitude, 99.5))) * 255).clip(0, 255))
 
 
 def _tile(pixels: Pixels, *, down: int) -> Pixels:
-    """What is left of the picture after shrinking: the tile ControlNet paints its detail anew."""
+    """Remove detail by shrinking and enlarging the picture; the tile ControlNet adds new detail."""
     height, width = pixels.shape[:2]
     small = cv2.resize(pixels, (max(1, width // down), max(1, height // down)), interpolation=cv2.INTER_AREA)
     return np.asarray(cv2.resize(small, (width, height), interpolation=cv2.INTER_CUBIC), dtype=np.uint8)
 
 
 def _colour(pixels: Pixels, *, cell: int) -> Pixels:
-    """One colour per square."""
+    """Fill each square with one colour."""
     height, width = pixels.shape[:2]
     small = cv2.resize(pixels, (max(1, width // cell), max(1, height // cell)), interpolation=cv2.INTER_AREA)
     return np.asarray(cv2.resize(small, (width, height), interpolation=cv2.INTER_NEAREST), dtype=np.uint8)
@@ -184,7 +184,7 @@ def _invert(pixels: Pixels) -> Pixels:
 
 
 def _shuffle(pixels: Pixels, *, seed: int, cells: int) -> Pixels:
-    """The picture's colours at places drawn from smooth noise: its style without its contents."""
+    """Move pixels to positions drawn from smooth noise, which keeps the picture's style without its contents."""
     height, width = pixels.shape[:2]
     random = np.random.default_rng(seed)
 
@@ -197,7 +197,7 @@ def _shuffle(pixels: Pixels, *, seed: int, cells: int) -> Pixels:
 
 
 def _segmentation(pixels: Pixels, *, regions: int, seed: int) -> Pixels:
-    """Areas of like colour, each in its mean colour: k-means on a small copy, then the nearest for every pixel."""
+    """Segment by colour: k-means on a small copy, then the nearest mean for every pixel."""
     small = cv2.resize(pixels, (64, 64), interpolation=cv2.INTER_AREA).reshape(-1, 3).astype(np.float32)
     colours = _means(small, regions, seed)
     flat = pixels.reshape(-1, 3).astype(np.float32)
@@ -206,7 +206,7 @@ def _segmentation(pixels: Pixels, *, regions: int, seed: int) -> Pixels:
 
 
 def _means(points: npt.NDArray[np.float32], count: int, seed: int) -> npt.NDArray[np.float32]:
-    """Lloyd's algorithm from its own random start; OpenCV's would read and move a seed of the whole process."""
+    """Run Lloyd's algorithm from its own random start; OpenCV's would read and advance a process-wide seed."""
     means = points[np.random.default_rng(seed).choice(len(points), count, replace=False)]
     for _ in range(10):
         owner = np.argmin(np.square(points[:, None] - means[None]).sum(axis=2), axis=1)
@@ -259,5 +259,5 @@ ANNOTATORS: Mapping[str, Annotator] = {
         parameters={"confidence": ParameterRange(default=0.3, low=0, high=1)},
     ),
 }
-"""By the names a campaign uses. ``none`` takes the picture as the control map it already is; those that are
-learned run a checkpoint of kind ``annotator``."""
+"""Annotators by their names in a campaign. ``none`` uses the picture itself as the control map. Learned annotators run
+a checkpoint of kind ``annotator``."""

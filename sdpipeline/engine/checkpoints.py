@@ -1,4 +1,4 @@
-"""What a directory of weights is, and whether its bytes are still the ones that were registered."""
+"""Classification of checkpoint directories, and verification of their bytes against the registered manifest."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from sdpipeline.errors import CheckpointError
 __all__ = ["MATTERS", "WEIGHTS"]
 
 SAFETY_CHECKER = "safety-checker"
-"""The kind of a network that judges finished pictures."""
+"""Kind of a checkpoint that checks finished pictures."""
 
 ANNOTATORS = {
     "depth_anything": "depth",
@@ -29,7 +29,7 @@ ANNOTATORS = {
     "upernet": "segmentation",
     "vitpose": "pose",
 }
-"""transformers' model_type of the networks that turn a picture into a control map."""
+"""transformers' model_type of the networks that turn a picture into a control map, with the kind of map."""
 
 
 UNNAMED = frozenset({"emb_params", "clip_l", "clip_g"})
@@ -38,9 +38,9 @@ UNNAMED = frozenset({"emb_params", "clip_l", "clip_g"})
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CheckpointFiles:
-    """A directory of weights: what it is, for which family, and the SHA-256 of each file that matters.
+    """A checkpoint directory: its kind, its family and the SHA-256 of each relevant file.
 
-    ``licence`` and ``purposes`` are what it was approved for.
+    ``licence`` and ``purposes`` are those of its approval.
     """
 
     alias: str
@@ -56,9 +56,9 @@ class CheckpointFiles:
 
 
 def inspect(alias: str, directory: Path, *, cache: HashCache | None = None) -> CheckpointFiles:
-    """Classify and hash a directory without loading it; CheckpointError for what may not or cannot run.
+    """Classify and hash a directory without loading it; CheckpointError if it may not or cannot run.
 
-    ``cache`` saves reading files that were hashed before and have not changed since.
+    ``cache`` avoids reading files that were hashed before and have not changed since.
     """
     with weight_files.opened(alias, directory) as found:
         names = found.approvable()
@@ -81,9 +81,9 @@ def inspect(alias: str, directory: Path, *, cache: HashCache | None = None) -> C
 
 
 def verify(files: CheckpointFiles, *, cache: HashCache | None = None) -> None:
-    """Compare the directory with what was approved; CheckpointError names the first file that differs.
+    """Compare the directory with the approved manifest; CheckpointError names the first file that differs.
 
-    Every file is hashed again, unless ``cache`` knows it. A file that was added is a difference too.
+    Every file is hashed again, unless it is in ``cache``. An added file is a difference too.
     """
     with _verified(files, cache):
         pass
@@ -91,10 +91,10 @@ def verify(files: CheckpointFiles, *, cache: HashCache | None = None) -> None:
 
 @contextmanager
 def unchanged(files: CheckpointFiles) -> Iterator[Path]:
-    """Verify a directory, and give the path to load it from.
+    """Verify a directory, and yield the path to load it from.
 
-    Raises CheckpointError at the end if anything in it changed during the block. So nothing read there may be used
-    before the block has ended, and everything has to be read within it: mapped weights have to be copied.
+    Raises CheckpointError at the end if anything in it changed during the block. So do not use anything read there
+    before the block has ended, and read everything within it: memory-mapped weights have to be copied.
     """
     with _verified(files) as found:
         yield found.path
@@ -140,16 +140,16 @@ def _check_configurations(alias: str, directory: Path, names: frozenset[str]) ->
 
 
 def read_ahead(files: CheckpointFiles) -> None:
-    """Ask the kernel to read the weights into its page cache, where there is room, while something else goes on.
+    """Ask the kernel to read the weights into its page cache in the background, if there is room.
 
     Loading itself cannot be done ahead: ``from_pretrained`` changes torch's defaults for the whole process while it
-    runs, and a forward pass beside it would be silently wrong.
+    runs, and a concurrent forward pass would be silently wrong.
     """
     weight_files.read_ahead(files.directory, sorted(files.manifest))
 
 
 def misfit(task: Task, base: CheckpointFiles, controlnet: CheckpointFiles) -> str | None:
-    """Why this ControlNet cannot steer this checkpoint; ``None`` if it can."""
+    """Return the reason why this ControlNet does not fit this checkpoint; ``None`` if it fits."""
     if controlnet.kind != "controlnet":
         return f"controlnets: {controlnet.alias!r} is a {controlnet.kind}, not a ControlNet"
     if not FAMILIES[base.family].accepts_controlnet(task, controlnet.family):
@@ -161,7 +161,7 @@ def misfit(task: Task, base: CheckpointFiles, controlnet: CheckpointFiles) -> st
 
 
 def adapter_misfit(field: str, kind: str, base: CheckpointFiles, adapter: CheckpointFiles) -> str | None:
-    """Why this adapter cannot be worn by this checkpoint; ``None`` where it can, or where only loading can tell."""
+    """Return why the adapter does not fit the checkpoint; ``None`` if it fits, or only loading can tell."""
     if adapter.kind != kind:
         return f"{field}: {adapter.alias!r} is a {adapter.kind}, not a {kind}"
     if adapter.family not in ("any", *FAMILIES[base.family].adapters_of):
@@ -170,7 +170,7 @@ def adapter_misfit(field: str, kind: str, base: CheckpointFiles, adapter: Checkp
 
 
 def vae_misfit(base: CheckpointFiles, vae: CheckpointFiles) -> str | None:
-    """Why this autoencoder cannot take the place of the checkpoint's own; ``None`` if it can."""
+    """Return the reason why this autoencoder cannot replace the checkpoint's own; ``None`` if it can."""
     if vae.kind != "vae":
         return f"vae: {vae.alias!r} is a {vae.kind}, not an autoencoder"
     own, other = _latents(base.directory / "vae" / "config.json"), _latents(vae.directory / "config.json")
@@ -181,7 +181,10 @@ def vae_misfit(base: CheckpointFiles, vae: CheckpointFiles) -> str | None:
 
 
 def _latents(config: Path) -> tuple[Any, ...] | None:
-    """What has to be equal: other latents would decode to a picture, only to a wrong one. ``None`` if not at hand."""
+    """Return the latent settings that have to be equal; ``None`` if the file is not on this machine.
+
+    Other latents would decode without an error, but to a wrong picture.
+    """
     if not config.is_file():
         return None
     given = _json(str(config.parent), config)
@@ -189,7 +192,7 @@ def _latents(config: Path) -> tuple[Any, ...] | None:
 
 
 def inversion_words(files: CheckpointFiles) -> list[str] | None:
-    """What stands for a textual inversion in prompts; ``None`` where its file is on another machine."""
+    """Return the tokens of a textual inversion in prompts; ``None`` if its file is on another machine."""
     for name in files.manifest:
         if (path := files.directory / name).suffix == WEIGHTS and path.is_file():
             return words_of(files.alias, header(files.alias, path))
@@ -197,12 +200,12 @@ def inversion_words(files: CheckpointFiles) -> list[str] | None:
 
 
 def words_of(alias: str, tensors: Iterable[str]) -> list[str]:
-    """``<alias>``, and the token that the file itself names if it does."""
+    """Return ``<alias>``, and the file's own token if it names one."""
     return [f"<{alias}>", *(name for name in tensors if name not in UNNAMED)]
 
 
 def _classify(alias: str, directory: Path, names: list[str]) -> tuple[str, str, int]:
-    """(kind, family, scale) from the configurations, else from the tensors' names."""
+    """Return (kind, family, scale) from the configurations, else from the tensors' names."""
     if "model_index.json" in names:
         return _pipeline(alias, directory)
     if "config.json" in names:
@@ -274,7 +277,7 @@ def _component(alias: str, config: Mapping[str, Any]) -> tuple[str, str, int]:
 
 
 def _vae_family(config: Mapping[str, Any]) -> str:
-    """Autoencoders differ by the range of their latents, which is what has to match."""
+    """Return the family by the range of the latents, which has to match between autoencoders."""
     if config.get("latent_channels") == 16:
         return "flux" if abs((config.get("shift_factor") or 0) - 0.1159) < 1e-3 else "sd3"
     scaling = config.get("scaling_factor", 0.18215)
@@ -311,7 +314,7 @@ def _lora_family(tensors: Mapping[str, list[int]]) -> str:
 
 
 def _width_family(tensors: Mapping[str, list[int]], *parts: str) -> str:
-    """By the width of the text embedding that cross-attention reads; ``any`` where none is touched."""
+    """Return the family by the width of the text embedding that cross-attention reads; ``any`` if it changes none."""
     widths = {shape[-1] for name, shape in tensors.items() if any(p in name for p in parts) and "up" not in name}
     for width, family in ((2048, "sdxl"), (1024, "sd2"), (768, "sd1")):
         if width in widths:
@@ -320,7 +323,7 @@ def _width_family(tensors: Mapping[str, list[int]], *parts: str) -> str:
 
 
 def header(alias: str, path: Path) -> dict[str, list[int]]:
-    """Names and shapes of a safetensors file, from its header alone."""
+    """Return the tensors' names and shapes of a safetensors file, from its header alone."""
     try:
         with path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")

@@ -11,7 +11,7 @@ from sdpipeline.errors import CheckpointError
 PIPELINES = frozenset(
     cell.pipeline for row in FAMILIES.values() for cell in (*row.plain.values(), *row.controlled.values())
 )
-"""Values of ``_class_name`` in model_index.json: pipelines that this engine runs."""
+"""Allowed values of ``_class_name`` in model_index.json: pipelines that this engine runs."""
 
 _CLIP = frozenset({"CLIPTextModel", "CLIPTextModelWithProjection"})
 _ENCODERS = _CLIP | {"T5EncoderModel"}
@@ -114,7 +114,7 @@ def _check_component(alias: str, name: str, entry: Any) -> None:
 
 
 def check_network(alias: str, class_name: Any, allowed: frozenset[str] = NETWORKS) -> str:
-    """The class of a checkpoint that is one network; CheckpointError for a class outside the allow-list."""
+    """Return the class of a one-network checkpoint; CheckpointError for a class outside the allow-list."""
     if not isinstance(class_name, str) or class_name not in allowed:
         raise CheckpointError(
             f"checkpoint {alias!r}: config.json asks for class {class_name!r}, which is not loaded; "
@@ -142,7 +142,7 @@ def check_configuration(alias: str, name: str, document: Any) -> None:
 
 
 def check_shards(alias: str, name: str, index: Any, manifest: Mapping[str, str] | frozenset[str]) -> None:
-    """Raise CheckpointError if a weight index names a file that is not an approved one beside it."""
+    """Raise CheckpointError if a weight index names a file that is not an approved one in its own folder."""
     shards = index.get("weight_map") if isinstance(index, dict) else None
     if not isinstance(shards, dict) or not shards:
         raise CheckpointError(f"checkpoint {alias!r}: {name} has no weight_map; fetch the file again")
@@ -154,7 +154,7 @@ def check_shards(alias: str, name: str, index: Any, manifest: Mapping[str, str] 
 
 
 def _items(document: Any) -> Iterator[tuple[str, Any]]:
-    """Every key of a JSON document with its value, at any depth."""
+    """Yield every key of a JSON document with its value, at any depth."""
     left = [document]
     while left:
         each = left.pop()

@@ -1,10 +1,10 @@
-"""What this machine can run on."""
+"""Devices of this machine."""
 
 from __future__ import annotations
 
 
 def gpu_count() -> int:
-    """CUDA devices that torch sees; 0 where torch is not installed."""
+    """Return the number of CUDA devices that torch detects; 0 if torch is not installed."""
     try:
         import torch
     except ModuleNotFoundError:

@@ -1,4 +1,4 @@
-"""A shipped double: deterministic pictures from a request's fingerprint, without torch, for load tests and dry runs."""
+"""Fake engine without torch for load tests and dry runs: deterministic pictures from a request's fingerprint."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ BLOCKS = 8
 
 
 class FakeEngine:
-    """Implements :class:`sdpipeline.engine.Engine`; the same request gives the same pixels in any batch.
+    """:class:`sdpipeline.engine.Engine` whose pixels depend only on the request, in any batch.
 
-    Prompts that contain one of ``poison`` fail alone, as a real engine's would. ``scale`` is the factor
+    Requests with one of ``poison`` in the prompt fail alone, as in the real engine. ``scale`` is the factor
     of super-resolution.
     """
 
@@ -32,23 +32,23 @@ class FakeEngine:
         self._libraries = library_versions()
 
     def generate(self, batch: Batch) -> Sequence[GeneratedImage | GenerationFailure]:
-        """One result per request, in order."""
+        """Return one result per request, in order."""
         time.sleep(self._seconds_per_batch)
         return [self._result(prepared, slot, batch.bucket) for slot, prepared in enumerate(batch.requests)]
 
     def prepare(self, requests: Sequence[GenerationRequest]) -> None:
-        """Nothing: this double reads no prompt."""
+        """Do nothing: the fake engine encodes no prompts."""
 
     def flagged(self, checker: CheckpointRef, pictures: Sequence[Pixels]) -> Sequence[bool]:  # noqa: ARG002
-        """Cannot tell: this double runs no network, and nothing it made may pass for checked."""
+        """Raise CheckpointError: the fake engine runs no network, so its pictures must not count as checked."""
         raise CheckpointError(f"safety checker {checker.alias!r}: the fake engine runs no network")
 
     def resident(self) -> frozenset[str]:
-        """Digests of the checkpoints of the last batch."""
+        """Return the digests of the checkpoints of the last batch."""
         return self._resident
 
     def describe(self) -> dict[str, Any]:
-        """As the real engine's, with a device that is none."""
+        """Return the same fields as the real engine, with a placeholder for the device."""
         return {
             "engine": "fake",
             "device": "none",
@@ -86,11 +86,11 @@ class FakeEngine:
 
 
 def _picture(request: GenerationRequest, factor: int) -> Pixels:
-    """Blocks of colour that the request's fingerprint chooses."""
+    """Draw blocks of colour that the request's fingerprint determines."""
     width, height = request.width * factor, request.height * factor
     noise = np.random.default_rng(int(fingerprint(request), 16))
     blocks = noise.integers(0, 256, (BLOCKS, BLOCKS, 3), dtype=np.uint8)
-    blocks[0, 0], blocks[-1, -1] = 0, 255  # never flat, whatever was drawn
+    blocks[0, 0], blocks[-1, -1] = 0, 255  # never flat, for any fingerprint
     rows = np.arange(height) * BLOCKS // height
     columns = np.arange(width) * BLOCKS // width
     return blocks[rows[:, None], columns[None, :]]

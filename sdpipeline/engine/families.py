@@ -1,4 +1,4 @@
-"""Which pipeline makes what: family x task x with or without ControlNet, as one table without torch."""
+"""Table of pipelines by model family, task and number of ControlNets, without torch."""
 
 from __future__ import annotations
 
@@ -27,21 +27,21 @@ SCHEDULERS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "lcm": ("LCMScheduler", {}),
     "unipc": ("UniPCMultistepScheduler", {}),
 }
-"""Schedulers by the names people use: diffusers class, and what to override in the checkpoint's own config."""
+"""Schedulers by their common names: diffusers class, and overrides of the checkpoint's own config."""
 
 FLOW_SCHEDULERS = frozenset({"flow-match-euler"})
 NOISE_SCHEDULERS = frozenset(SCHEDULERS) - FLOW_SCHEDULERS
 
 MANY = 8
-"""More ControlNets than this on one picture is a mistake, not a wish."""
+"""Limit of ControlNets on one picture; more are surely a mistake."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Cell:
-    """One combination that exists: a diffusers class, and the names its call gives our pictures.
+    """One supported combination: a diffusers class, and the names of its call's picture arguments.
 
-    A ``None`` name means that the call does not take that picture; a ``None`` strength that there is
-    no strength to set. ``controlnets_of`` differs from the family's where a pipeline needs its own kind.
+    A ``None`` name means that the call does not take that picture, a ``None`` strength that it takes no
+    strength. ``controlnets_of`` differs from the family's if a pipeline needs its own kind.
     """
 
     pipeline: str
@@ -56,13 +56,13 @@ class Cell:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Family:
-    """One row: what checkpoints of a family can do, and what a request gets that does not say.
+    """One row: capabilities of a family's checkpoints, and defaults for requests.
 
     ``signed_control_maps``: its pipelines take control maps from -1 to 1 instead of from 0 to 1.
     ``adapters_of``: the families whose LoRAs, IP-Adapters and textual inversions fit.
     ``latents_of``: the family of the autoencoders that read its latents.
-    ``float32_decode``: its autoencoder overflows in float16 where its configuration says so.
-    ``profiles``: those it can run under, the quickest last; ``turbo`` needs a U-Net.
+    ``float32_decode``: its autoencoder overflows in float16 if its configuration says so.
+    ``profiles``: the supported profiles, the fastest last; ``turbo`` needs a U-Net.
     """
 
     name: str
@@ -91,23 +91,23 @@ class Family:
     controlled: Mapping[Task, Cell] = field(default_factory=dict)
 
     def cell(self, task: Task, *, controlnets: int = 0) -> Cell | None:
-        """The combination's cell, or ``None`` where diffusers has no such pipeline."""
+        """Return the combination's cell, or ``None`` if diffusers has no such pipeline."""
         found = (self.controlled if controlnets else self.plain).get(task)
         return found if found and controlnets <= found.max_controlnets else None
 
     def accepts_controlnet(self, task: Task, controlnet: str) -> bool:
-        """Whether a ControlNet of that family can steer this task here."""
+        """Return True if a ControlNet of that family can be used for this task."""
         found = self.controlled.get(task)
         return found is not None and controlnet in (found.controlnets_of or self.controlnets_of)
 
 
 def family(name: str) -> Family:
-    """The row of that name; KeyError for a name that :func:`refusal` would refuse."""
+    """Return the row of that name; KeyError for a name that :func:`refusal` would refuse."""
     return FAMILIES[name]
 
 
 def refusal(name: str, task: Task, *, controlnets: int = 0) -> str | None:
-    """Why this combination cannot run, with the nearest one that can; ``None`` if it can."""
+    """Return the reason why this combination cannot run, with the nearest one that can; ``None`` if it can."""
     if name not in FAMILIES:
         return f"family {name!r} cannot make pictures; known families: {', '.join(FAMILIES)}"
     row = FAMILIES[name]
@@ -118,7 +118,7 @@ def refusal(name: str, task: Task, *, controlnets: int = 0) -> str | None:
 
 
 def scheduler_refusal(name: str, scheduler: str) -> str | None:
-    """Why this scheduler cannot run with this family, naming those that can; ``None`` if it can."""
+    """Return the reason why this family cannot use this scheduler, with those it can use; ``None`` if it can."""
     row = FAMILIES[name]
     if scheduler in row.schedulers:
         return None
@@ -127,7 +127,7 @@ def scheduler_refusal(name: str, scheduler: str) -> str | None:
 
 
 def profile_refusal(name: str, profile: Profile) -> str | None:
-    """Why this profile cannot run with this family, naming those that can; ``None`` if it can."""
+    """Return the reason why this family cannot use this profile, with those it can use; ``None`` if it can."""
     row = FAMILIES[name]
     if profile in row.profiles:
         return None
@@ -135,12 +135,12 @@ def profile_refusal(name: str, profile: Profile) -> str | None:
 
 
 def size_multiple(name: str) -> int:
-    """Width and height must be multiples of this (of the input, for super-resolution)."""
+    """Return the number of which width and height must be multiples (of the input, for super-resolution)."""
     return FAMILIES[name].size_multiple
 
 
 def table() -> str:
-    """The whole table as Markdown, for the README."""
+    """Return the whole table as Markdown, for the README."""
     lines = ["| family | task | plain | with ControlNets |", "|---|---|---|---|"]
     for row in FAMILIES.values():
         for task in Task:
@@ -161,7 +161,7 @@ def _with(controlnets: int) -> str:
 
 
 def _nearest(row: Family, task: Task, controlnets: int) -> str:
-    """The same task with fewer ControlNets, else the same task elsewhere, else what this family does."""
+    """Suggest the same task with fewer ControlNets, else in another family, else the tasks of this family."""
     controlled = row.controlled.get(task)
     if controlnets and controlled:
         return f"{task} with at most {controlled.max_controlnets} ControlNet(s) through {controlled.pipeline}"
@@ -189,7 +189,7 @@ def _cells(plain: str, *, strength: float = 0.8, sized_image_to_image: bool = Tr
 
 
 def _controlled_cells(prefix: str, *, text_image: str, strength: float) -> dict[Task, Cell]:
-    """The ControlNet cells; the older text-to-image calls name the control map just ``image``."""
+    """Return the ControlNet cells; the older text-to-image calls name the control map just ``image``."""
     control = "control_image"
     return {
         Task.TEXT_TO_IMAGE: Cell(pipeline=f"{prefix}Pipeline", control_image=text_image, max_controlnets=MANY),
@@ -220,7 +220,7 @@ _SD3_CONTROLLED = {
     Task.TEXT_TO_IMAGE: Cell(
         pipeline="StableDiffusion3ControlNetPipeline", control_image="control_image", max_controlnets=MANY
     ),
-    # Its ControlNet is trained on the masked picture itself: picture and mask are the control inputs.
+    # This ControlNet is trained on the masked picture itself: picture and mask are the control inputs.
     Task.INPAINTING: Cell(
         pipeline="StableDiffusion3ControlNetInpaintingPipeline",
         image="control_image",
@@ -379,7 +379,7 @@ FAMILIES: Mapping[str, Family] = {
             title="GAN upscaler",
             text="none",
             size_multiple=1,
-            schedulers=NOISE_SCHEDULERS | {"none"},  # whatever a campaign's defaults say, none runs
+            schedulers=NOISE_SCHEDULERS | {"none"},  # no scheduler runs, so any default of a campaign is accepted
             scheduler="none",
             num_inference_steps=1,
             guidance_scale=1.0,

@@ -1,4 +1,4 @@
-"""GAN upscalers through spandrel: no prompt, no noise, and large pictures in overlapping tiles."""
+"""GAN upscalers through spandrel: no prompt, no noise; large pictures run in overlapping tiles."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from sdpipeline.engine.pictures import to_pixels
 from sdpipeline.errors import CheckpointError, DeviceExhaustedError
 
 TILES = (512, 256, 128)
-"""Sides of a tile, from what is fast to what fits into little memory."""
+"""Sides of a tile, from the fastest to the one that needs least memory."""
 OVERLAP = 32
-"""Pixels of the input a tile sees beyond what it keeps, so that no seam shows."""
+"""Input pixels around a tile that the network reads but does not keep, so that no seam is visible."""
 
 
 def load_upscaler(files: CheckpointFiles, dtype: torch.dtype) -> torch.nn.Module:
-    """The network in a safetensors file, recognised by its tensors."""
+    """Load the network of a safetensors file, recognised by its tensors."""
     try:
-        spandrel = importlib.import_module("spandrel")  # an extra: it needs torchvision, which needs its own torch
+        spandrel = importlib.import_module("spandrel")  # optional: it needs torchvision, which pins its own torch
     except ImportError as error:
         raise CheckpointError(
             f"checkpoint {files.alias!r} is a GAN upscaler, which needs sdpipeline[upscalers] installed"
@@ -44,7 +44,7 @@ def load_upscaler(files: CheckpointFiles, dtype: torch.dtype) -> torch.nn.Module
 
 
 class Upscaler(torch.nn.Module):
-    """A spandrel descriptor as a network like any other: it moves, counts its bytes and is called."""
+    """A spandrel descriptor as a torch module, which can be moved, measured and called."""
 
     def __init__(self, descriptor: Any) -> None:
         super().__init__()
@@ -52,7 +52,7 @@ class Upscaler(torch.nn.Module):
         self._call = descriptor
 
     def forward(self, pictures: torch.Tensor) -> torch.Tensor:
-        """Pictures from 0 to 1, enlarged; the descriptor pads to the sizes its network can take."""
+        """Enlarge pictures from 0 to 1; the descriptor pads to the sizes that its network takes."""
         enlarged: torch.Tensor = self._call(pictures)
         return enlarged
 
@@ -60,13 +60,13 @@ class Upscaler(torch.nn.Module):
 def upscale(
     network: torch.nn.Module, pixels: Pixels, scale: int, *, free: Callable[[], None], exact: bool = False
 ) -> tuple[Pixels, list[str]]:
-    """The picture enlarged, and the fallbacks that were taken to fit it into memory; none if it must be ``exact``."""
+    """Enlarge a picture; return it with the out-of-memory fallbacks taken. ``exact`` allows none."""
     tiles = TILES[:1] if exact else TILES
     for tile in tiles:
         try:
             made = enlarge(network, pixels, scale, tile=tile)
         except torch.OutOfMemoryError:
-            made = None  # leave the except block first: the traceback holds the tensors that have to go
+            made = None  # leave the except block first: the traceback holds the tensors that have to be freed
         if made is not None:
             return made, [] if tile == TILES[0] else [f"tiles of {tile} instead of {TILES[0]}: out of memory"]
         free()
@@ -74,7 +74,7 @@ def upscale(
 
 
 def enlarge(network: torch.nn.Module, pixels: Pixels, scale: int, *, tile: int) -> Pixels:
-    """The picture enlarged tile by tile, each seeing some of what surrounds it."""
+    """Enlarge a picture tile by tile, each with a margin of ``OVERLAP`` pixels as context."""
     height, width = pixels.shape[:2]
     enlarged = np.empty((height * scale, width * scale, 3), np.uint8)
     for top in range(0, height, tile):

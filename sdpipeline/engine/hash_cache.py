@@ -1,4 +1,4 @@
-"""Cache of SHA-256 by the identity of a file: device, inode, size, mtime_ns and ctime_ns."""
+"""Cache of SHA-256 hashes by the identity of a file: device, inode, size, mtime_ns and ctime_ns."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dataclasses import astuple, dataclass
 from pathlib import Path
 
 SETTLED_S = 2.0
-"""A file that changed more recently is not cached: its next change could carry the same time."""
+"""A file that changed more recently is not cached: its next change could have the same timestamp."""
 MOST_ENTRIES = 20_000
 
 
@@ -25,7 +25,7 @@ class StatKey:
 
     @classmethod
     def of(cls, about: os.stat_result) -> StatKey:
-        """Key of a file from its stat."""
+        """Return the key of a file from its stat."""
         return cls(about.st_dev, about.st_ino, about.st_size, about.st_mtime_ns, about.st_ctime_ns)
 
     def __str__(self) -> str:
@@ -33,7 +33,7 @@ class StatKey:
 
 
 class HashCache:
-    """Kept in one file of the home. ``plan`` and ``checkpoints list`` use it; a worker hashes at every load."""
+    """Hash cache in one file of the home. ``plan`` and ``checkpoints list`` use it; a worker hashes at every load."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -41,17 +41,17 @@ class HashCache:
         self._changed = False
 
     def get(self, key: StatKey) -> str | None:
-        """The hash of an unchanged file; ``None`` if it has to be read."""
+        """Return the hash of an unchanged file; ``None`` if it has to be read."""
         return self._known.get(str(key))
 
     def put(self, key: StatKey, sha256: str) -> None:
-        """Remember the hash of a file, unless the file is too young to tell its next change by the clock."""
+        """Store the hash of a file, unless its last change is too recent to detect the next one by timestamp."""
         if time.time_ns() - key.ctime_ns > SETTLED_S * 1e9:
             self._known[str(key)] = sha256
             self._changed = True
 
     def save(self) -> None:
-        """Write the cache, readable by its owner only, into a home that is in use already."""
+        """Write the cache, readable by its owner only, if the home is already in use."""
         home = self._path.parent
         if not self._changed or not home.is_dir() or not any(home.iterdir()):
             return
@@ -62,7 +62,7 @@ class HashCache:
             with os.fdopen(descriptor, "w", encoding="utf-8") as file:
                 json.dump(newest, file)
             part.replace(self._path)
-        except OSError:  # a home that cannot be written only costs time
+        except OSError:  # without the cache, files are only hashed again
             return
         self._changed = False
 

@@ -1,4 +1,4 @@
-"""Fetching weights from a hub repository, at one pinned revision, safetensors only."""
+"""Download of weights from a hub repository, at one pinned revision, safetensors only."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ REVISION = re.compile(r"[0-9a-f]{40}")
 
 
 def fetch(repository: str, revision: str, folder: Path) -> Path:
-    """Download the files that matter into ``folder``; raises CheckpointError, also where no hub can be reached.
+    """Download the relevant files into ``folder``; raises CheckpointError, also if no hub can be reached.
 
-    A branch or tag can be moved, so only a full commit hash is taken.
+    Only a full commit hash is accepted, because a branch or tag can be moved.
     """
     if not REVISION.fullmatch(revision):
         raise CheckpointError(f"revision {revision!r} of {repository} is not a full commit hash of 40 digits")

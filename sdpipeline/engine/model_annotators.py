@@ -1,4 +1,4 @@
-"""Annotators with weights: depth, segmentation and pose through transformers."""
+"""Annotators with weights: depth, segmentation and pose, through transformers."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ ARMS = ((5, 7), (7, 9), (6, 8), (8, 10))
 LEGS = ((11, 13), (13, 15), (12, 14), (14, 16))
 TRUNK_AND_HEAD = ((17, 5), (17, 6), (17, 11), (17, 12), (17, 0), (0, 1), (1, 3), (0, 2), (2, 4))
 LIMBS = (*ARMS, *LEGS, *TRUNK_AND_HEAD)
-"""Pairs of COCO's 17 keypoints that a skeleton joins; 17 is the neck, halfway between the shoulders."""
+"""Pairs of COCO's 17 keypoints that a skeleton connects; 17 is the neck, halfway between the shoulders."""
 
 
 def annotate_with(loaded: Loaded, kind: str, pixels: Pixels, parameters: Mapping[str, float]) -> Pixels:
-    """The control map of a picture, of the same size."""
+    """Draw the control map of a picture, of the same size."""
     network, processor = loaded.parts["annotator"], loaded.parts["processor"]
     if kind == "pose":
         return _pose(network, processor, pixels, **parameters)
@@ -36,7 +36,7 @@ def annotate_with(loaded: Loaded, kind: str, pixels: Pixels, parameters: Mapping
 
 
 def _depth(depth: torch.Tensor, pixels: Pixels) -> Pixels:
-    """Near is white: the darkest and brightest values of each picture are black and white."""
+    """Draw depth with near in white; each picture's values are stretched from black to white."""
     sized = torch.nn.functional.interpolate(depth.float(), pixels.shape[:2], mode="bicubic")[0, 0]
     values = sized.cpu().numpy()
     spread = max(float(np.ptp(values)), 1e-6)
@@ -50,7 +50,7 @@ def _segmentation(logits: torch.Tensor, pixels: Pixels, palette: npt.NDArray[np.
 
 
 def _palette(loaded: Loaded, count: int) -> npt.NDArray[np.uint8]:
-    """The directory's own colours, else hues spread over the circle."""
+    """Return the directory's own colours, else hues spread over the colour circle."""
     if "palette" in loaded.options:
         return np.array(loaded.options["palette"], dtype=np.uint8)
     hues = [colorsys.hsv_to_rgb(n * 0.618034 % 1, 0.85, 0.95) for n in range(count)]
@@ -58,7 +58,7 @@ def _palette(loaded: Loaded, count: int) -> npt.NDArray[np.uint8]:
 
 
 def _pose(network: Any, processor: Any, pixels: Pixels, *, confidence: float) -> Pixels:
-    """The skeleton of the one person that fills the picture; there is no detector in front."""
+    """Draw the skeleton of one person, who has to fill the picture: no person detector runs first."""
     height, width = pixels.shape[:2]
     boxes = [[[0.0, 0.0, float(width), float(height)]]]
     inputs = processor(to_pil(pixels), boxes=boxes, return_tensors="pt")

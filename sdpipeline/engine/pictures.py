@@ -1,4 +1,4 @@
-"""What makes an array of pixels a picture worth keeping, and how generated and given pixels meet."""
+"""Pixel checks, conversions and mask compositing."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ BLACK = 8
 
 
 def fault(pixels: Pixels) -> str | None:
-    """Why this is not a picture; ``None`` if it is. Even a picture that was asked to be flat is refused."""
+    """Return the reason why this is not a picture, or ``None``. A flat picture is refused even if it was requested."""
     if int(pixels.max()) < BLACK:
         return "black"
     if int(np.ptp(pixels, axis=(0, 1)).max()) <= FLAT:
@@ -22,20 +22,20 @@ def fault(pixels: Pixels) -> str | None:
 
 
 def to_pixels(values: npt.NDArray[np.float32]) -> Pixels:
-    """A float picture from 0 to 1, height x width x 3, as 8 bits."""
+    """Convert a float picture from 0 to 1, height x width x 3, to 8 bits."""
     return np.asarray((np.clip(values, 0, 1) * 255).round(), dtype=np.uint8)
 
 
 def to_pil(pixels: Pixels) -> Image.Image:
-    """As pipelines take pictures."""
+    """Convert to PIL, which pipelines take as input."""
     return Image.fromarray(pixels)
 
 
 def repaint_region(mask: Pixels) -> npt.NDArray[np.bool_]:
-    """Where a mask is white (at least half): the part to paint anew."""
+    """Return the region to repaint: pixels at which the mask is white (at least half)."""
     return np.asarray(mask.max(axis=2) >= 128, dtype=np.bool_)
 
 
 def paste_back(generated: Pixels, original: Pixels, mask: Pixels) -> Pixels:
-    """Generated pixels inside the mask, the original's exact pixels outside."""
+    """Combine generated pixels inside the mask with the original's exact pixels outside."""
     return np.where(repaint_region(mask)[..., None], generated, original)

@@ -1,4 +1,4 @@
-"""What actually ran, as the JSON that goes into a picture's record: one shape for every engine."""
+"""JSON record of what actually ran for a picture, in one format for every engine."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ LIBRARIES = ("torch", "diffusers", "transformers", "peft", "numpy", "opencv-pyth
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Setting:
-    """Where and how a forward pass ran."""
+    """Device, dtype, pipeline and libraries of a forward pass."""
 
     engine: str
     family: str
@@ -36,7 +36,7 @@ def ran(
     fallbacks: Sequence[str] = (),
     details: Mapping[str, Any] | None = None,
 ) -> Json:
-    """One picture's part of the record; ``details`` are what only some tasks have."""
+    """Return one picture's part of the record; ``details`` are fields that only some tasks have."""
     return {
         "engine": setting.engine,
         "task": str(request.task),
@@ -60,12 +60,12 @@ def ran(
 
 
 def held(request: GenerationRequest) -> Reproducibility:
-    """What held for this picture; ``fast``, which older requests say, means ``tolerant``."""
+    """Return the effective reproducibility of this picture; ``fast`` in older requests means ``tolerant``."""
     return "strict" if request.exact else "tolerant"
 
 
 def library_versions() -> dict[str, str]:
-    """Versions of what determines pixels; what is not installed is left out."""
+    """Return the versions of the libraries that determine pixels, without those that are not installed."""
     found = {}
     for name in LIBRARIES:
         try:
@@ -76,7 +76,7 @@ def library_versions() -> dict[str, str]:
 
 
 def _json(value: Any) -> Any:
-    """Schedulers' configurations hold infinities, tuples and arrays, which JSON has not."""
+    """Convert to JSON: schedulers' configurations hold infinities, tuples and arrays, which JSON lacks."""
     if isinstance(value, Mapping):
         return {str(key): _json(item) for key, item in value.items()}
     if isinstance(value, str) or value is None:

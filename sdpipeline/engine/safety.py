@@ -1,4 +1,4 @@
-"""What a safety checker says of finished pictures: CLIP embeddings compared with those of unwanted concepts."""
+"""Safety checker: compares CLIP embeddings of finished pictures with those of unwanted concepts."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from sdpipeline.engine.pictures import to_pil
 
 
 def flagged(loaded: Loaded, pictures: Sequence[Pixels]) -> list[bool]:
-    """Which pictures are close to a concept, by the thresholds in the checker's own weights."""
+    """Return True for each picture that is close to a concept, by the thresholds in the checker's own weights."""
     network, processor = loaded.parts["safety_checker"], loaded.parts["processor"]
     inputs = processor(images=[to_pil(pixels) for pixels in pictures], return_tensors="pt")
     seen = inputs["pixel_values"].to(network.device, network.dtype)
-    # It blackens what it objects to, which nobody here looks at.
+    # The checker blackens flagged images, and its output images are not used here, so zeros are enough.
     _, found = network(clip_input=seen, images=torch.zeros(len(pictures), 1))
     return [bool(each) for each in found]

@@ -1,4 +1,4 @@
-"""List and hash the files of a checkpoint directory, and detect changes while they are read."""
+"""Listing, hashing and change detection for the files of a checkpoint directory."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ HARMLESS_NAMES = re.compile(
     r"|terms|model[_-]?card|code[_-]of[_-]conduct)([\W_].*)?|thumbs\.db|desktop\.ini|sha256sums",
     re.IGNORECASE,
 )
-"""Documentation without a suffix, or with one of its own (LICENSE-1.0), and what Windows leaves in folders."""
+"""Documentation without a suffix or with an unusual one (LICENSE-1.0), and files that Windows creates in folders."""
 
 _DISTRIBUTED = re.compile(r"shard-\d{5}-model-\d{5}-of-\d{5}\.safetensors", re.IGNORECASE)
 """One such file makes transformers read every safetensors of its folder, hidden ones included."""
@@ -40,12 +40,12 @@ _DISTRIBUTED = re.compile(r"shard-\d{5}-model-\d{5}-of-\d{5}\.safetensors", re.I
 MOST_FILES = 5_000
 DEEPEST = 8
 SETTLE_S = 0.05
-"""File systems take the time of a change from a clock that ticks every few milliseconds."""
+"""Wait before a second listing: file systems take timestamps from a clock that ticks every few milliseconds."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WeightFiles:
-    """An open checkpoint directory. ``path`` stays on the same directory even if the directory is renamed."""
+    """An open checkpoint directory. ``path`` refers to the same directory even if it is renamed."""
 
     alias: str
     directory: Path
@@ -59,13 +59,13 @@ class WeightFiles:
         return sorted(name for name in self.keys if not name.endswith("/"))
 
     def approvable(self) -> list[str]:
-        """Files for the manifest; CheckpointError for a file that no checkpoint may hold."""
+        """Return the files for the manifest; CheckpointError for a file that no checkpoint may hold."""
         kept = [name for name in self.names if _matters(self.alias, name)]
         _refuse_twins(self.alias, self.names)
         return kept
 
     def sha256(self, name: str, cache: HashCache | None = None) -> str:
-        """Hash of one file; ``cache`` saves reading a file that was hashed before and has not changed since."""
+        """Hash one file; ``cache`` avoids reading a file that was hashed before and has not changed since."""
         key = self.keys[name]
         if cache is not None and (known := cache.get(key)):
             return known
@@ -96,7 +96,7 @@ class WeightFiles:
 
     @contextmanager
     def _opened(self, name: str) -> Iterator[int]:
-        # A link or a FIFO that took the place of the file is not followed or waited for; its stat gives it away.
+        # If a link or a FIFO has replaced the file, open neither follows it nor blocks, and its stat differs.
         with _errors(self.alias, name):
             descriptor = os.open(self.path / name, _FILE)
             try:
@@ -124,7 +124,7 @@ def opened(alias: str, directory: Path) -> Iterator[WeightFiles]:
     try:
         keys = _scan(alias, descriptor)
         if time.time_ns() - max(key.ctime_ns for key in keys.values()) < SETTLE_S * 1e9:
-            time.sleep(SETTLE_S)  # else a change within the same tick of the clock would go unseen
+            time.sleep(SETTLE_S)  # else a change within the same clock tick would be missed
             keys = _scan(alias, descriptor)
         pinned = Path(f"/proc/self/fd/{descriptor}")
         path = pinned if pinned.is_dir() else directory
@@ -134,7 +134,7 @@ def opened(alias: str, directory: Path) -> Iterator[WeightFiles]:
 
 
 def _scan(alias: str, descriptor: int, prefix: str = "") -> dict[str, StatKey]:
-    """Every file, and every folder with a slash at its end. No loader reads hidden ones, so they are left out."""
+    """List every file, and every folder with a trailing slash. No loader reads hidden ones, so they are left out."""
     with _errors(alias, prefix or "its directory"):
         found = {prefix or "/": StatKey.of(os.fstat(descriptor))}
         with os.scandir(descriptor) as entries:
@@ -180,7 +180,7 @@ def _errors(alias: str, name: str) -> Iterator[None]:
 
 
 def _matters(alias: str, name: str) -> bool:
-    """Whether the manifest holds this file; CheckpointError if no checkpoint may hold it."""
+    """Return True if the manifest holds this file; CheckpointError if no checkpoint may hold it."""
     path = PurePosixPath(name)
     suffix = path.suffix
     if _DISTRIBUTED.fullmatch(path.name):
@@ -208,7 +208,7 @@ def _matters(alias: str, name: str) -> bool:
 
 
 def _refuse_twins(alias: str, names: Sequence[str]) -> None:
-    """Names that a file system may take for the same one."""
+    """Raise CheckpointError for names that a file system may treat as equal."""
     seen: dict[str, str] = {}
     for name in names:
         plain = unicodedata.normalize("NFKC", name).casefold()

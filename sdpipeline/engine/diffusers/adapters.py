@@ -1,4 +1,4 @@
-"""LoRAs, IP-Adapters and textual inversions: put on a resident checkpoint for some passes, and taken off again."""
+"""LoRAs, IP-Adapters and textual inversions: loaded into a resident checkpoint for some passes, then unloaded."""
 
 from __future__ import annotations
 
@@ -20,38 +20,38 @@ from sdpipeline.engine.pictures import to_pil
 from sdpipeline.errors import CheckpointError, RequestRefusedError
 
 MISFITS = (ValueError, RuntimeError, KeyError, TypeError, AttributeError, IndexError)
-"""What diffusers and peft raise for an adapter that does not fit."""
+"""Exceptions that diffusers and peft raise for an adapter that does not fit."""
 
 
 @dataclass(frozen=True, slots=True)
 class AdapterSet:
-    """Which adapters a checkpoint wears, by digest and weight."""
+    """LoRAs and IP-Adapters that are loaded into a checkpoint, by digest and weight."""
 
     loras: tuple[tuple[str, float], ...] = ()
     ip_adapters: tuple[tuple[str, float], ...] = ()
 
 
 class AdapterState:
-    """Knows what each resident checkpoint wears, so that no picture sees another one's adapters.
+    """Adapters that each resident checkpoint has loaded, so that no picture gets another one's adapters.
 
-    Nothing is ever fused into the base: adding and subtracting in half precision would leave a trace.
+    Adapters are never fused into the base weights: adding and subtracting in half precision leaves rounding errors.
     """
 
     def __init__(self) -> None:
         self._worn: WeakKeyDictionary[Loaded, AdapterSet] = WeakKeyDictionary()
 
     def dress(self, weights: Weights) -> None:
-        """Leave the checkpoint with exactly these adapters, whatever it wore before."""
+        """Load exactly these adapters into the checkpoint, and unload all others."""
         wanted = adapter_set(weights)
         if self.applied_to(weights.base) == wanted:
             return
         pipe = assemble(weights, make_scheduler(weights.row.scheduler, weights), with_text_encoders=True)
         self._undress(pipe, weights.base)
-        # From here on a fault may leave any part of it behind, so that the next call has to undress first.
+        # An error from here on may leave adapters partly loaded, so the next call has to unload them first.
         self._worn[weights.base] = wanted
         try:
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore", UserWarning)  # peft, about a second LoRA beside the first
+                warnings.simplefilter("ignore", UserWarning)  # raised by peft for a second LoRA
                 _put_on_loras(pipe, weights)
                 _put_on_ip_adapters(pipe, weights)
         except (torch.OutOfMemoryError, CheckpointError):
@@ -63,7 +63,7 @@ class AdapterState:
             raise CheckpointError(f"adapters {names} do not fit {weights.base.files.alias!r}: {error}") from error
 
     def applied_to(self, base: Loaded) -> AdapterSet:
-        """What it wears now."""
+        """Return the adapters that are loaded into the checkpoint now."""
         return self._worn.get(base, AdapterSet())
 
     def _undress(self, pipe: Any, base: Loaded) -> None:
@@ -75,7 +75,7 @@ class AdapterState:
 
 
 def adapter_set(weights: Weights) -> AdapterSet:
-    """What these weights ask the checkpoint to wear."""
+    """Return the adapters that these weights need."""
     return AdapterSet(
         loras=tuple((files.digest, weight) for files, weight in weights.loras),
         ip_adapters=tuple((loaded.files.digest, weight) for loaded, weight in weights.ip_adapters),
@@ -83,7 +83,7 @@ def adapter_set(weights: Weights) -> AdapterSet:
 
 
 def words(inversions: Sequence[Loaded], encoders: Mapping[str, Any]) -> dict[str, Vectors]:
-    """Textual inversions by the tokens that stand for them: ``<alias>``, and the file's own if it has one."""
+    """Map trigger tokens to textual inversions: ``<alias>``, and the file's own token if it names one."""
     found: dict[str, Vectors] = {}
     for loaded in inversions:
         vectors = _vectors(loaded.parts["tensors"])
@@ -99,7 +99,7 @@ def words(inversions: Sequence[Loaded], encoders: Mapping[str, Any]) -> dict[str
 
 
 def refuse_unused(inversions: Sequence[Loaded], *texts: str) -> None:
-    """A textual inversion that no prompt mentions would change nothing, without a word."""
+    """Raise RequestRefusedError for a textual inversion that no prompt mentions: it would silently change nothing."""
     for loaded in inversions:
         if not any(token in text for token in _tokens(loaded) for text in texts):
             raise RequestRefusedError(
@@ -108,7 +108,7 @@ def refuse_unused(inversions: Sequence[Loaded], *texts: str) -> None:
 
 
 def reference(loaded: Loaded, pixels: Pixels) -> Reference:
-    """An IP-Adapter's reference picture as its encoder sees it, alone in its batch."""
+    """Encode an IP-Adapter's reference picture, alone in its batch."""
     encoder = loaded.parts["image_encoder"]
     size = encoder.config.image_size
     processor = transformers.CLIPImageProcessor(size={"shortest_edge": size}, crop_size={"height": size, "width": size})
@@ -157,7 +157,7 @@ def _put_on_ip_adapters(pipe: Any, weights: Weights) -> None:
     if not weights.ip_adapters:
         return
     states = [_ip_adapter_state(loaded.files) for loaded, _ in weights.ip_adapters]
-    unused = [""] * len(states)  # names of files, for those who give paths
+    unused = [""] * len(states)  # file names, which are needed only if paths are given
     pipe.load_ip_adapter(states, subfolder=unused, weight_name=unused, image_encoder_folder=None)
     pipe.set_ip_adapter_scale([weight for _, weight in weights.ip_adapters])
 

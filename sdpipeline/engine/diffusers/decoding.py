@@ -1,4 +1,4 @@
-"""Latents developed into pictures, and refused where they are none."""
+"""VAE decoding of latents, with a float32 retry for pictures that fail the checks."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ FLOAT32_DECODE = "float32 decode"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Developed:
-    """A picture, or why there is none, and the fallback that was taken on the way."""
+    """A decoded picture or the reason why it was refused, with the fallbacks taken."""
 
     pixels: Pixels | None
     fault: str | None = None
@@ -25,9 +25,9 @@ class Developed:
 
 
 def develop(weights: Weights, latents: torch.Tensor) -> list[Developed]:
-    """One result for each of a batch of latents. What decodes to no picture is decoded once more in float32."""
+    """Decode a batch of latents, one result for each. Latents that fail to decode are decoded again in float32."""
     finite = [bool(torch.isfinite(each).all()) for each in latents]
-    # A batch keeps its shape, so that a neighbour's bits do not depend on who else is fit to decode.
+    # The batch keeps its shape, so that one picture's bits do not depend on how many others can be decoded.
     usable = torch.where(_per_picture(finite, latents), latents, 0)
     developed = [
         picture if ok else Developed(pixels=None, fault="its latents are not finite")

@@ -1,4 +1,4 @@
-"""Arithmetic that repeats itself bit for bit, for the requests that ask for it."""
+"""Deterministic arithmetic, bit for bit, for requests with ``reproducibility: strict``."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ import torch
 
 
 def allow_exactness() -> None:
-    """Have cuBLAS keep a workspace of fixed size; it reads this once, before its first multiplication."""
+    """Set a fixed workspace size for cuBLAS, which reads it once, before its first multiplication."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 
 @contextmanager
 def exactly(*, wanted: bool) -> Iterator[None]:
-    """Deterministic algorithms and whole float32 while the block runs; torch raises RuntimeError where it has none."""
+    """Use deterministic algorithms and full float32 inside the block; torch raises RuntimeError if it has none."""
     if not wanted:
         yield
         return

@@ -1,4 +1,4 @@
-"""Whose turn it is to use text encoders and tokenizers: the device's thread has it, and lends it out during a pass."""
+"""Lock that lets the prefetch thread use the text encoders while the device thread denoises."""
 
 from __future__ import annotations
 
@@ -9,7 +9,10 @@ from typing import Literal
 
 
 class Turns:
-    """Between two threads. During a pass the first does nothing but call the denoiser and the autoencoder."""
+    """Lock on text encoders and tokenizers between the device thread and the prefetch thread.
+
+    During a forward pass the device thread calls only the denoiser and the autoencoder, so it can lend the lock.
+    """
 
     def __init__(self) -> None:
         self._changed = threading.Condition()
@@ -18,7 +21,7 @@ class Turns:
 
     @contextmanager
     def taken(self) -> Iterator[None]:
-        """The first thread's, for a batch."""
+        """Hold the lock in the device thread for the length of a batch."""
         self._become("taken")
         try:
             yield
@@ -27,7 +30,7 @@ class Turns:
 
     @contextmanager
     def lent(self, *, wanted: bool) -> Iterator[None]:
-        """The first thread's, for a pass; its end waits for whoever has borrowed the turn."""
+        """Lend the lock from the device thread for a pass; on exit, wait until the borrower returns it."""
         if not wanted:
             yield
             return
@@ -39,7 +42,7 @@ class Turns:
 
     @contextmanager
     def borrowed(self) -> Iterator[bool]:
-        """The second thread's: waits while the turn is taken, then says whether it is lent, as it is during a pass."""
+        """Wait in the prefetch thread until the lock is lent or idle. Yield True if it is lent, as during a pass."""
         with self._changed:
             self._changed.wait_for(lambda: self._state != "taken")
             self._borrowed = self._state == "lent"

@@ -1,4 +1,4 @@
-"""The real engine: batches of mixed requests through diffusers, with every failure kept to its own request."""
+"""Engine on diffusers: batches of mixed requests, with every failure confined to its own request."""
 
 from __future__ import annotations
 
@@ -39,11 +39,11 @@ Item = TypeVar("Item")
 
 PROMPT_CACHE_BYTES = 256 * 2**20
 ZEROS = "force_zeros_for_empty_prompt"
-"""SDXL checkpoints say so where no negative prompt is not the same as an empty one."""
+"""Configuration key of SDXL checkpoints for which no negative prompt differs from an empty one."""
 
 
 class DiffusersEngine:
-    """Implements :class:`sdpipeline.engine.Engine` on one device; call it from one thread only, but for ``prepare``."""
+    """:class:`sdpipeline.engine.Engine` on one device. Call it from one thread only, except ``prepare``."""
 
     def __init__(
         self,
@@ -79,12 +79,12 @@ class DiffusersEngine:
         )
 
     def generate(self, batch: Batch) -> Sequence[Result]:
-        """One result per request, in order; see :class:`sdpipeline.engine.Engine`."""
+        """Return one result per request, in order; see :class:`sdpipeline.engine.Engine`."""
         with self._turns.taken():
             return self._generated(batch)
 
     def prepare(self, requests: Sequence[GenerationRequest]) -> None:
-        """Encode prompts beside a pass, where both are sure to have the bits that they have one after the other."""
+        """Encode prompts during a pass, if both are sure to have the same bits as one after the other."""
         for request in requests if self._text_encoders.ahead else ():
             with self._turns.borrowed() as mine, suppress(SdpError, *FAULTS):
                 if not mine:
@@ -93,7 +93,10 @@ class DiffusersEngine:
                     self._embeddings(request, weights)
 
     def _at_hand(self, request: GenerationRequest) -> Weights | None:
-        """What reads the request's prompts, if that takes no loading, no adapter and no mode of the whole process."""
+        """Return the weights that encode the request's prompts.
+
+        ``None`` if that would need loading, an adapter or a process-wide mode.
+        """
         base = self.residency.at_hand(request.checkpoint)
         if request.exact or base is None or any(uses for _, _, uses in adapters_of(request)):
             return None
@@ -129,7 +132,7 @@ class DiffusersEngine:
         return [results[index] for index in range(len(batch.requests))]
 
     def flagged(self, checker: CheckpointRef, pictures: Sequence[Pixels]) -> Sequence[bool]:
-        """See :class:`sdpipeline.engine.Engine`; in float32, for its thresholds were set there."""
+        """See :class:`sdpipeline.engine.Engine`. The checker runs in float32, for which its thresholds were set."""
         try:
             return safety.flagged(self.residency.get(checker, exact=True), pictures)
         except torch.OutOfMemoryError:
@@ -138,11 +141,11 @@ class DiffusersEngine:
         raise DeviceExhaustedError(f"out of memory while safety checker {checker.alias!r} looked at pictures")
 
     def resident(self) -> frozenset[str]:
-        """Digests of the checkpoints that are loaded now."""
+        """Return the digests of the checkpoints that are loaded now."""
         return self.residency.digests()
 
     def describe(self) -> dict[str, Any]:
-        """Device, dtype and library versions."""
+        """Return device, dtype and library versions."""
         name = torch.cuda.get_device_name(self._device) if self._device.type == "cuda" else platform.machine()
         return {
             "engine": "diffusers",
@@ -161,12 +164,15 @@ class DiffusersEngine:
         return getattr(torch, row.cuda_dtype if row and self._device.type == "cuda" else "float32")  # type: ignore[no-any-return]
 
     def _checked_weights(self, request: GenerationRequest, broken: dict[str, SdpError]) -> Weights:
-        """What the request runs on; raises what is wrong with it. ``broken`` saves loading a bad checkpoint twice."""
+        """Return the request's weights, or raise the error of the request or of a checkpoint.
+
+        ``broken`` holds errors of bad checkpoints, so that none is loaded twice.
+        """
         check(request, self.residency.files)
         return self._weights(request, broken)
 
     def _member(self, index: int, prepared: PreparedRequest, weights: Weights) -> Member:
-        """A request ready to run; raises what is wrong with its pictures and prompts."""
+        """Prepare a request to run, or raise the error of its pictures or prompts."""
         request = prepared.request
         seen = pictures(prepared, weights.cell, lambda use, pixels: self._control_map(request, use, pixels))
         prompt, negative = self._embeddings(request, weights)
@@ -184,7 +190,7 @@ class DiffusersEngine:
         )
 
     def _upscaled(self, prepared: PreparedRequest, weights: Weights) -> Result:
-        """A picture through a GAN, alone: its tiles fill the device."""
+        """Upscale a picture with a GAN, alone, because its tiles fill the device."""
         request, files = prepared.request, weights.base.files
         image = pictures(prepared, weights.cell, _no_annotator).image
         assert image is not None
@@ -197,7 +203,7 @@ class DiffusersEngine:
         return GeneratedImage(pixels=pixels, ran=record)
 
     def _weights(self, request: GenerationRequest, broken: dict[str, SdpError] | None = None) -> Weights:
-        """The resident parts this request runs on, loaded where they are not."""
+        """Return the resident parts that this request runs on, loaded if necessary."""
         keep = self._forms(request)
 
         def get(ref: CheckpointRef) -> Loaded:
@@ -225,15 +231,15 @@ class DiffusersEngine:
         )
 
     def _quantized(self, request: GenerationRequest, ref: CheckpointRef) -> Quantization | None:
-        """How this checkpoint's denoiser is quantized for this request: never for an exact one."""
+        """Return the quantization of this checkpoint's denoiser; ``None`` for an exact request."""
         return self._speedups.quantize if request.profile != "exact" and ref == request.checkpoint else None
 
     def _forms(self, request: GenerationRequest) -> set[Form]:
-        """What has to be in memory together for this request."""
+        """Return the cache keys of the checkpoints that this request needs in memory together."""
         return {(ref.digest, self._quantized(request, ref)) for ref in request.checkpoints()}
 
     def _control_map(self, request: GenerationRequest, use: ControlNetInput, pixels: Pixels) -> Pixels:
-        """The map of an annotator with weights."""
+        """Draw the control map of an annotator with weights."""
         learned = known_annotator(use.annotator).learned
         assert learned is not None
         assert use.annotator_checkpoint is not None
@@ -241,7 +247,7 @@ class DiffusersEngine:
         return annotate_with(loaded, learned, pixels, annotator_parameters(use))
 
     def _embeddings(self, request: GenerationRequest, weights: Weights) -> tuple[Embedding, Embedding | None]:
-        """Prompt and negative prompt of equal length; the second only where guidance is on."""
+        """Return the embeddings of prompt and negative prompt, of equal length; the second only if guidance is on."""
         keep = self._forms(request)
         inversions = [
             self.residency.get(use.checkpoint, keep=keep, exact=request.exact) for use in request.textual_inversions
@@ -275,7 +281,7 @@ class DiffusersEngine:
         return held
 
     def _forward(self, settings: PassSettings, members: Sequence[Member], rung: FallbackLevel) -> list[Result]:
-        """One forward pass, padded with copies of its last member; step by step where their steps differ."""
+        """Run one forward pass, padded with copies of its last member; stepwise unless the profile is ``exact``."""
         weights = self._weights(members[0].request)
         self._wardrobe.dress(weights)
         decoded_at_once = rung.bucket
@@ -308,7 +314,7 @@ class DiffusersEngine:
 
     @contextmanager
     def _means(self, weights: Weights, rung: FallbackLevel) -> Iterator[torch.device | None]:
-        """The means of this rung that cost time and save memory, for one pass; gives the device to offload to."""
+        """Apply the memory savings of this level to one pass; yield the device to offload to."""
         if rung.offload:
             self.residency.drop(keep={loaded.form for loaded in weights.loaded()})
             self.residency.dismiss_encoders()
@@ -360,7 +366,7 @@ def _parts(items: Sequence[Item], size: int) -> list[Sequence[Item]]:
 
 
 def _joined(latents: Sequence[Latents], bucket: int) -> torch.Tensor:
-    """Latents of single pictures as one batch, padded with copies of the last."""
+    """Join latents of single pictures into one batch, padded with copies of the last."""
     return torch.cat(_padded([each.values for each in latents], bucket)).contiguous()
 
 
@@ -369,7 +375,7 @@ def _padded(items: Sequence[Item], bucket: int) -> list[Item]:
 
 
 def _details(member: Member, settings: PassSettings, latents: Latents) -> Json:
-    """What only some requests have, with what the family decided where the request said nothing."""
+    """Return the optional fields of the record, with the family's defaults for what the request left out."""
     request = member.request
     details: Json = {"prompt_tokens": settings.prompt_tokens}
     resolved = {

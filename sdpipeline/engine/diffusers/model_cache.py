@@ -1,4 +1,4 @@
-"""The checkpoints held in memory: verified when loaded, the least recently used dropped beyond a byte budget."""
+"""LRU cache of checkpoints in memory with a byte budget, verified when they are loaded."""
 
 from __future__ import annotations
 
@@ -29,15 +29,15 @@ from sdpipeline.errors import CheckpointError, DeviceExhaustedError
 _log = structlog.get_logger(__name__)
 
 _LOADING = threading.Lock()
-"""``from_pretrained`` patches torch.nn for the whole process while it runs: two at once leave it corrupted."""
+"""Lock around ``from_pretrained``, which patches torch.nn process-wide: two concurrent calls leave it corrupted."""
 
 HOST = torch.device("cpu")
 
 TEXT_ENCODER = "text_encoder"
-"""What their names in a pipeline begin with."""
+"""Prefix of the text encoders' names in a pipeline."""
 
 PALETTE = "palette.json"
-"""An annotator's directory may hold the colours its ControlNet was trained on, as a list of [red, green, blue]."""
+"""Optional file of an annotator: the colours its ControlNet was trained on, as a list of [red, green, blue]."""
 
 IGNORED = frozenset({"safety_checker", "feature_extractor", "image_encoder", "watermarker"})
 """Parts of old checkpoints that no pipeline here uses."""
@@ -45,11 +45,11 @@ IGNORED = frozenset({"safety_checker", "feature_extractor", "image_encoder", "wa
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TextEncoders:
-    """What the deployment says of them.
+    """Deployment settings of text encoders.
 
-    ``offload``: when they leave the device for ``host``, their prompts being encoded: once its memory was short, after
-    every batch, or for nothing but a picture that fits in no other way. ``ahead``: whether the next batch's prompts are
-    encoded beside a pass.
+    ``offload``: when they move from the device to ``host`` after their prompts are encoded. ``auto``: after every batch
+    once memory was short. ``always``: after every batch. ``never``: only if a picture does not fit in any other way.
+    ``ahead``: encode the next batch's prompts during a pass.
     """
 
     offload: Literal["auto", "always", "never"] = "auto"
@@ -58,12 +58,12 @@ class TextEncoders:
 
 
 Form = tuple[str, Quantization | None]
-"""A checkpoint's digest, and how its denoiser is quantized if it is."""
+"""Digest of a checkpoint, and the quantization of its denoiser or ``None``."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False, weakref_slot=True)
 class Loaded:
-    """A checkpoint in memory: its parts by their names in the pipeline, its schedulers as configurations."""
+    """A checkpoint in memory: parts by their names in the pipeline, schedulers as configurations."""
 
     files: CheckpointFiles
     parts: Mapping[str, Any]
@@ -74,12 +74,12 @@ class Loaded:
 
     @property
     def form(self) -> Form:
-        """What it is held as."""
+        """Key of this checkpoint in the cache."""
         return self.files.digest, self.quantized
 
     @property
     def denoiser(self) -> Any:
-        """The network that runs once per step; ``None`` where there is none."""
+        """The network that runs once per step; ``None`` if there is none."""
         return self.parts.get("transformer") or self.parts.get("unet")
 
     @property
@@ -88,23 +88,23 @@ class Loaded:
         return next(iter(self.parts.values()))
 
     def networks(self) -> list[torch.nn.Module]:
-        """Every part that holds weights."""
+        """Return every part that holds weights."""
         return [part for part in self.parts.values() if isinstance(part, torch.nn.Module)]
 
     def text_encoders(self) -> list[torch.nn.Module]:
-        """Those parts that only read prompts."""
+        """Return the parts that only read prompts."""
         return [network for name, network in self.parts.items() if name.startswith(TEXT_ENCODER)]
 
     def size_bytes(self, device: torch.device) -> int:
-        """What its weights occupy in that device's memory."""
+        """Return the size of the weights in that device's memory."""
         return _size_bytes(self.networks(), device) + _sum_bytes(self.parts.get("tensors", {}).values(), device)
 
 
 class ModelCache:
-    """Loads checkpoints on demand and keeps the most recently used ones.
+    """Load checkpoints on demand and keep the most recently used ones.
 
-    Text encoders run only for prompts that are not kept yet, and may wait in host memory until then. ``budget_bytes``
-    is for what is on the device; encoders that come back to it come on top.
+    Text encoders run only for prompts that are not cached yet, and may stay in host memory until then. ``budget_bytes``
+    limits what is on the device; encoders that are moved back to it may exceed that limit.
     """
 
     def __init__(
@@ -125,11 +125,11 @@ class ModelCache:
         self._held: OrderedDict[Form, Loaded] = OrderedDict()
 
     def digests(self) -> frozenset[str]:
-        """What is held now."""
+        """Return the digests of the cached checkpoints."""
         return frozenset(digest for digest, _ in self._held)
 
     def files(self, ref: CheckpointRef) -> CheckpointFiles:
-        """Where the weights lie; CheckpointError if the registry now holds others under that name."""
+        """Locate the weights; CheckpointError if the registry now has others under that alias."""
         for (digest, _), loaded in self._held.items():
             if digest == ref.digest:
                 return loaded.files
@@ -141,7 +141,7 @@ class ModelCache:
         return files
 
     def at_hand(self, ref: CheckpointRef) -> Loaded | None:
-        """The checkpoint in some form that ``get`` gives, if all of it is on the device already."""
+        """Return the checkpoint in any form that ``get`` returns, if all of it is on the device already."""
         held = next((loaded for (digest, _), loaded in self._held.items() if digest == ref.digest), None)
         whole = held is not None and held.dtype == self._dtype(held.files) and not _elsewhere(held, self._device)
         return held if whole else None
@@ -154,11 +154,11 @@ class ModelCache:
         exact: bool = False,
         quantized: Quantization | None = None,
     ) -> Loaded:
-        """The checkpoint, loaded if it is not; those in ``keep`` are not dropped to make room for it.
+        """Return the checkpoint, loaded if necessary; those in ``keep`` are not dropped to make room for it.
 
-        ``exact`` wants it in float32. It is held in one dtype at a time: twice would fit into less devices. With its
-        denoiser ``quantized`` it is a checkpoint of its own beside the plain one, sharing no part with it, so that
-        adapters put on one are not on the other; where memory is short, the one that is not needed goes.
+        ``exact`` requires float32. A checkpoint is held in one dtype at a time, because two would fit into fewer
+        devices. A ``quantized`` denoiser makes it a separate entry that shares no part with the plain one, so that
+        adapters loaded into one are not in the other. If memory is short, the entry that is not needed is dropped.
         """
         files = self.files(ref)
         dtype = torch.float32 if exact else self._dtype(files)
@@ -179,7 +179,7 @@ class ModelCache:
             raise DeviceExhaustedError(
                 f"out of memory while loading checkpoint {ref.alias!r}, with no other one resident"
             )
-        # Weights may lie in the file in half their size in memory.
+        # Weights in the file may take half their size in memory.
         self._make_room(loaded.size_bytes(self._device), keep)
         self._held[form] = loaded
         return loaded
@@ -192,7 +192,7 @@ class ModelCache:
         *,
         instead_of_all_but: Collection[Form] | None = None,
     ) -> Loaded | None:
-        """``None`` if the device has no room; the second try drops every checkpoint that is not needed now."""
+        """Load the checkpoint; ``None`` if the device has no room. The last try drops every other one not in use."""
         if instead_of_all_but is not None:
             self.drop(keep=instead_of_all_but)
         try:
@@ -201,7 +201,7 @@ class ModelCache:
             return None
 
     def drop(self, *, keep: Collection[Form]) -> list[Form]:
-        """Forget every checkpoint but those, and say which went."""
+        """Drop every checkpoint except those in ``keep``, and return the dropped ones."""
         dropped = [form for form in self._held if form not in keep]
         for form in dropped:
             del self._held[form]
@@ -209,7 +209,10 @@ class ModelCache:
         return dropped
 
     def recall_encoders(self, loaded: Loaded, *, keep: Collection[Form] = ()) -> None:
-        """Have its text encoders on the device; DeviceExhaustedError where they do not fit beside those in ``keep``."""
+        """Move text encoders back to the device.
+
+        Raises DeviceExhaustedError if they do not fit in addition to the checkpoints in ``keep``.
+        """
         if self._recalled(loaded):
             return
         self.drop(keep={loaded.form, *keep})
@@ -226,13 +229,16 @@ class ModelCache:
         return True
 
     def prompts_encoded(self) -> None:
-        """Told when all prompts of a batch are kept: the text encoders leave the device, if they are to."""
+        """Offload the text encoders if the settings say so; called when all prompts of a batch are cached."""
         offload = self._text_encoders.offload
         if offload == "always" or (offload == "auto" and self._was_short):
             self.dismiss_encoders()
 
     def spare_encoders(self) -> bool:
-        """Told when memory is short: the text encoders leave the device unless they are to stay; whether any did."""
+        """Offload the text encoders unless ``offload`` is ``never``; called when memory is short.
+
+        Return True if any was moved.
+        """
         self._was_short = True
         left = self._text_encoders.offload != "never" and self.dismiss_encoders()
         if left:
@@ -240,7 +246,7 @@ class ModelCache:
         return left
 
     def dismiss_encoders(self) -> bool:
-        """Have all text encoders wait in host memory; whether any was on the device."""
+        """Move all text encoders to host memory, and return True if any was on the device."""
         left = [loaded for loaded in self._held.values() if _move(loaded, self._text_encoders.host)]
         return bool(left)
 
@@ -261,7 +267,7 @@ class ModelCache:
 
 
 def _move(loaded: Loaded, device: torch.device) -> bool:
-    """Its text encoders to that device; whether any was elsewhere, wholly or in part."""
+    """Move text encoders to that device, and return True if any was elsewhere, wholly or in part."""
     elsewhere = _elsewhere(loaded, device)
     for network in elsewhere:
         network.to(device)
@@ -287,7 +293,7 @@ def _sum_bytes(tensors: Iterable[torch.Tensor], device: torch.device) -> int:
 
 
 def release(device: torch.device) -> None:
-    """Give freed memory back, which the caching allocator does not do by itself."""
+    """Return freed memory to the device, which the caching allocator does not do by itself."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
@@ -296,9 +302,9 @@ def release(device: torch.device) -> None:
 def load(
     files: CheckpointFiles, *, device: torch.device, dtype: torch.dtype, quantized: Quantization | None = None
 ) -> Loaded:
-    """Read a checkpoint after hashing it: safetensors only, nothing fetched, no key missing, no code run.
+    """Hash and read a checkpoint: safetensors only, no download, no missing key, no code execution.
 
-    The files are compared once more after they were read, so what was loaded is what was hashed.
+    The files are compared again after reading, so that the loaded bytes are the hashed ones.
     """
     transformers.utils.logging.disable_progress_bar()
     with unchanged(files) as directory:
@@ -316,7 +322,7 @@ def load(
 
 
 def copy_mapped(tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
-    """Copy tensors in host memory: safetensors maps them, and a later write to the file would change them."""
+    """Copy tensors in host memory: safetensors memory-maps them, and a later write to the file would change them."""
     for _, tensor in tensors:
         if tensor.device.type == "cpu":
             tensor.data = tensor.data.clone()
@@ -325,7 +331,7 @@ def copy_mapped(tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
 def _read_at(directory: Path, files: CheckpointFiles, dtype: torch.dtype) -> Loaded:
     try:
         with _LOADING, warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # diffusers about imports of its own
+            warnings.simplefilter("ignore", FutureWarning)  # raised by diffusers' own imports
             return _read(replace(files, directory=directory), dtype)
     except (OSError, SafetensorError, ValueError, KeyError, TypeError, AttributeError) as error:
         why = str(error).replace(str(directory), str(files.directory))
@@ -377,7 +383,7 @@ def _safety_checker(files: CheckpointFiles, dtype: torch.dtype) -> Loaded:
 
 
 def _ip_adapter(files: CheckpointFiles, dtype: torch.dtype) -> Loaded:
-    """Its picture encoder; the rest is read when a checkpoint puts it on."""
+    """Read the image encoder; the rest is read when the adapter is loaded into a checkpoint."""
     if not any(name.startswith("image_encoder/") for name in files.manifest):
         raise CheckpointError(f"IP-Adapter {files.alias!r} has no folder image_encoder; put its encoder there")
     directory = files.directory / "image_encoder"
@@ -392,7 +398,7 @@ def _single_file(files: CheckpointFiles) -> Path:
 
 
 def load_copied(path: Path) -> dict[str, torch.Tensor]:
-    """Tensors of a safetensors file in memory of their own."""
+    """Load the tensors of a safetensors file into memory of their own."""
     return {name: tensor.clone() for name, tensor in load_file(path).items()}
 
 
@@ -427,7 +433,7 @@ def _class(files: CheckpointFiles, entry: list[str]) -> Any:
 
 
 def _network(files: CheckpointFiles, directory: Path, network_class: Any, dtype: torch.dtype) -> Any:
-    """A network with every key accounted for: a U-Net with a missing one would load and paint noise."""
+    """Load a network and check that no key is missing: a U-Net that lacks one would load and paint noise."""
     # diffusers' own networks have no way to run code of a checkpoint, and no argument to forbid it.
     ours = issubclass(network_class, diffusers.ModelMixin)
     more: dict[str, Any] = {"torch_dtype": dtype} if ours else {"dtype": dtype, "trust_remote_code": False}

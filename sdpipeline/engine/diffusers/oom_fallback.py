@@ -1,4 +1,4 @@
-"""What to do when a forward pass fails: fewer pictures, less memory each, and at last the culprit alone."""
+"""Out-of-memory fallbacks and bisection of failed batches."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from sdpipeline.errors import DeviceExhaustedError, RequestRefusedError
 Result = GeneratedImage | GenerationFailure
 
 FAULTS = (ValueError, TypeError, IndexError, RuntimeError)
-"""What torch and diffusers raise for a request they cannot take; anything else ends the process."""
+"""Exceptions that torch and diffusers raise for a bad request; any other exception ends the process."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FallbackLevel:
-    """How a pass runs: padded to ``bucket``, with or without the means that cost time and save memory."""
+    """Settings of a pass that save memory: batch size (``bucket``, to which it is padded), VAE tiling and offload."""
 
     bucket: int
     asked: int
@@ -27,12 +27,12 @@ class FallbackLevel:
     offload: bool = False
 
     def fallbacks(self) -> list[str]:
-        """As the record names them."""
+        """Return the names of the fallbacks, as the record holds them."""
         smaller = [f"bucket {self.bucket} instead of {self.asked}: out of memory"] if self.bucket < self.asked else []
         return [*smaller, *["VAE tiling"] * self.tiling, *["offload"] * self.offload]
 
     def next(self) -> FallbackLevel | None:
-        """The next way down, ``None`` at the bottom."""
+        """Return the next level, which needs less memory; ``None`` if this is the last one."""
         if self.bucket > 1:
             return replace(self, bucket=self.bucket // 2)
         if not self.tiling:
@@ -41,7 +41,7 @@ class FallbackLevel:
 
 
 class Ladder:
-    """Runs passes, and remembers for each kind of pass how much the device can take."""
+    """Run forward passes, and remember for each :class:`PassSettings` the level that fits into the device's memory."""
 
     def __init__(
         self,
@@ -50,16 +50,16 @@ class Ladder:
         free: Callable[[], None],
         spare: Callable[[], bool],
     ) -> None:
-        """``spare`` has leave the device what no pass needs, and says whether anything did."""
+        """``spare`` moves weights that no pass needs off the device, and returns True if it moved any."""
         self._forward = forward
         self._free = free
         self._spare = spare
         self._learned: dict[PassSettings, FallbackLevel] = {}
 
     def run(self, settings: PassSettings, members: Sequence[Member], bucket: int) -> Iterator[tuple[Member, Result]]:
-        """Every member with its result."""
+        """Yield every member with its result."""
         if settings.exact:
-            # Bits differ a little from bucket to bucket, and which jobs meet in one is chance.
+            # Bits differ slightly between bucket sizes, and it is chance which jobs share a batch.
             yield from self._split(settings, members, FallbackLevel(bucket=1, asked=1))
             return
         learned = self._learned.get(settings)
@@ -83,7 +83,7 @@ class Ladder:
         except FAULTS as error:
             if _poisons_process(error):
                 raise
-            # Only the text survives: the traceback holds the tensors that have to go.
+            # Keep only the text: the traceback holds references to the tensors that have to be freed.
             exhausted, reason = _out_of_memory(error), f"{type(error).__name__}: {error}"
         else:
             yield from zip(members, results, strict=True)
@@ -112,7 +112,10 @@ class Ladder:
     def _isolate(
         self, settings: PassSettings, members: Sequence[Member], rung: FallbackLevel, reason: str
     ) -> Iterator[tuple[Member, Result]]:
-        """Halve until the culprit is alone; each part is padded to the same bucket, so neighbours keep their bits."""
+        """Bisect the batch until the failing request is alone.
+
+        Each part is padded to the same bucket, so that the other pictures keep their bits.
+        """
         if len(members) == 1:
             yield members[0], GenerationFailure(error=RequestRefusedError(f"the pipeline refused it: {reason}"))
             return
@@ -122,10 +125,10 @@ class Ladder:
 
 
 def _out_of_memory(error: Exception) -> bool:
-    """The CPU's allocator has no exception of its own."""
+    """Return True if the device is out of memory. The CPU's allocator has no exception type of its own."""
     return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
 def _poisons_process(error: Exception) -> bool:
-    """A failed kernel leaves the CUDA context unusable for everybody."""
+    """Return True for a failed kernel, which leaves the CUDA context unusable for the whole process."""
     return isinstance(error, torch.AcceleratorError) and not isinstance(error, torch.OutOfMemoryError)

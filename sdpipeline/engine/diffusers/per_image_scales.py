@@ -1,4 +1,4 @@
-"""Guidance and ControlNet scales that differ from picture to picture inside one forward pass."""
+"""Guidance and ControlNet scales for each picture inside one forward pass."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch
 
 
 class PerImageScale:
-    """One number per picture that pipelines take for a float: compared as a switch, multiplied as a tensor.
+    """One number per picture that pipelines use as a float: it compares as a switch and multiplies as a tensor.
 
     The stock pipelines do ``if guidance_scale > 1`` and ``guidance_scale * (text - unconditional)``.
     """
@@ -22,7 +22,7 @@ class PerImageScale:
         self._values = torch.tensor(values, dtype=torch.float32)
 
     def __gt__(self, other: float) -> bool:
-        """Whether any picture is guided; a batch never mixes guided and unguided ones."""
+        """Return True if any picture is guided; a batch never mixes guided and unguided ones."""
         return bool((self._values > other).any())
 
     def __mul__(self, tensor: torch.Tensor) -> torch.Tensor:
@@ -33,9 +33,9 @@ class PerImageScale:
 
 @contextmanager
 def controlnet_scales(controlnets: Sequence[torch.nn.Module], scales: Sequence[Sequence[float]]) -> Iterator[None]:
-    """Multiply what each ControlNet returns by each picture's own scale; the pipelines are told 1.0.
+    """Multiply the output of each ControlNet by each picture's own scale; the pipelines get 1.0.
 
-    The same weights may be used twice on a picture, so that one module meets its scales in turn.
+    A picture may use the same weights twice, so one module applies its scales in the order of the calls.
     """
     uses: dict[torch.nn.Module, list[torch.Tensor]] = defaultdict(list)
     for controlnet, scale in zip(controlnets, scales, strict=True):
@@ -62,11 +62,11 @@ def _scaled_output(controlnet: torch.nn.Module, turns: list[torch.Tensor]) -> It
 
 @contextmanager
 def float32_noise() -> Iterator[None]:
-    """Draw noise in float32 and round it, so that a seed means the same picture in half precision as in full.
+    """Draw noise in float32 and round it, so that a seed gives the same picture in half precision as in full.
 
     Some releases of torch (2.11, not 2.13) draw other numbers for other dtypes from the same seed. All of
-    diffusers' noise comes from one module, whose view of torch is exchanged; a torch function mode would
-    cost every call.
+    diffusers' noise comes from one module, in which ``torch`` is replaced; a torch function mode would
+    slow down every call.
     """
     torch_utils: Any = diffusers.utils.torch_utils
     torch_utils.torch = _TorchWithFloat32Noise()
@@ -88,7 +88,10 @@ class _TorchWithFloat32Noise:
 
 @contextmanager
 def no_global_randomness(vae: Any) -> Iterator[None]:
-    """Take the mode where a pipeline would sample latents from torch's global generator, as SD3's ControlNet does."""
+    """Use the mode of the latents' distribution if a pipeline passes no generator.
+
+    Otherwise it would sample from torch's global generator, as SD3's ControlNet does.
+    """
     encode = vae.encode
 
     def encode_without_chance(*inputs: Any, **keywords: Any) -> Any:
@@ -107,7 +110,7 @@ def no_global_randomness(vae: Any) -> Iterator[None]:
 
 @contextmanager
 def distilled_guidance(network: torch.nn.Module, guidance_scales: Sequence[float]) -> Iterator[None]:
-    """Give a guidance-distilled network each picture's own guidance; its pipelines make one for all."""
+    """Pass each picture's own guidance to a guidance-distilled network; its pipelines pass one for all pictures."""
     values = torch.tensor(guidance_scales, dtype=torch.float32)
 
     def replace(_module: torch.nn.Module, inputs: Any, keywords: dict[str, Any]) -> Any:
@@ -124,7 +127,7 @@ def distilled_guidance(network: torch.nn.Module, guidance_scales: Sequence[float
 
 
 def _scaled(output: Any, scale: torch.Tensor) -> Any:
-    """A ControlNet's residuals, however its class packs them, times one scale per picture."""
+    """Multiply a ControlNet's residuals, in the containers of any class, by one scale per picture."""
     if isinstance(output, torch.Tensor):
         return output * _broadcast(scale, output)
     if isinstance(output, tuple | list):
@@ -133,7 +136,7 @@ def _scaled(output: Any, scale: torch.Tensor) -> Any:
 
 
 def _broadcast(scale: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """One scale per picture, shaped for a tensor whose batch may hold each picture twice (guidance)."""
+    """Shape one scale per picture for a tensor whose batch may hold each picture twice (guidance)."""
     repeats = like.shape[0] // scale.shape[0]
     shaped = scale.repeat(repeats).view(-1, *[1] * (like.ndim - 1))
     return shaped.to(device=like.device, dtype=like.dtype)

@@ -1,4 +1,4 @@
-"""One forward pass: a pipeline put together from resident parts, called once for a padded batch."""
+"""Call of a diffusers pipeline, assembled from resident parts, for one padded batch."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ from sdpipeline.engine.families import SCHEDULERS, Cell, Family
 from sdpipeline.engine.pictures import to_pil
 
 LEGACY_FAMILIES = frozenset({"sd1", "sd2", "sd-inpaint"})
-"""Their pipelines set these two scheduler options themselves, with a deprecation warning for each call."""
+"""Families whose pipelines set the two options of ``LEGACY_SCHEDULER``, with a deprecation warning in each call."""
 LEGACY_SCHEDULER = {"steps_offset": 1, "clip_sample": False}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PassSettings:
-    """What all pictures of one forward pass share; everything else is free in a batch."""
+    """Settings that all pictures of one forward pass share; all others may differ within a batch."""
 
     task: Task
     checkpoint: CheckpointRef
@@ -57,11 +57,11 @@ class PassSettings:
 
     @property
     def stepwise(self) -> bool:
-        """Whether pictures share single network calls rather than a whole call of their pipeline."""
+        """True if pictures share single network calls instead of a whole call of their pipeline."""
         return self.profile != "exact"
 
     def in_lockstep(self) -> PassSettings:
-        """What pictures still have to share whose pipelines go in lockstep."""
+        """Return the settings that pictures still have to share if their pipelines run in lockstep."""
         controlnets = tuple((ref, 0.0, 1.0) for ref, _, _ in self.controlnets)
         return replace(
             self,
@@ -76,7 +76,7 @@ class PassSettings:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Reference:
-    """An IP-Adapter's reference picture, and its absence, as embeddings of batch 1."""
+    """Embeddings of an IP-Adapter's reference picture and of its absence, with batch dimension 1."""
 
     image: torch.Tensor
     nothing: torch.Tensor
@@ -84,9 +84,9 @@ class Reference:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Member:
-    """One request of a batch, ready to run; ``index`` is its place in the batch that was asked for.
+    """One request of a batch, ready to run; ``index`` is its position in the requested batch.
 
-    ``calls`` are the network calls of a picture that is made again, as the record has them.
+    ``calls`` are the recorded network calls if the picture is reproduced.
     """
 
     index: int
@@ -112,16 +112,16 @@ class Weights:
 
     @property
     def autoencoder(self) -> Any:
-        """The checkpoint's own, or the one the request put in its place."""
+        """The checkpoint's own autoencoder, or the one with which the request replaces it."""
         return self.vae.module if self.vae else self.base.parts["vae"]
 
     def loaded(self) -> list[Loaded]:
-        """Everything resident that takes part."""
+        """Return all resident checkpoints that the pass uses."""
         adapters = [loaded for loaded, _ in self.ip_adapters]
         return [self.base, *self.controlnets, *adapters, *([self.vae] if self.vae else [])]
 
     def networks(self) -> list[torch.nn.Module]:
-        """Every network that takes part; text encoders have done theirs before."""
+        """Return every network that the pass uses, without the text encoders, which have run before."""
         return [
             network
             for loaded in self.loaded()
@@ -137,8 +137,10 @@ class Weights:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Latents:
-    """Pictures still to be decoded, lying in memory as their pipeline left them (bits depend on it); the scheduler that
-    made them, and the network calls of one that shared them."""
+    """Latents with the scheduler's configuration, and the network calls of a picture that shared them.
+
+    They keep the memory layout in which their pipeline left them, because bits depend on it.
+    """
 
     values: torch.Tensor
     scheduler: Json
@@ -146,7 +148,7 @@ class Latents:
 
 
 def settings_of(member: Member, weights: Weights) -> PassSettings:
-    """The part of a request that must be equal throughout a pass."""
+    """Return the settings of a request that must be equal throughout a pass."""
     request, cell = member.request, weights.cell
     strength = cell.strength if request.strength is None else request.strength
     noise_level = weights.row.noise_level if request.noise_level is None else request.noise_level
@@ -175,9 +177,9 @@ def settings_of(member: Member, weights: Weights) -> PassSettings:
 def denoise(
     weights: Weights, settings: PassSettings, members: Sequence[Member], *, offload_to: torch.device | None = None
 ) -> Latents:
-    """The latents of these members, in order; every one has its own noise from its own CPU generator.
+    """Denoise these members, in order; each has its own noise from its own CPU generator.
 
-    With ``offload_to``, only the network that is at work lies on that device.
+    With ``offload_to``, only the running network is on that device.
     """
     scheduler = make_scheduler(settings.scheduler, weights)
     pipe = assemble(weights, scheduler)
@@ -189,7 +191,7 @@ def denoise(
 def denoise_alone(
     weights: Weights, settings: PassSettings, member: Member, scheduler: Any, *, offload_to: torch.device | None = None
 ) -> Latents:
-    """The latents of one member, whose pipeline may stand beside others; needs :func:`shared_means` around them."""
+    """Denoise one member, whose pipeline may run in lockstep with others; call it inside :func:`shared_means`."""
     pipe = assemble(weights, scheduler)
     arguments = _arguments(weights, settings, [member]) | _own_scales(weights, settings, member)
     with _offloaded(pipe, offload_to):
@@ -199,7 +201,7 @@ def denoise_alone(
 
 @contextmanager
 def shared_means(weights: Weights) -> Iterator[None]:
-    """What is patched for all pipelines that run meanwhile."""
+    """Apply the patches that all pipelines inside the block share."""
     with no_global_randomness(weights.autoencoder), float32_noise():
         yield
 
@@ -213,7 +215,7 @@ def _latents(pipe: Any, values: torch.Tensor, weights: Weights, settings: PassSe
 
 
 def decode(weights: Weights, latents: torch.Tensor, *, float32: bool = False) -> npt.NDArray[np.float32]:
-    """Pictures from 0 to 1, batch x height x width x 3; not finite ones come back as they are."""
+    """Decode latents to pictures from 0 to 1, batch x height x width x 3; values that are not finite are kept."""
     vae = weights.autoencoder
     own = vae.dtype
     upcast = float32 or (weights.row.float32_decode and own == torch.float16 and vae.config.force_upcast)
@@ -225,7 +227,7 @@ def decode(weights: Weights, latents: torch.Tensor, *, float32: bool = False) ->
 
 
 def make_scheduler(name: str, weights: Weights) -> Any:
-    """A fresh scheduler: pipelines change theirs while they run, so that none may be shared by two calls."""
+    """Create a scheduler. Pipelines change theirs while they run, so two calls must not share one."""
     class_name, overrides = SCHEDULERS[name]
     scheduler_class = getattr(diffusers, class_name)
     config = dict(weights.base.scheduler_configs["scheduler"]) | dict(overrides)
@@ -236,9 +238,10 @@ def make_scheduler(name: str, weights: Weights) -> Any:
 
 
 def assemble(weights: Weights, scheduler: Any, *, with_text_encoders: bool = False) -> Any:
-    """The cell's pipeline around the resident parts; it holds no weights of its own.
+    """Assemble the cell's pipeline from the resident parts; it holds no weights of its own.
 
-    Without text encoders, as it is given embeddings: where they lie on another device, it might take that for its own.
+    It gets embeddings, so text encoders are left out: if they were on another device, the pipeline might use that
+    device as its own.
     """
     pipeline_class = getattr(diffusers, weights.cell.pipeline)
     parts = {
@@ -281,7 +284,7 @@ def _controlnet(weights: Weights) -> Any:
 
 @contextmanager
 def _per_image(weights: Weights, members: Sequence[Member]) -> Iterator[None]:
-    """Give each picture its own scales for the length of one call."""
+    """Apply each picture's own scales for the length of one call."""
     modules = [loaded.module for loaded in weights.controlnets]
     scales = [
         [member.request.controlnets[n].controlnet_conditioning_scale for member in members] for n in range(len(modules))
@@ -297,7 +300,7 @@ def _per_image(weights: Weights, members: Sequence[Member]) -> Iterator[None]:
 
 
 def _arguments(weights: Weights, settings: PassSettings, members: Sequence[Member]) -> dict[str, Any]:
-    """The pipeline's call, by the names its family's row gives."""
+    """Return the arguments of the pipeline call, with the names from the family's row."""
     cell = weights.cell
     arguments: dict[str, Any] = {
         "num_inference_steps": settings.num_inference_steps,
@@ -351,7 +354,7 @@ def _guidance(weights: Weights, settings: PassSettings, members: Sequence[Member
 
 
 def _own_scales(weights: Weights, settings: PassSettings, member: Member) -> dict[str, Any]:
-    """The numbers that :func:`_per_image` would exchange, as a pipeline takes them for a picture alone."""
+    """Return the scales that :func:`_per_image` would replace, in the form that a pipeline takes for one picture."""
     own: dict[str, Any] = {}
     if weights.row.text == "flux":
         own["guidance_scale"] = member.request.guidance_scale
@@ -362,7 +365,7 @@ def _own_scales(weights: Weights, settings: PassSettings, member: Member) -> dic
 
 
 def _control(weights: Weights, settings: PassSettings, members: Sequence[Member]) -> dict[str, Any]:
-    """Control maps as one tensor per ControlNet: nested lists mean different things to different pipelines."""
+    """Return control maps as one tensor per ControlNet: pipelines differ in how they read nested lists."""
     several = len(settings.controlnets) > 1
     starts = [start for _, start, _ in settings.controlnets]
     ends = [end for _, _, end in settings.controlnets]
@@ -372,7 +375,7 @@ def _control(weights: Weights, settings: PassSettings, members: Sequence[Member]
         "control_guidance_end": ends if several else ends[0],
     }
     if several and weights.row.text == "flux":
-        arguments["control_mode"] = [None] * len(starts)  # without it, the later ControlNets are dropped in silence
+        arguments["control_mode"] = [None] * len(starts)  # without it, the later ControlNets are silently dropped
     if weights.cell.control_image:
         maps = [
             _stacked([member.pictures.control_maps[n] for member in members], signed=weights.row.signed_control_maps)
@@ -383,9 +386,9 @@ def _control(weights: Weights, settings: PassSettings, members: Sequence[Member]
 
 
 def _references(pipe: Any, members: Sequence[Member]) -> dict[str, Any]:
-    """Reference pictures, one batch per IP-Adapter; without them, nothing.
+    """Return reference pictures, one batch per IP-Adapter; without adapters, no arguments.
 
-    The pipelines prepare one reference for the whole batch and mix what they are given for several.
+    The pipelines prepare one reference for the whole batch, and mix several if they get them.
     """
     if not members[0].references:
         return {}

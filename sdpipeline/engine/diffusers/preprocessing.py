@@ -1,4 +1,4 @@
-"""A request checked against its family, with its pictures at their size and its control maps drawn."""
+"""Request checks against the model family, and preprocessing of input pictures and control maps."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Learned = Callable[[ControlNetInput, Pixels], Pixels]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Pictures:
-    """What the pipeline sees: everything at the size it runs at."""
+    """Input pictures of the pipeline, all at the size at which it runs."""
 
     image: Pixels | None = None
     mask_image: Pixels | None = None
@@ -27,7 +27,7 @@ class Pictures:
 
 
 def check(request: GenerationRequest, locate: Callable[[CheckpointRef], CheckpointFiles]) -> None:
-    """RequestRefusedError naming the field and the fix, for what this family cannot do."""
+    """Raise RequestRefusedError, with the field and the fix, if this family cannot run the request."""
     base = locate(request.checkpoint)
     controlnets = [locate(use.checkpoint) for use in request.controlnets]
     if base.kind != "checkpoint":
@@ -55,7 +55,7 @@ def check(request: GenerationRequest, locate: Callable[[CheckpointRef], Checkpoi
 
 
 def pictures(prepared: PreparedRequest, cell: Cell, learned: Learned) -> Pictures:
-    """The pictures this request consumes, resized only as it says, and its control maps.
+    """Return the input pictures, resized only as the request says, and the control maps.
 
     ``learned`` draws the maps of annotators with weights.
     """
@@ -73,7 +73,7 @@ def pictures(prepared: PreparedRequest, cell: Cell, learned: Learned) -> Picture
 
 
 def adapters_of(request: GenerationRequest) -> list[tuple[str, str, tuple[AdapterInput, ...]]]:
-    """Field, kind of checkpoint, and what the request wears of it."""
+    """Return field, kind of checkpoint and the request's adapters of that kind."""
     return [
         ("loras", "lora", request.loras),
         ("textual_inversions", "textual-inversion", request.textual_inversions),
@@ -82,12 +82,12 @@ def adapters_of(request: GenerationRequest) -> list[tuple[str, str, tuple[Adapte
 
 
 def annotator_parameters(use: ControlNetInput) -> dict[str, float | int]:
-    """What the annotator ran with, defaults included."""
+    """Return the parameters of the annotator, including defaults."""
     return known_annotator(use.annotator).resolve(use.annotator, dict(use.annotator_parameters))
 
 
 def _annotator(n: int, use: ControlNetInput, locate: Callable[[CheckpointRef], CheckpointFiles]) -> str | None:
-    """Whether the annotator's weights are there if it needs any, and for what it does."""
+    """Return an error if the annotator's checkpoint is missing, not needed, or made for another annotator."""
     wanted, ref = known_annotator(use.annotator).learned, use.annotator_checkpoint
     field = f"controlnets.{n}.annotator_checkpoint"
     if wanted is None:
@@ -131,7 +131,7 @@ def _profile(request: GenerationRequest, family_name: str) -> str | None:
 
 
 def _own_control_picture(request: GenerationRequest, cell: Cell) -> str | None:
-    """The cell's ControlNet looks at the picture that is repainted, so that another one would be ignored."""
+    """Refuse a control picture if the cell's ControlNet reads the repainted picture and would ignore another one."""
     use = request.controlnets[0]
     if use.image != request.image or use.annotator != "none":
         return f"controlnets.0: {cell.pipeline} looks at the request's own image; give that one, annotator none"
@@ -139,7 +139,7 @@ def _own_control_picture(request: GenerationRequest, cell: Cell) -> str | None:
 
 
 def _extras(request: GenerationRequest, row: Family) -> str | None:
-    """Options that the family would silently ignore."""
+    """Return an error for an option that the family would silently ignore."""
     asked = {
         "negative_prompt": (bool(request.negative_prompt), row.negative_prompt),
         "clip_skip": (request.clip_skip is not None, row.clip_skip),
@@ -169,7 +169,7 @@ def _sized(prepared: PreparedRequest, role: str) -> Pixels:
 
 
 def given(prepared: PreparedRequest, role: str) -> Pixels:
-    """The picture in that role; InputImageError if there is none, or none of three times 8 bits."""
+    """Return the picture in that role; InputImageError if it is missing or is not RGB with 8 bits per channel."""
     if role not in prepared.images:
         raise InputImageError(f"{role}: {prepared.request.task} needs this picture and has none")
     found = prepared.images[role]

@@ -1,4 +1,4 @@
-"""Prompts as embeddings: encoded one at a time, so that a prompt's bits never depend on its neighbours."""
+"""Prompt encoding, one prompt at a time, so that a prompt's bits never depend on the rest of the batch."""
 
 from __future__ import annotations
 
@@ -15,34 +15,34 @@ from sdpipeline.engine.families import TextEncoding
 from sdpipeline.errors import RequestRefusedError
 
 CHUNK = 75
-"""CLIP reads 77 tokens: a start, 75 of the prompt, and an end. Longer prompts take several such chunks."""
+"""Prompt tokens in one CLIP chunk: CLIP reads 77 tokens, with a start and an end. Longer prompts take more chunks."""
 T5_LENGTHS: Mapping[str, tuple[int, ...]] = {"sd3": (256, 512), "flux": (512,)}
-"""How many tokens of T5 a family's transformer was trained to read."""
+"""Numbers of T5 tokens that a family's transformer was trained to read."""
 
 Vectors = Mapping[str, torch.Tensor]
-"""A textual inversion: rows of token embeddings, by the name of the text encoder they are for."""
+"""Token embeddings of a textual inversion, by the name of their text encoder."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Embedding:
-    """What a pipeline takes in a prompt's place, batch dimension 1."""
+    """Prompt embeddings that a pipeline takes in place of a prompt, with batch dimension 1."""
 
     embeds: torch.Tensor
     pooled: torch.Tensor | None = None
 
     @property
     def size_bytes(self) -> int:
-        """What it occupies in memory."""
+        """Size in memory."""
         return sum(t.numel() * t.element_size() for t in (self.embeds, self.pooled) if t is not None)
 
     def zeros(self) -> Embedding:
-        """SDXL's way to say that there is no prompt, which is not the empty prompt."""
+        """Return zeros: SDXL's embedding for no prompt, which differs from that of the empty prompt."""
         pooled = None if self.pooled is None else torch.zeros_like(self.pooled)
         return Embedding(embeds=torch.zeros_like(self.embeds), pooled=pooled)
 
 
 class EmbeddingCache:
-    """Embeddings by everything that determines them, the least recently used dropped beyond a byte budget."""
+    """LRU cache of embeddings with a byte budget; a key holds everything that determines an embedding."""
 
     def __init__(self, budget_bytes: int) -> None:
         self._budget_bytes = budget_bytes
@@ -50,13 +50,13 @@ class EmbeddingCache:
         self._size_bytes = 0
 
     def get(self, key: object) -> Embedding | None:
-        """The embedding, which counts as used now."""
+        """Return the embedding and mark it as used now."""
         if key in self._held:
             self._held.move_to_end(key)
         return self._held.get(key)
 
     def put(self, key: object, embedding: Embedding) -> None:
-        """Hold it, and drop old ones until the budget is met."""
+        """Store an embedding, and drop the least recently used ones until the budget is met."""
         self._held[key] = embedding
         self._size_bytes += embedding.size_bytes
         while self._size_bytes > self._budget_bytes and len(self._held) > 1:
@@ -66,10 +66,10 @@ class EmbeddingCache:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PromptEncoder:
-    """Encodes for one family with a checkpoint's own tokenizers and encoders.
+    """Prompt encoder of one family, with a checkpoint's own tokenizers and text encoders.
 
-    ``words`` are textual inversions by the token that stands for them in a prompt. They are put in
-    where the encoder looks its tokens up, for the length of one call: nothing that is resident changes.
+    ``words`` maps tokens in a prompt to textual inversions. Their vectors replace the output of the encoder's
+    token embedding for the length of one call, so the resident weights do not change.
     """
 
     kind: TextEncoding
@@ -77,13 +77,13 @@ class PromptEncoder:
     words: Mapping[str, Vectors] = field(default_factory=dict)
 
     def length(self, *texts: str) -> int:
-        """What prompts of one pass have to share: chunks of CLIP, or tokens of T5."""
+        """Return the length that all prompts of a pass have to share: CLIP chunks or T5 tokens."""
         if self.kind in T5_LENGTHS:
             return self._t5_length(max(len(self._t5_ids(text)) for text in texts))
         return max(1, *(-(-len(self._tokens("tokenizer", text)) // CHUNK) for text in texts))
 
     def encode(self, text: str, *, length: int, clip_skip: int | None = None) -> Embedding:
-        """The prompt's embedding, with nothing else in its batch."""
+        """Return the prompt's embedding, encoded alone in its batch."""
         self._check_clip_skip(clip_skip)
         with torch.no_grad():
             if self.kind == "sdxl":
@@ -117,7 +117,7 @@ class PromptEncoder:
         return Embedding(embeds=hidden, pooled=outputs[1].text_embeds[:1])
 
     def _sd3(self, text: str, length: int, clip_skip: int | None) -> Embedding:
-        """The two CLIPs read the first chunk only, as they were trained; T5 reads all."""
+        """Encode for SD3: the two CLIPs read the first chunk only, as they were trained; T5 reads the whole prompt."""
         outputs = [self._clip(name, text, 1) for name in ("text_encoder", "text_encoder_2")]
         layer = -(2 + (clip_skip or 0))
         clip = torch.cat([output.hidden_states[layer] for output in outputs], dim=-1)
@@ -127,7 +127,7 @@ class PromptEncoder:
         return Embedding(embeds=torch.cat([clip, t5], dim=1), pooled=pooled)
 
     def _clip(self, encoder: str, text: str, chunks: int) -> Any:
-        """One CLIP's output, one row per chunk."""
+        """Return the output of one CLIP, one row per chunk."""
         network = self.parts[encoder]
         tokenizer = self.parts[encoder.replace("text_encoder", "tokenizer")]
         tokens = self._tokens(encoder.replace("text_encoder", "tokenizer"), text)
@@ -137,7 +137,7 @@ class PromptEncoder:
             return network(ids, output_hidden_states=True)
 
     def _tokens(self, tokenizer: str, text: str) -> list[int | tuple[str, int]]:
-        """Token ids; a textual inversion's vector is (its token, which row)."""
+        """Return token ids; a vector of a textual inversion is a pair of its token and its row."""
         encoder = tokenizer.replace("tokenizer", "text_encoder")
         tokens: list[int | tuple[str, int]] = []
         for piece in _pieces(text, self.words):
@@ -190,18 +190,21 @@ class PromptEncoder:
 
 
 def _row(tokenizer: Any, tokens: Sequence[int | tuple[str, int]]) -> list[int | tuple[str, int]]:
-    """Start, words, end, and padding as the tokenizer pads a single short prompt."""
+    """Return start, words, end and padding, as the tokenizer pads a single short prompt."""
     row = [tokenizer.bos_token_id, *tokens, tokenizer.eos_token_id]
     return row + [tokenizer.pad_token_id] * (CHUNK + 2 - len(row))
 
 
 def _id(token: int | tuple[str, int]) -> int:
-    """A vector's place needs some id; 0 is below the end token, by which encoders find where to pool."""
+    """Return a token's id, and 0 as the placeholder of a vector.
+
+    0 is below the id of the end token, by which encoders find the position to pool.
+    """
     return token if isinstance(token, int) else 0
 
 
 def _pieces(text: str, words: Mapping[str, object]) -> list[str]:
-    """The text cut at textual inversions, which stay as pieces of their own."""
+    """Split the text at textual inversions, which stay as pieces of their own."""
     if not words:
         return [text]
     longest_first = sorted(words, key=len, reverse=True)
@@ -209,10 +212,10 @@ def _pieces(text: str, words: Mapping[str, object]) -> list[str]:
 
 
 def _joined(states: torch.Tensor) -> torch.Tensor:
-    """Chunks one after the other, as one prompt."""
+    """Concatenate chunks into one prompt."""
     return states.reshape(1, -1, states.shape[-1])
 
 
 def _transformer(encoder: Any) -> Any:
-    """The inner transformer, which transformers 5.6 folded into ``CLIPTextModel`` itself."""
+    """Return the inner transformer, which transformers 5.6 merged into ``CLIPTextModel`` itself."""
     return getattr(encoder, "text_model", encoder)

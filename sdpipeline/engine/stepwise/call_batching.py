@@ -1,4 +1,4 @@
-"""Pipelines that go in lockstep: each halts where it calls a network, until all their calls can be made as one."""
+"""Call batching: pipelines run in lockstep, and each halts at a network call until all can be made as one."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ Made = TypeVar("Made")
 PER_ROW = "timestep"
 """Pipelines give one timestep for all their rows; networks take one for each as well."""
 SCALE = "conditioning_scale"
-"""What a ControlNet multiplies its residuals by at the end, one number for all its rows."""
+"""Factor by which a ControlNet multiplies its residuals at the end, one number for all its rows."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Call:
-    """A network's call that a pipeline waits for; ``arguments`` are by name, and the first has a row for each input."""
+    """Pending network call of a halted pipeline; ``arguments`` are by name, and the first has a row for each input."""
 
     network: torch.nn.Module
     forward: Callable[..., Any]
@@ -30,16 +30,16 @@ class Call:
 
     @property
     def rows(self) -> int:
-        """Inputs in this call: two for a guided picture, without a prompt and with it."""
+        """Number of inputs in this call: two for a guided picture, without a prompt and with it."""
         return int(next(iter(self.arguments.values())).shape[0])
 
     def later_half(self) -> Call:
-        """The same call for the rows with the prompt alone."""
+        """Return the same call with only the rows that have the prompt."""
         half = {name: _part(value, self.rows // 2, self.rows, self.rows) for name, value in self.arguments.items()}
         return replace(self, arguments=half)
 
     def kind(self) -> tuple[Any, ...]:
-        """What has to be equal between calls that are made as one."""
+        """Return a key that has to be equal for calls that are made as one."""
         own = tuple((name, _kind(value, self.rows)) for name, value in self.arguments.items() if name != SCALE)
         return (self.network, own)
 
@@ -49,10 +49,10 @@ def in_lockstep(
     networks: Sequence[torch.nn.Module],
     answer: Callable[[Mapping[int, Call]], Mapping[int, Any]],
 ) -> list[Made]:
-    """What the bodies return, run side by side on this thread.
+    """Run the bodies concurrently on this thread, and return their results.
 
-    ``answer`` gets the calls of all that halt at the same network, by the number of the body, and gives what the
-    network returns to each. ``networks`` are in the order in which a step calls them, so that who is behind catches up.
+    ``answer`` gets the calls of all bodies that halt at the same network, by the body's number, and returns the
+    network's output for each. ``networks`` are in the order in which a step calls them, so that slower bodies catch up.
     """
     ended: dict[int, Made] = {}
     halted: dict[int, Call] = {}
@@ -73,12 +73,12 @@ def in_lockstep(
                     go_on(n, output)
         finally:
             for each in running:
-                each.throw()  # ends those that another one's error left halted
+                each.throw()  # ends bodies that are still halted because another one failed
     return [ended[n] for n in range(len(bodies))]
 
 
 def make_as_one(calls: Sequence[Call], size: int) -> list[Any]:
-    """Each call's own output of one call of the network, padded to ``size`` rows by repeating the last row."""
+    """Call the network once, padded to ``size`` rows with copies of the last row; return each call's output."""
     rows = [call.rows for call in calls]
     arguments = {
         name: _joined([_rowwise(name, call.arguments[name], call.rows) for call in calls], rows, size)
@@ -92,22 +92,22 @@ def make_as_one(calls: Sequence[Call], size: int) -> list[Any]:
 
 
 def split(output: Any, rows: Sequence[int], size: int) -> list[Any]:
-    """The parts of what a call of ``size`` rows gave that belong to so many rows each, from its first row on."""
+    """Split the output of a call of ``size`` rows into parts of ``rows`` each, from its first row on."""
     starts = [sum(rows[:n]) for n in range(len(rows))]
     return [_part(output, start, start + count, size) for start, count in zip(starts, rows, strict=True)]
 
 
 def join(tensors: Sequence[torch.Tensor], size: int) -> torch.Tensor:
-    """Tensors of some rows each as one, padded to ``size`` rows by repeating the last."""
+    """Concatenate tensors, padded to ``size`` rows with copies of the last row."""
     missing = size - sum(tensor.shape[0] for tensor in tensors)
     whole = torch.cat([*tensors, *[tensors[-1][-1:]] * missing])
-    # What a concatenation lies like in memory depends on its parts, and the arithmetic's order on that.
+    # The memory layout of a concatenation depends on its parts, and the order of arithmetic on the layout.
     return whole.contiguous()
 
 
 @contextmanager
 def _halting(networks: Sequence[torch.nn.Module]) -> Iterator[None]:
-    """Have the networks hand every call over to the current greenlet."""
+    """Patch the networks to pass every call to the current greenlet."""
     hub = getcurrent()
     with ExitStack() as restored:
         for network in networks:
@@ -152,7 +152,7 @@ def _kind(value: Any, rows: int) -> Any:
 
 
 def _joined(values: Sequence[Any], rows: Sequence[int], size: int) -> Any:
-    """Tensors with a row for each input one after another; of everything else, which is equal, the first."""
+    """Concatenate tensors with a row for each input; of all other values, which are equal, return the first."""
     first = values[0]
     if _has_rows(first, rows[0]):
         return join(values, size)

@@ -1,7 +1,7 @@
-"""How networks run for profiles that trade bits for speed: compiled, laid out and attending as the deployment says.
+"""Compilation, memory layout and attention backends for profiles that trade bits for speed.
 
-All of it is put on for a pass and taken off after it, so that an exact picture never meets it; a quantized denoiser,
-which cannot be taken back, is a copy of its own in :mod:`sdpipeline.engine.diffusers.model_cache`.
+All of it is applied for one pass and reverted afterwards, so that it never affects an exact picture. Quantization
+cannot be reverted, so a quantized denoiser is a separate copy in :mod:`sdpipeline.engine.diffusers.model_cache`.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ BACKENDS = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Speedups:
-    """What the deployment allows. ``decode_batch`` pictures are decoded at once, all of a batch where there is none."""
+    """Speedups that the deployment allows. ``decode_batch`` pictures are decoded at once, or all if it is ``None``."""
 
     compile: bool = False
     channels_last: bool = False
@@ -41,11 +41,11 @@ class Speedups:
 
     @property
     def touch_all(self) -> bool:
-        """Whether other networks of this process than those they are put on may feel them."""
+        """True if the speedups may affect networks of this process other than those they are applied to."""
         return self.compile or self.attention is not None
 
     def document(self) -> Json:
-        """What may change bits, as the record holds it."""
+        """Return the speedups that may change bits, for the record."""
         used = {
             "compile": self.compile,
             "channels_last": self.channels_last,
@@ -56,7 +56,7 @@ class Speedups:
 
 
 def check_compiler() -> None:
-    """SettingsError where this machine cannot compile: it has no C++ compiler, or on a GPU no Triton."""
+    """Raise SettingsError if this machine cannot compile: no C++ compiler or, on a GPU, no Triton."""
     try:
         torch.compile(lambda values: values + 1)(torch.zeros(2))
     except RuntimeError as error:
@@ -66,7 +66,7 @@ def check_compiler() -> None:
 
 
 class Workshop:
-    """Puts them on resident networks and takes them off again."""
+    """Apply speedups to resident networks and revert them."""
 
     def __init__(self, speedups: Speedups) -> None:
         self._speedups = speedups
@@ -75,7 +75,7 @@ class Workshop:
 
     @contextmanager
     def applied(self, weights: Weights, *, wanted: bool) -> Iterator[None]:
-        """For one pass; ``wanted`` or not, networks lie in memory as it needs them."""
+        """Apply speedups for one pass if ``wanted``; the memory layout is set for the pass in either case."""
         networks = [weights.denoiser, weights.autoencoder, *(loaded.module for loaded in weights.controlnets)]
         for network in networks:
             self._lay_out(network, channels_last=wanted and self._speedups.channels_last)
@@ -88,10 +88,10 @@ class Workshop:
 
     @contextmanager
     def _compiled_blocks(self, network: Any) -> Iterator[None]:
-        """Compile the blocks that a network repeats, once for all of a kind and for every size of batch and picture.
+        """Compile the repeated blocks of a network, once for all of a kind and for every size of batch and picture.
 
-        As ``compile_repeated_blocks``, which leaves them compiled for good; families without a list of them run as they
-        are.
+        ``compile_repeated_blocks`` does the same but cannot be reverted. Families without a list of such blocks run
+        uncompiled.
         """
         names = getattr(network, "_repeated_blocks", None) or ()
         blocks = [module for module in network.modules() if type(module).__name__ in names]

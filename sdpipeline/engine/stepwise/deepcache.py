@@ -1,4 +1,4 @@
-"""The U-Net's deep half left out: what it gave at an earlier step stands in for it."""
+"""DeepCache: reuse of the output of the U-Net's deep half from an earlier step."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 @contextmanager
 def kept_feature(unet: Any) -> Iterator[list[torch.Tensor]]:
-    """Keep what goes into the last up block, rows x channels x height x width, in the one call made meanwhile."""
+    """Keep the input of the last up block, rows x channels x height x width, from the one call inside the block."""
     kept: list[torch.Tensor] = []
     handle = unet.up_blocks[-2].register_forward_hook(lambda _module, _inputs, output: kept.append(output))
     try:
@@ -23,7 +23,7 @@ def kept_feature(unet: Any) -> Iterator[list[torch.Tensor]]:
 
 @contextmanager
 def shallow(unet: Any, feature: torch.Tensor) -> Iterator[None]:
-    """Have the U-Net run its first down block and its last up block alone, with ``feature`` between them.
+    """Run only the first down block and the last up block of the U-Net, with ``feature`` between them.
 
     DeepCache (Ma, Fang, Wang, arXiv 2312.00858), cut at the outermost block. The package of that name counts the
     steps of one pipeline in the network itself; here each picture of a call is at a step of its own.
@@ -31,7 +31,7 @@ def shallow(unet: Any, feature: torch.Tensor) -> Iterator[None]:
     nothing = feature.new_zeros(())
     with ExitStack() as restored:
         for block in unet.down_blocks[1:]:
-            # The U-Net counts these residuals, and adds a ControlNet's to each, before it gives them to nobody.
+            # The U-Net counts these residuals and adds a ControlNet's to each, though no block uses them afterwards.
             count = len(block.resnets) + bool(block.downsamplers)
             _exchange(restored, block, lambda *_, count=count, **__: (nothing, (nothing,) * count))
         if unet.mid_block is not None:

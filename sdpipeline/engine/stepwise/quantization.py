@@ -1,4 +1,4 @@
-"""Denoisers whose large matrix products run in eight bits, for profiles that trade bits for speed, through torchao."""
+"""Eight-bit quantization of denoisers' large linear layers through torchao, for profiles that trade bits for speed."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ Quantization = Literal["int8", "fp8"]
 LIBRARY = "torchao"
 SETTING = "SDP_ENGINE__QUANTIZE"
 FP8_CAPABILITY = (8, 9)
-"""CUDA's compute capability from which on a GPU multiplies in fp8: Ada, Hopper and what came after."""
+"""Lowest CUDA compute capability with fp8 multiplication: Ada, Hopper and later."""
 FP8_DTYPE = "bfloat16"
-"""What fp8's kernels with a scale for each row take and give."""
+"""Input and output dtype of the fp8 kernels with a scale for each row."""
 SIDE = 16
-"""What both sides of a weight have to be a multiple of for fp8's kernels (int8's take multiples of 8)."""
+"""Both sides of a weight have to be multiples of this for the fp8 kernels (int8 kernels take multiples of 8)."""
 PER_PICTURE = ("emb", "norm")
-"""In the names of layers that see one row for each picture (time steps, modulations) or make the first features: they
-cost next to nothing, kernels want more rows, and what they round off spreads over the whole picture."""
+"""Parts of the names of layers with one row per picture (time steps, modulations) or with the first features. They are
+not quantized: they cost little, kernels need more rows, and their rounding errors spread over the whole picture."""
 
 
 def check(wanted: Quantization, device: str, dtype: str | None) -> None:
-    """SettingsError where torchao is not installed, or the device or the deployment's dtype does not go with it."""
+    """Raise SettingsError if torchao is not installed, or the device or the deployment's dtype does not support it."""
     if find_spec(LIBRARY) is None:
         message = f"{wanted} needs {LIBRARY}, which is not installed"
         raise SettingsError(Mistake(key=SETTING, message=message, fix="pip install 'sdpipeline[quantize]'"))
@@ -38,14 +38,14 @@ def check(wanted: Quantization, device: str, dtype: str | None) -> None:
 
 
 def library_of(quantized: Quantization | None) -> dict[str, str]:
-    """What quantized, with its version, for the record; nothing where nothing was."""
+    """Return the quantization library with its version, for the record; empty without quantization."""
     return {LIBRARY: version(LIBRARY)} if quantized else {}
 
 
 def quantize(network: torch.nn.Module, wanted: Quantization) -> None:
-    """Exchange the weights of a network's large linear layers for eight-bit ones, for good.
+    """Replace the weights of a network's large linear layers by eight-bit ones, irreversibly.
 
-    Activations are scaled row by row while the network runs, so that no row depends on its neighbours in a batch.
+    Activations are scaled row by row while the network runs, so that no row depends on others in the batch.
     """
     from torchao.quantization import quantize_
 
@@ -56,7 +56,7 @@ def quantize(network: torch.nn.Module, wanted: Quantization) -> None:
 
 
 def size_bytes(tensor: torch.Tensor) -> int:
-    """What a tensor occupies; a quantized one says the type that it stands for and is made of others."""
+    """Return a tensor's size in memory. A quantized one reports its original dtype, so its inner tensors are summed."""
     if not hasattr(tensor, "__tensor_flatten__"):
         return tensor.numel() * tensor.element_size()
     names, _ = tensor.__tensor_flatten__()
@@ -64,7 +64,7 @@ def size_bytes(tensor: torch.Tensor) -> int:
 
 
 def _configuration(wanted: Quantization, device: torch.device) -> Any:
-    """Without torchao's own settings for the compiler, which would hold for the whole process from then on."""
+    """Return the configuration without torchao's own compiler settings, which would change the whole process."""
     from torchao.quantization import (
         Float8DynamicActivationFloat8WeightConfig,
         Int8DynamicActivationInt8WeightConfig,
@@ -77,7 +77,7 @@ def _configuration(wanted: Quantization, device: torch.device) -> Any:
     return Int8DynamicActivationInt8WeightConfig(
         granularity=PerRow(),
         set_inductor_config=False,
-        reduce_range=should_reduce_range(device),  # sums overflow in silence on CPUs that lack VNNI
+        reduce_range=should_reduce_range(device),  # sums silently overflow on CPUs without VNNI
     )
 
 
@@ -88,7 +88,7 @@ def _is_large(module: torch.nn.Module, name: str) -> bool:
 
 
 def _lacks_fp8(device: torch.device) -> str | None:
-    """Why this device cannot multiply in fp8."""
+    """Return the reason why this device cannot multiply in fp8, or ``None``."""
     if device.type != "cuda":
         return f"this worker's device is {device}"
     has = torch.cuda.get_device_capability(device)

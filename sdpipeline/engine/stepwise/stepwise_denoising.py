@@ -1,4 +1,4 @@
-"""Denoising step by step: pictures of different steps, strengths, guidance and schedulers share network calls."""
+"""Stepwise denoising: pictures of different steps, strengths, guidance and schedulers share network calls."""
 
 from __future__ import annotations
 
@@ -32,10 +32,10 @@ FEWEST_ROWS_CUT = 5
 
 @dataclass(slots=True, eq=False, kw_only=True)
 class Denoising:
-    """How far one picture is: ``done`` calls of the denoiser, and ``sizes`` in rows of all its calls.
+    """Progress of one picture: number of denoiser calls (``done``), and ``sizes`` in rows of all its calls.
 
-    ``recorded`` are the sizes of a picture that is made again. ``feature`` is what the U-Net's deep half last gave,
-    ``difference`` what the prompt last changed in its output.
+    ``recorded`` are the sizes to reproduce, if any. ``feature`` is the last output of the U-Net's deep half,
+    ``difference`` the last change of the output by the prompt.
     """
 
     settings: PassSettings
@@ -51,7 +51,7 @@ class Denoising:
 def denoise_stepwise(
     weights: Weights, members: Sequence[Member], shortcuts: Shortcuts, *, offload_to: torch.device | None = None
 ) -> list[Latents]:
-    """The latents of these members, in order, with the calls that each took part in."""
+    """Return the latents of these members, in order, with the network calls that each shared."""
     pictures = [_begun(weights, member) for member in members]
     bodies = [
         partial(denoise_alone, weights, picture.settings, member, picture.scheduler, offload_to=offload_to)
@@ -65,8 +65,11 @@ def denoise_stepwise(
 
 
 def cuts(rows: Sequence[int]) -> list[int]:
-    """How many of these calls, of so many rows each, are made as one: all, or those that fill a power of two and then
-    the rest, where padding all would take more than a quarter. Larger calls have to come first."""
+    """Return how many of these calls, given by their rows, go into each batched call.
+
+    That is all of them in one. If padding would be a quarter or more of it, the first calls fill a power of two and
+    the rest follows. Larger calls have to come first.
+    """
     total, size = sum(rows), power_of_two(sum(rows))
     if total < FEWEST_ROWS_CUT or total > size * 3 // 4:
         return [len(rows)]
@@ -75,12 +78,12 @@ def cuts(rows: Sequence[int]) -> list[int]:
 
 
 def power_of_two(rows: int) -> int:
-    """The smallest one that holds them."""
+    """Return the smallest power of two that is not below ``rows``."""
     return 1 << (rows - 1).bit_length()
 
 
 class _Answers:
-    """Makes the calls that pictures wait for, cut short as their profile allows."""
+    """Run the network calls of halted pipelines, with the shortcuts of their profile."""
 
     def __init__(self, denoiser: torch.nn.Module, pictures: Sequence[Denoising], shortcuts: Shortcuts) -> None:
         self._denoiser = denoiser
@@ -88,7 +91,7 @@ class _Answers:
         self._shortcuts = shortcuts
 
     def __call__(self, halted: Mapping[int, Call]) -> dict[int, Any]:
-        """What the network gives to each."""
+        """Return the network's output for each call."""
         halved = [n for n in halted if self._unguided(self._pictures[n])]
         calls = {n: call.later_half() if n in halved else call for n, call in halted.items()}
         alike: dict[Any, list[int]] = defaultdict(list)
@@ -106,11 +109,11 @@ class _Answers:
         return outputs
 
     def _unguided(self, picture: Denoising) -> bool:
-        """Whether this step's rows without the prompt are left out."""
+        """Return True if this step leaves out the rows without the prompt."""
         return picture.guided and picture.done % self._shortcuts.guidance_every > 0
 
     def _advanced(self, picture: Denoising, output: Any, network: torch.nn.Module, *, halved: bool) -> Any:
-        """The output as the pipeline expects it, with the rows that were left out; and the picture a step further."""
+        """Count the step, and return the output as the pipeline expects it, with the rows that were left out."""
         if network is not self._denoiser:
             return _doubled(output) if halved else output
         picture.done += 1
@@ -129,7 +132,7 @@ class _Answers:
         return picture.feature is not None and len(picture.feature) >= call.rows
 
     def _together(self, calls: Mapping[int, Call]) -> dict[int, Any]:
-        """One call for pictures of one kind, of a size that is a power of two or the recorded one."""
+        """Make one call for pictures of one kind, with a size that is a power of two or the recorded one."""
         pictures = [self._pictures[n] for n in calls]
         size = power_of_two(sum(call.rows for call in calls.values()))
         for picture in pictures:
@@ -165,7 +168,7 @@ def _begun(weights: Weights, member: Member) -> Denoising:
 
 
 def _last(feature: torch.Tensor | None, rows: int) -> torch.Tensor:
-    """Those with the prompt stay when guidance ends."""
+    """Return the last rows of a feature: those with the prompt remain when guidance is left out."""
     assert feature is not None
     return feature[-rows:]
 
