@@ -250,7 +250,7 @@ def _opened(data: bytes, max_pixels: int | None) -> Iterator[Image.Image]:
 def _upright(image: Image.Image) -> Image.Image:
     try:
         return ImageOps.exif_transpose(image)
-    except (ArithmeticError, AttributeError, LookupError, TypeError) as error:  # values of types that EXIF does not define
+    except (ArithmeticError, AttributeError, LookupError, TypeError) as error:  # values of types unknown to EXIF
         raise InputImageError(f"its EXIF metadata is broken: {error}") from error
 
 

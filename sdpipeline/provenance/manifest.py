@@ -72,8 +72,8 @@ class Ingredient:
 class ParentPicture:
     """Ancestor named by the signed manifests.
 
-    ``manifest`` is its own manifest's label, or None if it was not signed; ``child`` is the label of the picture it went
-    into. ``depth`` counts generations up from the verified picture. ``relationship`` is parentOf or inputTo.
+    ``manifest`` is its own manifest's label, or None if it was not signed. ``child`` is the label of the picture made
+    from it. ``depth`` counts generations up from the verified picture. ``relationship`` is parentOf or inputTo.
     ``faults`` lists what was wrong with it when it was used; they do not affect its child's marks.
     """
 
@@ -91,7 +91,7 @@ class ParentPicture:
 class VerifiedPicture:
     """Marks of a picture, and whether they hold.
 
-    ``c2pa`` is *trusted* if the signer's chain ends in a trusted root; *valid* if it does not or is a development key's;
+    ``c2pa`` is *trusted* if the signer's chain ends in a trusted root; *valid* if not, or for a development key;
     *invalid* if the picture or its manifest was changed; *missing* if it has no manifest.
     ``record`` is the signed record without its ancestors' records, or the embedded one if nothing is signed.
     ``parents`` has every ancestor, nearest first. ``faults`` names what does not hold.
@@ -153,8 +153,9 @@ def sign(
 def rehearse(key: SigningKey, ingredients: Sequence[Ingredient]) -> None:
     """Sign a blank picture with these ingredients, to find errors early.
 
-    Raises InputImageError if no picture with these ingredients could be signed, and SigningUnavailableError if none could
-    be signed at all. Neither the private key nor the time authority is used.
+    Raises InputImageError if no picture with these ingredients could be signed.
+    Raises SigningUnavailableError if no picture could be signed at all.
+    Neither the private key nor the time authority is used.
     """
     blank = encode(np.zeros((8, 8, 3), np.uint8), output=OutputFormat(), record={})
     offline = replace(key, sign=lambda _: bytes(64), tsa_url=None)
@@ -182,7 +183,7 @@ def inspect(data: bytes, *, max_pixels: int) -> tuple[int, int]:
 
 @cache
 def _throwaway_key() -> SigningKey:
-    """Create a temporary key for rehearsals: they need certificates, and ``plan`` has none. It signs no kept picture."""
+    """Create a temporary key for rehearsals: they need certificates, and ``plan`` has none."""
     with TemporaryDirectory(prefix="sdpipeline-rehearsal-") as folder:
         return development_key(Path(folder))
 
