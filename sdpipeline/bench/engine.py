@@ -35,8 +35,8 @@ def measure(
 ) -> Json:
     """Measure all batch sizes, the plain loop and matrix products in turn in each round.
 
-    So other load on the machine affects all of them. The plain loop is opened after the engine's first pictures, whose
-    time is reported too as the start-up time.
+    Other load on the machine thus affects all of them. The plain loop is opened after the engine's first pictures.
+    The time of these is reported too, as the start-up time.
     """
     numbers, steps = Numbers(), Steps(on_progress, len(plan.batches) + 1 + plan.rounds * (len(plan.batches) + 2))
     first = []

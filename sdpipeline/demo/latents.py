@@ -1,7 +1,7 @@
 """Designed latents: pooled colour and edge density, which an autoencoder learns to invert.
 
-Because the encoder is given its latent instead of finding one, a U-Net can be trained on any
-number of drawn scenes at once, without waiting for the autoencoder and without its passes.
+The encoder is given its latent instead of finding one. So a U-Net can be trained on any number of
+drawn scenes at once, without waiting for the autoencoder and without its forward passes.
 """
 
 from dataclasses import dataclass
