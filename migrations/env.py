@@ -1,4 +1,4 @@
-"""Alembic's entry: runs the migrations on the connection that sdpipeline.db.migrate hands over."""
+"""Alembic environment: runs the migrations on the connection passed by sdpipeline.db.migrate."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The first schema."""
+"""Create the first schema."""
 
 from __future__ import annotations
 
@@ -273,7 +273,7 @@ def upgrade() -> None:
 
 
 def _tune_hot_tables() -> None:
-    """Rows of these change many times: leave room for updates in place, and vacuum long before a fifth is dead."""
+    """Reserve room for in-place updates in tables that change often, and vacuum long before a fifth of rows is dead."""
     for table in ("job", "lease", "attempt"):
         op.execute(
             f"ALTER TABLE {table} SET (fillfactor = 80, autovacuum_vacuum_scale_factor = 0.01,"

@@ -1,8 +1,8 @@
-"""Budgets, rules, scores, reuse, fairness, found pictures, and what is forgotten; a table nothing wrote is gone.
+"""Add budgets, rules, scores, reuse, fairness, found pictures and retention; drop a table that nothing wrote.
 
-Workers of the release before go on meanwhile: new columns have constant defaults, which PostgreSQL adds without
-rewriting a row, and new indexes of large tables cover only rows that have a value in a new column, which at first are
-none.
+Workers of the previous release keep running meanwhile. New columns have constant defaults, which PostgreSQL adds
+without rewriting a row. New indexes of large tables cover only rows with a value in a new column, of which there are
+none at first.
 """
 
 from __future__ import annotations
@@ -17,8 +17,7 @@ _UNFINISHED = "chain IS NOT NULL AND status IN ('waiting', 'ready', 'leased')"
 
 
 def upgrade() -> None:
-    # Tables in the order in which a heartbeat and a lease lock them: in any other, workers and migration wait for each
-    # other.
+    # In the order in which a heartbeat and a lease lock these tables; any other order risks a deadlock with workers.
     op.add_column("worker", sa.Column("paused_at", sa.Double(), nullable=True))
     op.create_index("ix_lease_group", "lease", ["group_id", "created_at"], unique=False)
     op.add_column("work_group", sa.Column("rules", sa.JSON(), server_default="{}", nullable=False))
@@ -103,7 +102,7 @@ def upgrade() -> None:
 
 
 def downgrade() -> None:
-    # Nothing begins chains there.
+    # The previous release does not begin chains.
     op.execute(
         "UPDATE job SET status = 'ready' WHERE status = 'waiting' AND chain IS NOT NULL AND parents_left = 0"
         " AND not_before IS NULL"

@@ -1,7 +1,7 @@
-"""Pictures are found by their pixels and by what they look like, for a copy that lost its marks.
+"""Add pixel and perceptual hashes, which identify a copy of a picture that lost its marks.
 
-Workers of the release before go on meanwhile: the columns are empty there, and the indexes cover only rows that have
-them. Such rows are read through instead.
+Workers of the previous release keep running meanwhile: they leave the columns empty, and the indexes cover only rows
+that have them. Rows without them are scanned instead.
 """
 
 from __future__ import annotations

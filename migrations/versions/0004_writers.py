@@ -158,7 +158,7 @@ END
 $$
 """
 
-# One look-up in the primary key for each chain, however many events there are.
+# One primary-key lookup for each chain, regardless of the number of events.
 _CHAINS_SO_FAR = """
 INSERT INTO audit_writer (writer_id, actor, worker_id)
 WITH RECURSIVE chain (writer_id) AS (
@@ -204,7 +204,7 @@ def _guard() -> None:
             f"CREATE TRIGGER {table}_guard BEFORE {when} ON {table}"
             f" FOR EACH ROW EXECUTE FUNCTION {schema}.sdp_guard_{table}()"
         )
-    # With the trigger's lock held: no chain begins unseen in between.
+    # Under the trigger's lock, so that no chain begins unnoticed in between.
     op.get_bind().exec_driver_sql(_CHAINS_SO_FAR.replace("%", "%%"))
 
 

@@ -1,4 +1,4 @@
-"""Taking closed editions out of the tables, and forgetting in them what is forgotten elsewhere."""
+"""Archiver: moves closed editions out of the tables, and applies retention and erasure to archives."""
 
 from __future__ import annotations
 
@@ -16,13 +16,16 @@ from sdpipeline.storage.contract import delete_all
 from sdpipeline.storage.keys import input_key, picture_folder, stem
 
 DROPPED = 1000
-"""Jobs that one transaction takes out of the tables."""
+"""Jobs that one transaction deletes from the tables."""
 
 
 def archive(
     audit: AuditLog, store: ObjectStore, seal: Callable[[], object], *, team: str, days: float, dry_run: bool = False
 ) -> int:
-    """Archive the editions that closed that long ago, each sealed before it leaves the tables; returns how many."""
+    """Archive the editions that closed at least ``days`` ago; return how many.
+
+    Each archive is under a seal before its edition leaves the tables.
+    """
     with audit.database.read() as connection:
         due = archives.closed(connection, team=team, days=days)
     if dry_run:
@@ -36,7 +39,7 @@ def archive(
             if archives.record(tx, edition, stored):
                 recorded.append(edition)
     if recorded:
-        seal()  # once for all: where another process seals, this waits for its next turn
+        seal()  # once for all: if another process seals, this waits for its next seal
     for edition in recorded:
         _drop(audit, edition.campaign_id, edition.edition)
     return len(recorded)
@@ -50,7 +53,7 @@ def _drop(audit: AuditLog, campaign_id: int, edition: str) -> None:
 
 
 def take_up(audit: AuditLog, store: ObjectStore, seal: Callable[[], object], *, team: str) -> None:
-    """Finish what a killed run began: rows of archived editions, and private objects that were replaced."""
+    """Finish what a killed run began: delete rows of archived editions, and private objects that were replaced."""
     with audit.database.read() as connection:
         left, rows = archives.left_behind(connection, team=team), archives.archives(connection, team=team)
     if left:
@@ -77,7 +80,10 @@ def forget(
     prompts_days: float | None,
     dry_run: bool,
 ) -> tuple[int, int]:
-    """Delete the pictures, then the private parts, of archived editions that are that old; returns how many of each."""
+    """Delete the pictures, then the private parts, of archived editions older than their period.
+
+    Returns the number of pictures and of private parts.
+    """
     with audit.database.read() as connection:
         rows, now = archives.archives(connection, team=team), archives.now(connection)
     pictures = prompts = 0
@@ -97,7 +103,7 @@ def forget(
 
 
 def _pictures(row: Json, job: Json) -> list[Picture]:
-    """The pictures of an archived job that were there when it was archived."""
+    """Return the pictures of an archived job that existed when it was archived."""
     return [
         Picture(
             campaign_id=row["campaign_id"],
@@ -127,7 +133,10 @@ def _delete_pictures(audit: AuditLog, store: ObjectStore, row: Json, pictures: C
 
 
 def _kept(line: Json) -> Json | None:
-    """What is left of a job's private line without its prompts: by its inputs a subject is still to be found."""
+    """Return a job's private line without its prompts, or None.
+
+    A line with a subject and stored inputs is kept, because a later erasure finds the subject by it.
+    """
     if line["subject"] is None or not stored_inputs(line["request"]):
         return None
     nothing: Json = {"row_key": "", "variables": {}, "axes": {}, "error": None, "salt": ""}
@@ -151,7 +160,7 @@ def _commitments(store: ObjectStore, row: Json, job_ids: Collection[int]) -> dic
 
 
 def find_private(audit: AuditLog, store: ObjectStore) -> None:
-    """After a restore: take the private parts that storage has now, and tell again what is gone of them."""
+    """After a restore: adopt the private parts that storage has now, and record again what is missing from them."""
     with audit.database.read() as connection:
         rows = archives.archives(connection)
     for row in rows:
@@ -174,8 +183,10 @@ def _find_private(audit: AuditLog, store: ObjectStore, row: Json) -> None:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ArchivedJobs:
-    """The jobs of an archived edition that hold a subject's data, with their commitments; their pictures and inputs,
-    and the folders of their fingerprints."""
+    """Jobs of an archived edition that hold a subject's data, with their commitments.
+
+    ``pictures`` and ``inputs`` are theirs; ``folders`` are those of their fingerprints.
+    """
 
     row: Json
     jobs: dict[int, str]
@@ -186,20 +197,22 @@ class ArchivedJobs:
 
 @dataclass(slots=True)
 class Archived:
-    """What archives hold of a subject; the inputs that others' archived jobs consume, and their pictures' keys by
-    fingerprint."""
+    """A subject's data in archives, and what archived jobs of others share with it.
+
+    ``inputs_of_others`` are the inputs that others' jobs consume; ``keys_of_others`` their picture keys by fingerprint.
+    """
 
     editions: list[ArchivedJobs] = field(default_factory=list)
     inputs_of_others: set[str] = field(default_factory=set)
     keys_of_others: dict[str, set[str]] = field(default_factory=dict)
 
     def shared(self, fingerprints: Collection[str]) -> set[str]:
-        """The keys of others' archived pictures of these fingerprints."""
+        """Return the keys of others' archived pictures of these fingerprints."""
         return set[str]().union(*(self.keys_of_others.get(each, ()) for each in fingerprints))
 
 
 def of_subject(audit: AuditLog, store: ObjectStore, name: str, *, team: str) -> Archived:
-    """Look through all archives of a team."""
+    """Search all archives of a team for a subject's data."""
     found = Archived()
     with audit.database.read() as connection:
         rows = archives.archives(connection, team=team)
@@ -232,8 +245,10 @@ def of_subject(audit: AuditLog, store: ObjectStore, name: str, *, team: str) -> 
 
 
 def erase(audit: AuditLog, store: ObjectStore, found: ArchivedJobs, subject: Subject, inputs: Collection[str]) -> int:
-    """Erase them there, their pictures are gone: the private part is written again without them. Returns how many
-    pictures those were."""
+    """Erase a subject's archived jobs after their pictures were deleted; return the number of pictures.
+
+    The private part is rewritten without these jobs.
+    """
     row = found.row
     for digest in sorted(inputs):
         store.delete(input_key(digest))

@@ -1,4 +1,4 @@
-"""Archived editions in storage: one object for good, and one beside it that holds what may have to be forgotten."""
+"""Contents of an archived edition: one permanent object, and one for private data that may be erased later."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _TYPE = "application/gzip"
 
 @dataclass(slots=True)
 class _Lines:
-    """JSON Lines on their way into one object; the same lines are the same bytes."""
+    """Writer of JSON Lines into one gzip object; equal lines give equal bytes."""
 
     buffer: io.BytesIO = field(default_factory=io.BytesIO)
     file: gzip.GzipFile = field(init=False)
@@ -41,7 +41,7 @@ class _Lines:
 
 
 def written(connection: Connection, edition: Edition) -> tuple[bytes, bytes]:
-    """A closed edition as two objects: what may be known of it for ever, and what is private."""
+    """Serialize a closed edition as two objects: the permanent public part and the private part."""
     public, private = _Lines(), _Lines()
     about = {"team": edition.team, "campaign": edition.campaign, "edition": edition.edition}
     public.add({"schema": SCHEMA, "campaign_id": edition.campaign_id} | about)
@@ -53,7 +53,7 @@ def written(connection: Connection, edition: Edition) -> tuple[bytes, bytes]:
 
 
 def store_edition(store: ObjectStore, edition: Edition, public: bytes, private: bytes) -> Json:
-    """Put both into storage, the first under retention; returns what the database is to know of them."""
+    """Store both objects, the first under retention; return their columns for the database."""
     sha256 = hashlib.sha256(public).hexdigest()
     stem = archive_stem(team=edition.team, campaign=edition.campaign, edition=edition.edition)
     try:
@@ -66,7 +66,7 @@ def store_edition(store: ObjectStore, edition: Edition, public: bytes, private: 
 
 
 def store_private(store: ObjectStore, row: Json, lines: Iterable[Json]) -> Json:
-    """Write what is left of an edition's private part, under a name of its own."""
+    """Store the remaining lines of an edition's private part, under a key with their hash."""
     private = _Lines()
     for line in lines:
         private.add(line)
@@ -84,25 +84,25 @@ def _store_private(store: ObjectStore, stem: str, data: bytes) -> Json:
 
 
 def newest_private(store: ObjectStore, row: Json) -> Json:
-    """The private part that storage has of an edition, where its row names one that was replaced or deleted since."""
+    """Return the edition's private part in storage, if the one in its row has been replaced or deleted."""
     stem = _stem(row)
     parts = [store.get(key) for key in store.list(f"{stem}.") if key.endswith(".private.jsonl.gz")]
     if not parts:
         return {"private_key": None, "private_sha256": None}
-    # Each is written with less than the one before it.
+    # Each rewrite holds less than the one before it.
     sha256 = hashlib.sha256(min(parts, key=len)).hexdigest()
     return {"private_key": private_archive_key(stem, sha256), "private_sha256": sha256}
 
 
 def jobs(store: ObjectStore, row: Json) -> Iterator[Json]:
-    """The jobs of an archived edition; raises ObjectMissingError, ObjectConflictError where it was altered."""
+    """Yield the jobs of an archived edition; raises ObjectMissingError, or ObjectConflictError if it was altered."""
     lines = _read(store.get(row["key"], version_id=row["version_id"]), row["key"], row["sha256"])
     next(lines)
     yield from lines
 
 
 def private(store: ObjectStore, row: Json) -> Iterator[Json]:
-    """What is private of them and still there; raises as :func:`jobs` does."""
+    """Yield the private lines of an edition that still exist; raises as :func:`jobs` does."""
     if row["private_key"] is not None:
         yield from _read(store.get(row["private_key"]), row["private_key"], row["private_sha256"])
 
@@ -116,13 +116,13 @@ def _read(data: bytes, key: str, sha256: str) -> Iterator[Json]:
 
 
 def with_scores(picture: Json, secret: Json | None) -> Json:
-    """An archived picture with its scores, which of a subject's are in the private part alone."""
+    """Return an archived picture with its scores: those of a subject are only in the private part."""
     scores = (secret or {}).get("scores", {})
     return picture | {"scores": scores.get(picture["fingerprint"], picture["scores"])}
 
 
 def pictures(store: ObjectStore, rows: Iterable[Json]) -> Iterator[Json]:
-    """The pictures of these archived editions, but for those that were deleted."""
+    """Yield the pictures of these archived editions, except deleted ones."""
     for row in rows:
         if row["pictures_deleted_at"] is None:
             for job in jobs(store, row):
@@ -130,7 +130,7 @@ def pictures(store: ObjectStore, rows: Iterable[Json]) -> Iterator[Json]:
 
 
 def show(connection: Connection, store: ObjectStore, job_id: int, *, team: str) -> Json | None:
-    """An archived job as :func:`sdpipeline.db.queries.show` would have shown it."""
+    """Return an archived job in the form of :func:`sdpipeline.db.queries.show`, or None."""
     for row in archives.archives(connection, team=team, job_id=job_id):
         found = next((job for job in jobs(store, row) if job["id"] == job_id), None)
         if found is not None:
@@ -144,7 +144,7 @@ def _document(connection: Connection, store: ObjectStore, row: Json, found: Json
     own = with_scores(own, secret) if own is not None else None
     there = own is not None and found["status"] == "succeeded"
     deleted_at = own["deleted_at"] or row["pictures_deleted_at"] if own is not None and there else None
-    # A picture that was erased since has its tombstone in the audit log alone.
+    # If a picture was erased after archiving, only the audit log has its tombstone.
     here = own is not None and there and bool(store.versions(own["key"]))
     names = ("url", "sha256", "size_bytes", "width", "height", "scores")
     about = {name: found[name] for name in ("id", "stage", "seed", "parents", "status", "fingerprint", "identity")}

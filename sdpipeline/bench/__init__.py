@@ -1,1 +1,1 @@
-"""Measures this machine: the engine, the whole line, the queue and the storage, each against what it is made of."""
+"""Benchmarks of this machine: engine, whole pipeline, queue and storage, each against its components."""

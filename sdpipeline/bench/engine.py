@@ -1,4 +1,4 @@
-"""The engine by itself: pictures a second against the batch size, beside a plain loop and the device's ceiling."""
+"""Engine benchmark: pictures per second by batch size, against a plain loop and the device's ceiling."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _PLAIN, _CEILING = 0, -1
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
-    """Which batch sizes, how often each, and on what."""
+    """Batch sizes to measure, the number of rounds, device and dtype."""
 
     batches: Sequence[int]
     rounds: int
@@ -33,10 +33,10 @@ class Plan:
 def measure(
     engine: Engine, open_plain: Callable[[], PlainLoop], workload: Workload, plan: Plan, on_progress: OnProgress
 ) -> Json:
-    """Every round runs each batch size, the plain loop and matrix products in turn, so that a busy machine is busy for
-    all of them.
+    """Measure all batch sizes, the plain loop and matrix products in turn in each round.
 
-    The plain loop is opened after the engine's first pictures, whose time is told too: that of a start.
+    Other load on the machine thus affects all of them. The plain loop is opened after the engine's first pictures.
+    The time of these is reported too, as the start-up time.
     """
     numbers, steps = Numbers(), Steps(on_progress, len(plan.batches) + 1 + plan.rounds * (len(plan.batches) + 2))
     first = []
@@ -69,7 +69,7 @@ def measure(
 def _rounds(
     engine: Engine, plain: PlainLoop, workload: Workload, plan: Plan, *, numbers: Numbers, steps: Steps
 ) -> dict[int, list[float]]:
-    """Seconds a picture, by batch size and for the plain loop; TFLOP/s of matrix products for the ceiling."""
+    """Return seconds per picture by batch size and for the plain loop, and TFLOP/s of matrix products."""
     taken: dict[int, list[float]] = defaultdict(list)
     for _ in range(plan.rounds):
         for size in plan.batches:
@@ -85,7 +85,7 @@ def _rounds(
 
 
 def make(engine: Engine, batch: Batch) -> float:
-    """Seconds that a batch takes; raises what is wrong with a picture of it."""
+    """Return the seconds that a batch takes; raise the error of a failed picture in it."""
     started = time.perf_counter()
     results = engine.generate(batch)
     took = time.perf_counter() - started
@@ -103,8 +103,11 @@ def _pictures(results: Sequence[GeneratedImage | GenerationFailure]) -> list[Gen
 
 
 def _difference(engine: Engine, workload: Workload, first: int, count: int) -> Json | None:
-    """How far a profile's pictures are from the exact ones of the same prompts and seeds: the mean absolute difference
-    in grey levels of 0-255, and the peak signal-to-noise ratio, ``None`` where they are equal."""
+    """Compare a profile's pictures with the exact ones of the same prompts and seeds.
+
+    Returns the mean absolute difference in grey levels of 0-255, and the peak signal-to-noise ratio.
+    The ratio is ``None`` if the pictures are equal.
+    """
     if workload.profile == "exact":
         return None
     made, exact = (
@@ -128,24 +131,24 @@ def _row(what: str, batch: int, rate: float, *, baseline: float, tflop: float, c
 
 
 class Numbers:
-    """Pictures are numbered through, so that none is made twice."""
+    """Counter of pictures, so that none is made twice."""
 
     def __init__(self) -> None:
         self._next = 0
 
     def take(self, count: int) -> int:
-        """The first of so many."""
+        """Reserve ``count`` numbers and return the first."""
         first, self._next = self._next, self._next + count
         return first
 
 
 class Steps:
-    """Counts for the progress bar."""
+    """Counter for the progress bar."""
 
     def __init__(self, on_progress: OnProgress, total: int) -> None:
         self._on_progress, self._total, self._count = on_progress, total, 0
 
     def done(self) -> None:
-        """One more."""
+        """Count one more step."""
         self._count += 1
         self._on_progress(self._count, self._total)

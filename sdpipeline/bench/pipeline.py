@@ -1,4 +1,4 @@
-"""The whole line against the engine alone and against a plain loop: what database, marks and storage cost."""
+"""Pipeline benchmark: cost of database, marks and storage, against the engine alone and a plain loop."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
-    """``batches`` of ``batch`` pictures each in every round, beside ``plain`` pictures of the plain loop."""
+    """Each round has ``batches`` of ``batch`` pictures, and ``plain`` pictures of the plain loop."""
 
     batch: int
     batches: int
@@ -38,7 +38,7 @@ class Plan:
 
     @property
     def pictures(self) -> int:
-        """Of one round."""
+        """Pictures in one round."""
         return self.batch * self.batches
 
 
@@ -54,7 +54,7 @@ class _Taken:
 
     @contextmanager
     def counting(self, what: str, pictures: int) -> Iterator[None]:
-        """Note what this process and those it started take of the cores for a picture; other work changes it little."""
+        """Record the CPU seconds per picture of this process and its children; other load hardly changes them."""
         started = _cpu_s()
         yield
         self.cpu[what].append((_cpu_s() - started) / pictures)
@@ -69,8 +69,10 @@ def measure(
     open_plain: Callable[[], PlainLoop],
     on_progress: OnProgress,
 ) -> Json:
-    """Each round makes as many pictures by the engine alone as by the worker, from the database to the marked picture
-    in storage, and some by the plain loop, which saves to the same storage. The worker's database is a scratch one.
+    """Measure rounds of the engine alone, of the worker, and of the plain loop.
+
+    The worker makes as many pictures as the engine alone, from the database to the marked picture in storage. The plain
+    loop makes some, and saves to the same storage. The worker's database is a scratch one.
     """
     numbers, steps = Numbers(), Steps(on_progress, 2 + 3 * plan.rounds)
     make(worker.engine, workload.batch(numbers.take(plan.batch), plan.batch))
@@ -112,7 +114,7 @@ def _alone(engine: Engine, workload: Workload, plan: Plan, numbers: Numbers) -> 
 
 
 def _line(worker: Worker, campaign_id: int, plan: Plan) -> tuple[float, WorkerSummary]:
-    """Seconds until the last picture is recorded: a worker then looks for more, which is not what is asked."""
+    """Return the seconds until the last picture is recorded, without the worker's search for more jobs after it."""
     started, ended = time.perf_counter(), [0.0]
 
     def on_progress(_: int) -> None:
@@ -132,7 +134,7 @@ def _plain(plain: PlainLoop, scratch: Scratch, plan: Plan, numbers: Numbers) -> 
 
 
 def _lost(alone: float, wall: float, done: WorkerSummary) -> Json:
-    """Where a round's time went beyond the engine's own, as shares of the whole; they add up to what was lost."""
+    """Split the time of a round that exceeds the engine's own into causes, as shares of the whole round."""
     waited = dict(done.waited_for)
     known = {
         "waited for lease and fetch": waited["work"],
@@ -145,7 +147,7 @@ def _lost(alone: float, wall: float, done: WorkerSummary) -> Json:
 
 
 def _beside(worker: Worker, campaigns: list[int]) -> Json:
-    """Seconds that a picture's steps beside the device took on their own threads, on average."""
+    """Return the average seconds per picture of the steps that run in their own threads, parallel to the device."""
     with worker.audit.database.read() as connection:
         found = list(itertools.chain.from_iterable(queries.timings(connection, each) for each in campaigns))
     names = sorted({name for each in found for name in each} - {"generate_s"})

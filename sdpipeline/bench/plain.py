@@ -1,4 +1,4 @@
-"""What the benches compare with: diffusers in a loop, one prompt at a time, and what the device could do at most."""
+"""Baselines of the benchmarks: diffusers in a loop, one prompt at a time, and the device's matmul ceiling."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from sdpipeline.engine.families import SCHEDULERS
 
 CEILING_SIZES = {"cpu": 1024, "cuda": 8192}
 CEILING_S = 0.5
-"""Matrices are multiplied for so long in every round, and the fastest product counts."""
+"""Seconds of matrix products in each round; the fastest product counts."""
 
 
 class PlainLoop:
-    """The pipeline of diffusers' own documentation, on the same weights, device, dtype and scheduler."""
+    """Pipeline as in diffusers' own documentation, with the same weights, device, dtype and scheduler."""
 
     def __init__(self, directory: Path, workload: Workload, *, device: str, dtype: str) -> None:
         self._device, self._workload = torch.device(device), workload
@@ -41,7 +41,7 @@ class PlainLoop:
         self._pipe = pipe.to(self._device)
 
     def picture(self, number: int) -> Any:
-        """One picture, as Pillow has it."""
+        """Make one picture, as a Pillow image."""
         asked = self._workload.request(number)
         return self._pipe(
             asked.prompt,
@@ -53,22 +53,24 @@ class PlainLoop:
         ).images[0]
 
     def png(self, number: int) -> bytes:
-        """One picture as the file that ``save`` writes."""
+        """Make one picture, as the PNG file that ``save`` writes."""
         file = io.BytesIO()
         self.picture(number).save(file, format="PNG")
         return file.getvalue()
 
     def flops(self, number: int) -> int:
-        """Floating-point operations of one picture, prompt and decoding included, a multiplication with an addition
-        counted as two."""
-        # Only this way of attention is counted on every device.
+        """Count the floating-point operations of one picture, including prompt and decoding.
+
+        A multiplication with an addition counts as two.
+        """
+        # Only this attention backend is counted on every device.
         with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
             self.picture(number)
         return int(counter.get_total_flops())
 
 
 def matmul_ceiling(device: str, dtype: str) -> float:
-    """TFLOP/s of the fastest large product of matrices: no network goes beyond it."""
+    """Measure the TFLOP/s of the fastest large matrix product, which no network exceeds."""
     on, size = torch.device(device), CEILING_SIZES.get(torch.device(device).type, 1024)
     left, right = (torch.randn(size, size, device=on).to(getattr(torch, dtype)) for _ in range(2))
     fastest, deadline = float("inf"), time.perf_counter() + CEILING_S
@@ -82,12 +84,12 @@ def matmul_ceiling(device: str, dtype: str) -> float:
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait until the device has done what it was given."""
+    """Wait until the device has finished its queued work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
 def peak_memory_gib(device: str) -> float | None:
-    """The most that torch had allocated on a GPU in this process; None elsewhere."""
+    """Return the peak memory that torch allocated on a GPU in this process; None without a GPU."""
     on = torch.device(device)
     return round(torch.cuda.max_memory_allocated(on) / 2**30, 2) if on.type == "cuda" else None

@@ -1,4 +1,4 @@
-"""A bench's figures as a picture."""
+"""Plots of a benchmark's figures."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ ENDINGS = (".png", ".svg")
 
 
 def check(path: Path) -> None:
-    """Refuse, before anything is measured, what could not be written afterwards."""
+    """Refuse, before anything is measured, a file that could not be written afterwards."""
     if path.suffix not in ENDINGS:
         raise BadInputError(Mistake(key="--plot", message=f"{path} ends in neither .png nor .svg"))
     if not path.absolute().parent.is_dir():
@@ -27,12 +27,12 @@ def check(path: Path) -> None:
 
 
 def lines(path: Path, rows: Sequence[Json], *, x: str, y: Sequence[str], title: str) -> None:
-    """One line for each ``y`` over ``x``, each in a panel of its own."""
+    """Plot one line for each ``y`` over ``x``, each in a panel of its own."""
     _written(path, rows, x=x, y=y, title=title, bars=False)
 
 
 def bars(path: Path, rows: Sequence[Json], *, x: str, y: Sequence[str], title: str) -> None:
-    """One panel of bars for each ``y``, named by ``x``."""
+    """Plot one panel of bars for each ``y``, labelled by ``x``."""
     _written(path, rows, x=x, y=y, title=title, bars=True)
 
 

@@ -1,4 +1,4 @@
-"""What the database takes: submits, leases, heartbeats and completions of jobs that nobody makes."""
+"""Queue benchmark: database throughput of submits, leases, heartbeats and completions, without making pictures."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ NOTHING = Workload(
     guidance_scale=4.0,
     scheduler="ddim",
 )
-"""Of the usual size in the database; its weights do not exist."""
+"""Workload with rows of the usual size; its weights do not exist."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Load:
-    """``jobs`` in all, leased ``batch`` at a time by ``workers`` that share nothing but the database."""
+    """``jobs`` in total, leased ``batch`` at a time by ``workers`` that share only the database."""
 
     jobs: int
     batch: int
@@ -39,7 +39,7 @@ class Load:
 
 
 def measure(database: Database, load: Load, on_progress: OnProgress) -> Json:
-    """Work every job of a scratch database as fast as it goes; see :func:`sdpipeline.db.scratch.scratch_database`."""
+    """Complete all jobs of a scratch database at full speed; see :func:`sdpipeline.db.scratch.scratch_database`."""
     started = time.perf_counter()
     publish(AuditLog(database, actor="bench"), NOTHING.jobs(0, load.jobs), name="bench")
     submitted_s = time.perf_counter() - started
@@ -61,7 +61,7 @@ def measure(database: Database, load: Load, on_progress: OnProgress) -> Json:
 
 
 class _Crew:
-    """Workers without a device: each transition is what a real worker's is, and nothing lies between."""
+    """Workers without a device, which make the transitions of real ones with no work in between."""
 
     def __init__(self, database: Database, load: Load, on_progress: OnProgress) -> None:
         self.clock = Clock()
@@ -100,7 +100,7 @@ class _Crew:
 
 
 def _stored(leased: LeasedJob) -> StoredImage:
-    """What a worker would say of a picture in storage."""
+    """Return a description of a stored picture as a worker would report it."""
     sha256 = digest(leased.fingerprint)
     key = f"{leased.team}/{leased.campaign}/{leased.stage}/{leased.fingerprint}/{sha256}"
     return StoredImage(

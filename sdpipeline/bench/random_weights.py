@@ -1,4 +1,4 @@
-"""Checkpoints of the real shapes with random weights: as fast as the real ones, made offline, worth nothing."""
+"""Checkpoints with random weights in the shapes of real ones: as fast, created offline, useless for pictures."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ SEED = 0
 
 
 def ensure(name: str, folder: Path, *, device: str) -> Path:
-    """``folder/name`` in diffusers' layout, made where it is not there; half a file is never left under that name."""
+    """Return ``folder/name`` in diffusers' layout; create it if missing, never partially."""
     directory, unfinished = folder / name, folder / f".{name}.unfinished"
     if directory.is_dir():
         return directory
@@ -31,7 +31,7 @@ def ensure(name: str, folder: Path, *, device: str) -> Path:
 
 
 def build(about: Json, *, device: str, dtype: torch.dtype) -> Any:
-    """A pipeline of that shape; its weights are drawn as each layer draws its own before training."""
+    """Build a pipeline of that shape; each layer initializes its weights as before training."""
     pipeline_class = getattr(diffusers, about["pipeline"])
     transformers.utils.logging.disable_progress_bar()
     with _drawing(device, dtype):
@@ -51,7 +51,7 @@ def build(about: Json, *, device: str, dtype: torch.dtype) -> Any:
 
 @contextmanager
 def _drawing(device: str, dtype: torch.dtype) -> Iterator[None]:
-    """The same weights each time on one device; billions of them are drawn where that is fast."""
+    """Make weights reproducible on one device; billions of them are drawn on the device, where that is fast."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
@@ -69,7 +69,10 @@ def _text_encoder(config: Json, tokenizer: Any) -> Any:
 
 
 def _tokenizer(encoder: str) -> Any:
-    """CLIP's letters without its merges: more tokens for a prompt, and the same 77 for the text encoder."""
+    """Build a tokenizer with CLIP's letters but without its merges.
+
+    A prompt has more tokens, but the text encoder gets the same 77.
+    """
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [byte for byte in range(256) if byte not in printable]
     letters = [chr(byte) for byte in printable] + [chr(256 + n) for n in range(len(others))]

@@ -1,4 +1,4 @@
-"""How long things took, as the few numbers that a table shows."""
+"""Timing statistics for a table: counts, rates and percentiles."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from statistics import median
 from sdpipeline.domain import Json
 
 OnProgress = Callable[[int, int], None]
-"""Hears how many steps of how many are done."""
+"""Called with the number of steps done and the total."""
 
 
 class Clock:
-    """Notes how long each kind of thing took, from any thread."""
+    """Timer of named operations, usable from any thread."""
 
     def __init__(self) -> None:
         self.taken_s: dict[str, list[float]] = defaultdict(list)
@@ -24,7 +24,7 @@ class Clock:
 
     @contextmanager
     def timing(self, name: str) -> Iterator[None]:
-        """Time one thing of that name; one that fails is not counted."""
+        """Time one operation of that name; a failed one is not counted."""
         started = time.perf_counter()
         yield
         took = time.perf_counter() - started
@@ -32,7 +32,7 @@ class Clock:
             self.taken_s[name].append(took)
 
     def figures(self, name: str, *, wall_s: float) -> Json:
-        """How many, how many a second of ``wall_s``, and percentiles of each one's time in milliseconds."""
+        """Return the count, the rate per second of ``wall_s``, and percentiles of the duration in milliseconds."""
         taken = self.taken_s[name]
         return {
             "what": name,
@@ -44,11 +44,11 @@ class Clock:
 
 
 def percentile(values: Sequence[float], percent: int) -> float:
-    """The nearest rank; 0 of nothing."""
+    """Return the nearest-rank percentile; 0 if there are no values."""
     ranked = sorted(values)
     return ranked[min(len(ranked) - 1, len(ranked) * percent // 100)] if ranked else 0.0
 
 
 def middle(values: Sequence[float]) -> float:
-    """The median, which one busy moment of the machine does not move."""
+    """Return the median, which is robust against one busy moment of the machine."""
     return median(values)

@@ -1,4 +1,4 @@
-"""What the storage takes: objects of a picture's size, put, read and checked from several threads."""
+"""Storage benchmark: objects of a picture's size, put, read and verified from several threads."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ VERBS = ("put", "get", "verify", "delete")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Load:
-    """``objects`` of ``size_bytes`` random bytes, by ``threads`` at a time."""
+    """``objects`` of ``size_bytes`` random bytes, with ``threads`` in parallel."""
 
     objects: int
     size_bytes: int
@@ -27,9 +27,9 @@ class Load:
 
 
 def measure(store: ObjectStore, load: Load, on_progress: OnProgress) -> Json:
-    """Time each verb on a scratch store; see :func:`sdpipeline.storage.scratch.scratch_storage`.
+    """Time each operation on a scratch store; see :func:`sdpipeline.storage.scratch.scratch_storage`.
 
-    ``put`` looks before it writes and reads back what it wrote, as for every picture; ``verify`` reads and hashes.
+    ``put`` looks for the object, writes and reads back, as for every picture; ``verify`` reads and hashes.
     """
     contents = {f"{n:06d}": secrets.token_bytes(load.size_bytes) for n in range(load.objects)}
     digests = {key: hashlib.sha256(data).hexdigest() for key, data in contents.items()}

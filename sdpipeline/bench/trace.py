@@ -1,4 +1,4 @@
-"""What share of the time a GPU waits, by a trace of its kernels."""
+"""Idle share of a GPU, from a trace of its kernels."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch.profiler import ProfilerActivity, profile
 
 
 def idle_share(device: str, act: Callable[[], object]) -> float | None:
-    """0 to 1 of the time that ``act`` takes; None where there is no GPU to trace."""
+    """Return the share, 0 to 1, of the duration of ``act`` in which the GPU is idle; None without a GPU."""
     on = torch.device(device)
     if on.type != "cuda":
         return None
@@ -29,7 +29,7 @@ def idle_share(device: str, act: Callable[[], object]) -> float | None:
 
 
 def covered(spans: Iterable[tuple[float, float]]) -> float:
-    """The length of the union of spans, which may overlap."""
+    """Return the length of the union of spans, which may overlap."""
     total, reached = 0.0, float("-inf")
     for start, end in sorted(spans):
         total += max(0.0, end - max(start, reached))

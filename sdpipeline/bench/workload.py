@@ -1,4 +1,4 @@
-"""What a bench asks for: pictures of one kind, no two alike, as requests and as jobs of a campaign."""
+"""Benchmark workload: distinct pictures of one kind, as requests and as jobs of a campaign."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ PROMPTS = tuple(
     for size, colour, shape, ground in product(("small", "large"), _COLOURS, _SHAPES, _GROUNDS)
     if colour != ground
 )
-"""In the words that the shipped checkpoint knows; any other draws something too."""
+"""Prompts in the vocabulary of the shipped checkpoint; other checkpoints can use them too."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Workload:
-    """One kind of text-to-image; sizes in pixels."""
+    """Text-to-image settings shared by all requests; sizes in pixels."""
 
     checkpoint: CheckpointRef
     width: int
@@ -37,7 +37,7 @@ class Workload:
     profile: Profile = "exact"
 
     def request(self, number: int) -> GenerationRequest:
-        """The picture of that number; its prompt comes again after some hundreds, its seed never."""
+        """Return the request with that number; prompts repeat after some hundreds, seeds never."""
         return GenerationRequest(
             task=Task.TEXT_TO_IMAGE,
             checkpoint=self.checkpoint,
@@ -52,12 +52,12 @@ class Workload:
         )
 
     def batch(self, first: int, count: int) -> Batch:
-        """``count`` pictures from the number ``first`` on, as one forward pass."""
+        """Return ``count`` pictures from the number ``first`` on, as one forward pass."""
         requests = [PreparedRequest(request=self.request(number)) for number in range(first, first + count)]
         return Batch(requests=requests, bucket=bucket_for(count))
 
     def jobs(self, first: int, count: int) -> Iterator[JobSpec]:
-        """The same pictures as jobs of one stage."""
+        """Yield the same pictures as jobs of one stage."""
         for number in range(first, first + count):
             asked = self.request(number)
             yield JobSpec(
@@ -75,7 +75,7 @@ class Workload:
 
 
 def publish(audit: AuditLog, jobs: Iterator[JobSpec], *, name: str) -> int:
-    """Submit jobs as a campaign of that name; returns its id."""
+    """Submit jobs as a campaign of that name; return its id."""
     asked = Publication(team="bench", name=name, source="", priority=100, max_attempts=1)
     with staging.prepared(jobs) as ready, audit.transaction() as tx:
         return submit(tx, ready, asked).campaign_id

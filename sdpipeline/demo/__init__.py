@@ -1,1 +1,1 @@
-"""A small trained checkpoint, its recipe and its evaluation, so that a first run needs no download."""
+"""Demo checkpoint, small and trained here, with its recipe and evaluation, so that a first run needs no download."""

@@ -1,4 +1,4 @@
-"""What is said of a scene, in many wordings, and the facts that the words state."""
+"""Captions of a scene in random wordings, with labels for the facts that they state."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -21,32 +21,32 @@ FACETS: Mapping[str, tuple[str, ...]] = {
         }.items()
     },
 }
-"""What a reader of the caption must know: each facet with its possible values."""
+"""Facets that a caption can state, each with its possible values."""
 
 UNSAID = -100
-"""The label of a facet that the caption leaves open (cross-entropy's ignore_index)."""
+"""Label of a facet that the caption leaves open (cross-entropy's ignore_index)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Caption:
-    """A wording, and the index of the value it states for each of FACETS."""
+    """Wording, and the index of the value that it states for each of FACETS."""
 
     text: str
     labels: tuple[int, ...]
 
 
 def caption(scene: Scene) -> str:
-    """The plainest wording, which evaluation asks for."""
+    """Return the plainest wording, which evaluation uses."""
     return f"{_phrases(scene.groups)} on {_article(scene.background)} background"
 
 
 def silent_caption(scene: Scene) -> str:
-    """The plainest wording without a word about place or size, for control from outside."""
+    """Return the plainest wording without place and size, for control from outside."""
     return caption(_without_layout(scene))
 
 
 def describe(rng: np.random.Generator, scene: Scene, *, silent: bool = False) -> Caption:
-    """A random wording; `silent` leaves out place and size, one in ten says nothing at all."""
+    """Return a random wording; `silent` leaves out place and size, and one in ten is empty."""
     if rng.random() < 0.1:
         return Caption(text="", labels=(UNSAID,) * len(FACETS))
     told = _without_layout(scene) if silent else scene
@@ -71,7 +71,7 @@ _WHERE = {
     "center": " in the center",
 }
 _SYNONYMS = {"large": "big", "small": "little", "center": "middle"}
-# Words of real prompts that mean nothing here: the checkpoint must not mind them.
+# Words of real prompts that mean nothing here: the checkpoint must ignore them.
 _FILLERS = """
     best quality highly detailed photo studio light masterpiece sharp 4k flat vector art soft
     product catalogue minimal clean modern bright nice poster simple graphic design render

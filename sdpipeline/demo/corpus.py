@@ -1,4 +1,4 @@
-"""The training data: scenes drawn, described and measured once, then held on the device."""
+"""Training data: scenes drawn, described and measured once, then kept on the device."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -25,14 +25,14 @@ from sdpipeline.engine.quality import edges
 SIDE = 128
 UPSCALED_SIDE = 512
 WORDINGS = 4
-"""Random wordings kept of each scene; the last says nothing about place and size."""
+"""Random wordings kept for each scene; the last says nothing about place and size."""
 
 Arrays = dict[str, npt.NDArray[Any]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Corpus:
-    """Scenes as the U-Net and the ControlNet want them, first axis the scene."""
+    """Scenes in the form that U-Net and ControlNet need; the first axis is the scene."""
 
     latents: Tensor
     """(scenes, 4, 16, 16) float16, designed, standardised."""
@@ -44,17 +44,17 @@ class Corpus:
     """(scenes, WORDINGS, facets) int8; see captions.FACETS."""
 
     def __len__(self) -> int:
-        """How many scenes."""
+        """Return the number of scenes."""
         return len(self.latents)
 
     @classmethod
     def load(cls, path: Path, device: torch.device) -> Self:
-        """What `save_corpus` wrote, on the device."""
+        """Load the file of `save_corpus` onto the device."""
         with np.load(path) as arrays:
             return cls(**{field.name: torch.from_numpy(arrays[field.name]).to(device) for field in fields(cls)})
 
     def edge_maps(self, chosen: Tensor) -> Tensor:
-        """(batch, 3, 128, 128), 0 or 1: the chosen scenes' control pictures."""
+        """Return the control pictures of the chosen scenes: (batch, 3, 128, 128), 0 or 1."""
         shifts = torch.arange(7, -1, -1, device=self.edges.device, dtype=torch.uint8)
         bits = (self.edges[chosen][..., None] >> shifts) & 1
         return bits.view(-1, 1, SIDE, SIDE).float().expand(-1, 3, -1, -1)
@@ -70,7 +70,7 @@ def save_corpus(path: Path, *, scenes: int, kinds: Mapping[str, float], seed: in
 
 
 def load_pictures(path: Path, *, pictures: int, seed: int, workers: int, device: torch.device) -> Tensor:
-    """(pictures, 3, 512, 512) uint8 on the device, drawn at first use; one in ten is no scene."""
+    """Return (pictures, 3, 512, 512) uint8 on the device, drawn on first use; one in ten is not a scene."""
     if not path.exists():
         chunks = _render_chunks(_draw_chunk, pictures, seed=seed, workers=workers, title="pictures")
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -79,7 +79,7 @@ def load_pictures(path: Path, *, pictures: int, seed: int, workers: int, device:
 
 
 def to_pixels(pictures: Sequence[Picture]) -> Tensor:
-    """(pictures, 3, height, width) in -1..1, on the CPU."""
+    """Convert pictures to (pictures, 3, height, width) in -1..1, on the CPU."""
     return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
@@ -87,10 +87,10 @@ _CHUNK = 128
 
 
 def _render_chunks(render_chunk: Any, total: int, *, seed: int, workers: int, title: str) -> Iterator[Arrays]:
-    """`total` scenes in chunks, each from its own seed, so that workers change no picture."""
+    """Yield `total` scenes in chunks, each from its own seed, so that the number of workers changes no picture."""
     sizes = [min(_CHUNK, total - start) for start in range(0, total, _CHUNK)]
     seeds = np.random.SeedSequence(seed).spawn(len(sizes))
-    # A forked child inherits torch's threads in whatever state they were: spawn a clean one.
+    # A forked child inherits torch's threads in an undefined state, so spawn clean ones.
     with ProcessPoolExecutor(workers, get_context("spawn"), initializer=_single_thread) as pool:
         chunks = pool.map(render_chunk, sizes, seeds)
         yield from tqdm(chunks, total=len(sizes), desc=title, unit="chunk")
@@ -136,7 +136,7 @@ def _designed(pictures: Sequence[Picture]) -> npt.NDArray[np.float16]:
 
 
 def _softened(rng: np.random.Generator, picture: Picture) -> Picture:
-    """Blurred half of the time: edges of generated pictures are rounder than drawn ones."""
+    """Blur half of the pictures: edges of generated pictures are rounder than drawn ones."""
     if rng.random() < 0.5:
         return picture
     return np.asarray(cv2.GaussianBlur(picture, (0, 0), rng.uniform(0.4, 1.6)), np.uint8)

@@ -31,7 +31,7 @@ TRIALS: Mapping[str, Callable[[Studio], list[Score]]] = {
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """The command line."""
+    """Run the command line."""
     options = _parser().parse_args(arguments)
     studio = Studio(checkpoints=options.checkpoints, device=options.device, batch=options.batch)
     scores = [score for name in options.only or TRIALS for score in TRIALS[name](studio)]
@@ -42,7 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def table(scores: Sequence[Score]) -> str:
-    """Markdown, one line per score."""
+    """Format scores as a Markdown table, one line per score."""
     lines = ["| measure | score | by chance | pictures | asked |", "|---|---|---|---|---|"]
     for score in scores:
         chance = "" if score.chance is None else f"{score.chance:.3g}"

@@ -1,7 +1,7 @@
-"""The designed latents: pooled colour and edge density, which an autoencoder learns to invert.
+"""Designed latents: pooled colour and edge density, which an autoencoder learns to invert.
 
-Because the encoder is told its latent instead of finding one, a U-Net can be trained on any
-number of drawn scenes at once, without waiting for the autoencoder and without its passes.
+The encoder is given its latent instead of finding one. So a U-Net can be trained on any number of
+drawn scenes at once, without waiting for the autoencoder and without its forward passes.
 """
 
 from dataclasses import dataclass
@@ -15,8 +15,8 @@ from torch.nn import functional
 class DesignedLatent:
     """Four channels per block of `factor` x `factor` pixels, standardised by `mean` and `std`.
 
-    Three channels hold the block's mean colour, decorrelated (grey, red-blue, green-magenta);
-    the fourth the square root of its mean edge strength, which tells corners from straights.
+    Three channels hold the block's mean colour, decorrelated (grey, red-blue, green-magenta).
+    The fourth is the square root of its mean edge strength, which distinguishes corners from straights.
     """
 
     factor: int
@@ -24,17 +24,17 @@ class DesignedLatent:
     std: tuple[float, float, float, float]
 
     def encode(self, pixels: Tensor) -> Tensor:
-        """(batch, 3, height, width) in -1..1 to (batch, 4, height/factor, width/factor)."""
+        """Encode (batch, 3, height, width) in -1..1 as (batch, 4, height/factor, width/factor)."""
         return (self.measure(pixels) - _per_channel(self.mean, pixels)) / _per_channel(self.std, pixels)
 
     def measure(self, pixels: Tensor) -> Tensor:
-        """The same four channels before they are standardised."""
+        """Return the same four channels before they are standardised."""
         pooled = functional.avg_pool2d(pixels, self.factor)
         strength = functional.avg_pool2d(_edge_strength(pixels), self.factor)
         return torch.cat([_mixed(pooled, torch.tensor(_DECORRELATE)), strength.sqrt()], 1)
 
     def colours(self, latents: Tensor) -> Tensor:
-        """The mean colours that latents stand for, (batch, 3, h, w) in about -1..1."""
+        """Return the mean colours that latents represent, (batch, 3, h, w) in about -1..1."""
         raw = latents * _per_channel(self.std, latents) + _per_channel(self.mean, latents)
         return _mixed(raw[:, :3], torch.linalg.inv(torch.tensor(_DECORRELATE)))
 
@@ -43,20 +43,20 @@ SHAPES_LATENT = DesignedLatent(factor=8, mean=(-0.043, 0.382, -0.060, 0.052), st
 """128 x 128 pixels to 16 x 16; the figures were measured over 2,000 scenes."""
 
 UPSCALE_LATENT = DesignedLatent(factor=4, mean=(-0.036, 0.365, -0.082, 0.010), std=(0.486, 1.020, 0.540, 0.250))
-"""512 x 512 pixels to 128 x 128, measured likewise."""
+"""512 x 512 pixels to 128 x 128, measured in the same way."""
 
 _DECORRELATE = ((1 / 3, 1 / 3, 1 / 3), (1.0, 0.0, -1.0), (-0.5, 1.0, -0.5))
 
 
 def _edge_strength(pixels: Tensor) -> Tensor:
-    """Difference to the right and lower neighbour in the channel that differs most, 0..1."""
+    """Return the difference to the right and lower neighbour in the channel that differs most, 0..1."""
     right = functional.pad(pixels.diff(dim=3), (0, 1, 0, 0)).abs().amax(1, keepdim=True)
     below = functional.pad(pixels.diff(dim=2), (0, 0, 0, 1)).abs().amax(1, keepdim=True)
     return (right + below).clamp(max=1.0)
 
 
 def _mixed(channels: Tensor, matrix: Tensor) -> Tensor:
-    """Every output channel a weighted sum of the inputs; no matrix product, which autocast rounds."""
+    """Compute each output channel as a weighted sum; no matrix product, because autocast rounds it."""
     weights = matrix.to(channels)[None, :, :, None, None]
     return (channels[:, None] * weights).sum(2)
 

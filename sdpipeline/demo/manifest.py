@@ -1,4 +1,4 @@
-"""The sha256 manifest of the shipped checkpoints."""
+"""SHA-256 manifest of the shipped checkpoints."""
 
 import hashlib
 import json
@@ -13,7 +13,7 @@ Manifest = Mapping[str, Mapping[str, str]]
 
 
 def measure_manifest(directory: Path = CHECKPOINTS) -> Manifest:
-    """The manifest that the files themselves ask for."""
+    """Compute the manifest from the files."""
     return {
         name: {
             file.relative_to(directory / name).as_posix(): hashlib.sha256(file.read_bytes()).hexdigest()
@@ -26,17 +26,17 @@ def measure_manifest(directory: Path = CHECKPOINTS) -> Manifest:
 
 
 def read_manifest(directory: Path = CHECKPOINTS) -> Manifest:
-    """The manifest as it was written when the weights were."""
+    """Read the manifest that was written with the weights."""
     manifest: Manifest = json.loads((directory / "MANIFEST.json").read_text())
     return manifest
 
 
 def write_manifest(directory: Path) -> None:
-    """Record the files as they are."""
+    """Write the manifest of the current files."""
     text = json.dumps(measure_manifest(directory), indent=2) + "\n"
     (directory / "MANIFEST.json").write_text(text)
 
 
 def size_bytes(directory: Path = CHECKPOINTS) -> int:
-    """All files of the checkpoints together."""
+    """Return the total size of all checkpoint files."""
     return sum(file.stat().st_size for name in NAMES for file in (directory / name).rglob("*") if file.is_file())

@@ -13,7 +13,7 @@ from sdpipeline.engine.quality import Mask, edge_recall
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sighting:
-    """One connected shape that was found; centre and radius are shares of the picture's side."""
+    """Connected shape found in a picture; centre and radius are shares of the picture's side."""
 
     colour: str
     shape: str
@@ -25,7 +25,7 @@ class Sighting:
 
 
 def sightings(picture: Picture, *, min_area: int = 90) -> list[Sighting]:
-    """All shapes that stand out from the background, the largest first."""
+    """Find all shapes that stand out from the background, the largest first."""
     nearest = _nearest_colours(picture)
     ground = COLOUR_NAMES.index(background(picture))
     foreground = cv2.morphologyEx((nearest != ground).astype(np.uint8), cv2.MORPH_OPEN, _block(3))
@@ -39,7 +39,7 @@ def sightings(picture: Picture, *, min_area: int = 90) -> list[Sighting]:
 
 
 def background(picture: Picture, *, frame: int = 4) -> str:
-    """The colour that most of the picture's outermost `frame` pixels are nearest to."""
+    """Return the palette colour nearest to most of the picture's outermost `frame` pixels."""
     nearest = _nearest_colours(picture)
     inside = np.zeros(nearest.shape, bool)
     inside[frame:-frame, frame:-frame] = True
@@ -47,32 +47,32 @@ def background(picture: Picture, *, frame: int = 4) -> str:
 
 
 def edge_agreement(found: Mask, asked: Mask, *, tolerance: int) -> float:
-    """The harmonic mean of edge recall both ways, 0 to 1."""
+    """Return the harmonic mean of edge recall in both directions, 0 to 1."""
     there = edge_recall(found, asked, tolerance=tolerance)
     back = edge_recall(asked, found, tolerance=tolerance)
     return 2 * there * back / max(1e-9, there + back)
 
 
 def outline_overlap(picture: Picture, reference: Picture) -> float:
-    """How much of both pictures' gradients is shared, 0 to 1: edges in place and equally sharp."""
+    """Return the share of both pictures' gradients in common, 0 to 1: edges in place and equally sharp."""
     ours, theirs = _slopes(picture), _slopes(reference)
     return float(2 * np.minimum(ours, theirs).sum() / max(1e-9, ours.sum() + theirs.sum()))
 
 
 def psnr(picture: Picture, reference: Picture) -> float:
-    """Peak signal-to-noise ratio in decibels; infinite for equal pictures."""
+    """Return the peak signal-to-noise ratio in decibels; infinite for equal pictures."""
     squared = np.square(picture.astype(np.float64) - reference).mean()
     return float(10 * np.log10(255**2 / squared)) if squared else float("inf")
 
 
 def mean_difference(picture: Picture, reference: Picture, where: Mask | None = None) -> float:
-    """The mean absolute difference in grey levels, over the pixels of `where`."""
+    """Return the mean absolute difference in grey levels, over the pixels of `where`."""
     difference = np.abs(picture.astype(np.int16) - reference)
     return float(difference.mean() if where is None else difference[where].mean())
 
 
 def _slopes(picture: Picture) -> npt.NDArray[np.float32]:
-    """(height, width): the length of the Sobel gradient over all three channels."""
+    """Return the length of the Sobel gradient over all three channels, (height, width)."""
     values = picture.astype(np.float32)
     across, down = cv2.Sobel(values, cv2.CV_32F, 1, 0), cv2.Sobel(values, cv2.CV_32F, 0, 1)
     return np.asarray(np.sqrt((across**2 + down**2).sum(-1)), np.float32)
@@ -92,7 +92,7 @@ def _sighting(
     centre: npt.NDArray[np.float64],
 ) -> Sighting:
     height, width = part.shape
-    # The antialiased rim is nearest to colours that are not there: the core decides.
+    # The antialiased rim is nearest to colours that are not in the picture, so only the core counts.
     core = cv2.erode(part.astype(np.uint8), _block(3)) > 0
     colour = COLOUR_NAMES[int(np.bincount(nearest[core if core.any() else part]).argmax())]
     return Sighting(
@@ -122,7 +122,7 @@ def _template(shape: str) -> Mask:
 
 
 def _fitted(part: Mask, *, side: int = 32) -> Mask:
-    """The part's bounding box, stretched to a square."""
+    """Stretch the part's bounding box to a square."""
     rows, columns = np.nonzero(part)
     cut = part[rows.min() : rows.max() + 1, columns.min() : columns.max() + 1]
     stretched = cv2.resize(cut.astype(np.float32), (side, side), interpolation=cv2.INTER_AREA)

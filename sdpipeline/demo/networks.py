@@ -1,4 +1,4 @@
-"""The networks of the three checkpoints, all of diffusers' and transformers' own classes."""
+"""Networks of the three checkpoints, all of diffusers' and transformers' own classes."""
 
 import math
 from collections.abc import Mapping
@@ -21,21 +21,21 @@ TEXT_WIDTH = 128
 
 
 def build_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
-    """Two layers of width 128, 0.36M parameters."""
+    """Build two layers of width 128, 0.36M parameters."""
     return CLIPTextModel(_text_config(tokenizer, width=TEXT_WIDTH, layers=2, heads=4))
 
 
 def build_autoencoder() -> AutoencoderKL:
-    """128 x 128 pixels to 4 x 16 x 16, 0.95M parameters."""
+    """Build an autoencoder from 128 x 128 pixels to 4 x 16 x 16, 0.95M parameters."""
     return _autoencoder(channels=(16, 32, 64, 64), side=16 * SHAPES_LATENT.factor)
 
 
 def build_unet() -> UNet2DConditionModel:
-    """4 x 16 x 16 latents, 5.0M parameters.
+    """Build a U-Net for 4 x 16 x 16 latents, 5.0M parameters.
 
-    Words reach it on two ways: attention at 8 x 8 and 4 x 4, and one pooled vector, made by the
-    U-Net itself from the token embeddings (so that stock pipelines need no change), which every
-    block reads beside the time step. The vector also reaches 16 x 16 and costs almost nothing.
+    Words reach it in two ways: by attention at 8 x 8 and 4 x 4, and by one pooled vector, which every block reads
+    together with the time step. The U-Net itself makes the vector from the token embeddings, so that stock pipelines
+    need no change. The vector also reaches 16 x 16 and costs almost nothing.
     """
     unet = UNet2DConditionModel(
         sample_size=16,
@@ -58,16 +58,16 @@ def build_unet() -> UNet2DConditionModel:
 
 
 POOLED_SCALE = 0.3
-"""What the pooled vector starts at, against the time embedding it is added to."""
+"""Initial scale of the pooled vector, relative to the time embedding that it is added to."""
 
 
 def build_controlnet(unet: UNet2DConditionModel) -> ControlNetModel:
-    """For RGB edge maps at the picture's size, started from the U-Net, 2.2M parameters."""
+    """Build a ControlNet for RGB edge maps at the picture's size, initialized from the U-Net, 2.2M parameters."""
     return ControlNetModel.from_unet(unet, conditioning_channels=3, conditioning_embedding_out_channels=(8, 16, 32, 64))
 
 
 def build_upscale_autoencoder() -> AutoencoderKL:
-    """512 x 512 pixels to 4 x 128 x 128, 0.16M parameters."""
+    """Build an autoencoder from 512 x 512 pixels to 4 x 128 x 128, 0.16M parameters."""
     autoencoder = _autoencoder(channels=(16, 16, 32), side=128 * UPSCALE_LATENT.factor)
     decoder = autoencoder.decoder
     _steady(decoder.up_blocks[-1].resnets[-1], decoder.conv_norm_out, constant=8.0)
@@ -75,12 +75,12 @@ def build_upscale_autoencoder() -> AutoencoderKL:
 
 
 UPSCALE_SCALING = 0.08333
-"""The latent scaling factor that StableDiffusionUpscalePipeline insists on."""
+"""Latent scaling factor that StableDiffusionUpscalePipeline requires."""
 
 
 @torch.no_grad()
 def rescale_latents(autoencoder: AutoencoderKL, scaling: float) -> None:
-    """Make encoder and decoder speak latents divided by `scaling`, which a pipeline multiplies back."""
+    """Make encoder and decoder use latents divided by `scaling`, which a pipeline multiplies back."""
     ratio = scaling / autoencoder.config.scaling_factor
     mean, log_variance = slice(0, 4), slice(4, 8)
     autoencoder.quant_conv.weight[mean] /= ratio
@@ -91,7 +91,7 @@ def rescale_latents(autoencoder: AutoencoderKL, scaling: float) -> None:
 
 
 def build_upscale_unet() -> UNet2DConditionModel:
-    """4 latent and 3 low-resolution channels at 128 x 128, 0.63M parameters; reads no words."""
+    """Build a U-Net for 4 latent and 3 low-resolution channels at 128 x 128, 0.63M parameters; it ignores prompts."""
     unet = UNet2DConditionModel(
         sample_size=128,
         in_channels=7,
@@ -114,13 +114,13 @@ UPSCALE_TEXT_WIDTH = 32
 
 
 def build_upscale_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
-    """Untrained: the pipeline class asks for a text encoder, the U-Net does not read it."""
+    """Build an untrained text encoder: the pipeline class requires one, but the U-Net does not read it."""
     torch.manual_seed(0)
     return CLIPTextModel(_text_config(tokenizer, width=UPSCALE_TEXT_WIDTH, layers=1, heads=2))
 
 
 def noise_schedule() -> DDIMScheduler:
-    """1000 linear betas, velocities predicted; almost no signal is left at the last step."""
+    """Return 1000 linear betas with v-prediction; almost no signal is left at the last step."""
     return DDIMScheduler(
         num_train_timesteps=1000,
         beta_start=1e-4,
@@ -134,21 +134,21 @@ def noise_schedule() -> DDIMScheduler:
 
 
 def upscale_noise_schedule() -> DDIMScheduler:
-    """1000 equal betas, latents predicted.
+    """Return 1000 equal betas with sample prediction.
 
-    The picture to be upscaled all but determines the latents. Predicting them, and from much
-    noise to the end, makes the U-Net look there and not at what it made of them a step before.
+    The low-resolution picture almost determines the latents. Predicting them, with much noise until the end, makes the
+    U-Net use that picture and not its own result of the previous step.
     """
     return DDIMScheduler.from_config(noise_schedule().config, beta_start=0.01, beta_end=0.01, prediction_type="sample")
 
 
 def low_resolution_schedule() -> DDPMScheduler:
-    """Noise on the picture to be upscaled: 0.8 grey levels at the usual level of 20, 14 at 350."""
+    """Return the noise schedule of the low-resolution picture: 0.8 grey levels at the usual level of 20, 14 at 350."""
     return DDPMScheduler(num_train_timesteps=1000, beta_start=1e-7, beta_end=2e-4, beta_schedule="linear")
 
 
 def warm_start(network: nn.Module, old_weights: Mapping[str, Tensor]) -> int:
-    """Copy every tensor of equal name and shape; how many were copied."""
+    """Copy every tensor of equal name and shape; return the number copied."""
     own = network.state_dict()
     alike = {name: value for name, value in old_weights.items() if name in own and own[name].shape == value.shape}
     network.load_state_dict(alike, strict=False)
@@ -157,11 +157,10 @@ def warm_start(network: nn.Module, old_weights: Mapping[str, Tensor]) -> int:
 
 @torch.no_grad()
 def _steady(last_block: ResnetBlock2D, normalisation: nn.GroupNorm, *, constant: float) -> None:
-    """Let flat colours through the last normalisation almost unscaled.
+    """Pass flat colours through the last normalisation almost unscaled.
 
-    Group normalisation forgets how bright a picture is. Here it gets a frozen constant of
-    alternating sign beside the features, which sets its scale, and takes it away again. A large
-    constant costs half precision its fine differences.
+    Group normalisation discards the brightness of a picture. Here a frozen constant of alternating sign, added to the
+    features, sets its scale and is subtracted afterwards. A large constant loses fine differences in half precision.
     """
     signs = torch.ones(normalisation.num_channels)
     signs[1::2] = -1
@@ -201,7 +200,7 @@ def _autoencoder(*, channels: tuple[int, ...], side: int) -> AutoencoderKL:
         mid_block_add_attention=False,
         scaling_factor=1.0,  # the designed latents are standardised already
     )
-    # The latent is told, not sampled: start with hardly any spread around its mean.
+    # The latent is prescribed, not sampled: start with almost no variance around its mean.
     nn.init.zeros_(autoencoder.quant_conv.weight[4:].detach())
     nn.init.constant_(autoencoder.quant_conv.bias[4:].detach(), LOG_VARIANCE)
     return autoencoder

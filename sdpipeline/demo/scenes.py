@@ -36,15 +36,15 @@ SIZES: Mapping[str, tuple[float, float]] = {
     "": (0.21, 0.25),
     "large": (0.29, 0.33),
 }
-"""Radius as a share of the picture's side; "" is the size that no word names."""
+"""Radius as a share of the picture's side; "" is the size without a word."""
 
 KINDS: Mapping[str, float] = {"single": 0.5, "pair": 0.38, "counted": 0.12}
-"""How often each kind of scene is trained on."""
+"""Share of each kind of scene in the training data."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Group:
-    """One phrase of a caption: `count` shapes alike; "" stands for a word left out."""
+    """Phrase of a caption: `count` equal shapes; "" stands for an omitted word."""
 
     count: int
     size: str
@@ -55,7 +55,7 @@ class Group:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Item:
-    """One drawn shape; centre and radius are shares of the picture's side."""
+    """Drawn shape; centre and radius are shares of the picture's side."""
 
     colour: str
     shape: str
@@ -66,7 +66,7 @@ class Item:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Scene:
-    """What is said (`groups`) and what is drawn (`items`) on one ground."""
+    """Scene on one ground: `groups` for the caption, and `items` to draw."""
 
     background: str
     groups: tuple[Group, ...]
@@ -74,7 +74,7 @@ class Scene:
 
 
 def sample_scene(rng: np.random.Generator, *, kinds: Mapping[str, float] = KINDS, held_out: bool = False) -> Scene:
-    """A scene to train on or, with `held_out`, one whose combination is never trained on."""
+    """Sample a scene for training or, with `held_out`, one whose combination is never trained on."""
     samplers = {"single": _single, "pair": _pair, "counted": _counted}
     weights = np.array(list(kinds.values()))
     while True:
@@ -85,20 +85,20 @@ def sample_scene(rng: np.random.Generator, *, kinds: Mapping[str, float] = KINDS
 
 
 def is_held_out(scene: Scene) -> bool:
-    """A tenth of all (colours, shapes, background) combinations is kept for evaluation."""
+    """Return True for the tenth of all (colours, shapes, background) combinations that is kept for evaluation."""
     said = sorted(f"{group.colour}|{group.shape}" for group in scene.groups)
     key = "|".join([*said, scene.background])
     return hashlib.md5(key.encode(), usedforsecurity=False).digest()[0] % 10 == 0
 
 
 def render(rng: np.random.Generator, scene: Scene, *, side: int) -> Picture:
-    """The scene's picture, each colour a little off its nominal value, alike for equals."""
+    """Draw the scene, with a small random offset for each colour that all its uses share."""
     tint = {colour: _jittered(rng, COLOURS[colour]) for colour in COLOUR_NAMES}
     return draw(scene.items, tint, background=tint[scene.background], side=side)
 
 
 def draw(items: Iterable[Item], tint: Mapping[str, Rgb], *, background: Rgb, side: int) -> Picture:
-    """Shapes on a ground, antialiased by drawing at twice the side."""
+    """Draw shapes on a ground, antialiased by drawing at twice the side."""
     canvas = np.empty((2 * side, 2 * side, 3), np.uint8)
     canvas[:] = background
     for item in items:
@@ -109,7 +109,7 @@ def draw(items: Iterable[Item], tint: Mapping[str, Rgb], *, background: Rgb, sid
 
 
 def polygon(shape: str) -> npt.NDArray[np.float64]:
-    """The outline of a shape of radius 1 around the origin, (points, 2), y downwards."""
+    """Return the outline of a shape of radius 1 around the origin, (points, 2), y downwards."""
     turn = np.linspace(0, 2 * np.pi, 64, endpoint=False)
     match shape:
         case "circle":
@@ -132,7 +132,7 @@ def polygon(shape: str) -> npt.NDArray[np.float64]:
 
 
 def texture(rng: np.random.Generator, *, side: int) -> Picture:
-    """A picture unlike any scene (gradients, patches, outlines): the autoencoder's variety."""
+    """Draw a picture unlike any scene (gradients, patches, outlines), for variety in the autoencoder's training."""
     cells = int(rng.integers(2, 9))
     patches = rng.integers(0, 256, (cells, cells, 3)).astype(np.uint8)
     smooth = cv2.INTER_CUBIC if rng.random() < 0.6 else cv2.INTER_NEAREST
@@ -151,7 +151,7 @@ def texture(rng: np.random.Generator, *, side: int) -> Picture:
 
 
 def shrink(picture: Picture, factor: int = 2) -> Picture:
-    """The picture at `1/factor` of its side, each pixel the mean of the block it stands for."""
+    """Return the picture at `1/factor` of its side, each pixel the mean of its block."""
     height, width = picture.shape[:2]
     size = (width // factor, height // factor)
     return np.asarray(cv2.resize(picture, size, interpolation=cv2.INTER_AREA), np.uint8)
@@ -167,7 +167,7 @@ def _single(rng: np.random.Generator) -> Scene:
     size = ("small", "", "", "large")[int(rng.integers(4))]
     place = tuple(PLACES)[int(rng.integers(5))] if rng.random() < 0.65 else ""
     radius = rng.uniform(*SIZES[size])
-    # Without a word for the place the shape lies near the middle: words alone decide.
+    # Without a word for the place, the shape is near the middle, so that only words decide the place.
     spread = 0.05 if place else 0.09
     centre = np.array(PLACES[place or "center"]) + rng.uniform(-spread, spread, 2)
     x, y = np.clip(centre, radius + 0.02, 1 - radius - 0.02)
@@ -203,7 +203,7 @@ def _laid_out(
     *,
     radius: tuple[float, float],
 ) -> Scene | None:
-    """Every group's shapes where they do not touch; None where they found no room."""
+    """Place the shapes of all groups so that they do not touch; return None if there is no room."""
     items: list[Item] = []
     for group in groups:
         for _ in range(group.count):
@@ -232,7 +232,7 @@ def _free_spot(
 
 
 def _colours(rng: np.random.Generator, count: int) -> tuple[str, tuple[str, ...]]:
-    """A background and `count` colours, all different."""
+    """Choose a background and `count` colours, all different."""
     background, *others = (COLOUR_NAMES[i] for i in rng.permutation(len(COLOURS))[: count + 1])
     return background, tuple(others)
 

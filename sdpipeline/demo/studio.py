@@ -1,4 +1,4 @@
-"""The demo's checkpoints behind diffusers' stock pipelines, for evaluation and tests."""
+"""Demo checkpoints in diffusers' stock pipelines, for evaluation and tests."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -27,7 +27,7 @@ from sdpipeline.engine.quality import Mask
 
 @dataclass(frozen=True, kw_only=True)
 class Studio:
-    """Makes pictures with the shipped weights, in float32, DPM-Solver++ and 20 steps."""
+    """Makes pictures with the shipped weights, in float32, with DPM-Solver++ and 20 steps."""
 
     checkpoints: Path = CHECKPOINTS
     device: str = "cpu"
@@ -36,38 +36,38 @@ class Studio:
     guidance_scale: float = 4.0
 
     def draw(self, prompts: Sequence[str], *, seed: int) -> list[Picture]:
-        """Text to image."""
+        """Generate from text."""
         return self._make(self._text, prompts, seed=seed)
 
     def follow(self, prompts: Sequence[str], edge_maps: Sequence[Mask], *, seed: int) -> list[Picture]:
-        """Text to image along edges."""
+        """Generate from text and edge maps."""
         images = [to_image(np.repeat(edges[..., None] * np.uint8(255), 3, 2)) for edges in edge_maps]
         return self._make(self._controlled, prompts, seed=seed, image=images)
 
     def change(
         self, prompts: Sequence[str], pictures: Sequence[Picture], *, strength: float, seed: int
     ) -> list[Picture]:
-        """Image to image."""
+        """Generate from text and a picture (image to image)."""
         images = [to_image(picture) for picture in pictures]
         return self._make(self._img2img, prompts, seed=seed, image=images, strength=strength)
 
     def fill(
         self, prompts: Sequence[str], pictures: Sequence[Picture], holes: Sequence[Mask], *, seed: int
     ) -> list[Picture]:
-        """Inpainting where `holes` is true."""
+        """Inpaint where `holes` is true."""
         images = [to_image(picture) for picture in pictures]
         masks = [Image.fromarray(hole.astype(np.uint8) * 255) for hole in holes]
         return self._make(self._inpaint, prompts, seed=seed, image=images, mask_image=masks, strength=1.0)
 
     def upscale(self, prompts: Sequence[str], pictures: Sequence[Picture], *, seed: int) -> list[Picture]:
-        """Super-resolution by four, in four steps and unguided: more change nothing."""
+        """Upscale by four, in four steps and without guidance: more steps change nothing."""
         images = [to_image(picture) for picture in pictures]
         return replace(self, num_inference_steps=4, guidance_scale=1.0)._make(
             self._upscaler, prompts, seed=seed, image=images
         )
 
     def round_trip(self, pictures: Sequence[Picture]) -> list[Picture]:
-        """Through the autoencoder and back."""
+        """Encode and decode with the autoencoder."""
         vae, processor = self._text.vae, self._text.image_processor
         pixels = processor.preprocess([to_image(picture) for picture in pictures]).to(self.device)
         with torch.no_grad():
@@ -75,7 +75,7 @@ class Studio:
         return [to_picture(image) for image in processor.postprocess(decoded)]
 
     def _make(self, pipe: DiffusionPipeline, prompts: Sequence[str], *, seed: int, **inputs: Any) -> list[Picture]:
-        """One picture per prompt, each from its own seed; lists among `inputs` go with the prompts."""
+        """Make one picture per prompt, each from its own seed; lists among `inputs` are split with the prompts."""
         made: list[Picture] = []
         for start in range(0, len(prompts), self.batch):
             part = slice(start, start + self.batch)
@@ -114,7 +114,7 @@ class Studio:
         return self._prepared(StableDiffusionUpscalePipeline.from_pretrained(directory, **_SAFELY))
 
     def _sharing(self, pipeline_class: type[DiffusionPipeline], **more: Any) -> Any:
-        """A second pipeline over the same weights, with a scheduler of its own."""
+        """Build a second pipeline over the same weights, with its own scheduler."""
         return self._prepared(pipeline_class(**self._text.components, **more, requires_safety_checker=False))
 
     def _prepared(self, pipe: Any) -> Any:
@@ -124,12 +124,12 @@ class Studio:
 
 
 def to_image(picture: Picture) -> Image.Image:
-    """As the pipelines want it."""
+    """Convert a picture for the pipelines."""
     return Image.fromarray(picture)
 
 
 def to_picture(image: Image.Image) -> Picture:
-    """As the measures want it."""
+    """Convert a pipeline's image for the measures."""
     return np.asarray(image.convert("RGB"), np.uint8)
 
 

@@ -1,4 +1,4 @@
-"""The checkpoints' tokenizer: CLIP's class over a vocabulary of our own."""
+"""Tokenizer of the checkpoints: CLIP's class with its own vocabulary."""
 
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
@@ -9,12 +9,12 @@ from transformers import CLIPTokenizer
 
 
 def build_tokenizer() -> CLIPTokenizer:
-    """CLIP's byte alphabet plus every caption word as one token of its own, length 77."""
+    """Build a tokenizer with CLIP's byte alphabet and each caption word as one token, length 77."""
     alphabet = _byte_alphabet()
     vocabulary = {letter: i for i, letter in enumerate([*alphabet, *(f"{letter}</w>" for letter in alphabet)])}
     ranks: dict[tuple[str, str], int] = {}
     for word in _WORDS:
-        # A later word's merges rank below all earlier ones, so that no word is cut anew.
+        # Merges of later words rank below all earlier ones, so that no earlier word is split differently.
         while len(pieces := _merged(word, ranks)) > 1:
             ranks[pieces[0], pieces[1]] = len(ranks)
             vocabulary.setdefault(pieces[0] + pieces[1], len(vocabulary))
@@ -24,7 +24,7 @@ def build_tokenizer() -> CLIPTokenizer:
 
 
 def token_ids(tokenizer: CLIPTokenizer, texts: Sequence[str]) -> npt.NDArray[np.int16]:
-    """(texts, 77), padded to the full length because the U-Net pools over all of it."""
+    """Return (texts, 77), padded to the full length because the U-Net pools over all of it."""
     encoded = tokenizer(texts, padding="max_length", max_length=77, truncation=True, return_tensors="np")
     return np.asarray(encoded.input_ids, np.int16)
 
@@ -37,14 +37,14 @@ _WORDS = """
 
 
 def _byte_alphabet() -> list[str]:
-    """One printable letter per byte, in the order of CLIP's own vocabulary."""
+    """Return one printable letter per byte, in the order of CLIP's own vocabulary."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     hidden = [byte for byte in range(256) if byte not in printable]
     return [chr(byte) for byte in printable] + [chr(256 + i) for i in range(len(hidden))]
 
 
 def _merged(word: str, ranks: Mapping[tuple[str, str], int]) -> list[str]:
-    """The word's pieces after all known merges, the lowest rank first."""
+    """Return the word's pieces after all known merges, the lowest rank first."""
     pieces = [*word[:-1], f"{word[-1]}</w>"]
     while True:
         known = [(ranks[pair], i) for i, pair in enumerate(pairwise(pieces)) if pair in ranks]

@@ -1,4 +1,4 @@
-"""What the checkpoints are asked to do, on prompts never trained on, with chance beside each score."""
+"""Evaluation trials of the checkpoints, on prompts never trained on, with a chance level for each score."""
 
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -39,32 +39,32 @@ UPSCALED_SIDE = 512
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Score:
-    """One line of the table."""
+    """One line of the score table."""
 
     measure: str
     value: float
     chance: float | None
-    """The same pictures scored against other pictures' captions or inputs."""
+    """Chance level: the same pictures scored against other pictures' captions or inputs."""
     count: int
     asked: str = ""
-    """The figure to reach, where there is one."""
+    """Target value, if any."""
     unit: str = "share"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Seen:
-    """A generated picture as the measures see it."""
+    """Generated picture as the measures describe it."""
 
     background: str
     shapes: Sequence[Sighting]
 
 
 Check = Callable[[Scene, Seen], bool | None]
-"""Whether a picture shows what a scene's caption says; None where the caption leaves it open."""
+"""Return True if a picture shows what a scene's caption says; None if the caption leaves it open."""
 
 
 def single_objects(studio: Studio, *, count: int = 320) -> list[Score]:
-    """One shape, held-out combinations of colours and shape."""
+    """Score single shapes in held-out combinations of colours and shape."""
     scenes = held_out_scenes("single", count, seed=123)
     seen = look_at(studio.draw([caption(scene) for scene in scenes], seed=0))
     checks: list[tuple[str, str, Check]] = [
@@ -82,7 +82,7 @@ def single_objects(studio: Studio, *, count: int = 320) -> list[Score]:
 
 
 def several_objects(studio: Studio, *, pairs: int = 200, counted: int = 60) -> list[Score]:
-    """Two kinds of object, or several alike; held-out combinations."""
+    """Score two kinds of object, or several equal ones, in held-out combinations."""
     scenes = held_out_scenes("pair", pairs, seed=456)
     seen = look_at(studio.draw([caption(scene) for scene in scenes], seed=10_000))
     many = held_out_scenes("counted", counted, seed=789)
@@ -98,7 +98,7 @@ def several_objects(studio: Studio, *, pairs: int = 200, counted: int = 60) -> l
 
 
 def control(studio: Studio, *, count: int = 80) -> list[Score]:
-    """Edges of held-out scenes with other colours and captions that say nothing of the layout."""
+    """Score edges of held-out scenes with other colours and captions without the layout."""
     scenes = [*_off_centre(count - count // 4), *held_out_scenes("pair", count // 4, seed=31)]
     rng = np.random.default_rng(32)
     asked = [edges(render(rng, scene, side=SIDE)) for scene in scenes]
@@ -134,7 +134,7 @@ def control(studio: Studio, *, count: int = 80) -> list[Score]:
 
 
 def image_to_image(studio: Studio, *, count: int = 40) -> list[Score]:
-    """Held-out scenes asked to turn into a yellow shape on a green ground."""
+    """Score held-out scenes that are prompted to become a yellow shape on a green ground."""
     scenes = held_out_scenes("single", count, seed=41)
     rng = np.random.default_rng(42)
     sources = [render(rng, scene, side=SIDE) for scene in scenes]
@@ -162,7 +162,7 @@ def image_to_image(studio: Studio, *, count: int = 40) -> list[Score]:
 
 
 def inpainting(studio: Studio, *, count: int = 80) -> list[Score]:
-    """A second object asked for in a hole beside the first; then one object recoloured in place."""
+    """Score a second object requested in a hole next to the first, then one object recoloured in place."""
     scenes = held_out_scenes("pair", count, seed=51, placed=True)
     rng = np.random.default_rng(52)
     first = [replace(scene, items=scene.items[:1]) for scene in scenes]
@@ -201,7 +201,7 @@ def inpainting(studio: Studio, *, count: int = 80) -> list[Score]:
 
 
 def super_resolution(studio: Studio, *, count: int = 40) -> list[Score]:
-    """Held-out scenes at a quarter of their side against bicubic interpolation, clean and as generated."""
+    """Score held-out scenes at a quarter of their side against bicubic interpolation, clean and as generated."""
     scenes = [*held_out_scenes("single", count // 2, seed=61), *held_out_scenes("pair", count - count // 2, seed=62)]
     rng = np.random.default_rng(63)
     truth = [render(rng, scene, side=UPSCALED_SIDE) for scene in scenes]
@@ -227,7 +227,7 @@ def super_resolution(studio: Studio, *, count: int = 40) -> list[Score]:
 
 
 def speed(studio: Studio) -> list[Score]:
-    """Seconds per picture, the fastest of three calls."""
+    """Measure seconds per picture, the fastest of three calls."""
     prompt = "a red circle on a blue background"
     blank = np.zeros((SIDE, SIDE, 3), np.uint8)
     blank[32:96, 32:96] = COLOURS["red"]
@@ -250,12 +250,12 @@ def speed(studio: Studio) -> list[Score]:
 
 
 def enlarged(picture: Picture) -> Picture:
-    """The picture at four times its side by bicubic interpolation."""
+    """Return the picture at four times its side by bicubic interpolation."""
     return np.asarray(cv2.resize(picture, (UPSCALED_SIDE, UPSCALED_SIDE), interpolation=cv2.INTER_CUBIC), np.uint8)
 
 
 def held_out_scenes(kind: str, count: int, *, seed: int, placed: bool = False) -> list[Scene]:
-    """Different captions whose combination was never trained on; `placed` names every place."""
+    """Sample different captions whose combination was never trained on; with `placed`, each names every place."""
     rng = np.random.default_rng(seed)
     found: dict[str, Scene] = {}
     while len(found) < count:
@@ -266,7 +266,7 @@ def held_out_scenes(kind: str, count: int, *, seed: int, placed: bool = False) -
 
 
 def hole_around(item: Item) -> Mask:
-    """A square with room around the item, at most the half of the picture it lies in."""
+    """Return a square mask with room around the item, at most the half of the picture that contains it."""
     rows, columns = (
         (np.arange(SIDE) / SIDE > centre - 0.25) & (np.arange(SIDE) / SIDE < centre + 0.25)
         for centre in (item.y, item.x)
@@ -275,7 +275,7 @@ def hole_around(item: Item) -> Mask:
 
 
 def look_at(pictures: Iterable[Picture]) -> list[Seen]:
-    """What the measures find in each."""
+    """Return the measures' findings for each picture."""
     return [Seen(background=background(picture), shapes=sightings(picture)) for picture in pictures]
 
 
@@ -332,7 +332,7 @@ def _all_colours_are_right(scene: Scene, seen: Seen) -> bool:
 
 
 def _groups_are_right(scene: Scene, seen: Seen) -> bool:
-    """Every group in its number, shape and colour, and nothing else."""
+    """Return True if the picture shows every group in its number, shape and colour, and nothing else."""
     found = sorted((shape.colour, shape.shape) for shape in seen.shapes)
     return found == sorted((group.colour, group.shape) for group in scene.groups for _ in range(group.count))
 
@@ -361,20 +361,20 @@ def _lies_at(shape: Sighting, place: str) -> bool:
 
 
 def _off_centre(count: int) -> list[Scene]:
-    """Single objects where their caption's silence does not put them: not in the middle."""
+    """Sample single objects away from the middle, their expected place under a caption without a place."""
     scenes = held_out_scenes("single", 3 * count, seed=30)
     return [scene for scene in scenes if scene.groups[0].place not in {"", "center"}][:count]
 
 
 def _recoloured(rng: np.random.Generator, scene: Scene) -> Scene:
-    """The same layout in colours drawn anew, all different."""
+    """Return the same layout in newly drawn colours, all different."""
     background_colour, *colours = (COLOUR_NAMES[i] for i in rng.permutation(8)[: len(scene.groups) + 1])
     groups = tuple(replace(group, colour=colour) for group, colour in zip(scene.groups, colours, strict=True))
     return replace(scene, background=background_colour, groups=groups)
 
 
 def _in_place_of_the_first(scene: Scene) -> Scene:
-    """The second object's words alone: they are to be filled in where the first one lies."""
+    """Keep only the second object's words: they are to be filled in at the place of the first."""
     return replace(scene, groups=scene.groups[1:])
 
 
@@ -383,7 +383,7 @@ def _yellow(group: Group) -> Group:
 
 
 def _only_inside(pictures: Sequence[Picture], sources: Sequence[Picture], holes: Sequence[Mask]) -> list[Picture]:
-    """Everything outside the hole in the source's own background colour, so that it is not seen."""
+    """Replace everything outside the hole with the source's own background colour, so that it is not detected."""
     return [
         np.where(hole[..., None], picture, source[0, 0]).astype(np.uint8)
         for picture, source, hole in zip(pictures, sources, holes, strict=True)

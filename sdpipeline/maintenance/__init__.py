@@ -1,1 +1,1 @@
-"""Reconciliation, restore and retention."""
+"""Reconciliation, recovery after a restore, and retention."""

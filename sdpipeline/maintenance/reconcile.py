@@ -1,4 +1,4 @@
-"""What a crash or a restored backup can leave between database and storage: found, explained and put right."""
+"""Reconciliation of database and storage after a crash or a database restore."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ ADOPT = "sdpipeline reconcile --adopt"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Finding:
-    """One thing that a crash or a restore left, and what is done about it, or was."""
+    """Inconsistency left by a crash or a restore, with the action that repairs it."""
 
     kind: str
     subject: str
@@ -41,7 +41,7 @@ class Finding:
 
 @dataclass(slots=True)
 class Reconciliation:
-    """What was found; ``ok`` where nothing is left to be done."""
+    """Findings of a reconciliation; ``ok`` is True if nothing is left to do."""
 
     repair: bool
     faults: list[Finding] = field(default_factory=list)
@@ -50,21 +50,21 @@ class Reconciliation:
 
     @property
     def ok(self) -> bool:
-        """Whether database and storage agree now."""
+        """True if database and storage agree now."""
         return not self.left
 
     def found(self, kind: str, subject: str, detail: str, action: str) -> None:
-        """Note what is put right by ``--repair``."""
+        """Record a finding that ``--repair`` repairs."""
         self.left += not self.repair
         self.faults.append(Finding(kind=kind, subject=subject, detail=detail, action=action))
 
     def beyond_repair(self, kind: str, subject: str, detail: str, action: str) -> None:
-        """Note what somebody has to decide."""
+        """Record a finding that needs a person's decision."""
         self.left += 1
         self.faults.append(Finding(kind=kind, subject=subject, detail=detail, action=action))
 
     def document(self) -> Json:
-        """The form of ``reconcile --json``."""
+        """Return the document that ``reconcile --json`` prints."""
         faults = [{name: getattr(each, name) for name in Finding.__dataclass_fields__} for each in self.faults]
         adoption = self.adoption.document() if self.adoption else {}
         return {"ok": self.ok, "repaired": self.repair, "faults": faults} | adoption
@@ -79,10 +79,10 @@ def reconcile(
     repair: bool = False,
     adopt: bool = False,
 ) -> Reconciliation:
-    """Compare the database with storage; changes nothing unless told to.
+    """Compare the database with storage; change nothing without ``repair`` or ``adopt``.
 
-    Workers may go on meanwhile: what they are at is left alone, and so are objects younger than ``grace_s``.
-    Raises SettingsError where storage is not this database's.
+    Workers may keep running: their current jobs and objects younger than ``grace_s`` are left alone.
+    Raises SettingsError if storage does not belong to this database.
     """
     done, database = Reconciliation(repair), log.database
     _refuse_another_storage(log, store)
@@ -92,7 +92,7 @@ def reconcile(
         for sidecar, why in done.adoption.refused:
             done.beyond_repair("record-refused", sidecar, why, "it was not adopted")
     elif gap is not None:
-        # Every other finding would follow from this one, and to repair it would put away what is to be adopted.
+        # All other findings would follow from this one, and repairing them would quarantine what is to be adopted.
         seals = f"seals {gap.first_seal} to {gap.last_seal} of storage"
         detail = f"it lacks at least {gap.events} events that {seals} cover: a restored backup"
         done.beyond_repair("database-too-old", "database", detail, f"stop the workers, then: {ADOPT}")
@@ -105,7 +105,7 @@ def reconcile(
 
 
 def _refuse_another_storage(log: AuditLog, store: ObjectStore) -> None:
-    """A folder that is not mounted looks like one whose every picture is gone."""
+    """Raise SettingsError if storage lacks the newest seal: an unmounted folder looks as if all pictures were gone."""
     with log.database.read() as connection:
         newest = log_rows.last_seal(connection)
     if newest is not None and store.head(newest["key"]) is None:
@@ -145,11 +145,11 @@ def _pictureless(log: AuditLog, done: Reconciliation) -> None:
             rows.reopen(tx, job_ids)
 
 
-# Pictures that are recorded.
+# Recorded pictures.
 
 
 def _recorded(log: AuditLog, store: ObjectStore, done: Reconciliation) -> None:
-    """Read every picture with its sidecar and control maps."""
+    """Check every recorded picture with its sidecar and control maps."""
     after: tuple[int, str] | None = None
     with ThreadPoolExecutor(THREADS) as threads:
         while True:
@@ -167,7 +167,7 @@ def _recorded(log: AuditLog, store: ObjectStore, done: Reconciliation) -> None:
 
 
 def _damage(store: ObjectStore, picture: Json) -> list[tuple[str, str, str]]:
-    """(kind, key, detail) of each part of a picture that storage does not have as it was recorded."""
+    """Return (kind, key, detail) for each part of a picture that is missing in storage or differs from its record."""
     found: list[tuple[str, str, str]] = []
     _checked(store, picture["key"], picture["sha256"], found)
     sidecar = _checked(store, picture["sidecar_key"], picture["sidecar_sha256"], found)
@@ -189,7 +189,10 @@ def _checked(store: ObjectStore, key: str, sha256: str, found: list[tuple[str, s
 
 
 def _give_up(log: AuditLog, store: ObjectStore, picture: Json, *, because: str) -> None:
-    """Put away what is left of a picture and have it made again; until the last step it is found damaged again."""
+    """Quarantine the remains of a picture and reopen its job.
+
+    Until the last step, the next run finds the picture damaged again.
+    """
     job_id, stem = picture["job_id"], picture["key"].rsplit(".", 1)[0]
     keys = list(store.list(f"{stem}."))
     with log.database.read() as connection:
@@ -200,11 +203,14 @@ def _give_up(log: AuditLog, store: ObjectStore, picture: Json, *, because: str) 
             rows.reopen(tx, [job_id])
 
 
-# Objects that are not.
+# Unrecorded objects.
 
 
 def _unrecorded(log: AuditLog, store: ObjectStore, done: Reconciliation, before: datetime) -> None:
-    """Only where attempts did not end in order: all other folders hold what was recorded, however many they are."""
+    """Find unrecorded objects in the folders of attempts that did not end in order.
+
+    All other folders hold only recorded objects, however many there are.
+    """
     with log.database.read() as connection:
         folders = rows.unfinished_folders(connection)
         editions = archives.archives(connection) if folders else []
@@ -237,7 +243,7 @@ def _orphans(log: AuditLog, store: ObjectStore, folder: Folder, before: datetime
 
 
 def _quarantine(log: AuditLog, store: ObjectStore, job_id: int, keys: list[str]) -> None:
-    """Move objects out of the way, and tell it first; nothing is deleted."""
+    """Write the audit event, then move objects to the quarantine; nothing is deleted."""
     if not keys:
         return
     today = quarantine_folder(datetime.now(UTC))
@@ -249,6 +255,6 @@ def _quarantine(log: AuditLog, store: ObjectStore, job_id: int, keys: list[str])
 
 
 def _free(store: ObjectStore, folder: str, key: str) -> str:
-    """A key in quarantine that nothing has: the same object may be damaged twice in a day."""
+    """Return an unused key in quarantine: the same object may be damaged twice in a day."""
     taken = store.head(f"{folder}/{key}") is not None
     return f"{folder}/{secrets.token_hex(4)}/{key}" if taken else f"{folder}/{key}"

@@ -1,4 +1,4 @@
-"""Taking up again what a restored backup forgot: pictures by their sidecars, and the audit log after its gap."""
+"""Recovery after a database restore: re-register images from sidecars and record the audit gap."""
 
 from __future__ import annotations
 
@@ -35,13 +35,15 @@ SIDECAR = re.compile(
     rf"(?P<team>[^/]+)/(?P<campaign>[^/]+)/(?P<stage>[^/]+)/(?P<fingerprint>{_HASH})/"
     rf"((?P<identity>[0-9a-f]{{16}})/)?(?P<sha256>{_HASH})\.[0-9a-f]{{8}}\.json"
 )
-"""A sidecar's key; the folder of a copy names its job."""
+"""Key of a sidecar; the folder of a copy names its job."""
 
 
 @dataclass(slots=True)
 class Adoption:
-    """What was taken up. ``waiting`` pictures belong to jobs that are not here: the next submit that asks for them
-    finds them. ``refused`` are sidecars' keys with what is wrong with each."""
+    """Result of an adoption. ``waiting`` counts pictures whose jobs are not in this database.
+
+    The next submit that asks for such a picture finds it. ``refused`` holds sidecar keys with the reason for each.
+    """
 
     adopted: int = 0
     waiting: int = 0
@@ -49,22 +51,23 @@ class Adoption:
     refused: list[tuple[str, str]] = field(default_factory=list)
 
     def document(self) -> Json:
-        """Its part of ``reconcile --json``."""
+        """Return the adoption's part of ``reconcile --json``."""
         gap = self.gap.document() if self.gap else None
         return {"adopted": self.adopted, "waiting": self.waiting, "gap": gap}
 
 
 def adopt(log: AuditLog, store: ObjectStore, key: SealKey, gap: Gap | None) -> Adoption:
-    """Record pictures that no row knows as their jobs', then, after a restore, go on with the audit log.
+    """Assign unrecorded pictures to their jobs; after a restore, then continue the audit log.
 
-    With a gap all of storage is looked through, for nothing is known of what was forgotten; without one only where
-    attempts did not end in order. May be interrupted and done again: until its last step, workers stay out.
+    With a gap, all of storage is searched, because nothing is known of the lost rows; without one, only folders of
+    attempts that did not end in order. The function can be interrupted and repeated: until its last step, workers are
+    kept out.
     """
     done, database = Adoption(gap=gap), log.database
-    # Whether the log can go on is known before anything is changed.
+    # Fails before anything is changed if the log cannot be continued.
     seals = audit.lost_seals(database, store, key, gap) if gap else []
     if gap:
-        # Whoever held these leases has lost them: they are of a time before the one that was lost.
+        # The holders of these leases have lost them: the leases date from before the lost period.
         with log.transaction() as tx:
             rows.reap(tx, rows.open_leases(tx.connection))
         archiver.find_private(log, store)
@@ -88,7 +91,7 @@ def adopt(log: AuditLog, store: ObjectStore, key: SealKey, gap: Gap | None) -> A
 
 
 def _find(log: AuditLog, store: ObjectStore, keys: Iterable[str], done: Adoption) -> None:
-    """Keep every picture whose sidecar no row names, if it is whole."""
+    """Register every complete picture whose sidecar no row names."""
     consumed: set[str] = set()
     with ThreadPoolExecutor(THREADS) as threads:
         for chunk in _chunks((key, place["fingerprint"]) for key in keys if (place := SIDECAR.fullmatch(key))):
@@ -114,7 +117,7 @@ def _chunks(items: Iterable[_T]) -> Iterator[list[_T]]:
 
 
 def _examined(store: ObjectStore, sidecar_key: str) -> tuple[FoundPicture, frozenset[str]] | str:
-    """The picture beside a sidecar with the keys of those it was made from, or what is wrong with it."""
+    """Return the picture of a sidecar with the keys of its inputs, or a description of what is wrong with it."""
     try:
         return examine(store, sidecar_key)
     except (InputImageError, ObjectMissingError) as error:
@@ -124,10 +127,10 @@ def _examined(store: ObjectStore, sidecar_key: str) -> tuple[FoundPicture, froze
 
 
 def examine(store: ObjectStore, sidecar_key: str) -> tuple[FoundPicture, frozenset[str]]:
-    """The picture beside a sidecar, every part read and compared with what the others say of it.
+    """Read the picture of a sidecar and compare every part with what the others say of it.
 
-    Raises ObjectMissingError or InputImageError where one is missing or altered, and the errors of reading a
-    document where the sidecar is none.
+    Raises ObjectMissingError or InputImageError if a part is missing or altered, and the errors of reading a document
+    if the sidecar is not valid.
     """
     place = SIDECAR.fullmatch(sidecar_key)
     if place is None:

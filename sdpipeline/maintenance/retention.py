@@ -1,7 +1,7 @@
-"""Forgetting: pictures and prompts after a set time, and one subject's data on demand, each with its trace in the log.
+"""Retention and erasure: delete pictures and prompts after a set time, and a subject's data on request.
 
-Objects go first, then one transaction leaves the tombstones and their event. Whoever is killed between the two is
-taken up by the next run: what is not there any more is deleted already.
+Both leave a trace in the audit log. Objects are deleted first; one transaction then writes the tombstones and their
+event. After a kill between the two, the next run finishes: an object that is missing counts as deleted.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from sdpipeline.storage.contract import delete_all
 from sdpipeline.storage.keys import input_key, stem
 
 BATCH = 200
-"""Pictures or jobs of one transaction."""
+"""Pictures or jobs in one transaction."""
 
 _QUARANTINED = re.compile(r"quarantine/[^/]+/(?:[0-9a-f]{8}/)?((?:[^/]+/){3}[0-9a-f]{64}/)")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Periods:
-    """After how many days what is forgotten; None is never."""
+    """Retention periods in days; None means forever."""
 
     pictures_days: float | None = None
     prompts_days: float | None = None
@@ -38,7 +38,7 @@ class Periods:
 
 @dataclass(slots=True)
 class Forgotten:
-    """What was deleted, or would be."""
+    """Counts of what was deleted, or would be in a dry run."""
 
     pictures: int = 0
     prompts: int = 0
@@ -46,13 +46,13 @@ class Forgotten:
     editions: int = 0
 
     def document(self) -> Json:
-        """The form of ``retention --json``."""
+        """Return the document that ``retention --json`` prints."""
         return {name: getattr(self, name) for name in ("pictures", "prompts", "sources", "editions")}
 
 
 @dataclass(slots=True)
 class Erasure:
-    """What was erased of a subject. The receipt's salt shows that ``subject_commitment`` in the audit log is theirs."""
+    """Result of a subject's erasure. The receipt's salt proves that the log's ``subject_commitment`` is theirs."""
 
     subject: Subject
     jobs: int = 0
@@ -65,7 +65,7 @@ class Erasure:
     quarantined: dict[str, list[str]] = field(default_factory=dict)
 
     def document(self) -> Json:
-        """The form of ``erase --json``."""
+        """Return the document that ``erase --json`` prints."""
         counts = ("jobs", "pictures", "inputs", "objects", "cancelled", "sources")
         receipt = {"salt": self.subject.salt, "subject_commitment": self.subject.commitment}
         return {name: getattr(self, name) for name in counts} | {"receipt": receipt}
@@ -80,8 +80,11 @@ def forget(
     periods: Periods,
     dry_run: bool = False,
 ) -> Forgotten:
-    """Delete what is older than its period: pictures first, then the prompts of jobs that have none any more; then
-    take closed editions out of the tables, each once its archive is under a seal."""
+    """Delete what is older than its period, and archive closed editions.
+
+    The order is: pictures, then the prompts of jobs that have no pictures left, then closed editions. An edition leaves
+    the tables once its archive is under a seal.
+    """
     done = Forgotten()
     if not dry_run:
         archiver.take_up(audit, store, seal, team=team)
@@ -146,7 +149,7 @@ def _erase_prompts(audit: AuditLog, job_ids: Collection[int]) -> int:
 def erase(
     audit: AuditLog, store: ObjectStore, seal: Callable[[], object], name: str, *, team: str, dry_run: bool = False
 ) -> Erasure:
-    """Erase what a team's jobs hold of one subject; again after a kill it goes on where that one ended."""
+    """Erase what a team's jobs hold of one subject; a run after a kill continues where the killed one ended."""
     subject = Subject(name=name, salt=secrets.token_hex(16))
     done = Erasure(subject)
     with audit.database.read() as connection:
@@ -188,7 +191,7 @@ def erase(
 
 
 def _quarantined(store: ObjectStore) -> dict[str, list[str]]:
-    """What ``reconcile`` put away, by the folder that it came from."""
+    """Return the keys that ``reconcile`` moved to the quarantine, by the folder that they came from."""
     found: dict[str, list[str]] = {}
     for key in store.list("quarantine/"):
         if place := _QUARANTINED.match(key):
@@ -205,8 +208,10 @@ def _delete_folders(
     *,
     owners: Collection[int] = (),
 ) -> None:
-    """Delete what lies in the folders of these fingerprints, and what attempts left there that was never recorded or
-    was put away since: it holds the same data. Other jobs' pictures stay."""
+    """Delete all objects in the folders of these fingerprints, and those moved from there to the quarantine.
+
+    Attempts may have left objects there that were never recorded: they hold the same data. Other jobs' pictures stay.
+    """
     with audit.database.read() as connection:
         shared = retention.keys_of_others(connection, folders, owners) | archived.shared(folders)
         others = retention.wanted_by_others(connection, folders, done.subject.name)

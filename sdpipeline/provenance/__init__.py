@@ -1,4 +1,4 @@
-"""From pixels to a file that says, signed, what made it, and back."""
+"""Provenance of pictures: encoding with an embedded record, C2PA signing, and verification."""
 
 from sdpipeline.provenance.disclosure import disclosed, include_prompt, own_part, tells_more
 from sdpipeline.provenance.encoding import (

@@ -1,4 +1,4 @@
-"""How much of a record goes into a picture: all of it but the prompts that its campaign keeps back."""
+"""Disclosure of prompts: removes from an embedded record the prompts that its campaign withholds."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ from typing import Any
 from sdpipeline.domain import Json, hashed
 
 INCLUDE_PROMPT = ("full", "hash", "none")
-"""From the most that is told to the least."""
+"""Ordered from most to least disclosed."""
 
 _PROMPTS = ("prompt", "negative_prompt")
 
 
 def disclosed(record: Json) -> Json:
-    """The record as it is embedded; ``include_prompt`` in it says how its prompts and its ancestors' are told.
+    """Return the record as it is embedded; its ``include_prompt`` says how it and its ancestors show prompts.
 
-    With ``hash`` each prompt is replaced by the SHA-256 of its UTF-8 bytes, with ``none`` by nothing. Of an ancestor
-    no more is told than both its own record and its descendant's allow.
+    With ``hash``, each prompt is replaced by the SHA-256 of its UTF-8 bytes; with ``none`` it is removed. An ancestor
+    discloses no more than both its own record and its descendant's allow.
     """
     told = include_prompt(record)
     own = _without_prompts(record, told)
@@ -27,17 +27,17 @@ def disclosed(record: Json) -> Json:
 
 
 def include_prompt(record: Json) -> str:
-    """How a record's prompts are embedded; one that does not say, in full."""
+    """Return how a record's prompts are embedded; the default is ``full``."""
     return str(record.get("include_prompt", "full"))
 
 
 def tells_more(one: str, other: str) -> bool:
-    """Whether ``one`` discloses what ``other`` keeps back."""
+    """Return True if ``one`` discloses what ``other`` withholds."""
     return INCLUDE_PROMPT.index(one) < INCLUDE_PROMPT.index(other)
 
 
 def own_part(record: Json) -> Json:
-    """A record without its ancestors': what is signed with a picture, whose ingredients are signed with theirs."""
+    """Return a record without its ancestors' records: each ingredient carries its own signed record."""
     return {name: value for name, value in record.items() if name != "ancestors"}
 
 
@@ -55,6 +55,6 @@ def _without_prompts(record: Json, allowed: str) -> Json:
 
 
 def _without_nested(about: Json, told: str) -> Json:
-    """Records of the schema 1 hold their parents' inside what they say of their inputs."""
+    """Remove prompts from records of schema 1, which nest their parents' records in their inputs."""
     nested = about.get("record")
     return about | {"record": _without_prompts(nested, told)} if nested else about

@@ -1,4 +1,4 @@
-"""From pixels to a file with its record and its mark as AI-made, and back from anybody's file."""
+"""Encoding of pixels as a file with its record and AI mark, and decoding of untrusted files."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ from sdpipeline.errors import InputImageError, RequestRefusedError
 from sdpipeline.provenance import untrusted
 from sdpipeline.provenance.untrusted import ExcessiveError, UnreadableError
 
-# What IPTC calls a picture made by a trained generator alone, and one that a photograph went into.
+# IPTC's terms for a picture made only by a trained generator, and for one with a photograph among its inputs.
 DIGITAL_SOURCE_TYPES = "http://cv.iptc.org/newscodes/digitalsourcetype/"
 GENERATED = DIGITAL_SOURCE_TYPES + "trainedAlgorithmicMedia"
 COMPOSITE = DIGITAL_SOURCE_TYPES + "compositeWithTrainedAlgorithmicMedia"
 
 LARGEST_PICTURE = 2**28
-"""Pixels of the largest picture of our own that is decoded."""
+"""Pixels of the largest picture of ours that is decoded."""
 
 _CONTENT_TYPES = {"png": "image/png", "jpeg": "image/jpeg", "webp": "image/webp"}
 _EXTENSIONS = {"png": "png", "jpeg": "jpg", "webp": "webp"}
@@ -38,14 +38,14 @@ _PNG_RECORD = "sdpipeline"
 # One JPEG segment holds 65,533 bytes, and the XMP marker takes 29 of them.
 _MAX_JPEG_XMP_BYTES = 65_504
 
-# What Pillow raises on broken files, by its own fuzzers' list, and defusedxml's errors as ValueError.
+# Errors of Pillow on broken files, from the list of its own fuzzers; defusedxml's errors are ValueErrors.
 _BROKEN = (OSError, SyntaxError, ValueError, NotImplementedError, OverflowError, EOFError, struct.error, zlib.error)
 _BOMB = (Image.DecompressionBombError, Image.DecompressionBombWarning)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EncodedImage:
-    """A finished file; ``pixels_sha256`` is of what this file decodes to, also where its format is lossy."""
+    """Finished file; ``pixels_sha256`` hashes the pixels that this file decodes to, even if its format is lossy."""
 
     data: bytes
     sha256: str
@@ -57,10 +57,10 @@ class EncodedImage:
 
 
 def encode(pixels: Pixels, *, output: OutputFormat, record: Json, from_photograph: bool = False) -> EncodedImage:
-    """The picture as a file with its record and its mark as AI-made inside.
+    """Encode the picture as a file with its record and its mark as AI-made.
 
-    ``from_photograph`` says that a picture no generator made went into this one. The record is
-    embedded as it is: whoever builds it keeps host names and paths out.
+    ``from_photograph`` says that a picture which no generator made is among its inputs. The record is embedded
+    unchanged: the caller keeps host names and paths out of it.
     """
     text = record_text(record)
     xmp = _xmp(text, COMPOSITE if from_photograph else GENERATED)
@@ -81,12 +81,12 @@ def encode(pixels: Pixels, *, output: OutputFormat, record: Json, from_photograp
 
 
 def encoder(output: OutputFormat) -> Json:
-    """What ``encode`` uses for this output, for the record: the same encoder gives the same pixels again."""
+    """Return the encoder's version and parameters for the record: the same encoder gives the same pixels again."""
     return {"library": f"pillow {PIL.__version__}", "parameters": _parameters(output)}
 
 
 def pixels_sha256(pixels: Pixels) -> str:
-    """SHA-256 of the line ``HEIGHTxWIDTHx3`` and the RGB bytes row by row: a picture's name whatever its file."""
+    """Return the SHA-256 of the line ``HEIGHTxWIDTHx3`` and the RGB bytes by row, which is independent of the file."""
     height, width, channels = pixels.shape
     digest = hashlib.sha256(f"{height}x{width}x{channels}\n".encode())
     digest.update(np.ascontiguousarray(pixels).data)
@@ -94,26 +94,25 @@ def pixels_sha256(pixels: Pixels) -> str:
 
 
 def decode(data: bytes, *, max_pixels: int) -> Pixels:
-    """The picture in a png, jpeg or webp file of anybody's, upright and in sRGB; else InputImageError.
+    """Decode an untrusted png, jpeg or webp file to upright sRGB pixels; raises InputImageError.
 
-    Transparency is laid on white, as on a page; 16-bit grey keeps its upper 8 bits; an embedded
-    colour profile is applied. Animations are refused, and nothing is decompressed beyond
-    ``max_pixels`` or Pillow's own limit of 178 million.
+    Transparency is composited on white; 16-bit grey keeps its upper 8 bits; an embedded colour profile is applied.
+    Animations are refused. Nothing larger than ``max_pixels`` or Pillow's own limit of 178 million is decompressed.
     """
     with _opened(data, max_pixels) as image:
-        # A telephone's jpeg may carry a second picture (depth, a thumbnail); that is not an animation.
+        # A phone's jpeg may carry a second picture (depth, a thumbnail); that is not an animation.
         if image.format != "MPO" and getattr(image, "is_animated", False):
             raise InputImageError("the picture is an animation: give one frame of it")
         return np.asarray(_rgb(_upright(image)), dtype=np.uint8)
 
 
 def read_record(data: bytes) -> Json | None:
-    """The record embedded by ``encode``, or None where there is none; raises InputImageError as ``read_marks``."""
+    """Return the record embedded by ``encode``, or None; raises InputImageError as ``read_marks`` does."""
     return read_marks(data)[0]
 
 
 def content_type(data: bytes) -> str:
-    """The media type that the file's first bytes show; else InputImageError."""
+    """Return the media type that the file's first bytes show; raises InputImageError."""
     if data.startswith(b"\x89PNG\r\n\x1a\n"):
         return "image/png"
     if data.startswith(b"\xff\xd8\xff"):
@@ -124,14 +123,14 @@ def content_type(data: bytes) -> str:
 
 
 def digital_source_type(data: bytes) -> str | None:
-    """The IPTC digital source type in the picture's XMP, or None."""
+    """Return the IPTC digital source type in the picture's XMP, or None."""
     return read_marks(data)[1]
 
 
 def read_marks(data: bytes) -> tuple[Json | None, str | None]:
-    """Read the embedded record and the IPTC digital source type, each None where it is missing.
+    """Read the embedded record and the IPTC digital source type, each None if it is missing.
 
-    Raises InputImageError for a file that is no picture, and for marks that exceed the bounds of ``outside``.
+    Raises InputImageError for a file that is not a picture, and for marks that exceed the limits of ``untrusted``.
     """
     with _opened(data, None) as image:
         xmp = _xmp_properties(image)
@@ -140,14 +139,14 @@ def read_marks(data: bytes) -> tuple[Json | None, str | None]:
 
 
 def record_text(record: Json) -> str:
-    """The record as it is embedded; in ASCII, for XML has no place for some characters of a prompt."""
+    """Serialize the record for embedding; in ASCII, because XML cannot hold some characters of a prompt."""
     return json.dumps(record, sort_keys=True, separators=(",", ":"), allow_nan=False)
 
 
 def parsed_record(text: object) -> Json | None:
-    """Parse what ``record_text`` wrote; None for any other text.
+    """Parse the text written by ``record_text``; return None for any other text.
 
-    Raises InputImageError for a record that is too large or nested too deeply: made to stop a reader.
+    Raises InputImageError for a record that is too large or too deeply nested, as an attacker's may be.
     """
     if not isinstance(text, str):
         return None
@@ -179,14 +178,14 @@ def _is_lossless(output: OutputFormat) -> bool:
 def _parameters(output: OutputFormat) -> Json:
     match output.format:
         case "png":
-            # Runs alone are looked for: on three 1024² photographs 71 ms and 1,330 KB, where zlib's usual search takes
-            # 79 ms and 1,510 KB at level 1, 156 ms and 1,345 KB at level 4; graphics too become smaller than at 4.
+            # Run-length matching only: on three 1024² photographs it takes 71 ms and 1,330 KB. zlib's usual search
+            # takes 79 ms and 1,510 KB at level 1, 156 ms and 1,345 KB at level 4; graphics also are smaller than at 4.
             return {"format": "PNG", "compress_level": 1, "compress_type": zlib.Z_RLE}
         case "jpeg":
-            # Full colour resolution: annotators and the next stage see edges that 4:2:0 smears.
+            # Full colour resolution: 4:2:0 blurs edges that annotators and the next stage use.
             return {"format": "JPEG", "quality": output.quality or 95, "subsampling": 0}
         case "webp" if output.quality is None:
-            # 182 ms and 912 KB, where the library's default effort takes 552 ms and 881 KB.
+            # 182 ms and 912 KB; the library's default effort takes 552 ms and 881 KB.
             return {"format": "WEBP", "lossless": True, "quality": 20, "method": 1}
         case "webp":
             return {"format": "WEBP", "quality": output.quality, "method": 4}
@@ -236,7 +235,7 @@ def _opened(data: bytes, max_pixels: int | None) -> Iterator[Image.Image]:
                     f"a picture of {image.width} x {image.height} is larger than the {max_pixels:,} pixels allowed"
                 )
             yield image
-    except PIL.UnidentifiedImageError as error:  # its message names an address in memory
+    except PIL.UnidentifiedImageError as error:  # its message contains a memory address
         raise InputImageError("not a whole png, jpeg or webp picture") from error
     except _BOMB as error:
         raise InputImageError(f"the picture is a decompression bomb: {error}") from error
@@ -251,7 +250,7 @@ def _opened(data: bytes, max_pixels: int | None) -> Iterator[Image.Image]:
 def _upright(image: Image.Image) -> Image.Image:
     try:
         return ImageOps.exif_transpose(image)
-    except (ArithmeticError, AttributeError, LookupError, TypeError) as error:  # values of types that EXIF has not
+    except (ArithmeticError, AttributeError, LookupError, TypeError) as error:  # values of types unknown to EXIF
         raise InputImageError(f"its EXIF metadata is broken: {error}") from error
 
 

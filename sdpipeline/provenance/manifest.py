@@ -1,4 +1,4 @@
-"""C2PA manifests: the signed statement in a picture of what made it from what, and its verification."""
+"""C2PA manifests: signed statements of how a picture was made from which inputs, and their verification."""
 
 from __future__ import annotations
 
@@ -44,13 +44,13 @@ _ACTIONS = "c2pa.actions.v2"
 _PARENT = "image"
 _AGENT = {"name": "sdpipeline", "version": __version__}
 
-# Defaults would cost 46-59 ms and up to 1.8 MB a picture; what was signed is verified after its upload
-# instead. Nothing a stranger's picture says may make us open a connection.
+# Defaults would cost 46-59 ms and up to 1.8 MB a picture; signed pictures are verified after their upload
+# instead. An untrusted picture must not be able to make us open a connection.
 _SETTINGS: Json = {
     "version": 1,
     "builder": {
         "thumbnail": {"enabled": False},
-        # Anything else counts as gathered from elsewhere, and the signer does not answer for it.
+        # All other assertions count as gathered from elsewhere, and the signer does not vouch for them.
         "created_assertion_labels": ["c2pa.actions", "c2pa.ingredient", _RECORD],
     },
     "verify": {"verify_after_sign": False, "remote_manifest_fetch": False, "ocsp_fetch": False},
@@ -59,9 +59,9 @@ _SETTINGS: Json = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Ingredient:
-    """A picture that went into another, as the file it was, with its role in the request.
+    """Input picture of another, as its file, with its role in the request.
 
-    The one whose role is ``image`` was edited and becomes the parent; all others are inputs.
+    The one with the role ``image`` was edited and becomes the parent; all others are inputs.
     """
 
     role: str
@@ -70,11 +70,11 @@ class Ingredient:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ParentPicture:
-    """A picture that the signed manifests name as an ancestor.
+    """Ancestor named by the signed manifests.
 
-    ``manifest`` is its own manifest's label, None where it was not signed; ``child`` that of the picture
-    it went into, ``depth`` generations up from the one verified. ``relationship`` is parentOf or inputTo.
-    ``faults`` is what was wrong with it already when it was used: it takes nothing from its child's own marks.
+    ``manifest`` is its own manifest's label, or None if it was not signed. ``child`` is the label of the picture made
+    from it. ``depth`` counts generations up from the verified picture. ``relationship`` is parentOf or inputTo.
+    ``faults`` lists what was wrong with it when it was used; they do not affect its child's marks.
     """
 
     role: str
@@ -89,12 +89,12 @@ class ParentPicture:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class VerifiedPicture:
-    """What a picture's marks say and whether they hold.
+    """Marks of a picture, and whether they hold.
 
-    ``c2pa`` is *trusted* where the signer's chain ends in a trusted root, *valid* where it does not or is
-    a development key's, *invalid* where the picture or its manifest was changed, *missing* without one.
-    ``record`` is the signed one, without its ancestors', or the embedded one where nothing is signed. ``parents``
-    has every ancestor, nearest first. ``faults`` names what does not hold.
+    ``c2pa`` is *trusted* if the signer's chain ends in a trusted root; *valid* if not, or for a development key;
+    *invalid* if the picture or its manifest was changed; *missing* if it has no manifest.
+    ``record`` is the signed record without its ancestors' records, or the embedded one if nothing is signed.
+    ``parents`` has every ancestor, nearest first. ``faults`` names what does not hold.
     """
 
     c2pa: Literal["trusted", "valid", "invalid", "missing"]
@@ -108,12 +108,12 @@ class VerifiedPicture:
 
     @property
     def ok(self) -> bool:
-        """Signed, unchanged and marked as AI-made in every way that we mark pictures."""
+        """True if the picture is signed, unchanged and marked as AI-made in all our ways."""
         return self.c2pa in ("trusted", "valid") and not self.faults
 
     @property
     def signed_by(self) -> str:
-        """Who signed it, for people."""
+        """Name of the signer, for display."""
         return DEVELOPMENT_IDENTITY if self.development_key else self.signer or "nobody"
 
 
@@ -125,11 +125,11 @@ def sign(
     ingredients: Sequence[Ingredient] = (),
     from_photograph: bool = False,
 ) -> EncodedImage:
-    """The same picture with a signed manifest; the last step, for any change to the file afterwards breaks it.
+    """Add a signed manifest to the picture; any later change to the file breaks the signature.
 
-    Of the record its own part is signed: each ancestor's is in the manifest that the ancestor brings along.
-    Raises SigningUnavailableError, also for a certificate that ran out, and InputImageError for an ingredient that
-    C2PA cannot read.
+    Only the record's own part is signed: the manifest of each ancestor holds that ancestor's record.
+    Raises SigningUnavailableError, also for an expired certificate, and InputImageError for an ingredient that C2PA
+    cannot read.
     """
     refusals: list[SigningUnavailableError] = []
 
@@ -137,22 +137,26 @@ def sign(
         try:
             return key.sign(data)
         except SigningUnavailableError as error:
-            refusals.append(error)  # c2pa keeps no more than a text of what its callback raises
+            refusals.append(error)  # c2pa keeps only the text of an error that its callback raises
             raise
 
     try:
         data = _signed(image, replace(key, sign=signature), record, ingredients, from_photograph=from_photograph)
     except c2pa.C2paError as error:
         if refusals:
-            raise refusals[0]  # noqa: B904 - its own cause says more than c2pa's echo of it
+            raise refusals[0]  # noqa: B904 - its own cause says more than c2pa's copy of its text
         rehearse(key, ingredients)
         raise _unavailable(error) from error
     return replace(image, data=data, sha256=hashlib.sha256(data).hexdigest())
 
 
 def rehearse(key: SigningKey, ingredients: Sequence[Ingredient]) -> None:
-    """Raises InputImageError where no picture could be signed that names these, SigningUnavailableError where none
-    could at all. Neither the private key nor the time authority is asked."""
+    """Sign a blank picture with these ingredients, to find errors early.
+
+    Raises InputImageError if no picture with these ingredients could be signed.
+    Raises SigningUnavailableError if no picture could be signed at all.
+    Neither the private key nor the time authority is used.
+    """
     blank = encode(np.zeros((8, 8, 3), np.uint8), output=OutputFormat(), record={})
     offline = replace(key, sign=lambda _: bytes(64), tsa_url=None)
     for ingredient in ingredients:
@@ -167,9 +171,9 @@ def rehearse(key: SigningKey, ingredients: Sequence[Ingredient]) -> None:
 
 
 def inspect(data: bytes, *, max_pixels: int) -> tuple[int, int]:
-    """Width and height of a picture from outside, after everything that a worker will read of it was read.
+    """Return width and height of an untrusted picture, after reading all that a worker will read of it.
 
-    Raises InputImageError where its pixels, its record, its XMP or its C2PA manifest cannot be used.
+    Raises InputImageError if its pixels, its record, its XMP or its C2PA manifest cannot be used.
     """
     height, width, _ = decode(data, max_pixels=max_pixels).shape
     read_marks(data)
@@ -179,7 +183,7 @@ def inspect(data: bytes, *, max_pixels: int) -> tuple[int, int]:
 
 @cache
 def _throwaway_key() -> SigningKey:
-    """A key that signs nothing that is kept: a rehearsal needs certificates, and ``plan`` has none."""
+    """Create a temporary key for rehearsals: they need certificates, and ``plan`` has none."""
     with TemporaryDirectory(prefix="sdpipeline-rehearsal-") as folder:
         return development_key(Path(folder))
 
@@ -206,7 +210,7 @@ def _signed(
 
 
 def _unavailable(error: c2pa.C2paError) -> SigningUnavailableError:
-    # It may name the time authority's address, with whatever stands before its host.
+    # The error may contain the time authority's URL, with credentials before its host.
     why = re.sub(r"//\S*@", "//", str(error))
     return SigningUnavailableError(f"the picture cannot be signed: {why}")
 
@@ -217,9 +221,9 @@ def _unfit(ingredient: Ingredient, error: c2pa.C2paError) -> InputImageError:
 
 
 def verify(data: bytes, *, trust_anchors: str = "") -> VerifiedPicture:
-    """What the marks in a png, jpeg or webp file say; ``trust_anchors`` are root certificates in PEM.
+    """Read and verify the marks of a png, jpeg or webp file; ``trust_anchors`` are root certificates in PEM.
 
-    Raises InputImageError for any other file; one that is damaged is *invalid*.
+    Raises InputImageError for any other file; a damaged one is *invalid*.
     """
     media_type = content_type(data)
     try:
@@ -241,7 +245,7 @@ def verify(data: bytes, *, trust_anchors: str = "") -> VerifiedPicture:
         )
     except UnreadableError as error:
         return invalid(faults=(f"c2pa.unreadable: its manifest {error}",))
-    except InputImageError as error:  # a signed record that is a bomb
+    except InputImageError as error:  # a signed record that is too large or too deep
         return invalid(faults=(f"c2pa.unreadable: {error}",))
     except SHAPE_ERRORS as error:
         return invalid(faults=(f"c2pa.unreadable: its manifest has another shape than ours: {error!r}",))
@@ -305,13 +309,13 @@ def _failures(results: Json) -> Iterator[str]:
     deltas = [delta["validationDeltas"] for delta in results.get("ingredientDeltas", [])]
     for status in (results.get("activeManifest", {}), *deltas):
         for failure in status.get("failure", []):
-            # An unknown signer is not a fault: it is the difference between valid and trusted.
+            # An unknown signer is not a fault: it only makes the difference between valid and trusted.
             if failure["code"] != "signingCredential.untrusted":
                 yield failure["code"]
 
 
 def _ancestors(manifests: Mapping[str, Json], active: str) -> Iterator[ParentPicture]:
-    """Each manifest is opened once: a stranger's file may name its ancestors in any shape."""
+    """Yield all ancestors; open each manifest only once, because an untrusted file may contain cycles."""
     generation, seen, depth = [active], {active}, 0
     while generation:
         depth += 1
@@ -336,7 +340,7 @@ def _ancestors(manifests: Mapping[str, Json], active: str) -> Iterator[ParentPic
 
 
 def _record(manifest: Json) -> Json | None:
-    # As text, for c2pa shows a list of numbers as if it were bytes.
+    # Stored as text, because c2pa returns a list of numbers as bytes.
     found = [data for label, data in _assertions(manifest) if label == _RECORD]
     return parsed_record(found[0].get("json")) if found else None
 
@@ -353,7 +357,7 @@ def _source_type(manifest: Json) -> str | None:
 
 
 def _assertions(manifest: Json) -> Iterator[tuple[str, Json]]:
-    """Labels with their data, where it is an object: other programs' assertions may hold anything."""
+    """Yield labels and data of assertions whose data is an object: other programs' assertions may hold anything."""
     for each in manifest.get("assertions", []):
         if isinstance(each.get("data"), dict):
             yield each["label"], each["data"]

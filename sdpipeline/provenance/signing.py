@@ -1,4 +1,4 @@
-"""The keys that sign pictures: certificate chains, and whatever computes signatures with their private keys."""
+"""Signing keys: certificate chains, and signing with private keys in files or AWS KMS."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from sdpipeline.errors import SettingsError, SigningUnavailableError
 
 DEVELOPMENT = "sdpipeline DEVELOPMENT KEY"
 DEVELOPMENT_IDENTITY = "a development key, which nobody trusts"
-"""The organization in every development certificate: whoever reads a signature sees what it is worth."""
+"""Organization in every development certificate, so that readers of a signature see what it is worth."""
 
 _LIFETIME = timedelta(days=3650)
 _PrivateKey = ec.EllipticCurvePrivateKey | rsa.RSAPrivateKey | ed25519.Ed25519PrivateKey
@@ -30,10 +30,10 @@ _PrivateKey = ec.EllipticCurvePrivateKey | rsa.RSAPrivateKey | ed25519.Ed25519Pr
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SigningKey:
-    """A certificate chain in PEM, the signing certificate first and the root left out, and its ``sign``.
+    """Certificate chain in PEM (signing certificate first, root left out) and its ``sign`` function.
 
-    ``sign`` takes the bytes themselves, may be called from several threads, and raises
-    SigningUnavailableError. ``algorithm`` is COSE's name for what it computes. With ``tsa_url`` an RFC 3161
+    ``sign`` takes the data, not a digest. It may be called from several threads, and raises
+    SigningUnavailableError. ``algorithm`` is the COSE name of the signature algorithm. With ``tsa_url``, an RFC 3161
     authority confirms the time, so that the signature outlives its certificate.
     """
 
@@ -44,12 +44,12 @@ class SigningKey:
 
     @property
     def development(self) -> bool:
-        """Whether this program made it, so that it vouches for nobody."""
+        """True if this program made the key, so that it vouches for nobody."""
         return any(each.value == DEVELOPMENT for each in self._names(NameOID.ORGANIZATION_NAME))
 
     @property
     def identity(self) -> str:
-        """Who signs, for people: the certificate's names and when it ends."""
+        """Name of the signer, for display: the certificate's names and its end date."""
         if self.development:
             return DEVELOPMENT_IDENTITY
         names = [
@@ -71,7 +71,7 @@ class SigningKey:
 
 
 def development_key(folder: Path) -> SigningKey:
-    """The key in ``folder``, made on first use together with the chain that ``development_root`` ends in."""
+    """Return the key in ``folder``; create it on first use, with a chain that ends in ``development_root``."""
     folder.mkdir(parents=True, exist_ok=True)
     with FileLock(folder / ".lock"):
         if not (folder / "key.pem").exists():
@@ -80,12 +80,12 @@ def development_key(folder: Path) -> SigningKey:
 
 
 def development_root(folder: Path) -> str:
-    """The root certificate of that key, in PEM."""
+    """Return the root certificate of that key, in PEM."""
     return (folder / "root.pem").read_text()
 
 
 def trusted_roots(path: Path) -> str:
-    """The certificates in a PEM file; SettingsError where there are none."""
+    """Return the certificates in a PEM file; raises SettingsError if it has none."""
     pem = _read(path)
     try:
         x509.load_pem_x509_certificates(pem)
@@ -97,7 +97,7 @@ def trusted_roots(path: Path) -> str:
 def pem_key(
     certificates: Path, private_key: Path, *, password: str | None = None, tsa_url: str | None = None
 ) -> SigningKey:
-    """A key in files; SettingsError names what a reader of the pictures would object to."""
+    """Load a key from files; raises SettingsError for anything that readers of the pictures would reject."""
     chain = _read(certificates)
     try:
         key = serialization.load_pem_private_key(_read(private_key), password.encode() if password else None)
@@ -118,7 +118,10 @@ def kms_key(
     region: str | None = None,
     tsa_url: str | None = None,
 ) -> SigningKey:
-    """A key that never leaves AWS KMS; credentials come from boto3's own chain, and again if KMS refuses them."""
+    """Return a key that never leaves AWS KMS.
+
+    Credentials come from boto3's own chain, and are fetched again if KMS refuses them.
+    """
     chain = _read(certificates)
     algorithm = _algorithm(_checked_chain(chain, certificates)[0].public_key(), certificates)
     if algorithm not in _KMS_ALGORITHMS:
@@ -130,7 +133,7 @@ def kms_key(
     kms_algorithm, digest = _KMS_ALGORITHMS[algorithm]
 
     def sign(data: bytes) -> bytes:
-        # KMS hashes what it gets, but takes no more than 4,096 bytes; a long chain of certificates passes that.
+        # KMS hashes messages of up to 4,096 bytes itself; a long certificate chain exceeds that.
         message = {"Message": data} if len(data) <= 4096 else {"Message": digest(data), "MessageType": "DIGEST"}
         try:
             answer = client.sign(KeyId=key_id, SigningAlgorithm=kms_algorithm, **message)
@@ -175,7 +178,7 @@ def _signs_with(key: _PrivateKey) -> Callable[[bytes], bytes]:
 
 
 def _checked_chain(pem: bytes, path: Path) -> list[x509.Certificate]:
-    """Refuses at the start what would make every picture invalid later."""
+    """Parse a certificate chain; raises SettingsError for faults that would make every picture invalid later."""
     try:
         chain = x509.load_pem_x509_certificates(pem)
     except ValueError as error:
@@ -221,7 +224,7 @@ def _read(path: Path) -> bytes:
 
 
 def _make_development_chain(folder: Path) -> None:
-    """Root, intermediate and leaf; the keys of the first two are forgotten, so that nothing else is ever issued."""
+    """Create root, intermediate and leaf; discard the first two keys, so that they never issue anything else."""
     root, intermediate, leaf = (ec.generate_private_key(ec.SECP256R1()) for _ in range(3))
     root_certificate = _issue("root", root.public_key(), issuer="root", issuer_key=root, path_length=1)
     chain = [
@@ -230,7 +233,7 @@ def _make_development_chain(folder: Path) -> None:
     ]
     _write(folder / "root.pem", _pem(root_certificate), mode=0o600)
     _write(folder / "chain.pem", b"".join(_pem(certificate) for certificate in chain), mode=0o600)
-    # Last, for its presence says that all are there.
+    # Last, because its presence means that all files exist.
     encoding = serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
     _write(folder / "key.pem", leaf.private_bytes(*encoding), mode=0o600)
 
@@ -243,7 +246,7 @@ def _issue(
     issuer_key: ec.EllipticCurvePrivateKey,
     path_length: int | None = None,
 ) -> x509.Certificate:
-    """A certificate of an authority, where ``path_length`` is given, or of a signer of pictures."""
+    """Issue a certificate: for an authority if ``path_length`` is given, else for a signer of pictures."""
     authority, now = path_length is not None, datetime.now(UTC)
     builder = (
         x509.CertificateBuilder()

@@ -1,4 +1,4 @@
-"""Bounds for documents and files from outside: JSON by size and depth, picture files by their structure."""
+"""Limits for untrusted documents and files: JSON by size and depth, picture files by their structure."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 from sdpipeline.errors import InputImageError
 
 LARGEST_RECORD = 4 * 2**20
-"""Characters of a picture's record or sidecar. A stage's own part has some 4 kB, most of it prompts."""
+"""Characters of a picture's record or sidecar. A stage's own part has about 4 kB, mostly prompts."""
 
 LARGEST_MANIFEST = 16 * 2**20
 """Characters of a C2PA manifest store as JSON. Each ancestor takes about 17 kB."""
@@ -31,33 +31,33 @@ MOST_WEBP_CHUNKS = 20_000
 
 MOST_JPEG_SEGMENTS = 20_000
 MOST_JPEG_SCANS = 100
-"""Each scan of a progressive JPEG visits every block; encoders write about ten, a bomb thousands."""
+"""Each scan of a progressive JPEG visits every block; encoders write about ten, bombs write thousands."""
 
 _SAVE_AGAIN = "save it again without its metadata"
 
 SHAPE_ERRORS = (AttributeError, IndexError, KeyError, TypeError, ValueError, OverflowError, RecursionError)
-"""What reading a parsed document raises that has another shape than the one written here."""
+"""Errors of reading a parsed document that has a different structure than ours."""
 
 _PNG = b"\x89PNG\r\n\x1a\n"
 _SOS, _EOI = 0xDA, 0xD9
 _NEXT_MARKER = re.compile(rb"\xff[^\x00\x01\xd0-\xd7\xff]")
-"""The marker that ends a scan: an 0xFF of its pixels is followed by 0x00, and restarts belong to it."""
+"""Marker that ends a scan: an 0xFF in its data is followed by 0x00, and restart markers belong to the scan."""
 _STANDALONE = frozenset({0x00, 0x01, *range(0xD0, 0xD9)})
 
 
 class UnreadableError(ValueError):
-    """A document from outside is not JSON, or not JSON that has one meaning everywhere."""
+    """Untrusted document that is not JSON, or is JSON that readers may interpret differently."""
 
 
 class ExcessiveError(UnreadableError):
-    """A document from outside exceeds a bound of size or depth."""
+    """Untrusted document that exceeds a limit of size or depth."""
 
 
 def parse_json(text: str | bytes, *, largest: int = LARGEST_RECORD, deepest: int = DEEPEST_RECORD) -> Any:
     """Parse a JSON document of at most ``largest`` characters and ``deepest`` levels.
 
-    Repeated keys, numbers that are not finite and halves of a surrogate pair are refused: two readers could take
-    them for different things, and no database or terminal can hold them. Raises UnreadableError.
+    Repeated keys, non-finite numbers and lone surrogates are refused: readers could interpret them differently, and
+    databases and terminals cannot store or show them. Raises UnreadableError.
     """
     if len(text) > largest:
         raise ExcessiveError(f"has {len(text):,} characters, at most {largest:,} are read")
@@ -69,7 +69,7 @@ def parse_json(text: str | bytes, *, largest: int = LARGEST_RECORD, deepest: int
         raise ExcessiveError(f"is nested more than {deepest} levels deep") from error
     except UnreadableError:
         raise
-    except ValueError as error:  # also a number of too many digits, and bytes that are not UTF-8
+    except ValueError as error:  # also for a number with too many digits, and for bytes that are not UTF-8
         raise UnreadableError(f"is not JSON: {error}") from error
     if not _is_flat(document, deepest):
         raise ExcessiveError(f"is nested more than {deepest} levels deep")
@@ -79,7 +79,7 @@ def parse_json(text: str | bytes, *, largest: int = LARGEST_RECORD, deepest: int
 
 
 def parse_object(text: str | bytes, *, largest: int = LARGEST_RECORD, deepest: int = DEEPEST_RECORD) -> dict[str, Any]:
-    """As ``parse_json``, for a document that has to be an object."""
+    """Parse a JSON document as ``parse_json`` does, and require an object."""
     document = parse_json(text, largest=largest, deepest=deepest)
     if not isinstance(document, dict):
         raise UnreadableError("is not a JSON object")
@@ -87,7 +87,7 @@ def parse_object(text: str | bytes, *, largest: int = LARGEST_RECORD, deepest: i
 
 
 def check_structure(data: bytes) -> None:
-    """Refuse a picture file whose headers alone cost a decoder minutes or gigabytes; raises InputImageError."""
+    """Refuse a picture file whose headers would cost a decoder minutes or gigabytes; raises InputImageError."""
     if data.startswith(_PNG):
         _check_png(data)
     elif data.startswith(b"\xff\xd8"):
@@ -97,7 +97,7 @@ def check_structure(data: bytes) -> None:
 
 
 def check_xmp(xmp: bytes) -> None:
-    """Refuse XMP that is too large to be parsed as XML; raises InputImageError."""
+    """Refuse XMP that is too large to parse as XML; raises InputImageError."""
     if len(xmp) > LARGEST_XMP:
         raise InputImageError(f"its XMP has {len(xmp):,} bytes, at most {LARGEST_XMP:,} are read ({_SAVE_AGAIN})")
     if xmp.count(b"<") > MOST_XMP_ELEMENTS:
@@ -123,7 +123,10 @@ def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _is_flat(document: Any, deepest: int) -> bool:
-    """Level by level: a recursive walk would need the stack that the bound protects."""
+    """Return True if the document has at most ``deepest`` levels.
+
+    It is walked level by level: a recursive walk would need the stack that the limit protects.
+    """
     level = [document]
     for _ in range(deepest):
         level = [child for each in level for child in _children(each) if isinstance(child, dict | list)]
@@ -171,7 +174,7 @@ def _check_jpeg(data: bytes) -> None:
         marker = data[place + 1]
         if data[place] != 0xFF or marker == 0xFF:
             place += 1
-        elif marker == _EOI:  # a telephone puts a film or a depth map behind its picture
+        elif marker == _EOI:  # phones append a video or a depth map to the picture
             return
         elif marker in _STANDALONE:
             place += 2

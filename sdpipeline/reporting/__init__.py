@@ -1,1 +1,1 @@
-"""Reports, contact sheets, exports, and the checks of finished pictures."""
+"""Reports, contact sheets and exports of campaigns; verification and reproduction of finished pictures."""

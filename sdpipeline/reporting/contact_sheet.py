@@ -1,4 +1,4 @@
-"""The newest pictures of a campaign side by side, each with what it is written beneath it."""
+"""Contact sheet of a campaign: its newest pictures in a grid, each with a label below."""
 
 from __future__ import annotations
 
@@ -23,18 +23,18 @@ LINE = 12
 LABEL_LINES = 3
 FONT_SIZE = 10
 LONGEST_LABEL = 200
-"""Characters that are looked at of a label: some 25 are shown, and a cell may have 100,000."""
+"""Characters of a label that are measured: about 25 are shown, and a cell may have 100,000."""
 MOST_PICTURES = 48
 MAX_PIXELS = 2**28
 QUALITIES = (90, 75, 60, 45, 30, 15)
 
 Thumbnails = MutableMapping[str, Image.Image]
-"""By the keys of their pictures."""
+"""Thumbnails by the key of their picture."""
 
 
 @dataclass(frozen=True, slots=True)
 class Tile:
-    """A thumbnail and the lines beneath it."""
+    """Thumbnail and the lines of its label."""
 
     thumbnail: Image.Image
     label: Sequence[str]
@@ -48,10 +48,10 @@ def draw(
     max_bytes: int,
     kept: Thumbnails | None = None,
 ) -> bytes | None:
-    """A JPEG of at most ``max_bytes``, or None before the first picture that is nobody's.
+    """Draw a JPEG of at most ``max_bytes``; return None if no picture without a subject exists yet.
 
-    A sheet outlives what is erased: it is kept by Prefect and handed around, so no picture with a subject is on it.
-    ``kept`` holds thumbnails by key from one drawing to the next, so that each picture is read once.
+    Pictures with a subject are left out: Prefect keeps the sheet and people pass it on, so it outlives an erasure.
+    ``kept`` caches thumbnails by key between calls, so that each picture is read once.
     """
     with database.read() as connection:
         newest = queries.newest_images(connection, campaign_id, MOST_PICTURES, without_subject=True)
@@ -65,7 +65,7 @@ def draw(
 
 
 def fitted(tiles: Sequence[Tile], max_bytes: int) -> bytes | None:
-    """The sheet in the best quality that fits, with half as many pictures where none does."""
+    """Return the sheet in the best quality that fits into ``max_bytes``; halve the number of pictures if none fits."""
     while tiles:
         sheet = tiled(tiles)
         for quality in QUALITIES:
@@ -78,7 +78,7 @@ def fitted(tiles: Sequence[Tile], max_bytes: int) -> bytes | None:
 
 
 def label(picture: Json) -> list[str]:
-    """What a picture is, in three lines: stage and seed (the stage's own, where it has some), row, variables."""
+    """Return three lines: stage and seed (the stage's own if it has one), row, variables."""
     own = f"{picture['stage']}.seed"
     seed = picture["variables"].get(own, picture["seed"])
     variables = ", ".join(str(value) for name, value in picture["variables"].items() if name != own)
@@ -86,7 +86,7 @@ def label(picture: Json) -> list[str]:
 
 
 def tiled(tiles: Sequence[Tile]) -> Image.Image:
-    """Tiles in a grid about twice as wide as high."""
+    """Arrange tiles in a grid about twice as wide as high."""
     columns = min(len(tiles), max(1, math.ceil(math.sqrt(2 * len(tiles)))))
     width, height = THUMBNAIL + MARGIN, THUMBNAIL + LABEL_LINES * LINE + MARGIN
     sheet = Image.new("RGB", (columns * width, math.ceil(len(tiles) / columns) * height), "white")
@@ -100,7 +100,7 @@ def tiled(tiles: Sequence[Tile]) -> Image.Image:
 
 
 def _shortened(text: str, font: Any) -> str:
-    """As much of a line as stands beneath a thumbnail."""
+    """Shorten a line to the width of a thumbnail."""
     text = escaping.terminal(" ".join(text[:LONGEST_LABEL].split()))
     if font.getlength(text) <= THUMBNAIL:
         return text
@@ -110,7 +110,7 @@ def _shortened(text: str, font: Any) -> str:
 
 
 def _thumbnail(store: ObjectStore, key: str) -> Image.Image | None:
-    """The picture, small; None where it is gone or damaged: that is for the audit to say."""
+    """Return the picture as a thumbnail, or None if it is missing or damaged: the audit reports that."""
     try:
         thumbnail = Image.fromarray(provenance.decode(store.get(key), max_pixels=MAX_PIXELS), "RGB")
     except (ObjectMissingError, InputImageError):

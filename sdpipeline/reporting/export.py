@@ -1,4 +1,4 @@
-"""Pictures copied out of storage under names that people want, with a table that says what each is."""
+"""Export of pictures from storage to a folder, under readable names and with a CSV manifest."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ COLUMNS = (
 )
 
 OnProgress = Callable[[int, int], None]
-"""Called with the number of jobs done and of all."""
+"""Called with the number of jobs done and the total."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Choice:
-    """Which jobs of a campaign are exported, and how their pictures are called."""
+    """Jobs of a campaign to export, and the naming of their pictures."""
 
     campaign_id: int
     stages: tuple[str, ...]
@@ -44,12 +44,12 @@ class Choice:
     naming: Naming
     templated: bool
     row_names: tuple[str, ...] = ()
-    """Variables that are another word for the row's key."""
+    """Variables that are synonyms of the row's key."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Checked:
-    """An export whose every name is right. ``alike`` are the default names that several jobs have, by digest."""
+    """Export whose names are all valid. ``alike`` holds the digests of default names that several jobs share."""
 
     choice: Choice
     directory: Path
@@ -59,7 +59,7 @@ class Checked:
 
 @dataclass(slots=True, kw_only=True)
 class Exported:
-    """What an export did; ``faults`` are pictures that storage does not have as they were recorded."""
+    """Result of an export; ``faults`` lists pictures that are missing in storage or differ from their record."""
 
     directory: Path
     copied: int = 0
@@ -69,7 +69,7 @@ class Exported:
     faults: list[Json] = field(default_factory=list)
 
     def document(self) -> Json:
-        """The form of ``export --json``."""
+        """Return the document that ``export --json`` prints."""
         counts = {name: getattr(self, name) for name in ("copied", "unchanged", "size_bytes", "without_picture")}
         manifest = str(self.directory / MANIFEST)
         return {"directory": str(self.directory), "manifest": manifest} | counts | {"faults": self.faults}
@@ -77,7 +77,7 @@ class Exported:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Entry:
-    """One job with its picture's row in the database; ``picture.key`` is None where there is no picture yet."""
+    """Job with the database row of its picture; ``picture.key`` is None if the picture does not exist yet."""
 
     subject: Subject
     picture: Any
@@ -86,7 +86,10 @@ class _Entry:
 def choose(
     database: Database, campaign_id: int, *, name: str | None, stages: Sequence[str], edition: str | None
 ) -> Choice:
-    """What to export: the stages named, else the last of each chain. Raises BadInputError for what there is not."""
+    """Choose the stages to export: those given, else the last of each chain.
+
+    Raises BadInputError for an unknown stage or edition and for a wrong name template.
+    """
     with database.read() as connection:
         known = exports.stages(connection, campaign_id)
         last = exports.last_stages(connection, campaign_id) if not stages else []
@@ -121,9 +124,9 @@ def choose(
 
 
 def check(database: Database, choice: Choice, directory: Path) -> Checked:
-    """Name every job without writing anything; raises BadInputError for two of one name and for what is no name.
+    """Name every job without writing anything; raises BadInputError for a duplicate or invalid name.
 
-    Jobs whose picture is not made yet count too: what a picture is called does not depend on when it is exported.
+    Jobs without a picture count too: the name of a picture does not depend on the time of the export.
     """
     directory = directory.absolute()
     _check_directory(directory)
@@ -141,9 +144,10 @@ def check(database: Database, choice: Choice, directory: Path) -> Checked:
 
 
 def export(database: Database, store: ObjectStore, checked: Checked, *, on_progress: OnProgress) -> Exported:
-    """Copy what is missing or different and storage still has as it was recorded; tells of the rest, deletes nothing.
+    """Copy pictures that are missing or different in the folder; report faults of storage; delete nothing.
 
-    Raises BadInputError where the folder cannot be written.
+    A picture is copied only if storage still holds it as recorded.
+    Raises BadInputError if the folder cannot be written.
     """
     directory = checked.directory
     done = Exported(directory=directory)
@@ -180,7 +184,7 @@ def _account(done: Exported, entry: _Entry, name: str, outcome: str) -> None:
 
 
 def _copy(store: ObjectStore, picture: Any, path: Path) -> str:
-    """Whether it was copied or was there already; else what is wrong with the object."""
+    """Return COPIED or UNCHANGED, else a description of what is wrong with the object."""
     if _holds(path, picture):
         return UNCHANGED
     try:
@@ -247,7 +251,7 @@ def _subject(row: Any, above: Json, choice: Choice) -> Subject:
 
 
 def _row_names(source: str) -> tuple[bool, tuple[str, ...]]:
-    """Whether the campaign's rows have keys of their own, and the variables that would be such a key's."""
+    """Return True if rows have keys of their own, and the variables that are synonyms of such a key."""
     data = yaml_source.parse(source, file="the campaign").data
     variables = data.get("variables") if isinstance(data, dict) else None
     rows = (variables or {}).get("rows") or {}
@@ -267,7 +271,7 @@ def _name(subject: Subject, choice: Choice, alike: frozenset[bytes]) -> str:
 
 
 def _digest(name: str) -> bytes:
-    """What names share that some file system takes for one."""
+    """Hash a name so that names which some file systems treat as equal (case, Unicode form) collide."""
     plain = unicodedata.normalize("NFC", name).casefold()
     return hashlib.blake2b(plain.encode(), digest_size=16).digest()
 
@@ -283,7 +287,7 @@ def _two_of_one_name(database: Database, choice: Choice, second: Subject, name: 
 
 
 class _Inside:
-    """Refuses folders that a link leads out of the directory."""
+    """Check that refuses folders which a symbolic link leads out of the directory."""
 
     def __init__(self, directory: Path) -> None:
         self._root = directory.resolve()
@@ -300,7 +304,10 @@ class _Inside:
 
 
 def _check_directory(directory: Path) -> None:
-    """It may be new, or hold anything but a table of someone else's under our manifest's name."""
+    """Refuse a path that is not a folder, and a folder in which our manifest would replace someone else's file.
+
+    The folder may be new, and it may hold other files.
+    """
     manifest = directory / MANIFEST
     with _translated(directory):
         if directory.exists() and not directory.is_dir():
@@ -314,7 +321,7 @@ def _check_directory(directory: Path) -> None:
 
 @contextmanager
 def _manifest(directory: Path) -> Iterator[TextIO]:
-    """The table, in its place once it is whole."""
+    """Open the CSV manifest; it appears under its name only when it is complete."""
     incoming = directory / f".{secrets.token_hex(8)}.part"
     try:
         with incoming.open("w", encoding="utf-8", newline="") as file:

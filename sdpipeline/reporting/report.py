@@ -1,4 +1,4 @@
-"""The closing report of a campaign: what was made, how fast, at what cost, how it is marked and sealed."""
+"""Closing report of a campaign: results, throughput, cost, marks and audit seals."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ MOST_FAILURES = 20
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Span:
-    """What one run made of a campaign, and the seconds it took."""
+    """Pictures made by one run of a campaign, and the seconds it took."""
 
     pictures: int
     wall_s: float
 
 
 def time_spent(timings: Iterable[Json]) -> dict[str, float]:
-    """Seconds per kind of work, added over pictures."""
+    """Sum the seconds of each kind of work over pictures."""
     total: dict[str, float] = {}
     for each in timings:
         for name, seconds in each.items():
@@ -37,7 +37,7 @@ def time_spent(timings: Iterable[Json]) -> dict[str, float]:
 
 
 def closing_report(database: Database, store: ObjectStore, campaign_id: int, *, span: Span | None = None) -> str:
-    """Markdown; ``span`` is the run that closes, for its throughput."""
+    """Return the report as Markdown; ``span`` is the run that just ended, for its throughput."""
     with database.read() as connection:
         progress = queries.progress(connection, campaign_id)
         stages = queries.stages(connection, campaign_id)
@@ -76,7 +76,7 @@ def _figures(progress: Progress, span: Span | None) -> Iterator[str]:
 
 
 def _marks(store: ObjectStore, keys: Sequence[str]) -> str:
-    """What the newest files really carry, read back from storage; nothing is claimed of the others."""
+    """Describe the marks of the newest files as read back from storage; nothing is claimed of the others."""
     iptc, c2pa, signers = Counter[str](), Counter[str](), Counter[str]()
     for key in keys:
         try:
@@ -106,7 +106,7 @@ def _sealed(connection: Connection) -> str:
 
 
 def unlucky(progress: Progress, *, shown: int) -> str:
-    """How many jobs failed or were blocked, and how many of them are listed."""
+    """Describe how many jobs failed or were blocked, and how many of them are listed."""
     blocked = f", {progress.blocked} blocked" if progress.blocked else ""
     here = f", {shown} of them here" if progress.failed + progress.blocked > shown else ""
     return f"{progress.failed} jobs failed{blocked}{here}"

@@ -1,4 +1,4 @@
-"""Making a picture again from its record, ancestors first, and explaining what differs."""
+"""Reproduction of a picture from its record, ancestors first, and a comparison with the original."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from sdpipeline.provenance.untrusted import SHAPE_ERRORS
 
 MOST_STEPS = 10_000
 LARGEST_BUCKET = 1024
-"""Bounds of what a stranger's record may ask this machine for."""
+"""Limits on what an untrusted record may request from this machine."""
 
 RECORD_SCHEMAS = ("sdpipeline/record/1", "sdpipeline/record/2")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Reproduction:
-    """The picture made again. ``max_abs_diff`` is in 0-255; None where the original's pixels are not at hand."""
+    """Reproduced picture. ``max_abs_diff`` is in 0-255, or None if the original's pixels are not available."""
 
     data: bytes
     bit_equal: bool
@@ -31,7 +31,7 @@ class Reproduction:
     differences: list[Json]
 
     def document(self) -> Json:
-        """The form of ``reproduce --json``."""
+        """Return the document that ``reproduce --json`` prints."""
         return {"bit_equal": self.bit_equal, "max_abs_diff": self.max_abs_diff, "differences": self.differences}
 
 
@@ -41,19 +41,19 @@ SETTINGS = {
     "profile.attention": "SDP_ENGINE__ATTENTION",
     "profile.quantize": "SDP_ENGINE__QUANTIZE",
 }
-"""What makes these differences: how a machine is set, and not what it is."""
+"""Settings that cause these differences; all other differences come from the machine itself."""
 
 FindInput = Callable[[Json], bytes]
-"""The bytes of an outside input by what the record says of it: its ``sha256``, and its ``url`` if it has one.
+"""Return the bytes of an outside input from its description in the record: ``sha256``, and ``url`` if it has one.
 Raises InputImageError."""
 
 
 def reproduce(
     record: Json, engine: Engine, find_input: FindInput, *, original: Pixels | None, pixels_sha256: str | None
 ) -> Reproduction:
-    """Make the picture of ``record`` in the bucket it was made in and compare; raises BadInputError or SdpError.
+    """Make the picture of ``record`` again, in its recorded bucket, and compare; raises BadInputError or SdpError.
 
-    The original is known by its decoded pixels or, where only the record is left, by their digest.
+    The original is given as decoded pixels or, if only the record is left, as their digest.
     """
     data, ran = _made_again(record, engine, find_input, {})
     pixels = provenance.decode(data, max_pixels=LARGEST_PICTURE)
@@ -67,7 +67,7 @@ def reproduce(
 
 
 def checked_record(record: Json | None, name: str) -> Json:
-    """The record, if this release can read it."""
+    """Return the record if this release can read it; else raise BadInputError."""
     if record is None:
         raise BadInputError(Mistake(file=name, message="holds no record of ours", fix="give a picture made here"))
     if (schema := record.get("schema")) not in RECORD_SCHEMAS:
@@ -83,7 +83,7 @@ def checked_record(record: Json | None, name: str) -> Json:
 
 
 def _request(record: Json) -> GenerationRequest:
-    """The request of a record, which a stranger may have written; raises InputImageError for what is none of ours."""
+    """Return the request of an untrusted record; raises InputImageError for a record that was not written here."""
     try:
         request = request_from_document(record["asked"])
         shaped = all(
@@ -105,9 +105,9 @@ def _request(record: Json) -> GenerationRequest:
 def _made_again(
     record: Json, engine: Engine, find_input: FindInput, made: dict[str, bytes | None]
 ) -> tuple[bytes, Json]:
-    """The file and what ran; encoded as recorded, because children consume the pixels of the final file.
+    """Return the file and what ran; encode as recorded, because children consume the pixels of the final file.
 
-    ``made`` holds ancestors by their digests, each made once, and None for one that is being made.
+    ``made`` maps the digest of an ancestor to its bytes, so that each is made once; None marks one in progress.
     """
     request = _request(record)
     ancestors = record.get("ancestors", {})
@@ -140,13 +140,13 @@ def _image(
 
 
 def _own_record(record: Json, request: GenerationRequest, ran: Json) -> Json:
-    """A reproduction says that it is one."""
+    """Return the record of the new picture, which is marked as a reproduction."""
     about = {"identity": record["identity"], "fingerprint": record["fingerprint"], "made_at": record["made_at"]}
     return record | {"reproduction_of": about, "ran": ran, "encoder": provenance.encoder(request.output)}
 
 
 def _differences(record: Json, ran: Json) -> list[Json]:
-    """What was different when the picture was made: engine, device, dtype, scheduler, fallbacks, libraries, encoder."""
+    """List differences from the original run: engine, device, dtype, scheduler, fallbacks, libraries, encoder."""
     then, now = _compared(record["ran"], record["encoder"]), _compared(ran, _encoder_of(record))
     names = sorted({*then, *now})
     return [
@@ -157,7 +157,7 @@ def _differences(record: Json, ran: Json) -> list[Json]:
 
 
 def _setting(name: str, then: Json | str | None) -> Json:
-    """What to set for a picture as it was then."""
+    """Return the setting that restores the recorded value."""
     if name not in SETTINGS:
         return {}
     value = str(then).lower() if then else None

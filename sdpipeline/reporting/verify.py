@@ -1,4 +1,4 @@
-"""What can be said of a picture from anywhere: its marks, and whether our database knows it and agrees."""
+"""Verification of a picture: its marks, and a comparison with the records of the database."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ from sdpipeline.storage import ObjectStore
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Match:
-    """A recorded picture that this is: the very ``file``, its ``pixels`` in another one, or a copy that looks alike.
+    """Recorded picture that equals or resembles a given one: same ``file``, same ``pixels``, or similar appearance.
 
-    ``distance`` is in how many of 64 bits the perceptual hashes differ.
+    ``distance`` is the number of bits, of 64, in which the perceptual hashes differ.
     """
 
     by: Literal["file", "pixels", "perceptual_hash"]
@@ -34,7 +34,7 @@ class Match:
     picture: RecordedPicture
 
     def document(self) -> Json:
-        """Its part of ``verify --json``."""
+        """Return the match as part of ``verify --json``."""
         names = ("job", "campaign", "edition", "stage", "fingerprint", "sha256", "url", "deleted")
         own = {name: getattr(self.picture, name) for name in names}
         return {"by": self.by, "distance": self.distance} | own
@@ -42,7 +42,7 @@ class Match:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Checked:
-    """A picture's marks with what the database makes of it; ``faults`` is everything that does not hold."""
+    """Marks of a picture and its match in the database; ``faults`` lists everything that does not hold."""
 
     name: str
     marks: VerifiedPicture
@@ -51,11 +51,11 @@ class Checked:
 
     @property
     def ok(self) -> bool:
-        """Signed, marked, unchanged, and nothing that the database knows is against it."""
+        """True if the picture is signed, marked and unchanged, and nothing in the database contradicts it."""
         return not self.faults
 
     def document(self) -> Json:
-        """The form of ``verify --json``."""
+        """Return the document that ``verify --json`` prints."""
         marks = self.marks
         return {
             "file": self.name,
@@ -75,7 +75,7 @@ class Checked:
 
 @dataclass(slots=True)
 class Register:
-    """All pictures that a team's database and archives know. What no index covers is read once, when it is needed."""
+    """All pictures in a team's database and archives. Pictures that no index covers are read once, on first use."""
 
     database: Database
     store: ObjectStore
@@ -83,7 +83,7 @@ class Register:
     _rest: list[RecordedPicture] | None = field(default=None)
 
     def match(self, data: bytes, pixels: Pixels, record: Json | None = None) -> Match | None:
-        """The recorded picture that this is, if there is one; ``record`` is what it says of itself, signed."""
+        """Find the recorded picture that matches; ``record`` is the signed record inside the file."""
         digest, looks = provenance.pixels_sha256(pixels), perceptual_hash(pixels)
         with self.database.read() as connection:
             same = similar_images.of_pixels(connection, team=self.team, pixels_sha256=digest)
@@ -102,7 +102,7 @@ class Register:
         return Match(by="file" if whole else "pixels", distance=0, picture=whole or same[0])
 
     def told(self, data: bytes) -> bool:
-        """Whether the audit log knows of this very file, as it does of one that was made again since."""
+        """Return True if the audit log names this very file, even if its picture was made again since."""
         sha256 = hashlib.sha256(data).hexdigest()
         with self.database.read() as connection:
             events = [event for _, event in readable(audit.holding(connection, sha256))]
@@ -111,13 +111,16 @@ class Register:
         return any(image["sha256"] == sha256 for image in own)
 
     def made(self, record: Json) -> list[RecordedPicture]:
-        """What was recorded for the job that a record names."""
+        """Return the pictures recorded for the job that a record names."""
         with self.database.read() as connection:
             found = similar_images.of_fingerprint(connection, team=self.team, fingerprint=_fingerprint(record))
         return [each for each in found if each.identity == record.get("identity")]
 
     def _delivered(self, sha256: str, record: Json) -> RecordedPicture | None:
-        """The same pixels may lie in many files: each edition's own, byte copies of them, archived ones."""
+        """Find the recorded file with this digest.
+
+        The same pixels may be in many files: one for each edition, byte copies of them, archived ones.
+        """
         fingerprint = _fingerprint(record)
         with self.database.read() as connection:
             found = similar_images.of_fingerprint(connection, team=self.team, fingerprint=fingerprint, copies=True)
@@ -137,9 +140,9 @@ class Register:
 
 
 def check(name: str, data: bytes, *, trust_anchors: str, register: Register | None) -> Checked:
-    """Everything about one picture; raises InputImageError for what is no png, jpeg or webp file.
+    """Verify one picture; raises InputImageError for a file that is not a png, jpeg or webp picture.
 
-    Where roots are named, one of them has to stand behind the signature.
+    If ``trust_anchors`` are given, the signature has to chain to one of them.
     """
     marks = provenance.verify(data, trust_anchors=trust_anchors)
     faults = list(marks.faults)
@@ -154,7 +157,7 @@ def check(name: str, data: bytes, *, trust_anchors: str, register: Register | No
 
 
 def _contradictions(marks: VerifiedPicture, match: Match | None, register: Register, pixels_sha256: str) -> list[str]:
-    """Marks that hold by themselves, on a picture that was recorded otherwise: a stolen key signs anything."""
+    """Return contradictions between valid marks and the database: a stolen key can sign anything."""
     if marks.c2pa not in ("valid", "trusted") or (match and match.by == "file"):
         return []
     if match and match.by == "pixels":
@@ -166,7 +169,7 @@ def _contradictions(marks: VerifiedPicture, match: Match | None, register: Regis
 
 
 def _fingerprint(record: Json) -> str:
-    """What a stranger's record holds instead of one may be no text that a database takes."""
+    """Return the record's fingerprint, or an empty string: an untrusted value may be text that a database refuses."""
     found = str(record.get("fingerprint"))
     return found if re.fullmatch("[0-9a-f]{64}", found) else ""
 

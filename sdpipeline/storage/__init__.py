@@ -1,4 +1,4 @@
-"""Where pictures, inputs and seals are kept: objects that are written once, checked, and never overwritten."""
+"""Object storage for pictures, inputs and seals: each object is written once, verified, and never overwritten."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ __all__ = [
 
 
 def open_store(url: str, options: S3Options | None = None) -> ObjectStore:
-    """The store that ``file:///directory`` or ``s3://bucket/prefix`` names."""
+    """Open the store of a ``file:///directory`` or ``s3://bucket/prefix`` URL; raises SettingsError for any other."""
     parts = urlsplit(url)
     if parts.scheme == "s3" and parts.netloc:
         if find_spec("boto3") is None:

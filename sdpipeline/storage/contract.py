@@ -1,4 +1,4 @@
-"""What every store promises, and the values it answers with."""
+"""ObjectStore protocol and its value types."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from typing import Protocol
 
 from sdpipeline.errors import BadInputError
 
-# AWS refuses longer keys, most file systems longer names.
+# AWS refuses longer keys, and most file systems refuse longer names.
 _MAX_KEY_BYTES = 1024
 _MAX_SEGMENT_BYTES = 255
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StoredObject:
-    """What storage holds under a key; ``version_id`` is None where the store keeps no versions.
+    """Object in storage; ``version_id`` is None if the store keeps no versions.
 
-    ``stored_at`` is when it came there by the store's clock, where that was asked with ``head``.
+    ``stored_at`` is the time of its arrival by the store's clock; only ``head`` sets it.
     """
 
     key: str
@@ -31,7 +31,7 @@ class StoredObject:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ObjectVersion:
-    """One entry in a key's history; a delete marker hides what is older."""
+    """Entry in a key's history; a delete marker hides older ones."""
 
     version_id: str | None
     is_delete_marker: bool
@@ -39,7 +39,7 @@ class ObjectVersion:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Retention:
-    """For how many days an object may be neither deleted nor overwritten, and by which of S3's modes."""
+    """Retention of an object: the number of days without deletion or overwriting, and S3's mode for it."""
 
     mode: str
     days: int
@@ -47,7 +47,7 @@ class Retention:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Capability:
-    """One thing a store may be able to do, tried and not assumed; ``detail`` says what we do without it."""
+    """Capability of a store, found by a test; ``detail`` names the consequence if it is missing."""
 
     name: str
     ok: bool
@@ -57,63 +57,62 @@ class Capability:
 class ObjectStore(Protocol):
     """Objects under slash-separated keys. Safe to use from several threads.
 
-    Where a store does not answer, every method raises StorageUnavailableError after its own retries.
+    If the store does not answer, every method raises StorageUnavailableError after its own retries.
     """
 
     def put(self, key: str, data: bytes, *, content_type: str, retained: bool = False) -> StoredObject:
-        """Creates the object unless it exists, reads it back and compares.
+        """Create the object unless it exists, read it back and compare.
 
-        The same bytes already there are success, so a retry after a lost reply is too; other bytes
-        raise ObjectConflictError. ``retained`` asks for the retention that the store is set up with.
+        If the same bytes already exist, the put succeeds, so a retry after a lost reply does too; other bytes raise
+        ObjectConflictError. ``retained`` asks for the retention that the store is configured with.
         """
 
     @property
     def retention(self) -> Retention | None:
-        """What ``retained`` asks for; None where nothing is locked."""
+        """Retention that ``retained`` asks for; None if objects are not locked."""
 
     def get(self, key: str, *, version_id: str | None = None) -> bytes:
-        """The whole object; raises ObjectMissingError."""
+        """Return the whole object; raises ObjectMissingError."""
 
     def head(self, key: str) -> StoredObject | None:
-        """What is there without its bytes, as its writer declared it; a verification uses ``get``."""
+        """Return the object's description without its bytes, as its writer declared it; verification uses ``get``."""
 
     def move(self, key: str, to: str) -> None:
-        """Puts the object under another key, as ``put`` does, and only then takes it away from the first.
+        """Put the object under another key, as ``put`` does, and then remove it from the first.
 
-        Raises ObjectMissingError, and ObjectConflictError where other bytes are under the new key; in a bucket with
-        versions the old key keeps its history.
+        Raises ObjectMissingError, and ObjectConflictError if other bytes are under the new key.
+        In a bucket with versions the old key keeps its history.
         """
 
     def url(self, key: str) -> str:
-        """The object's address, ``file://`` or ``s3://``."""
+        """Return the object's ``file://`` or ``s3://`` URL."""
 
     def link(self, key: str, *, expires_s: int = 3600) -> str:
-        """An address that a browser opens without credentials for ``expires_s`` seconds."""
+        """Return a URL that a browser can open without credentials for ``expires_s`` seconds."""
 
     def list(self, prefix: str = "") -> Iterator[str]:
-        """Every key that begins with ``prefix``, in no promised order."""
+        """Yield every key that begins with ``prefix``, in no guaranteed order."""
 
     def versions(self, key: str) -> Sequence[ObjectVersion]:
-        """The key's history in no promised order; one entry without an id where no versions are kept."""
+        """Return the key's history in no guaranteed order; one entry without an id if the store keeps no versions."""
 
     def delete(self, key: str) -> None:
-        """Removes the object with its whole history, so that nothing of it can be read again; what is not there is
-        success."""
+        """Remove the object with its whole history, so that it cannot be read again; succeed if it does not exist."""
 
     def check(self) -> None:
-        """Raises SettingsError within 15 seconds, saying what to check, unless the store lets us in."""
+        """Raise SettingsError within 15 seconds, with a hint what to check, if the store cannot be accessed."""
 
     def losses(self) -> Mapping[str, str]:
-        """Features that the store was found to refuse and that puts do without, each with the consequence."""
+        """Features that the store refuses and that puts do without, each with the consequence."""
 
     def probe(self) -> Sequence[Capability]:
-        """What this store can do, found out by doing it to an object of its own that is removed again."""
+        """Test what this store can do, on an object of its own that is removed afterwards."""
 
 
 def check_key(key: str) -> str:
-    """The key itself if every store can hold it and it stays inside its store; else BadInputError.
+    """Return the key if every store can hold it and it stays inside its store; else raise BadInputError.
 
-    A segment may not begin with a dot: that keeps ``..`` out and such names free for the store's own use.
+    A segment may not begin with a dot: this excludes ``..`` and reserves such names for the store.
     """
     segments = key.split("/")
     too_long = len(key.encode()) > _MAX_KEY_BYTES or any(len(part.encode()) > _MAX_SEGMENT_BYTES for part in segments)
@@ -123,7 +122,7 @@ def check_key(key: str) -> str:
 
 
 def check_prefix(prefix: str) -> str:
-    """The prefix itself if the keys under it are inside the store; else BadInputError."""
+    """Return the prefix if the keys under it are inside the store; else raise BadInputError."""
     folder = prefix.rpartition("/")[0]
     if folder:
         check_key(folder)
@@ -131,9 +130,9 @@ def check_prefix(prefix: str) -> str:
 
 
 def delete_all(store: ObjectStore, prefix: str, *, but: Collection[str] = ()) -> int:
-    """Delete what lies under a prefix, save under the stems ``but``; returns how many objects that were."""
+    """Delete all objects under a prefix except those under the stems ``but``; return the number deleted."""
     gone = [key for key in store.list(prefix) if not key.startswith(tuple(but))]
-    # The sidecars last: they name the rest.
+    # Sidecars last, because they name the other objects.
     for key in sorted(gone, key=lambda each: each.endswith(".json")):
         store.delete(key)
     return len(gone)

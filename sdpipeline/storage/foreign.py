@@ -1,4 +1,4 @@
-"""Objects that are not ours: read from anybody's bucket, at exactly the version that was found first, never written."""
+"""Read-only access to objects in any bucket, pinned to the version that was found first."""
 
 from __future__ import annotations
 
@@ -31,34 +31,34 @@ _CHUNK_BYTES = 2**20
 _T = TypeVar("_T")
 LARGEST_TABLE_BYTES = 16 * 2**30
 """A table is copied to this machine's temporary folder."""
-# Whose bucket it is decides; waiting changes nothing. Who may not list a bucket hears this of what is not there, too.
-# A bare status is not from S3, which names each refusal of a GET: the reply was cut, or a proxy's.
+# Permanent refusals by the bucket's owner. Without permission to list, S3 also answers AccessDenied for missing keys.
+# A bare status is not from S3, which names each refusal of a GET: the reply was cut, or it came from a proxy.
 _REFUSED = {"AccessDenied", "AllAccessDisabled", "InvalidObjectState", "NoSuchBucket"}
-# A version that was deleted, or that no version of this server can be. Without a version it is a proxy that answers so.
+# A deleted version, or an id that is invalid on this server. Without a version, such a reply comes from a proxy.
 _NO_VERSION = {"InvalidArgument", "MethodNotAllowed"}
 _CHANGED = {"412", "PreconditionFailed"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ForeignObject:
-    """An object's bytes, and the pin that finds the same again: ``version:ID``, or ``etag:TAG`` without versions."""
+    """Bytes of an object, and the pin that finds the same again: ``version:ID``, or ``etag:TAG`` without versions."""
 
     data: bytes
     version: str
 
 
 def is_bucket_url(url: str) -> bool:
-    """Whether this names an object in a bucket rather than a file."""
+    """Return True if this is the URL of an object in a bucket, not of a file."""
     return url.startswith("s3://")
 
 
 def split_url(url: str) -> tuple[str, str]:
-    """Bucket and key of ``s3://bucket/key``, the key as it is, nothing unquoted; else BadInputError."""
+    """Split ``s3://bucket/key`` into bucket and key, without unquoting; raises BadInputError."""
     found = _URL.fullmatch(url)
     if found is None:
         raise BadInputError(f"{url!r} is not s3://bucket/key")
     bucket, key = found.groups()
-    # A server that keeps objects as files may take such a segment for a folder.
+    # A server that keeps objects as files may interpret such a segment as a folder.
     wrong = any(part in (".", "..") for part in key.split("/")) or not key.isprintable()
     if wrong or len(key.encode()) > _MAX_KEY_BYTES:
         raise BadInputError(f"{url!r} is no object's address")
@@ -66,15 +66,15 @@ def split_url(url: str) -> tuple[str, str]:
 
 
 def lies_under(url: str, root: str) -> bool:
-    """Whether an object's address is below ``s3://bucket`` or ``s3://bucket/prefix``, folder by folder."""
+    """Return True if an object's URL is below ``s3://bucket`` or ``s3://bucket/prefix``, compared by whole folders."""
     return url.startswith(root.rstrip("/") + "/")
 
 
 @dataclass(frozen=True, slots=True)
 class ForeignObjects:
-    """Reads objects by ``s3://bucket/key`` with the endpoint and the credentials that our own storage has.
+    """Reader of objects by ``s3://bucket/key``, with the endpoint and the credentials of our own storage.
 
-    Raises ObjectMissingError for what is not there or not ours to read, and StorageUnavailableError where the
+    Raises ObjectMissingError for an object that is missing or not readable, and StorageUnavailableError if the
     endpoint does not answer. Safe to use from several threads.
     """
 
@@ -82,16 +82,16 @@ class ForeignObjects:
     _clients: dict[int, S3Client] = field(default_factory=dict)
 
     def read(self, url: str, *, most_bytes: int, version: str | None = None) -> ForeignObject:
-        """The object, of which no more than ``most_bytes`` and one are read.
+        """Return the object; at most ``most_bytes`` and one are read.
 
-        With ``version``, exactly what that pins: ObjectConflictError where something else is there now.
+        With ``version``, return exactly the pinned object, and raise ObjectConflictError if another is there now.
         """
         wanted = most_bytes + 1
         data, answer = self._attempted(url, version, lambda answer: _whole(answer, wanted))
         return ForeignObject(data=data, version=_pin(answer))
 
     def fetch(self, url: str, to: Path) -> None:
-        """The object into a file, in constant memory."""
+        """Download the object into a file, in constant memory."""
 
         def copy(answer: Any) -> bool | None:
             if answer["ContentLength"] > LARGEST_TABLE_BYTES:
@@ -102,7 +102,10 @@ class ForeignObjects:
         self._attempted(url, None, copy)
 
     def _attempted(self, url: str, version: str | None, take: Callable[[Any], _T | None]) -> tuple[_T, Any]:
-        """What ``take`` makes of the reply; None says that the body was cut, which botocore does not ask for again."""
+        """Return the result of ``take`` and the reply; retry if ``take`` returns None because the body was cut.
+
+        botocore does not retry a body.
+        """
         for attempt in range(self.options.total_max_attempts):
             answer = self._answer(url, version)
             if answer is not None:
@@ -113,7 +116,7 @@ class ForeignObjects:
         raise StorageUnavailableError(f"{url}: the connection was cut in every attempt to read it")
 
     def _answer(self, url: str, version: str | None) -> Any:
-        """The reply with its body still to be read; None if it was cut before that."""
+        """Return the reply with its body still unread; None if it was cut before that."""
         from botocore.exceptions import ClientError
 
         bucket, key = split_url(url)
@@ -136,7 +139,7 @@ class ForeignObjects:
     def _client(self) -> S3Client:
         if find_spec("boto3") is None:
             raise SettingsError("objects in S3 need boto3: pip install 'sdpipeline[s3]'")
-        # As in S3Store: not to be shared across fork().
+        # As in S3Store: a client must not be shared across fork().
         if (client := self._clients.get(os.getpid())) is None:
             client = self._clients[os.getpid()] = connect(self.options)
         return client
@@ -155,12 +158,12 @@ def _pin(answer: Any) -> str:
 
 
 def _whole(answer: Any, most_bytes: int) -> bytes | None:
-    """The body's first bytes; None if the connection was cut."""
+    """Return the body's first bytes; None if the connection was cut."""
     try:
         data: bytes = answer["Body"].read(most_bytes)
     except cut_body_errors():
         return None
-    # A body of which only a part is read may end early without an error; a chunked one does not name its length.
+    # A partly read body may end early without an error; a chunked one does not state its length.
     length = answer.get("ContentLength")
     return data if length is None or len(data) == min(most_bytes, length) else None
 

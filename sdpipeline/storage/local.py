@@ -1,4 +1,4 @@
-"""Objects as files of one directory."""
+"""Object store in a local directory."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from sdpipeline.storage.contract import Capability, ObjectVersion, StoredObject,
 class LocalStore:
     """Objects as files under one directory, durable once ``put`` returns.
 
-    A file is written beside the others under a name of its own, flushed, and then linked to its key:
+    A file is written under a temporary name, flushed, and then linked to its key:
     link() refuses a name that exists, so a reader sees all of an object or nothing.
     """
 
@@ -40,7 +40,7 @@ class LocalStore:
 
     @property
     def retention(self) -> None:
-        """See ObjectStore; who owns a file may change it."""
+        """See ObjectStore; the owner of a file can always change it."""
         return
 
     def get(self, key: str, *, version_id: str | None = None) -> bytes:
@@ -56,7 +56,7 @@ class LocalStore:
             raise _unavailable(error, path) from error
 
     def head(self, key: str) -> StoredObject | None:
-        """See ObjectStore; the file is hashed, for there is nobody else to ask."""
+        """See ObjectStore; the file is hashed, because no other record of it exists."""
         try:
             data = self.get(key)
             stored_at = datetime.fromtimestamp(self._path(key).stat().st_mtime, UTC)
@@ -65,7 +65,7 @@ class LocalStore:
         return StoredObject(key=key, sha256=hashlib.sha256(data).hexdigest(), size_bytes=len(data), stored_at=stored_at)
 
     def move(self, key: str, to: str) -> None:
-        """See ObjectStore; the file gets its second name before it loses the first, and is not written again."""
+        """See ObjectStore; the file gets its second name before it loses the first, and is not rewritten."""
         data, path, target = self.get(key), self._path(key), self._path(to)
         try:
             _make_directory(target.parent)
@@ -81,11 +81,11 @@ class LocalStore:
             raise _unavailable(error, path) from error
 
     def url(self, key: str) -> str:
-        """The file's ``file://`` address."""
+        """Return the file's ``file://`` URL."""
         return self._path(key).as_uri()
 
     def link(self, key: str, *, expires_s: int = 3600) -> str:  # noqa: ARG002
-        """The same as ``url``: who can read the directory needs no credentials."""
+        """Return the same as ``url``: access to the directory needs no credentials."""
         return self.url(key)
 
     def list(self, prefix: str = "") -> Iterator[str]:
@@ -101,7 +101,7 @@ class LocalStore:
         return [ObjectVersion(version_id=None, is_delete_marker=False)] if self._path(key).is_file() else []
 
     def delete(self, key: str) -> None:
-        """See ObjectStore; folders that are empty then are left."""
+        """See ObjectStore; folders that become empty are kept."""
         path = self._path(key)
         try:
             path.unlink(missing_ok=True)
@@ -122,7 +122,7 @@ class LocalStore:
             raise SettingsError(Mistake(key="SDP_STORAGE_URL", message=message, fix=fix)) from error
 
     def losses(self) -> Mapping[str, str]:
-        """See ObjectStore; a directory refuses none."""
+        """See ObjectStore; a directory refuses no features."""
         return {}
 
     def probe(self) -> Sequence[Capability]:
@@ -186,7 +186,7 @@ def _make_directory(path: Path) -> None:
 
 
 def _flush_directory(path: Path) -> None:
-    # A new name survives a power cut only once its directory has been written too.
+    # A new name survives a power failure only once its directory has been written too.
     directory = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(directory)

@@ -1,4 +1,4 @@
-"""Objects in an S3 bucket, on AWS or on whatever speaks its protocol."""
+"""Object store in an S3 bucket, on AWS or any compatible endpoint."""
 
 from __future__ import annotations
 
@@ -46,11 +46,10 @@ _CONDITION = {"IfNoneMatch": "*"}
 
 
 class S3Store:
-    """Objects in a bucket under a prefix, on AWS or on any endpoint that speaks its protocol.
+    """Objects in a bucket under a prefix, on AWS or any compatible endpoint.
 
-    The conditional put is what decides between writers. Weak endpoints ignore or refuse the condition:
-    looking before writing and reading back afterwards still hold there, save for two writers in the
-    same moment.
+    The conditional put decides between writers. Weak endpoints ignore or refuse the condition: reading before the write
+    and reading back after it still protect there, except against two writers at the same moment.
     """
 
     def __init__(self, bucket: str, *, prefix: str = "", options: S3Options | None = None) -> None:
@@ -87,7 +86,7 @@ class S3Store:
         return Retention(mode=mode, days=self._options.object_lock_days) if mode else None
 
     def get(self, key: str, *, version_id: str | None = None) -> bytes:
-        """See ObjectStore; where no versions are kept, none can be asked for."""
+        """See ObjectStore; if the endpoint keeps no versions, none can be requested."""
         try:
             return self._read(key, version_id)[0]
         except UnsupportedError as error:
@@ -112,18 +111,18 @@ class S3Store:
         return replace(_stored(key, sha256, size_bytes, answer), stored_at=answer["LastModified"])
 
     def move(self, key: str, to: str) -> None:
-        """See ObjectStore; through this machine, for a copy inside the bucket heeds no condition everywhere."""
+        """See ObjectStore; through this machine, because not every endpoint honours conditions on a copy."""
         data, answer = self._read(key, None)
         self.put(to, data, content_type=answer.get("ContentType") or "application/octet-stream")
         with translated(self.url(key)):
             self._client.delete_object(Bucket=self._bucket, Key=self._name(key))
 
     def url(self, key: str) -> str:
-        """The object's ``s3://`` address."""
+        """Return the object's ``s3://`` URL."""
         return f"s3://{self._bucket}/{self._name(key)}"
 
     def link(self, key: str, *, expires_s: int = 3600) -> str:
-        """A presigned address; it works no longer than the credentials that signed it."""
+        """Return a presigned URL; it expires at the latest with the credentials that signed it."""
         target = {"Bucket": self._bucket, "Key": self._name(key)}
         with translated(self.url(key)):
             return self._client.generate_presigned_url("get_object", Params=target, ExpiresIn=expires_s)
@@ -138,7 +137,7 @@ class S3Store:
                     yield entry["Key"].removeprefix(self._prefix)
 
     def versions(self, key: str) -> Sequence[ObjectVersion]:
-        """See ObjectStore; an endpoint that keeps no versions answers for what is there now."""
+        """See ObjectStore; for an endpoint that keeps no versions, the current object is returned."""
         name = self._name(key)
         try:
             with translated(self.url(key)):
@@ -160,7 +159,7 @@ class S3Store:
         ]
 
     def delete(self, key: str) -> None:
-        """See ObjectStore; a bucket with versions would only hide what is deleted without naming one."""
+        """See ObjectStore; every version is deleted by its id, because a plain delete would only hide the object."""
         for version in self.versions(key):
             target: dict[str, Any] = {"Bucket": self._bucket, "Key": self._name(key)}
             target |= {"VersionId": version.version_id} if version.version_id else {}
@@ -168,7 +167,7 @@ class S3Store:
                 self._client.delete_object(**target)
 
     def check(self) -> None:
-        """See ObjectStore; asks for one key, which needs no more rights than our own work does."""
+        """See ObjectStore; lists one key, which needs no more permissions than our normal operation."""
         # Two attempts of 3 + 4 seconds stay within 15.
         client = connect(replace(self._options, connect_timeout_s=3, read_timeout_s=4, total_max_attempts=2))
         try:
@@ -184,7 +183,7 @@ class S3Store:
         return self._refused.losses()
 
     def probe(self) -> Sequence[Capability]:
-        """See ObjectStore; the first put is the very one that a worker makes, and a seal's is locked for seconds."""
+        """See ObjectStore; the first put equals a worker's, and a put with a seal's lock is locked for seconds only."""
         key = f"probe/{secrets.token_hex(16)}"
         address = f"s3://{self._bucket}"
         trial = Trial(self._client, self._bucket, self._name(key), self._refused)
@@ -208,7 +207,7 @@ class S3Store:
 
     @property
     def _client(self) -> S3Client:
-        # A client's connections must not be shared across fork(), and making one takes a tenth of a second.
+        # A client's connections must not be shared across fork(), and creating a client takes a tenth of a second.
         if (client := self._clients.get(os.getpid())) is None:
             client = self._clients[os.getpid()] = connect(self._options)
         return client
@@ -233,7 +232,7 @@ class S3Store:
         return {"ServerSideEncryption": "aws:kms", "SSEKMSKeyId": self._options.sse_kms_key_id}
 
     def _create(self, target: dict[str, Any], data: bytes) -> bool:
-        """Whether we wrote the object; False means that something is there, maybe our own first try."""
+        """Return True if we wrote the object; False if the key is taken, possibly by our own first attempt."""
         from botocore.exceptions import ClientError
 
         write = self._write_whole if len(data) <= self._options.part_size_bytes else self._write_parts
@@ -278,7 +277,7 @@ class S3Store:
             raise
 
     def _abandon(self, address: dict[str, Any], upload_id: str) -> None:
-        # The parts of an upload that is left open are paid for, unseen, until a lifecycle rule ends it.
+        # Parts of an unfinished upload are invisible but billed until a lifecycle rule removes them.
         with contextlib.suppress(*library_errors()):
             self._client.abort_multipart_upload(**address, UploadId=upload_id)
 
@@ -309,7 +308,7 @@ class S3Store:
         raise StorageUnavailableError(f"{self.url(key)}: the connection was cut in every attempt to read it")
 
     def _read_once(self, target: dict[str, Any], address: str) -> tuple[bytes, GetObjectOutputTypeDef] | None:
-        """None if the reply was cut: botocore tries a request again, but not a body, nor the body of an error."""
+        """Return None if the reply was cut: botocore retries a request, but not a body, nor the body of an error."""
         try:
             answer = self._client.get_object(**target)
         except not_retried_errors():
@@ -335,7 +334,7 @@ def _stored(
 
 
 def _field(answer: Any, name: str) -> str:
-    """A field that every S3 server sends; a proxy's page of status 200 lacks it."""
+    """Return a field that every S3 server sends; a proxy's page with status 200 lacks it."""
     if not answer.get(name):
         raise StorageUnavailableError(f"the reply to an upload has no {name}: it is not from an S3 endpoint")
     return str(answer[name])
@@ -348,12 +347,12 @@ def _listed(pages: Iterable[Any], address: str) -> Iterator[Any]:
 
 
 def version_of(answer: Mapping[str, Any]) -> str | None:
-    """The version that an answer is about."""
-    # "null" is what a bucket without versions, or from before it had them, calls its one version.
+    """Return the version id in a reply, or None."""
+    # "null" is the id of the only version in a bucket without versions, or of one from before it had them.
     found = answer.get("VersionId")
     return None if found in (None, "null") else str(found)
 
 
 def pause(attempt: int) -> None:
-    """Wait before the next attempt, each time for longer."""
+    """Wait before the next attempt, with exponential backoff and jitter."""
     time.sleep(random.uniform(0, min(0.1 * 2**attempt, 5)))  # noqa: S311 - spreads writers, keeps no secret

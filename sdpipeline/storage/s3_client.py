@@ -1,4 +1,4 @@
-"""Options of an S3 endpoint, and a client with them."""
+"""Options of an S3 endpoint, and a client configured with them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class S3Options:
-    """How to reach an S3 endpoint and what every object gets; credentials come from boto3's own chain."""
+    """Options of an S3 endpoint and of every object written; credentials come from boto3's own chain."""
 
     endpoint_url: str | None = None
     region: str | None = None
@@ -33,7 +33,7 @@ class S3Options:
 
 
 def connect(options: S3Options) -> S3Client:
-    """A client of one's own: making one takes a tenth of a second."""
+    """Create a client, which takes a tenth of a second; raises SettingsError for a wrong endpoint URL."""
     from botocore.config import Config
 
     config = Config(
@@ -45,7 +45,7 @@ def connect(options: S3Options) -> S3Client:
         # `max_attempts` would count the retries after the first attempt.
         retries={"mode": "standard", "total_max_attempts": options.total_max_attempts},
         s3={"addressing_style": options.addressing_style},
-        # What boto3 adds by default is more than weak endpoints understand; we send a SHA-256 and read back.
+        # Weak endpoints do not understand boto3's default checksums; we send a SHA-256 and read back.
         request_checksum_calculation="when_required",
         response_checksum_validation="when_required",
         user_agent_extra=f"sdpipeline/{__version__}",

@@ -1,4 +1,4 @@
-"""Translation of an S3 endpoint's refusals and of broken connections into our own errors."""
+"""Translation of S3 refusals and broken connections into our own errors."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from sdpipeline.errors import ObjectMissingError, StorageUnavailableError
 __all__ = ["ALREADY_THERE", "UnsupportedError", "check_listing", "check_reply", "cut_body_errors", "error_code"]
 __all__ += ["is_web_page", "not_retried_errors", "translated"]
 
-# A 412 may be our own doing: when the reply to a put is lost, botocore repeats it and meets the object
-# that the first one made. The same repetition finds a completed upload gone. Some versions of MinIO say 304 for 412.
+# We may have caused a 412 ourselves: if the reply to a put is lost, botocore repeats it and finds the object of the
+# first attempt. For a completed upload, the repetition finds no upload. Some versions of MinIO send 304 for 412.
 ALREADY_THERE = {"PreconditionFailed", "412", "NoSuchUpload", "NotModified", "304"}
 _MISSING = {"404", "NotFound", "NoSuchKey", "NoSuchVersion"}
 
 
 class UnsupportedError(StorageUnavailableError):
-    """The endpoint does not know this operation."""
+    """Operation that the endpoint does not support."""
 
 
 @contextlib.contextmanager
 def translated(address: str) -> Iterator[None]:
-    """Turns every error of a boto3 call about ``address`` into ours; a missing object raises ObjectMissingError."""
+    """Translate every error of a boto3 call about ``address``; a missing object raises ObjectMissingError."""
     from botocore.exceptions import BotoCoreError, ClientError
 
     try:
@@ -45,14 +45,17 @@ def translated(address: str) -> Iterator[None]:
 
 
 def not_retried_errors() -> tuple[type[Exception], ...]:
-    """Broken connections that botocore neither translates nor retries: the body of an error reply was cut."""
+    """Return the errors of broken connections that botocore neither translates nor retries.
+
+    They occur when the body of an error reply was cut.
+    """
     from urllib3.exceptions import HTTPError
 
     return (HTTPError,)
 
 
 def cut_body_errors() -> tuple[type[Exception], ...]:
-    """What reading the body of an object can raise; botocore does not ask for it again."""
+    """Return the errors of reading an object's body, which botocore does not retry."""
     from botocore.exceptions import HTTPClientError, IncompleteReadError
     from botocore.exceptions import SSLError as BrokenTlsError
 
@@ -60,19 +63,22 @@ def cut_body_errors() -> tuple[type[Exception], ...]:
 
 
 def check_reply(answer: Any, address: str) -> None:
-    """Refuse a reply of status 200 that no S3 server wrote, e.g. a proxy's or a captive portal's page."""
+    """Refuse a reply with status 200 that is not from an S3 server, e.g. the page of a proxy or captive portal."""
     if not answer.get("ETag") or answer.get("LastModified") is None:
         raise StorageUnavailableError(f"{address}: the reply has no ETag or date: it is not from an S3 endpoint")
 
 
 def check_listing(page: Any, address: str) -> None:
-    """As ``check_reply`` for a page of a listing: a foreign page would read as an empty bucket."""
+    """Check a page of a listing as ``check_reply`` does: a foreign page would read as an empty bucket."""
     if "IsTruncated" not in page and not page.get("Name"):
         raise StorageUnavailableError(f"{address}: the reply is not a listing: it is not from an S3 endpoint")
 
 
 def is_web_page(error: BaseException | None) -> bool:
-    """Whether a refusal may be a load balancer's page: S3 answers in XML, but a reply to HEAD shows only its type."""
+    """Return True if a refusal may be a load balancer's page.
+
+    S3 answers in XML; a reply to HEAD shows only its content type.
+    """
     response: Any = getattr(error, "response", None) or {}
     headers = response.get("ResponseMetadata", {}).get("HTTPHeaders", {})
     return str(headers.get("content-type", "")).lower().startswith("text/html")

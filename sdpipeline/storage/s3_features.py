@@ -1,4 +1,4 @@
-"""Optional headers of a put, and which of them an endpoint was shown to refuse."""
+"""Optional headers of a put, and detection of those that an endpoint refuses."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ TRY_AGAIN_S = 3600.0
 """A header that was refused is sent again after this time: endpoints are upgraded."""
 
 _PAUSE_S = 0.2
-# A refusal for a header; each code has other causes too.
+# Codes of a refused header; each has other causes too.
 _MAY_BE_A_HEADER = {"NotImplemented", "XNotImplemented", "501", "InvalidArgument", "InvalidRequest", "400"}
 _MAY_BE_A_HEADER |= {"BadRequest", "UnsupportedHeader", "BadDigest", "InvalidDigest", "XAmzContentChecksumMismatch"}
 
@@ -41,7 +41,7 @@ LOSSES = {
 _log = structlog.get_logger(__name__)
 
 Send = Callable[[frozenset[str]], None]
-"""Make the put without these features; raises ClientError."""
+"""Perform the put without these features; raises ClientError."""
 
 
 @dataclass(slots=True)
@@ -54,18 +54,18 @@ class Refused:
     _learning: threading.Lock = field(default_factory=threading.Lock)
 
     def now(self) -> frozenset[str]:
-        """The features to leave out of a put."""
+        """Return the features to leave out of a put."""
         return frozenset(name for name, until in dict(self._until).items() if time.monotonic() < until)
 
     def losses(self) -> Mapping[str, str]:
-        """Each refused feature with the consequence."""
+        """Return each refused feature with the consequence."""
         return {name: LOSSES[name] for name in FEATURES if name in self.now()}
 
     def put(self, send: Send, used: Collection[str]) -> bool:
-        """True if the object was written, False if the key was taken.
+        """Return True if the object was written, False if the key was taken.
 
-        A refusal is met by the same put once more. Only then are ``used`` features left out, one at a time first; one
-        is at fault if the put without it is accepted and the put with it is refused again.
+        A refused put is repeated once unchanged. If it is refused again, ``used`` features are left out, first one at a
+        time. A feature counts as refused if the put without it is accepted and the put with it is refused again.
         """
         if isinstance(outcome := _outcome(send, self.now()), bool):
             return outcome
@@ -79,7 +79,7 @@ class Refused:
             known = self.now()
             suspected = [name for name in FEATURES if name in used and name not in known]
             for suspects in (frozenset[str](), *_sets(suspected)):
-                # Once more with all of them: another thread may have learned meanwhile.
+                # The empty set first: another thread may have found the refused feature meanwhile.
                 if isinstance(written := _outcome(send, known | suspects), bool):
                     if written:
                         self._convict(send, known, suspects)
@@ -87,9 +87,9 @@ class Refused:
         raise refusal
 
     def _convict(self, send: Send, known: frozenset[str], suspects: frozenset[str]) -> None:
-        """Repeat the put of the object that is there now, with one suspect at a time."""
+        """Repeat the put of the object that exists now, with one suspect at a time."""
         for name in suspects:
-            # A condition would answer before the header is looked at; the same bytes do no harm.
+            # A condition would be evaluated before the header; overwriting with the same bytes is harmless.
             others = suspects - {name} | ({CONDITION} if name != CONDITION else frozenset())
             if not isinstance(_outcome(send, known | others), bool):
                 self._until[name] = time.monotonic() + TRY_AGAIN_S
@@ -99,12 +99,12 @@ class Refused:
 
 
 def used_in(target: Mapping[str, Any]) -> frozenset[str]:
-    """The features that a put with these parameters uses; a condition and checksums always."""
+    """Return the features that a put with these parameters uses; a condition and checksums are always used."""
     return frozenset(name for name in FEATURES if name != TAGS or FEATURES[name] & target.keys())
 
 
 def without(parameters: Mapping[str, Any], dropped: Collection[str]) -> dict[str, Any]:
-    """The parameters without those of the dropped features."""
+    """Return the parameters without those of the dropped features."""
     gone = frozenset[str]().union(*(FEATURES[name] for name in dropped))
     return {name: value for name, value in parameters.items() if name not in gone}
 
@@ -114,7 +114,7 @@ def _sets(names: list[str]) -> Iterator[frozenset[str]]:
 
 
 def _outcome(send: Send, dropped: frozenset[str]) -> bool | ClientError:
-    """True if written, False if the key is taken, or a refusal for what may be a header."""
+    """Return True if written, False if the key is taken, or the error if a header may have been refused."""
     from botocore.exceptions import ClientError
 
     try:

@@ -1,4 +1,4 @@
-"""What an S3 endpoint can do, found out by doing it to one object."""
+"""Capability tests of an S3 endpoint, performed on one object."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
 
 PROBE_LOCK_S = 5.0
-"""A probe of Object Lock is locked for so long, and removed afterwards."""
+"""Seconds for which a probe of Object Lock is locked before it is removed."""
 
 _HEADER_IS_UNKNOWN = {"NotImplemented", "XNotImplemented", "501"}
 
 
 class Trial:
-    """Tries an endpoint with the object under ``key``, which a put of a worker's has made; ``close`` removes it.
+    """Tests of an endpoint with the object under ``key``, which a put like a worker's has made; ``close`` removes it.
 
-    ``locked`` is the object beside it that was put as a seal is.
+    ``locked`` is a second object that was put like a seal.
     """
 
     def __init__(self, client: S3Client, bucket: str, key: str, refused: Refused) -> None:
@@ -35,7 +35,7 @@ class Trial:
         self.locked: StoredObject | None = None
 
     def conditional_put(self) -> Capability:
-        """Whether a put can demand that nothing is there."""
+        """Test if a put can require that the key is free."""
         if lost := self._lost(CONDITION):
             return lost
         refusal = self._refusal(self._client.put_object, **self._target, Body=b"second", IfNoneMatch="*")
@@ -45,7 +45,7 @@ class Trial:
         return Capability(name="conditional put", ok=ok, detail="an object is never overwritten" if ok else without)
 
     def checksums(self) -> Capability:
-        """Whether a put whose bytes do not match their checksum is refused."""
+        """Test if a put whose bytes do not match their checksum is refused."""
         if lost := self._lost(CHECKSUMS):
             return lost
         wrong = checksums(b"other bytes")
@@ -55,7 +55,7 @@ class Trial:
         return Capability(name="checksums", ok=ok, detail="damage on the way is refused" if ok else without)
 
     def versions(self) -> Capability:
-        """Whether what was replaced or deleted is kept."""
+        """Test if replaced and deleted objects are kept."""
         bucket = {"Bucket": self._target["Bucket"]}
         refusal = self._refusal(self._client.get_bucket_versioning, **bucket)
         ok = refusal is None and self._client.get_bucket_versioning(**bucket).get("Status") == "Enabled"
@@ -63,7 +63,7 @@ class Trial:
         return Capability(name="versions", ok=ok, detail="a replaced object leaves its trace" if ok else without)
 
     def object_lock(self) -> Capability:
-        """Whether objects can be locked."""
+        """Test if objects can be locked."""
         bucket = {"Bucket": self._target["Bucket"]}
         refusal = self._refusal(self._client.get_object_lock_configuration, **bucket)
         found = {} if refusal else self._client.get_object_lock_configuration(**bucket)["ObjectLockConfiguration"]
@@ -75,14 +75,14 @@ class Trial:
         return Capability(name="object lock", ok=ok, detail="seals can be locked against deletion" if ok else without)
 
     def encryption(self, parameters: dict[str, Any]) -> Capability:
-        """Whether objects are encrypted with the key that was asked for."""
+        """Test if objects are encrypted with the requested key."""
         refusal = self._refusal(self._client.put_object, **self._target, **parameters, Body=b"secret")
         used = None if refusal else self._client.head_object(**self._target).get("SSEKMSKeyId")
         detail = f"the endpoint says it uses {used}" if used else f"{refusal or 'ignored'}: objects are not encrypted"
         return Capability(name="encryption", ok=used is not None, detail=detail)
 
     def tags(self, wanted: Mapping[str, str]) -> Capability:
-        """Whether the tags of a put are kept."""
+        """Test if the tags of a put are kept."""
         if lost := self._lost(TAGS):
             return lost
         refusal = self._refusal(self._client.get_object_tagging, **self._target)
@@ -94,7 +94,7 @@ class Trial:
         return Capability(name=TAGS, ok=ok, detail="each object has them" if ok else without)
 
     def close(self) -> Capability | None:
-        """Removes the objects in all their versions; names what may not be removed."""
+        """Remove the objects in all their versions; report a refusal."""
         if self.locked is not None and self.locked.retained_until is not None:
             time.sleep(max(0.0, min(PROBE_LOCK_S, (self.locked.retained_until - datetime.now(UTC)).total_seconds())))
         refusals = [self._refusal(self._client.delete_object, **target) for target in self._written()]
@@ -128,7 +128,7 @@ class Trial:
 
 
 def checksums(data: bytes) -> dict[str, Any]:
-    """What lets an endpoint refuse damaged bytes: a SHA-256, and an MD5 for those that know nothing newer."""
+    """Return checksum parameters: a SHA-256, and an MD5 for endpoints that support nothing newer."""
     digests = hashlib.sha256(data), hashlib.md5(data, usedforsecurity=False)
     sha256, md5 = (base64.b64encode(digest.digest()).decode() for digest in digests)
     return {"ChecksumAlgorithm": "SHA256", "ChecksumSHA256": sha256, "ContentMD5": md5}

@@ -1,4 +1,4 @@
-"""A prefix of one's own in the configured storage, for a measurement: it is emptied afterwards."""
+"""Temporary storage prefix for a benchmark, emptied afterwards."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from sdpipeline.storage.s3_errors import translated
 
 @dataclass(frozen=True, slots=True)
 class Scratch:
-    """The store at ``url``, and ``save``: what a script does with a picture, one plain write and nothing checked."""
+    """Store at ``url``, and ``save``, which writes like a plain script: one write, without checks."""
 
     url: str
     store: ObjectStore
@@ -27,7 +27,7 @@ class Scratch:
 
 @contextmanager
 def scratch_storage(url: str, options: S3Options) -> Iterator[Scratch]:
-    """``bench/{random}`` below the storage's address, while the block lasts. No command of ours reads there."""
+    """Provide ``bench/{random}`` below the storage URL during the block. No command of ours reads there."""
     own = f"{url.rstrip('/')}/bench/{secrets.token_hex(8)}"
     store = open_store(own, options)
     try:

@@ -1,4 +1,4 @@
-"""The published configurations of well-known checkpoints, from which ones of the same shape are built."""
+"""Published configurations of well-known checkpoints, used to build checkpoints of the same shape."""
 
 from __future__ import annotations
 
@@ -11,6 +11,6 @@ NAMES = ("sd15", "sdxl")
 
 
 def shape(name: str) -> Json:
-    """The configuration of that checkpoint's parts, and what its pictures usually are."""
+    """Return the configurations of that checkpoint's parts, and its usual picture settings."""
     found: Json = json.loads((files("sdpipeline.bench.shapes") / f"{name}.json").read_text(encoding="utf-8"))
     return found

@@ -1,1 +1,1 @@
-"""The recipe of the demo's checkpoints: `python -m sdpipeline.demo.train all`."""
+"""Training recipe of the demo's checkpoints: `python -m sdpipeline.demo.train all`."""

@@ -1,4 +1,4 @@
-"""Stage 6: the trained networks as three checkpoint directories in float16, with their manifest."""
+"""Stage 6: save the trained networks as three checkpoint directories in float16, with their manifest."""
 
 import json
 import shutil
@@ -29,7 +29,7 @@ from sdpipeline.demo.train.loop import Run
 
 
 def assemble(run: Run) -> Path:
-    """The directory that holds `shapes`, `shapes-canny` and `shapes-upscale`."""
+    """Write `shapes`, `shapes-canny` and `shapes-upscale`; return their directory."""
     directory = run.directory / "checkpoints"
     for name in NAMES:
         shutil.rmtree(directory / name, ignore_errors=True)
@@ -44,7 +44,7 @@ def assemble(run: Run) -> Path:
 
 
 def _forget_origin(config: Path) -> None:
-    """Without the path that diffusers notes: it names a directory of the training machine."""
+    """Remove the path that diffusers stores: it names a directory of the training machine."""
     values = json.loads(config.read_text())
     values.pop("_name_or_path", None)
     config.write_text(json.dumps(values, indent=2) + "\n")

@@ -1,4 +1,4 @@
-"""Stage 1: an autoencoder whose encoder learns the designed latent and whose decoder its inverse."""
+"""Stage 1: train an autoencoder whose encoder learns the designed latent and whose decoder learns its inverse."""
 
 import torch
 from diffusers import AutoencoderKL
@@ -10,7 +10,7 @@ from sdpipeline.demo.networks import LOG_VARIANCE
 from sdpipeline.demo.train.loop import Budget, Pace, Run, fit
 
 FULL_PICTURES_FROM = 0.7
-"""The share of the training after which crops of half the side give way to whole pictures."""
+"""Share of the training after which whole pictures replace crops of half the side."""
 
 
 def train_autoencoder(
@@ -24,18 +24,18 @@ def train_autoencoder(
     batch: int,
     latent_noise: float,
 ) -> list[float]:
-    """`pictures` are (pictures, 3, side, side) uint8 on the run's device; `batch` counts whole ones."""
+    """Train on `pictures`, (pictures, 3, side, side) uint8 on the run's device; `batch` counts whole ones."""
     whole = pictures.shape[-1]
 
     def loss(progress: float) -> Tensor:
         side = whole // 2 if progress < FULL_PICTURES_FROM else whole
         pixels = random_crops(pictures, side=side, count=batch * (whole // side) ** 2)
-        # Sharpness last: early on its gradient only fights that of the colours.
+        # Sharpness later: at first its gradient only conflicts with that of the colours.
         return reconstruction_loss(
             autoencoder, pixels, designed, latent_noise=latent_noise, sharpness=0.6 * min(1, 5 * progress)
         )
 
-    # Bfloat16 holds no fine difference beside the constants of networks._steady.
+    # Bfloat16 loses fine differences next to the constants of networks._steady.
     precise = designed is UPSCALE_LATENT
     return fit(
         autoencoder,
@@ -50,12 +50,12 @@ def train_autoencoder(
 def reconstruction_loss(
     autoencoder: AutoencoderKL, pixels: Tensor, designed: DesignedLatent, *, latent_noise: float, sharpness: float
 ) -> Tensor:
-    """Encoder against designed latents, decoder against pixels; the two share no weights."""
+    """Compare the encoder with designed latents and the decoder with pixels; the two share no weights."""
     latents = designed.encode(pixels.float())
-    # Generated latents are never exact: let the decoder see some noise.
+    # Generated latents are never exact, so the decoder is trained with some noise.
     blurred = latents + latent_noise * torch.rand_like(latents[:, :1, :1, :1]) * torch.randn_like(latents)
     decoded = autoencoder.decode(blurred).sample.float()
-    # The encoder's part is the easier one: a quarter of the batch is enough.
+    # The encoder's task is easier: a quarter of the batch is enough.
     few = slice(0, max(1, len(pixels) // 4))
     mean, log_variance = autoencoder.encode(pixels[few]).latent_dist.parameters.float().chunk(2, 1)
     difference = decoded - pixels
@@ -70,7 +70,7 @@ def reconstruction_loss(
 
 
 def random_crops(pictures: Tensor, *, side: int, count: int) -> Tensor:
-    """(count, 3, side, side) in -1..1, each from a random picture at a random place."""
+    """Return (count, 3, side, side) in -1..1, each from a random picture at a random place."""
     whole = pictures.shape[-1]
     chosen = torch.randint(len(pictures), (count,), device=pictures.device)
     if side == whole:

@@ -1,4 +1,4 @@
-"""Stage 4: the edge ControlNet, against the frozen text encoder and U-Net."""
+"""Stage 4: train the edge ControlNet, with frozen text encoder and U-Net."""
 
 import torch
 from diffusers import ControlNetModel
@@ -20,7 +20,7 @@ def train_controlnet(
     budget: Budget,
     batch: int,
 ) -> list[float]:
-    """Half of the captions say nothing of the layout, so that the edges have to tell it."""
+    """Train with half of the captions silent about the layout, so that the edges have to supply it."""
     signal = noise_schedule().alphas_cumprod.to(run.device)
     networks.to(run.device).eval().requires_grad_(False)
     if run.device.type == "cpu":
@@ -31,7 +31,7 @@ def train_controlnet(
         chosen = torch.randint(len(corpus), (batch,), device=run.device)
         latents = corpus.latents[chosen].float()
         edge_maps = corpus.edge_maps(chosen)
-        # A little more of the noisy end, where the layout is decided.
+        # Slightly more high-noise timesteps, which decide the layout.
         timesteps = (torch.rand(batch, device=run.device).pow(0.75) * 1000).long().clamp(max=999)
         noised, velocity = diffuse(latents, signal[timesteps])
         with torch.no_grad():

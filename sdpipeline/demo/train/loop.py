@@ -1,4 +1,4 @@
-"""One training stage: step until the time is up, keep an average, survive an interruption."""
+"""Training loop of one stage: runs for a time budget, keeps an average of the weights, resumes after interruption."""
 
 import math
 import time
@@ -12,12 +12,12 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 Loss = Callable[[float], Tensor]
-"""From the share of the stage that is over, 0 to 1, to the loss of a batch it draws itself."""
+"""Maps the completed share of the stage, 0 to 1, to the loss of a batch that it draws itself."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Budget:
-    """How long a stage trains: `seconds`, or exactly `steps` where they are given."""
+    """Duration of a stage: `seconds`, or exactly `steps` if given."""
 
     seconds: float
     steps: int | None = None
@@ -25,10 +25,10 @@ class Budget:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Pace:
-    """How a stage learns."""
+    """Training parameters of a stage."""
 
     learning_rate: float
-    """At its highest; it rises over the first steps and falls along a cosine."""
+    """Peak value; it rises over the first steps and falls along a cosine."""
     ema_decay: float = 0.998
     half_precision: bool = True
     """Multiply in bfloat16."""
@@ -36,7 +36,7 @@ class Pace:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Run:
-    """Where and how this training runs, the same for all of its stages."""
+    """Directory, device and seed of this training, the same for all of its stages."""
 
     directory: Path
     device: torch.device
@@ -44,11 +44,11 @@ class Run:
     resume: bool = False
 
     def network_dir(self, name: str) -> Path:
-        """Where a stage leaves a trained network for the later ones, in float32."""
+        """Return the directory of a stage's trained network for later stages, in float32."""
         return self.directory / "networks" / name
 
     def state_file(self, stage: str) -> Path:
-        """What a stage resumes from."""
+        """Return the file that a stage resumes from."""
         return self.directory / "state" / f"{stage}.pt"
 
 
@@ -62,10 +62,10 @@ def fit(
     pace: Pace,
     parameters: Sequence[nn.Parameter] | None = None,
 ) -> list[float]:
-    """Train `network` in place, leave its weights' running average in it, return the losses.
+    """Train `network` in place, leave the running average of its weights in it, return the losses.
 
-    The state is saved every minute; with `run.resume` a stage goes on from there, also one that
-    was over already and has got a longer budget.
+    The state is saved every minute; with `run.resume` a stage continues from there, even one that
+    was finished and has got a longer budget.
     """
     torch.manual_seed(_stage_seed(run.seed, stage))
     network.to(run.device).train()
@@ -103,7 +103,7 @@ _WARM_UP_STEPS = 60
 
 @dataclass(slots=True, kw_only=True)
 class _Session:
-    """What a stage needs to go on after an interruption."""
+    """State that a stage needs to resume after an interruption."""
 
     network: nn.Module
     average: "_Average"
@@ -132,7 +132,7 @@ class _Session:
         self.optimizer.step()
         self.step += 1
         self.average.update(self.network, self.step)
-        # Reading a loss waits for the device: collect them and look at twenty at once.
+        # Reading a loss waits for the device, so twenty are read at once.
         self._unread.append(value.detach())
 
     def report(self) -> float:
@@ -176,7 +176,7 @@ class _Session:
 
 
 class _Average:
-    """An exponential average of the parameters that forgets its random start."""
+    """Exponential average of the parameters that forgets its random start."""
 
     def __init__(self, network: nn.Module, *, decay: float) -> None:
         self.decay = decay
@@ -199,6 +199,6 @@ def _stage_seed(seed: int, stage: str) -> int:
 
 
 def _rate(progress: float, step: int) -> float:
-    """The share of the learning rate: linear warm-up, then a cosine down to 2 %."""
+    """Return the share of the learning rate: linear warm-up, then a cosine down to 2 %."""
     cosine = 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * min(progress, 1)))
     return min(1, (step + 1) / _WARM_UP_STEPS) * cosine

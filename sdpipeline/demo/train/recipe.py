@@ -1,4 +1,4 @@
-"""How long, how large: the recipe for two CPU cores and the one for a GPU."""
+"""Training recipes: data, durations and batch sizes, for two CPU cores and for a GPU."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -19,7 +19,7 @@ class Recipe:
     """Whole pictures for the autoencoders and the upscaler, latents for the others."""
     unet_ema_decay: float
     kinds: Mapping[str, float] = field(default_factory=lambda: KINDS)
-    """How often each kind of scene is drawn."""
+    """Share of each kind of scene."""
 
 
 CPU_RECIPE = Recipe(
@@ -42,7 +42,7 @@ CPU_RECIPE = Recipe(
         "upscale": 2,
     },
     unet_ema_decay=0.998,
-    # What single objects are is learned first, and there is time for little more.
+    # Single objects are learned first, and there is little time for more.
     kinds={"single": 0.85, "pair": 0.1, "counted": 0.05},
 )
 """Thirty minutes on two free cores, drawing included."""
@@ -68,4 +68,4 @@ GPU_RECIPE = Recipe(
     },
     unet_ema_decay=0.9995,
 )
-"""Eight minutes on one H100, and two more of sixteen cores that draw."""
+"""Eight minutes on one H100, and two more on sixteen cores for drawing."""

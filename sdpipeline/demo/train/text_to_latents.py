@@ -1,4 +1,4 @@
-"""Stages 2 and 3: the words, then text encoder and U-Net together, on designed latents."""
+"""Stages 2 and 3: train the text encoder on captions, then text encoder and U-Net together, on designed latents."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,7 +19,7 @@ from sdpipeline.demo.train.loop import Budget, Pace, Run, fit
 
 
 class TextToLatents(nn.Module):
-    """Text encoder, U-Net, and the readers of its pooled vector that only training needs."""
+    """Text encoder, U-Net, and the readers of its pooled vector, which only training needs."""
 
     def __init__(self, text_encoder: CLIPTextModel, unet: UNet2DConditionModel) -> None:
         super().__init__()
@@ -30,33 +30,33 @@ class TextToLatents(nn.Module):
 
     @classmethod
     def build(cls, tokenizer: CLIPTokenizer) -> Self:
-        """Untrained."""
+        """Build untrained networks."""
         return cls(build_text_encoder(tokenizer), build_unet())
 
     def attend_plainly(self) -> None:
-        """Attention as two matrix products: torch's fused kernel for CPUs takes several times as long backwards."""
+        """Use attention as two matrix products: torch's fused CPU kernel takes several times as long backwards."""
         self.text_encoder.set_attn_implementation("eager")
         self.unet.set_attn_processor(AttnProcessor())
 
     @classmethod
     def load(cls, run: Run) -> Self:
-        """What the stage before has left."""
+        """Load the networks of the previous stage."""
         text_encoder = CLIPTextModel.from_pretrained(run.network_dir("text_encoder"))
         loaded = cls(text_encoder, UNet2DConditionModel.from_pretrained(run.network_dir("unet")))
         loaded.readers.load_state_dict(load_file(_readers_file(run)))
         return loaded
 
     def save(self, run: Run) -> None:
-        """For the next stage."""
+        """Save the networks for the next stage."""
         self.text_encoder.save_pretrained(run.network_dir("text_encoder"))
         self.unet.save_pretrained(run.network_dir("unet"))
         save_file(self.readers.state_dict(), _readers_file(run))
 
     def reading_loss(self, embeddings: Tensor, labels: Tensor) -> Tensor:
-        """Cross-entropy of what the pooled vector tells of the caption, summed over its facets."""
+        """Return the cross-entropy of the caption's facets as read from the pooled vector, summed over facets."""
         pooled = self.unet.add_embedding(embeddings) / POOLED_SCALE
         losses = [
-            # A mean over no label at all would be undefined: at least one counts as zero.
+            # A mean over no labels would be undefined, so at least one counts as zero.
             functional.cross_entropy(reader(pooled).float(), label, ignore_index=UNSAID, reduction="sum")
             / (label != UNSAID).sum().clamp(min=1)
             for reader, label in zip(self.readers, labels.long().unbind(1), strict=True)
@@ -65,7 +65,7 @@ class TextToLatents(nn.Module):
 
 
 def train_words(networks: TextToLatents, corpus: Corpus, *, run: Run, budget: Budget, batch: int) -> list[float]:
-    """Text encoder and pooling learn what captions say, before any picture is at stake."""
+    """Train text encoder and pooling to read captions, before any picture is involved."""
     if run.device.type == "cpu":
         networks.attend_plainly()
 
@@ -82,7 +82,7 @@ def train_words(networks: TextToLatents, corpus: Corpus, *, run: Run, budget: Bu
 def train_unet(
     networks: TextToLatents, corpus: Corpus, *, run: Run, budget: Budget, batch: int, ema_decay: float
 ) -> list[float]:
-    """Everything together: predict the velocity of noised latents from the caption."""
+    """Train all networks together: predict the velocity of noised latents from the caption."""
     signal = noise_schedule().alphas_cumprod.to(run.device)
     if run.device.type == "cpu":
         networks.attend_plainly()
@@ -102,27 +102,27 @@ def train_unet(
 
 
 def diffuse(latents: Tensor, signal: Tensor) -> tuple[Tensor, Tensor]:
-    """Noised latents and their velocity (Salimans & Ho 2022), at `signal` = alphas_cumprod."""
+    """Return noised latents and their velocity (Salimans & Ho 2022), at `signal` = alphas_cumprod."""
     kept, added = (share.sqrt().view(-1, 1, 1, 1) for share in (signal, 1 - signal))
     noise = torch.randn_like(latents)
     return kept * latents + added * noise, kept * noise - added * latents
 
 
 def velocity_loss(predicted: Tensor, velocity: Tensor, latents: Tensor) -> Tensor:
-    """Squared error in which objects and their rims count four times: most of a scene is ground."""
+    """Return the squared error, with objects and their rims weighted four times: most of a scene is ground."""
     weight = 1 + 3 * near_objects(latents)
     return ((predicted - velocity).square() * weight).mean() / weight.mean()
 
 
 def near_objects(latents: Tensor) -> Tensor:
-    """(batch, 1, h, w): 1 in cells that differ from the scene's usual cell, and beside them."""
+    """Return (batch, 1, h, w): 1 in cells that differ from the scene's usual cell, and in their neighbours."""
     usual = latents.flatten(2).median(-1).values[:, :, None, None]
     different = ((latents - usual).abs().amax(1, keepdim=True) > 0.4).float()
     return functional.max_pool2d(different, 3, stride=1, padding=1)
 
 
 def load_weights(directory: Path) -> Mapping[str, Tensor]:
-    """The tensors of the one safetensors file in a network's directory, as float32."""
+    """Load the only safetensors file in a network's directory, as float32."""
     (file,) = directory.glob("*.safetensors")
     return {name: value.float() for name, value in load_file(file).items()}
 
@@ -132,13 +132,13 @@ def _readers_file(run: Run) -> Path:
 
 
 def _wordings(corpus: Corpus, chosen: Tensor) -> tuple[Tensor, Tensor]:
-    """Tokens and labels in one wording each, never the last one, which hides the layout."""
+    """Return tokens and labels of one wording each, never the last one, which omits the layout."""
     wording = torch.randint(WORDINGS - 1, chosen.shape, device=chosen.device)
     return corpus.tokens[chosen, wording].long(), corpus.labels[chosen, wording]
 
 
 def _timesteps(batch: int, device: torch.device) -> Tensor:
-    """Mostly from the middle, where shapes are decided; three in ten from anywhere."""
+    """Sample mostly from the middle, which decides the shapes; three in ten from anywhere."""
     anywhere, middle = torch.rand(batch, device=device), torch.randn(batch, device=device).sigmoid()
     share = torch.where(torch.rand(batch, device=device) < 0.3, anywhere, middle)
     return (share * 1000).long().clamp(max=999)

@@ -34,7 +34,7 @@ from sdpipeline.demo.train.upscale import train_upscale_unet
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """The command line."""
+    """Run the command line."""
     options = _parser().parse_args(arguments)
     device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if device.type == "cuda":
@@ -53,7 +53,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class Training:
-    """All stages over one directory; each leaves its networks there for the later ones."""
+    """All stages over one directory; each saves its networks there for later ones."""
 
     run: Run
     recipe: Recipe
@@ -63,8 +63,8 @@ class Training:
     steps: int | None = None
 
     def train(self, stage: str) -> list[float]:
-        """Carry out one stage; its losses, none for `assemble`."""
-        torch.manual_seed(self.run.seed)  # the networks' first weights
+        """Run one stage; return its losses, none for `assemble`."""
+        torch.manual_seed(self.run.seed)  # for the initial weights
         return {
             "autoencoder": self._autoencoder,
             "words": self._words,
@@ -75,7 +75,7 @@ class Training:
         }[stage]()
 
     def _autoencoder(self) -> list[float]:
-        """Pixels to designed latents and back."""
+        """Train the autoencoder from pixels to designed latents and back."""
         autoencoder = build_autoencoder()
         self._warm_start(autoencoder, "shapes/vae")
         small = torch.cat([_shrunk(part) for part in self._pictures.split(128)])
@@ -86,7 +86,7 @@ class Training:
         return losses
 
     def _words(self) -> list[float]:
-        """The text encoder's start."""
+        """Train the text encoder on captions alone, as its start."""
         networks = TextToLatents.build(build_tokenizer())
         self._warm_start(networks.text_encoder, "shapes/text_encoder")
         self._warm_start(networks.unet, "shapes/unet")
@@ -95,7 +95,7 @@ class Training:
         return losses
 
     def _unet(self) -> list[float]:
-        """Text encoder and U-Net."""
+        """Train text encoder and U-Net."""
         networks = TextToLatents.load(self.run)
         decay = self.recipe.unet_ema_decay
         losses = train_unet(networks, self._corpus, ema_decay=decay, **self._fitting("unet"))
@@ -103,7 +103,7 @@ class Training:
         return losses
 
     def _controlnet(self) -> list[float]:
-        """Edges."""
+        """Train the edge ControlNet."""
         networks = TextToLatents.load(self.run)
         controlnet = build_controlnet(networks.unet)
         self._warm_start(controlnet, "shapes-canny")
@@ -112,7 +112,7 @@ class Training:
         return losses
 
     def _upscale(self) -> list[float]:
-        """Its autoencoder, then its U-Net; the losses are the U-Net's."""
+        """Train the upscaler's autoencoder, then its U-Net; return the losses of the U-Net."""
         autoencoder, unet = build_upscale_autoencoder(), build_upscale_unet()
         autoencoder.register_to_config(scaling_factor=UPSCALE_SCALING)
         self._warm_start(autoencoder, "shapes-upscale/vae")
@@ -129,7 +129,7 @@ class Training:
         return losses
 
     def _assemble(self) -> list[float]:
-        """The three checkpoint directories."""
+        """Write the three checkpoint directories."""
         assemble(self.run)
         return []
 
@@ -168,7 +168,7 @@ class Training:
 
 
 class Fitting(TypedDict):
-    """What every stage is told alike."""
+    """Arguments that all stages share."""
 
     run: Run
     budget: Budget

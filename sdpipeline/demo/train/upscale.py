@@ -1,4 +1,4 @@
-"""Stage 5: super-resolution by four, from clean pictures and from those that the shapes decoder made."""
+"""Stage 5: train super-resolution by four, on clean pictures and on those decoded by the shapes autoencoder."""
 
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
@@ -12,7 +12,7 @@ from sdpipeline.demo.train.loop import Budget, Pace, Run, fit
 from sdpipeline.demo.train.text_to_latents import diffuse
 
 MAX_NOISE_LEVEL = 350
-"""The pipeline's own limit."""
+"""Limit set by the pipeline."""
 
 
 def train_upscale_unet(
@@ -24,9 +24,9 @@ def train_upscale_unet(
     budget: Budget,
     batch: int,
 ) -> list[float]:
-    """`pictures` are (pictures, 3, 512, 512) uint8 on the run's device; `batch` counts whole ones.
+    """Train on `pictures`, (pictures, 3, 512, 512) uint8 on the run's device; `batch` counts whole ones.
 
-    An error counts by what it changes in the pixels.
+    An error is weighted by its effect on the pixels.
     """
     signal = upscale_noise_schedule().alphas_cumprod.to(run.device)
     low_signal = low_resolution_schedule().alphas_cumprod.to(run.device)
@@ -51,9 +51,9 @@ def train_upscale_unet(
 
 @torch.no_grad()
 def degraded(pixels: Tensor, shapes_autoencoder: AutoencoderKL) -> Tensor:
-    """A quarter of the side: half of them only smaller, the others also decoded from noisy latents.
+    """Reduce to a quarter of the side; decode half of the pictures also from noisy latents.
 
-    A chain upscales generated pictures, whose edges wave and whose flats are clouded.
+    A chain upscales generated pictures, which have wavy edges and blotchy flat areas.
     """
     small = functional.avg_pool2d(pixels, UPSCALE_LATENT.factor)
     latents = SHAPES_LATENT.encode(small)
@@ -64,7 +64,7 @@ def degraded(pixels: Tensor, shapes_autoencoder: AutoencoderKL) -> Tensor:
 
 
 def _noised_levels(low: Tensor, low_signal: Tensor) -> tuple[Tensor, Tensor]:
-    """Noise as the pipeline adds it, half of the time near its default level of 20."""
+    """Add noise as the pipeline does, half of the time near its default level of 20."""
     count = len(low)
     near = torch.randint(41, (count,), device=low.device)
     anywhere = torch.randint(MAX_NOISE_LEVEL + 1, (count,), device=low.device)
