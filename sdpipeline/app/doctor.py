@@ -144,7 +144,7 @@ def _prefect(settings: Settings) -> Iterator[Check]:
         return
     try:
         url = f"{settings.prefect_api_url.rstrip('/')}/health"
-        answer = httpx.get(url, timeout=PREFECT_TIMEOUT_S, trust_env=not on_loopback(url))  # a proxy cannot reach loopback
+        answer = httpx.get(url, timeout=PREFECT_TIMEOUT_S, trust_env=not on_loopback(url))  # bypass proxies
         ok, detail = answer.is_success, f"{settings.prefect_api_url} answered {answer.status_code}"
     except httpx.HTTPError as error:
         ok, detail = False, f"{settings.prefect_api_url} does not answer: {type(error).__name__}"

@@ -507,7 +507,7 @@ class _Run:
         with self._watchdog.batch(self.worker.timings.allowed_s(group_id)):
             made = self.worker.engine.generate(batch)
             work.results = judged(self.worker.engine, [leased.rules for leased in work.jobs], made)
-        work.requests = []  # decoded inputs are large, and the record needs them no more
+        work.requests = []  # decoded inputs are large and no longer needed
         work.gpu_seconds = time.perf_counter() - started
         self.worker.timings.took(group_id, work.gpu_seconds)
         self._gpu_seconds += work.gpu_seconds
