@@ -1,4 +1,4 @@
-"""The Prefect flows: thin, they call sdpipeline. Importing them closes Prefect's results to what a server names."""
+"""Prefect flows: thin wrappers of sdpipeline. Importing them disables reading results that a Prefect server names."""
 
 from sdpipeline.orchestration import prefect_results_patch
 

@@ -1,4 +1,4 @@
-"""One campaign, worked to its end: by a fleet of workers where it is deployed, or on this machine."""
+"""Campaign flow: run one campaign to its end, with dispatched workers or with processes on this machine."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from sdpipeline.orchestration.request import EVERYTHING, CampaignRequest
 
 @flow(name="campaign", flow_run_name="{request}", persist_result=False)
 def campaign(request: CampaignRequest = EVERYTHING) -> State[Any]:
-    """Submit what is asked for, dispatch workers to the pool `gpu` by the backlog, and show how far it is."""
+    """Submit the requested campaign, dispatch workers to the pool `gpu` to match its backlog, and show its progress."""
     from sdpipeline.orchestration import deployed, flow_settings
 
     return deployed.carry_out(flow_settings.load(), request)
@@ -20,7 +20,8 @@ def campaign(request: CampaignRequest = EVERYTHING) -> State[Any]:
 
 @flow(name="campaign", persist_result=False)
 def campaign_here(name: str, home: str | None = None) -> State[Any]:
-    """Start a worker per device for a submitted campaign, watch them, and show progress, pictures and failures."""
+    """Start one worker per device for a submitted campaign, supervise them, and show progress, pictures and
+    failures."""
     from sdpipeline.app import services
     from sdpipeline.flows.gpu_worker import gpu_worker
     from sdpipeline.orchestration import campaign_run

@@ -1,4 +1,4 @@
-"""One worker: a process that keeps its checkpoint warm from its first batch to its last."""
+"""GPU worker flow: one process that keeps its checkpoint loaded from the first batch to the last."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from prefect.cache_policies import NO_CACHE
 def lease_and_work(
     campaign: str | None = None, home: str | None = None, device: str | None = None, log_file: str | None = None
 ) -> None:
-    """Lease and work batches of a campaign, or of all, until nothing is left. Pictures are committed one by one."""
+    """Lease and run batches of one campaign, or of all, until nothing is left. Each picture is committed on its own."""
     from sdpipeline.app import services
     from sdpipeline.orchestration import flow_settings, worker_process
     from sdpipeline.shutdown import Stop
@@ -36,6 +36,6 @@ def lease_and_work(
     worker_process.until_told(work)
 
 
-# Not a decorator: under a name of its own the function is pickled by reference, so that a process it is sent to
-# imports this package, and with it the patch of Prefect's results.
+# Not a decorator: with a distinct name the function is pickled by reference, so that the receiving process
+# imports this package, which installs the patch of Prefect's results.
 gpu_worker = flow(name="gpu-worker", persist_result=False)(lease_and_work)

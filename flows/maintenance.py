@@ -1,4 +1,4 @@
-"""What keeps an installation right, each on a schedule of its own; a run fails where it finds a fault."""
+"""Maintenance flows, each with its own schedule; a run fails if it finds a fault."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pydantic import Field
 
 @flow(name="reclaim", persist_result=False)
 def reclaim() -> State[Any]:
-    """Make ready again what dead workers held, also while no worker lives that would notice."""
+    """Make jobs of dead workers ready again, even when no worker is running that would notice."""
     from sdpipeline.app import maintenance as upkeep
     from sdpipeline.orchestration import flow_settings, maintenance
 
@@ -20,7 +20,7 @@ def reclaim() -> State[Any]:
 
 @flow(name="seal", persist_result=False)
 def seal() -> State[Any]:
-    """Sign what the audit log gained, or check that the process that has the key does."""
+    """Seal the new events of the audit log, or check that the process with the seal key has sealed them."""
     from sdpipeline.app import services
     from sdpipeline.orchestration import flow_settings, maintenance
 
@@ -32,7 +32,7 @@ def reconcile(
     *,
     repair: Annotated[bool, Field(description="put it right; objects are moved, never deleted")] = False,
 ) -> State[Any]:
-    """Compare the database with storage; finds what a crash or a restored backup left."""
+    """Compare the database with storage, and find what a crash or a restored backup left behind."""
     from sdpipeline.app import maintenance as upkeep
     from sdpipeline.orchestration import flow_settings, maintenance
 
@@ -41,7 +41,7 @@ def reconcile(
 
 @flow(name="retention", persist_result=False)
 def retention(*, dry_run: Annotated[bool, Field(description="only count; change nothing")] = False) -> State[Any]:
-    """Delete and archive what the retention settings say is due."""
+    """Delete and archive the data that the retention settings say is due."""
     from sdpipeline.app import maintenance as upkeep
     from sdpipeline.orchestration import flow_settings, maintenance
 

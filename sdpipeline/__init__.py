@@ -1,3 +1,3 @@
-"""Batch image generation with a queue that loses nothing and pictures that prove what made them."""
+"""Batch image generation with a queue that loses no job and pictures with verifiable provenance."""
 
 __version__ = "0.1.0"

@@ -1,4 +1,4 @@
-"""Which jobs may share a forward pass, and how many at once."""
+"""Batching rules: which jobs may share a forward pass, and how many at once."""
 
 from __future__ import annotations
 
@@ -8,23 +8,23 @@ from typing import Any
 from sdpipeline.domain import GenerationRequest, Json, digest, to_document
 
 BUCKETS = (1, 2, 4, 8, 16, 32, 64)
-"""Batches run padded to one of these sizes, because only equal shapes give bit-equal pictures."""
+"""Batch sizes. Batches are padded to one of them, because only equal shapes give bit-equal pictures."""
 
 FREE_PARAMETERS = ("prompt", "negative_prompt", "seed", "image", "mask_image", "guidance_scale", "output")
-"""What may differ between the pictures of one batch: each is a per-image tensor or happens outside the engine."""
+"""Parameters that may differ within a batch: each is a per-image tensor or applies outside the engine."""
 
 STEPWISE_PARAMETERS = ("num_inference_steps", "strength", "scheduler")
-"""What may differ as well between pictures of a profile that shares single network calls."""
+"""Parameters that may also differ between pictures of a profile that shares single network calls."""
 STEPWISE_CONTROL = ("control_guidance_start", "control_guidance_end")
 
 
 def batch_key(request: GenerationRequest) -> str:
-    """Hash of everything that must be equal inside one batch, 64 hexadecimal digits."""
+    """Return the hash, 64 hexadecimal digits, of everything that must be equal within a batch."""
     return digest(batch_document(request))
 
 
 def batch_document(request: GenerationRequest) -> Json:
-    """The values behind :func:`batch_key`, readable for people in ``plan`` and ``status``."""
+    """Return the values that :func:`batch_key` hashes, as ``plan`` and ``status`` show them."""
     stepwise = request.profile != "exact"
     free = FREE_PARAMETERS + STEPWISE_PARAMETERS if stepwise else FREE_PARAMETERS
     document: Json = {k: v for k, v in to_document(request).items() if k not in free}
@@ -43,12 +43,12 @@ def batch_document(request: GenerationRequest) -> Json:
 
 
 def bucket_for(count: int) -> int:
-    """The smallest bucket that holds ``count`` pictures; ``count`` is 1 to 64."""
+    """Return the smallest bucket that holds ``count`` pictures; ``count`` is 1 to 64."""
     return next(size for size in BUCKETS if size >= count)
 
 
 def split(count: int, cap: int) -> list[int]:
-    """Sizes of the batches for ``count`` jobs: full buckets of at most ``cap``, then one for the rest."""
+    """Return the batch sizes for ``count`` jobs: full buckets of at most ``cap``, then one for the rest."""
     largest = max(size for size in BUCKETS if size <= max(1, cap))
     whole, rest = divmod(count, largest)
     return [largest] * whole + ([rest] if rest else [])

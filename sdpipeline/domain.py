@@ -1,4 +1,4 @@
-"""The frozen values one picture's journey is made of, and the hashes that name them.
+"""Frozen domain values of jobs and requests, and the hashes that identify them.
 
 Standard library only: every other module may import this one.
 """
@@ -14,20 +14,20 @@ from functools import cache
 from typing import Any, Literal
 
 Reproducibility = Literal["strict", "tolerant", "fast"]
-"""How exactly a picture must come out again. ``strict``: alone in its batch, in float32, by deterministic
-algorithms, and failed rather than made by a fallback. ``tolerant``: in the deployment's dtype and batches; fallbacks
-are taken and recorded. ``fast``: what gains speed for small differences may be used."""
+"""How exactly a picture must be reproducible. ``strict``: alone in its batch, in float32, by deterministic algorithms,
+and failed rather than made by a fallback. ``tolerant``: in the deployment's dtype and batches; fallbacks are taken and
+recorded. ``fast``: optimisations with small differences in the result are allowed."""
 
 Profile = Literal["exact", "fast", "turbo"]
-"""What may be traded for speed. ``exact``: nothing. The others: a picture's steps are computed together with those of
-other pictures, and some of its computation is left out; see ``sdpipeline.engine.stepwise.profiles``."""
+"""Trade-off for speed. ``exact``: none. The others compute the steps of several pictures together and skip some of the
+computation; see ``sdpipeline.engine.stepwise.profiles``."""
 
 # JSON values; recursive aliases need Python 3.12's `type` statement, so this names only the outermost layer.
 Json = dict[str, Any]
 
 
 class Task(StrEnum):
-    """What a stage does."""
+    """Task of a stage."""
 
     TEXT_TO_IMAGE = "text-to-image"
     IMAGE_TO_IMAGE = "image-to-image"
@@ -36,7 +36,7 @@ class Task(StrEnum):
 
 
 class Status(StrEnum):
-    """Where a job stands. ``waiting`` is for parents or for a back-off; the last five are terminal."""
+    """Status of a job. ``waiting`` is for parents or for a back-off; the last five are terminal."""
 
     WAITING = "waiting"
     READY = "ready"
@@ -53,7 +53,7 @@ TERMINAL = frozenset({Status.SUCCEEDED, Status.FAILED, Status.BLOCKED, Status.SK
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CheckpointRef:
-    """Weights by the name people use and by the digest that was pinned at submit."""
+    """Reference to weights: the alias that people use, and the digest that was pinned at submit."""
 
     alias: str
     digest: str
@@ -61,11 +61,11 @@ class CheckpointRef:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ImageSource:
-    """A picture a request consumes.
+    """Picture that a request consumes.
 
-    With ``stage`` it is the picture of this job's parent in that stage and ``digest`` is the parent's
-    fingerprint; without, it is the stored input ``inputs/{digest}`` and ``digest`` its SHA-256. With ``url``
-    that input stays where it is, ``s3://bucket/key``, and ``version`` pins it: ``version:ID`` or ``etag:TAG``.
+    With ``stage`` it is the picture of this job's parent in that stage, and ``digest`` is the parent's fingerprint.
+    Without, it is the stored input ``inputs/{digest}``, and ``digest`` is its SHA-256. With ``url``, that input stays
+    at ``s3://bucket/key``, and ``version`` pins it: ``version:ID`` or ``etag:TAG``.
     """
 
     digest: str
@@ -76,7 +76,7 @@ class ImageSource:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ControlNetInput:
-    """One ControlNet, the picture that steers it, and how that picture becomes a control map.
+    """ControlNet with its input picture and the annotator that turns it into a control map.
 
     ``annotator_checkpoint`` holds the weights of a learned annotator; the others need none.
     """
@@ -93,7 +93,7 @@ class ControlNetInput:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AdapterInput:
-    """A LoRA, textual inversion or IP-Adapter with its weight; the image is an IP-Adapter's reference."""
+    """LoRA, textual inversion or IP-Adapter with its weight; the image is an IP-Adapter's reference."""
 
     checkpoint: CheckpointRef
     weight: float = 1.0
@@ -102,7 +102,7 @@ class AdapterInput:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OutputFormat:
-    """How the picture is encoded. ``quality`` (1-100) is for jpeg and webp; ``None`` is lossless png."""
+    """Encoding of the picture. ``quality`` (1-100) is for jpeg and webp; ``None`` is lossless png."""
 
     format: Literal["png", "jpeg", "webp"] = "png"
     quality: int | None = None
@@ -110,10 +110,10 @@ class OutputFormat:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GenerationRequest:
-    """Everything that determines one picture's pixels; parameters carry diffusers' names.
+    """Request for one picture, with everything that determines its pixels; parameters carry diffusers' names.
 
-    ``width`` and ``height`` are pixels of the result (of the input, for super-resolution). ``seed`` is
-    the noise seed, already derived for this stage. ``strength`` is in (0, 1].
+    ``width`` and ``height`` are pixels of the result (of the input, for super-resolution). ``seed`` is the noise seed,
+    already derived for this stage. ``strength`` is in (0, 1].
     """
 
     task: Task
@@ -143,18 +143,18 @@ class GenerationRequest:
 
     @property
     def exact(self) -> bool:
-        """Whether nothing may run that would change a bit of the picture."""
+        """Return True if no optimisation may change a bit of the picture."""
         return self.reproducibility == "strict"
 
     def sources(self) -> dict[str, ImageSource]:
-        """Every picture this request consumes, by role: ``image``, ``mask_image``, ``controlnets.0``, ..."""
+        """Return every picture this request consumes, by role: ``image``, ``mask_image``, ``controlnets.0``, ..."""
         found = {"image": self.image, "mask_image": self.mask_image}
         found |= {f"controlnets.{n}": use.image for n, use in enumerate(self.controlnets)}
         found |= {f"ip_adapters.{n}": use.image for n, use in enumerate(self.ip_adapters)}
         return {role: source for role, source in found.items() if source is not None}
 
     def checkpoints(self) -> tuple[CheckpointRef, ...]:
-        """Every set of weights this request needs, the base first."""
+        """Return every checkpoint this request needs, the base first."""
         adapters: tuple[ControlNetInput | AdapterInput, ...]
         adapters = (*self.controlnets, *self.loras, *self.textual_inversions, *self.ip_adapters)
         vae = (self.vae,) if self.vae else ()
@@ -163,8 +163,11 @@ class GenerationRequest:
 
 
 def to_document(value: Any) -> Any:
-    """A frozen value as JSON. Fields at their default are left out, so that a field added later
-    does not change the fingerprint of a request that does not use it."""
+    """Return a frozen value as JSON.
+
+    Fields at their default are left out, so that a field added later does not change the fingerprint of a request that
+    does not use it.
+    """
     if type(value) in _PLAIN:
         return value
     if isinstance(value, StrEnum):
@@ -186,12 +189,15 @@ def _read_fields(kind: type) -> tuple[tuple[str, Any], ...]:
     return tuple((f.name, f.default) for f in fields(kind))
 
 
-# mypy holds a class for no key of a cache.
+# mypy does not accept a class as the key of a cache.
 _fields_of: Callable[[type], tuple[tuple[str, Any], ...]] = cache(_read_fields)
 
 
 def request_from_document(document: Json) -> GenerationRequest:
-    """The inverse of :func:`to_document` for a request; raises KeyError or TypeError on a foreign document."""
+    """Return the request of a document, as the inverse of :func:`to_document`.
+
+    Raises KeyError or TypeError if the document is not one of a request.
+    """
     d = dict(document)
     return GenerationRequest(
         **d
@@ -227,35 +233,35 @@ def _adapter(d: Json) -> AdapterInput:
     return AdapterInput(**d | {"checkpoint": CheckpointRef(**d["checkpoint"]), "image": _source(d.get("image"))})
 
 
-# Made once: `json.dumps` with options would make one for every job.
+# Created once: `json.dumps` with options would create one for every job.
 _CANONICAL = json.JSONEncoder(sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
 
 
 def canonical(document: Any) -> bytes:
-    """One byte string per JSON value: sorted keys, no spaces, no NaN."""
+    """Return the canonical bytes of a JSON value: sorted keys, no spaces, no NaN."""
     return _CANONICAL.encode(document).encode()
 
 
 def digest(document: Any) -> str:
-    """SHA-256 of the canonical form, hexadecimal."""
+    """Return the SHA-256 of the canonical form, hexadecimal."""
     return hashed(canonical(document))
 
 
 def hashed(data: bytes) -> str:
-    """SHA-256, hexadecimal."""
+    """Return the SHA-256, hexadecimal."""
     return hashlib.sha256(data).hexdigest()
 
 
 def fingerprint(request: GenerationRequest) -> str:
-    """What determines the picture: equal fingerprints ask for the same pixels.
+    """Return the hash of what determines the picture: equal fingerprints ask for the same pixels.
 
-    Aliases and addresses are only names, so the digests alone count.
+    Aliases and addresses are only names, so only the digests count.
     """
     return digest(fingerprint_document(request))
 
 
 def fingerprint_document(request: GenerationRequest) -> Json:
-    """The values behind :func:`fingerprint`."""
+    """Return the values that :func:`fingerprint` hashes."""
     document: Json = _without_names(to_document(request))
     return document
 
@@ -270,9 +276,10 @@ def _without_names(value: Any) -> Any:
 
 
 def changed_keys(was: Json, now: Json) -> dict[str, tuple[Any, Any]]:
-    """Where two requests' documents ask for different pixels: dotted key to both values, None where there is none.
+    """Return the differences in pixels between two requests' documents: dotted key to both values, None for a missing
+    one.
 
-    A picture of another stage that will be another one shows as ``image (stage draft)``.
+    A changed picture of another stage appears as ``image (stage draft)``.
     """
     changed: dict[str, tuple[Any, Any]] = {}
     _compare(_without_names(was), _without_names(now), "", changed)
@@ -298,16 +305,16 @@ def _compare(was: Any, now: Any, key: str, changed: dict[str, tuple[Any, Any]]) 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class JobSpec:
-    """One job as a campaign file asks for it, before the database knows it.
+    """Job as a campaign file specifies it, before it is in the database.
 
-    ``variables`` are all values this job's templates used, ``axes`` those of them that tell it from its
-    siblings; a table's row is told by ``row_key`` instead (empty without ``rows:``), so that a corrected
-    cell changes a job and does not make another. ``seed`` is the root seed that chains share,
-    ``request.seed`` the noise seed of this stage. ``parents`` maps each parent's stage to its identity.
-    ``chain`` counts the chains of a campaign in the file's order: a row, a combination and a root seed.
-    ``blocked`` says which rule of a policy forbids this job, ``subject`` whose data it holds. ``identity`` is what
-    makes this job the same job when its campaign is submitted again, ``document`` the canonical text of ``request``;
-    who makes many alike knows both sooner.
+    ``variables`` are all values that this job's templates used; ``axes`` are those that distinguish it from its
+    siblings. A table's row is identified by ``row_key`` instead (empty without ``rows:``), so that a corrected cell
+    changes a job and does not create another. ``seed`` is the root seed that chains share, ``request.seed`` the noise
+    seed of this stage. ``parents`` maps each parent's stage to its identity. ``chain`` numbers the chains of a
+    campaign in the file's order: a row, a combination and a root seed. ``blocked`` names the policy rule that forbids
+    this job, ``subject`` the data subject. ``identity`` makes this the same job when its campaign is
+    submitted again; ``document`` is the canonical text of ``request``. Code that creates many similar jobs may pass
+    both precomputed.
     """
 
     stage: str
@@ -336,17 +343,17 @@ class JobSpec:
 
 
 def job_identity(edition: str, stage: str, row_key: str, axes: Json, seed: int) -> str:
-    """The hash that is unique in a campaign: :func:`digest` of these five in a list."""
+    """Return the hash that is unique in a campaign: :func:`digest` of these five in a list."""
     return identities(edition, stage, row_key, axes)(seed)
 
 
 def identities(edition: str, stage: str, row_key: str, axes: Json) -> Callable[[int], str]:
-    """The identities of jobs that differ in their seed."""
+    """Return a function from seed to identity, for jobs that differ only in their seed."""
     begun = canonical([edition, stage, row_key, axes])[:-1]
     return lambda seed: hashed(b"%b,%d]" % (begun, seed))
 
 
 def stage_seed(seed: int, stage: str) -> int:
-    """A stage's own noise seed in [0, 2**63), derived so that a chain does not repeat one noise."""
+    """Return a stage's noise seed in [0, 2**63), derived so that the stages of a chain do not repeat one noise."""
     derived = hashlib.sha256(f"{seed}/{stage}".encode()).digest()
     return int.from_bytes(derived[:8], "big") >> 1

@@ -1,4 +1,4 @@
-"""Every error this package raises on purpose.
+"""Error classes of this package.
 
 ::
 
@@ -14,7 +14,7 @@
     │   ├── OrchestratorUnavailableError
     │   ├── SigningUnavailableError
     │   ├── SealOverdueError      another process has the seal key, and does not seal
-    │   ├── DeliveryLostError     the process that delivers pictures died of this one again and again
+    │   ├── DeliveryLostError     the process that delivers pictures died repeatedly of the same call
     │   ├── DeliveryUnavailableError  ... or does not start
     │   └── DeviceExhaustedError  out of memory although every fallback was taken
     ├── PermanentError            the job fails; the message names the field and the fix
@@ -38,12 +38,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 PERCENT_ENCODE = "percent-encode user and password: @ is %40, # %23, / %2F, : %3A, ? %3F, % %25"
-"""How to write a password in an address."""
+"""Advice for writing a password in an address."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Mistake:
-    """One fault in something a user wrote: where it is, what is wrong and what to write instead."""
+    """Fault in user input: its location, the error and the fix."""
 
     message: str
     file: str | None = None
@@ -53,11 +53,11 @@ class Mistake:
     fix: str | None = None
 
     def __str__(self) -> str:
-        """One line as a compiler prints it: ``file:line:column: key: message (fix)``."""
+        """Return one line in a compiler's format: ``file:line:column: key: message (fix)``."""
         place = ":".join(str(part) for part in (self.file, self.line, self.column) if part is not None)
         parts = [part for part in (place, self.key, self.message) if part]
         line = ": ".join(parts) + (f" ({self.fix})" if self.fix else "")
-        # Names from a file may hold line ends and terminal codes; a mistake stays one harmless line.
+        # Names from a file may contain line ends and terminal codes; escape them to keep one harmless line.
         return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in line)
 
 
@@ -66,7 +66,7 @@ class SdpError(Exception):
 
 
 class BadInputError(SdpError):
-    """What the user asked for cannot be accepted; holds one or more mistakes."""
+    """The user's input cannot be accepted; holds one or more mistakes."""
 
     def __init__(self, *mistakes: Mistake | str) -> None:
         self.mistakes = tuple(m if isinstance(m, Mistake) else Mistake(message=m) for m in mistakes)
@@ -101,7 +101,7 @@ class DatabaseUnavailableError(TransientError):
 
 
 class DatabaseRefusedError(DatabaseUnavailableError):
-    """The database refuses this user, password, database or file: wrong at the start, waited for later on."""
+    """The database refuses this user, password, database or file: an error at startup, waited out later."""
 
 
 class ChainTakenError(DatabaseUnavailableError):
@@ -121,7 +121,7 @@ class SealOverdueError(TransientError):
 
 
 class DeliveryLostError(TransientError):
-    """The process that encodes, signs, stores and records pictures died of this one, again and again."""
+    """The process that encodes, signs, stores and records pictures died repeatedly of the same call."""
 
 
 class DeliveryUnavailableError(TransientError):
@@ -133,7 +133,7 @@ class DeviceExhaustedError(TransientError):
 
 
 class PermanentError(SdpError):
-    """Trying the job again would fail again."""
+    """A retry of the job would fail again."""
 
 
 class RequestRefusedError(PermanentError):
@@ -153,7 +153,7 @@ class BadPictureError(PermanentError):
 
 
 class MarksLostError(PermanentError):
-    """A picture came back from storage without its marks as AI-made, whole otherwise."""
+    """A picture came back from storage intact but without its marks as AI-made."""
 
 
 class PictureBlockedError(PermanentError):
@@ -181,7 +181,7 @@ class RunForcedError(SdpError):
 
 
 class LeaseLostError(SdpError):
-    """The lease expired or was closed; whoever holds the job now will finish it."""
+    """The lease expired or was closed; the job's next holder will finish it."""
 
 
 class WorkersLostError(SdpError):

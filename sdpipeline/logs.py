@@ -1,4 +1,4 @@
-"""Logs: constant event names with fields, on stderr, for people or for machines."""
+"""Logging setup: constant event names with fields, on stderr, for people or for machines."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from sdpipeline.settings import Settings
 
 
 def configure_logging(settings: Settings) -> None:
-    """Set up structlog as the settings ask; stdout stays free for results."""
+    """Set up structlog from the settings; stdout stays free for results."""
     renderer: structlog.typing.Processor = structlog.processors.JSONRenderer()
     if settings.log_format == "console":
-        # The default shows local variables, prompts and passwords among them.
+        # The default shows local variables, including prompts and passwords.
         renderer = structlog.dev.ConsoleRenderer(
             colors=sys.stderr is not None and sys.stderr.isatty(),
             exception_formatter=structlog.dev.plain_traceback,
@@ -38,26 +38,26 @@ def configure_logging(settings: Settings) -> None:
 
 
 class _StandardError(io.TextIOBase):
-    """stderr as it is now, for a process whose work is not worth less than its log.
+    """Current stderr, for a process whose work matters more than its log.
 
-    Looked up for each line: whoever redirects stderr meanwhile gets what follows. A line is lost if nobody reads it,
-    or if the log's disk is full.
+    It is looked up for each line, so that a redirection of stderr takes effect. A line is lost if nobody reads it, or
+    if the log's disk is full.
     """
 
     def write(self, text: str) -> int:
-        """Write unless that fails."""
+        """Write, ignoring errors."""
         with suppress(OSError):
             if sys.stderr is not None:
                 sys.stderr.write(text)
         return len(text)
 
     def flush(self) -> None:
-        """Flush unless that fails."""
+        """Flush, ignoring errors."""
         with suppress(OSError):
             if sys.stderr is not None:
                 sys.stderr.flush()
 
 
 def _without_controls(_: object, __: str, event: structlog.typing.EventDict) -> structlog.typing.EventDict:
-    """Show control characters of fields as what they are: names and errors may come from anybody's file."""
+    """Escape control characters of fields: names and errors may come from untrusted files."""
     return {name: terminal(value) if isinstance(value, str) else value for name, value in event.items()}

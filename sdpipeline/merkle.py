@@ -1,7 +1,6 @@
 """Merkle trees of RFC 6962: one hash over many entries, and short proofs that an entry is among them.
 
-Entries are whole byte strings: hashing them as leaves happens in here, so that an inner node can
-never be passed off as an entry.
+Entries are whole byte strings. This module hashes them as leaves, so that an inner node can never pass for an entry.
 """
 
 from __future__ import annotations
@@ -11,19 +10,19 @@ from collections.abc import Iterable, Sequence
 
 
 def leaf_hash(entry: bytes) -> bytes:
-    """The hash of one entry; the prefix keeps leaves and inner nodes apart."""
+    """Return the hash of one entry; the prefix separates leaves from inner nodes."""
     return hashlib.sha256(b"\x00" + entry).digest()
 
 
 class Tree:
-    """A tree that grows by one entry at a time and holds one hash for each of its levels."""
+    """Merkle tree that grows by one entry at a time and holds one hash for each of its levels."""
 
     def __init__(self) -> None:
         self.size = 0
         self._peaks: list[bytes] = []  # complete subtrees, left to right: one for each bit of the size
 
     def add(self, entry: bytes) -> None:
-        """Put one entry behind the others."""
+        """Append one entry."""
         node, rest = leaf_hash(entry), self.size
         while rest & 1:
             node = _node_hash(self._peaks.pop(), node)
@@ -32,7 +31,7 @@ class Tree:
         self.size += 1
 
     def root(self) -> bytes:
-        """The root over what was added so far; more may follow."""
+        """Return the root over the entries added so far; more may follow."""
         if not self._peaks:
             return hashlib.sha256().digest()
         *left, node = self._peaks
@@ -42,7 +41,7 @@ class Tree:
 
 
 def root(entries: Iterable[bytes]) -> bytes:
-    """The root over the entries in order, holding one hash for each level of the tree."""
+    """Return the root over the entries in order, holding one hash for each level of the tree."""
     tree = Tree()
     for entry in entries:
         tree.add(entry)
@@ -50,7 +49,7 @@ def root(entries: Iterable[bytes]) -> bytes:
 
 
 def inclusion_proof(entries: Iterable[bytes], index: int) -> list[bytes]:
-    """The sibling hashes that lead from the entry at ``index`` up to the root, nearest first."""
+    """Return the sibling hashes from the entry at ``index`` up to the root, nearest first."""
     proof, position = [], index
     level = [leaf_hash(entry) for entry in entries]
     if not 0 <= index < len(level):
@@ -65,7 +64,7 @@ def inclusion_proof(entries: Iterable[bytes], index: int) -> list[bytes]:
 
 
 def verify_inclusion(entry: bytes, *, index: int, size: int, proof: Sequence[bytes], root: bytes) -> bool:
-    """Whether ``entry`` is number ``index`` of the ``size`` entries under ``root``."""
+    """Return True if ``entry`` is number ``index`` of the ``size`` entries under ``root``."""
     if not 0 <= index < size:
         return False
     node, position, last, rest = leaf_hash(entry), index, size - 1, list(proof)

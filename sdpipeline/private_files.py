@@ -1,4 +1,4 @@
-"""File modes: a home and its files are their owner's alone; a file that a user asks for elsewhere follows the umask."""
+"""File modes: only the owner may read a home and its files; files that a user requests elsewhere follow the umask."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from pathlib import Path
 
 UMASK = 0o077
 OTHERS = 0o7077
-"""Bits that no file of a home has: those of group and others, and setuid, setgid and sticky."""
+"""Mode bits that no file of a home has: those of group and others, and setuid, setgid and sticky."""
 
 _users_umask: ContextVar[int | None] = ContextVar("users_umask", default=None)
 
 
 @contextmanager
 def private_files() -> Iterator[None]:
-    """Files made in this block, by this process and the ones it starts, can be read by their owner only."""
+    """Make files created in this block, by this process and its children, readable by their owner only."""
     users = os.umask(UMASK)
     os.umask(users | UMASK)
     token = _users_umask.set(users)
@@ -32,7 +32,7 @@ def private_files() -> Iterator[None]:
 
 @contextmanager
 def users_umask() -> Iterator[None]:
-    """Inside ``private_files``: files made in this block have the modes that the user's own umask gives."""
+    """Apply the user's own umask to files created in this block, inside ``private_files``."""
     users = _users_umask.get()
     if users is None:
         yield
@@ -45,13 +45,13 @@ def users_umask() -> Iterator[None]:
 
 
 def keep_private() -> None:
-    """As ``private_files``, for the rest of this process's life: a flow run has a process of its own."""
+    """Apply ``private_files`` for the rest of this process's life: a flow run has a separate process."""
     os.umask(os.umask(UMASK) | UMASK)
 
 
 @dataclass(slots=True)
 class Mended:
-    """How many files and folders ``mend`` closed to others, and those that are still open, with the reason."""
+    """Counts of the files and folders that ``mend`` closed to others, and those still open, with the reason."""
 
     looked_at: int = 0
     closed: int = 0
@@ -59,7 +59,7 @@ class Mended:
 
 
 def mend(home: Path) -> Mended:
-    """Take group's and others' rights away from a home and everything in it. Never follows a symbolic link."""
+    """Remove group's and others' rights from a home and everything in it. Never follows a symbolic link."""
     done = Mended()
 
     def unreadable(error: OSError) -> None:
@@ -78,9 +78,9 @@ def mend(home: Path) -> Mended:
 def _close(done: Mended, name: str, shown: str, folder: int | None) -> None:
     done.looked_at += 1
     try:
-        # A path descriptor is of the very file that was looked at, whatever its name leads to meanwhile.
+        # A path descriptor refers to the inspected file, even if its name leads elsewhere meanwhile.
         descriptor = os.open(name, os.O_PATH | os.O_NOFOLLOW, dir_fd=folder)
-    except FileNotFoundError:  # of a command that runs beside this one
+    except FileNotFoundError:  # removed by a concurrent command
         return
     except OSError as error:
         done.still_open.append((shown, error.strerror or str(error)))

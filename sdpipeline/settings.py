@@ -1,4 +1,4 @@
-"""Every setting: prefix ``SDP_``, nested with ``__``, from the environment, ``.env`` and ``sdpipeline.toml``."""
+"""Settings with prefix ``SDP_``, nested with ``__``, from the environment, ``.env`` and ``sdpipeline.toml``."""
 
 from __future__ import annotations
 
@@ -34,13 +34,13 @@ LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
 def on_loopback(url: str) -> bool:
-    """Return True for a URL of this machine, to which no proxy leads."""
+    """Return True for a URL of this machine, which no proxy can reach."""
     host = urlsplit(url).hostname or ""
     return host in LOOPBACK or host.startswith("127.")
 
 
 def _refuse_password(url: str | None, fix: str) -> str | None:
-    """Refuse an address that holds a password: addresses are shown in errors and logs."""
+    """Refuse an address that contains a password: addresses are shown in errors and logs."""
     if url is not None and "@" in url:
         raise ValueError(f"expected an address without user and password: {fix}")
     return url
@@ -51,7 +51,7 @@ class _Section(BaseModel):
 
 
 class S3Settings(_Section):
-    """How to reach the S3 endpoint that ``SDP_STORAGE_URL`` names; credentials come from boto3's own chain."""
+    """Access to the S3 endpoint that ``SDP_STORAGE_URL`` names; credentials come from boto3's own chain."""
 
     endpoint_url: str | None = Field(None, description="endpoint of an S3 server that is not AWS")
     region: str | None = Field(None, description="region, where boto3's own chain names none")
@@ -68,7 +68,7 @@ class S3Settings(_Section):
 
 
 class InputSettings(_Section):
-    """What a campaign may read."""
+    """Inputs that a campaign may read."""
 
     allowed: list[str] = Field(
         default_factory=list,
@@ -78,7 +78,7 @@ class InputSettings(_Section):
 
 
 class EngineSettings(_Section):
-    """How pictures are made on this machine."""
+    """Engine settings of this machine."""
 
     dtype: Literal["float32", "float16", "bfloat16"] | None = Field(
         None, description="compute type; default float32 on a CPU and bfloat16 on a GPU"
@@ -111,7 +111,7 @@ class EngineSettings(_Section):
 
 
 class SigningSettings(_Section):
-    """The keys that sign; a development key is made only beside the embedded database."""
+    """Signing keys; a development key is created only next to the embedded database."""
 
     seal_key_file: Path | None = Field(None, description="PEM file with the Ed25519 key that seals the audit log")
     seal_public_key_file: Path | None = Field(
@@ -144,12 +144,12 @@ class SigningSettings(_Section):
     @field_validator("kms_endpoint_url", "tsa_url")
     @classmethod
     def _without_password(cls, url: str | None) -> str | None:
-        """These stand in the audit log, and c2pa puts them into its errors."""
+        """Refuse passwords: these addresses are in the audit log and in c2pa's errors."""
         return _refuse_password(url, "a proxy beside us may add them")
 
 
 class DispatchSettings(_Section):
-    """How many workers a deployed campaign has, by the jobs that could be made at this moment."""
+    """Number of workers of a deployed campaign, by its ready and leased jobs."""
 
     min_workers: int = Field(1, ge=1, le=1000, description="workers of a deployed campaign while it has anything to do")
     max_workers: int = Field(
@@ -168,7 +168,7 @@ class DispatchSettings(_Section):
 
 
 class GatewaySettings(_Section):
-    """Credentials by which workers reach the Prefect gateway."""
+    """Credentials that workers use for the Prefect gateway."""
 
     worker_auth: SecretStr | None = Field(
         None, description="USER:PASSWORD by which GPU workers reach `prefect-gateway`, as their PREFECT_API_AUTH_STRING"
@@ -186,7 +186,7 @@ class GatewaySettings(_Section):
 
 
 class RetentionSettings(_Section):
-    """How long what is kept, by the command ``retention``; without a number of days for ever."""
+    """Retention periods that the command ``retention`` applies; without a number of days, data is kept for ever."""
 
     editions_days: float | None = Field(
         None, ge=0, description="days after which `retention` moves a closed edition from the database into an archive"
@@ -201,19 +201,19 @@ class RetentionSettings(_Section):
     def _after_pictures(cls, days: float | None, info: ValidationInfo) -> float | None:
         pictures = info.data.get("pictures_days")
         if days is not None and (pictures is None or pictures > days):
-            # Whoever has the picture has its prompt: it stands in the file's own record.
+            # A picture's file contains its prompt, in its record.
             raise ValueError("pictures carry their prompts: set SDP_RETENTION__PICTURES_DAYS, to no more than this")
         return days
 
 
 class Settings(BaseSettings):
-    """One immutable value, read once per process."""
+    """Immutable settings, read once per process."""
 
     model_config = SettingsConfigDict(
         env_prefix=PREFIX,
         env_nested_delimiter="__",
         env_file=".env",
-        env_ignore_empty=True,  # `SDP_DEVICE=` in a compose file means that there is none
+        env_ignore_empty=True,  # `SDP_DEVICE=` in a compose file means unset
         extra="ignore",  # a .env may hold other programs' names; ours are checked one by one
         frozen=True,
         allow_inf_nan=False,
@@ -281,7 +281,7 @@ class Settings(BaseSettings):
         dotenv_settings: PydanticBaseSettingsSource,
         file_secret_settings: PydanticBaseSettingsSource,  # noqa: ARG003 -- the signature is pydantic's
     ) -> tuple[PydanticBaseSettingsSource, ...]:
-        """Command line, environment, ``.env``, then the nearest ``sdpipeline.toml``."""
+        """Read the command line, the environment, ``.env``, then the nearest ``sdpipeline.toml``."""
         return init_settings, env_settings, dotenv_settings, _TomlSource(settings_cls)
 
     @field_validator("database_url")
@@ -307,29 +307,30 @@ class Settings(BaseSettings):
 
     @property
     def database(self) -> str:
-        """The database URL in force, password included: never print it."""
+        """Return the database URL in force, password included: never print it."""
         if self.database_url is not None:
             return self.database_url.get_secret_value()
         return embedded_database(self.home)
 
     @property
     def storage(self) -> str:
-        """The storage URL in force."""
+        """Return the storage URL in force."""
         return self.storage_url or embedded_storage(self.home)
 
     @property
     def checkpoints(self) -> Path:
-        """The folder of this deployment's own checkpoints."""
+        """Return the folder of this deployment's own checkpoints."""
         return self.checkpoints_dir or self.home / "checkpoints"
 
     @property
     def embedded(self) -> bool:
-        """Whether the database is the embedded default."""
+        """Return True if the database is the embedded default."""
         return self.database.startswith("sqlite")
 
     @property
     def prefect_api_url(self) -> str | None:
-        """A Prefect server of one's own, by Prefect's own variable; raises SettingsError if it holds a password."""
+        """Return the URL of an external Prefect server, PREFECT_API_URL; raises SettingsError if it contains a
+        password."""
         url = os.environ.get("PREFECT_API_URL") or None
         if url is not None and "@" in url:
             message, fix = "holds user and password", "write them as PREFECT_API_AUTH_STRING=user:password"
@@ -338,12 +339,12 @@ class Settings(BaseSettings):
 
 
 def embedded_database(home: Path) -> str:
-    """The database URL of the embedded default; SQLAlchemy decodes what is quoted here."""
+    """Return the database URL of the embedded default; SQLAlchemy decodes the quoting."""
     return f"sqlite:///{quote(str(home.expanduser().resolve() / 'sdpipeline.db'))}"
 
 
 def embedded_storage(home: Path) -> str:
-    """The storage URL of the embedded default."""
+    """Return the storage URL of the embedded default."""
     return (home.expanduser().resolve() / "storage").as_uri()
 
 
@@ -369,22 +370,25 @@ def _is_database_url(url: str) -> bool:
         return False
     if url.startswith("sqlite"):
         return re.match(r"sqlite(\+\w+)?://", url) is not None
-    # What follows a second @ would be taken for the host, and shown.
+    # Text after a second @ would be taken for the host and shown.
     return port != 0 and url.count("@") < 2 and re.match(r"postgresql(\+\w+)?://", url) is not None
 
 
 def find_toml(start: Path) -> Path | None:
-    """The nearest ``sdpipeline.toml``, walking up from ``start``."""
+    """Return the nearest ``sdpipeline.toml``, walking up from ``start``."""
     return next((p / TOML_NAME for p in (start, *start.parents) if (p / TOML_NAME).is_file()), None)
 
 
 def setting_names() -> dict[str, tuple[str, Any]]:
-    """Every ``SDP_`` name with its description and default, for the README, ``init`` and suggestions."""
+    """Return every ``SDP_`` name with its description and default, for the README, ``init`` and suggestions."""
     return {name: (info.description or "", default) for name, (info, default) in _fields(Settings, PREFIX).items()}
 
 
 class _TomlSource(TomlConfigSettingsSource):
-    """The nearest ``sdpipeline.toml``; a path in it is relative to it, as it may lie far above the working folder."""
+    """Settings source of the nearest ``sdpipeline.toml``.
+
+    A path in it is relative to the file, which may lie far above the working folder.
+    """
 
     def __init__(self, settings_cls: type[BaseSettings]) -> None:
         self._path = find_toml(Path.cwd())
@@ -412,7 +416,7 @@ def _rebase(document: dict[str, Any], keys: list[str], folder: Path) -> None:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Written:
-    """A setting's name as somebody wrote it: where, and the ``SDP_`` name that it stands for."""
+    """Setting as a user wrote it: its location, its spelling and the ``SDP_`` name that it stands for."""
 
     file: str
     line: int | None
@@ -422,7 +426,7 @@ class _Written:
 
 
 def _written(cwd: Path) -> list[_Written]:
-    """Every ``SDP_`` name in force, the strongest source first."""
+    """Return every ``SDP_`` name in force, the strongest source first."""
     found = [
         _Written(file="the environment", line=None, written=name, name=name.upper(), value=value)
         for name, value in os.environ.items()
@@ -475,7 +479,7 @@ def _in_toml(path: Path) -> list[_Written]:
 
 
 def _toml_lines(text: str) -> dict[tuple[str, ...], int]:
-    """Where each key of a right TOML text stands; one inside a value stands with the value's own."""
+    """Return the line of each key of a valid TOML text; a key inside a value has the value's line."""
     lines: dict[tuple[str, ...], int] = {}
     table: tuple[str, ...] = ()
     for n, line in enumerate(text.splitlines(), 1):
@@ -499,7 +503,7 @@ def _toml_keys(document: dict[str, Any], prefix: tuple[str, ...] = ()) -> list[t
 
 
 def _unknown(found: list[_Written]) -> list[Mistake]:
-    """Names that are no setting, with the nearest that is, written as it would be there."""
+    """Return mistakes for unknown names, with the nearest known name in the same notation."""
     known = setting_names()
     tables = {name for name, (_, default) in known.items() if isinstance(default, dict)}
     mistakes = []
@@ -514,7 +518,7 @@ def _unknown(found: list[_Written]) -> list[Mistake]:
 
 
 def _fields(model: type[BaseModel], prefix: str) -> dict[str, tuple[FieldInfo, Any]]:
-    """Every setting's field and default by its ``SDP_`` name."""
+    """Return every setting's field and default by its ``SDP_`` name."""
     found: dict[str, tuple[FieldInfo, Any]] = {}
     for name, info in model.model_fields.items():
         default = info.get_default(call_default_factory=True)
@@ -536,7 +540,7 @@ def _nearest(name: str, known: list[str]) -> str:
 
 
 def _not_json(found: list[_Written]) -> list[Mistake]:
-    """Lists and tables that a variable holds in another form."""
+    """Return mistakes for lists and tables that a variable does not hold as JSON."""
     known = setting_names()
     examples = {name: '["/data"]' if isinstance(known[name][1], list) else '{"team": "web"}' for name in known}
     lists = {name for name, (_, default) in known.items() if isinstance(default, list | dict)} | _sections()
@@ -556,7 +560,7 @@ def _not_json(found: list[_Written]) -> list[Mistake]:
 def _mistakes(error: ValidationError, found: list[_Written]) -> list[Mistake]:
     names = {each.name for each in found}
     faults = [(fault, PREFIX + "__".join(str(part).upper() for part in fault["loc"])) for fault in error.errors()]
-    # An unknown name that somebody wrote as such has been told; one inside a JSON value has not.
+    # Unknown names were reported before; those inside a JSON value were not.
     return [
         _mistake(fault, name, found)
         for fault, name in faults
@@ -565,7 +569,7 @@ def _mistakes(error: ValidationError, found: list[_Written]) -> list[Mistake]:
 
 
 def _mistake(fault: Any, name: str, found: list[_Written]) -> Mistake:
-    """A wrong value where it was written; a secret's is not shown."""
+    """Return the mistake for a wrong value at its location; a secret's value is not shown."""
     full = name
     while name not in setting_names() and "__" in name and name not in _sections():
         name = name.rpartition("__")[0]

@@ -1,4 +1,4 @@
-"""How a process is told to end: at the first signal in order and within its grace, at the second at once."""
+"""Shutdown of a process by signals: gracefully at the first signal, immediately at the second."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from typing import NoReturn
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 GIVING_BACK_S = 5.0
-"""What a process that leaves at once takes for giving back what it holds, before it leaves all the same."""
+"""How long a process that leaves at once waits for its leases to be released, before it leaves anyway."""
 
 
 class Stop(threading.Event):
-    """Set once the process was told to end; ``at_once`` after it was told again."""
+    """Event that is set once the process was asked to stop; ``at_once`` is True after a second signal."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -24,23 +24,23 @@ class Stop(threading.Event):
         self.at_once = False
 
     def ask(self, number: int) -> None:
-        """A signal arrived."""
+        """Record a signal."""
         self.at_once = self.received is not None
         self.received = self.received or number
         self.set()
 
     @property
     def exit_code(self) -> int:
-        """What a shell expects of a process that a signal ended: 130 for Ctrl-C, 143 for SIGTERM; 1 where none did."""
+        """Return the exit code that a shell expects after a signal: 130 for Ctrl-C, 143 for SIGTERM; 1 without one."""
         return 128 + self.received if self.received is not None else 1
 
 
 @contextmanager
 def handle_signals(*numbers: int) -> Iterator[Stop]:
-    """Heed these signals while the block lasts; what they did before is put back afterwards.
+    """Handle these signals inside the block; the previous handlers are restored afterwards.
 
-    Python runs a handler only between two instructions of the main thread, which may spend a whole batch in one
-    call; the descriptor is written to at once, and another thread reads it.
+    Python runs a handler only between two instructions of the main thread, which may spend a whole batch in one call.
+    The wake-up descriptor is written to at once, and another thread reads it.
     """
     stop = Stop()
     read_end, write_end = os.pipe()
@@ -61,7 +61,7 @@ def handle_signals(*numbers: int) -> Iterator[Stop]:
 
 
 def leave(exit_code: int, give_back: Callable[[], object]) -> NoReturn:
-    """End this process although its threads are busy or stuck, once it gave back what it holds."""
+    """Release leases, then end this process even if its threads are busy or stuck."""
     giving = threading.Thread(target=give_back, daemon=True)
     giving.start()
     giving.join(GIVING_BACK_S)
@@ -77,4 +77,4 @@ def _listen(read_end: int, numbers: frozenset[int], stop: Stop) -> None:
 
 
 def _heed(_number: int, _frame: object) -> None:
-    """Without a handler of Python's the signal would end the process; whoever listens acts on it."""
+    """Do nothing: without a Python handler the signal would end the process; the listening thread acts on it."""

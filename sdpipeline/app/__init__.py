@@ -1,1 +1,1 @@
-"""Composition root: settings become open databases, stores, keys and workers."""
+"""Composition root: build databases, stores, keys and workers from the settings."""

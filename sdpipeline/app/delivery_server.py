@@ -1,6 +1,6 @@
-"""Deliver pictures for a worker process, which starts this one by :mod:`sdpipeline.worker.delivery_process`.
+"""Delivery server: deliver pictures for the worker process that starts this one.
 
-This process ends with its worker, however that ended.
+:mod:`sdpipeline.worker.delivery_process` is the client. This process ends with its worker, however that ended.
 """
 
 from __future__ import annotations
@@ -28,16 +28,16 @@ from sdpipeline.worker.delivery_process import BEAT_S, Destination
 
 PR_SET_PDEATHSIG = 1
 NICENESS = 10
-"""Whoever gives work to a device goes first where cores are short."""
+"""Lower priority than the process that drives the device, for machines with few cores."""
 
 
 def main(descriptors: Sequence[str]) -> None:
-    """Send heartbeats on the first of these file descriptors, and answer on the others until they are closed."""
+    """Send heartbeats on the first of these file descriptors, and answer calls on the others until they are closed."""
     _die_with_owner()
-    for number in (signal.SIGTERM, signal.SIGINT):  # told by those who tell a whole group or container
+    for number in (signal.SIGTERM, signal.SIGINT):  # sent to a whole process group or container
         signal.signal(number, signal.SIG_IGN)
     heart, *connections = [Connection(int(each)) for each in descriptors]
-    # Before the others: Linux keeps a niceness for each thread, and this one must not be late on a busy machine.
+    # Before the niceness is set, which Linux keeps per thread: heartbeats must not be late on a busy machine.
     threading.Thread(target=_beat, args=(heart,), daemon=True).start()
     os.nice(NICENESS)
     try:
@@ -53,11 +53,11 @@ def main(descriptors: Sequence[str]) -> None:
     for thread in threads:
         thread.start()
     threads[0].join()
-    os._exit(0)  # what is still being delivered is not waited for: nobody would hear of it
+    os._exit(0)  # do not wait for deliveries under way: the caller that would get their result is gone
 
 
 def _die_with_owner() -> None:
-    """Have the kernel kill this process with the thread that started it, also while this process is stopped."""
+    """Have the kernel kill this process when the thread that started it ends, even while this process is stopped."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
@@ -85,9 +85,9 @@ def _answer(connection: Connection, deliverer: LocalDeliverer) -> None:
         except (EOFError, OSError):
             return
         try:
-            method, arguments = pickle.loads(asked)  # noqa: S301 - from whoever started it
+            method, arguments = pickle.loads(asked)  # noqa: S301 - from the parent process
             answer = pickle.dumps((True, getattr(deliverer, method)(*arguments)))
-        except Exception as error:  # noqa: BLE001 -- it is raised on the other side
+        except Exception as error:  # noqa: BLE001 -- raised again by the client
             answer = _raised(error)
         try:
             connection.send_bytes(answer)
@@ -96,13 +96,16 @@ def _answer(connection: Connection, deliverer: LocalDeliverer) -> None:
 
 
 def _raised(error: Exception) -> bytes:
-    """The error as it is read on the other side, with the traceback of one that is not ours, or that alone."""
+    """Pickle an error for the client.
+
+    An error of another package comes with its traceback; an error that cannot be pickled is replaced by its traceback.
+    """
     if not isinstance(error, SdpError):
         error.add_note(traceback.format_exc())
     try:
         answer = pickle.dumps((False, error))
         pickle.loads(answer)  # noqa: S301 - what was just written
-    except Exception:  # noqa: BLE001 -- there is no knowing what an error of a library is made of
+    except Exception:  # noqa: BLE001 -- a library's error may contain anything
         return pickle.dumps((False, RuntimeError("".join(traceback.format_exception(error)))))
     return answer
 

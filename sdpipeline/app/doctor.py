@@ -1,4 +1,4 @@
-"""Does this installation work: each part tried for real, with what to type where it does not."""
+"""Doctor: check each part of an installation by using it, with a fix for each failure."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _YES_NO = {True: "yes", False: "no"}
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Check:
-    """One thing that was tried."""
+    """Result of one check."""
 
     name: str
     ok: bool
@@ -34,12 +34,12 @@ class Check:
     fix: str | None = None
 
     def document(self) -> Json:
-        """The form of ``doctor --json``."""
+        """Return the JSON of ``doctor --json``."""
         return {"name": self.name, "ok": self.ok, "detail": self.detail, "fix": self.fix}
 
 
 def checks(settings: Settings) -> list[Check]:
-    """Everything, in the order a first run needs it."""
+    """Run all checks, in the order in which a first run needs the parts."""
     tried: list[Check] = []
     for name, check in _CHECKS.items():
         try:
@@ -55,7 +55,7 @@ def checks(settings: Settings) -> list[Check]:
 
 
 def _home(settings: Settings) -> Iterator[Check]:
-    """Close what a release before, or another umask, left open to other users."""
+    """Remove other users' access that an earlier release or another umask left open."""
     if not settings.home.is_dir():
         yield Check(
             name="home", ok=True, detail=f"{settings.home} is made private (0700) by the first command that writes"
@@ -120,7 +120,7 @@ def _workers(settings: Settings) -> Iterator[Check]:
         yield Check(name="workers", ok=True, detail=detail)
         return
     names = ", ".join(f"process {each['pid']} on {each['host']} since {_time(each['lost_since'])}" for each in lost)
-    # Their jobs are made by others: no fault of the installation, but somebody may have to start them again.
+    # Other workers take their jobs: the installation is not at fault, but someone may have to restart them.
     fix = "start them again, unless a supervisor does; their jobs are leased by others"
     yield Check(name="workers", ok=True, detail=f"{detail}: {names}", fix=fix)
 
@@ -130,7 +130,7 @@ def _time(seconds: float) -> str:
 
 
 def _storage(settings: Settings) -> Iterator[Check]:
-    # What an endpoint cannot do is no fault: we say what we do without it.
+    # A capability that an endpoint lacks is not a failure: the detail says what replaces it.
     for capability in services.open_storage(settings).probe():
         yield Check(
             name=f"storage: {capability.name}", ok=True, detail=f"{_YES_NO[capability.ok]}: {capability.detail}"
@@ -144,7 +144,7 @@ def _prefect(settings: Settings) -> Iterator[Check]:
         return
     try:
         url = f"{settings.prefect_api_url.rstrip('/')}/health"
-        answer = httpx.get(url, timeout=PREFECT_TIMEOUT_S, trust_env=not on_loopback(url))  # no proxy leads there
+        answer = httpx.get(url, timeout=PREFECT_TIMEOUT_S, trust_env=not on_loopback(url))  # bypass proxies
         ok, detail = answer.is_success, f"{settings.prefect_api_url} answered {answer.status_code}"
     except httpx.HTTPError as error:
         ok, detail = False, f"{settings.prefect_api_url} does not answer: {type(error).__name__}"

@@ -1,4 +1,4 @@
-"""What is done again and again, so that queue, storage and audit log stay right: by commands, and by schedules."""
+"""Maintenance of queue, storage and audit log, run by commands and on schedules."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from sdpipeline.settings import Settings
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Reclaimed:
-    """Jobs whose lease had run out, and jobs whose back-off was over."""
+    """Number of jobs with an expired lease, and of jobs whose back-off was over."""
 
     expired: int
     due: int
 
 
 def reclaim(settings: Settings) -> Reclaimed:
-    """Make ready what dead workers held and what waited long enough; living workers do so too, where there are any."""
+    """Make jobs with an expired lease or a finished back-off ready again; running workers do so too."""
     with services.services(settings, create=False) as have:
 
         def expired() -> int:
@@ -43,7 +43,7 @@ def reclaim(settings: Settings) -> Reclaimed:
 
 
 def _until_none(some: Callable[[], int]) -> int:
-    """Each call takes a bounded number, so that no transaction is long."""
+    """Repeat until nothing is left; each call takes a bounded number, so that no transaction is long."""
     total = 0
     while count := some():
         total += count
@@ -51,7 +51,7 @@ def _until_none(some: Callable[[], int]) -> int:
 
 
 def reconcile(settings: Settings, *, repair: bool = False, adopt: bool = False) -> Reconciliation:
-    """Compare the database with storage; changes nothing unless told to."""
+    """Compare the database with storage; change nothing unless ``repair`` or ``adopt`` is set."""
     with services.services(settings, create=False) as have:
         have.store.check()
         done = reconciling.reconcile(
@@ -63,13 +63,13 @@ def reconcile(settings: Settings, *, repair: bool = False, adopt: bool = False) 
             adopt=adopt,
         )
         if done.adoption is not None and done.adoption.gap is not None:
-            # From here on nobody can take the gap back without being found out.
+            # From here on, removing the gap's event would be detected.
             audit.seal(have.database, have.store, services.seal_key(settings))
     return done
 
 
 def forget(settings: Settings, *, dry_run: bool = False) -> Forgotten:
-    """Do what the retention settings say is due, and seal it."""
+    """Delete and archive what the retention settings say is due, and seal the audit log."""
     with services.services(settings, create=False) as have:
         have.store.check()
         audit.refuse_restored(have.database, have.store)
@@ -88,9 +88,9 @@ def forget(settings: Settings, *, dry_run: bool = False) -> Forgotten:
 
 
 def verify(settings: Settings, *, sample: int | None = None, trusted: tuple[str, ...] | None = None) -> Verification:
-    """Check every event, seal, job row and picture (or only ``sample`` of those) against each other.
+    """Check every event, seal, job row and picture (or only ``sample`` pictures) against each other.
 
-    ``trusted`` are the public keys whose seals are believed; None takes those of the settings' own seal key.
+    ``trusted`` are the public keys whose seals are trusted; None takes those of the settings' own seal key.
     """
     with services.services(settings, create=False) as have:
         have.store.check()
@@ -102,10 +102,10 @@ def verify(settings: Settings, *, sample: int | None = None, trusted: tuple[str,
 
 
 def _verify_weights(have: services.Services, found: Verification) -> None:
-    """Compare the approved weights that are on this machine with their manifests."""
+    """Compare the approved weights on this machine with their manifests."""
     approved = {files.alias: files for files in services.approved_checkpoints(have.settings, have.database)}
     for files in approved.values():
-        # Shipped weights change with the package, and are compared with its own manifest.
+        # Shipped weights change with the package and have its manifest.
         if files.directory.parent == services.BUILTIN_CHECKPOINTS or not os.path.lexists(files.directory):
             continue
         try:

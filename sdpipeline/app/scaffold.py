@@ -1,4 +1,4 @@
-"""What ``init`` writes: a settings file, the campaign file's schema, and examples that run as they are."""
+"""Scaffold of ``init``: a settings file, the campaign file's JSON Schema, and runnable examples."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ CAMPAIGNS = {
     "scene.yaml": "a scene whose outlines come from two drafts through two ControlNets",
     "restore.yaml": "pictures of yours, restored and enlarged",
 }
-"""The examples that can be run, with what each shows."""
+"""Runnable examples, with a description of each."""
 
 _HEAD = f"""\
 # Settings of sdpipeline for this folder and those below it; paths are relative to this file. Take away the # of a line
@@ -28,14 +28,14 @@ _HEAD = f"""\
 
 
 def files() -> dict[str, bytes]:
-    """Every file's bytes by its path in the new folder."""
+    """Return the bytes of every file by its path in the new folder."""
     found = {TOML_NAME: settings_file().encode(), SCHEMA_NAME: json_schema.text().encode()}
     examples = sorted(path for path in EXAMPLES.rglob("*") if path.is_file())
     return found | {path.relative_to(EXAMPLES).as_posix(): path.read_bytes() for path in examples}
 
 
 def write(folder: Path, *, force: bool = False) -> list[str]:
-    """Write them all, or none: raises BadInputError naming each file that is there already."""
+    """Write all files or none; raises BadInputError naming each file that exists already."""
     wanted = files()
     there = [name for name in wanted if (folder / name).exists() or (folder / name).is_symlink()]
     if there and not force:
@@ -46,7 +46,7 @@ def write(folder: Path, *, force: bool = False) -> list[str]:
         try:
             with users_umask():
                 path.parent.mkdir(parents=True, exist_ok=True)
-                path.touch(0o600 if name == TOML_NAME else 0o666)  # settings may come to hold passwords
+                path.touch(0o600 if name == TOML_NAME else 0o666)  # users may add passwords to the settings
                 path.write_bytes(data)
         except OSError as error:
             raise BadInputError(Mistake(message=f"{path} cannot be written: {error.strerror}")) from error
@@ -54,7 +54,7 @@ def write(folder: Path, *, force: bool = False) -> list[str]:
 
 
 def settings_file() -> str:
-    """Every setting with its meaning and default, commented out."""
+    """Return a settings file with every setting, its meaning and its default, commented out."""
     lines, table = [_HEAD], ""
     for name, (description, default) in setting_names().items():
         *section, key = name.removeprefix(PREFIX).lower().split("__")

@@ -1,4 +1,4 @@
-"""The composition root: the only place where settings become databases, stores, engines and workers."""
+"""Composition root: the only place that builds databases, stores, engines and workers from settings."""
 
 from __future__ import annotations
 
@@ -61,13 +61,13 @@ from sdpipeline.worker.worker import Worker, WorkerLimits, WorkerSummary
 BUILTIN_CHECKPOINTS = Path(__file__).parents[1] / "demo" / "checkpoints"
 BUILTIN_LICENCE = "Apache-2.0"
 HASH_CACHE = "checkpoint-hashes.json"
-"""Hashes of unchanged weights, for commands that load none."""
+"""Cache of the hashes of unchanged weights, for commands that load no weights."""
 SEAL_TIMEOUT_S = 300.0
-"""How long to wait for the process that seals: five of its minutes."""
+"""How long to wait for the process that seals; it runs every minute, so this is five attempts."""
 ENGINE_PACKAGES = (
     "torch", "diffusers", "transformers", "accelerate", "peft", "safetensors", "huggingface_hub", "greenlet", "tqdm"
 )  # fmt: skip
-"""Modules of the extra ``engine``."""
+"""Modules that the extra ``engine`` installs."""
 
 _log = structlog.get_logger(__name__)
 
@@ -77,13 +77,13 @@ _log = structlog.get_logger(__name__)
 
 
 def load_settings(home: Path | None = None) -> Settings:
-    """The settings of this process; raises SettingsError."""
+    """Load the settings of this process; raises SettingsError."""
     return settings.load(home=home)
 
 
 @dataclass(frozen=True, slots=True)
 class Services:
-    """What a command needs; closed by :func:`services`."""
+    """Open database, storage and audit log of a command; closed by :func:`services`."""
 
     settings: Settings
     database: Database
@@ -93,9 +93,9 @@ class Services:
 
 @contextmanager
 def services(settings: Settings, *, create: bool = True, until: threading.Event | None = None) -> Iterator[Services]:
-    """Open database (at this release's schema) and storage; ``create`` makes an embedded database where none is.
+    """Open the database (at this release's schema) and storage; ``create`` makes a missing embedded database.
 
-    With ``until`` an outage of the database is waited out until that event is set.
+    With ``until``, an outage of the database is waited out until that event is set.
     """
     if not create and not database_exists(settings):
         fix = "sdpipeline demo, or sdpipeline submit FILE; --home names another folder"
@@ -122,13 +122,13 @@ def ensure_schema(settings: Settings, database: Database) -> None:
 
 
 def database_exists(settings: Settings) -> bool:
-    """Whether there is a database to compare with; ``plan`` creates none."""
+    """Return True if there is a database to compare with; ``plan`` creates none."""
     path = sqlite_path(settings.database)
     return path is None or path.is_file()
 
 
 def existing_database(settings: Settings) -> Database | None:
-    """The database at this release's schema, or None where the embedded one was not made yet."""
+    """Return the database at this release's schema, or None if the embedded one does not exist yet."""
     if not database_exists(settings):
         return None
     database = open_database(settings.database)
@@ -137,17 +137,17 @@ def existing_database(settings: Settings) -> Database | None:
 
 
 def open_storage(settings: Settings) -> ObjectStore:
-    """The store the settings name."""
+    """Open the store that the settings name."""
     return open_store(settings.storage, s3_options(settings))
 
 
 def s3_options(settings: Settings) -> S3Options:
-    """How to reach S3, for our own storage and for what lies in other buckets."""
+    """Return the S3 options of the settings, for our own storage and for objects in other buckets."""
     return S3Options(**settings.s3.model_dump())
 
 
 def seal_key(settings: Settings) -> audit.SealKey:
-    """The key that seals the audit log; a development key is made beside the embedded database."""
+    """Return the key that seals the audit log; the embedded default gets a development key next to its database."""
     path = settings.signing.seal_key_file
     if path is None and settings.signing.seal_public_key_file is not None:
         fix = "run this on the machine that seals; SDP_SIGNING__SEAL_PUBLIC_KEY_FILE only checks seals"
@@ -161,7 +161,7 @@ def seal_key(settings: Settings) -> audit.SealKey:
 
 
 def believed_seal_keys(settings: Settings) -> audit.SealKey | audit.PublicKeys:
-    """The keys whose seals are believed: those of the seal key, or of its public half where another process seals."""
+    """Return the keys whose seals are trusted: the seal key's own, or its public half if another process seals."""
     path = settings.signing.seal_public_key_file
     if path is None:
         return seal_key(settings)
@@ -170,12 +170,12 @@ def believed_seal_keys(settings: Settings) -> audit.SealKey | audit.PublicKeys:
 
 
 def development_seal_key(settings: Settings) -> Path:
-    """Where the embedded default keeps the key it made."""
+    """Return the path of the seal key that the embedded default creates."""
     return settings.home / "keys" / "development-seal.pem"
 
 
 def picture_key(settings: Settings) -> SigningKey:
-    """The key that signs pictures; a development key is made beside the embedded database."""
+    """Return the key that signs pictures; the embedded default gets a development key next to its database."""
     own = settings.signing
     if own.certificates_file is None and settings.embedded and not (own.key_file or own.kms_key_id):
         with _development_keys(settings):
@@ -202,13 +202,13 @@ def picture_key(settings: Settings) -> SigningKey:
 
 
 def development_picture_keys(settings: Settings) -> Path:
-    """The folder in which the embedded default keeps the chain it made."""
+    """Return the folder of the certificate chain that the embedded default creates."""
     return settings.home / "keys" / "pictures"
 
 
 @contextmanager
 def _development_keys(settings: Settings) -> Iterator[None]:
-    """SettingsError if a key cannot be written in the home."""
+    """Raise SettingsError if a key cannot be written in the home."""
     try:
         yield
     except OSError as error:
@@ -218,22 +218,22 @@ def _development_keys(settings: Settings) -> Iterator[None]:
 
 
 def trust_anchors(settings: Settings) -> str:
-    """The root certificates that make a signature trusted, in PEM; none where none were named."""
+    """Return the root certificates (PEM) that make a signature trusted; empty if none are configured."""
     return signing.trusted_roots(settings.signing.trust_file) if settings.signing.trust_file else ""
 
 
 def catalog(settings: Settings, database: Database | None = None) -> Catalog:
-    """Every checkpoint a campaign may name: the shipped ones, those of the folder, those already registered."""
+    """Return every checkpoint that a campaign may name: shipped, in the checkpoints folder, or already registered."""
     return _catalog(settings, database, HashCache(settings.home / HASH_CACHE))[0]
 
 
 def refused_checkpoints(settings: Settings, database: Database | None = None) -> dict[str, CheckpointError]:
-    """Directories that look like checkpoints and are not accepted, by name, with the reason."""
+    """Return the directories that look like checkpoints but are refused, by name, with the reason."""
     return _catalog(settings, database, HashCache(settings.home / HASH_CACHE))[1]
 
 
 def approved_checkpoints(settings: Settings, database: Database) -> list[CheckpointFiles]:
-    """Registered checkpoints in force, oldest first; a link in SDP_CHECKPOINTS_DIR stands for its directory."""
+    """Return the approved checkpoints, oldest first; a link in SDP_CHECKPOINTS_DIR is resolved to its directory."""
     with database.read() as connection:
         known = registry.known(connection)
     return [
@@ -252,7 +252,7 @@ def _catalog(
         known = {files.alias: files for files in approved_checkpoints(settings, database)}
         with database.read() as connection:
             revoked, expired = registry.withdrawn(connection)
-    # The shipped weights are small and change with the package; what else was approved stands as it was approved.
+    # The shipped weights are small and change with the package; other approved weights stay as they were approved.
     approved = {alias: files for alias, files in known.items() if files.directory.parent != BUILTIN_CHECKPOINTS}
     shipped, refused = _inspected(BUILTIN_CHECKPOINTS, cache)
     for alias, why in _altered_shipped(shipped).items():
@@ -270,7 +270,7 @@ def _catalog(
 
 
 def _altered_shipped(shipped: Mapping[str, CheckpointFiles]) -> dict[str, CheckpointError]:
-    """Shipped checkpoints that are not the ones of this release."""
+    """Return the shipped checkpoints that differ from those of this release."""
     released = read_manifest(BUILTIN_CHECKPOINTS)
     altered = {}
     for alias, files in shipped.items():
@@ -284,14 +284,14 @@ def _altered_shipped(shipped: Mapping[str, CheckpointFiles]) -> dict[str, Checkp
 
 
 def _on_terms(shipped: CheckpointFiles, approved: CheckpointFiles | None) -> CheckpointFiles:
-    """Shipped weights under their own licence, and for what these very bytes were approved."""
+    """Return shipped weights with their own licence, and the purposes approved for exactly these bytes."""
     if approved is None or approved.digest != shipped.digest:
         return replace(shipped, licence=BUILTIN_LICENCE)
     return replace(shipped, licence=approved.licence or BUILTIN_LICENCE, purposes=approved.purposes)
 
 
 def _runnable(settings: Settings, database: Database | None) -> dict[str, CheckpointFiles]:
-    """What may run, by digest: jobs keep the weights they were pinned to when an alias has come to mean others."""
+    """Return the checkpoints that may run, by digest: jobs keep their pinned weights when an alias changes."""
     approved = approved_checkpoints(settings, database) if database is not None else []
     return {files.digest: files for files in (*approved, *catalog(settings, database).values())}
 
@@ -299,9 +299,9 @@ def _runnable(settings: Settings, database: Database | None) -> dict[str, Checkp
 def _inspected(
     folder: Path, cache: HashCache, *, but: Mapping[str, CheckpointFiles] | None = None
 ) -> tuple[dict[str, CheckpointFiles], dict[str, CheckpointError]]:
-    """Checkpoints of a folder by their directories' names, and why others are refused.
+    """Return the checkpoints of a folder by directory name, and the reasons why others are refused.
 
-    A link to a directory is followed once, here: what is registered and loaded is the directory.
+    A link to a directory is resolved once, here: the directory itself is registered and loaded.
     """
     known = but or {}
     approved = {files.directory for files in known.values()}
@@ -315,15 +315,16 @@ def _inspected(
         try:
             found[name] = inspect(name, directory, cache=cache)
         except CheckpointError as error:
-            # Hidden folders are where `checkpoints add` puts what it fetches.
+            # `checkpoints add` downloads into hidden folders.
             if not name.startswith(".") and any(directory.rglob(f"*{WEIGHTS}")):
                 refused[name] = error
     return found, refused
 
 
 def input_folder(settings: Settings, folder: Path) -> InputFolder:
-    """Where a campaign's pictures and tables may come from: its folder, and what the settings allow beside it."""
-    # Whoever waits for a plan is told within 15 seconds that a bucket does not answer.
+    """Return the allowed sources of a campaign's pictures and tables: its folder and what the settings allow in
+    addition."""
+    # A plan must report within 15 seconds that a bucket does not answer.
     patience = replace(s3_options(settings), connect_timeout_s=2, read_timeout_s=5, total_max_attempts=2)
     return InputFolder(
         folder,
@@ -342,8 +343,10 @@ def load_campaign(
     edition: str | None = None,
     now: datetime | None = None,
 ) -> tuple[Campaign, InputFolder]:
-    """A checked campaign file and the folder its pictures come from; raises CampaignError, or SettingsError where the
-    deployment's policy is wrong. ``now`` is when its schedule fired."""
+    """Load and check a campaign file; return it with the folder of its inputs.
+
+    Raises CampaignError, or SettingsError if the deployment's policy is wrong. ``now`` is the time its schedule fired.
+    """
     inputs = input_folder(settings, path.absolute().parent)
     rules = policy.load(settings.policy_file) if settings.policy_file else None
     cache = HashCache(settings.home / HASH_CACHE)
@@ -360,7 +363,7 @@ def load_campaign(
 
 
 def _with_reason(mistake: Mistake, refused: Mapping[str, CheckpointError]) -> Mistake:
-    """A mistake about a checkpoint that is not in the catalogue, with the reason if its directory was refused."""
+    """Add the reason to a mistake about an unknown checkpoint, if its directory was refused."""
     for alias, why in refused.items():
         if mistake.message.startswith("no ") and repr(alias) in mistake.message:
             return replace(mistake, message=str(why), fix=None)
@@ -368,7 +371,7 @@ def _with_reason(mistake: Mistake, refused: Mapping[str, CheckpointError]) -> Mi
 
 
 def _check_weights(campaign: Campaign, cache: HashCache) -> None:
-    """Raise CampaignError for weights that are not as they were approved, if they are on this machine."""
+    """Raise CampaignError if weights on this machine differ from the approved ones."""
     spec, source = campaign.spec, campaign.source
     used: dict[str, tuple[str | int, ...]] = {spec.checkpoint: ("checkpoint",)}
     for n, stage in enumerate(spec.stages):
@@ -391,12 +394,12 @@ def _check_weights(campaign: Campaign, cache: HashCache) -> None:
 
 
 def build_engine(settings: Settings, device: str, database: Database | None, *, dtype: str | None = None) -> Engine:
-    """The diffusers engine, or its double where the settings ask for it. Imports torch only here."""
+    """Build the diffusers engine, or its double if the settings ask for it. Imports torch only here."""
     if settings.engine.fake_seconds_per_batch is not None:
         from sdpipeline.engine.fake import FakeEngine
 
         return FakeEngine(seconds_per_batch=settings.engine.fake_seconds_per_batch)
-    # What was compiled once is read from here at the next start.
+    # Cache of compiled code for the next start.
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(settings.home / "compiled"))
     _need_engine()
     from sdpipeline.engine.diffusers.engine import DiffusersEngine
@@ -436,7 +439,7 @@ def build_engine(settings: Settings, device: str, database: Database | None, *, 
 
 
 def check_quantization(settings: Settings, device: str | None = None) -> None:
-    """SettingsError where this device, or any of this machine's, cannot do what ``SDP_ENGINE__QUANTIZE`` asks."""
+    """Raise SettingsError if this device, or any of this machine, cannot do what ``SDP_ENGINE__QUANTIZE`` asks."""
     if settings.engine.quantize is None or settings.engine.fake_seconds_per_batch is not None:
         return
     _need_engine()
@@ -447,7 +450,7 @@ def check_quantization(settings: Settings, device: str | None = None) -> None:
 
 
 def check_engine(settings: Settings) -> None:
-    """SettingsError where a package of the extra ``engine`` is missing. Imports none: torch alone takes seconds."""
+    """Raise SettingsError if a package of the extra ``engine`` is missing. Imports none: torch alone takes seconds."""
     missing = [name for name in ENGINE_PACKAGES if find_spec(name) is None]
     if missing and settings.engine.fake_seconds_per_batch is None:
         message = f"this machine cannot make pictures: no {missing[0]}"
@@ -455,8 +458,8 @@ def check_engine(settings: Settings) -> None:
 
 
 def _need_engine() -> None:
-    """Import what makes pictures; raises SettingsError where it is not installed."""
-    # Threads that spin for one another make a busy CPU four to six times slower; read when torch is first imported.
+    """Import the engine; raises SettingsError if it is not installed."""
+    # Spinning threads make a busy CPU four to six times slower. Read when torch is first imported.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         import sdpipeline.engine.diffusers.engine  # noqa: F401
@@ -466,7 +469,8 @@ def _need_engine() -> None:
 
 
 def random_checkpoint(name: str, folder: Path, device: str) -> Path:
-    """A checkpoint of a well-known shape with random weights, for benches; see :mod:`sdpipeline.bench.shapes`."""
+    """Return a checkpoint of a well-known shape with random weights, for benches; see
+    :mod:`sdpipeline.bench.shapes`."""
     _need_engine()
     from sdpipeline.bench.random_weights import ensure
 
@@ -474,7 +478,7 @@ def random_checkpoint(name: str, folder: Path, device: str) -> Path:
 
 
 def devices(settings: Settings) -> list[str]:
-    """The devices of this machine's workers: what the settings say, else every GPU, else the CPU."""
+    """Return the devices of this machine's workers: those of the settings, else every GPU, else the CPU."""
     if settings.device is not None:
         return [settings.device] * (settings.workers or 1)
     gpus = gpu_count()
@@ -485,7 +489,7 @@ def devices(settings: Settings) -> list[str]:
 
 @dataclass(frozen=True, slots=True)
 class OpenWorker:
-    """A registered worker whose campaigns are named, for the flows and the ``worker`` command."""
+    """Registered worker that takes campaigns by name, for the flows and the ``worker`` command."""
 
     worker: Worker
     team: str
@@ -498,7 +502,7 @@ class OpenWorker:
         stop: threading.Event | None = None,
         on_progress: Callable[[int], None] | None = None,
     ) -> WorkerSummary:
-        """As :meth:`sdpipeline.worker.worker.Worker.run`, with the campaign by name."""
+        """Call :meth:`sdpipeline.worker.worker.Worker.run` with the campaign's name."""
         database = self.worker.audit.database
         known = partial(known_campaign, database, self.team)
         campaign_id = None if campaign is None else until_available(partial(known, campaign), stop)
@@ -509,7 +513,7 @@ class OpenWorker:
 def open_worker(
     settings: Settings, *, device: str | None = None, stop: threading.Event | None = None
 ) -> Iterator[OpenWorker]:
-    """A worker on one device, registered while it lives; its checkpoints stay warm between runs.
+    """Open a worker on one device, registered while it lives; its checkpoints stay loaded between runs.
 
     An outage of the database is waited out; raises DatabaseUnavailableError if ``stop`` is set meanwhile.
     """
@@ -531,7 +535,7 @@ def open_worker(
 def registered(
     settings: Settings, worker: Worker, device: str, *, stop: threading.Event | None = None
 ) -> Iterator[Worker]:
-    """The database knows of the worker while the block lasts. With ``stop`` it waits out an outage at the start."""
+    """Register the worker in the database while the block runs. With ``stop``, an outage at the start is waited out."""
 
     def register() -> None:
         with worker.audit.transaction() as tx:
@@ -546,7 +550,7 @@ def registered(
         try:
             with worker.audit.transaction() as tx:
                 workers.stop(tx, worker_id=worker.worker_id)
-        except DatabaseUnavailableError as error:  # its leases expire, and its heartbeat ends
+        except DatabaseUnavailableError as error:  # its leases expire without a heartbeat
             _log.warning("worker_end_not_recorded", error=str(error))
 
 
@@ -554,8 +558,10 @@ def registered(
 def delivery_process(
     settings: Settings, key: SigningKey, database: Database, storage_url: str
 ) -> Iterator[tuple[str, DeliveryProcess | None]]:
-    """The identity of a new worker, and a process that delivers for it while the block lasts; none beside the engine's
-    double, which it would help nothing. It starts meanwhile."""
+    """Yield the identity of a new worker and, unless the engine is the double, a delivery process for it.
+
+    The double would gain nothing from one. The process starts in the background and ends with the block.
+    """
     worker_id = secrets.token_hex(16)
     if settings.engine.fake_seconds_per_batch is not None:
         yield worker_id, None
@@ -567,7 +573,7 @@ def delivery_process(
         actor=_worker_actor(worker_id),
         certificate=key.fingerprint,
     )
-    # One connection more than deliverers: copies are recorded by the thread that fetches.
+    # One connection more than deliverers: the fetching thread records copies.
     deliverer = DeliveryProcess(to, connections=settings.deliverers + 1, bounds=Bounds.of(settings))
     deliverer.begin()
     try:
@@ -590,9 +596,9 @@ def make_worker(
     worker_id: str | None = None,
     deliverer: DeliveryProcess | None = None,
 ) -> Worker:
-    """A worker as the settings want it, not registered yet.
+    """Build a worker from the settings, not registered yet.
 
-    Raises DeliveryUnavailableError where its ``deliverer`` does not start: before it leases anything.
+    Raises DeliveryUnavailableError if its ``deliverer`` does not start, before any lease is taken.
     """
     worker_id = worker_id or secrets.token_hex(16)
     if deliverer is not None:
@@ -623,13 +629,13 @@ def make_worker(
 
 
 def _foreseeing(engine: Engine) -> Callable[[CheckpointRef], None] | None:
-    """Let the kernel read weights that are needed next; the double has none."""
+    """Return a function that has the kernel read the next checkpoint's weights ahead; None for the double."""
     residency = getattr(engine, "residency", None)
     if residency is None:
         return None
 
     def foresee(ref: CheckpointRef) -> None:
-        with suppress(CheckpointError):  # whoever loads them says what is wrong
+        with suppress(CheckpointError):  # loading them reports what is wrong
             read_ahead(residency.files(ref))
 
     return foresee
@@ -644,13 +650,13 @@ def run_worker(
     stop: threading.Event | None = None,
     on_progress: Callable[[int], None] | None = None,
 ) -> WorkerSummary:
-    """One worker from start to end, outside a flow."""
+    """Run one worker from start to end, outside a flow."""
     with open_worker(settings, device=device, stop=stop) as worker:
         return worker.run(campaign=campaign, until_idle=until_idle, stop=stop, on_progress=on_progress)
 
 
 def known_campaign(database: Database, team: str, name: str) -> int:
-    """The campaign's id; raises BadInputError naming those there are."""
+    """Return the campaign's id; raises BadInputError listing the known campaigns."""
     with database.read() as connection:
         found = queries.campaign_id(connection, team=team, name=name)
         names = ", ".join(queries.campaign_names(connection, team=team)) or "none yet"
@@ -660,7 +666,7 @@ def known_campaign(database: Database, team: str, name: str) -> int:
 
 
 def campaign_progress(settings: Settings, campaign: str) -> Progress:
-    """How far a submitted campaign is."""
+    """Return the progress of a submitted campaign."""
     with services(settings) as have:
         campaign_id = known_campaign(have.database, settings.team, campaign)
         with have.database.read() as connection:
@@ -670,14 +676,15 @@ def campaign_progress(settings: Settings, campaign: str) -> Progress:
 def newest_pictures(
     settings: Settings, campaign: str, *, max_bytes: int = 200_000, kept: Thumbnails | None = None
 ) -> bytes | None:
-    """The newest pictures as one small JPEG; ``kept`` saves a second drawing from reading them again."""
+    """Return the newest pictures as one small JPEG; ``kept`` caches thumbnails so that a redraw need not read them
+    again."""
     with services(settings) as have:
         campaign_id = known_campaign(have.database, settings.team, campaign)
         return contact_sheet.draw(have.database, have.store, campaign_id, max_bytes=max_bytes, kept=kept)
 
 
 def failures(settings: Settings, campaign: str, *, limit: int = 100) -> list[Json]:
-    """The first failed and then blocked jobs with their reasons."""
+    """Return the first failed, then blocked jobs with their reasons."""
     with services(settings) as have:
         campaign_id = known_campaign(have.database, settings.team, campaign)
         with have.database.read() as connection:
@@ -685,14 +692,14 @@ def failures(settings: Settings, campaign: str, *, limit: int = 100) -> list[Jso
 
 
 def finish_report(settings: Settings, campaign: str, span: Span | None = None) -> str:
-    """The closing report, as markdown; ``span`` is the run that closes."""
+    """Return the closing report as markdown; ``span`` is the run that closes."""
     with services(settings) as have:
         campaign_id = known_campaign(have.database, settings.team, campaign)
         return report.closing_report(have.database, have.store, campaign_id, span=span)
 
 
 def release_worker_leases(settings: Settings, pid: int) -> int:
-    """Give back what a dead local worker process held, as after a crash; returns the number of jobs."""
+    """Release the leases of a dead local worker process, as after a crash; return the number of jobs."""
     with services(settings) as have:
         with have.database.read() as connection:
             dead = queries.worker_ids_of(connection, host=socket.gethostname(), pid=pid)
@@ -705,7 +712,7 @@ def release_worker_leases(settings: Settings, pid: int) -> int:
 
 
 def seal(settings: Settings) -> int:
-    """Sign what the audit log gained, as a flow does every half hour; returns the number of events."""
+    """Seal the new events of the audit log, as a flow does every half hour; return their number."""
     with services(settings) as have:
         key = seal_key(settings)
         _declare_sealing(have, key)
@@ -713,7 +720,8 @@ def seal(settings: Settings) -> int:
 
 
 def seal_here(settings: Settings) -> int | None:
-    """Sign what the audit log gained; None if another process does so, because this one has only the public key."""
+    """Seal the new events of the audit log; return None if this process has only the public key and another one
+    seals."""
     if settings.signing.seal_public_key_file is not None:
         _log.info("seal_skipped", reason="SDP_SIGNING__SEAL_PUBLIC_KEY_FILE is set: another process seals")
         return None
@@ -721,7 +729,7 @@ def seal_here(settings: Settings) -> int | None:
 
 
 def seal_or_wait(settings: Settings) -> int:
-    """Sign what the audit log gained, or wait until the process that has the seal key did so.
+    """Seal the new events of the audit log, or wait until the process with the seal key has done so.
 
     Raises SealOverdueError if that process does not seal within five minutes. Returns the number of events.
     """
@@ -739,7 +747,7 @@ def keep_sealing(
     events: int,
     on_seal: Callable[[int], None] | None = None,
 ) -> None:
-    """Sign what the audit log gains until told to stop: every so often, and sooner once it is so many events."""
+    """Seal the audit log at an interval until ``stop`` is set, and earlier once ``events`` new events exist."""
     with services(settings, until=stop) as have:
         key = seal_key(settings)
         until_available(partial(_declare_sealing, have, key), stop)
@@ -754,7 +762,7 @@ def _declare_sealing(have: Services, key: audit.SealKey) -> None:
 
 
 def _marking(settings: Settings, key: SigningKey) -> Json:
-    """Every setting that decides how pictures are marked and signed; of files their names, of secrets nothing."""
+    """Return every setting that affects marks and signatures; files appear by name only, secrets not at all."""
     fields = settings.signing.model_dump(exclude={"seal_key_file", "seal_public_key_file", "retired_seal_keys"})
     shown = {name: value.name if isinstance(value, Path) else value for name, value in fields.items()}
     told = {name: value for name, value in shown.items() if isinstance(value, str | int | float | list | None)}
@@ -762,7 +770,7 @@ def _marking(settings: Settings, key: SigningKey) -> Json:
 
 
 def actor(settings: Settings) -> str:
-    """Who acts, and by which release, as every audit event of this process says."""
+    """Return the actor and release that every audit event of this process records."""
     try:
         user = getpass.getuser()
     except (KeyError, OSError):

@@ -1,4 +1,4 @@
-"""A campaign file from wherever it is, a path, a bucket or a text, becomes a submitted campaign."""
+"""Submission of a campaign file from a path, a bucket or a text."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ EDITION_NAME = re.compile(r"[a-z0-9][a-z0-9-]{0,62}")
 
 
 def check_edition(edition: str | None) -> None:
-    """Raises BadInputError for what cannot be the name of an edition."""
+    """Raise BadInputError if this cannot be the name of an edition."""
     if edition is not None and not EDITION_NAME.fullmatch(edition):
         fix = "write at most 63 of a-z, 0-9 and -, as in 2026-11-25"
         raise BadInputError(Mistake(message=f"--edition {edition!r} is no name", fix=fix))
@@ -30,9 +30,9 @@ def check_edition(edition: str | None) -> None:
 
 @contextmanager
 def campaign_file(settings: Settings, *, url: str | None = None, text: str | None = None) -> Iterator[Path]:
-    """A campaign file that is no file of this machine, as one in a folder of its own: nothing lies beside it.
+    """Yield a remote or inline campaign file as a local one, alone in its folder.
 
-    Raises BadInputError for an address outside ``SDP_INPUTS__ALLOWED``, or one that nothing is found at.
+    Raises BadInputError for an address outside ``SDP_INPUTS__ALLOWED``, or for one with no object.
     """
     with tempfile.TemporaryDirectory(prefix="sdp-campaign-") as folder:
         path = Path(folder) / "campaign.yaml"
@@ -50,9 +50,9 @@ def campaign_file(settings: Settings, *, url: str | None = None, text: str | Non
 def submit(
     settings: Settings, file: Path, *, prune: bool = False, edition: str | None = None, now: datetime | None = None
 ) -> tuple[str, Submitted]:
-    """Submit a campaign file; the whole of it is checked before the embedded database is even made.
+    """Submit a campaign file, after a complete check that comes before the embedded database is created.
 
-    ``now`` is when its schedule fired, from which its edition has its name.
+    ``now`` is the time its schedule fired, which names its edition.
     """
     check_edition(edition)
     if not services.database_exists(settings):
@@ -74,7 +74,8 @@ def submit(
 
 
 def reopen(settings: Settings, campaign: str, status: str) -> tuple[int, int]:
-    """Reopen the jobs of a status: how many were, and how many were left alone because a policy forbids them."""
+    """Reopen the jobs of a status; return how many were reopened, and how many were not because a policy forbids
+    them."""
     with services.services(settings, create=False) as have:
         campaign_id = services.known_campaign(have.database, settings.team, campaign)
         with have.audit.transaction() as tx:

@@ -1,4 +1,4 @@
-"""Clients of AWS and of services that speak its protocols: credentials that are renewed, and errors with their fix."""
+"""Clients of AWS and compatible services, with renewed credentials and errors that name their fix."""
 
 from sdpipeline.aws.clients import make_client
 from sdpipeline.aws.errors import error_code, explained, library_errors

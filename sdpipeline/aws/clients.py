@@ -1,4 +1,4 @@
-"""boto3 clients whose credentials are resolved again when the service refuses them."""
+"""boto3 clients that resolve their credentials again when the service refuses them."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ if TYPE_CHECKING:
     from botocore.credentials import Credentials, ReadOnlyCredentials
 
 _RENEWED = "sdpipeline_renewed"
-# The reply to a HEAD request has no body to name the refusal in.
+# The reply to a HEAD request has no body that could name the refusal.
 _UNNAMED = frozenset({"400", "401", "403"})
 
 
 def make_client(service: str, **options: Any) -> Any:
-    """A client with credentials of boto3's own chain; not to be shared across fork().
+    """Create a client with credentials of boto3's own chain; it must not be shared across fork().
 
     botocore reads a profile or the environment once. If the service refuses the credentials, the whole chain is
     resolved again, and the request is repeated if other credentials were found.
@@ -35,7 +35,7 @@ def make_client(service: str, **options: Any) -> Any:
 
 
 class RenewableCredentials:
-    """Credentials for botocore, and the provider that answers with them. Safe to use from several threads."""
+    """Credentials for botocore, and the provider that returns them. Safe to use from several threads."""
 
     method = "renewable"
 
@@ -46,22 +46,22 @@ class RenewableCredentials:
         self._sent = threading.local()
 
     def load_credentials(self) -> RenewableCredentials:
-        """Implements botocore's credential resolver."""
+        """Implement botocore's credential resolver."""
         return self
 
     def get_frozen_credentials(self) -> ReadOnlyCredentials:
-        """Implements botocore's Credentials; raises CredentialRetrievalError, or NoCredentialsError."""
+        """Implement botocore's Credentials; raises CredentialRetrievalError or NoCredentialsError."""
         with self._changing:
             found = self._found = self._found or self._resolve()
         self._sent.last = frozen = _frozen(found)
         return frozen
 
     def get_deferred_property(self, property_name: str) -> Callable[[], Any]:
-        """Implements botocore's Credentials."""
+        """Implement botocore's Credentials."""
         return lambda: getattr(self._found, property_name, None)
 
     def retry_with_others(self, request_dict: Any, response: Any = None, **_: Any) -> float | None:
-        """Handler of botocore's event needs-retry: a delay of 0 repeats the request with the renewed credentials."""
+        """Handle botocore's event needs-retry: a delay of 0 repeats the request with the renewed credentials."""
         if response is None or _RENEWED in request_dict["context"] or not _refused(response[1], request_dict):
             return None
         request_dict["context"][_RENEWED] = True
@@ -73,7 +73,7 @@ class RenewableCredentials:
             return None
 
     def _renew(self, refused: ReadOnlyCredentials | None) -> bool:
-        """Resolve again unless another thread has; True if the result is not what was refused."""
+        """Resolve again unless another thread has; return True if the result differs from what was refused."""
         with self._changing:
             if self._found is None or _frozen(self._found) == refused:
                 self._found = None
@@ -101,7 +101,7 @@ def _frozen(credentials: Credentials) -> ReadOnlyCredentials:
 
 @contextlib.contextmanager
 def _retrieval() -> Iterator[None]:
-    """Raises CredentialRetrievalError for whatever a provider raises: files, programs, other services.
+    """Raise CredentialRetrievalError for any error of a provider: files, programs, other services.
 
     RuntimeError is botocore's for refreshed credentials that are expired already; LookupError means that a reply lacks
     a field.

@@ -1,4 +1,4 @@
-"""Every exception that a call of boto3 can raise, and the fix for each refusal."""
+"""Exceptions that a boto3 call can raise, and the fix for each refusal."""
 
 from __future__ import annotations
 
@@ -53,10 +53,11 @@ _ENCRYPTION += " allow kms:GenerateDataKey and kms:Decrypt on it"
 
 
 def library_errors() -> tuple[type[Exception], ...]:
-    """Every class that boto3 raises for a request: its own, and those that pass through it.
+    """Return every exception class that boto3 raises for a request: its own, and those that pass through it.
 
-    botocore translates what urllib3 raises until the reply begins, and some of it while a body is read. The body of an
-    error is read outside of that: a cut raises ProtocolError. ValueError is a reply with malformed headers or fields.
+    botocore translates urllib3's errors until the reply begins, and some of them while a body is read. The body of an
+    error is read outside of that code: a cut connection raises ProtocolError. ValueError is a reply with malformed
+    headers or fields.
     """
     from botocore.exceptions import BotoCoreError, ClientError
     from botocore.parsers import ResponseParserError
@@ -66,7 +67,7 @@ def library_errors() -> tuple[type[Exception], ...]:
 
 
 def error_code(error: ClientError) -> str:
-    """The service's name for the error, or the HTTP status if the reply has no such name."""
+    """Return the service's name for the error, or the HTTP status if the reply has no such name."""
     response: Any = error.response
     named = response.get("Error")
     code = named.get("Code") if isinstance(named, dict) else None
@@ -74,7 +75,7 @@ def error_code(error: ClientError) -> str:
 
 
 def explained(error: Exception) -> str:
-    """The error in one line, with the fix if there is one."""
+    """Return the error in one line, with the fix if there is one."""
     from botocore.exceptions import ClientError, ReadTimeoutError, SSLError
 
     if isinstance(error, ClientError):
@@ -98,7 +99,7 @@ def _fix(error: ClientError, code: str, message: str) -> str | None:
 
 
 def _clock(error: ClientError) -> str:
-    """The difference between this machine's clock and the service's, from the reply's Date header."""
+    """Describe the difference between this machine's clock and the service's, from the reply's Date header."""
     headers = error.response.get("ResponseMetadata", {}).get("HTTPHeaders", {})
     try:
         ahead = datetime.now(UTC) - parsedate_to_datetime(headers.get("date", ""))

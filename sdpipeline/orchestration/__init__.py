@@ -1,7 +1,7 @@
-"""Where the pipeline meets Prefect: a server to run under, and a campaign's flow run in this process.
+"""Integration with Prefect: the server to use, and a campaign's flow run in this process.
 
-The database decides what is finished; Prefect starts, stops and shows. Prefect is imported where it is
-used, after the environment it reads while being imported is set, so that commands without it stay fast.
+The database decides what is finished; Prefect starts, stops and displays runs. Prefect is imported where it is used,
+after the environment that it reads on import is set, so that commands without it stay fast.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ CAMPAIGN_FLOW = "sdpipeline.flows.campaign:campaign_here"
 DRAW_EVERY_S = 1.0
 SAY_EVERY_S = 15.0
 ANSWER_TIMEOUT_S = 4.0
-DISPATCHER_RETRIES = 2  # waits 1 and 2 seconds; Prefect's own five would hold a Ctrl-C up for a minute
+DISPATCHER_RETRIES = 2  # waits 1 and 2 seconds; Prefect's own five would delay a Ctrl-C by a minute
 SIGTERM_EXIT_CODE = 143
 
 log = structlog.get_logger(__name__)
@@ -53,11 +53,11 @@ def run_campaign(
     console: Console | None = None,
     always_own: bool = False,
 ) -> Progress:
-    """Work a submitted campaign to its end on this machine, under the campaign flow in this process.
+    """Run a submitted campaign to its end on this machine, under the campaign flow in this process.
 
-    ``always_own`` ignores a Prefect server of one's own. With a console, progress is shown there. Ctrl-C
-    and SIGTERM end the workers at once, give their leases back and leave as KeyboardInterrupt and as
-    SystemExit with code 143.
+    ``always_own`` ignores a Prefect server that the environment names. With a console, progress is shown there. Ctrl-C
+    and SIGTERM end the workers at once and release their leases; they propagate as KeyboardInterrupt and as SystemExit
+    with code 143.
     """
     progress = services.campaign_progress(settings, campaign)
     if not progress.remaining and not keep_ui:
@@ -78,7 +78,7 @@ def _password_hint(server: ServerHandle) -> str:
 
 @contextmanager
 def local_server(settings: Settings, *, keep_ui: bool = False, always_own: bool = False) -> Iterator[ServerHandle]:
-    """The Prefect server to use, named in this process's environment: PREFECT_API_URL, or the home's own."""
+    """Yield the Prefect server to use, PREFECT_API_URL or the home's own, and set it in this process's environment."""
     url = None if always_own else settings.prefect_api_url
     if url is not None:
         with _environment(_prefect_environment(url) | no_proxy_for_loopback() | _home(settings)):
@@ -92,7 +92,7 @@ def local_server(settings: Settings, *, keep_ui: bool = False, always_own: bool 
 
 
 def _home(settings: Settings) -> dict[str, str]:
-    """Prefect asks for a home folder while it is imported, and a container's user may have none."""
+    """Return HOME, which Prefect reads on import and which a container's user may lack."""
     return {"HOME": os.environ.get("HOME") or str(settings.home)}
 
 
@@ -102,7 +102,7 @@ def _prefect_environment(api_url: str) -> dict[str, str]:
         "DO_NOT_TRACK": "1",
         "PYTHONSAFEPATH": "1",  # workers import nothing from the current folder, where others may write
         "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
-        # Prefect's log lines would tear the progress bar and the JSON; the UI and the log files have them.
+        # Prefect's log lines would break the progress bar and the JSON; the UI and the log files have them.
         "PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL": "CRITICAL",
         "PREFECT_LOGGING_INTERNAL_LEVEL": "CRITICAL",
         "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": os.environ.get("PREFECT_FLOWS_HEARTBEAT_FREQUENCY", "30"),
@@ -111,7 +111,7 @@ def _prefect_environment(api_url: str) -> dict[str, str]:
 
 @contextmanager
 def _environment(values: dict[str, str]) -> Iterator[None]:
-    """These variables for the block, for children, and for a prefect that is already imported."""
+    """Set these variables for the block, for child processes, and for an already imported prefect."""
     before = {name: os.environ.get(name) for name in values}
     os.environ.update(values)
     try:
@@ -131,7 +131,7 @@ def _environment(values: dict[str, str]) -> Iterator[None]:
 
 
 def _expect_answer(url: str) -> None:
-    """Refuse a server that a setting names and that does not answer, within 15 seconds."""
+    """Raise SettingsError if the server that a setting names does not answer within 15 seconds."""
     import httpx
     from prefect.client.orchestration import get_client
     from prefect.settings import PREFECT_CLIENT_MAX_RETRIES, temporary_settings
@@ -157,7 +157,7 @@ def _expect_answer(url: str) -> None:
 
 @contextmanager
 def _sigterm_exits() -> Iterator[None]:
-    """SIGTERM unwinds the block as Ctrl-C does; without this, a server it started would stay behind."""
+    """Turn SIGTERM into SystemExit inside the block, so that it unwinds like Ctrl-C and stops the server it started."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -192,20 +192,20 @@ def _run_flow(settings: Settings, campaign: str) -> None:
             _cancel(flow_run.id)
             raise
         except (FailedRun, CancelledRun, CrashedRun, MissingResult, UnfinishedRun, ForeignResultError) as error:
-            _expect_an_end(settings, campaign, error)  # the flow's own state is Failed where jobs failed
+            _expect_an_end(settings, campaign, error)  # the flow's own state is Failed if jobs failed
         except httpx.HTTPError as error:
             _pass_on_interruption(error)
             if services.campaign_progress(settings, campaign).remaining:
                 raise OrchestratorUnavailableError(
                     f"the Prefect server was lost: {error!r}; run again to go on"
                 ) from error
-            log.warning("prefect.unreachable", error=repr(error))  # the work is done, only nobody could be told
+            log.warning("prefect.unreachable", error=repr(error))  # all work is done, but not reported
         finally:
             _flush()
 
 
 def _expect_an_end(settings: Settings, campaign: str, how: object) -> None:
-    """The run has a final state: refuse one that somebody else gave it before the work was done."""
+    """Raise RunForcedError if the run was given its final state from outside before the work was done."""
     progress = services.campaign_progress(settings, campaign)
     if progress.remaining and progress.status != "paused":
         raise RunForcedError(
@@ -215,7 +215,7 @@ def _expect_an_end(settings: Settings, campaign: str, how: object) -> None:
 
 
 def _pass_on_interruption(error: BaseException) -> None:
-    """Prefect fails to report an interruption to a server that is away, and raises that instead."""
+    """Re-raise the interruption that Prefect masked with its error of reporting to an unreachable server."""
     from prefect.exceptions import TerminationSignal
 
     while error.__context__ is not None:
@@ -227,7 +227,7 @@ def _pass_on_interruption(error: BaseException) -> None:
 
 
 def _cancel(flow_run_id: UUID) -> None:
-    """Prefect calls a signal a crash; it was somebody's wish."""
+    """Set the run to Cancelled, because Prefect reports a signal as a crash although a user asked for it."""
     from prefect.client.orchestration import get_client
     from prefect.states import Cancelled
 
@@ -236,7 +236,7 @@ def _cancel(flow_run_id: UUID) -> None:
 
 
 def _flush() -> None:
-    """Send what Prefect still buffers while the server is there to take it."""
+    """Send the logs and events that Prefect still buffers, while the server runs."""
     from prefect.events.worker import EventsWorker
     from prefect.logging.handlers import APILogHandler
 
@@ -247,7 +247,7 @@ def _flush() -> None:
 
 @contextmanager
 def _live_progress(settings: Settings, campaign: str, console: Console | None) -> Iterator[None]:
-    """A progress bar for people, drawn from the database by a thread of its own."""
+    """Show a progress bar on the console, updated from the database by a separate thread."""
     if console is None:
         yield
         return
@@ -272,7 +272,7 @@ def _live_progress(settings: Settings, campaign: str, console: Console | None) -
                 now = services.campaign_progress(settings, campaign)
                 bar.update(line, completed=now.finished, total=now.total, description=describe(now))
                 if not console.is_terminal and time.monotonic() - said[0] >= SAY_EVERY_S:
-                    console.print(describe(now))  # a bar shows nothing in a file before its end
+                    console.print(describe(now))  # in a file, a bar appears only at its end
                     said[0] = time.monotonic()
 
         def keep_drawing() -> None:

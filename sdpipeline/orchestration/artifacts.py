@@ -1,4 +1,4 @@
-"""What the Prefect UI shows of a campaign's run; showing is not working, and fails without harm."""
+"""Prefect artifacts and events of a campaign's run; best effort, so that their failure harms no work."""
 
 from __future__ import annotations
 
@@ -23,30 +23,30 @@ from sdpipeline.settings import Settings
 
 SHOW_EVERY_S = 5.0
 REFRESH_EVERY_S = 15.0
-REFRESHING_SHARE = 0.05  # of the time at most: with a million pictures the newest are not found in an instant
+REFRESHING_SHARE = 0.05  # of the time at most: with a million pictures, finding the newest takes a while
 
 log = structlog.get_logger(__name__)
 
 
 @contextmanager
 def best_effort() -> Iterator[None]:
-    """Showing is not working: a Prefect server that is away costs the picture of the work, not the work."""
+    """Best effort: errors of the Prefect API, storage and database are logged and ignored."""
     import httpx
     from prefect.settings import PREFECT_CLIENT_MAX_RETRIES, temporary_settings
 
     try:
-        with temporary_settings({PREFECT_CLIENT_MAX_RETRIES: 0}):  # five would hold the watch up for a minute
+        with temporary_settings({PREFECT_CLIENT_MAX_RETRIES: 0}):  # five would delay the supervisor by a minute
             yield
     except httpx.HTTPError as error:
         log.warning("prefect.unreachable", error=repr(error))
-    except TransientError as error:  # storage or database: the workers wait for them, and say so
+    except TransientError as error:  # storage or database: the workers wait for them and report it
         log.warning("board.unreadable", error=str(error))
 
 
 class RunArtifacts:
-    """The artifacts and events of one campaign run: progress, newest pictures and failures while it moves, a report.
+    """Artifacts and events of one campaign run: progress, newest pictures and failures while it runs, then a report.
 
-    Artifacts are made once a run and then changed in place, so that a long run does not fill the server's database.
+    Artifacts are created once a run and then updated in place, so that a long run does not fill the server's database.
     """
 
     def __init__(self, settings: Settings, campaign: str, *, clock: Callable[[], float] = time.monotonic) -> None:
@@ -56,13 +56,13 @@ class RunArtifacts:
         self._artifacts: dict[str, UUID] = {}
         self._thumbnails: Thumbnails = {}
         self._shown: tuple[float, float] | None = None  # when, and which percentage
-        self._counts = {"contact-sheet": 0, "failures": 0}  # of what is on the board
+        self._counts = {"contact-sheet": 0, "failures": 0}  # of the published artifacts
         self._due = {"contact-sheet": 0.0, "failures": 0.0}
         self._status: str | None = None
         self._opened: tuple[float, int] = (clock(), 0)  # when, and how many pictures there were
 
     def open(self, progress: Progress, labels: Sequence[str]) -> None:
-        """Name and tag the run so that a person finds it, and say that it has begun."""
+        """Name and tag the run so that a person finds it, and emit its start event."""
         from prefect.client.orchestration import get_client
         from prefect.runtime import flow_run
 
@@ -76,7 +76,7 @@ class RunArtifacts:
         self._status = "active"
 
     def show(self, progress: Progress, *, now: bool = False) -> None:
-        """Move the progress at most every five seconds, the rest at most every fifteen; tell of a pause at once."""
+        """Update progress at most every five seconds, the rest at most every fifteen; report a pause at once."""
         if turned := events.turn(self._status, progress):
             events.tell(turned, self._settings.team, progress)
         self._status = progress.status
@@ -85,7 +85,7 @@ class RunArtifacts:
         self._refresh("failures", progress.failed + progress.blocked, lambda: self._put_failures(progress), now=now)
 
     def close(self, progress: Progress) -> None:
-        """The last progress, pictures and failures, the closing report, and the event that says how it ended."""
+        """Publish the final progress, pictures and failures, the closing report, and the event of the outcome."""
         self.show(progress, now=True)
         opened_at, pictures = self._opened
         span = Span(pictures=progress.images - pictures, wall_s=self._clock() - opened_at)
@@ -112,7 +112,7 @@ class RunArtifacts:
             self._shown = (self._clock(), percentage)
 
     def _refresh(self, name: str, count: int, put: Callable[[], None], *, now: bool) -> None:
-        """Put up what has changed, where it is due: the dearer it was, the later again."""
+        """Update an artifact that has changed and is due; the more expensive the last update, the later the next."""
         began = self._clock()
         if count == self._counts[name] or (not now and began < self._due[name]):
             return
@@ -139,7 +139,7 @@ class RunArtifacts:
         self._put("failures", table_cells(failed), report.unlucky(progress, shown=len(failed)))
 
     def _put(self, name: str, data: Any, description: str) -> None:
-        """Make an artifact of this run, or change the one it made."""
+        """Create an artifact of this run, or update the existing one."""
         from prefect import artifacts
         from prefect.client.orchestration import get_client
         from prefect.client.schemas.actions import ArtifactUpdate
@@ -161,12 +161,12 @@ class RunArtifacts:
 
 
 def table_cells(rows: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Rows for a table artifact: Prefect's page renders each cell that is a text as Markdown."""
+    """Return rows for a table artifact, escaped because Prefect's page renders each text cell as Markdown."""
     return [{name: markdown(value) if isinstance(value, str) else value for name, value in row.items()} for row in rows]
 
 
 def describe(progress: Progress) -> str:
-    """What became of the jobs, in one line."""
+    """Return the job counts in one line."""
     counts = {name: getattr(progress, name) for name in ("failed", "blocked", "skipped", "cancelled")}
     unlucky = "".join(f", {count} {name}" for name, count in counts.items() if count)
     return f"{progress.name}: {progress.succeeded} of {progress.total} succeeded{unlucky}"

@@ -1,4 +1,4 @@
-"""What a campaign's flow does: have it worked, watch the database until that is done, show it, and end the workers."""
+"""Campaign run: start workers, watch the database until the work is done, show progress, and end the workers."""
 
 from __future__ import annotations
 
@@ -27,45 +27,45 @@ if TYPE_CHECKING:
     from prefect.client.schemas.objects import State
 
 POLL_S = 1.0
-FINISH_GRACE_S = 60.0  # a replacement that still starts ends as soon as it sees that nothing is left
+FINISH_GRACE_S = 60.0  # a replacement that is still starting ends as soon as it sees that nothing is left
 
 log = structlog.get_logger(__name__)
 
 
 class Workers(Protocol):
-    """Who works a campaign: processes of this machine, or flow runs that other machines take up."""
+    """Workers of a campaign: processes on this machine, or flow runs that other machines execute."""
 
     def start(self) -> None:
-        """Have workers, or fail before there is anything to watch."""
+        """Start the workers, or fail before there is anything to watch."""
 
     def supervise(self, progress: Progress) -> None:
-        """Replace who died, as long as there is work; raises WorkersLostError when that does not help."""
+        """Replace dead workers while work is left; raises WorkersLostError if that does not help."""
 
     def wait(self, timeout_s: float) -> None:
-        """Sleep, but no longer than until a worker ends."""
+        """Sleep until the timeout or until a worker ends."""
 
     def finish(self, timeout_s: float) -> Sequence[local_workers.WorkerExit]:
-        """Let workers see that nothing is left; returns the local processes that had to be ended."""
+        """Let workers end by themselves when nothing is left; return the local processes that had to be ended."""
 
     def stop(self) -> Sequence[local_workers.WorkerExit]:
-        """End every worker; returns the local processes that had to be ended."""
+        """End every worker; return the local processes that had to be ended."""
 
 
 def here(settings: Settings, campaign: str, *, worker_flow: Flow[..., Any]) -> local_workers.LocalWorkers:
-    """A worker process per device of this machine."""
+    """Return the local workers of a campaign: one process per device of this machine."""
     return local_workers.LocalWorkers(
         slots=local_workers.slots(settings),
         spawn=lambda slot, name: _spawn(settings, campaign, worker_flow, slot, name),
         bury=lambda death: _on_exit(settings, campaign, death),
-        # A worker that was told to end needs its own grace, and a moment to close its flow run.
+        # A worker needs its own shutdown grace, and a moment to close its flow run.
         stop_grace_s=settings.shutdown_grace_s + shutdown.GIVING_BACK_S + local_workers.STOP_GRACE_S,
     )
 
 
 def work_off(settings: Settings, campaign: str, workers: Workers) -> State[None]:
-    """Have a campaign worked until the database says finished or paused, and show it all.
+    """Run a campaign's workers until the database says finished or paused, and publish progress.
 
-    Returns the state the flow run ends in. Called inside the campaign flow's run.
+    Returns the final state of the flow run. Called inside the campaign flow's run.
     """
     from prefect import tags
 
@@ -90,7 +90,7 @@ def _watch(settings: Settings, campaign: str, workers: Workers, board: RunArtifa
             try:
                 progress = services.campaign_progress(settings, campaign)
             except DatabaseUnavailableError as error:
-                log.warning("database.unavailable", error=str(error))  # the workers wait for it too
+                log.warning("database.unavailable", error=str(error))  # the workers also wait for it
                 workers.wait(POLL_S)
                 continue
             board.show(progress)
@@ -99,7 +99,7 @@ def _watch(settings: Settings, campaign: str, workers: Workers, board: RunArtifa
             workers.supervise(progress)
             workers.wait(POLL_S)
         _close(settings, campaign, workers.finish(_finish_grace_s()))
-    except BaseException:  # a Ctrl-C above all: whatever ends the watch ends the watched
+    except BaseException:  # Ctrl-C above all: however supervision ends, the workers end too
         _close(settings, campaign, workers.stop())
         raise
     return _progress(settings, campaign)
@@ -110,7 +110,7 @@ def _progress(settings: Settings, campaign: str) -> Progress:
 
 
 def _release(settings: Settings, pid: int) -> int | None:
-    """Give back what a dead worker held; None if the database is not available, and its leases expire."""
+    """Release the leases of a dead worker; return None if the database is unavailable, so that they expire."""
     try:
         return services.release_worker_leases(settings, pid)
     except DatabaseUnavailableError as error:
@@ -119,7 +119,10 @@ def _release(settings: Settings, pid: int) -> int | None:
 
 
 def _finish_grace_s() -> float:
-    """Workers that cannot tell the server of their end ask for a minute; they have nothing else to do any more."""
+    """Return the grace for workers that have nothing left to do: none if the server is away.
+
+    Workers that cannot report their end to the server would retry for a minute.
+    """
     from prefect.settings import PREFECT_API_URL
 
     url = PREFECT_API_URL.value()
@@ -128,7 +131,10 @@ def _finish_grace_s() -> float:
 
 
 def _close(settings: Settings, campaign: str, stopped: Sequence[local_workers.WorkerExit]) -> None:
-    """Account for workers that were ended: one that was told to gave its leases back, one that was killed could not."""
+    """Release the leases of workers that had to be ended and cancel their runs.
+
+    A worker that ended by itself on request has released its leases; one that was killed could not.
+    """
     from prefect.states import Cancelled
 
     for worker in stopped:
@@ -152,13 +158,13 @@ def _spawn(
             "device": slot.device,
             "log_file": str(settings.home / "logs" / f"worker-{slot.index}.log"),
         },
-        # A worker that starts while the server restarts waits for it longer than the dispatcher may.
+        # A worker that starts while the server restarts retries for longer than the dispatcher may.
         env={**slot.environment, "PREFECT_CLIENT_MAX_RETRIES": "5"},
     )
 
 
 def _on_exit(settings: Settings, campaign: str, death: local_workers.WorkerExit) -> None:
-    """A worker died: its leases go back to the queue, and its run stops looking alive."""
+    """Release the leases of a dead worker and mark its run as Crashed."""
     from prefect.states import Crashed
 
     returned = _release(settings, death.pid)
@@ -168,7 +174,7 @@ def _on_exit(settings: Settings, campaign: str, death: local_workers.WorkerExit)
 
 
 def _close_run(name: str, state: State[Any]) -> None:
-    """Put this run's child of that name, and its tasks, into that state, whatever it says itself unless it is done."""
+    """Force this run's child of that name, and its tasks, into ``state`` unless it is completed."""
     from prefect.client.orchestration import get_client
     from prefect.client.schemas import filters
     from prefect.runtime import flow_run
@@ -194,9 +200,10 @@ def _close_tasks(client: SyncPrefectClient, run_id: UUID, state: State[Any]) -> 
 
 
 def closing_state(progress: Progress, *, began: Progress) -> State[Any]:
-    """State of a campaign's run: Failed with its counts where `run` exits 3 for it, Cancelled if somebody cancelled it.
+    """Return the final state of a campaign's run.
 
-    A version submitted meanwhile may cancel jobs too (`--prune`); its campaign goes on.
+    It is Failed with its counts if `run` would exit with 3, and Cancelled if someone cancelled the campaign. A version
+    submitted meanwhile may cancel jobs too (`--prune`); its campaign goes on.
     """
     from prefect.states import Cancelled, Completed, Failed
 
@@ -212,7 +219,7 @@ def closing_state(progress: Progress, *, began: Progress) -> State[Any]:
 
 
 def _tags(settings: Settings, progress: Progress) -> Sequence[str]:
-    """The campaign, its team and its checkpoints, by the names people use."""
+    """Return tags for the campaign, its team and its checkpoints, by their user-facing names."""
     with services.services(settings) as have, have.database.read() as connection:
         used = set(queries.checkpoints_of(connection, progress.id))
         aliases = {files.alias for files in registry.known(connection) if {files.alias, files.digest} & used}

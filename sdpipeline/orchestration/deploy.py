@@ -1,4 +1,4 @@
-"""What a Prefect server holds of us: pools, deployments, campaigns' schedules, and an automation for lost runs."""
+"""Deployment to a Prefect server: work pools, deployments, campaign schedules, and an automation for lost runs."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ CAMPAIGN_QUEUE = "campaigns"
 FLOWS = ("campaign", "gpu-worker", "reclaim", "seal", "reconcile", "retention", "audit-verify")
 AUTOMATION = "sdpipeline: a run that is silent has crashed"
 SILENCE_S = 90.0
-"""Three heartbeats of the thirty seconds that are Prefect's shortest."""
+"""Three heartbeats at thirty seconds, Prefect's shortest interval."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Deployed:
-    """What a server holds of us now."""
+    """Objects that a server now has of this deployment."""
 
     pools: Sequence[str]
     deployments: Sequence[str]
@@ -43,16 +43,16 @@ class Deployed:
     campaign_limit: int | None
 
     def document(self) -> Json:
-        """The form of ``deploy --json``."""
+        """Return the JSON of ``deploy --json``."""
         names = ("pools", "deployments", "automation", "campaign_limit")
         return {name: getattr(self, name) for name in names}
 
 
 def deploy(settings: Settings, *, max_campaigns: int | None = None, silence_s: float = SILENCE_S) -> Deployed:
-    """Create what is missing and renew the rest; pools that exist stay what they are, as does a limit not given.
+    """Create missing objects and update the rest; existing pools stay as they are, as does a limit that is not given.
 
-    At most ``max_campaigns`` campaign runs at a time (0 is no limit); the others wait in their queue. A run that sent
-    no heartbeat for ``silence_s`` seconds is marked Crashed.
+    At most ``max_campaigns`` campaign runs execute at a time (0 is no limit); the others wait in their queue. A run
+    that sent no heartbeat for ``silence_s`` seconds is marked Crashed.
     """
     with _server(settings) as client:
         _make_pools(client)
@@ -63,9 +63,9 @@ def deploy(settings: Settings, *, max_campaigns: int | None = None, silence_s: f
 
 
 def schedule(settings: Settings, name: str, when: Schedule, request: CampaignRequest) -> str:
-    """Have a campaign made when its schedule says, by a deployment of its own; returns that one's name.
+    """Schedule a campaign in a separate deployment; return the deployment's name.
 
-    It is the deployed campaign flow with other parameters: its own, so that deploying again leaves it alone and a
+    It is the deployed campaign flow with other parameters. As a separate deployment it survives deploying again, and a
     person can pause it in the UI.
     """
     from prefect.client.schemas.actions import DeploymentScheduleCreate
@@ -96,7 +96,7 @@ def schedule(settings: Settings, name: str, when: Schedule, request: CampaignReq
 
 
 def unschedule(settings: Settings, name: str) -> bool:
-    """Take a campaign's schedule away, with the runs that it planned; whether there was one."""
+    """Remove a campaign's schedule and its planned runs; return True if there was one."""
     from prefect.exceptions import ObjectNotFound
 
     with _server(settings) as client:
@@ -109,7 +109,8 @@ def unschedule(settings: Settings, name: str) -> bool:
 
 
 def _scheduled(settings: Settings, name: str) -> str:
-    """A name that neither another team's campaign nor a deployment of the file has: campaigns have no dots."""
+    """Return a deployment name that cannot clash with another team's or with prefect.yaml's: campaign names have no
+    dots."""
     return f"{settings.team}.{name}"
 
 
@@ -125,7 +126,7 @@ def _server(settings: Settings) -> Iterator[SyncPrefectClient]:
 
 
 def _make_pools(client: SyncPrefectClient) -> None:
-    """Pools of processes; who wants pods creates them as such before, and they stay."""
+    """Create missing work pools of type process; pools created earlier, for example of pods, stay."""
     from prefect.client.schemas.actions import WorkPoolCreate
     from prefect.exceptions import ObjectNotFound
     from prefect.workers.process import ProcessWorker
@@ -152,7 +153,7 @@ def _limit_campaigns(client: SyncPrefectClient, most: int | None) -> int | None:
 
 
 def _deploy_file() -> None:
-    """By Prefect's own command, so that it is the same to type it."""
+    """Deploy prefect.yaml by Prefect's own command, so that typing the command has the same effect."""
     with as_file(files("sdpipeline.orchestration") / "prefect.yaml") as file:
         words = ["--no-prompt", "deploy", "--prefect-file", str(file), "--all"]
         done = subprocess.run(
@@ -177,7 +178,7 @@ def _automate(client: SyncPrefectClient, silence_s: float) -> None:
 
 
 def _for_silent_runs(silence_s: float) -> AutomationCore:
-    """A process that was killed together with its worker reports nothing; its heartbeats end."""
+    """Return the automation for runs whose heartbeats end, as after a process was killed together with its worker."""
     from prefect.client.schemas.objects import StateType
     from prefect.events.actions import ChangeFlowRunState
     from prefect.events.schemas.automations import AutomationCore, EventTrigger, Posture
@@ -212,7 +213,7 @@ def _campaign_deployment(client: SyncPrefectClient) -> DeploymentResponse:
 
 
 def _deployments(client: SyncPrefectClient) -> list[str]:
-    """Ours, as `prefect deployment run` wants them."""
+    """Return our deployments by the names that `prefect deployment run` takes."""
     from prefect.client.schemas.filters import FlowFilter, FlowFilterName
 
     found: list[str] = []

@@ -1,4 +1,4 @@
-"""What the deployed campaign flow does: submit what is asked for, and have a fleet of workers work it."""
+"""Deployed campaign flow: submit the request and dispatch Prefect workers for it."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ log = structlog.get_logger(__name__)
 
 
 def carry_out(settings: Settings, request: CampaignRequest) -> State[Any]:
-    """Work what is asked for to its end; returns the state the flow run ends in. Called inside that run."""
+    """Run the requested campaign to its end; return the final state of the flow run. Called inside that run."""
     name = _submitted(settings, request)
     if name is None:
         return _start_everything(settings)
@@ -39,7 +39,10 @@ def carry_out(settings: Settings, request: CampaignRequest) -> State[Any]:
 
 
 def _submitted(settings: Settings, request: CampaignRequest) -> str | None:
-    """The campaign's name, its file submitted under the edition of the moment the schedule fired, not of now."""
+    """Submit the campaign file, if any, and return the campaign's name.
+
+    The edition follows the time the schedule fired, not the current time.
+    """
     from prefect.logging import get_run_logger
 
     if request.file is None and request.text is None:
@@ -66,7 +69,7 @@ def _bounds(settings: Settings, request: CampaignRequest) -> Bounds:
 
 
 def _start_everything(settings: Settings) -> State[Any]:
-    """Give every campaign that has something to do, and no run that lives, a run of its own."""
+    """Start a run for every campaign with work left and no unfinished run."""
     from prefect.deployments import run_deployment
     from prefect.states import Completed
 
@@ -76,7 +79,7 @@ def _start_everything(settings: Settings) -> State[Any]:
             CAMPAIGN_DEPLOYMENT,
             parameters={"request": CampaignRequest(campaign=name).document()},
             timeout=0,
-            as_subflow=False,  # it outlives this run, and is cancelled on its own
+            as_subflow=False,  # it outlives this run and is cancelled separately
             flow_run_name=name,
             tags=[f"campaign:{name}", f"team:{settings.team}"],
         )

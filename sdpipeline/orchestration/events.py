@@ -1,4 +1,4 @@
-"""What Prefect is told of a campaign in events of our own, so that automations can page someone."""
+"""Prefect events of a campaign, so that automations can notify someone."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ PREFIX = "sdpipeline.campaigns.loader"
 
 
 class CampaignEvent(StrEnum):
-    """Every event, by the name that an automation's trigger expects."""
+    """Campaign events, by the names that an automation's trigger expects."""
 
     STARTED = f"{PREFIX}.started"
     FINISHED = f"{PREFIX}.finished"
@@ -21,7 +21,7 @@ class CampaignEvent(StrEnum):
 
 
 def tell(event: CampaignEvent, team: str, progress: Progress) -> None:
-    """Emit it, with the campaign as its resource; whoever sends it later in the background may fail without harm.
+    """Emit the event with the campaign as its resource; sending happens in the background and may fail without harm.
 
     Called inside a flow run, which becomes a related resource.
     """
@@ -39,14 +39,14 @@ def tell(event: CampaignEvent, team: str, progress: Progress) -> None:
 
 
 def outcome(progress: Progress) -> CampaignEvent | None:
-    """How a run ended that leaves nothing to do; None while something is left."""
+    """Return the outcome of a run that leaves nothing to do; None while work is left."""
     if progress.remaining:
         return None
     return CampaignEvent.FAILED if progress.failed or progress.blocked else CampaignEvent.FINISHED
 
 
 def turn(before: str | None, progress: Progress) -> CampaignEvent | None:
-    """What happened to a campaign whose status was ``before`` when it was last looked at."""
+    """Return the event for a change of campaign status since ``before``, or None."""
     if progress.status == "paused" and before != "paused" and progress.remaining:
         return CampaignEvent.BUDGET_SPENT if progress.paused_because else CampaignEvent.PAUSED
     return CampaignEvent.RESUMED if before == "paused" and progress.status == "active" else None

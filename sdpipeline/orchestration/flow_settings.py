@@ -1,4 +1,4 @@
-"""The settings of a flow's run: where it is deployed, what the environment of its `prefect worker` says."""
+"""Settings of a flow run, which a deployed run takes from the environment of its `prefect worker`."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from sdpipeline.settings import DEFAULT_HOME, Settings
 
 
 def load(home: Path | None = None) -> Settings:
-    """Settings and logging of this process; raises SettingsError where nothing says which database is meant.
+    """Load the settings and configure logging; raises SettingsError if no database is configured.
 
-    A deployed run works in a folder that is deleted when it ends, which is where the embedded default would lie.
+    A deployed run works in a folder that is deleted when it ends, and the embedded default would lie in it.
     """
     keep_private()
     settings = services.load_settings(home)

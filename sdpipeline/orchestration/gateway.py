@@ -1,9 +1,9 @@
 """Reverse proxy in front of the Prefect API: a credential for each role, and an allow-list of routes.
 
-A small application of our own, because no configuration of a stock proxy does what is needed here: it looks into
-bodies (``job_variables``, ``pull_steps``, results), asks the server which work pool a run belongs to, and filters
-events one by one on a WebSocket that authenticates by its first message. The rules are in ``gateway_rules``; whatever
-they do not name is refused. The gateway alone holds Prefect's password (``PREFECT_API_AUTH_STRING``).
+This is a small application because no configuration of a stock proxy suffices. It inspects bodies (``job_variables``,
+``pull_steps``, results) and asks the server which work pool a run belongs to. It filters events one by one on a
+WebSocket that authenticates by its first message. The rules are in ``gateway_rules``; anything they do not name is
+refused. Only the gateway holds Prefect's password (``PREFECT_API_AUTH_STRING``).
 """
 
 from __future__ import annotations
@@ -36,12 +36,12 @@ from sdpipeline.orchestration.gateway_rules import (
 )
 
 MOST_BYTES = 4 * 1024 * 1024
-"""Largest body: an artifact holds a picture of up to 2 MB, its base64 is longer."""
+"""Largest body: an artifact holds a picture of up to 2 MB, and its base64 is longer."""
 TIMEOUT_S = 60.0
 POLICY_VIOLATION = 1008
 SERVER_LOST = 1012
 
-# What Prefect's client sends and understands; everything else stays here, Authorization above all.
+# Headers that Prefect's client sends and understands; all others are dropped, Authorization above all.
 _PASSED_ON = ("content-type", "accept", "user-agent", "traceparent", "prefect-csrf-token", "prefect-csrf-client")
 _ANSWERED = ("content-type", "retry-after", "prefect-maintenance")
 
@@ -49,10 +49,10 @@ log = structlog.get_logger(__name__)
 
 
 class Gateway:
-    """Checks who asks and what, then forwards to the Prefect server with the server's own password."""
+    """Check credential and request, then forward to the Prefect server with the server's own password."""
 
     def __init__(self, api_url: str, *, server_auth: str | None, credentials: Mapping[str, Role]) -> None:
-        """``api_url`` is the server's; ``credentials`` are USER:PASSWORD strings with the role that each one opens."""
+        """Take the server's ``api_url`` and ``credentials``, which map USER:PASSWORD strings to roles."""
         self._api_url = api_url.rstrip("/")
         self._server_auth = server_auth
         self._credentials = [(text.encode(), role) for text, role in credentials.items()]
@@ -63,7 +63,7 @@ class Gateway:
         self._owners = Owners(self.server)
 
     def role(self, given: str | None) -> Role | None:
-        """The role that a USER:PASSWORD string opens; every one is compared, in constant time."""
+        """Return the role of a USER:PASSWORD string; all are compared, in constant time."""
         found = None
         for known, role in self._credentials:
             if hmac.compare_digest(known, (given or "").encode(errors="replace")):
@@ -91,7 +91,8 @@ class Gateway:
             return JSONResponse({"detail": "the Prefect server does not answer"}, status_code=503)
 
     async def _forwarded(self, request: Request, path: str, body: Any) -> Response:
-        """Send what was checked, and only that: the parsed body is written anew, so that nothing reads it otherwise."""
+        """Send only the checked request: the parsed body is serialised anew, so that the server cannot read it
+        differently."""
         headers = {name: request.headers[name] for name in _PASSED_ON if name in request.headers}
         query = {"client": request.query_params["client"]} if path == "/csrf-token" and request.query_params else None
         content = None if body is None else json.dumps(body).encode()
@@ -135,7 +136,7 @@ class Gateway:
         await self._joined(socket, "events/out", ask, answer)
 
     async def _accepted(self, socket: WebSocket) -> Role | None:
-        """Prefect's handshake: the first message carries the credential."""
+        """Perform Prefect's handshake: the first message carries the credential."""
         await socket.accept(subprotocol="prefect" if "prefect" in socket.scope["subprotocols"] else None)
         try:
             first = _parsed(await asyncio.wait_for(socket.receive_text(), TIMEOUT_S))
@@ -151,7 +152,7 @@ class Gateway:
         return role
 
     async def _joined(self, socket: WebSocket, path: str, *ways: Any) -> None:
-        """Run both directions until one side ends; the client is told to connect anew."""
+        """Run both directions until one side ends; the client is told to reconnect."""
         url = f"{self._api_url.replace('http', 'ws', 1)}/{path}"
         try:
             async with websockets.connect(
@@ -167,7 +168,7 @@ class Gateway:
 
 
 def application(gateway: Gateway) -> FastAPI:
-    """The routes: two WebSockets and everything else, each decided by the rules."""
+    """Return the application: two WebSockets and a catch-all route, each checked by the rules."""
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -183,7 +184,7 @@ def application(gateway: Gateway) -> FastAPI:
 
 
 def serve(api_url: str, *, server_auth: str | None, auths: Mapping[str, str], host: str, port: int) -> None:
-    """Serve until told to end by SIGTERM or Ctrl-C; ``auths`` are USER:PASSWORD by the name of the role."""
+    """Serve until SIGTERM or Ctrl-C; ``auths`` maps role names to USER:PASSWORD."""
     credentials = {auths[role.name]: role for role in (WORKER, DISPATCHER)}
     gateway = Gateway(api_url, server_auth=server_auth, credentials=credentials)
     uvicorn.run(application(gateway), host=host, port=port, log_level="warning", ws_max_size=MOST_BYTES)
@@ -206,7 +207,7 @@ async def _drained(server: websockets.ClientConnection) -> None:
 
 
 async def _json(request: Request) -> Any:
-    """The parsed body; None if there is none."""
+    """Return the parsed body; None if there is none."""
     data = bytearray()
     async for chunk in request.stream():
         data += chunk

@@ -1,9 +1,9 @@
-"""Allow-list of the Prefect gateway: which routes, bodies and events each role may send.
+"""Allow-list of the Prefect gateway: the routes, bodies and events that each role may send.
 
-Prefect knows one password, and whoever holds it may do anything: create a deployment with ``pull_steps``, start a run
-with ``job_variables.command``, change a work pool. The gateway holds that password; workers hold a credential of
-their own that opens the routes below and nothing else. The routes are those that ``prefect worker start``,
-``prefect flow-run execute`` and our flows were seen to call.
+Prefect has a single password, and anyone who holds it may do anything: create a deployment with ``pull_steps``, start
+a run with ``job_variables.command``, change a work pool. The gateway holds that password. Workers hold credentials
+that allow the routes below and nothing else. These are the routes that ``prefect worker start``, ``prefect flow-run
+execute`` and our flows were observed to call.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import httpx
 from sdpipeline.domain import Json
 
 KEPT_RUNS = 10_000
-"""Runs whose work pool is remembered."""
+"""Number of runs whose work pool is cached."""
 
 _UUID = r"[0-9a-fA-F]{8}(?:-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}"
 _RUN_CHANGES = frozenset({"infrastructure_pid", "flow_version", "empirical_policy"})
@@ -33,15 +33,15 @@ class RefusedError(Exception):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Role:
-    """What one credential may do."""
+    """Permissions of one credential."""
 
     name: str
     polls: str
-    """Work pool whose scheduled runs it takes."""
+    """Work pool whose scheduled runs the role takes."""
     runs: frozenset[str]
-    """Work pools whose runs it may read and change."""
+    """Work pools whose runs the role may read and change."""
     starts: Mapping[str, frozenset[str]] = field(default_factory=dict)
-    """Deployments it may start, with the parameters it may give them."""
+    """Deployments that the role may start, with the parameters it may give them."""
 
 
 WORKER = Role(name="worker", polls="gpu", runs=frozenset({"gpu"}))
@@ -61,7 +61,7 @@ class Owners:
         self._pools: dict[str, str | None] = {}
 
     async def pool_of_run(self, run_id: object) -> str | None:
-        """Name of the run's work pool; None if there is no such run, or it has no pool."""
+        """Return the name of the run's work pool; None if there is no such run, or it has no pool."""
         key = _uuid(run_id)
         if key not in self._pools:
             found = await self.read(f"flow_runs/{key}")
@@ -73,7 +73,7 @@ class Owners:
         return self._pools[key]
 
     async def read(self, path: str) -> Json | None:
-        """The object at a path of the API; None if the server has none there."""
+        """Return the object at a path of the API; None if the server has none there."""
         answer = await self._server.get(path)
         if answer.status_code == httpx.codes.NOT_FOUND:
             return None
@@ -83,7 +83,7 @@ class Owners:
 
 @dataclass(slots=True, kw_only=True)
 class Request:
-    """One request that is being checked. ``found`` holds what the route's pattern matched."""
+    """Request under check. ``found`` holds what the route's pattern matched."""
 
     role: Role
     owners: Owners
@@ -91,7 +91,7 @@ class Request:
     body: Any
 
     def fields(self, allowed: frozenset[str] | None = None) -> Json:
-        """The body, which must be an object, with only fields of ``allowed``."""
+        """Return the body, which must be an object with only ``allowed`` fields."""
         if not isinstance(self.body, dict):
             raise RefusedError("the body is not a JSON object")
         if allowed is not None and (more := sorted(set(self.body) - allowed)):
@@ -99,7 +99,7 @@ class Request:
         return self.body
 
     async def own(self, run_id: object) -> None:
-        """Refuse a run that is not of a work pool of this role."""
+        """Refuse a run that belongs to no work pool of this role."""
         pool = await self.owners.pool_of_run(run_id)
         if pool not in self.role.runs:
             raise RefusedError(f"flow run {run_id} is not of the work pool {' or '.join(sorted(self.role.runs))}")
@@ -109,7 +109,7 @@ Check = Callable[[Request], Awaitable[None]]
 
 
 async def _anything(_: Request) -> None:
-    """Read-only routes that hold no secret."""
+    """Allow read-only routes that hold no secret."""
 
 
 async def _known_pool(request: Request) -> None:
@@ -143,7 +143,7 @@ async def _only_own_runs(request: Request) -> None:
 
 
 async def _pod_events(request: Request) -> None:
-    """The worker of a Kubernetes pool asks which events of its pods it has sent."""
+    """Allow the worker of a Kubernetes pool to ask which events of its pods it has sent."""
     asked = request.fields(frozenset({"filter", "limit"})).get("filter")
     resource = asked.get("resource") if isinstance(asked, dict) else None
     ids = resource.get("id") if isinstance(resource, dict) else None
@@ -171,7 +171,7 @@ async def _named_deployment(request: Request) -> None:
 
 
 async def _start(request: Request) -> None:
-    """A run of a known deployment as it was deployed: no job variables, no queue, no block of somebody's choice."""
+    """Allow a run of a known deployment as deployed: no job variables, no queue, no block of the caller's choice."""
     new = {name: value for name, value in request.fields().items() if value not in (None, {}, [])}
     if more := sorted(new.keys() - _NEW_RUN):
         raise RefusedError(f"{', '.join(more)}: this credential may not set that for a new run")
@@ -188,7 +188,7 @@ async def _start(request: Request) -> None:
 
 
 async def _of_own_run(request: Request) -> None:
-    """A task run or artifact that names a run of this role's pools."""
+    """Allow a task run or artifact that names a run of this role's pools."""
     new = request.fields()
     _without_result(new.get("state") or {})
     await request.own(new.get("flow_run_id"))
@@ -201,13 +201,13 @@ async def _artifact(request: Request) -> None:
 
 
 def _without_result(state: Any) -> None:
-    """Refuse a state that carries the address of a result: some process would load and unpickle it."""
+    """Refuse a state that carries the address of a result, because some process would load and unpickle it."""
     if not isinstance(state, dict) or state.get("data") is not None:
         raise RefusedError("state.data: this credential may not set results")
 
 
 def _without_templates(value: Any) -> None:
-    """Refuse parameters that the server would render, with the values of variables that this credential cannot read."""
+    """Refuse parameters that the server would render with the values of variables that this credential cannot read."""
     waiting = [value]
     while waiting:
         each = waiting.pop()
@@ -245,9 +245,9 @@ _DISPATCH: tuple[tuple[str, str, Check], ...] = (
 
 
 async def check(role: Role, owners: Owners, method: str, path: str, body: Any) -> None:
-    """Raise RefusedError unless the allow-list has the route and what it asks of the body holds.
+    """Raise RefusedError unless the allow-list has the route and the body meets its conditions.
 
-    A search is narrowed to the role's own runs in place, so ``body`` is what has to be sent on.
+    A search is narrowed in place to the role's own runs, so ``body`` must be the one that is forwarded.
     """
     for allowed, pattern, rule in (*_ROUTES, *(_DISPATCH if role.starts else ())):
         if method == allowed and (match := re.fullmatch(pattern, path)):
@@ -257,7 +257,7 @@ async def check(role: Role, owners: Owners, method: str, path: str, body: Any) -
 
 
 async def check_event(role: Role, owners: Owners, event: Any) -> None:
-    """Raise RefusedError unless a client of this role emits such events, about runs of its own pools.
+    """Raise RefusedError unless a client of this role may emit such events, about runs of its own pools.
 
     The server records task runs by events, and automations act on the run that an event names.
     """
@@ -279,7 +279,7 @@ async def check_event(role: Role, owners: Owners, event: Any) -> None:
 
 
 async def _task_event(request: Request, task: str, runs: list[str]) -> None:
-    """A task run's own event: it cannot move the task run to another run, or bring a result."""
+    """Check a task run's own event: it may neither move the task run to another run nor carry a result."""
     payload = request.fields().get("payload")
     if not isinstance(payload, dict) or not isinstance(payload.get("task_run"), dict) or len(runs) != 1:
         raise RefusedError("a task run's event names its task run and one flow run")
@@ -302,7 +302,7 @@ def _ours(name: str, resource: str) -> bool:
 
 
 async def may_see(role: Role, owners: Owners, event: Any) -> bool:
-    """Tell whether an event that the server sends is about a run of this role's pools."""
+    """Return True if an event from the server is about a run of this role's pools."""
     try:
         run = _object_id("prefect.flow-run", _resource(event["event"]["resource"]))
         return run is not None and await owners.pool_of_run(run) in role.runs

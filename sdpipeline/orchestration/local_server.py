@@ -1,8 +1,8 @@
-"""The local Prefect server of one home: started when first needed, shared by commands, stopped by the last one.
+"""Local Prefect server of one home: started on first use, shared by commands, stopped by the last one.
 
-The server is a process of its own (``orchestration/prefect_server_process.py``) and its state a file beside its lock.
-Nothing here imports prefect. Each start makes a new password, which the server, the commands and their children have
-in their environment and a file of the home's owner holds.
+The server is a separate process (``orchestration/local_server_process.py``); its state file lies next to its lock.
+This module does not import prefect. Each start creates a new password, which is in the environment of the server, the
+commands and their children, and in a file that only the home's owner can read.
 """
 
 from __future__ import annotations
@@ -37,18 +37,18 @@ SERVER_MODULE = "sdpipeline.orchestration.local_server_process"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Process:
-    """A process that a reused pid cannot be mistaken for."""
+    """Process identified by pid and start time, so that a reused pid is not mistaken for it."""
 
     pid: int
     started_at: float
 
     @classmethod
     def of(cls, pid: int) -> Process:
-        """The living process with that pid; raises psutil.NoSuchProcess."""
+        """Return the running process with that pid; raises psutil.NoSuchProcess."""
         return cls(pid=pid, started_at=psutil.Process(pid).create_time())
 
     def alive(self) -> bool:
-        """Whether it still runs; a zombie does not."""
+        """Return True if the process still runs; a zombie does not."""
         try:
             process = psutil.Process(self.pid)
             return bool(process.create_time() == self.started_at and process.status() != psutil.STATUS_ZOMBIE)
@@ -58,7 +58,7 @@ class Process:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServerHandle:
-    """A Prefect server that answers. ``started`` tells whether this command started it."""
+    """Prefect server that answers. ``started`` is True if this command started it."""
 
     api_url: str
     ui_url: str
@@ -69,14 +69,14 @@ class ServerHandle:
 
     @property
     def environment(self) -> dict[str, str]:
-        """Variables by which a Prefect client uses this server, with its password and past every proxy."""
+        """Return the variables for a Prefect client of this server: its address and password, and no proxy."""
         known = {} if self.password is None else {"PREFECT_API_AUTH_STRING": self.password}
         return {"PREFECT_API_URL": self.api_url} | known | no_proxy_for_loopback()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Record:
-    """What the state file holds: the server, the commands that use it, and whether it outlives them.
+    """Contents of the state file: the server, the commands that use it, and whether it outlives them.
 
     ``locked`` is false for a server that an earlier release started without a password.
     """
@@ -98,13 +98,16 @@ class _Record:
             server, locked = Process(**document["server"]), bool(document.get("locked", False))
             return cls(url=document["url"], server=server, users=users, keep=document["keep"], locked=locked)
         except (FileNotFoundError, ValueError, KeyError, TypeError):
-            return None  # absent, or written by something else: a server it named is not known any more
+            return None  # absent, or written by something else: the server it named is no longer known
 
     def living_users(self) -> tuple[Process, ...]:
         return tuple(user for user in self.users if user.alive())
 
     def owns_its_port(self) -> bool:
-        """Whether that very process listens there: another user's process may have taken a dead server's port."""
+        """Return True if the server process itself listens on its port.
+
+        Another user's process may have taken the port of a dead server.
+        """
         try:
             connections = psutil.Process(self.server.pid).net_connections(kind="tcp4")
         except psutil.Error:
@@ -115,7 +118,7 @@ class _Record:
 
 @contextmanager
 def own_server(home: Path, *, keep: bool = False) -> Iterator[ServerHandle]:
-    """The home's own server, for as long as the block runs; with ``keep`` it stays when the last command ends."""
+    """Yield the home's own server while the block runs; with ``keep`` it stays when the last command ends."""
     folder = _own_folder(home)
     me = Process.of(os.getpid())
     handle = _join(folder, me, keep=keep)
@@ -129,7 +132,7 @@ def _own_folder(home: Path) -> Path:
     folder = home / "prefect"
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     try:
-        folder.chmod(0o700)  # an earlier release made it readable by everybody
+        folder.chmod(0o700)  # an earlier release made it world-readable
     except PermissionError as error:
         fix = "give each user a home of their own"
         message = f"{folder} belongs to another user, whose Prefect server is nobody else's"
@@ -138,9 +141,9 @@ def _own_folder(home: Path) -> Path:
 
 
 def wait_until_unused(folder: Path, me: Process, starter: Process) -> FileLock:
-    """Called by the server process: blocks until no living command uses it, unless it is to stay.
+    """Block until no running command uses the server, unless it is to stay. Called by the server process.
 
-    Returns the home's lock, held: until this process has ended, no command may take it for a living server.
+    Returns the home's lock, held: until this process has ended, no command may take it for a running server.
     """
     path = folder / "server.json"
     while True:
@@ -154,13 +157,16 @@ def wait_until_unused(folder: Path, me: Process, starter: Process) -> FileLock:
             continue  # a command joins or leaves
         if not _in_use(path, me, starter):
             if (record := _Record.read(path)) is not None and record.server == me:
-                path.unlink()  # the record of another server is not ours to remove
+                path.unlink()  # do not remove the record of another server
             return lock
         lock.release()
 
 
 def _in_use(path: Path, server: Process, starter: Process) -> bool:
-    """Before the server is recorded, and after another one is, it is there for the command that started it alone."""
+    """Return True while the server is in use.
+
+    Before the server is recorded, and after another one is, only the command that started it counts.
+    """
     record = _Record.read(path)
     if record is None or record.server != server:
         return starter.alive()
@@ -168,7 +174,7 @@ def _in_use(path: Path, server: Process, starter: Process) -> bool:
 
 
 def answers(api_url: str, *, timeout_s: float = 2.0) -> bool:
-    """Whether a Prefect server at that URL says it is healthy. No credential is sent, and none is needed."""
+    """Return True if a Prefect server at that URL reports health. No credential is sent or needed."""
     try:
         with _opener(api_url).open(f"{api_url}/health", timeout=timeout_s) as response:
             return bool(response.status == 200)
@@ -177,9 +183,9 @@ def answers(api_url: str, *, timeout_s: float = 2.0) -> bool:
 
 
 def no_proxy_for_loopback() -> dict[str, str]:
-    """The variables that keep loopback addresses away from a proxy, beside what they say already.
+    """Return the variables that exempt loopback addresses from proxies, in addition to present exemptions.
 
-    Both spellings: an empty ``no_proxy`` would hide ``NO_PROXY``.
+    Both spellings are set: an empty ``no_proxy`` would hide ``NO_PROXY``.
     """
     known = ",".join(filter(None, (os.environ.get(name, "") for name in ("NO_PROXY", "no_proxy"))))
     hosts = list(dict.fromkeys([*(host.strip() for host in known.split(",") if host.strip()), *LOOPBACK]))
@@ -221,7 +227,7 @@ def _leave(folder: Path, me: Process) -> None:
         record = _Record.read(path)
         if record is None:
             return
-        # A process may be inside twice (a test, a nested command): only one of its entries leaves.
+        # A process may be registered twice (a test, a nested command): remove only one of its entries.
         users = list(record.living_users())
         if me in users:
             users.remove(me)
@@ -237,7 +243,7 @@ def _password_file(folder: Path) -> Path:
 
 
 def _password(folder: Path) -> str | None:
-    """The password of the server that runs; None where there is none that only its owner reads."""
+    """Return the password of the running server; None if no file that only its owner can read holds one."""
     try:
         with _password_file(folder).open(encoding="utf-8") as file:
             about = os.fstat(file.fileno())
@@ -249,14 +255,14 @@ def _password(folder: Path) -> str | None:
 
 
 def _new_password(folder: Path) -> str:
-    """Made anew at each start, so that one which was sent to a dead server's port opens nothing any more."""
+    """Create a password at each start, so that one sent to a dead server's port becomes useless."""
     password = f"sdpipeline:{secrets.token_urlsafe(32)}"
     _replace(_password_file(folder), password + "\n")
     return password
 
 
 def _replace(path: Path, text: str) -> None:
-    """Write a file with mode 0600 in one step: a crash leaves the whole old one."""
+    """Write a file with mode 0600 atomically: a crash leaves the old file intact."""
     descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f"{path.name}-")
     with os.fdopen(descriptor, "w", encoding="utf-8") as file:
         file.write(text)
@@ -274,7 +280,7 @@ def _locked(folder: Path) -> Iterator[None]:
 
 
 def _settles(url: str) -> bool:
-    """A server under load may miss one question; one that misses three is gone."""
+    """Return True unless three health checks in a row fail: a server under load may miss one."""
     return any(answers(f"{url}/api", timeout_s=3.0) for _ in range(3))
 
 
@@ -282,13 +288,13 @@ def _start(folder: Path, me: Process) -> tuple[_Record, str]:
     log = folder.parent / "logs" / "prefect-server.log"
     log.parent.mkdir(parents=True, exist_ok=True)
     password = _new_password(folder)
-    # Bound here and inherited, so that no other process can take the port before the server listens.
+    # Bind here and inherit, so that no other process can take the port before the server listens.
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         record = _spawn(folder, me, listener, log, password)
     path = folder / "server.json"
     try:
-        # Before it answers: after a SIGKILL of this command, the next one finds the process and ends it.
+        # Save before it answers: after a SIGKILL of this command, the next one finds the process and ends it.
         replace(record, users=(me,)).save(path)
         _wait_until_healthy(record, log)
     except BaseException:  # also a Ctrl-C while it starts
@@ -302,8 +308,8 @@ def _spawn(folder: Path, me: Process, listener: socket.socket, log: Path, passwo
     port = listener.getsockname()[1]
     os.set_inheritable(listener.fileno(), True)
     about = json.dumps({"listener": listener.fileno(), "folder": str(folder), "starter": asdict(me)})
-    # Not subprocess: whoever leaves last stops the server, so that no one object here may own its process.
-    # A session of its own: a Ctrl-C in the terminal is for the command, which stops the server last.
+    # Not subprocess: the last command to leave stops the server, so no object here may own its process.
+    # A separate session: Ctrl-C in the terminal is for the command, which stops the server last.
     # Without the current folder on its path (-P): others may write there.
     pid = os.posix_spawn(
         sys.executable,
@@ -332,7 +338,10 @@ def _wait_until_healthy(record: _Record, log: Path) -> None:
 
 
 def _server_environment(folder: Path, port: int, password: str) -> dict[str, str]:
-    """Ours alone: a user's PREFECT_ settings are about another server, its database or its proxy."""
+    """Return the server's environment without the user's PREFECT_ settings, which are about another server.
+
+    Those settings may name that server's database or its proxy.
+    """
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PREFECT_")}
     return environment | {
         "DO_NOT_TRACK": "1",
@@ -348,7 +357,7 @@ def _server_environment(folder: Path, port: int, password: str) -> dict[str, str
 
 
 def _stop(server: Process) -> None:
-    """End the server's whole session: politely, then not."""
+    """End the server's whole session: SIGTERM first, then SIGKILL."""
     for how in (signal.SIGTERM, signal.SIGKILL):
         if not server.alive():
             break

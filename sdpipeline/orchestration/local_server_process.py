@@ -1,6 +1,6 @@
-"""The process of a home's own Prefect server: Prefect's application for its own pages and this machine's clients alone.
+"""Process of a home's own Prefect server, which serves only its own pages and clients on this machine.
 
-Started by ``sdpipeline/prefect_server.py``, which binds the port. Ends when no command uses it any more.
+Started by ``sdpipeline/orchestration/local_server.py``, which binds the port. Ends when no command uses it any more.
 """
 
 from __future__ import annotations
@@ -30,14 +30,17 @@ GRACE_S = 2
 
 
 class SameOrigin:
-    """Refuses requests and websockets that a page of another origin sends; clients that are no browser name none."""
+    """ASGI middleware that refuses requests and WebSockets from pages of another origin.
+
+    Clients other than browsers send no origin.
+    """
 
     def __init__(self, app: ASGIApp, origins: frozenset[str]) -> None:
         self._app = app
         self._origins = origins
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """One connection of ASGI."""
+        """Handle one ASGI connection."""
         if scope["type"] in {"http", "websocket"}:
             origin = Headers(scope=scope).get("origin")
             if origin is not None and origin not in self._origins:
@@ -47,7 +50,7 @@ class SameOrigin:
 
 
 def main() -> None:
-    """Serve on the socket that was handed over, until nobody uses this server."""
+    """Serve on the inherited socket until no command uses this server."""
     os.umask(0o077)
     about = json.loads(sys.argv[1])
     listener = socket.socket(fileno=about["listener"])
@@ -61,7 +64,7 @@ def main() -> None:
 
 
 def _configuration(port: int) -> uvicorn.Config:
-    """The server that `prefect server start` runs, behind two checks."""
+    """Configure the server that `prefect server start` runs, behind two checks."""
     from prefect.server.api.server import create_app
     from prefect.settings import get_current_settings
 
@@ -80,7 +83,7 @@ def _configuration(port: int) -> uvicorn.Config:
 
 
 def _end_when_unused(server: uvicorn.Server, folder: Path, starter: Process) -> None:
-    """A command that was killed cannot stop its server."""
+    """End the server when no command uses it: a command that was killed cannot stop it."""
     lock = wait_until_unused(folder, Process.of(os.getpid()), starter)
     server.should_exit = True
     time.sleep(STOP_TIMEOUT_S)

@@ -1,4 +1,4 @@
-"""The worker processes of one campaign run on this machine: one per device, restarted within bounds, ended together."""
+"""Local worker processes of one campaign run: one per device, restarted within limits, ended together."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ STOP_GRACE_S = 5.0
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Slot:
-    """One worker's place: the device it is told, and the environment that shows it no other."""
+    """Device of one worker, and the environment that hides other devices from it."""
 
     index: int
     device: str | None
@@ -31,7 +31,7 @@ class Slot:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WorkerExit:
-    """A worker process that did not end by itself and well."""
+    """Worker process that failed or had to be ended."""
 
     name: str
     pid: int
@@ -44,7 +44,7 @@ class WorkerExit:
 
 @dataclass(slots=True, kw_only=True)
 class _Member:
-    """A slot's present process and how often it had to be replaced."""
+    """Current process of a slot and its number of restarts."""
 
     slot: Slot
     process: BaseProcess | None = None
@@ -65,7 +65,7 @@ class _Member:
 
 @dataclass(slots=True, kw_only=True)
 class LocalWorkers:
-    """Watches one process per slot. ``spawn`` starts one under a name, ``bury`` hears of each that died."""
+    """Supervise one process per slot. ``spawn`` starts one under a name; ``bury`` is called for each that died."""
 
     slots: Sequence[Slot]
     spawn: Callable[[Slot, str], BaseProcess]
@@ -81,10 +81,10 @@ class LocalWorkers:
             self._start(member, finished=0)
 
     def supervise(self, progress: Progress) -> None:
-        """Report who died and start again whom there is work for; raises WorkersLostError when nobody is left.
+        """Report dead workers and restart those with work left; raises WorkersLostError when every slot gave up.
 
-        A worker that ends well found nothing to do. It is started again when work appears; should it end
-        again with that work untouched, it counts as dead, so that no loop of starts goes unbounded.
+        A worker that ends with exit code 0 found nothing to do. It is started again when work appears. If it ends
+        again with that work untouched, it counts as dead, so that restarts stay bounded.
         """
         for member in self._members:
             if member.running or member.process is None:
@@ -93,7 +93,7 @@ class LocalWorkers:
                 member.deaths += 1
             member.process = None
         for member in self._members:
-            # With nobody left, what waits for a back-off or behind a dead lease would wait for ever: workers end it.
+            # Without any worker, jobs that wait for a back-off or an expired lease would wait for ever.
             wanted = progress.ready or (progress.remaining and not any(each.running for each in self._members))
             if member.process is None and wanted and member.deaths <= self.max_restarts:
                 self._start(member, finished=progress.finished)
@@ -108,14 +108,14 @@ class LocalWorkers:
                 processes[sentinel].join(1.0)  # its pipe closes a moment before it can be reaped
 
     def finish(self, timeout_s: float) -> list[WorkerExit]:
-        """Let workers that find nothing more to do end by themselves; returns those that lingered and were ended."""
+        """Let workers without work end by themselves; return those that did not and had to be ended."""
         for member in self._members:
             if member.process is not None:
                 member.process.join(timeout_s)
         return self._end(STOP_GRACE_S)  # with nothing on their devices
 
     def stop(self) -> list[WorkerExit]:
-        """End every worker now, politely and after ``stop_grace_s`` not; returns those that had to be ended."""
+        """Terminate every worker, and kill it after ``stop_grace_s``; return those that had to be ended."""
         return self._end(self.stop_grace_s)
 
     def _end(self, grace_s: float) -> list[WorkerExit]:
@@ -133,7 +133,7 @@ class LocalWorkers:
     def _start(self, member: _Member, *, finished: int) -> None:
         member.starts += 1
         member.finished_at_start = finished
-        # The terminal's Ctrl-C is for the command, which ends its workers in order: they inherit this mask.
+        # Ctrl-C in the terminal is for the command, which ends its workers in order: they inherit this mask.
         resource_tracker.ensure_running()  # else the first start unmasks SIGINT again
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         try:
@@ -153,7 +153,7 @@ class LocalWorkers:
 
 
 def slots(settings: Settings, *, gpus: Sequence[str] | None = None, cores: int | None = None) -> list[Slot]:
-    """A slot per GPU, or one for the CPU, unless ``SDP_WORKERS`` and ``SDP_DEVICE`` say otherwise."""
+    """Return one slot per GPU, or one for the CPU, unless ``SDP_WORKERS`` and ``SDP_DEVICE`` say otherwise."""
     pinned = settings.device if settings.device not in {None, "cuda"} else None
     found = [] if pinned else list(visible_gpus() if gpus is None else gpus)
     count = settings.workers or len(found) or 1
@@ -168,7 +168,7 @@ def slots(settings: Settings, *, gpus: Sequence[str] | None = None, cores: int |
 
 
 def visible_gpus() -> list[str]:
-    """The GPUs this process may use, asked of the driver: a dispatcher has no torch to ask."""
+    """Return the GPUs this process may use, from the driver: a dispatcher has no torch."""
     named = os.environ.get("CUDA_VISIBLE_DEVICES")
     if named is not None:
         return [name.strip() for name in named.split(",") if name.strip() not in {"", "-1"}]

@@ -1,4 +1,4 @@
-"""What a maintenance run ends as in the Prefect UI: completed with its counts, or failed with what it found."""
+"""Final states of maintenance runs in Prefect: Completed with counts, or Failed with the faults found."""
 
 from __future__ import annotations
 
@@ -19,29 +19,29 @@ MOST_SHOWN = 100
 
 
 def reclaimed(done: Reclaimed) -> State[Any]:
-    """Dead workers are no fault: their jobs are made by others."""
+    """Return Completed: dead workers are not a fault, as other workers take their jobs."""
     return _completed(f"{done.expired} jobs of dead workers are ready again, {done.due} jobs waited long enough")
 
 
 def sealed(events: int) -> State[Any]:
-    """Nothing to sign is no fault either."""
+    """Return Completed, also if there was nothing to seal."""
     return _completed(f"{events} events sealed")
 
 
 def forgotten(done: Forgotten) -> State[Any]:
-    """What was deleted and archived."""
+    """Return Completed with the counts of deleted and archived data."""
     return _completed(", ".join(f"{count} {what}" for what, count in done.document().items()))
 
 
 def reconciled(done: Reconciliation) -> State[Any]:
-    """Failed while something is left to be done."""
+    """Return Failed while a finding is left to be handled."""
     if done.ok:
         return _completed(f"{len(done.faults)} findings, nothing left to do")
     return _failed("reconcile", done.document()["faults"], "sdpipeline reconcile says what each asks for")
 
 
 def verified(found: Verification) -> State[Any]:
-    """Failed where anything differs from what the audit log says."""
+    """Return Failed if anything differs from the audit log."""
     document = found.document()
     counts = f"{found.events} events, {found.seals} seals, {found.images} pictures"
     if document["ok"]:
@@ -56,7 +56,7 @@ def _completed(message: str) -> State[Any]:
 
 
 def _failed(what: str, faults: Sequence[Json], about: str) -> State[Any]:
-    """The first faults as a table beside the run."""
+    """Return Failed, and show the first faults as a table artifact of the run."""
     from prefect.artifacts import create_table_artifact
     from prefect.states import Failed
 

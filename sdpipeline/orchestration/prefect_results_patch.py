@@ -1,8 +1,8 @@
 """Patch of Prefect's engine: results that a Prefect server names are never read.
 
-Prefect's engine takes a run whose state is Completed for done and reads the result that the state names: bytes in a
-file or block, in a serializer that the state names too, by default a pickle. Whoever can set a run's state could so
-execute code in the process that runs it. Flows and tasks of this package return nothing, so nothing is ever read.
+Prefect's engine treats a run in state Completed as done and reads the result that the state names: bytes in a file or
+block. The state also names their serializer, by default pickle. Anyone who can set a run's state could therefore
+execute code in the process that runs it. Flows and tasks of this package return nothing, so nothing needs to be read.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ SERIALIZERS = frozenset({"cloudpickle", "pickle", "lzma", "zlib", "gzip", "bz2"}
 
 @dataclass(frozen=True, slots=True)
 class _Place:
-    """A function of Prefect's that is replaced, and the parameters it must have for that."""
+    """Function of Prefect that is replaced, and the parameters it must have."""
 
     owner: str
     name: str
     parameters: tuple[str, ...]
 
 
-# Every way from stored bytes to a result leads through these. The first three come before a byte is fetched.
+# Every path from stored bytes to a result uses these. The first three run before a byte is fetched.
 READERS = (
     _Place("prefect.results:ResultStore", "_from_metadata", ("metadata",)),
     _Place("prefect.results:ResultStore", "read", ("self", "key", "holder")),
@@ -44,7 +44,7 @@ IMPORTERS = (
     _Place("prefect.serializers", "validate_picklelib", ("value",)),
     _Place("prefect.serializers", "validate_compressionlib", ("value",)),
 )
-# The functions of Prefect's that read a state's result, and the reader that each of them must call.
+# Prefect's functions that read a state's result, and the reader that each of them must call.
 CALLERS = (
     _Place("prefect.states", "_get_state_result_data_with_retries", ("_from_metadata",)),
     _Place("prefect.states", "aget_state_exception", ("_from_metadata",)),
@@ -52,7 +52,8 @@ CALLERS = (
 
 
 def install() -> None:
-    """Patch the Prefect of this process, once. Raises RuntimeError if this Prefect is not the one it was made for."""
+    """Patch Prefect in this process, once. Raises RuntimeError if this version is not the one the patch was written
+    for."""
     for place in (*READERS, *IMPORTERS):
         _check(place)
     for place in CALLERS:
@@ -75,7 +76,7 @@ def _check(place: _Place) -> None:
 
 
 def _owner(place: _Place, *names: str) -> Any:
-    """The module or class that holds a place, or the attribute of that name in it."""
+    """Return the module or class that holds a function, or the named attribute in it."""
     module, _, attribute = place.owner.partition(":")
     found: Any = importlib.import_module(module)
     for name in (attribute, *names) if attribute else names:
@@ -95,7 +96,7 @@ def _refuse(place: _Place, why: str) -> NoReturn:
 
 
 def _refusal(*, asynchronous: bool) -> Any:
-    """A function that takes whatever Prefect gives it, as a method or on a class, and reads nothing."""
+    """Return a function that accepts any arguments, as a method or on a class, and raises ForeignResultError."""
 
     def refuse(*_arguments: object, **_named: object) -> NoReturn:
         raise ForeignResultError(MESSAGE)
@@ -109,7 +110,7 @@ def _refusal(*, asynchronous: bool) -> Any:
 
 
 def _of_known_modules(original: Callable[[str], str]) -> Callable[[str], str]:
-    """Prefect's own check of a module's name, but only names that are known are imported for it."""
+    """Wrap Prefect's check of a module's name, so that it imports only known modules."""
 
     def validate(value: str) -> str:
         if value not in SERIALIZERS:

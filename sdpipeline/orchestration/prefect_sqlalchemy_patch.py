@@ -1,8 +1,9 @@
-"""Lets a Prefect server that is installed beside us plan runs by schedules; Prefect imports this as a collection.
+"""Patch that lets a Prefect server in this environment plan scheduled runs with SQLAlchemy 2.1.
 
-Prefect 3.8 inserts planned runs with a key `state`, which is a hybrid property of the table's class. SQLAlchemy 2.0
-left such a key alone; 2.1 refuses it where the property does not say what it means, so that no schedule ever fires.
-Nothing is imported here: workers load collections too, and have no tables of Prefect's.
+Prefect imports this module as a collection. Prefect 3.8 inserts planned runs with a key `state`, which is a hybrid
+property of the table's class. SQLAlchemy 2.0 ignored such a key; 2.1 refuses it unless the property has a setter for
+bulk inserts, so that no schedule ever fires. Nothing is imported here: workers load collections too, and do not have
+Prefect's tables.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ ORM_MODELS = "prefect.server.database.orm_models"
 
 
 def let_runs_be_planned(models: Any) -> None:
-    """Have bulk inserts into Prefect's tables of runs leave the key `state` alone, unless Prefect says otherwise."""
+    """Make bulk inserts into Prefect's run tables ignore the key `state`, unless Prefect defines it."""
     for table in (models.FlowRun, models.TaskRun):
         state = vars(table).get("state")
         if getattr(state, "bulk_dml_setter", ...) is None:  # SQLAlchemy 2.0 has no such attribute
@@ -22,7 +23,7 @@ def let_runs_be_planned(models: Any) -> None:
 
 
 def _leave_alone(_table: type, _row: dict[str, Any], _state: Any) -> None:
-    """The run's state is a row of its own, which Prefect inserts next."""
+    """Ignore the key: the run's state is a separate row, which Prefect inserts next."""
 
 
 if ORM_MODELS in sys.modules:

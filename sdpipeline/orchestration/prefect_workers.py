@@ -1,4 +1,4 @@
-"""The workers of a deployed campaign: runs of the gpu-worker flow that whoever serves the pool ``gpu`` takes up."""
+"""Dispatched workers of a deployed campaign: runs of the gpu-worker flow in the work pool ``gpu``."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ if TYPE_CHECKING:
 WORKER_FLOW = "gpu-worker"
 WORKER_DEPLOYMENT = "gpu-worker/gpu-worker"
 TEND_EVERY_S = 3.0
-"""Every look at the runs is a request to the Prefect server."""
+"""Each check of the runs is a request to the Prefect server."""
 SURPLUS_S = 60.0
-"""How long a worker must have been one too many before it is sent home: starting it again costs a checkpoint's load."""
+"""How long a worker must be surplus before it is cancelled: starting it again costs loading a checkpoint."""
 MAX_RESTARTS = 3
-"""Deaths for each wanted worker, without a finished job in between, after which the campaign's run gives up."""
+"""Deaths per wanted worker, without a finished job in between, after which the campaign's run gives up."""
 PAGE = 200
 
 log = structlog.get_logger(__name__)
@@ -36,21 +36,24 @@ log = structlog.get_logger(__name__)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Bounds:
-    """How many workers a campaign has."""
+    """Minimum and maximum number of a campaign's workers, and jobs per worker."""
 
     min_workers: int
     max_workers: int
     jobs_per_worker: int
 
     def wanted(self, workable: int) -> int:
-        """Workers for so many jobs that are ready or leased."""
+        """Return the number of workers for this many ready or leased jobs."""
         return min(self.max_workers, max(self.min_workers, math.ceil(workable / self.jobs_per_worker)))
 
 
 @dataclass(slots=True, kw_only=True)
 class Fleet:
-    """Keeps as many runs alive as the backlog is worth. It counts those of an earlier dispatcher of the same campaign
-    (``label`` is theirs alone), and ends only what it dispatched itself."""
+    """Autoscaler: keep as many worker runs alive as the backlog needs.
+
+    It counts the runs of an earlier dispatcher of the same campaign, found by their unique ``label``. It ends only
+    runs that it dispatched itself.
+    """
 
     campaign: str
     label: str
@@ -66,7 +69,7 @@ class Fleet:
     _deserted: bool = False
 
     def start(self) -> None:
-        """Raises SettingsError where no worker is deployed; who is needed is dispatched when tending."""
+        """Raise SettingsError if no worker is deployed; :meth:`supervise` dispatches the workers."""
         from prefect.client.orchestration import get_client
         from prefect.exceptions import ObjectNotFound
 
@@ -78,7 +81,7 @@ class Fleet:
                 raise SettingsError(missing) from error
 
     def supervise(self, progress: Progress) -> None:
-        """Dispatch whom the backlog is worth, replace who died, and send home who is not needed for a while."""
+        """Scale to the backlog: dispatch missing workers, replace dead ones, and cancel those that stay surplus."""
         from prefect.client.orchestration import get_client
         from prefect.settings import PREFECT_CLIENT_MAX_RETRIES, temporary_settings
 
@@ -86,7 +89,7 @@ class Fleet:
             return
         self._tended_at = self.clock()
         wanted = self.bounds.wanted(progress.ready + progress.leased)
-        # A request more is cheaper than the trace of half a dispatch; a server that is away is asked again soon.
+        # A retry is cheaper than the traces of half a dispatch; an unreachable server is asked again soon.
         with best_effort(), temporary_settings({PREFECT_CLIENT_MAX_RETRIES: 2}), get_client(sync_client=True) as client:
             living = _living(client, self.label)
             if progress.status == "paused":
@@ -96,8 +99,8 @@ class Fleet:
             if self._deaths > MAX_RESTARTS * wanted:
                 why = f": {self._last_words}" if self._last_words else ""
                 raise WorkersLostError(f"{self._deaths} workers of {self.campaign} ended with no job finished{why}")
-            # Workers that just ended may have finished what was leased a moment ago; where nothing is ready, only jobs
-            # that wait for a back-off or behind a dead lease need somebody, and those stay.
+            # Workers that just ended may have finished the jobs leased a moment ago. If nothing is ready, only jobs
+            # that wait for a back-off or an expired lease need a worker, and those jobs stay.
             needed = progress.ready > 0 or (self._deserted and not living)
             self._deserted = not living
             for _ in range(wanted - len(living) if needed else 0):
@@ -105,16 +108,16 @@ class Fleet:
             self._send_home(client, living, wanted)
 
     def wait(self, timeout_s: float) -> None:
-        """Sleep: nobody tells of the end of a run elsewhere."""
+        """Sleep for the whole timeout, because the end of a remote run sends no signal."""
         time.sleep(timeout_s)
 
-    def finish(self, timeout_s: float) -> Sequence[WorkerExit]:  # noqa: ARG002 - theirs is to see that nothing is left
-        """Withdraw the runs that nobody has taken up yet; the others end by themselves."""
+    def finish(self, timeout_s: float) -> Sequence[WorkerExit]:  # noqa: ARG002 - remote workers end by themselves
+        """Cancel the runs that have not started; the others end by themselves."""
         self._end(lambda run: run.start_time is None, "nothing is left to do")
         return ()
 
     def stop(self) -> Sequence[WorkerExit]:
-        """Cancel every run that was dispatched here: within a batch its worker gives its leases back."""
+        """Cancel every run dispatched here; its worker releases its leases within a batch."""
         self._end(lambda _: True, "the campaign's run ended")
         return ()
 
@@ -134,12 +137,12 @@ class Fleet:
         self._finished_at_start[run.id] = progress.finished
 
     def _let_end(self, living: set[UUID]) -> None:
-        """Workers of a paused campaign find nothing to do, and so end: that is no death."""
+        """Forget ended runs without counting deaths: workers of a paused campaign find nothing to do."""
         for run_id in self._finished_at_start.keys() - living:
             del self._finished_at_start[run_id]
 
     def _count_deaths(self, client: SyncPrefectClient, living: set[UUID], progress: Progress) -> None:
-        """A run that ended well found nothing to do; one that left work untouched is as good as dead."""
+        """Count the ended runs that failed; a completed run that left ready jobs untouched counts as failed."""
         if progress.finished > self._finished:
             self._finished, self._deaths = progress.finished, 0
         for run_id in self._finished_at_start.keys() - living:
@@ -151,7 +154,7 @@ class Fleet:
                 self._last_words = state.message or self._last_words
 
     def _send_home(self, client: SyncPrefectClient, living: Sequence[FlowRun], wanted: int) -> None:
-        """Who waits for a device goes first and at once, who works only after a while; the newest before the others."""
+        """Scale in: cancel pending runs first and at once, running ones only after SURPLUS_S, newest first."""
         surplus = len(living) - wanted
         if surplus <= 0:
             self._surplus_since = None
@@ -175,7 +178,7 @@ class Fleet:
 
 
 def _living(client: SyncPrefectClient, label: str) -> list[FlowRun]:
-    """The runs of a campaign's workers that have not ended, whoever dispatched them."""
+    """Return the unfinished worker runs of a campaign, by any dispatcher."""
     from prefect.client.schemas import filters
     from prefect.client.schemas.objects import TERMINAL_STATES, StateType
 
@@ -193,7 +196,7 @@ def _living(client: SyncPrefectClient, label: str) -> list[FlowRun]:
 
 
 def _state(client: SyncPrefectClient, run_id: UUID) -> State[Any] | None:
-    """None where somebody deleted the run: it has ended, and tells nothing of its worker."""
+    """Return the run's state; None if the run was deleted, so that it has ended without a known result."""
     from prefect.exceptions import ObjectNotFound
 
     try:
@@ -203,7 +206,7 @@ def _state(client: SyncPrefectClient, run_id: UUID) -> State[Any] | None:
 
 
 def _cancel(client: SyncPrefectClient, run_id: UUID, why: str) -> None:
-    """Whoever runs it ends it in order; what nobody runs is cancelled at once, and what was deleted has ended."""
+    """Cancel a run: a running one ends in order, a pending one at once; a deleted run has ended already."""
     from prefect.exceptions import ObjectNotFound
     from prefect.states import Cancelling
 

@@ -1,4 +1,4 @@
-"""What a person or a schedule asks the deployed campaign flow for: the form in the Prefect UI."""
+"""Request to the deployed campaign flow, by a person or a schedule; the form in the Prefect UI."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ OF_ONE = ("reopen", "min_workers", "max_workers")
 
 
 class Reopen(StrEnum):
-    """Which jobs that ended without a picture are tried again."""
+    """Status of the unsuccessful jobs that are tried again."""
 
     NOTHING = "nothing"
     FAILED = "failed"
@@ -23,7 +23,7 @@ class Reopen(StrEnum):
 
 
 class CampaignRequest(BaseModel):
-    """A submitted campaign's name, or a campaign file; with none of them, every campaign that has something to do."""
+    """Name of a submitted campaign, or a campaign file; with neither, every campaign with work left."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -68,13 +68,13 @@ class CampaignRequest(BaseModel):
         return self
 
     def __str__(self) -> str:
-        """What a run is called until the campaign is known."""
+        """Return the run's name until the campaign is known."""
         if self.campaign or self.file:
             return str(self.campaign or self.file)
         return "a campaign's text" if self.text else "all campaigns"
 
     def document(self) -> dict[str, Any]:
-        """The flow's parameter, with only what was asked for."""
+        """Return the flow's parameter, with only the values that differ from the defaults."""
         return self.model_dump(mode="json", exclude_defaults=True)
 
 

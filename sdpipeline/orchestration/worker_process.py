@@ -1,4 +1,4 @@
-"""What the gpu-worker flow does: one process that works until nothing is left or it is told to end, told in chunks."""
+"""Process of the gpu-worker flow: work until nothing is left or it is stopped, shown in Prefect as chunks."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ LISTEN_EVERY_S = 1.0
 
 
 def redirect_output(path: Path) -> None:
-    """What this process prints from now on goes to the end of this file."""
+    """Append this process's output to the file from now on."""
     sys.stdout.flush()
     sys.stderr.flush()
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
@@ -38,10 +38,10 @@ def redirect_output(path: Path) -> None:
 
 
 def until_told(work: Callable[[Stop], None]) -> None:
-    """Work in a thread of its own while the main thread waits: for its end, or for a SIGTERM, which it hears of.
+    """Run ``work`` in a separate thread, and forward SIGTERM to it from the main thread.
 
-    Prefect's handler of that signal raises in the main thread, whatever runs there; and Prefect kills a process at
-    once that has another handler when it wants to cancel or reschedule. Raises TerminationSignal when the work ended.
+    Prefect's handler of that signal raises in the main thread, at any instruction. If the process has another handler,
+    Prefect kills it at once to cancel or reschedule. Raises TerminationSignal when the work has ended.
     """
     from prefect.exceptions import TerminationSignal
 
@@ -54,19 +54,19 @@ def until_told(work: Callable[[Stop], None]) -> None:
 
     with ThreadPoolExecutor(1, thread_name_prefix="gpu-worker") as pool:
         try:
-            with _held_back(signal.SIGTERM):  # raised while the thread starts, it would leave nobody who waits for it
+            with _held_back(signal.SIGTERM):  # if raised while the thread starts, nothing would wait for the thread
                 working = pool.submit(copy_context().run, begun)
             begin.set()
             while not working.done():
                 try:
-                    # Not without end: another thread may have got the signal, which wakes nobody.
+                    # With a timeout: another thread may have got the signal, which does not wake this one.
                     working.exception(timeout=LISTEN_EVERY_S)
                 except TimeoutError:
                     continue
                 except TerminationSignal as received:
                     told = received
                     stop.ask(received.signal)
-        except BaseException:  # a signal between two lines: the pool waits for the work all the same
+        except BaseException:  # a signal between two lines: the pool still waits for the work
             stop.ask(signal.SIGTERM)
             begin.set()
             raise
@@ -78,8 +78,9 @@ def until_told(work: Callable[[Stop], None]) -> None:
 
 @contextmanager
 def state_of_the_server() -> Iterator[None]:
-    """Have Prefect log the state that a terminated run has on the server: of one that is cancelled from there, it
-    would log "Finished in state Running()".
+    """Make Prefect log the state that a terminated run has on the server.
+
+    For a run that is cancelled from there, it would log "Finished in state Running()".
     """
     from prefect.client.orchestration import get_client
     from prefect.context import FlowRunContext
@@ -97,7 +98,7 @@ def state_of_the_server() -> Iterator[None]:
 
 @contextmanager
 def _held_back(number: signal.Signals) -> Iterator[None]:
-    """A signal that comes meanwhile comes at the end. Whichever thread gets it, Python hears of it in this one."""
+    """Defer a signal to the end of the block. Python runs handlers in this thread, whichever thread gets the signal."""
     came: list[int] = []
     before = signal.signal(number, lambda received, _frame: came.append(received))
     try:
@@ -110,18 +111,21 @@ def _held_back(number: signal.Signals) -> Iterator[None]:
 
 @dataclass(frozen=True, slots=True)
 class Chunks:
-    """Work that goes on while Prefect is told of it in chunks, one after the other: the device waits for none."""
+    """Running work that Prefect sees as consecutive chunks; the device waits for none of them."""
 
     working: Future[WorkerSummary]
     watcher: int = field(default_factory=lambda: os.getppid())  # noqa: PLW0108 - looked up when called
 
     @property
     def watched(self) -> bool:
-        """Whether the parent lives: a process whose parent died gets another, and its device the next worker."""
+        """Return True while the parent process lives.
+
+        A process whose parent died gets another parent, and its device the next worker.
+        """
         return os.getppid() == self.watcher
 
     def wait(self) -> None:
-        """Until the chunk is over, the process that watches has died, or the work is, whose error is raised."""
+        """Wait until the chunk is over, the parent has died, or the work has ended; raises the work's error."""
         ends_at = time.monotonic() + CHUNK_S
         while not self.working.done() and self.watched and (left := ends_at - time.monotonic()) > 0:
             wait([self.working], timeout=min(left, LISTEN_EVERY_S))
@@ -129,7 +133,7 @@ class Chunks:
             self.working.result()
 
     def tell(self, chunk: Callable[[int], object]) -> None:
-        """Call ``chunk``, which waits, until the work is over or nobody watches it any more."""
+        """Call ``chunk``, which waits, until the work is over or the parent has died."""
         for number in itertools.count(1):
             chunk(number)
             if self.working.done() or not self.watched:
@@ -138,13 +142,13 @@ class Chunks:
 
 @contextmanager
 def in_chunks(work: Callable[[], WorkerSummary], stop: threading.Event) -> Iterator[Chunks]:
-    """Work in a thread of its own. At the end of the block, however it comes, it is told to end, and waited for."""
+    """Run ``work`` in a separate thread; at the end of the block, stop it and wait for it."""
     with ThreadPoolExecutor(1, thread_name_prefix="device") as pool:
         working = pool.submit(work)
         try:
             yield Chunks(working)
         except Exception as error:
-            _log.warning("worker_ends", error=repr(error))  # its batch comes first, and may take long
+            _log.warning("worker_ends", error=repr(error))  # its batch finishes first, which may take long
             raise
         finally:
             stop.set()

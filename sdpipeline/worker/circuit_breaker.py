@@ -1,4 +1,4 @@
-"""When a worker stops taking work because whatever it tries fails, and when it tries again."""
+"""Circuit breaker: pause a worker after repeated failures, then probe with single jobs."""
 
 from __future__ import annotations
 
@@ -13,9 +13,10 @@ LONGEST_PAUSE_S = 300.0
 
 @dataclass(slots=True, kw_only=True)
 class CircuitBreaker:
-    """Open after ``max_failures`` failures in a row for which no job is to blame.
+    """Open after ``max_failures`` consecutive failures that no job caused.
 
-    While it is open one job is tried alone after each pause. A failure doubles the pause, a success closes it.
+    While it is open, one job is tried alone after each pause. A failure doubles the pause; a success closes the
+    breaker.
     """
 
     max_failures: int = 5
@@ -26,29 +27,29 @@ class CircuitBreaker:
 
     @property
     def is_open(self) -> bool:
-        """Whether the worker pauses."""
+        """Return True while the worker is paused."""
         return self.failures >= self.max_failures
 
     @property
     def is_resting(self) -> bool:
-        """Whether it is too early to try again."""
+        """Return True while the pause lasts, so that no job may be tried yet."""
         return self.is_open and time.monotonic() < self._ends_at
 
     def failed(self) -> float | None:
-        """Count a failure; the seconds of the pause that it brings, None while there is none."""
+        """Count a failure; return the seconds of the pause it causes, or None if the breaker stays closed."""
         with self._counting:
             self.failures += 1
             if not self.is_open:
                 return None
             doubled = min(self.failures - self.max_failures, 30)
             longest_s = min(LONGEST_PAUSE_S, self.first_pause_s * 2.0**doubled)
-            # Jitter, so that the workers of a machine whose device came back do not all try at once.
+            # Jitter, so that the workers of a machine whose device recovered do not all retry at once.
             pause_s = random.uniform(longest_s / 2, longest_s)  # noqa: S311
             self._ends_at = time.monotonic() + pause_s
             return pause_s
 
     def succeeded(self) -> bool:
-        """Forget all failures; whether the worker paused because of them."""
+        """Reset the failure count; return True if the breaker was open."""
         with self._counting:
             was_open, self.failures = self.is_open, 0
             return was_open

@@ -1,4 +1,4 @@
-"""A job's finished picture on its way into storage: encoded, marked, signed, stored with its sidecar, read back."""
+"""Delivery of a job's finished picture: encode, mark, sign, store with its sidecar, read back."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ CONTROL_MAP_SCHEMA = "sdpipeline/control-map/1"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Attempt:
-    """Who makes a picture, when asked by the sidecar."""
+    """Attempt that made a picture, as the sidecar records it."""
 
     number: int
     lease_id: str
@@ -50,7 +50,7 @@ class Attempt:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FinishedPicture:
-    """A picture ready to be stored: the same bytes however often that is tried."""
+    """Picture ready to be stored; its bytes stay the same on every try."""
 
     folder: str
     record: Json
@@ -62,26 +62,27 @@ class FinishedPicture:
 
 
 class Deliverer(Protocol):
-    """Turns what an engine made into pictures in storage. Called from several threads."""
+    """Interface that turns an engine's output into stored pictures. Called from several threads."""
 
     def finish(
         self, leased: LeasedJob, consumed: Consumed, generated: GeneratedImage, attempt: Attempt
     ) -> FinishedPicture:
-        """As :func:`finish`."""
+        """See :func:`finish`."""
 
     def deliver(self, picture: FinishedPicture) -> StoredImage:
-        """As :func:`deliver`."""
+        """See :func:`deliver`."""
 
     def complete(self, lease_id: str, leased: LeasedJob, stored: StoredImage, charge: Charge) -> bool:
-        """Record the picture, as :func:`sdpipeline.db.queue.complete` in a transaction of its own."""
+        """Record the picture by :func:`sdpipeline.db.queue.complete` in a separate transaction."""
 
     def silent_s(self) -> float:
-        """Seconds since whatever delivers stopped showing that it runs; 0 while it does, also during an outage."""
+        """Return the seconds since the last sign of life of the delivering process; 0 while it runs, also during an
+        outage."""
 
 
 @dataclass(frozen=True, slots=True)
 class LocalDeliverer:
-    """Delivers in this process."""
+    """Deliver in this process."""
 
     store: ObjectStore
     signing: SigningKey
@@ -91,11 +92,11 @@ class LocalDeliverer:
     def finish(
         self, leased: LeasedJob, consumed: Consumed, generated: GeneratedImage, attempt: Attempt
     ) -> FinishedPicture:
-        """As :func:`finish`."""
+        """See :func:`finish`."""
         return finish(leased, consumed, generated, attempt, self.signing)
 
     def deliver(self, picture: FinishedPicture) -> StoredImage:
-        """As :func:`deliver`; what storage was found to refuse is shown by ``status``."""
+        """Call :func:`deliver`; ``status`` shows what storage was found to refuse."""
         stored = deliver(self.store, picture)
         losses, worker_id = self.store.losses(), picture.attempt.worker_id
         if losses != self._shown.get(worker_id, {}):
@@ -105,16 +106,16 @@ class LocalDeliverer:
         return stored
 
     def complete(self, lease_id: str, leased: LeasedJob, stored: StoredImage, charge: Charge) -> bool:
-        """As the protocol says."""
+        """See :meth:`Deliverer.complete`."""
         with self.audit.transaction() as tx:
             return jobs.complete(tx, lease_id=lease_id, leased=leased, stored=stored, charge=charge)
 
     def silent_s(self) -> float:
-        """Always 0: this process delivers."""
+        """Return 0: this process delivers."""
         return 0.0
 
     def recorded(self, leased: LeasedJob, stored: StoredImage) -> bool:
-        """Whether this very attempt's picture is recorded."""
+        """Return True if the database has recorded the picture of this attempt."""
         with self.audit.database.read() as connection:
             return jobs.recorded(connection, leased, stored)
 
@@ -122,9 +123,9 @@ class LocalDeliverer:
 def finish(
     leased: LeasedJob, consumed: Consumed, generated: GeneratedImage, attempt: Attempt, signing: SigningKey
 ) -> FinishedPicture:
-    """Measure, freeze the record, encode, and sign: nothing may change a byte of the file after that.
+    """Measure quality, freeze the record, encode and sign; no byte of the file may change after that.
 
-    Raises BadPictureError for a picture that scores less than the campaign asks for, SigningUnavailableError.
+    Raises BadPictureError if a picture scores below the campaign's thresholds, and SigningUnavailableError.
     """
     begun = time.perf_counter()
     measured = quality.measure(generated.pixels, zip(leased.request.controlnets, generated.control_maps, strict=False))
@@ -155,10 +156,11 @@ def finish(
 
 
 def deliver(store: ObjectStore, picture: FinishedPicture) -> StoredImage:
-    """Store with record and sidecar, read back and verify; the picture counts only once the database says so.
+    """Store the picture with record and sidecar, read back and verify; it counts only once the database has recorded
+    it.
 
-    May be asked again after a storage outage: what was stored before it is met again byte by byte. Raises
-    MarksLostError where storage gives back a picture without its marks.
+    The call may be repeated after a storage outage: objects stored earlier are compared byte by byte. Raises
+    MarksLostError if storage returns a picture without its marks.
     """
     started = time.perf_counter()
     encoded, attempt = picture.encoded, picture.attempt
@@ -179,7 +181,7 @@ def deliver(store: ObjectStore, picture: FinishedPicture) -> StoredImage:
             "worker": attempt.worker_id,
         }
     )
-    # One attempt, one sidecar: a second attempt may make the same bytes, but not in the same time.
+    # One sidecar per attempt: a second attempt may produce the same bytes, but with other timings.
     sidecar_key = keys.sidecar_key(stem, attempt.lease_id)
     store.put(sidecar_key, sidecar, content_type="application/json")
     return StoredImage(
@@ -209,10 +211,11 @@ def reuse(
     signing: SigningKey,
     trust_anchors: str = "",
 ) -> StoredImage:
-    """Copy a picture made for the same fingerprint, byte by byte: its record stays the one of the job it was made for.
+    """Copy a picture with the same fingerprint, byte by byte; its record stays that of the job that made it.
 
-    Raises InputImageError where it is not what was recorded of it, not what ``engine`` would make, or not signed as
-    well as ``signing`` and the trusted roots ask for, and BadPictureError where it scores less than the campaign does.
+    Raises InputImageError in three cases: the picture differs from its record, ``engine`` would not make it, or its
+    signature does not meet what ``signing`` and the trusted roots require. Raises BadPictureError if it scores below
+    the campaign's thresholds.
     """
     started, made, thresholds = time.perf_counter(), original.stored, leased.rules.get("quality", {})
     if thresholds and not made.scores:
@@ -221,7 +224,7 @@ def reuse(
     data, told = verified(store, made.key, made.sha256), _sidecar_of(store, made)
     if wrong := _unfit(leased, told["record"], engine) or _unmarked(data, signing, trust_anchors):
         raise InputImageError(f"{made.key} {wrong}")
-    # The jobs of one stage that ask for the same picture share its folder, and each has a picture of its own.
+    # Jobs of one stage that ask for the same picture share its folder; each has its own copy.
     folder = keys.copy_folder(_folder(leased), leased.identity)
     key = keys.moved_to(folder, made.key)
     stored = _put_marked(store, key, data)
@@ -253,9 +256,9 @@ def reuse(
 
 
 def record(leased: LeasedJob, consumed: Consumed, generated: GeneratedImage) -> Json:
-    """What was asked, what ran and what went in: enough to make the picture again and to explain it.
+    """Return the record of a picture: request, execution and inputs, enough to reproduce and to explain it.
 
-    With prompts in any case: the sidecar keeps them, whatever goes into the file.
+    Prompts are always included: the sidecar keeps them, whatever the file contains.
     """
     told, ancestors = leased.rules.get("include_prompt", "full"), dict(consumed.ancestors)
     about: Json = ({"include_prompt": told} if told != "full" else {}) | ({"ancestors": ancestors} if ancestors else {})
@@ -278,13 +281,13 @@ def record(leased: LeasedJob, consumed: Consumed, generated: GeneratedImage) -> 
 
 
 def _put_marked(store: ObjectStore, key: str, data: bytes) -> StoredObject:
-    """Store, read back, and check the marks of what came back; raises MarksLostError."""
+    """Store the picture, read it back and check its marks; raises MarksLostError."""
     try:
         stored = store.put(key, data, content_type=provenance.content_type(data))
     except (StorageUnavailableError, ObjectConflictError):
         _refuse_unmarked(store, key)
         raise
-    # The store compared what it read back with these bytes.
+    # The store has compared the object it read back with these bytes.
     marks = provenance.verify(data)
     if not marks.ok:
         raise MarksLostError(f"{store.url(key)} is not marked as it should be: {', '.join(marks.faults)}")
@@ -292,7 +295,10 @@ def _put_marked(store: ObjectStore, key: str, data: bytes) -> StoredObject:
 
 
 def _refuse_unmarked(store: ObjectStore, key: str) -> None:
-    """Other bytes came back: an outage or a fault of the disk, unless they are a whole picture without its marks."""
+    """Raise MarksLostError if storage returned an intact picture without its marks.
+
+    Other differing bytes mean an outage or a disk fault, which the caller raises.
+    """
     try:
         data = store.get(key)
         provenance.decode(data, max_pixels=LARGEST_PICTURE)
@@ -309,7 +315,7 @@ def _refuse_unmarked(store: ObjectStore, key: str) -> None:
 def _signed_control_maps(
     leased: LeasedJob, consumed: Consumed, generated: GeneratedImage, signing: SigningKey
 ) -> list[tuple[str, EncodedImage]]:
-    """What steered the picture, with the annotator that made it; marked as what it was made from is."""
+    """Return the control maps with their annotators, marked like the pictures they were made from."""
     signed = []
     sources = {each.role: each.data for each in consumed.ingredients}
     for n, (use, pixels) in enumerate(zip(leased.request.controlnets, generated.control_maps, strict=False)):
@@ -322,7 +328,7 @@ def _signed_control_maps(
 
 
 def _deliver_control_maps(store: ObjectStore, stem: str, picture: FinishedPicture) -> list[Json]:
-    """They are kept beside the picture."""
+    """Store the control maps next to the picture."""
     kept = []
     for n, (annotator, encoded) in enumerate(picture.control_maps):
         stored = _put_marked(store, keys.control_map_key(stem, n), encoded.data)
@@ -345,8 +351,11 @@ def _sidecar_of(store: ObjectStore, made: StoredImage) -> Json:
 
 
 def _unmarked(data: bytes, signing: SigningKey, trust_anchors: str) -> str | None:
-    """A release before signatures made it, its certificate ran out, or its signer is trusted no more: the copy would
-    fail whoever verifies it."""
+    """Return the reason why a copy would fail verification, or None.
+
+    An earlier release without signatures may have made it, its certificate may have expired, or its signer may no
+    longer be trusted.
+    """
     marks = provenance.verify(data, trust_anchors=trust_anchors)
     if not marks.ok:
         return f"is not marked as it should be: {', '.join(marks.faults)}"
@@ -358,8 +367,11 @@ def _unmarked(data: bytes, signing: SigningKey, trust_anchors: str) -> str | Non
 
 
 def _unfit(leased: LeasedJob, made: Json, engine: str) -> str | None:
-    """Why a picture of the same fingerprint will not do: it is a load test's, was not judged, was not made strictly, or
-    tells more of its prompts than this campaign does."""
+    """Return the reason why a picture with the same fingerprint cannot be reused, or None.
+
+    It comes from a load test, was not safety-checked, was not made strictly, or discloses more of its prompts than
+    this campaign allows.
+    """
     ran, told = made["ran"], leased.rules.get("include_prompt", "full")
     if ran["engine"] != engine:
         return f"was made by the engine {ran['engine']!r}, which is not {engine!r}"

@@ -1,8 +1,8 @@
-"""Delivery in a process of its own: to encode, sign, store and record pictures takes Python's lock, which an engine's
-thread needs for every operation that it gives to its device.
+"""Delivery in a separate process, so that it does not compete with the engine for Python's interpreter lock.
 
-This is the asking side; :mod:`sdpipeline.app.delivery_server` is the other. They talk over pairs of sockets that only
-the two of them hold, so that each sees when the other is gone.
+Encoding, signing, storing and recording pictures hold that lock, and an engine's thread needs it for every operation
+that it launches on the device. This module is the client; :mod:`sdpipeline.app.delivery_server` is the server. They
+communicate over socket pairs that only these two processes hold, so that each detects the other's end.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ TRIES = 3
 LAST_WORDS_S = 5.0
 BEAT_S = 0.5
 MISSED_BEATS = 4
-"""Fewer in a row are late, not missed."""
+"""Fewer consecutive missing heartbeats count as late, not missed."""
 LEAST_SILENCE_S = 5.0
 MOST_SILENCE_S = 60.0
 
@@ -47,9 +47,10 @@ _log = structlog.get_logger(__name__)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Destination:
-    """Where pictures go, and as whose: ``settings`` name the key, and the rest is as they or a measurement have it.
+    """Storage, signing key and audit actor of a delivery process.
 
-    ``certificate`` is the SHA-256 of the one that whoever asks works with: pictures are signed with no other.
+    ``settings`` name the key; a bench may replace the other fields. ``certificate`` is the SHA-256 of the caller's
+    certificate: pictures are signed with no other.
     """
 
     settings: Settings
@@ -64,7 +65,7 @@ class Bounds:
     """Limits after which a delivery process is killed and replaced.
 
     ``silence_s`` counts from its last heartbeat, ``start_s`` from its start to its first heartbeat. ``call_s`` is for
-    one call: the heartbeat goes on while a call waits for an outage to end, and while it hangs.
+    one call: heartbeats continue while a call waits for an outage to end, and while it hangs.
     """
 
     silence_s: float = 15.0
@@ -73,16 +74,16 @@ class Bounds:
 
     @classmethod
     def of(cls, settings: Settings) -> Bounds:
-        """A quarter of a lease without a heartbeat, so that a lease outlives the replacement.
+        """Allow a quarter of a lease without a heartbeat, so that a lease outlives the replacement.
 
-        A call may take long during an outage, so ``SDP_BATCH_TIMEOUT_S`` only makes the bound of a call longer.
+        A call may take long during an outage, so ``SDP_BATCH_TIMEOUT_S`` can only lengthen the limit of a call.
         """
         silence_s = min(settings.lease_ttl_s / 4, settings.batch_timeout_s or math.inf, MOST_SILENCE_S)
         return cls(silence_s=max(silence_s, LEAST_SILENCE_S), call_s=max(settings.batch_timeout_s, LEAST_TIMEOUT_S))
 
 
 class _GoneError(Exception):
-    """The process ended in the middle of a call."""
+    """The process ended during a call."""
 
 
 class _HungError(_GoneError):
@@ -91,7 +92,7 @@ class _HungError(_GoneError):
 
 @dataclass(slots=True)
 class _Server:
-    """One such process, the connection of its heartbeat, and the connections that are free for calls."""
+    """Delivery process with its heartbeat connection and the connections that are free for calls."""
 
     process: subprocess.Popen[bytes]
     heart: Connection
@@ -100,7 +101,7 @@ class _Server:
     asked_at: dict[Connection, float] = field(default_factory=dict)
 
     def ask(self, method: str, *arguments: Any) -> Any:
-        """Raises what the method raised, or _GoneError."""
+        """Call a method in the process; raises the method's own error, or _GoneError."""
         connection = self.free.get()
         self.asked_at[connection] = time.monotonic()
         try:
@@ -116,20 +117,21 @@ class _Server:
         raise answer
 
     def longest_call_s(self) -> float:
-        """Duration of the longest call that is under way."""
+        """Return the duration of the longest call that is under way."""
         return time.monotonic() - min(tuple(self.asked_at.values()), default=math.inf)
 
     def hang_up(self) -> None:
-        """Shut the connections down: the process ends, and calls under way fail.
+        """Shut the connections down, so that the process ends and calls under way fail.
 
-        They are not closed: another thread may still read from one, and its number may be given to a new connection.
+        They are not closed: another thread may still read from one, and its number could be reused for a new
+        connection.
         """
         for connection in (self.heart, *self.ours):
             with suppress(OSError), socket.socket(fileno=os.dup(connection.fileno())) as shared:
                 shared.shutdown(socket.SHUT_RDWR)
 
     def end(self, *, at_once: bool = False) -> None:
-        """End the process, by SIGKILL ``at_once`` or when it takes too long."""
+        """End the process; use SIGKILL if ``at_once`` or if it takes too long."""
         self.hang_up()
         try:
             self.process.wait(0.0 if at_once else LAST_WORDS_S)
@@ -143,14 +145,14 @@ class _Server:
 
 @dataclass(slots=True)
 class DeliveryProcess:
-    """Implement :class:`sdpipeline.worker.delivery.Deliverer` in a process of its own.
+    """Implement :class:`sdpipeline.worker.delivery.Deliverer` in a separate process.
 
-    Its methods may be called from several threads; ``connections`` of them are served at a time.
-    Each raises DeliveryLostError and DeliveryUnavailableError too.
+    Its methods may be called from several threads; ``connections`` of them are served at a time. Each of them may also
+    raise DeliveryLostError and DeliveryUnavailableError.
 
-    A thread of its own starts the process, listens to its heartbeat, and replaces it when it dies or exceeds a bound.
-    Calls that were under way are repeated one after the other, so that a call that kills the process kills it again
-    alone. A picture that was stored already stays in storage, where ``reconcile`` finds it.
+    A dedicated thread starts the process, listens to its heartbeat, and replaces it when it dies or exceeds a limit.
+    Interrupted calls are repeated one at a time, so that a call that kills the process is alone when it does so again.
+    A picture that was already stored stays in storage, where ``reconcile`` finds it.
     """
 
     to: Destination
@@ -166,7 +168,7 @@ class DeliveryProcess:
     _again: threading.Lock = field(default_factory=threading.Lock)
 
     def begin(self) -> None:
-        """Start the process in the background; what is wrong with it is told to the first who asks."""
+        """Start the process in the background; the first call raises its startup error."""
         with self._changing:
             self._want()
 
@@ -175,30 +177,30 @@ class DeliveryProcess:
         self._current()
 
     def silent_s(self) -> float:
-        """As :meth:`sdpipeline.worker.delivery.Deliverer.silent_s`; includes the time to replace a dead process."""
+        """See :meth:`sdpipeline.worker.delivery.Deliverer.silent_s`; includes the time to replace a dead process."""
         since = self._silent_since
         return 0.0 if since is None else time.monotonic() - since
 
     def finish(
         self, leased: LeasedJob, consumed: Consumed, generated: GeneratedImage, attempt: Attempt
     ) -> FinishedPicture:
-        """As :meth:`sdpipeline.worker.delivery.Deliverer.finish`."""
+        """See :meth:`sdpipeline.worker.delivery.Deliverer.finish`."""
         finished: FinishedPicture = self._ask("finish", leased, consumed, generated, attempt)[0]
         return finished
 
     def deliver(self, picture: FinishedPicture) -> StoredImage:
-        """As :meth:`sdpipeline.worker.delivery.Deliverer.deliver`."""
+        """See :meth:`sdpipeline.worker.delivery.Deliverer.deliver`."""
         stored: StoredImage = self._ask("deliver", picture)[0]
         return stored
 
     def complete(self, lease_id: str, leased: LeasedJob, stored: StoredImage, charge: Charge) -> bool:
-        """As :meth:`sdpipeline.worker.delivery.Deliverer.complete`."""
+        """See :meth:`sdpipeline.worker.delivery.Deliverer.complete`."""
         done, tries = self._ask("complete", lease_id, leased, stored, charge)
-        # One that died may have recorded it, and its successor is fenced then.
+        # A process that died may have recorded it; its successor is fenced in that case.
         return bool(done or (tries > 1 and self._ask("recorded", leased, stored)[0]))
 
     def close(self) -> None:
-        """End the process, if there is one; there will be no other."""
+        """End the process if it runs, and start no other."""
         with self._changing:
             self._closed = True
             if self._server is not None:
@@ -209,7 +211,7 @@ class DeliveryProcess:
             keeper.join()
 
     def _ask(self, method: str, *arguments: Any) -> tuple[Any, int]:
-        """The answer, and how many processes were asked for it."""
+        """Return the answer and the number of processes that were tried."""
         server = self._current()
         try:
             return server.ask(method, *arguments), 1
@@ -233,7 +235,7 @@ class DeliveryProcess:
         return starting.result()
 
     def _want(self) -> None:
-        """Have a process started unless there is one or this was closed. The caller holds the lock."""
+        """Request a process unless one exists or this was closed. The caller holds the lock."""
         if self._closed:
             self._starting = None
         elif self._starting is None:
@@ -244,15 +246,15 @@ class DeliveryProcess:
                 self._keeper.start()
 
     def _give_up(self, server: _Server) -> None:
-        """A call found the process gone: the next call waits for another one."""
+        """Discard a dead process, so that the next call waits for a new one."""
         server.process.kill()
         with self._changing:
             given = self._starting
-            # Once for each process: a caller that comes late must not withdraw what another waits for.
+            # Once per process: a late caller must not discard the future that another caller waits for.
             if given is not None and given.done() and given.exception() is None and given.result() is server:
                 self._starting = None
 
-    # The thread that starts processes: the kernel kills a process when the thread that started it ends.
+    # Processes are started by one long-lived thread: the kernel kills a process when the thread that started it ends.
 
     def _keep(self) -> None:
         while (starting := self._wanted.get()) is not None:
@@ -268,7 +270,7 @@ class DeliveryProcess:
             except _GoneError as error:
                 self._on_exit(server, error)
             self._forget(starting)
-            # At once, also where nobody asks: a long batch on the device needs its lease extended.
+            # At once, even without a pending call: a long batch on the device needs its lease extended.
             self.begin()
 
     def _forget(self, starting: Future[_Server]) -> None:
@@ -277,7 +279,8 @@ class DeliveryProcess:
                 self._starting = None
 
     def _started(self) -> _Server:
-        """A process that answers. Raises DeliveryUnavailableError, with the process's own words if there are any."""
+        """Start a process and wait until it answers; raises DeliveryUnavailableError, with the process's message if it
+        sent one."""
         try:
             server = _spawned(self.connections)
         except OSError as error:
@@ -315,9 +318,10 @@ class DeliveryProcess:
             server.free.put(connection)
 
     def _listen(self, server: _Server, *, answer: Connection | None = None) -> None:
-        """Listen to the heartbeat until there is an ``answer``. Raises _GoneError.
+        """Listen to the heartbeat until there is an ``answer``; raises _GoneError.
 
-        Silence is counted in intervals in which this process ran: one that was frozen with us has time to go on.
+        Silence is counted in intervals in which this process ran: if both processes were frozen, the other has time to
+        resume.
         """
         missed, allowed_s = 0, self.bounds.silence_s if answer is None else self.bounds.start_s
         heard = [server.heart] if answer is None else [server.heart, answer]
@@ -351,11 +355,11 @@ class DeliveryProcess:
 
 
 def _spawned(connections: int) -> _Server:
-    """A new process. Raises OSError."""
+    """Start a new process; raises OSError."""
     with _pairs(connections + 1) as (ours, theirs):
         numbers = [each.fileno() for each in theirs]
-        # Without the current folder on its path (-P). A group of its own, as a Ctrl-C is for whoever started it;
-        # in a session of its own it would be the engine's equal for Linux, however nice.
+        # Without the current folder on its path (-P). A separate process group, as Ctrl-C is for the parent;
+        # in a separate session, Linux would give it the engine's share of the CPU despite its niceness.
         command = [sys.executable, "-P", "-m", SERVER, *map(str, numbers)]
         process = subprocess.Popen(command, stdin=subprocess.DEVNULL, pass_fds=numbers, process_group=0)
     return _Server(process, ours[0], ours[1:])
@@ -363,7 +367,7 @@ def _spawned(connections: int) -> _Server:
 
 @contextmanager
 def _pairs(count: int) -> Iterator[tuple[tuple[Connection, ...], list[socket.socket]]]:
-    """Our ends, and those of a process that is started in the block."""
+    """Yield our ends of the socket pairs and the ends of the process that the block starts."""
     pairs = [socket.socketpair() for _ in range(count)]
     try:
         yield tuple(Connection(mine.detach()) for mine, _ in pairs), [other for _, other in pairs]

@@ -1,4 +1,4 @@
-"""What a job consumes: its input pictures out of storage, with all that its own picture will say of them."""
+"""Input images of a job, read from storage with the provenance that its own picture will record."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ from sdpipeline.storage.keys import input_key
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Consumed:
-    """What a picture was made from.
+    """Inputs of a picture, as its record names them.
 
-    ``inputs`` is what its record says of each, by role; ``ancestors`` are the records of those that were made here
-    and of theirs, by the file's SHA-256. ``ingredients`` are the very files, each once for each role. ``edits`` says
-    that the picture it edits is not wholly a generator's.
+    ``inputs`` maps each role to its entry in the record. ``ancestors`` are the records of inputs made here and of
+    their own ancestors, by the file's SHA-256. ``ingredients`` are the files themselves, once for each role. ``edits``
+    is True if the edited picture was not entirely made by a generator.
     """
 
     inputs: Mapping[str, Json] = field(default_factory=dict)
@@ -37,7 +37,7 @@ class Consumed:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Fetched:
-    """A request with its pictures decoded, and what its own picture will say of them."""
+    """Request with its pictures decoded, and the provenance of those pictures."""
 
     prepared: PreparedRequest
     consumed: Consumed
@@ -46,8 +46,11 @@ class Fetched:
 def fetch(
     store: ObjectStore, foreign: ForeignObjects, leased: LeasedJob, *, max_pixels: int, signing: SigningKey
 ) -> Fetched:
-    """The job's request with its pictures decoded; raises InputImageError for one that is missing or altered, or from
-    outside with marks so damaged that no picture could be signed that names it: before the device works for it."""
+    """Return the job's request with its pictures decoded.
+
+    Raises InputImageError for an input that is missing or altered. It also raises for an external input with marks so
+    damaged that no picture naming it could be signed. Both are found before the device is used.
+    """
     images: dict[str, Pixels] = {}
     inputs: dict[str, Json] = {}
     ancestors: dict[str, Json] = {}
@@ -62,14 +65,15 @@ def fetch(
         if parent is None:
             provenance.rehearse(signing, ingredients[-1:])
         else:
-            # With its ancestors' records in it, a picture alone is enough to make its whole chain again.
+            # A picture that holds its ancestors' records is enough to reproduce its whole chain.
             ancestors |= _records(store, parent, data)
     consumed = Consumed(inputs=inputs, ancestors=ancestors, ingredients=ingredients, edits=_edits(ingredients))
     return Fetched(prepared=PreparedRequest(request=leased.request, images=images), consumed=consumed)
 
 
 def pinned(foreign: ForeignObjects, about: Json) -> bytes:
-    """What a record's ``url``, ``version`` and ``sha256`` name; raises InputImageError where it is that no more."""
+    """Read the object that a record's ``url``, ``version`` and ``sha256`` name; raises InputImageError if it has
+    changed."""
     url, fix = about["url"], "put it back, or submit it again"
     try:
         found = foreign.read(url, most_bytes=LARGEST_INPUT_BYTES, version=about["version"])
@@ -83,7 +87,7 @@ def pinned(foreign: ForeignObjects, about: Json) -> bytes:
 
 
 def verified(store: ObjectStore, key: str, sha256: str) -> bytes:
-    """The object, if it is the one that was recorded; else InputImageError."""
+    """Read an object; raises InputImageError if it is missing or differs from the recorded one."""
     try:
         data = store.get(key)
     except ObjectMissingError as error:
@@ -112,7 +116,7 @@ def _about(source: ImageSource, parent: ParentImage | None) -> Json:
 
 
 def _records(store: ObjectStore, parent: ParentImage, data: bytes) -> dict[str, Json]:
-    """The parent's record and its ancestors'; where its file keeps prompts back, from its sidecar."""
+    """Return the records of the parent and its ancestors; read the sidecar if the file withholds prompts."""
     record = provenance.read_record(data)
     if record is not None and provenance.include_prompt(record) != "full":
         record = json.loads(verified(store, parent.sidecar_key, parent.sidecar_sha256))["record"]
@@ -122,9 +126,9 @@ def _records(store: ObjectStore, parent: ParentImage, data: bytes) -> dict[str, 
 
 
 def _edits(ingredients: Sequence[Ingredient]) -> bool:
-    """Whether the edited picture is, or goes back to, one that does not say that a generator made all of it.
+    """Return True if the edited picture, or an ancestor of it, is not marked as wholly made by a generator.
 
-    What only steers (a mask, a control map, an IP-Adapter's reference) puts none of its pixels into the result.
+    Inputs that only steer (a mask, a control map, an IP-Adapter's reference) put none of their pixels into the result.
     """
     edited = [each.data for each in ingredients if each.role == "image"]
     return any(provenance.digital_source_type(data) != GENERATED for data in edited)

@@ -1,4 +1,4 @@
-"""What becomes of a job after a failed attempt."""
+"""Retry policy: status and back-off of a job after a failed attempt."""
 
 from __future__ import annotations
 
@@ -12,8 +12,11 @@ LONGEST_BACKOFF_S = 300.0
 
 
 def next_status(error: SdpError, *, attempt: int, max_attempts: int) -> Status:
-    """``blocked`` where a policy forbids the picture, ``failed`` for any other permanent error or a last attempt, else
-    ``waiting``: the job is tried again."""
+    """Return ``blocked`` if a policy forbids the picture, and ``failed`` for any other permanent error or the last
+    attempt.
+
+    Otherwise return ``waiting``: the job is tried again.
+    """
     if isinstance(error, PictureBlockedError):
         return Status.BLOCKED
     if isinstance(error, PermanentError) or attempt >= max_attempts:
@@ -22,7 +25,7 @@ def next_status(error: SdpError, *, attempt: int, max_attempts: int) -> Status:
 
 
 def backoff_s(attempt: int, random_source: random.Random) -> float:
-    """Seconds before attempt ``attempt + 1``: exponential with full jitter.
+    """Return the seconds before attempt ``attempt + 1``: exponential back-off with full jitter.
 
     https://aws.amazon.com/blogs/architecture/exponential-backoff-and-jitter/
     """

@@ -1,4 +1,4 @@
-"""Finished pictures before the safety checkers that a policy names."""
+"""Safety filter: run the safety checkers that a policy names on finished pictures."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ Result = GeneratedImage | GenerationFailure
 
 
 def judged(engine: Engine, rules: Sequence[Json], results: Sequence[Result]) -> list[Result]:
-    """The results, without the pictures that a safety checker objects to or could not look at.
+    """Return the results; a picture that a safety checker rejects or cannot check becomes a failure.
 
-    ``rules`` are each result's own; what passed says in its record who saw it.
+    ``rules`` are those of each result. The record of a picture that passed names the checkers that saw it.
     """
     judged = list(results)
     asked = {check["rule"]: check for each in rules for check in each.get("safety", ())}
@@ -31,7 +31,7 @@ def judged(engine: Engine, rules: Sequence[Json], results: Sequence[Result]) -> 
 
 
 def _seen(engine: Engine, check: Json, pictures: Sequence[Result]) -> list[Result | None]:
-    """Each picture with the checker in its record; None for what it objects to."""
+    """Return each picture with the checker in its record, or None for a rejected picture."""
     made = [each for each in pictures if isinstance(each, GeneratedImage)]
     if not made:
         return []

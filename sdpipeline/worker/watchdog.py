@@ -1,4 +1,4 @@
-"""A thread beside a worker's own that ends what cannot end itself: a batch that hangs, an end that takes too long."""
+"""Watchdog thread that ends the process when a batch hangs or a shutdown takes too long."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from sdpipeline.shutdown import Stop
 
 HUNG_EXIT_CODE = 75
-"""EX_TEMPFAIL of sysexits.h: whoever watches the process starts it again."""
+"""EX_TEMPFAIL of sysexits.h: the supervisor of the process restarts it."""
 
 LEAST_TIMEOUT_S = 600.0
 TIMES_AS_LONG = 20.0
@@ -20,22 +20,24 @@ LOOK_S = 0.1
 
 @dataclass(slots=True)
 class BatchTimings:
-    """How long batches took here, by group, and so how long one may take; ``timeout_s`` is what the settings say."""
+    """Longest batch duration per group, from which the batch timeout follows; ``timeout_s`` from the settings
+    overrides it."""
 
     timeout_s: float = 0.0
     _longest_s: dict[int, float] = field(default_factory=dict)
 
     def allowed_s(self, group_id: int) -> float:
-        """A batch of this group that takes longer hangs. A first one also loads its checkpoint."""
+        """Return the timeout of a batch of this group; the first batch's timeout includes loading the checkpoint."""
         return self.timeout_s or max(LEAST_TIMEOUT_S, TIMES_AS_LONG * self._longest_s.get(group_id, 0.0))
 
     def took(self, group_id: int, seconds: float) -> None:
-        """A batch of this group ended."""
+        """Record the duration of a finished batch."""
         self._longest_s[group_id] = max(seconds, self._longest_s.get(group_id, 0.0))
 
 
 class Watchdog:
-    """Calls ``late`` when the end takes longer than ``grace_s`` or is wanted at once, and ``hung`` for a batch."""
+    """Call ``late`` if the shutdown exceeds ``grace_s`` or must be immediate, and ``hung`` if a batch exceeds its
+    timeout."""
 
     def __init__(
         self, stop: threading.Event, grace_s: float, *, late: Callable[[], object], hung: Callable[[], object]
@@ -49,7 +51,7 @@ class Watchdog:
 
     @contextmanager
     def watching(self) -> Iterator[None]:
-        """Watch while the block lasts."""
+        """Watch while the block runs."""
         thread = threading.Thread(target=self._watch, name="sdp-watchdog", daemon=True)
         thread.start()
         try:
@@ -60,7 +62,7 @@ class Watchdog:
 
     @contextmanager
     def batch(self, allowed_s: float) -> Iterator[None]:
-        """One batch runs while the block lasts."""
+        """Apply the timeout ``allowed_s`` to one batch, which runs inside the block."""
         self._hung_at = time.monotonic() + allowed_s
         try:
             yield

@@ -1,4 +1,4 @@
-"""Lease, fetch, generate, encode, store, complete: three overlapped stages around one device."""
+"""Worker: lease, fetch, generate, encode, store and complete jobs, in three overlapped stages around one device."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ OUTAGES: Mapping[type[TransientError], str] = {
     SigningUnavailableError: "signing",
     DeliveryUnavailableError: "delivery",
 }
-"""What is waited out while a lease lives, by the name of what is out."""
+"""Outages that are waited out while a lease lives, by the name of the unavailable service."""
 
 _T = TypeVar("_T")
 _log = structlog.get_logger(__name__)
@@ -65,10 +65,11 @@ _log = structlog.get_logger(__name__)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WorkerSummary:
-    """What one run of a worker did; ``idle`` says that no work was left when it ended.
+    """Result of one run of a worker; ``idle`` is True if no work was left at its end.
 
-    ``reused`` counts those of ``succeeded`` whose picture was there already. ``waited_for`` says what the device waited
-    for between its batches, in seconds: ``work`` to be leased and fetched, the ``database``, pictures to be delivered.
+    ``reused`` counts those of ``succeeded`` whose picture existed already. ``waited_for`` has the seconds that the
+    device waited between its batches: for ``work`` to be leased and fetched, for the ``database``, and for
+    ``delivery``.
     """
 
     succeeded: int = 0
@@ -83,9 +84,12 @@ class WorkerSummary:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WorkerLimits:
-    """``max_batch`` pictures per forward pass, leases of ``lease_ttl_s`` seconds, inputs up to ``max_pixels``, what
-    a second of the device costs, how long the end may take once ``stop`` is set, and how many pictures are encoded,
-    marked and stored at the same time."""
+    """Limits of a worker.
+
+    ``max_batch`` is pictures per forward pass, ``lease_ttl_s`` the lease duration, ``max_pixels`` the largest input.
+    ``gpu_second_cost`` is the price of a device second. ``shutdown_grace_s`` limits the shutdown once ``stop`` is set.
+    ``deliverers`` is the number of pictures that are encoded, marked and stored at the same time.
+    """
 
     max_batch: int
     lease_ttl_s: float
@@ -97,12 +101,12 @@ class WorkerLimits:
 
 @dataclass(frozen=True, slots=True)
 class Worker:
-    """One process's device with what it needs; ``run`` may be called many times and keeps checkpoints warm.
+    """Worker on one device; ``run`` may be called many times and keeps checkpoints loaded.
 
-    What it learned outlives a run too: ``breaker`` of failures, ``pace`` of batches, ``patience`` of campaigns.
-    ``foresee`` is told of weights that are not on the device and will be needed next; it must not touch the device.
-    Without a ``deliverer`` pictures are encoded, signed, stored and recorded in this process.
-    With ``trust_anchors``, roots in PEM, only pictures that one of them stands behind are delivered as copies.
+    State that outlives a run: the circuit ``breaker``, the batch ``timings`` and the ``aging`` policy of campaigns.
+    ``prefetch_weights`` is called with the next checkpoint if it is not loaded; it must not touch the device. Without
+    a ``deliverer``, this process encodes, signs, stores and records pictures. With ``trust_anchors`` (roots in PEM),
+    only pictures whose signature chains to one of them are delivered as copies.
     """
 
     worker_id: str
@@ -127,11 +131,11 @@ class Worker:
         stop: threading.Event | None = None,
         on_progress: Callable[[int], None] | None = None,
     ) -> WorkerSummary:
-        """Work until there is nothing left, or ``stop`` is set.
+        """Process jobs until nothing is left or ``stop`` is set.
 
-        What was leased but not begun is given back. An error that is not ours ends the run, and the
-        jobs it touched are leased alone from then on. ``on_progress`` hears how many jobs just ended.
-        A batch that hangs ends the process, and so does an end that takes too long or is wanted at once.
+        Leases that were not begun are released. An unexpected error ends the run, and the jobs it affected are leased
+        alone from then on. ``on_progress`` is called with the number of jobs that just ended. The process ends if a
+        batch hangs, if a shutdown takes too long, or if it must be immediate.
         """
         bounds = _Bounds(campaign_id, until_idle, stop or threading.Event())
         return _Run(self, bounds, on_progress).execute()
@@ -139,11 +143,11 @@ class Worker:
 
 @dataclass(slots=True)
 class _Work:
-    """One lease on its way through the stages; ``jobs`` and ``consumed`` stay in step.
+    """One lease in the pipeline; ``jobs`` and ``consumed`` have the same order.
 
-    ``making`` are the fingerprints that others may wait for; ``waiting`` are jobs whose picture is being made for
-    another job, here or in the lease before. ``deliveries`` end with why a picture was made and not stored, where that
-    was not its job's fault.
+    ``making`` are the fingerprints that other jobs may wait for. ``waiting`` are jobs whose picture is being made for
+    another job, in this lease or the previous one. Each of ``deliveries`` ends with the error that kept a picture from
+    being stored, if its job did not cause that error.
     """
 
     lease: Lease
@@ -160,13 +164,13 @@ class _Work:
 
     @property
     def share_s(self) -> float:
-        """One job's share of the device's time."""
+        """Device seconds of one job."""
         return self.gpu_seconds / len(self.jobs)
 
 
 @dataclass(frozen=True, slots=True)
 class _Bounds:
-    """Whose jobs a run takes, and when it ends."""
+    """Campaign filter and end conditions of a run."""
 
     campaign_id: int | None
     until_idle: bool
@@ -174,12 +178,15 @@ class _Bounds:
 
 
 class _Ended(Exception):  # noqa: N818 -- unwinds a stage; never leaves this module
-    """The run is over: whatever this stage was waiting for will not come."""
+    """The run is over: the queue that this stage waits for will stay empty."""
 
 
 class _Run:
-    """The threads of one run: the caller's owns the device, one fetches ahead, some deliver what it made, one puts an
-    end to what was delivered, one beats."""
+    """Threads of one run.
+
+    The caller's thread owns the device. One thread leases and fetches ahead, some deliver pictures, one completes
+    leases after delivery, and one sends heartbeats.
+    """
 
     def __init__(self, worker: Worker, bounds: _Bounds, on_progress: Callable[[int], None] | None) -> None:
         self.worker = worker
@@ -209,7 +216,7 @@ class _Run:
         self._idle = False
 
     def execute(self) -> WorkerSummary:
-        """Run all stages to their end; the first error of any of them is raised."""
+        """Run all stages to their end; raise the first error of any stage."""
         with self._watchdog.watching():
             self._run_stages()
         return WorkerSummary(
@@ -259,7 +266,7 @@ class _Run:
             raise
 
     def _give_back(self) -> None:
-        """Leases that are still open: as after a crash if there was one, else as if never taken."""
+        """Release open leases at the end of the run; after a crash, count their attempts."""
         if not self._leases:
             return
         crashed = not self.stop.is_set()
@@ -273,13 +280,13 @@ class _Run:
             _log.warning("leases_left_to_expire", error=str(error), leases=len(self._leases))
 
     def _leave(self) -> None:
-        """The watchdog's, when the end takes too long: what is held goes back as if never taken."""
+        """Watchdog callback: shutdown exceeded its grace period; release all leases and exit."""
         exit_code = self.stop.exit_code if isinstance(self.stop, Stop) else FAILED_EXIT_CODE
         _log.warning("worker_left", exit_code=exit_code, leases=len(self._leases))
         leave(exit_code, partial(self._say_goodbye, "told to end, and left with a batch unfinished"))
 
     def _leave_hung(self) -> None:
-        """The watchdog's, when a batch hangs: nothing interrupts the thread that owns the device but the end."""
+        """Watchdog callback: a batch hung; exit, because nothing else interrupts the thread that owns the device."""
         lease = self._on_device
         if lease is None:
             return
@@ -289,7 +296,10 @@ class _Run:
         leave(HUNG_EXIT_CODE, partial(self._say_goodbye, why, crashed=(lease.id,)))
 
     def _say_goodbye(self, why: str, *, crashed: Collection[str] = ()) -> None:
-        """Give back all leases, those that ``crashed`` as after a crash; on a chain of its own, as ours may be held."""
+        """Release all leases; treat those in ``crashed`` as after a crash.
+
+        Uses a separate audit chain, because the lock of ours may be held.
+        """
         audit, worker_id = AuditLog(self.worker.audit.database, actor=self.worker.audit.actor), self.worker.worker_id
         try:
             with audit.transaction() as tx:
@@ -327,7 +337,11 @@ class _Run:
         return self.stop.is_set() or self._ended.is_set()
 
     def _may_lease(self) -> bool:
-        """While the breaker is open one job at a time, and none before its pause is over; none without delivery."""
+        """Return True if a lease may be taken.
+
+        An open breaker allows one job at a time, and none before its pause is over. None is allowed while delivery is
+        silent.
+        """
         if self._delivery_is_silent():
             return False
         breaker = self.worker.breaker
@@ -345,7 +359,8 @@ class _Run:
         return lease
 
     def _resident(self) -> frozenset[str]:
-        """What will be on the device when the next lease's turn comes: the last one's checkpoint at least."""
+        """Return the checkpoints that the device will hold when the next lease starts: at least that of the last
+        lease."""
         resident, needed = self.worker.engine.resident(), self._next_checkpoint
         return resident if needed is None or needed.digest in resident else frozenset({needed.digest})
 
@@ -379,7 +394,7 @@ class _Run:
         return self._when_database_answers(ask)
 
     def _prepared(self, lease: Lease) -> _Work:
-        """Fetch and decode what the jobs consume; a job whose input is wrong fails here, alone."""
+        """Fetch and decode the inputs of the jobs; a job with a bad input fails here, alone."""
         work = _Work(lease)
         for leased in self._to_make(work):
             try:
@@ -398,15 +413,16 @@ class _Run:
             worker.store, worker.foreign, leased, max_pixels=worker.limits.max_pixels, signing=worker.signing
         )
 
-    # Delivering what was made before.
+    # Delivering copies of existing pictures.
 
     def _to_make(self, work: _Work) -> Iterator[LeasedJob]:
-        """The lease's jobs but those whose picture is there, which are delivered, or on its way, which wait for it.
+        """Yield the jobs of the lease that need the device.
 
-        Equal jobs that two workers lease at the same time are made by both.
+        Jobs whose picture exists are delivered as copies; jobs whose picture is being made wait for it. Equal jobs
+        that two workers lease at the same time are made by both.
         """
         lease = work.lease
-        # Asked before the pictures are looked up: what is finished in between is then found later, not made again.
+        # Read before the pictures are looked up: one finished in between is then found later, not made again.
         ahead = set(self._on_the_way)
         there = self._originals([leased for leased in lease.jobs if leased.fingerprint not in ahead])
         for leased in lease.jobs:
@@ -424,7 +440,7 @@ class _Run:
                 yield leased
 
     def _originals(self, wanted: Sequence[LeasedJob]) -> Mapping[str, Original]:
-        """Pictures that were made for such jobs, by fingerprint."""
+        """Return existing pictures for these jobs, by fingerprint."""
         fingerprints = {leased.fingerprint for leased in wanted if _may_reuse(leased)}
 
         def ask() -> Mapping[str, Original]:
@@ -434,7 +450,7 @@ class _Run:
         return self._when_database_answers(ask) if fingerprints else {}
 
     def _reused(self, lease: Lease, leased: LeasedJob, there: Mapping[str, Original]) -> bool:
-        """Deliver a copy of a picture; False where there is none, or not as it was recorded: then it must be made."""
+        """Deliver a copy of an existing picture; return False if there is none, or if it differs from its record."""
         original = there.get(leased.fingerprint)
         if original is None:
             return False
@@ -476,7 +492,7 @@ class _Run:
         self._hand_on(self._generated, None)
 
     def _timed(self, what: str, act: Callable[[], _T]) -> _T:
-        """Note what the device waits for; at the end there is nothing to wait for."""
+        """Run ``act`` and record how long the device waited for it, unless the run is ending."""
         started = time.perf_counter()
         done = act()
         if done is not None or what == "delivery":
@@ -491,22 +507,22 @@ class _Run:
         with self._watchdog.batch(self.worker.timings.allowed_s(group_id)):
             made = self.worker.engine.generate(batch)
             work.results = judged(self.worker.engine, [leased.rules for leased in work.jobs], made)
-        work.requests = []  # decoded inputs are large, and the record needs them no more
+        work.requests = []  # decoded inputs are large and no longer needed
         work.gpu_seconds = time.perf_counter() - started
         self.worker.timings.took(group_id, work.gpu_seconds)
         self._gpu_seconds += work.gpu_seconds
         self._batches += 1
-        # Not where pictures are stored: a device that is broken fails faster than that.
+        # Not in the delivery stage: a broken device fails faster than pictures are stored.
         errors = [result.error for result in work.results if isinstance(result, GenerationFailure)]
         transient = [error for error in errors if isinstance(error, TransientError)]
         if transient and len(errors) == len(work.results):
             self._suspect(transient[-1])
 
     def _wanted(self, lease: Lease) -> bool:
-        """Asked before each forward pass: no batch is begun of a paused campaign, nor by a worker that pauses; one
-        that was cancelled is lost.
+        """Return True if the batch may start; called before each forward pass.
 
-        The device waits for the answer, so this only reads, unless the heart has missed a beat.
+        No batch starts for a paused campaign or on a paused worker. A lease that was cancelled counts as lost. The
+        device waits for the answer, so this only reads, unless a heartbeat was missed.
         """
 
         def ask() -> LeaseState:
@@ -524,7 +540,7 @@ class _Run:
         return found.active
 
     def _put_back(self, work: _Work) -> None:
-        """Not begun after all: the attempt does not count."""
+        """Release a lease that was not begun; its attempts do not count."""
         self._on_the_way -= work.making
         self._release(work.lease)
         self._leases.pop(work.lease.id, None)
@@ -539,13 +555,13 @@ class _Run:
     # Encoding, storing and completing, behind the device.
 
     def _begin_delivery(self, work: _Work) -> None:
-        """Hand each picture to a thread of its own turn; how much is under way is bounded by the works in the queue."""
+        """Submit each picture to the delivery threads; the size of the queue bounds the number under way."""
         for leased, consumed, result in zip(work.jobs, work.consumed, work.results, strict=False):
             work.deliveries.append(self._delivering.submit(self._account_for, work, leased, consumed, result))
         work.results = []
 
     def _store(self) -> None:
-        """One lease after the other: a job may wait for a picture of the lease before."""
+        """Finish leases in order: a job may wait for a picture of the previous lease."""
         while (work := self._take(self._generated)) is not None:
             faults = [delivery.result() for delivery in work.deliveries]
             if work.delivered:
@@ -555,7 +571,7 @@ class _Run:
             self._finish(work)
 
     def _suspect(self, error: TransientError) -> None:
-        """Count a failure that was no job's own; after too many in a row the worker pauses and says why."""
+        """Count a failure that no job caused; after too many in a row, pause the worker and note the reason."""
         pause_s = self.worker.breaker.failed()
         if pause_s is None:
             return
@@ -589,7 +605,7 @@ class _Run:
     ) -> TransientError | None:
         attempt = self._attempt(work.lease, leased, gpu_seconds=work.share_s)
         try:
-            # Once, not at each try to store it: what an outage left half stored would be met with other bytes.
+            # Once, not at each try to store it: objects that an outage left half stored must have the same bytes.
             finish = partial(self._deliverer.finish, leased, consumed, generated, attempt)
             picture = self._when_parts_answer(work.lease, finish)
             stored = self._when_parts_answer(work.lease, partial(self._deliverer.deliver, picture))
@@ -602,7 +618,7 @@ class _Run:
         return None
 
     def _deliver_waiting(self, work: _Work) -> None:
-        """Copies of what was made meanwhile; jobs whose picture was not made after all are given back."""
+        """Deliver copies of pictures made meanwhile; release the jobs whose picture was not made after all."""
         there = self._originals(work.waiting)
         left = [leased for leased in work.waiting if not self._reused(work.lease, leased, there)]
         if left:
@@ -659,16 +675,16 @@ class _Run:
         self._leases.pop(lease.id, None)
 
     def _count(self, *outcomes: str) -> None:
-        """One job ended; jobs end where pictures are fetched and where they are stored, on several threads."""
+        """Count an ended job; called from the threads that fetch and that store."""
         with self._counting:
             self._ended_as.update(outcomes)
             if self.on_progress is not None:
                 self.on_progress(1)
 
-    # Staying alive.
+    # Heartbeats.
 
     def _beat(self) -> None:
-        """Extend open leases four times in their life; a lease that is not there any more is lost.
+        """Extend open leases four times in their lifetime; a lease that no longer exists is lost.
 
         No lease is extended while delivery is silent: its pictures may never be recorded here.
         """
@@ -685,7 +701,7 @@ class _Run:
             except DatabaseUnavailableError as error:
                 _log.warning("heartbeat_failed", error=str(error))
                 continue
-            # One that was closed in order meanwhile is no longer held.
+            # A lease that was closed normally in the meantime is not lost.
             self._lost |= {lease_id for lease_id in held if lease_id not in alive and lease_id in self._leases}
 
     def _heartbeat(self, lease_ids: Collection[str]) -> frozenset[str]:
@@ -697,7 +713,7 @@ class _Run:
         return self._deliverer.silent_s() >= self.worker.limits.lease_ttl_s / 4
 
     def _tell_silence(self) -> None:
-        """Have ``status`` say that the delivery process does not answer, until it does."""
+        """Note for ``status`` that the delivery process does not answer; clear the note when it does."""
         silent_s = self._deliverer.silent_s()
         if bool(silent_s) == self._told_silence:
             return
@@ -708,12 +724,12 @@ class _Run:
         self._told_silence = bool(silent_s)
 
     def _when_parts_answer(self, lease: Lease, ask: Callable[[], _T]) -> _T:
-        """Wait out an outage of storage or of the signing key while the lease lives: its jobs are not to blame."""
+        """Wait out an outage of storage or of the signing key while the lease lives, as its jobs did not cause it."""
         while True:
             try:
                 return ask()
             except tuple(OUTAGES) as error:
-                # One thread asks again for all, so that an outage counts once, however many pictures meet it.
+                # One thread retries for all, so that an outage counts once, however many pictures it affects.
                 if self._outage.acquire(blocking=False):
                     try:
                         return self._waited_out(lease, ask, error)
@@ -741,13 +757,13 @@ class _Run:
                 return answer
 
     def _go_on(self, lease: Lease, error: TransientError) -> None:
-        """Asked after waiting: whether there is anybody left to deliver for."""
+        """Raise _Ended if the run is over, and LeaseLostError if the lease was lost during the wait."""
         self._pause(0.0, error)
         if lease.id in self._lost:
             raise LeaseLostError(f"{error}, and the lease was lost meanwhile") from error
 
     def _when_database_answers(self, ask: Callable[[], _T]) -> _T:
-        """Wait out a database outage. Every transition is fenced, so asking twice does no harm."""
+        """Wait out a database outage. Every transition is fenced, so repeating a call is safe."""
         pause_s, noted = 0.5, ""
         while True:
             try:
@@ -763,9 +779,9 @@ class _Run:
                 return answer
 
     def _note_outage(self, error: DatabaseUnavailableError | None, noted: str = "") -> str:
-        """Write the reason for ``status``, or take back what was ``noted``, where the database takes that much.
+        """Write the reason for ``status``, or clear what was ``noted``, if the database accepts it.
 
-        Another note stays. Returns what was noted: nothing while the database does not say itself what is wrong.
+        Notes of others stay. Returns the text that was noted: empty if the database itself gives no reason.
         """
         if error is not None and error.fix is None:
             return ""
