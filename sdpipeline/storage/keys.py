@@ -35,7 +35,7 @@ def picture_stem(folder: str, sha256: str) -> str:
 
 
 def picture_key(stem: str, extension: str) -> str:
-    """The key of a picture; ``extension`` is png, jpg or webp."""
+    """Key of a picture; ``extension`` is png, jpg or webp."""
     return f"{stem}.{extension}"
 
 
