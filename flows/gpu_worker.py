@@ -33,7 +33,7 @@ def lease_and_work(
         ):
             chunks.tell(chunk)
 
-    worker_process.until_told(work)
+    worker_process.run_until_stopped(work)
 
 
 # Not a decorator: with a distinct name the function is pickled by reference, so that the receiving process

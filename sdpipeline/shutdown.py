@@ -46,7 +46,7 @@ def handle_signals(*numbers: int) -> Iterator[Stop]:
     read_end, write_end = os.pipe()
     os.set_blocking(write_end, False)
     listener = threading.Thread(target=_listen, args=(read_end, frozenset(numbers), stop), daemon=True)
-    handlers = {number: signal.signal(number, _heed) for number in numbers}
+    handlers = {number: signal.signal(number, _on_signal) for number in numbers}
     descriptor = signal.set_wakeup_fd(write_end, warn_on_full_buffer=False)
     listener.start()
     try:
@@ -76,5 +76,5 @@ def _listen(read_end: int, numbers: frozenset[int], stop: Stop) -> None:
             stop.ask(received[0])
 
 
-def _heed(_number: int, _frame: object) -> None:
+def _on_signal(_number: int, _frame: object) -> None:
     """Do nothing: without a Python handler the signal would end the process; the listening thread acts on it."""

@@ -634,11 +634,11 @@ def _foreseeing(engine: Engine) -> Callable[[CheckpointRef], None] | None:
     if residency is None:
         return None
 
-    def foresee(ref: CheckpointRef) -> None:
+    def prefetch_weights(ref: CheckpointRef) -> None:
         with suppress(CheckpointError):  # loading them reports what is wrong
             read_ahead(residency.files(ref))
 
-    return foresee
+    return prefetch_weights
 
 
 def run_worker(

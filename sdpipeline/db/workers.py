@@ -35,13 +35,13 @@ def note(connection: Connection, worker_id: str, text: str | None, *, paused: bo
     connection.execute(update(worker).where(worker.c.id == worker_id).values(**values))
 
 
-def note_if_none(connection: Connection, worker_id: str, text: str) -> None:
+def set_note_if_none(connection: Connection, worker_id: str, text: str) -> None:
     """Set the reason why a worker waits, unless it has another note."""
     mine = (worker.c.id == worker_id, worker.c.note.is_(None))
     connection.execute(update(worker).where(*mine).values(note=text))
 
 
-def take_back(connection: Connection, worker_id: str, text: str) -> None:
+def remove_note(connection: Connection, worker_id: str, text: str) -> None:
     """Remove that note, and no other."""
     mine = (worker.c.id == worker_id, worker.c.note == text)
     connection.execute(update(worker).where(*mine).values(note=null()))

@@ -72,13 +72,13 @@ class RunArtifacts:
             client.update_flow_run(UUID(flow_run.get_id()), name=name, tags=labels)
             soon = f"# {progress.name}\n\nThe report is written here when the run ends."
             self._put("report", soon, describe(progress))
-        events.tell(CampaignEvent.STARTED, self._settings.team, progress)
+        events.emit_campaign_event(CampaignEvent.STARTED, self._settings.team, progress)
         self._status = "active"
 
     def show(self, progress: Progress, *, now: bool = False) -> None:
         """Update progress at most every five seconds, the rest at most every fifteen; report a pause at once."""
         if turned := events.turn(self._status, progress):
-            events.tell(turned, self._settings.team, progress)
+            events.emit_campaign_event(turned, self._settings.team, progress)
         self._status = progress.status
         self._move(progress, now=now)
         self._refresh("contact-sheet", progress.images, lambda: self._put_pictures(progress), now=now)
@@ -92,7 +92,7 @@ class RunArtifacts:
         with best_effort():
             self._put("report", services.finish_report(self._settings, self._campaign, span), describe(progress))
         if ended := events.outcome(progress):
-            events.tell(ended, self._settings.team, progress)
+            events.emit_campaign_event(ended, self._settings.team, progress)
 
     def _move(self, progress: Progress, *, now: bool) -> None:
         from prefect.artifacts import create_progress_artifact, update_progress_artifact

@@ -13,7 +13,7 @@ from sdpipeline.app import submit as intake
 from sdpipeline.db import queries
 from sdpipeline.db.waiting import until_available
 from sdpipeline.orchestration import campaign_run, worker_process
-from sdpipeline.orchestration.prefect_workers import Bounds, Fleet
+from sdpipeline.orchestration.prefect_workers import Bounds, PrefectWorkers
 from sdpipeline.orchestration.request import CampaignRequest, Reopen
 from sdpipeline.settings import Settings
 
@@ -33,7 +33,7 @@ def carry_out(settings: Settings, request: CampaignRequest) -> State[Any]:
     if request.reopen is not Reopen.NOTHING:
         reopened, _ = until_available(partial(intake.reopen, settings, name, request.reopen))
         log.info("jobs.reopened", campaign=name, status=str(request.reopen), jobs=reopened)
-    fleet = Fleet(campaign=name, label=f"fleet:{settings.team}/{name}", bounds=_bounds(settings, request))
+    fleet = PrefectWorkers(campaign=name, label=f"fleet:{settings.team}/{name}", bounds=_bounds(settings, request))
     with worker_process.state_of_the_server():
         return campaign_run.work_off(settings, name, fleet)
 

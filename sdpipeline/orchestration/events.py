@@ -20,7 +20,7 @@ class CampaignEvent(StrEnum):
     RESUMED = f"{PREFIX}.resumed"
 
 
-def tell(event: CampaignEvent, team: str, progress: Progress) -> None:
+def emit_campaign_event(event: CampaignEvent, team: str, progress: Progress) -> None:
     """Emit the event with the campaign as its resource; sending happens in the background and may fail without harm.
 
     Called inside a flow run, which becomes a related resource.

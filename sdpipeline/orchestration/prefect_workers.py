@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 WORKER_FLOW = "gpu-worker"
 WORKER_DEPLOYMENT = "gpu-worker/gpu-worker"
-TEND_EVERY_S = 3.0
+SUPERVISE_EVERY_S = 3.0
 """Each check of the runs is a request to the Prefect server."""
 SURPLUS_S = 60.0
 """How long a worker must be surplus before it is cancelled: starting it again costs loading a checkpoint."""
@@ -48,7 +48,7 @@ class Bounds:
 
 
 @dataclass(slots=True, kw_only=True)
-class Fleet:
+class PrefectWorkers:
     """Autoscaler: keep as many worker runs alive as the backlog needs.
 
     It counts the runs of an earlier dispatcher of the same campaign, found by their unique ``label``. It ends only
@@ -85,7 +85,7 @@ class Fleet:
         from prefect.client.orchestration import get_client
         from prefect.settings import PREFECT_CLIENT_MAX_RETRIES, temporary_settings
 
-        if self.clock() - self._tended_at < TEND_EVERY_S:
+        if self.clock() - self._tended_at < SUPERVISE_EVERY_S:
             return
         self._tended_at = self.clock()
         wanted = self.bounds.wanted(progress.ready + progress.leased)
@@ -105,7 +105,7 @@ class Fleet:
             self._deserted = not living
             for _ in range(wanted - len(living) if needed else 0):
                 self._dispatch(progress)
-            self._send_home(client, living, wanted)
+            self._stop_surplus(client, living, wanted)
 
     def wait(self, timeout_s: float) -> None:
         """Sleep for the whole timeout, because the end of a remote run sends no signal."""
@@ -153,7 +153,7 @@ class Fleet:
                 self._deaths += 1
                 self._last_words = state.message or self._last_words
 
-    def _send_home(self, client: SyncPrefectClient, living: Sequence[FlowRun], wanted: int) -> None:
+    def _stop_surplus(self, client: SyncPrefectClient, living: Sequence[FlowRun], wanted: int) -> None:
         """Scale in: cancel pending runs first and at once, running ones only after SURPLUS_S, newest first."""
         surplus = len(living) - wanted
         if surplus <= 0:

@@ -37,7 +37,7 @@ def redirect_output(path: Path) -> None:
     os.close(descriptor)
 
 
-def until_told(work: Callable[[Stop], None]) -> None:
+def run_until_stopped(work: Callable[[Stop], None]) -> None:
     """Run ``work`` in a separate thread, and forward SIGTERM to it from the main thread.
 
     Prefect's handler of that signal raises in the main thread, at any instruction. If the process has another handler,

@@ -12,7 +12,7 @@ from sdpipeline.errors import PictureBlockedError, SdpError
 Result = GeneratedImage | GenerationFailure
 
 
-def judged(engine: Engine, rules: Sequence[Json], results: Sequence[Result]) -> list[Result]:
+def filter_results(engine: Engine, rules: Sequence[Json], results: Sequence[Result]) -> list[Result]:
     """Return the results; a picture that a safety checker rejects or cannot check becomes a failure.
 
     ``rules`` are those of each result. The record of a picture that passed names the checkers that saw it.

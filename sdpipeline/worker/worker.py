@@ -44,7 +44,7 @@ from sdpipeline.worker.circuit_breaker import CircuitBreaker
 from sdpipeline.worker.delivery import Deliverer, LocalDeliverer
 from sdpipeline.worker.inputs import Consumed
 from sdpipeline.worker.retry import backoff_s, next_status
-from sdpipeline.worker.safety_filter import judged
+from sdpipeline.worker.safety_filter import filter_results
 from sdpipeline.worker.watchdog import HUNG_EXIT_CODE, BatchTimings, Watchdog
 
 POLL_S = 0.25
@@ -283,7 +283,7 @@ class _Run:
         """Watchdog callback: shutdown exceeded its grace period; release all leases and exit."""
         exit_code = self.stop.exit_code if isinstance(self.stop, Stop) else FAILED_EXIT_CODE
         _log.warning("worker_left", exit_code=exit_code, leases=len(self._leases))
-        leave(exit_code, partial(self._say_goodbye, "told to end, and left with a batch unfinished"))
+        leave(exit_code, partial(self._record_stop, "told to end, and left with a batch unfinished"))
 
     def _leave_hung(self) -> None:
         """Watchdog callback: a batch hung; exit, because nothing else interrupts the thread that owns the device."""
@@ -293,9 +293,9 @@ class _Run:
         allowed_s = self.worker.timings.allowed_s(lease.group_id)
         why = f"a batch hung: it took longer than {allowed_s:g} s"
         _log.error("batch_hung", lease=lease.id, jobs=[leased.id for leased in lease.jobs], allowed_s=allowed_s)
-        leave(HUNG_EXIT_CODE, partial(self._say_goodbye, why, crashed=(lease.id,)))
+        leave(HUNG_EXIT_CODE, partial(self._record_stop, why, crashed=(lease.id,)))
 
-    def _say_goodbye(self, why: str, *, crashed: Collection[str] = ()) -> None:
+    def _record_stop(self, why: str, *, crashed: Collection[str] = ()) -> None:
         """Release all leases; treat those in ``crashed`` as after a crash.
 
         Uses a separate audit chain, because the lock of ours may be held.
@@ -506,7 +506,7 @@ class _Run:
         self.worker.aging.begun(time.monotonic() - work.leased_at)
         with self._watchdog.batch(self.worker.timings.allowed_s(group_id)):
             made = self.worker.engine.generate(batch)
-            work.results = judged(self.worker.engine, [leased.rules for leased in work.jobs], made)
+            work.results = filter_results(self.worker.engine, [leased.rules for leased in work.jobs], made)
         work.requests = []  # decoded inputs are large and no longer needed
         work.gpu_seconds = time.perf_counter() - started
         self.worker.timings.took(group_id, work.gpu_seconds)
@@ -693,7 +693,7 @@ class _Run:
         while not self._ended.wait(min(every_s, LONGEST_LOOK_S)):
             held = () if self._delivery_is_silent() else tuple(self._leases)
             try:
-                self._tell_silence()
+                self._note_silence()
                 if time.monotonic() - beaten_at < 0.9 * every_s:  # the wait may end a little early
                     continue
                 beaten_at = time.monotonic()
@@ -712,7 +712,7 @@ class _Run:
     def _delivery_is_silent(self) -> bool:
         return self._deliverer.silent_s() >= self.worker.limits.lease_ttl_s / 4
 
-    def _tell_silence(self) -> None:
+    def _note_silence(self) -> None:
         """Note for ``status`` that the delivery process does not answer; clear the note when it does."""
         silent_s = self._deliverer.silent_s()
         if bool(silent_s) == self._told_silence:
@@ -789,9 +789,9 @@ class _Run:
         try:
             with self.worker.audit.database.write() as connection:
                 if error is None:
-                    workers.take_back(connection, self.worker.worker_id, text)
+                    workers.remove_note(connection, self.worker.worker_id, text)
                 else:
-                    workers.note_if_none(connection, self.worker.worker_id, text)
+                    workers.set_note_if_none(connection, self.worker.worker_id, text)
         except DatabaseUnavailableError:
             return noted
         return text

@@ -19,7 +19,7 @@ from sdpipeline.app import services
 from sdpipeline.flows.gpu_worker import gpu_worker
 from sdpipeline.orchestration import prefect_workers
 from sdpipeline.orchestration.local_server import own_server
-from sdpipeline.orchestration.prefect_workers import MAX_RESTARTS, WORKER_DEPLOYMENT, Bounds, Fleet
+from sdpipeline.orchestration.prefect_workers import MAX_RESTARTS, WORKER_DEPLOYMENT, Bounds, PrefectWorkers
 from tests.factories import progress
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ class Dispatched:
     """A fleet of two workers, for whose runs nobody works."""
 
     client: SyncPrefectClient
-    fleet: Fleet
+    fleet: PrefectWorkers
 
     def runs(self) -> list[FlowRun]:
         mine = filters.FlowRunFilter(tags=filters.FlowRunFilterTags(all_=[self.fleet.label]))
@@ -63,7 +63,7 @@ def dispatched(client: SyncPrefectClient) -> Dispatched:
     looks = itertools.count(step=60.0)
     bounds = Bounds(min_workers=2, max_workers=2, jobs_per_worker=4)
     label = f"fleet:{uuid4()}"
-    here = Dispatched(client, Fleet(campaign="spring", label=label, bounds=bounds, clock=lambda: next(looks)))
+    here = Dispatched(client, PrefectWorkers(campaign="spring", label=label, bounds=bounds, clock=lambda: next(looks)))
     here.fleet.supervise(BUSY)
     assert len(here.runs()) == 2
     return here

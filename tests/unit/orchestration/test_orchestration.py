@@ -156,7 +156,7 @@ def test_a_worker_that_is_told_to_end_finishes_its_batch_under_prefects_own_hand
     before = signal.signal(signal.SIGTERM, _prefect_sigterm_handler)
     try:
         with pytest.raises(TerminationSignal):
-            worker_process.until_told(work)
+            worker_process.run_until_stopped(work)
     finally:
         signal.signal(signal.SIGTERM, before)
     assert seen == [_prefect_sigterm_handler, "finished"]
@@ -167,7 +167,7 @@ def test_what_goes_wrong_in_a_workers_thread_ends_its_run() -> None:
         raise RuntimeError("the device is on fire")
 
     with pytest.raises(RuntimeError, match="on fire"):
-        worker_process.until_told(work)
+        worker_process.run_until_stopped(work)
 
 
 @pytest.mark.parametrize(
