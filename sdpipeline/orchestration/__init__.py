@@ -62,7 +62,7 @@ def run_campaign(
     progress = services.campaign_progress(settings, campaign)
     if not progress.remaining and not keep_ui:
         return progress
-    with _sigterm_exits(), local_server(settings, keep_ui=keep_ui, always_own=always_own) as server:
+    with _sigterm_exits(), prefect_server(settings, keep_ui=keep_ui, always_own=always_own) as server:
         if console is not None:
             console.print(f"Prefect UI: {server.ui_url}{_password_hint(server)}")
         with _live_progress(settings, campaign, console):
@@ -77,7 +77,7 @@ def _password_hint(server: ServerHandle) -> str:
 
 
 @contextmanager
-def local_server(settings: Settings, *, keep_ui: bool = False, always_own: bool = False) -> Iterator[ServerHandle]:
+def prefect_server(settings: Settings, *, keep_ui: bool = False, always_own: bool = False) -> Iterator[ServerHandle]:
     """Yield the Prefect server to use, PREFECT_API_URL or the home's own, and set it in this process's environment."""
     url = None if always_own else settings.prefect_api_url
     if url is not None:

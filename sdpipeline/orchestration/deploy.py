@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from sdpipeline.campaigns.spec import Schedule
 from sdpipeline.domain import Json
 from sdpipeline.errors import Mistake, OrchestratorUnavailableError, SettingsError
-from sdpipeline.orchestration import local_server
+from sdpipeline.orchestration import prefect_server
 from sdpipeline.orchestration.deployed import CAMPAIGN_DEPLOYMENT
 from sdpipeline.orchestration.request import CampaignRequest
 from sdpipeline.settings import Settings
@@ -121,7 +121,7 @@ def _server(settings: Settings) -> Iterator[SyncPrefectClient]:
     if settings.prefect_api_url is None:
         message = "is not set, and schedules need a Prefect server that stays"
         raise SettingsError(Mistake(key="PREFECT_API_URL", message=message, fix="http://HOST:4200/api"))
-    with local_server(settings), get_client(sync_client=True) as client:
+    with prefect_server(settings), get_client(sync_client=True) as client:
         yield client
 
 

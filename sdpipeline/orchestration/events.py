@@ -6,7 +6,7 @@ from enum import StrEnum
 
 from sdpipeline.db.queries import Progress
 
-PREFIX = "sdpipeline.campaigns.loader"
+PREFIX = "sdpipeline.campaign"
 
 
 class CampaignEvent(StrEnum):

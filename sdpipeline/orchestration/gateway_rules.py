@@ -297,7 +297,7 @@ def _infrastructure(name: str, resource: str) -> bool:
 
 
 def _ours(name: str, resource: str) -> bool:
-    kinds = ("sdpipeline.campaigns.loader.", "prefect.artifact.")
+    kinds = ("sdpipeline.campaign.", "prefect.artifact.")
     return any(name.startswith(kind) and resource.startswith(kind) for kind in kinds)
 
 

@@ -36,7 +36,7 @@ def test_blocked_jobs_are_listed_with_their_rule(prefect_home: Path, tmp_path: P
     def shows() -> None:
         RunArtifacts(settings, "parlour").show(services.campaign_progress(settings, "parlour"))
 
-    with own_server(prefect_home), orchestration.local_server(services.load_settings(prefect_home), always_own=True):
+    with own_server(prefect_home), orchestration.prefect_server(services.load_settings(prefect_home), always_own=True):
         shows()
         mine = filters.ArtifactFilter(key=filters.ArtifactFilterKey(any_=["failures-parlour"]))
         with get_client(sync_client=True) as client:

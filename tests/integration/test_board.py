@@ -99,7 +99,7 @@ class Show:
         """The campaign's, by name."""
         wanted = {
             "event": {"prefix": ["sdpipeline."]},
-            "resource": {"id": [f"sdpipeline.campaigns.loader.default.{NAME}"]},
+            "resource": {"id": [f"sdpipeline.campaign.default.{NAME}"]},
         }
         return {event["event"]: event for event in self.written_down(wanted, expected)}
 

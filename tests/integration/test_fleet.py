@@ -50,7 +50,7 @@ def client(prefect_home: Path) -> Iterator[SyncPrefectClient]:
     """Of a server that knows the workers' deployment."""
     with (
         own_server(prefect_home),
-        orchestration.local_server(services.load_settings(prefect_home), always_own=True),
+        orchestration.prefect_server(services.load_settings(prefect_home), always_own=True),
         get_client(sync_client=True) as client,
     ):
         made: UUID = client.create_deployment(client.create_flow(gpu_worker), WORKER_DEPLOYMENT.partition("/")[2])

@@ -106,7 +106,7 @@ def told(server: Server, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """This process uses that server."""
     for name, value in server.told.items():
         monkeypatch.setenv(name, value)
-    with orchestration.local_server(Settings(home=Path("unused"))):
+    with orchestration.prefect_server(Settings(home=Path("unused"))):
         yield
 
 

@@ -39,7 +39,7 @@ def server(prefect_home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     with own_server(prefect_home) as own:
         for name, value in own.environment.items():
             monkeypatch.setenv(name, value)
-        with orchestration.local_server(services.load_settings()):
+        with orchestration.prefect_server(services.load_settings()):
             yield own
 
 

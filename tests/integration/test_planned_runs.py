@@ -20,7 +20,7 @@ from sdpipeline.orchestration.local_server import own_server
 def test_a_schedules_runs_are_planned(prefect_home: Path) -> None:
     with (
         own_server(prefect_home),
-        orchestration.local_server(services.load_settings(prefect_home), always_own=True),
+        orchestration.prefect_server(services.load_settings(prefect_home), always_own=True),
         get_client(sync_client=True) as client,
     ):
         hourly = DeploymentScheduleCreate(schedule=CronSchedule(cron="0 * * * *"), active=True)

@@ -93,14 +93,14 @@ def test_a_server_of_ones_own_is_used_and_nothing_is_started(
     with own_server(prefect_home) as ours:
         for name, value in ours.environment.items():
             monkeypatch.setenv(name, value)
-        with orchestration.local_server(Settings(home=tmp_path)) as server:
+        with orchestration.prefect_server(Settings(home=tmp_path)) as server:
             assert (server.api_url, server.started) == (ours.api_url, False)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_the_demo_keeps_to_the_server_of_its_home(prefect_home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PREFECT_API_URL", "http://127.0.0.1:9/api")
-    with orchestration.local_server(Settings(home=prefect_home), always_own=True) as server:
+    with orchestration.prefect_server(Settings(home=prefect_home), always_own=True) as server:
         assert os.environ["PREFECT_API_URL"] == server.api_url
         assert answers(server.api_url)
     assert os.environ["PREFECT_API_URL"] == "http://127.0.0.1:9/api"
@@ -109,7 +109,7 @@ def test_the_demo_keeps_to_the_server_of_its_home(prefect_home: Path, monkeypatc
 def test_a_server_of_ones_own_that_does_not_answer_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PREFECT_API_URL", "http://127.0.0.1:9/api")
     expected = pytest.raises(SettingsError, match=r"PREFECT_API_URL.*does not answer")
-    with expected, orchestration.local_server(Settings(home=tmp_path)):
+    with expected, orchestration.prefect_server(Settings(home=tmp_path)):
         pass
     assert list(tmp_path.iterdir()) == []
 
@@ -119,7 +119,7 @@ def test_a_server_that_takes_calls_and_says_nothing_is_refused(tmp_path: Path, m
     with socket.create_server(("127.0.0.1", 0)) as silent:
         monkeypatch.setenv("PREFECT_API_URL", f"http://127.0.0.1:{silent.getsockname()[1]}/api")
         expected = pytest.raises(SettingsError, match="check the address and that the server runs")
-        with expected, orchestration.local_server(Settings(home=tmp_path)):
+        with expected, orchestration.prefect_server(Settings(home=tmp_path)):
             pass
 
 
@@ -269,7 +269,7 @@ def test_a_worker_imports_nothing_from_the_current_folder(
 ) -> None:
     trace = planted(tmp_path, "multiprocessing")
     monkeypatch.chdir(tmp_path)
-    with orchestration.local_server(Settings(home=prefect_home)):
+    with orchestration.prefect_server(Settings(home=prefect_home)):
         worker = multiprocessing.get_context("spawn").Process(target=os.getpid)
         worker.start()
         worker.join()

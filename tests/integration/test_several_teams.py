@@ -36,7 +36,7 @@ def test_every_team_gets_a_run_of_its_own_at_night(
     told = []
     with (
         own_server(prefect_home),
-        orchestration.local_server(services.load_settings(prefect_home), always_own=True),
+        orchestration.prefect_server(services.load_settings(prefect_home), always_own=True),
         get_client(sync_client=True) as client,
     ):
         made: UUID = client.create_deployment(client.create_flow(campaign), CAMPAIGN_DEPLOYMENT.partition("/")[2])
