@@ -10,7 +10,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TypeVar
@@ -703,6 +703,10 @@ class _Run:
                 continue
             # A lease that was closed normally in the meantime is not lost.
             self._lost |= {lease_id for lease_id in held if lease_id not in alive and lease_id in self._leases}
+        # A run may end before the next look: the note would stay.
+        if self._told_silence:
+            with suppress(DatabaseUnavailableError):
+                self._note_silence()
 
     def _heartbeat(self, lease_ids: Collection[str]) -> frozenset[str]:
         with self.worker.audit.database.write() as connection:

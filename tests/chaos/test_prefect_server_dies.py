@@ -63,7 +63,7 @@ def test_a_killed_run_leaves_no_process_behind(home: Path) -> None:
                 assert running.poll() is None, "it ended before there was anything to lose"
                 time.sleep(0.1)
         family += family[0].children(recursive=True)
-        assert [each for each in family if "prefect_server_process" in str(each.cmdline())]
+        assert [each for each in family if "local_server_process" in str(each.cmdline())]
         running.kill()
         running.wait()
         psutil.wait_procs(family, timeout=150)
