@@ -44,7 +44,7 @@ class SigningKey:
 
     @property
     def development(self) -> bool:
-        """True if this program made the key, so that it vouches for nobody."""
+        """True if this program made the key, so that its signature identifies no one."""
         return any(each.value == DEVELOPMENT for each in self._names(NameOID.ORGANIZATION_NAME))
 
     @property
