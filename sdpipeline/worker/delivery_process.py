@@ -314,6 +314,7 @@ class DeliveryProcess:
             server.asked_at.pop(first, None)
         if not done:
             raise error
+        self._silent_since = None  # the answer may come before the first heartbeat
         for connection in server.ours:
             server.free.put(connection)
 
