@@ -28,7 +28,6 @@ from sdpipeline.db.audit import AuditLog
 from sdpipeline.db.budgets import Charge
 from sdpipeline.db.connection import Database
 from sdpipeline.db.queries import Progress
-from sdpipeline.db.queue import Lease, LeasedJob, StoredImage
 from sdpipeline.db.submit import Publication, Submitted, submit
 from sdpipeline.domain import (
     CheckpointRef,
@@ -43,6 +42,7 @@ from sdpipeline.domain import (
 )
 from sdpipeline.engine.checkpoints import CheckpointFiles
 from sdpipeline.errors import CampaignError
+from sdpipeline.jobs import Lease, LeasedJob, StoredImage
 from sdpipeline.provenance.signing import SigningKey, development_key
 from sdpipeline.storage import ObjectStore
 

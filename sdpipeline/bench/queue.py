@@ -14,8 +14,9 @@ from sdpipeline.db import queue
 from sdpipeline.db.audit import AuditLog
 from sdpipeline.db.budgets import Charge
 from sdpipeline.db.connection import Database
-from sdpipeline.db.queue import Cursor, Lease, LeasedJob, StoredImage
+from sdpipeline.db.queue import Cursor
 from sdpipeline.domain import CheckpointRef, Json, digest
+from sdpipeline.jobs import Lease, LeasedJob, StoredImage
 
 LEASE_TTL_S = 60.0
 NOTHING = Workload(

@@ -13,9 +13,10 @@ from sdpipeline.db.audit import Event, Transaction
 from sdpipeline.db.budgets import Charge
 from sdpipeline.db.connection import insert_ignoring, now_s
 from sdpipeline.db.locks import lock_campaign
-from sdpipeline.db.queue import LEASED, StoredImage, commitment, descendants, told_of
+from sdpipeline.db.queue import LEASED, commitment, descendants, told_of
 from sdpipeline.db.tables import campaign, found_picture, image, job
 from sdpipeline.domain import Json
+from sdpipeline.jobs import StoredImage
 
 MOST_CLAIMED = 1000
 _STORED = tuple(StoredImage.__dataclass_fields__)

@@ -8,8 +8,8 @@ from typing import Any
 
 from sqlalchemy import Connection, Select, select
 
-from sdpipeline.db.queue import StoredImage
 from sdpipeline.db.tables import campaign, image, job
+from sdpipeline.jobs import StoredImage
 
 _STORED = tuple(StoredImage.__dataclass_fields__)
 

@@ -17,10 +17,10 @@ from sdpipeline.audit import Gap, SealKey
 from sdpipeline.db import archives, restore
 from sdpipeline.db import reconcile as rows
 from sdpipeline.db.audit import AuditLog
-from sdpipeline.db.queue import StoredImage
 from sdpipeline.db.restore import FoundPicture
 from sdpipeline.domain import Json, fingerprint, request_from_document
 from sdpipeline.errors import InputImageError, ObjectMissingError
+from sdpipeline.jobs import StoredImage
 from sdpipeline.provenance import LARGEST_PICTURE
 from sdpipeline.provenance.untrusted import SHAPE_ERRORS, parse_object
 from sdpipeline.storage import ObjectStore

@@ -16,7 +16,6 @@ from sdpipeline.db import queue as jobs
 from sdpipeline.db import workers
 from sdpipeline.db.audit import AuditLog
 from sdpipeline.db.budgets import Charge
-from sdpipeline.db.queue import LeasedJob, StoredImage
 from sdpipeline.db.reuse import Original
 from sdpipeline.domain import Json, OutputFormat, canonical, to_document
 from sdpipeline.engine import GeneratedImage, quality
@@ -28,6 +27,7 @@ from sdpipeline.errors import (
     ObjectMissingError,
     StorageUnavailableError,
 )
+from sdpipeline.jobs import LeasedJob, StoredImage
 from sdpipeline.provenance import LARGEST_PICTURE, EncodedImage
 from sdpipeline.provenance.signing import SigningKey
 from sdpipeline.storage import ObjectStore, StoredObject, keys

@@ -25,9 +25,9 @@ from typing import Any
 import structlog
 
 from sdpipeline.db.budgets import Charge
-from sdpipeline.db.queue import LeasedJob, StoredImage
 from sdpipeline.engine import GeneratedImage
 from sdpipeline.errors import DeliveryLostError, DeliveryUnavailableError, SdpError
+from sdpipeline.jobs import LeasedJob, StoredImage
 from sdpipeline.settings import Settings
 from sdpipeline.worker.delivery import Attempt, FinishedPicture
 from sdpipeline.worker.inputs import Consumed

@@ -10,10 +10,10 @@ from typing import Any
 
 from sdpipeline import provenance
 from sdpipeline.campaigns.inputs import LARGEST_INPUT_BYTES
-from sdpipeline.db.queue import LeasedJob, ParentImage
 from sdpipeline.domain import ImageSource, Json
 from sdpipeline.engine import Pixels, PreparedRequest
 from sdpipeline.errors import InputImageError, ObjectConflictError, ObjectMissingError
+from sdpipeline.jobs import LeasedJob, ParentImage
 from sdpipeline.provenance import GENERATED, Ingredient
 from sdpipeline.provenance.signing import SigningKey
 from sdpipeline.storage import ForeignObjects, ObjectStore

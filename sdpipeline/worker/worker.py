@@ -21,7 +21,7 @@ from sdpipeline.batching import bucket_for
 from sdpipeline.db import budgets, queries, reuse, workers
 from sdpipeline.db import queue as jobs
 from sdpipeline.db.audit import AuditLog
-from sdpipeline.db.queue import AgingPolicy, Lease, LeasedJob, LeaseState, StoredImage
+from sdpipeline.db.queue import AgingPolicy, LeaseState
 from sdpipeline.db.reuse import Original
 from sdpipeline.domain import CheckpointRef, Status
 from sdpipeline.engine import Batch, Engine, GeneratedImage, GenerationFailure, PreparedRequest
@@ -36,6 +36,7 @@ from sdpipeline.errors import (
     StorageUnavailableError,
     TransientError,
 )
+from sdpipeline.jobs import Lease, LeasedJob, StoredImage
 from sdpipeline.provenance.signing import SigningKey
 from sdpipeline.shutdown import Stop, leave
 from sdpipeline.storage import ForeignObjects, ObjectStore

@@ -20,6 +20,7 @@ from sdpipeline.db.audit import AuditLog, Event, Transaction
 from sdpipeline.db.connection import Database, open_database
 from sdpipeline.engine import Batch, GeneratedImage, GenerationFailure
 from sdpipeline.engine.fake import FakeEngine
+from sdpipeline.jobs import Lease, LeasedJob
 from sdpipeline.storage import LocalStore
 from sdpipeline.worker.worker import Worker, WorkerLimits
 from tests.chaos.postgres import PostgresServer, postgres_server
@@ -170,7 +171,7 @@ def test_what_each_transition_costs_the_server(server: PostgresServer) -> None:
     database = open_database(server.new_database("costs"))
     log = AuditLog(database, actor="bench")
     published(log, chains(LEASES * BATCH))
-    leases: list[queue.Lease] = []
+    leases: list[Lease] = []
     costs: dict[str, tuple[float, float, float]] = {}
     charge = budgets.Charge(worker_id="bench", gpu_seconds=1.0, cost=0.0)
     cursor = queue.Cursor()
@@ -192,11 +193,11 @@ def test_what_each_transition_costs_the_server(server: PostgresServer) -> None:
         with database.read() as connection:
             queue.lease_state(connection, leases[0].id)
 
-    def complete(each: queue.Lease, job: queue.LeasedJob) -> None:
+    def complete(each: Lease, job: LeasedJob) -> None:
         with log.transaction() as tx:
             assert queue.complete(tx, lease_id=each.id, leased=job, stored=stored_image(job), charge=charge)
 
-    def close(each: queue.Lease) -> None:
+    def close(each: Lease) -> None:
         with database.write() as connection:
             queue.close_lease(connection, each.id)
 

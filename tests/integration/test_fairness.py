@@ -12,8 +12,9 @@ from sqlalchemy import update
 from sdpipeline.db import tables
 from sdpipeline.db.audit import AuditLog
 from sdpipeline.db.connection import Database
-from sdpipeline.db.queue import AgingPolicy, Cursor, Lease
+from sdpipeline.db.queue import AgingPolicy, Cursor
 from sdpipeline.domain import CheckpointRef
+from sdpipeline.jobs import Lease
 from tests.factories import CHECKPOINT, chains, completed, leased, published, try_lease
 
 OTHER = CheckpointRef(alias="other", digest="0f" * 32)

@@ -11,9 +11,9 @@ import pytest
 from sdpipeline.audit import load_key
 from sdpipeline.db import budgets, queue
 from sdpipeline.db.audit import AuditLog
-from sdpipeline.db.queue import Lease
 from sdpipeline.engine import Batch, GeneratedImage, PreparedRequest
 from sdpipeline.engine.fake import FakeEngine
+from sdpipeline.jobs import Lease
 from sdpipeline.maintenance.reconcile import reconcile
 from sdpipeline.storage import LocalStore
 from sdpipeline.worker import delivery

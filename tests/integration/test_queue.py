@@ -10,9 +10,9 @@ from sqlalchemy import func, select, update
 from sdpipeline.db import job_control, queue, tables, workers
 from sdpipeline.db.audit import AuditLog
 from sdpipeline.db.connection import Database
-from sdpipeline.db.queue import Lease
 from sdpipeline.domain import CheckpointRef, Status
 from sdpipeline.errors import BadInputError
+from sdpipeline.jobs import Lease
 from tests.factories import (
     chains,
     completed,

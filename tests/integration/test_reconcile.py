@@ -16,12 +16,12 @@ from sdpipeline.audit import load_key, seal, verify
 from sdpipeline.db import workers
 from sdpipeline.db.audit import AuditLog
 from sdpipeline.db.connection import Database
-from sdpipeline.db.queue import Lease
 from sdpipeline.db.tables import attempt, image, job, lease
 from sdpipeline.domain import ControlNetInput, ImageSource, JobSpec, Json
 from sdpipeline.engine import Batch, GeneratedImage, PreparedRequest
 from sdpipeline.engine.fake import FakeEngine
 from sdpipeline.errors import SettingsError
+from sdpipeline.jobs import Lease
 from sdpipeline.maintenance.reconcile import Reconciliation, reconcile
 from sdpipeline.storage import LocalStore
 from sdpipeline.storage.keys import seal_object_key

@@ -19,12 +19,12 @@ from sdpipeline.cli import run
 from sdpipeline.db import job_control, migrate
 from sdpipeline.db.audit import AuditLog
 from sdpipeline.db.connection import Database, open_database
-from sdpipeline.db.queue import Lease
 from sdpipeline.db.tables import image
 from sdpipeline.domain import JobSpec
 from sdpipeline.engine import Batch, GeneratedImage, GenerationFailure, PreparedRequest
 from sdpipeline.engine.fake import FakeEngine
 from sdpipeline.errors import AuditBrokenError
+from sdpipeline.jobs import Lease
 from sdpipeline.maintenance.reconcile import reconcile
 from sdpipeline.maintenance.restore import Adoption
 from sdpipeline.storage import LocalStore
