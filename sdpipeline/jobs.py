@@ -1,17 +1,22 @@
-"""Values that travel between the queue, the worker and delivery: leased jobs and stored images."""
+"""Values that travel between the queue, the worker and delivery: leased jobs, delivery rules and stored images."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Literal
 
-from sdpipeline.domain import GenerationRequest, Json
+from sdpipeline.domain import CheckpointRef, GenerationRequest, Json
+
+IncludePrompt = Literal["full", "hash", "none"]
+"""How a file discloses its prompts: in full, as their SHA-256, or not at all."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LeasedJob:
     """One job that a worker may finish, with its inputs.
 
-    ``rules`` say how its picture is delivered and change no pixel. No other job gets a copy of a ``private`` picture.
+    No other job gets a copy of a ``private`` picture.
     """
 
     id: int
@@ -28,8 +33,79 @@ class LeasedJob:
     fingerprint: str
     request: GenerationRequest
     parents: tuple[ParentImage, ...]
-    rules: Json
+    rules: DeliveryRules
     private: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class QualityThresholds:
+    """Minimum quality scores of a picture; ``None`` sets no minimum."""
+
+    min_sharpness: float | None = None
+    min_edge_agreement: float | None = None
+
+    @classmethod
+    def from_document(cls, document: Mapping[str, float]) -> QualityThresholds:
+        """Return the thresholds of :meth:`to_document`."""
+        return cls(**{name: document[name] for name in cls.__dataclass_fields__ if name in document})
+
+    def to_document(self) -> dict[str, float]:
+        """Return the thresholds that are set, by name."""
+        thresholds = {"min_sharpness": self.min_sharpness, "min_edge_agreement": self.min_edge_agreement}
+        return {name: value for name, value in thresholds.items() if value is not None}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SafetyCheck:
+    """Safety checker that a policy requires; ``rule`` names the policy's key for error messages."""
+
+    rule: str
+    checker: CheckpointRef
+
+    @classmethod
+    def from_document(cls, document: Json) -> SafetyCheck:
+        """Return the check of :meth:`to_document`."""
+        checker = CheckpointRef(alias=document["alias"], digest=document["digest"])
+        return cls(rule=document["rule"], checker=checker)
+
+    def to_document(self) -> Json:
+        """Return the check as a JSON object."""
+        return {"rule": self.rule, "alias": self.checker.alias, "digest": self.checker.digest}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DeliveryRules:
+    """Rules of a stage for checking, reusing and publishing its pictures; they change no pixel.
+
+    ``safety`` lists the safety checkers that every picture must pass. ``include_prompt`` limits how much of the prompts
+    a file may disclose.
+    """
+
+    reuse: bool = True
+    quality: QualityThresholds = QualityThresholds()
+    safety: tuple[SafetyCheck, ...] = ()
+    include_prompt: IncludePrompt = "full"
+
+    @classmethod
+    def from_document(cls, document: Json) -> DeliveryRules:
+        """Return the rules of a database row; a missing key has its default, and unknown keys are ignored.
+
+        A newer release may have written the row, and its keys must not stop this one.
+        """
+        return cls(
+            reuse=document.get("reuse", True),
+            quality=QualityThresholds.from_document(document.get("quality", {})),
+            safety=tuple(SafetyCheck.from_document(each) for each in document.get("safety", ())),
+            include_prompt=document.get("include_prompt", "full"),
+        )
+
+    def to_document(self) -> Json:
+        """Return the rules as the database stores them; earlier releases read this form."""
+        safety = [check.to_document() for check in self.safety]
+        optional = ({"safety": safety} if safety else {}) | (
+            {"include_prompt": self.include_prompt} if self.include_prompt != "full" else {}
+        )
+        return {"reuse": self.reuse, "quality": self.quality.to_document()} | optional
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

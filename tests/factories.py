@@ -9,7 +9,7 @@ import secrets
 import shutil
 import tempfile
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from functools import cache
 from pathlib import Path
 from textwrap import dedent
@@ -42,7 +42,7 @@ from sdpipeline.domain import (
 )
 from sdpipeline.engine.checkpoints import CheckpointFiles
 from sdpipeline.errors import CampaignError
-from sdpipeline.jobs import Lease, LeasedJob, StoredImage
+from sdpipeline.jobs import DeliveryRules, Lease, LeasedJob, StoredImage
 from sdpipeline.provenance.signing import SigningKey, development_key
 from sdpipeline.storage import ObjectStore
 
@@ -214,7 +214,12 @@ def publication(**changes: Any) -> Publication:
 
 
 def published(
-    audit: AuditLog, jobs: Iterable[JobSpec], *, prune: bool = False, rules: Json | None = None, **changes: Any
+    audit: AuditLog,
+    jobs: Iterable[JobSpec],
+    *,
+    prune: bool = False,
+    rules: Mapping[str, DeliveryRules] | None = None,
+    **changes: Any,
 ) -> Submitted:
     """Submit these jobs as one version of a campaign; ``rules`` are by stage."""
     asked = publication(**changes)

@@ -13,9 +13,10 @@ from pydantic import ValidationError
 from sdpipeline.campaigns import yaml_source
 from sdpipeline.campaigns.spec import CampaignSpec, Policy, Stage, nearest, note_faults, shown
 from sdpipeline.campaigns.yaml_source import Faults, KeyPath
-from sdpipeline.domain import Json
+from sdpipeline.domain import CheckpointRef
 from sdpipeline.engine.checkpoints import SAFETY_CHECKER, CheckpointFiles
 from sdpipeline.errors import CampaignError, SettingsError
+from sdpipeline.jobs import SafetyCheck
 
 CAMPAIGN, DEPLOYMENT = "policy", "deployment policy"
 
@@ -143,13 +144,16 @@ def check_safety_checkers(policies: Iterable[Rules], catalog: Mapping[str, Check
         faults.add(place, f"{'' if place else f'{rules.name}.safety_checker: '}{alias!r} {why}", fix)
 
 
-def safety_checks(policies: Iterable[Rules], catalog: Mapping[str, CheckpointFiles]) -> list[Json]:
+def safety_checks(policies: Iterable[Rules], catalog: Mapping[str, CheckpointFiles]) -> tuple[SafetyCheck, ...]:
     """Return the pinned safety checkers that every finished picture must pass, with their rules."""
     found = [(rules.name, catalog[alias]) for rules in policies if (alias := rules.policy.safety_checker)]
-    return [
-        {"rule": f"{name}.safety_checker: {shown(files.alias)}", "alias": files.alias, "digest": files.digest}
+    return tuple(
+        SafetyCheck(
+            rule=f"{name}.safety_checker: {shown(files.alias)}",
+            checker=CheckpointRef(alias=files.alias, digest=files.digest),
+        )
         for name, files in found
-    ]
+    )
 
 
 def words(text: str) -> list[str]:

@@ -22,6 +22,7 @@ from sdpipeline.db.plan_diff import Difference, compare
 from sdpipeline.db.submit import Publication, Submitted
 from sdpipeline.domain import JobSpec, Json
 from sdpipeline.errors import CampaignError, InputImageError, Mistake
+from sdpipeline.jobs import DeliveryRules, QualityThresholds
 from sdpipeline.storage import ObjectStore
 
 
@@ -163,7 +164,7 @@ def submit(
         copy_inputs(inputs.found.values(), store)
         used = {alias for stage in campaign.spec.stages for alias in stage.aliases()}
         used |= {campaign.spec.checkpoint for stage in campaign.spec.stages if not stage.checkpoint}
-        used |= {check["alias"] for check in policy.safety_checks(campaign.policies, campaign.catalog)}
+        used |= {check.checker.alias for check in policy.safety_checks(campaign.policies, campaign.catalog)}
         with audit.transaction() as tx:
             registry.remember(tx, [campaign.catalog[alias] for alias in sorted(used)])
             asked = Publication(
@@ -177,15 +178,18 @@ def submit(
             return publishing.submit(tx, ready, asked, prune=prune)
 
 
-def delivery_rules(campaign: Campaign) -> dict[str, Json]:
-    """Return the delivery rules of each stage's pictures; none of them changes a pixel."""
-    rules, spec = dict[str, Json](), campaign.spec
-    told, safety = spec.provenance.include_prompt, policy.safety_checks(campaign.policies, campaign.catalog)
-    for stage in spec.stages:
-        quality = (stage.quality or spec.quality).model_dump(exclude_none=True)
-        more = ({"safety": safety} if safety else {}) | ({"include_prompt": told} if told != "full" else {})
-        rules[stage.id] = {"reuse": spec.reuse, "quality": quality} | more
-    return rules
+def delivery_rules(campaign: Campaign) -> dict[str, DeliveryRules]:
+    """Return the delivery rules of each stage."""
+    spec, safety = campaign.spec, policy.safety_checks(campaign.policies, campaign.catalog)
+    return {
+        stage.id: DeliveryRules(
+            reuse=spec.reuse,
+            quality=QualityThresholds(**(stage.quality or spec.quality).model_dump()),
+            safety=safety,
+            include_prompt=spec.provenance.include_prompt,
+        )
+        for stage in spec.stages
+    }
 
 
 def _refuse_archived(campaign: Campaign, database: Database, team: str) -> None:

@@ -37,7 +37,7 @@ from sdpipeline.db.connection import now_s
 from sdpipeline.db.locks import share_campaigns
 from sdpipeline.db.tables import attempt, campaign, campaign_version, image, job, job_parent, lease, work_group
 from sdpipeline.domain import Json, Status, digest, request_from_document
-from sdpipeline.jobs import Lease, LeasedJob, ParentImage, StoredImage
+from sdpipeline.jobs import DeliveryRules, Lease, LeasedJob, ParentImage, StoredImage
 
 READY: ColumnElement[str] = literal_column("'ready'")
 LEASED: ColumnElement[str] = literal_column("'leased'")
@@ -303,6 +303,7 @@ def _leased_jobs(connection: Connection, rows: Sequence[Any]) -> tuple[LeasedJob
         .join(campaign, campaign.c.id == work_group.c.campaign_id)
         .where(work_group.c.id == rows[0].group_id)
     ).one()
+    rules = DeliveryRules.from_document(owner.rules)
     return tuple(
         LeasedJob(
             id=row.id,
@@ -319,7 +320,7 @@ def _leased_jobs(connection: Connection, rows: Sequence[Any]) -> tuple[LeasedJob
             fingerprint=row.fingerprint,
             request=request_from_document(row.request),
             parents=parents.get(row.id, ()),
-            rules=owner.rules,
+            rules=rules,
             private=row.subject is not None,
         )
         for row in rows

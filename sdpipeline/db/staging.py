@@ -39,6 +39,7 @@ from sdpipeline.db.connection import copy_rows
 from sdpipeline.db.queue import descendants
 from sdpipeline.db.tables import job
 from sdpipeline.domain import JobSpec, Json, canonical
+from sdpipeline.jobs import DeliveryRules
 
 CHUNK = 5000
 SALT_BYTES = 16
@@ -124,7 +125,7 @@ class Group:
     batch_key: str
     checkpoint_digest: str
     description: Json
-    rules: Json
+    rules: DeliveryRules
 
 
 class Spool:
@@ -167,7 +168,7 @@ class Prepared:
 
 @contextmanager
 def prepared(
-    jobs: Iterable[JobSpec], *, rules: Mapping[str, Json] | None = None, held: bool = False
+    jobs: Iterable[JobSpec], *, rules: Mapping[str, DeliveryRules] | None = None, held: bool = False
 ) -> Iterator[Prepared]:
     """Expand all jobs into a temporary file, so that their mistakes surface first; ``rules`` are by stage."""
     with tempfile.TemporaryFile() as rows_file, tempfile.TemporaryFile() as pairs_file:
@@ -277,7 +278,9 @@ def chunked(jobs: Iterable[JobSpec], size: int) -> Iterator[list[JobSpec]]:
         yield chunk
 
 
-def _place(spec: JobSpec, ready: Prepared, places: dict[tuple[str, str], int], rules: Mapping[str, Json]) -> int:
+def _place(
+    spec: JobSpec, ready: Prepared, places: dict[tuple[str, str], int], rules: Mapping[str, DeliveryRules]
+) -> int:
     """Return the index of the job's group, which is added if it is new."""
     key = (spec.stage, spec.batch_key)
     if key not in places:
@@ -289,7 +292,7 @@ def _place(spec: JobSpec, ready: Prepared, places: dict[tuple[str, str], int], r
                 batch_key=spec.batch_key,
                 checkpoint_digest=spec.request.checkpoint.digest,
                 description=batch_document(spec.request),
-                rules=rules.get(spec.stage, {}),
+                rules=rules.get(spec.stage, DeliveryRules()),
             )
         )
     return places[key]

@@ -170,7 +170,8 @@ def jobs_root(connection: Connection, version_id: int) -> str:
 
 def _group_id(connection: Connection, campaign_id: int, group: Group) -> int:
     values = {"campaign_id": campaign_id, "stage": group.stage, "depth": group.depth, "batch_key": group.batch_key}
-    about = {"checkpoint_digest": group.checkpoint_digest, "description": group.description, "rules": group.rules}
+    rules = group.rules.to_document()
+    about = {"checkpoint_digest": group.checkpoint_digest, "description": group.description, "rules": rules}
     connection.execute(insert_ignoring(connection, work_group).values(**values | about))
     found = select(work_group.c.id).where(
         work_group.c.campaign_id == campaign_id,
@@ -178,7 +179,7 @@ def _group_id(connection: Connection, campaign_id: int, group: Group) -> int:
         work_group.c.batch_key == group.batch_key,
     )
     group_id = int(connection.execute(found).scalar_one())
-    connection.execute(update(work_group).where(work_group.c.id == group_id).values(rules=group.rules))
+    connection.execute(update(work_group).where(work_group.c.id == group_id).values(rules=rules))
     needed = [{"group_id": group_id, "digest": digest} for digest in sorted(_digests(group.description))]
     connection.execute(insert_ignoring(connection, group_checkpoint), needed)
     return group_id

@@ -129,7 +129,7 @@ def finish(
     """
     begun = time.perf_counter()
     measured = quality.measure(generated.pixels, zip(leased.request.controlnets, generated.control_maps, strict=False))
-    quality.check(measured, leased.rules.get("quality", {}))
+    quality.check(measured, leased.rules.quality.to_document())
     started = time.perf_counter()
     frozen = record(leased, consumed, generated)
     shown, output = provenance.disclosed(frozen), leased.request.output
@@ -217,7 +217,7 @@ def reuse(
     signature does not meet what ``signing`` and the trusted roots require. Raises BadPictureError if it scores below
     the campaign's thresholds.
     """
-    started, made, thresholds = time.perf_counter(), original.stored, leased.rules.get("quality", {})
+    started, made, thresholds = time.perf_counter(), original.stored, leased.rules.quality.to_document()
     if thresholds and not made.scores:
         raise InputImageError(f"{made.key} was never measured, and the campaign asks for {', '.join(thresholds)}")
     quality.check(made.scores, thresholds)
@@ -260,7 +260,7 @@ def record(leased: LeasedJob, consumed: Consumed, generated: GeneratedImage) -> 
 
     Prompts are always included: the sidecar keeps them, whatever the file contains.
     """
-    told, ancestors = leased.rules.get("include_prompt", "full"), dict(consumed.ancestors)
+    told, ancestors = leased.rules.include_prompt, dict(consumed.ancestors)
     about: Json = ({"include_prompt": told} if told != "full" else {}) | ({"ancestors": ancestors} if ancestors else {})
     return about | {
         "schema": RECORD_SCHEMA,
@@ -372,11 +372,11 @@ def _unfit(leased: LeasedJob, made: Json, engine: str) -> str | None:
     It comes from a load test, was not safety-checked, was not made strictly, or discloses more of its prompts than
     this campaign allows.
     """
-    ran, told = made["ran"], leased.rules.get("include_prompt", "full")
+    ran, told = made["ran"], leased.rules.include_prompt
     if ran["engine"] != engine:
         return f"was made by the engine {ran['engine']!r}, which is not {engine!r}"
     seen = {each["digest"] for each in ran.get("safety_checkers", ())}
-    if unseen := [each["alias"] for each in leased.rules.get("safety", ()) if each["digest"] not in seen]:
+    if unseen := [each.checker.alias for each in leased.rules.safety if each.checker.digest not in seen]:
         return f"was not shown to safety checker {', '.join(unseen)}"
     if leased.request.exact and ran.get("reproducibility") != "strict":
         return "was not made strictly"

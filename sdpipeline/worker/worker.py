@@ -831,7 +831,7 @@ class _Run:
 
 
 def _may_reuse(leased: LeasedJob) -> bool:
-    return bool(leased.rules.get("reuse", True))
+    return leased.rules.reuse
 
 
 def _first_error(*stages: Future[None]) -> None:

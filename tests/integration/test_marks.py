@@ -24,6 +24,7 @@ from sdpipeline.domain import ControlNetInput, ImageSource, JobSpec, Json, Outpu
 from sdpipeline.engine import Batch, Pixels
 from sdpipeline.engine.fake import FakeEngine
 from sdpipeline.errors import BadInputError, SigningUnavailableError
+from sdpipeline.jobs import DeliveryRules, IncludePrompt
 from sdpipeline.maintenance.restore import examine
 from sdpipeline.provenance import COMPOSITE, GENERATED, VerifiedPicture, verify
 from sdpipeline.provenance.signing import SigningKey
@@ -304,10 +305,10 @@ def test_what_an_older_key_signed_is_made_again_where_it_is_not_trusted(
 @pytest.mark.parametrize("told", ["hash", "none"])
 @every_format
 def test_prompts_that_are_kept_back_stand_in_no_file_of_the_chain(
-    place: Place, output: OutputFormat, told: str
+    place: Place, output: OutputFormat, told: IncludePrompt
 ) -> None:
     jobs = chain(output=output, prompt=f"a {SECRET}", negative_prompt=f"no {SECRET}")
-    pictures = place.work(*jobs, rules={each.stage: {"include_prompt": told} for each in jobs})
+    pictures = place.work(*jobs, rules={each.stage: DeliveryRules(include_prompt=told) for each in jobs})
     for picture in pictures:
         data = place.store.get(picture["key"])
         assert SECRET.encode() not in data
@@ -321,7 +322,7 @@ def test_prompts_that_are_kept_back_stand_in_no_file_of_the_chain(
 
 def test_what_keeps_its_prompt_back_is_made_again_from_its_sidecar_and_not_from_its_file(place: Place) -> None:
     jobs = chain(prompt=SECRET, negative_prompt=SECRET)
-    *_, final = place.work(*jobs, rules={each.stage: {"include_prompt": "none"} for each in jobs})
+    *_, final = place.work(*jobs, rules={each.stage: DeliveryRules(include_prompt="none") for each in jobs})
     record = reproduce.checked_record(place.sidecar(final)["record"], "sidecar")
     done = reproduce.reproduce(record, FakeEngine(), lambda _: b"", original=None, pixels_sha256=final["pixels_sha256"])
     assert done.bit_equal
@@ -347,7 +348,7 @@ def test_a_record_of_the_schema_before_with_its_parents_inside_is_made_again_too
 
 
 def test_a_campaign_that_keeps_prompts_back_gets_no_copy_that_tells_them(place: Place) -> None:
-    keeps_back = {"draft": {"include_prompt": "none"}}
+    keeps_back = {"draft": DeliveryRules(include_prompt="none")}
     place.work(job_spec("a", prompt=SECRET), name="open")
     *_, closed = place.work(job_spec("a", prompt=SECRET), name="closed", rules=keeps_back)
     assert closed["reused_from"] is None

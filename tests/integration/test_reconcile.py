@@ -21,7 +21,7 @@ from sdpipeline.domain import ControlNetInput, ImageSource, JobSpec, Json
 from sdpipeline.engine import Batch, GeneratedImage, PreparedRequest
 from sdpipeline.engine.fake import FakeEngine
 from sdpipeline.errors import SettingsError
-from sdpipeline.jobs import Lease
+from sdpipeline.jobs import DeliveryRules, Lease
 from sdpipeline.maintenance.reconcile import Reconciliation, reconcile
 from sdpipeline.storage import LocalStore
 from sdpipeline.storage.keys import seal_object_key
@@ -303,7 +303,7 @@ def test_a_storage_that_is_not_this_databases_is_refused_and_nothing_reopened(pl
 def test_what_a_killed_worker_had_stored_is_found_in_its_folder_and_in_no_other_looked_for(place: Place) -> None:
     published(place.audit, chains(6))
     place.work()
-    published(place.audit, chains(2), name="autumn", rules={"draft": {"reuse": False}})
+    published(place.audit, chains(2), name="autumn", rules={"draft": DeliveryRules(reuse=False)})
     held = leased(place.audit)
     key = place.left_behind(held)
     expired(place.audit, held)

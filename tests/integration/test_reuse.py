@@ -24,6 +24,7 @@ from sdpipeline.domain import ControlNetInput, ImageSource, JobSpec, Json
 from sdpipeline.engine import Batch, GeneratedImage, GenerationFailure
 from sdpipeline.engine.fake import FakeEngine
 from sdpipeline.errors import RequestRefusedError
+from sdpipeline.jobs import DeliveryRules
 from sdpipeline.storage import LocalStore, ObjectStore
 from sdpipeline.worker import delivery
 from sdpipeline.worker.worker import Worker, WorkerLimits, WorkerSummary
@@ -275,7 +276,9 @@ def test_an_original_that_is_missing_or_altered_is_made_anew_and_named(
 def test_a_campaign_that_says_so_makes_its_pictures_again(place: Place) -> None:
     place.made("spring", list(chains(2)))
     pictures = place.made(
-        "autumn", [*chains(2), job_spec("double", prompt="a picture of row-0")], rules={"draft": {"reuse": False}}
+        "autumn",
+        [*chains(2), job_spec("double", prompt="a picture of row-0")],
+        rules={"draft": DeliveryRules(reuse=False)},
     )
     assert [each["reused_from"] for each in pictures] == [None] * 3
     assert [len(prompts) for prompts in place.engine.asked] == [2, 3]

@@ -23,6 +23,7 @@ from sdpipeline.domain import JobSpec, Json, OutputFormat
 from sdpipeline.engine import Batch, GeneratedImage, Pixels
 from sdpipeline.engine.fake import FakeEngine
 from sdpipeline.engine.quality import perceptual_hash
+from sdpipeline.jobs import DeliveryRules
 from sdpipeline.maintenance.reconcile import reconcile
 from sdpipeline.provenance import GENERATED
 from sdpipeline.reporting.verify import Checked, Register, check
@@ -119,7 +120,7 @@ def test_the_same_pixels_in_an_archived_a_copied_and_a_new_file_are_each_edition
     (first,) = place.work(replace(job_spec("a"), edition="monday"))
     *_, copy = place.work(replace(job_spec("a"), edition="tuesday"))
     assert archived(place, tmp_path) == 1
-    *_, again = place.work(replace(job_spec("a"), edition="wednesday"), rules={"draft": {"reuse": False}})
+    *_, again = place.work(replace(job_spec("a"), edition="wednesday"), rules={"draft": DeliveryRules(reuse=False)})
     assert (copy["reused_from"], again["reused_from"]) == (first["key"], None)
     checked = [place.check(place.store.get(picture["key"])) for picture in (first, copy, again)]
     assert [(each.faults, each.match and each.match.by) for each in checked] == [((), "file")] * 3

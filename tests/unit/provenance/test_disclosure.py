@@ -63,8 +63,8 @@ def test_full_tells_more_than_a_hash_and_that_more_than_nothing() -> None:
 
 def test_a_campaign_says_what_its_pictures_tell_and_changes_no_fingerprint() -> None:
     plain, closed = (TOLD.format(provenance=each) for each in ("", "provenance: {include_prompt: hash}"))
-    assert "include_prompt" not in delivery_rules(campaign_of(plain))["draft"]
-    assert delivery_rules(campaign_of(closed))["draft"]["include_prompt"] == "hash"
+    assert delivery_rules(campaign_of(plain))["draft"].include_prompt == "full"
+    assert delivery_rules(campaign_of(closed))["draft"].include_prompt == "hash"
     assert [job.fingerprint for job in jobs_of(plain)] == [job.fingerprint for job in jobs_of(closed)]
 
 
