@@ -18,10 +18,10 @@ from typing import TypeVar
 import structlog
 
 from sdpipeline.batching import bucket_for
-from sdpipeline.db import budgets, queries, reuse, workers
+from sdpipeline.db import budgets, leasing, queries, reuse, workers
 from sdpipeline.db import queue as jobs
 from sdpipeline.db.audit import AuditLog
-from sdpipeline.db.queue import AgingPolicy, LeaseState
+from sdpipeline.db.leasing import AgingPolicy, LeaseState
 from sdpipeline.db.reuse import Original
 from sdpipeline.domain import CheckpointRef, Status
 from sdpipeline.engine import Batch, Engine, GeneratedImage, GenerationFailure, PreparedRequest
@@ -205,7 +205,7 @@ class _Run:
         self._watchdog = Watchdog(self.stop, worker.limits.shutdown_grace_s, late=self._leave, hung=self._leave_hung)
         self._engine = str(worker.engine.describe()["engine"])
         self._on_the_way: set[str] = set()
-        self._cursor = jobs.Cursor(worker.aging)
+        self._cursor = leasing.Cursor(worker.aging)
         self._deliverer = worker.deliverer or LocalDeliverer(worker.store, worker.signing, worker.audit)
         self._counting = threading.Lock()
         self._outage = threading.Lock()
@@ -376,7 +376,7 @@ class _Run:
                 gpu_second_cost=limits.gpu_second_cost,
                 campaign_id=self.bounds.campaign_id,
             )
-            return jobs.take_lease(
+            return leasing.take_lease(
                 tx,
                 worker_id=self.worker.worker_id,
                 limit=1 if alone else limits.max_batch,
@@ -504,7 +504,7 @@ class _Run:
         started = time.perf_counter()
         batch = Batch(requests=work.requests, bucket=bucket_for(len(work.requests)))
         self._on_device, group_id = work.lease, work.lease.group_id
-        self.worker.aging.begun(time.monotonic() - work.leased_at)
+        self.worker.aging.record_lead(time.monotonic() - work.leased_at)
         with self._watchdog.batch(self.worker.timings.allowed_s(group_id)):
             made = self.worker.engine.generate(batch)
             work.results = filter_results(self.worker.engine, [leased.rules for leased in work.jobs], made)
@@ -528,7 +528,7 @@ class _Run:
 
         def ask() -> LeaseState:
             with self.worker.audit.database.read() as connection:
-                return jobs.lease_state(connection, lease.id)
+                return leasing.lease_state(connection, lease.id)
 
         if self.worker.breaker.is_open and lease.id != self._trial:
             return False
@@ -670,7 +670,7 @@ class _Run:
     def _close(self, lease: Lease) -> None:
         def close() -> None:
             with self.worker.audit.database.write() as connection:
-                jobs.close_lease(connection, lease.id)
+                leasing.close_lease(connection, lease.id)
 
         self._when_database_answers(close)
         self._leases.pop(lease.id, None)
@@ -712,7 +712,7 @@ class _Run:
     def _heartbeat(self, lease_ids: Collection[str]) -> frozenset[str]:
         with self.worker.audit.database.write() as connection:
             workers.seen(connection, self.worker.worker_id)
-            return jobs.heartbeat(connection, lease_ids, ttl_s=self.worker.limits.lease_ttl_s)
+            return leasing.heartbeat(connection, lease_ids, ttl_s=self.worker.limits.lease_ttl_s)
 
     def _delivery_is_silent(self) -> bool:
         return self._deliverer.silent_s() >= self.worker.limits.lease_ttl_s / 4
