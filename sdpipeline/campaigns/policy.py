@@ -11,11 +11,12 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from sdpipeline.campaigns import yaml_source
-from sdpipeline.campaigns.spec import CampaignSpec, Policy, Stage, nearest, note_faults, shown
+from sdpipeline.campaigns.spec import CampaignSpec, Policy, Stage, note_faults, shown
 from sdpipeline.campaigns.yaml_source import Faults, KeyPath
 from sdpipeline.domain import Json
 from sdpipeline.engine.checkpoints import SAFETY_CHECKER, CheckpointFiles
 from sdpipeline.errors import CampaignError, SettingsError
+from sdpipeline.suggestions import nearest
 
 CAMPAIGN, DEPLOYMENT = "policy", "deployment policy"
 

@@ -12,7 +12,7 @@ from sdpipeline.batching import batch_key
 from sdpipeline.campaigns import profiles
 from sdpipeline.campaigns.inputs import InputFolder
 from sdpipeline.campaigns.policy import Rules
-from sdpipeline.campaigns.spec import LIMITS, CampaignSpec, ImageSpec, Parameters, Stage, nearest, number
+from sdpipeline.campaigns.spec import LIMITS, CampaignSpec, ImageSpec, Parameters, Stage, number
 from sdpipeline.campaigns.templates import Template, TemplateRefusedError, compile_template
 from sdpipeline.campaigns.yaml_source import KeyPath
 from sdpipeline.domain import (
@@ -33,6 +33,7 @@ from sdpipeline.engine import annotators, families
 from sdpipeline.engine.checkpoints import CheckpointFiles, inversion_words
 from sdpipeline.engine.families import Cell, Family
 from sdpipeline.errors import InputImageError
+from sdpipeline.suggestions import nearest
 
 DEFAULT_SIDE = 512
 """Width and height if neither the stage, nor ``defaults:``, nor an input picture gives one."""
