@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from sdpipeline.app import services
-from sdpipeline.campaigns.spec import NAME
+from sdpipeline.campaigns.spec_part import NAME
 from sdpipeline.cli.output import FOUND_FAULTS, AsJson, Home, load_settings, print_json, print_records, refuse, stdout
 from sdpipeline.db import registry
 from sdpipeline.domain import Json
