@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from sdpipeline.db.audit import Event, Writer
+from sdpipeline.db.audit_subjects import worker_id
 from sdpipeline.domain import Json
 
 WORKER_EVENTS = frozenset(
@@ -88,16 +89,16 @@ def _beyond(event: Json, actor: str, bound: Writer | None) -> str | None:
     kind = event["event"]
     if bound is not None and bound.kind == "sealer" and kind not in SEALER_EVENTS:
         return f"a sealer's login does not write {kind}"
-    if not actor.startswith("worker:"):
+    own = worker_id(actor)
+    if own is None:
         is_worker = bound is not None and bound.kind == "worker"
         return f"a worker's login does not write as {actor!r}" if is_worker else None
     if kind not in WORKER_EVENTS:
         return f"a worker does not write {kind}"
-    own = actor.partition(" ")[0]
-    if f"worker:{event.get('worker', own.removeprefix('worker:'))}" != own:
-        return f"{own} does not write of worker {event['worker']}"
-    if kind in (Event.WORKER_STARTED, Event.WORKER_STOPPED) and event["subject"] != own:
-        return f"{own} does not write of {event['subject']}"
+    if str(event.get("worker", own)) != own:
+        return f"worker:{own} does not write of worker {event['worker']}"
+    if kind in (Event.WORKER_STARTED, Event.WORKER_STOPPED) and event["subject"] != f"worker:{own}":
+        return f"worker:{own} does not write of {event['subject']}"
     if kind == Event.CAMPAIGN_PAUSED and event.get("reason") != "budget":
         return "a worker pauses a campaign for its budget only"
     return None

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import TypeVar
 
 from sdpipeline.audit.findings import Verification
-from sdpipeline.db import audit_queries
+from sdpipeline.db import audit_queries, audit_subjects
 from sdpipeline.db.audit import Event
 from sdpipeline.db.connection import Connection
 from sdpipeline.domain import Json
@@ -62,14 +62,15 @@ class CampaignReplay:
 
     def _spend(self, event: Json) -> None:
         if "spent" not in event:
-            actor = str(event["actor"]).partition(" ")[0]
-            self.unpriced.add(event["worker"] if "worker" in event else actor.removeprefix("worker:"))
+            worker = event["worker"] if "worker" in event else audit_subjects.worker_id(str(event["actor"]))
+            if worker is not None:
+                self.unpriced.add(worker)
         elif (one := event["spent"]) is not None:
             sums = self.spent.setdefault((one["campaign"], one["group"], event["worker"]), [0.0] * len(AMOUNTS))
             for n, name in enumerate(AMOUNTS):
                 sums[n] += one[name]
             if "lease" in event:
-                job_id = int(event["subject"].removeprefix("job:"))
+                job_id = audit_subjects.job_id(event["subject"])
                 self.attempts[job_id, event["lease"]] = one["gpu_seconds"], one["cost"]
 
 
@@ -79,7 +80,7 @@ def _keep_newest(known: dict[_Key, Json], key: _Key, event: Json) -> None:
 
 
 def _campaign(event: Json) -> int:
-    return int(event["subject"].removeprefix("campaign:"))
+    return audit_subjects.campaign_id(event["subject"])
 
 
 def verify_campaigns(connection: Connection, found: Verification, replay: CampaignReplay) -> None:

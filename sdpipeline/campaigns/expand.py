@@ -8,11 +8,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from sdpipeline.campaigns.inputs import InputFolder
-from sdpipeline.campaigns.loader import EDITION, MOST_JOBS, Axes, Campaign, jobs_of_a_chain, seed_count
-from sdpipeline.campaigns.spec import SeedRange
-from sdpipeline.campaigns.stage_plan import Resolved, Size, StagePlan, WrongValueError
+from sdpipeline.campaigns.loader import EDITION, MOST_JOBS, Campaign, jobs_of_a_chain
+from sdpipeline.campaigns.request_form import Resolved, Size
+from sdpipeline.campaigns.seeds import SeedRange, seed_count
+from sdpipeline.campaigns.stage_plan import StagePlan, WrongValueError
 from sdpipeline.campaigns.tables import OnMistake, Row
 from sdpipeline.campaigns.templates import TemplateRefusedError, compile_template
+from sdpipeline.campaigns.variables import Axes
 from sdpipeline.domain import JobSpec, canonical, identities, stage_seed
 from sdpipeline.errors import CampaignError, Mistake
 

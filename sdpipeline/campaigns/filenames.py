@@ -7,8 +7,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from sdpipeline.campaigns.spec import nearest
 from sdpipeline.campaigns.templates import TemplateRefusedError, compile_template
+from sdpipeline.suggestions import nearest
 
 MANIFEST = "manifest.csv"
 EXTENSIONS: Mapping[str, str] = {"png": "png", "jpeg": "jpg", "webp": "webp"}

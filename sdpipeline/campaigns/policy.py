@@ -11,12 +11,15 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from sdpipeline.campaigns import yaml_source
-from sdpipeline.campaigns.spec import CampaignSpec, Policy, Stage, nearest, note_faults, shown
-from sdpipeline.campaigns.yaml_source import Faults, KeyPath
+from sdpipeline.campaigns.spec import CampaignSpec, Policy
+from sdpipeline.campaigns.spec_parser import note_faults
+from sdpipeline.campaigns.stage_spec import Stage
+from sdpipeline.campaigns.yaml_source import Faults, KeyPath, shown
 from sdpipeline.domain import CheckpointRef
 from sdpipeline.engine.checkpoints import SAFETY_CHECKER, CheckpointFiles
 from sdpipeline.errors import CampaignError, SettingsError
 from sdpipeline.jobs import SafetyCheck
+from sdpipeline.suggestions import nearest
 
 CAMPAIGN, DEPLOYMENT = "policy", "deployment policy"
 

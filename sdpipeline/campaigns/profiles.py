@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from sdpipeline.campaigns.spec import CampaignSpec, Stage
+from sdpipeline.campaigns.spec import CampaignSpec
+from sdpipeline.campaigns.stage_spec import Stage
 from sdpipeline.campaigns.yaml_source import Faults, KeyPath
 from sdpipeline.domain import Profile, Reproducibility
 from sdpipeline.engine import families

@@ -6,15 +6,19 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from sdpipeline.campaigns import adapter_validation, policy, profiles
+from sdpipeline.campaigns.parameters import LIMITS, Parameters, number
 from sdpipeline.campaigns.policy import Rules
-from sdpipeline.campaigns.spec import LIMITS, CampaignSpec, ControlNetSpec, Parameters, Seeds, Stage, nearest, number
+from sdpipeline.campaigns.seeds import Seeds
+from sdpipeline.campaigns.spec import CampaignSpec
 from sdpipeline.campaigns.stage_plan import WrongValueError, checked, not_taken
+from sdpipeline.campaigns.stage_spec import ControlNetSpec, Stage
 from sdpipeline.campaigns.yaml_source import Faults, KeyPath
 from sdpipeline.domain import Task
 from sdpipeline.engine import annotators, families
 from sdpipeline.engine.checkpoints import CheckpointFiles
 from sdpipeline.engine.families import Family
 from sdpipeline.engine.quality import EDGE_ANNOTATORS
+from sdpipeline.suggestions import nearest
 
 Catalog = Mapping[str, CheckpointFiles]
 

@@ -88,6 +88,18 @@ def dotted(path: KeyPath) -> str:
     return text.removeprefix(".")
 
 
+def shown(value: Any) -> str:
+    """Format a value from a file for an error message."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    if value is None:
+        return "nothing"
+    if isinstance(value, list | dict):
+        return "a list" if isinstance(value, list) else "keys with values"
+    text = repr(value).removesuffix(".0")
+    return text if len(text) <= 60 else text[:57] + "..." + text[-1]
+
+
 def load(path: Path) -> Located:
     """Read one document; raises CampaignError for anything that is not plain, small YAML."""
     try:

@@ -13,7 +13,6 @@ from sdpipeline.app import services
 from sdpipeline.bench.shapes import NAMES, shape
 from sdpipeline.bench.spread import OnProgress
 from sdpipeline.bench.workload import Workload
-from sdpipeline.campaigns.spec import nearest
 from sdpipeline.cli.output import refuse, stderr
 from sdpipeline.domain import CheckpointRef, Json, Profile, Task
 from sdpipeline.engine import Engine
@@ -21,6 +20,7 @@ from sdpipeline.engine.checkpoints import CheckpointFiles
 from sdpipeline.engine.devices import gpu_count
 from sdpipeline.engine.families import family, scheduler_refusal
 from sdpipeline.settings import Settings
+from sdpipeline.suggestions import nearest
 
 if TYPE_CHECKING:
     from sdpipeline.bench.plain import PlainLoop

@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from sdpipeline.app import services
-from sdpipeline.campaigns.spec import NAME, nearest
+from sdpipeline.campaigns.spec_part import NAME
 from sdpipeline.cli.output import FOUND_FAULTS, AsJson, Home, load_settings, print_json, print_records, refuse, stdout
 from sdpipeline.db import registry
 from sdpipeline.domain import Json
@@ -20,6 +20,7 @@ from sdpipeline.engine.hub import REPOSITORY, fetch
 from sdpipeline.errors import CheckpointError
 from sdpipeline.private_files import users_umask
 from sdpipeline.settings import Settings
+from sdpipeline.suggestions import nearest
 
 _GROUP = typer.Typer(help="The registry of checkpoints allowed to run.", no_args_is_help=True)
 Alias = Annotated[str, typer.Argument(metavar="ALIAS", help="The name campaigns use.")]

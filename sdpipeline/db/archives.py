@@ -8,6 +8,7 @@ from typing import Any
 
 from sqlalchemy import Connection, Select, and_, case, delete, exists, func, insert, or_, select, update
 
+from sdpipeline.db import audit_subjects
 from sdpipeline.db.audit import Event, Transaction
 from sdpipeline.db.connection import now_s
 from sdpipeline.db.locks import lock_campaign
@@ -130,7 +131,7 @@ def _events(connection: Connection, ids: list[int]) -> dict[int, list[list[Any]]
     own = select(*columns).where(audit_event.c.subject.in_([f"job:{job_id}" for job_id in ids]))
     found: dict[int, list[list[Any]]] = {}
     for subject, writer, seq in connection.execute(own.order_by(audit_event.c.writer_id, audit_event.c.seq)):
-        found.setdefault(int(subject.removeprefix("job:")), []).append([writer, seq])
+        found.setdefault(audit_subjects.job_id(subject), []).append([writer, seq])
     return found
 
 

@@ -15,7 +15,6 @@ from typing import Any, TextIO
 
 from sdpipeline.campaigns import filenames, yaml_source
 from sdpipeline.campaigns.filenames import EXTENSIONS, MANIFEST, Naming, Subject, WrongNameError
-from sdpipeline.campaigns.spec import nearest
 from sdpipeline.campaigns.tables import variable_name
 from sdpipeline.db import exports
 from sdpipeline.db.connection import Database
@@ -23,6 +22,7 @@ from sdpipeline.domain import Json
 from sdpipeline.errors import BadInputError, Mistake, ObjectMissingError
 from sdpipeline.escaping import spreadsheet
 from sdpipeline.storage import ObjectStore
+from sdpipeline.suggestions import nearest
 
 COPIES_AT_ONCE = 8
 COLUMNS = (

@@ -20,19 +20,15 @@ from hypothesis import strategies as st
 
 from sdpipeline.campaigns import expand, yaml_source
 from sdpipeline.campaigns.loader import check
-from sdpipeline.campaigns.spec import (
-    Budget,
-    CampaignSpec,
+from sdpipeline.campaigns.parameters import Parameters
+from sdpipeline.campaigns.spec import Budget, CampaignSpec, Policy, Rows, Schedule
+from sdpipeline.campaigns.stage_spec import (
     ControlNetSpec,
     ImageSpec,
     IPAdapterSpec,
     LoraSpec,
     OutputSpec,
-    Parameters,
-    Policy,
     Quality,
-    Rows,
-    Schedule,
     Stage,
 )
 from sdpipeline.campaigns.tables import Table, read_rows
