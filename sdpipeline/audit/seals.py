@@ -70,7 +70,7 @@ def watch(
                 if count and on_seal is not None:
                     on_seal(count)
         except TransientError as error:
-            _log.warning("not_sealed", error=str(error))
+            _log.warning("seal_failed", error=str(error))
         if stopped:
             return
 
