@@ -187,5 +187,5 @@ def digest(text: str) -> str:
 def older_than(seal: str) -> AuditBrokenError:
     """Return the error for a database that is older than a seal in storage."""
     return AuditBrokenError(
-        f"the database is older than {seal} in storage: a restored backup, or another database's storage?"
+        f"the database is older than {seal} in storage: it is a restored backup, or the storage is not its own"
     )
