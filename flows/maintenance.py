@@ -30,7 +30,7 @@ def seal() -> State[Any]:
 @flow(name="reconcile", persist_result=False)
 def reconcile(
     *,
-    repair: Annotated[bool, Field(description="put it right; objects are moved, never deleted")] = False,
+    repair: Annotated[bool, Field(description="repair the findings; objects are moved, never deleted")] = False,
 ) -> State[Any]:
     """Compare the database with storage, and find what a crash or a restored backup left behind."""
     from sdpipeline.app import maintenance as upkeep
@@ -51,7 +51,8 @@ def retention(*, dry_run: Annotated[bool, Field(description="only count; change 
 @flow(name="audit-verify", persist_result=False)
 def audit_verify(
     sample: Annotated[
-        NonNegativeInteger | None, Field(description="read only so many pictures, chosen at random; default all")
+        NonNegativeInteger | None,
+        Field(description="check only this number of pictures, chosen at random; default: all"),
     ] = None,
 ) -> State[Any]:
     """Check every event, seal, job row and picture against each other."""

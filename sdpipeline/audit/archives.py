@@ -41,12 +41,16 @@ def verify_archive(store: ObjectStore, found: Verification, told: EventReplay, r
 def _archived_faults(row: Json, job: Json, secret: Json | None, told: EventReplay) -> Iterator[str]:
     prompts_gone = secret is not None and ERASED in secret["request"]
     if (secret is None or prompts_gone) != told.is_erased(job["id"]):
-        yield "its request was erased, and is here" if secret else "its request is gone, and no erasure is known"
+        yield (
+            "its request was erased, but is still stored"
+            if secret
+            else "its request is missing, and no erasure is recorded"
+        )
     if secret is not None:
         if not prompts_gone:
             yield from request_faults(job | secret | {"edition": row["edition"]})
         if committed(secret["request"], secret["salt"]) != job["commitment"]:
-            yield "it commits to another request than its archive says"
+            yield "its commitment is not to the request in its archive"
     # A job that was erased and then asked for again has a new salt, so its old commitment cannot be checked.
     known = None if job["id"] in told.erased and job["erased_at"] is None else job["commitment"]
     yield from course_faults(job, told, known)
@@ -61,6 +65,6 @@ def _is_kept(store: ObjectStore, found: Verification, told: EventReplay, picture
         return True
     found.deleted += 1
     if store.versions(picture["key"]):
-        detail = "the audit log says that it was deleted, and storage has it"
+        detail = "the audit log says that it was deleted, but it is still in storage"
         found.fault("object-not-deleted", picture["key"], detail)
     return False

@@ -94,7 +94,7 @@ def _lost_seal(store: ObjectStore, number: int) -> tuple[str, str, Json]:
         told: Json = json.loads(body)
         ranges(told)
     except (KeyError, TypeError, ValueError) as error:
-        raise AuditBrokenError(f"{seal_object_key(number)} in storage is no seal") from error
+        raise AuditBrokenError(f"{seal_object_key(number)} in storage is not a seal") from error
     return body, signature, told
 
 

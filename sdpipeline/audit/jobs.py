@@ -21,14 +21,18 @@ def verify_jobs(connection: Connection, found: Verification, told: EventReplay) 
             found.fault("job-altered", subject, detail)
     for version_id, jobs_root in audit_queries.published_roots(connection):
         if told.roots.get(version_id) != jobs_root:
-            detail = "its jobs are not those that were submitted"
+            detail = "its jobs differ from the submitted ones"
             found.fault("campaign-altered", f"version:{version_id}", detail)
 
 
 def _job_faults(job: Json, told: EventReplay) -> Iterator[str]:
     erased = job["erased_at"] is not None
     if erased != told.is_erased(job["id"]):
-        yield "its request is gone, and no erasure is known" if erased else "its request was erased, and is here"
+        yield (
+            "its request is missing, and no erasure is recorded"
+            if erased
+            else "its request was erased, but is still stored"
+        )
     yield from _erased_faults(job, told) if erased else request_faults(job)
     # A job that was erased in between has a new salt, so its old commitment cannot be checked.
     known = None if job["id"] in told.erased and not erased else committed(job["request"], job["salt"])
@@ -39,18 +43,18 @@ def course_faults(job: Json, told: EventReplay, known: str | None) -> Iterator[s
     """Compare a job's status and attempts with the events; ``known`` is its commitment, None if unknown."""
     _, last = told.last.get(job["id"], (0, None))
     if job["status"] not in ALLOWED[last]:
-        yield f"it is {job['status']}, the audit log says {last or 'nothing of it'}"
+        yield f"it is {job['status']}, the audit log says {last or 'nothing'}"
     attempts = told.attempts.get(job["id"], (0, 0))[1]
     event = told.succeeded.get((job["id"], job["fingerprint"]))
     # A job that was cancelled, asked for again and matched to its old picture counts that picture's attempts.
     kept = event["attempt"] if event is not None and job["status"] == "cancelled" else attempts
     if job["status"] == "succeeded":
         if event is None:
-            yield "the audit log does not know that it succeeded"
+            yield "the audit log has no record of its success"
             return
         attempts = kept = event["attempt"]
         if known not in (None, event["commitment"]):
-            yield "its request is not the one its picture was made from"
+            yield "its request differs from the one that made its picture"
     if job["attempt"] not in (attempts, kept):
         yield f"it counts {job['attempt']} attempts, the audit log {attempts}"
 
@@ -58,9 +62,9 @@ def course_faults(job: Json, told: EventReplay, known: str | None) -> Iterator[s
 def _erased_faults(job: Json, told: EventReplay) -> Iterator[str]:
     """Compare an erased job's commitment with the events; nothing else of its request is left."""
     if job["salt"]:
-        yield "its request was erased, and its salt is here"
+        yield "its request was erased, but its salt is still stored"
     if job["id"] in told.erased and committed(job["request"], job["salt"]) != told.erased[job["id"]][1]:
-        yield "it commits to another request than the one that was erased"
+        yield "its commitment is not to the request that was erased"
 
 
 def request_faults(job: Json) -> Iterator[str]:

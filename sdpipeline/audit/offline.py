@@ -55,9 +55,11 @@ class _Reading:
         """Read and check the whole file."""
         for number, line in enumerate(lines):
             if len(line) > LONGEST_LINE:
-                raise BadInputError(f"this is no {FORMAT}: line {number + 1} is longer than {LONGEST_LINE:,} bytes")
+                raise BadInputError(
+                    f"this is not a {FORMAT} file: line {number + 1} is longer than {LONGEST_LINE:,} bytes"
+                )
             if self._ended:
-                self.found.fault("export-altered", f"line:{number + 1}", "it stands behind the end")
+                self.found.fault("export-altered", f"line:{number + 1}", "it comes after the end")
             elif not number:
                 self._head(line)
             elif line.startswith(SEAL):
@@ -69,12 +71,14 @@ class _Reading:
             self._hash.update(line)
         if not self._ended:
             self._close_seal()
-            self.found.fault("export-cut", "end", "the file does not end with a signed end: its tail is missing")
+            self.found.fault("export-cut", "end", "the file has no signed end: its last lines are missing")
         for subject in self._authors.foreign():
             self.found.fault("event-forged", subject, "the process that owns its chain did not write it")
         for number in self._empty:
             if not any(number in each for each in self._lost):
-                self.found.fault("sealed-events-altered", f"seal:{number}", "none of the events it covers is here")
+                self.found.fault(
+                    "sealed-events-altered", f"seal:{number}", "none of the events it covers is in the file"
+                )
         return self.found
 
     def _head(self, line: bytes) -> None:
@@ -83,7 +87,7 @@ class _Reading:
         except UNREADABLE:
             known = False
         if not known:
-            raise BadInputError(f"this is no {FORMAT} (write one with sdpipeline audit export)")
+            raise BadInputError(f"this is not a {FORMAT} file (write one with sdpipeline audit export)")
 
     def _event(self, body: bytes) -> None:
         found = self.found
@@ -118,7 +122,7 @@ class _Reading:
                 # An unsealed gap event excuses nothing: an attacker who cut the log could have written it.
                 self._lost += [range(told["first_seal"], told["last_seal"] + 1)] if self._left else []
         except UNREADABLE:
-            found.fault("event-altered", f"event:{found.events}", "it is no event that was written here")
+            found.fault("event-altered", f"event:{found.events}", "it is not an event written by this program")
 
     def _begin_seal(self, line: bytes) -> None:
         self._close_seal()
@@ -135,7 +139,7 @@ class _Reading:
             if type(number) is not int or type(events) is not int:
                 raise TypeError
         except UNREADABLE:
-            found.fault("seal-invalid", subject, "it is no seal that was written here")
+            found.fault("seal-invalid", subject, "it is not a seal written by this program")
             return
         if wrong := self._keys.fault(body, signature, self._trusted):
             found.fault(wrong[0], subject, wrong[1])
@@ -157,7 +161,7 @@ class _Reading:
         elif missing:
             self.found.fault("sealed-events-altered", subject, f"{missing} of the events it covers are missing")
         elif self._tree.root().hex() != told.get("merkle_root") or not all(map(self._stands_at, covered)):
-            detail = "the events it covers are not those that were sealed"
+            detail = "the events it covers differ from those that were sealed"
             self.found.fault("sealed-events-altered", subject, detail)
 
     def _stands_at(self, covered: tuple[str, int, int]) -> bool:
@@ -174,11 +178,11 @@ class _Reading:
             told = json.loads(body)
             counts = told["events"], told["seals"], told["last_seal"], told["sha256"]
         except UNREADABLE:
-            found.fault("export-altered", "end", "it is no end that was written here")
+            found.fault("export-altered", "end", "it is not an end written by this program")
             return
         if self._trusted is not None and signer(body) not in self._trusted:
-            found.fault("seal-key-unknown", "end", f"it is signed by {signer(body)[:16]}, which is no trusted key")
+            found.fault("seal-key-unknown", "end", f"it is signed by {signer(body)[:16]}, which is not a trusted key")
         elif not is_signed(body, signature):
-            found.fault("export-altered", "end", "its signature is not by the key that it names")
+            found.fault("export-altered", "end", "its signature was not made with the key that it names")
         if counts != (found.events, found.seals, self._previous, self._hash.hexdigest()):
             found.fault("export-altered", "end", f"the file was written with {counts[0]} events and {counts[1]} seals")

@@ -53,7 +53,11 @@ def verify_images(
         if not deleted:
             living.add(picture["key"])
         if deleted != ((picture["job_id"], picture["fingerprint"]) in told.deleted):
-            detail = "it is gone, and no deletion is known" if deleted else "it was deleted, its row says nothing of it"
+            detail = (
+                "it is missing, and no deletion is recorded"
+                if deleted
+                else "it was deleted, but its row does not say so"
+            )
             found.fault("image-altered", f"image:{picture['key']}", detail)
         if (picture["job_id"], picture["fingerprint"]) not in wanted:
             found.skipped += 1
@@ -101,7 +105,7 @@ def _verify_object(store: ObjectStore, found: Verification, each: Expected, keys
     try:
         data = store.get(each.key)
     except ObjectMissingError:
-        found.fault("object-missing", each.key, "storage does not have it")
+        found.fault("object-missing", each.key, "it is not in storage")
         return None
     there = hashlib.sha256(data).hexdigest()
     if there == each.sha256:

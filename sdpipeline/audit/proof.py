@@ -46,7 +46,7 @@ def success_of_job(connection: Connection, job_id: int, *, team: str) -> Success
     """Return the newest picture of one of the team's jobs; raises BadInputError if it has none."""
     found = _successes(rows.about(connection, f"job:{job_id}"), team)
     if not found:
-        raise BadInputError(Mistake(message=f"the audit log knows of no picture of job {job_id}"))
+        raise BadInputError(Mistake(message=f"the audit log has no picture of job {job_id}"))
     return max(found, key=lambda each: int(each.told["at_us"]))
 
 
@@ -63,7 +63,7 @@ def success_of_picture(connection: Connection, sha256: str, *, team: str) -> Suc
     own = [each for each in found if each.told["image"]["sha256"] == sha256]
     if not own:
         fix = "a picture whose metadata was changed has other bytes: give the job's id"
-        raise BadInputError(Mistake(message=f"the audit log knows of no picture with SHA-256 {sha256}", fix=fix))
+        raise BadInputError(Mistake(message=f"the audit log has no picture with SHA-256 {sha256}", fix=fix))
     return min(own, key=lambda each: int(each.told["at_us"]))
 
 
@@ -115,7 +115,7 @@ def verify_proof(
     if wrong := Succession(found.signers).fault(proof.seal, proof.signature, trusted):
         found.fault(wrong[0], f"seal:{proof.number}", wrong[1])
     if not verify_inclusion(proof.event, index=proof.index, size=proof.size, proof=proof.path, root=proof.root):
-        found.fault("sealed-events-altered", proof.subject, "the event is not among those that were sealed")
+        found.fault("sealed-events-altered", proof.subject, "the event is not one of the sealed events")
     if picture is not None:
         found.images = 1
         if detail := altered(picture, **proof.recorded):
@@ -138,7 +138,7 @@ class _Proof:
 
 
 def _parsed(document: Json) -> _Proof:
-    refusal = BadInputError(f"this is no {FORMAT} (write one with sdpipeline audit prove)")
+    refusal = BadInputError(f"this is not a {FORMAT} file (write one with sdpipeline audit prove)")
     if document.get("format") != FORMAT:
         raise refusal
     try:
@@ -167,7 +167,7 @@ def altered(data: bytes, *, sha256: str, pixels_sha256: str | None) -> str | Non
     try:
         pixels = provenance.pixels_sha256(provenance.decode(data, max_pixels=LARGEST_PICTURE))
     except InputImageError:
-        return "its bytes do not hash to the recorded SHA-256, and are no picture any more"
+        return "its bytes do not hash to the recorded SHA-256, and are not a picture any more"
     if pixels == pixels_sha256:
-        return "its metadata was changed, its pixels are those that were recorded"
-    return "its pixels are not those that were recorded"
+        return "its metadata was changed; its pixels are the recorded ones"
+    return "its pixels differ from the recorded ones"

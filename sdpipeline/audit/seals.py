@@ -70,7 +70,7 @@ def watch(
                 if count and on_seal is not None:
                     on_seal(count)
         except TransientError as error:
-            _log.warning("not_sealed", error=str(error))
+            _log.warning("seal_failed", error=str(error))
         if stopped:
             return
 
@@ -187,5 +187,5 @@ def digest(text: str) -> str:
 def older_than(seal: str) -> AuditBrokenError:
     """Return the error for a database that is older than a seal in storage."""
     return AuditBrokenError(
-        f"the database is older than {seal} in storage: a restored backup, or another database's storage?"
+        f"the database is older than {seal} in storage: it is a restored backup, or the storage is not its own"
     )

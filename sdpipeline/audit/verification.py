@@ -46,6 +46,8 @@ def verify(
     verify_newest(database, store, found)
     for deleted in gone:
         if store.versions(deleted):
-            found.fault("object-not-deleted", deleted, "the audit log says that it was deleted, and storage has it")
+            found.fault(
+                "object-not-deleted", deleted, "the audit log says that it was deleted, but it is still in storage"
+            )
     verify_objects(store, found, pictures)
     return found

@@ -140,7 +140,7 @@ def _lost(alone: float, wall: float, done: WorkerSummary) -> Json:
         "waited for lease and fetch": waited["work"],
         "waited for the database": waited["database"],
         "waited for delivery": waited["delivery"],
-        "passes slower beside the rest": done.gpu_seconds - alone,
+        "passes slowed by the other work": done.gpu_seconds - alone,
     }
     known["last pictures' delivery"] = wall - done.gpu_seconds - sum(waited.values())
     return {name: seconds / wall for name, seconds in known.items()}

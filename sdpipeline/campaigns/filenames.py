@@ -108,7 +108,7 @@ def refusal(file: str) -> str | None:
     """Return why the path is invalid on some platform, or ``None`` if it is valid."""
     parts = file.split("/")
     if any(part in ("", ".", "..") for part in parts):
-        return "is no path inside the folder"
+        return "is not a path inside the folder"
     if not file.isprintable():
         return "holds a control character"
     if found := _FORBIDDEN.search(file):
@@ -122,7 +122,7 @@ def refusal(file: str) -> str | None:
     # A folder named like a picture or the manifest would block the file of that name.
     folders = [part.lower() for part in parts[:-1]]
     if any(part == MANIFEST or part.endswith(tuple(f".{each}" for each in EXTENSIONS.values())) for part in folders):
-        return "has a folder that is called like a file"
+        return "has a folder with the name of a file"
     return None
 
 

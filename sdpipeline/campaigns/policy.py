@@ -70,7 +70,7 @@ class Rules:
         asked, alias = self.policy, files.alias
         fix = f"sdpipeline checkpoints add {alias} DIR_OR_REPO --licence L --purpose P, or other weights"
         if asked.licences is not None and files.licence not in asked.licences:
-            known = f"is under {files.licence!r}" if files.licence else "is registered under no licence"
+            known = f"is under {files.licence!r}" if files.licence else "is registered without a licence"
             yield f"{alias!r} {known}, {self.name}.licences allows {', '.join(asked.licences) or 'none'}", fix
         if missing := [purpose for purpose in asked.purposes if purpose not in files.purposes]:
             yield f"{alias!r} is not approved for {', '.join(missing)}, as {self.name}.purposes asks", fix

@@ -108,7 +108,7 @@ def load(path: Path) -> Located:
     except OSError as error:
         raise CampaignError(Mistake(file=str(path), message=f"cannot be read: {error.strerror}")) from error
     except ValueError as error:
-        raise CampaignError(Mistake(file=str(path), message=f"is no file name: {error}")) from error
+        raise CampaignError(Mistake(file=str(path), message=f"is not a file name: {error}")) from error
     if len(data) > LARGEST_FILE_BYTES:
         raise CampaignError(Mistake(file=str(path), message="is larger than 4 MiB", fix="put the rows in a table"))
     try:
@@ -251,7 +251,7 @@ class _Builder:
         node.value = _SURROGATES.sub(_joined_pair, node.value)
         shown = node.value if len(node.value) <= 40 else node.value[:40] + "..."
         if not pattern.fullmatch(node.value):
-            self._refuse(node, path, f"{shown!r} is no {node.tag.removeprefix(_TAG)}", "remove the tag")
+            self._refuse(node, path, f"{shown!r} is not a valid {node.tag.removeprefix(_TAG)}", "remove the tag")
             return None
         if character := control_character(node.value):
             self._refuse(node, path, f"holds the character {character}", "remove it")

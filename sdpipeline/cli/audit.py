@@ -35,7 +35,7 @@ from sdpipeline.domain import Json
 from sdpipeline.private_files import users_umask
 from sdpipeline.provenance.untrusted import UnreadableError, parse_object
 
-_GROUP = typer.Typer(help="Seal the audit log, check it, and prove what stands in it.", no_args_is_help=True)
+_GROUP = typer.Typer(help="Seal, verify and export the audit log; prove single pictures.", no_args_is_help=True)
 
 
 def add_to(app: typer.Typer) -> None:
@@ -48,13 +48,22 @@ def add_to(app: typer.Typer) -> None:
 
 def verify(
     *,
-    sample: Annotated[int | None, typer.Option(min=0, help="Read only so many pictures, chosen at random.")] = None,
-    full: Annotated[bool, typer.Option("--full", help="Read all pictures and approved weights (the default).")] = False,
-    exported: Annotated[Path | None, typer.Option("--export", help="Check this export alone, by no settings.")] = None,
-    proof: Annotated[Path | None, typer.Option(help="Check this proof alone, by no settings.")] = None,
-    image: Annotated[Path | None, typer.Option(help="With --proof: is this the picture it is about?")] = None,
+    sample: Annotated[
+        int | None, typer.Option(min=0, help="Check only this number of pictures, chosen at random.")
+    ] = None,
+    full: Annotated[
+        bool, typer.Option("--full", help="Check all pictures and approved weights (the default).")
+    ] = False,
+    exported: Annotated[
+        Path | None, typer.Option("--export", help="Check only this export; needs no settings and no database.")
+    ] = None,
+    proof: Annotated[
+        Path | None, typer.Option(help="Check only this proof; needs no settings and no database.")
+    ] = None,
+    image: Annotated[Path | None, typer.Option(help="With --proof: check that the proof is for this picture.")] = None,
     key: Annotated[
-        list[str] | None, typer.Option(help="A public key to trust, in place of the settings' own; may be repeated.")
+        list[str] | None,
+        typer.Option(help="A public key to trust instead of the key in the settings; may be repeated."),
     ] = None,
     home: Home = None,
     as_json: AsJson = False,
@@ -62,9 +71,9 @@ def verify(
     """Check all teams' events, seals, jobs, campaigns and pictures, or an export or a proof; exit 3 on faults."""
     alone = [each for each in (exported, proof) if each is not None]
     if len(alone) > 1 or (alone and (sample is not None or full)):
-        raise refuse("--export, --proof and --sample or --full are checks of their own", "give one of them")
+        raise refuse("--export, --proof and --sample or --full cannot be combined", "give one of them")
     if image and proof is None:
-        raise refuse("--image goes with --proof")
+        raise refuse("--image needs --proof")
     trusted = tuple(audit.public_key(each) for each in key or ()) or None
     if alone:
         found = _verified_alone(exported, proof, image, trusted)
@@ -89,9 +98,11 @@ def _verified_alone(
 
 def seal(
     *,
-    watch: Annotated[bool, typer.Option("--watch", help="Go on until told to stop.")] = False,
+    watch: Annotated[bool, typer.Option("--watch", help="Keep sealing until stopped.")] = False,
     every: Annotated[float, typer.Option(min=0.1, help="With --watch: seconds between seals.")] = EVERY_S,
-    events: Annotated[int, typer.Option(min=1, help="With --watch: sooner at so many events.")] = MOST_EVENTS,
+    events: Annotated[
+        int, typer.Option(min=1, help="With --watch: seal sooner when this number of events is unsealed.")
+    ] = MOST_EVENTS,
     home: Home = None,
     as_json: AsJson = False,
 ) -> None:
@@ -121,7 +132,7 @@ def seal(
 
 def export(
     *,
-    out: Annotated[Path | None, typer.Option(help="Write there; default standard output.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Output file; default: standard output.")] = None,
     home: Home = None,
     as_json: AsJson = False,
 ) -> None:
@@ -149,7 +160,7 @@ def export(
 def prove_image(
     picture: Annotated[str, typer.Argument(metavar="IMAGE", help="A picture's file, key or address, or a job's id.")],
     *,
-    out: Annotated[Path | None, typer.Option(help="Write the proof there; default standard output.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Output file of the proof; default: standard output.")] = None,
     home: Home = None,
     as_json: AsJson = False,
 ) -> None:
@@ -183,7 +194,9 @@ def _success(connection: Connection, picture: str, team: str) -> Success:
         return success_of_job(connection, int(picture), team=team)
     sha256 = audit_queries.digest_at(connection, picture, team=team)
     if sha256 is None:
-        raise refuse(f"{picture} is no file, and no picture's key or address", "see sdpipeline jobs CAMPAIGN --json")
+        raise refuse(
+            f"{picture} is neither a file nor a picture's key or address", "see sdpipeline jobs CAMPAIGN --json"
+        )
     return success_of_picture(connection, sha256, team=team)
 
 
@@ -192,7 +205,7 @@ def _proof(path: Path) -> Json:
         with _opened(path) as file:
             document: Json = parse_object(file.read(LONGEST_LINE + 1), largest=LONGEST_LINE)
     except UnreadableError as error:
-        raise refuse(f"{path} is no proof: it {error}", "write one with sdpipeline audit prove") from error
+        raise refuse(f"{path} is not a proof: it {error}", "write one with sdpipeline audit prove") from error
     return document
 
 
@@ -221,4 +234,4 @@ def _show(found: Verification, *, as_json: bool, compare: bool) -> None:
         f"{found.seals} seals and {found.images} pictures{skipped}"
     )
     for public_key in found.signers if compare else ():
-        stdout.print(f"signed by {public_key}: compare it with the key you were given, or name that with --key")
+        stdout.print(f"signed by {public_key}: compare it with the key you were given, or pass that key with --key")

@@ -33,8 +33,10 @@ from sdpipeline.storage.scratch import scratch_storage
 
 _GROUP = typer.Typer(help="Measure this machine.", no_args_is_help=True)
 
-Rounds = Annotated[int, typer.Option(min=1, help="How often each is measured, in turn; the median counts.")]
-PlotFile = Annotated[Path | None, typer.Option("--plot", metavar="FILE.png|svg", help="Draw the figures too.")]
+Rounds = Annotated[int, typer.Option(min=1, help="Number of measurements of each, in turn; the median counts.")]
+PlotFile = Annotated[
+    Path | None, typer.Option("--plot", metavar="FILE.png|svg", help="Also plot the results to this file.")
+]
 
 
 def add_to(app: typer.Typer) -> None:
@@ -47,7 +49,7 @@ def add_to(app: typer.Typer) -> None:
 def engine(
     *,
     checkpoint: Checkpoint = "shapes",
-    batch: Annotated[list[int] | None, typer.Option(help="A batch size, or several; default 1, 2, 4, 8.")] = None,
+    batch: Annotated[list[int] | None, typer.Option(help="Batch size; may be repeated; default: 1, 2, 4, 8.")] = None,
     width: Width = None,
     height: Height = None,
     num_inference_steps: Steps = None,
@@ -101,8 +103,8 @@ def engine(
 def pipeline(
     *,
     checkpoint: Checkpoint = "shapes",
-    batch: Annotated[int, typer.Option(help="Pictures in a forward pass.")] = 8,
-    batches: Annotated[int, typer.Option(min=1, help="Batches of a round.")] = 4,
+    batch: Annotated[int, typer.Option(help="Pictures per forward pass.")] = 8,
+    batches: Annotated[int, typer.Option(min=1, help="Batches per round.")] = 4,
     width: Width = None,
     height: Height = None,
     num_inference_steps: Steps = None,
@@ -165,9 +167,9 @@ def pipeline(
 
 def queue(
     *,
-    jobs: Annotated[int, typer.Option(min=1, help="How many jobs are worked.")] = 2000,
-    batch: Annotated[int, typer.Option(min=1, max=64, help="How many are leased at a time.")] = 8,
-    workers: Annotated[int, typer.Option(min=1, max=8, help="How many lease at the same time.")] = 4,
+    jobs: Annotated[int, typer.Option(min=1, help="Number of jobs.")] = 2000,
+    batch: Annotated[int, typer.Option(min=1, max=64, help="Jobs per lease.")] = 8,
+    workers: Annotated[int, typer.Option(min=1, max=8, help="Number of concurrent workers.")] = 4,
     plot_file: PlotFile = None,
     home: Home = None,
     as_json: AsJson = False,
@@ -184,14 +186,16 @@ def queue(
         print_json(found)
         return
     print_records(f"Queue: {workers} workers", ("what", "count", "per_s", "p50_ms", "p99_ms"), found["transitions"])
-    stdout.print(f"{found['submitted_per_s']:g} jobs submitted and {found['jobs_per_s']:g} worked a second")
+    stdout.print(f"{found['submitted_per_s']:g} jobs submitted and {found['jobs_per_s']:g} completed a second")
 
 
 def storage(
     *,
-    objects: Annotated[int, typer.Option(min=1, help="How many objects.")] = 50,
-    size_bytes: Annotated[int, typer.Option(min=1, help="Of each; a 1024x1024 png is about 1.3 million.")] = 1_300_000,
-    threads: Annotated[int, typer.Option(min=1, max=16, help="How many at the same time.")] = 4,
+    objects: Annotated[int, typer.Option(min=1, help="Number of objects.")] = 50,
+    size_bytes: Annotated[
+        int, typer.Option(min=1, help="Size of each object; a 1024x1024 png has about 1.3 million.")
+    ] = 1_300_000,
+    threads: Annotated[int, typer.Option(min=1, max=16, help="Number of threads.")] = 4,
     plot_file: PlotFile = None,
     home: Home = None,
     as_json: AsJson = False,
@@ -218,7 +222,7 @@ def storage(
 def _batches(asked: list[int] | None) -> list[int]:
     sizes = sorted(set(asked or (1, 2, 4, 8)))
     if wrong := [size for size in sizes if size not in BUCKETS]:
-        raise refuse(f"--batch {wrong[0]} is no size that batches have", f"one of {', '.join(map(str, BUCKETS))}")
+        raise refuse(f"--batch {wrong[0]} is not a batch size", f"one of {', '.join(map(str, BUCKETS))}")
     return sizes
 
 
@@ -235,10 +239,10 @@ def _say_pipeline(found: Json) -> None:
     )
     stdout.print(
         f"the whole line reaches {found['share_of_engine']:.3f} of the engine alone and {found['against_plain']:.2f} "
-        f"times the plain loop; beside the device a picture takes {beside}"
+        f"times the plain loop; outside the device a picture takes {beside}"
     )
     if found["device_idle_share"] is not None:
-        stdout.print(f"the GPU waits {found['device_idle_share']:.2%} of the time")
+        stdout.print(f"the GPU is idle for {found['device_idle_share']:.2%} of the time")
 
 
 def _title(found: Json) -> str:
@@ -259,5 +263,5 @@ def _say_engine(found: Json) -> None:
         stdout.print(f"its pictures differ from exact ones by {apart['grey_levels']:.2f} grey levels{psnr}")
     if found["device_idle_share"] is not None:
         stdout.print(
-            f"the GPU waits {found['device_idle_share']:.2%} of a batch; {found['peak_memory_gib']} GiB at most"
+            f"the GPU is idle for {found['device_idle_share']:.2%} of a batch; {found['peak_memory_gib']} GiB at most"
         )

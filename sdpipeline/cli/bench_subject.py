@@ -25,14 +25,16 @@ from sdpipeline.suggestions import nearest
 if TYPE_CHECKING:
     from sdpipeline.bench.plain import PlainLoop
 
-Checkpoint = Annotated[str, typer.Option(help="An alias; or sd15 or sdxl: their shapes, with random weights.")]
-Width = Annotated[int | None, typer.Option(min=64, help="Pixels; default what fits checkpoint and device.")]
-Height = Annotated[int | None, typer.Option(min=64, help="Pixels; default what fits checkpoint and device.")]
-Steps = Annotated[int | None, typer.Option("--num-inference-steps", min=1, help="Default as for the size.")]
-Guidance = Annotated[float | None, typer.Option("--guidance-scale", min=1.0, help="1 is without guidance.")]
+Checkpoint = Annotated[
+    str, typer.Option(help="An alias, or sd15 or sdxl: random weights in the shapes of these models.")
+]
+Width = Annotated[int | None, typer.Option(min=64, help="Pixels; default: fits the checkpoint and the device.")]
+Height = Annotated[int | None, typer.Option(min=64, help="Pixels; default: fits the checkpoint and the device.")]
+Steps = Annotated[int | None, typer.Option("--num-inference-steps", min=1, help="Default: as for the size.")]
+Guidance = Annotated[float | None, typer.Option("--guidance-scale", min=1.0, help="1 turns guidance off.")]
 Scheduler = Annotated[str, typer.Option(help="As in a campaign file.")]
 ProfileName = Annotated[Profile, typer.Option(help="exact, fast or turbo, as in a campaign file.")]
-Device = Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N; default the first GPU, else cpu.")]
+Device = Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N; default: the first GPU, else cpu.")]
 
 SHIPPED = {"width": 128, "height": 128, "num_inference_steps": 20, "guidance_scale": 4.0}
 ON_A_CPU = {"width": 128, "height": 128, "num_inference_steps": 2}
@@ -98,7 +100,7 @@ def subject(settings: Settings, wanted: Wanted) -> Subject:
     settings, files = _checkpoint(settings, wanted.checkpoint, device)
     row = family(files.family)
     if row.cell(Task.TEXT_TO_IMAGE) is None:
-        raise refuse(f"--checkpoint {files.alias} makes no pictures from text", "name one that does")
+        raise refuse(f"--checkpoint {files.alias} is not a text-to-image checkpoint", "name one that is")
     if fault := scheduler_refusal(files.family, wanted.scheduler):
         raise refuse(f"--scheduler: {fault}")
     usual = _usual(files, device)
@@ -106,7 +108,7 @@ def subject(settings: Settings, wanted: Wanted) -> Subject:
     chosen = usual | {name: value for name, value in given.items() if value is not None}
     for name in ("width", "height"):
         if chosen[name] % row.size_multiple:
-            raise refuse(f"--{name} {chosen[name]} is no multiple of {row.size_multiple}", "name the nearest one")
+            raise refuse(f"--{name} {chosen[name]} is not a multiple of {row.size_multiple}", "name the nearest one")
     ref = CheckpointRef(alias=files.alias, digest=files.digest)
     workload = Workload(checkpoint=ref, scheduler=wanted.scheduler, profile=wanted.profile, **chosen)
     dtype = settings.engine.dtype or (row.cuda_dtype if device.startswith("cuda") else "float32")

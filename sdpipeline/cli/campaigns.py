@@ -43,7 +43,7 @@ UNLUCKY = ("failed", "blocked", "skipped", "cancelled")
 RETRYABLE = ("failed", "blocked", "cancelled")
 
 Edition = Annotated[
-    str | None, typer.Option(help="Make the whole campaign as this edition; default what its schedule says.")
+    str | None, typer.Option(help="Make the whole campaign again as this edition; default: as its schedule says.")
 ]
 
 
@@ -84,13 +84,13 @@ def plan(
         stdout.print(f"scheduled {when.cron} {when.timezone}: " + ", ".join(f"{at:%Y-%m-%d %H:%M %Z}" for at in nights))
     if diff:
         changes = [{name: _short(value) for name, value in change.items()} for change in planned["diff"]]
-        print_records("What made jobs new", ("stage", "key", "jobs", "was", "now"), changes)
+        print_records("Why jobs are new", ("stage", "key", "jobs", "was", "now"), changes)
 
 
 def submit(
     file: CampaignFile,
     *,
-    prune: Annotated[bool, typer.Option("--prune", help="Cancel what the file no longer asks for.")] = False,
+    prune: Annotated[bool, typer.Option("--prune", help="Cancel jobs that the file no longer asks for.")] = False,
     edition: Edition = None,
     home: Home = None,
     as_json: AsJson = False,
@@ -132,7 +132,7 @@ def run(
 
 
 def status(
-    campaign: Annotated[str | None, typer.Argument(metavar="[CAMPAIGN]", help="One campaign; default all.")] = None,
+    campaign: Annotated[str | None, typer.Argument(metavar="[CAMPAIGN]", help="One campaign; default: all.")] = None,
     *,
     home: Home = None,
     as_json: AsJson = False,
@@ -156,9 +156,11 @@ def jobs(
     campaign: CampaignName,
     *,
     with_status: Annotated[Status | None, typer.Option("--status", help="Only jobs of this status.")] = None,
-    checkpoint: Annotated[str | None, typer.Option(help="Only jobs made with these weights: a digest's start.")] = None,
+    checkpoint: Annotated[
+        str | None, typer.Option(help="Only jobs of the checkpoint whose digest starts with this.")
+    ] = None,
     after: Annotated[int, typer.Option(help="Only jobs with a greater id: the next page.")] = 0,
-    limit: Annotated[int | None, typer.Option(min=1, help="At most so many jobs.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Maximum number of jobs.")] = None,
     jsonl: Annotated[bool, typer.Option("--jsonl", help="One JSON document per line, streamed.")] = False,
     home: Home = None,
     as_json: AsJson = False,
@@ -217,9 +219,9 @@ def retry(
         raise refuse(f"--status {with_status} cannot be retried", f"one of {', '.join(RETRYABLE)}")
     count, kept = intake.reopen(load_settings(home), campaign, with_status)
     if kept and not count:
-        why = f"a policy forbids all {kept} {with_status} jobs of {campaign}, and a retry does not lift it"
+        why = f"a policy forbids all {kept} {with_status} jobs of {campaign}, and a retry does not change that"
         raise refuse(why, "change the prompts or the policy, and submit the file again")
-    forbidden = f", {kept} left alone because a policy forbids them" if kept else ""
+    forbidden = f", {kept} not retried because a policy forbids them" if kept else ""
     about = {"campaign": campaign, "retried": count, "forbidden": kept}
     _say(f"{count} jobs reopened{forbidden}", about, as_json=as_json)
 
@@ -302,7 +304,7 @@ def leave(progress: Progress) -> None:
     if progress.failed:
         stderr.print(f"why: sdpipeline jobs {progress.name} --status failed; again: sdpipeline retry {progress.name}")
     if progress.blocked:
-        stderr.print(f"what is blocked, and by which rule: sdpipeline jobs {progress.name} --status blocked")
+        stderr.print(f"blocked jobs and their rules: sdpipeline jobs {progress.name} --status blocked")
     if progress.paused_because:
         stderr.print(f"{progress.name} is paused: {progress.paused_because}; raise it in the file and run it again")
     elif progress.remaining and progress.status == "paused":
@@ -314,7 +316,7 @@ def leave(progress: Progress) -> None:
 def _estimated(estimate: dict[str, Any]) -> str:
     """Format the estimate of the remaining work."""
     if estimate["gpu_seconds"] is None:
-        return f"no estimate: nothing like {estimate['jobs_without_history']} of them was made here before"
+        return f"no estimate: {estimate['jobs_without_history']} of them have no history here"
     cost = f", cost {estimate['cost']:.2f}" if estimate["cost"] is not None else ""
     return f"still to make: {estimate['gpu_seconds']:.1f} GPU-seconds{cost}, {estimate['bytes'] / 1e6:.1f} MB"
 

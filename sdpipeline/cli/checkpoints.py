@@ -23,7 +23,7 @@ from sdpipeline.settings import Settings
 from sdpipeline.suggestions import nearest
 
 _GROUP = typer.Typer(help="The registry of checkpoints allowed to run.", no_args_is_help=True)
-Alias = Annotated[str, typer.Argument(metavar="ALIAS", help="The name campaigns use.")]
+Alias = Annotated[str, typer.Argument(metavar="ALIAS", help="Name of the checkpoint in campaign files.")]
 
 
 def add_to(app: typer.Typer) -> None:
@@ -52,21 +52,21 @@ def add(
     source: Annotated[str, typer.Argument(metavar="DIR_OR_REPO", help="A directory, or a hub repository.")],
     *,
     revision: Annotated[str | None, typer.Option(help="The repository's commit, 40 digits.")] = None,
-    licence: Annotated[str | None, typer.Option(help="Under which licence the weights may be used.")] = None,
-    purpose: Annotated[list[str] | None, typer.Option(help="What they were approved for; may be repeated.")] = None,
+    licence: Annotated[str | None, typer.Option(help="Licence of the weights.")] = None,
+    purpose: Annotated[list[str] | None, typer.Option(help="Approved purpose; may be repeated.")] = None,
     expires: Annotated[datetime | None, typer.Option(formats=["%Y-%m-%d"], help="Last day of the approval.")] = None,
-    approved_by: Annotated[str | None, typer.Option(help="Who approved them; default you.")] = None,
+    approved_by: Annotated[str | None, typer.Option(help="Approver; default: the current user.")] = None,
     home: Home = None,
     as_json: AsJson = False,
 ) -> None:
     """Approve weights under an alias, which refers to them from now on. Existing jobs keep their pinned weights."""
     settings = load_settings(home)
     if not re.fullmatch(NAME, alias):
-        raise refuse(f"{alias!r} is no alias", "lower-case letters, digits and -")
+        raise refuse(f"{alias!r} is not an alias", "lower-case letters, digits and -")
     directory = Path(source).expanduser().resolve()
     if not directory.is_dir() and REPOSITORY.fullmatch(source):
         if revision is None:
-            raise refuse(f"{source} is no directory, and as a repository it needs --revision", "pin its commit")
+            raise refuse(f"{source} is not a directory, and a repository needs --revision", "pin its commit")
         with nullcontext() if settings.checkpoints.is_relative_to(settings.home) else users_umask():
             directory = fetch(source, revision, settings.checkpoints / f".{alias}-{revision[:12]}")
     try:
@@ -92,7 +92,7 @@ def add(
 
 
 def verify_all(
-    alias: Annotated[str | None, typer.Argument(metavar="[ALIAS]", help="One checkpoint; default all.")] = None,
+    alias: Annotated[str | None, typer.Argument(metavar="[ALIAS]", help="One checkpoint; default: all.")] = None,
     *,
     home: Home = None,
     as_json: AsJson = False,
@@ -114,9 +114,11 @@ def verify_all(
 
 
 def revoke(
-    alias: Annotated[str, typer.Argument(metavar="ALIAS_OR_DIGEST", help="An alias, or at least 8 digits.")],
+    alias: Annotated[
+        str, typer.Argument(metavar="ALIAS_OR_DIGEST", help="An alias, or at least 8 digits of a digest.")
+    ],
     *,
-    because: Annotated[str, typer.Option(help="Why; it stands in the registry for ever.")],
+    because: Annotated[str, typer.Option(help="Reason; it is kept in the registry permanently.")],
     home: Home = None,
     as_json: AsJson = False,
 ) -> None:

@@ -111,7 +111,7 @@ def _result(settings: Settings, name: str, wall_s: float) -> _Result:
 
 def _print(result: _Result, *, nothing_new: bool) -> None:
     if nothing_new:
-        stdout.print(f"Nothing to do: all {result.images} pictures are there already.")
+        stdout.print(f"Nothing to do: all {result.images} pictures exist already.")
     else:
         rate = result.images / result.wall_s
         stdout.print(f"{result.images} pictures in {result.wall_s:.0f} s, {rate:.2f} a second, starts included.")
@@ -119,15 +119,15 @@ def _print(result: _Result, *, nothing_new: bool) -> None:
     stdout.print(f"Each is marked as AI-made and signed by {result.signer}.")
     print_table("Where things are", ("what", "where"), result.places.items())
     print_table(
-        "What to try next",
+        "Next steps",
         ("to", "type"),
         (
             ("see every job", f"sdpipeline jobs demo{result.home}"),
-            ("know all about one", f"sdpipeline show 1{result.home}"),
+            ("see everything about one job", f"sdpipeline show 1{result.home}"),
             ("check that nothing was changed", f"sdpipeline audit verify{result.home}"),
-            ("see what a picture is and who signed it", f"sdpipeline verify {shlex.quote(result.newest)}{result.home}"),
-            ("have the pictures under readable names", f"sdpipeline export demo --to DIR{result.home}"),
-            ("write your own", "sdpipeline init DIR, and there: sdpipeline run catalogue.yaml"),
+            ("see a picture's origin and its signer", f"sdpipeline verify {shlex.quote(result.newest)}{result.home}"),
+            ("copy the pictures under readable names", f"sdpipeline export demo --to DIR{result.home}"),
+            ("start a campaign of your own", "sdpipeline init DIR, and there: sdpipeline run catalogue.yaml"),
             ("check this installation", "sdpipeline doctor"),
         ),
     )

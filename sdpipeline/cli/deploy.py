@@ -28,7 +28,7 @@ def add_to(app: typer.Typer) -> None:
 def deploy(
     *,
     max_campaigns: Annotated[
-        int | None, typer.Option(min=0, help="Campaigns at work at a time; 0 is no limit; default as it was.")
+        int | None, typer.Option(min=0, help="Maximum number of campaigns at a time; 0: no limit; default: unchanged.")
     ] = None,
     silence_s: Annotated[
         float, typer.Option(min=35, help="Seconds without a heartbeat after which a run counts as crashed.")
@@ -75,7 +75,7 @@ def prefect_gateway(
 def schedule(
     file: Annotated[str, typer.Argument(metavar="CAMPAIGN", help="The campaign file, or s3://bucket/key.yaml.")],
     *,
-    off: Annotated[bool, typer.Option("--off", help="Take the schedule away; the campaign's name will do.")] = False,
+    off: Annotated[bool, typer.Option("--off", help="Remove the schedule; the campaign's name is enough.")] = False,
     home: Home = None,
     as_json: AsJson = False,
 ) -> None:
@@ -104,11 +104,11 @@ def _unschedule(settings: Settings, given: str, *, as_json: bool) -> None:
     there = is_bucket_url(given) or Path(given).is_file()
     name = _checked(settings, given, None if is_bucket_url(given) else _text(given)).name if there else given
     if not deployment.unschedule(settings, name):
-        raise refuse(f"{name} has no schedule on this server", "prefect deployment ls names those there are")
+        raise refuse(f"{name} has no schedule on this server", "list the schedules: prefect deployment ls")
     if as_json:
         print_json({"campaign": name, "deployment": None})
     else:
-        stdout.print(f"{name} is not scheduled any more")
+        stdout.print(f"{name} is no longer scheduled")
 
 
 def _text(file: str) -> str:
@@ -124,7 +124,7 @@ def _checked(settings: Settings, given: str, text: str | None) -> CampaignSpec:
     hints = []
     if text is not None:
         expand.check(*services.load_campaign(settings, Path(given), database))
-        beside = "at night the file is alone, without the tables and pictures that lie beside it here"
+        beside = "a scheduled run reads only this file, not the tables and pictures in its folder"
         hints.append(Mistake(file=given, message=beside, fix="put them at s3://bucket/key: see SDP_INPUTS__ALLOWED"))
     try:
         with submit.campaign_file(settings, url=None if text is not None else given, text=text) as path:

@@ -26,10 +26,12 @@ def add_to(app: typer.Typer) -> None:
 def export_pictures(
     campaign: CampaignName,
     *,
-    to: Annotated[Path, typer.Option(metavar="DIR", help="The folder to copy to; it may be new.")],
-    name: Annotated[str | None, typer.Option(metavar="TEMPLATE", help="As in '{{ sku }}-{{ seed }}'.")] = None,
+    to: Annotated[Path, typer.Option(metavar="DIR", help="Target folder; created if missing.")],
+    name: Annotated[
+        str | None, typer.Option(metavar="TEMPLATE", help="Template of the file names, such as '{{ sku }}-{{ seed }}'.")
+    ] = None,
     stage: Annotated[
-        list[str] | None, typer.Option(metavar="ID", help="Only this stage, or several; default the last ones.")
+        list[str] | None, typer.Option(metavar="ID", help="Only this stage; may be repeated; default: the last stages.")
     ] = None,
     edition: Annotated[str | None, typer.Option(help="Only this edition.")] = None,
     home: Home = None,
@@ -52,7 +54,7 @@ def export_pictures(
 
 def _say(done: Exported) -> None:
     waiting = f"; {done.without_picture} jobs have no picture" if done.without_picture else ""
-    stdout.print(f"{done.copied} pictures copied to {done.directory}, {done.unchanged} were there already{waiting}")
+    stdout.print(f"{done.copied} pictures copied to {done.directory}, {done.unchanged} existed already{waiting}")
     for fault in done.faults[:MOST_SHOWN]:
         stderr.print(f"{fault['file']}: job {fault['job']}: {fault['url']} {fault['detail']}")
     if len(done.faults) > MOST_SHOWN:

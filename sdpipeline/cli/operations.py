@@ -25,12 +25,12 @@ def add_to(app: typer.Typer) -> None:
     app.add_typer(_DB, name="db")
 
 
-_DB = typer.Typer(help="Migrations, also from an installed wheel.", no_args_is_help=True)
+_DB = typer.Typer(help="Show and run database migrations.", no_args_is_help=True)
 
 
 def worker(
     *,
-    device: Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N; default the first GPU, else cpu.")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N; default: the first GPU, else cpu.")] = None,
     until_idle: Annotated[bool, typer.Option("--until-idle", help="Stop when no work is left.")] = False,
     home: Home = None,
     as_json: AsJson = False,

@@ -44,10 +44,12 @@ def add_to(app: typer.Typer) -> None:
 
 
 def reproduce(
-    picture: Annotated[str, typer.Argument(metavar="JOB_OR_IMAGE", help="A job's id, or a picture made here.")],
+    picture: Annotated[
+        str, typer.Argument(metavar="JOB_OR_IMAGE", help="A job's id, or a picture made by this program.")
+    ],
     *,
-    out: Annotated[Path | None, typer.Option(help="Write the new picture there.")] = None,
-    inputs: Annotated[Path | None, typer.Option(help="Folder with the outside inputs, where storage is away.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Output file for the new picture.")] = None,
+    inputs: Annotated[Path | None, typer.Option(help="Folder with the input files, if storage is unavailable.")] = None,
     home: Home = None,
     as_json: AsJson = False,
 ) -> None:
@@ -79,9 +81,9 @@ def reproduce(
         print_json(done.document())
     else:
         if done.differences:
-            print_records("What was different then", ("what", "then", "now"), done.differences)
+            print_records("Differences from the original run", ("what", "then", "now"), done.differences)
         if settings_then := [each["setting"] for each in done.differences if "setting" in each]:
-            stdout.print(f"made with {', '.join(settings_then)}: set it so and every pixel may come again")
+            stdout.print(f"made with {', '.join(settings_then)}: use the same settings to get equal pixels")
         verdict = "every pixel is equal" if done.bit_equal else f"pixels differ by up to {done.max_abs_diff} of 255"
         stdout.print(verdict)
     if not done.bit_equal:
@@ -115,7 +117,7 @@ def _from_job(settings: Settings, job_id: int) -> _Asked:
             job = queries.show(connection, job_id, team=settings.team)
             job = job or contents.show(connection, have.store, job_id, team=settings.team)
         if job is not None and job["image_deleted_at"] is not None:
-            raise refuse(f"job {job_id} cannot be made again: its picture was deleted", "see show for when it was")
+            raise refuse(f"job {job_id} cannot be made again: its picture was deleted", "sdpipeline show JOB says when")
         if job is None or job["image"] is None:
             raise refuse(f"job {job_id} has no picture", "sdpipeline jobs CAMPAIGN lists those that have")
         picture = next(each for each in job["pictures"] if each["fingerprint"] == job["fingerprint"])

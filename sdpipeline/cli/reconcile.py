@@ -18,8 +18,12 @@ def add_to(app: typer.Typer) -> None:
 
 def reconcile(
     *,
-    repair: Annotated[bool, typer.Option("--repair", help="Put it right; objects are moved, never deleted.")] = False,
-    adopt: Annotated[bool, typer.Option("--adopt", help="Record pictures that a restored backup forgot.")] = False,
+    repair: Annotated[
+        bool, typer.Option("--repair", help="Repair the findings; objects are moved, never deleted.")
+    ] = False,
+    adopt: Annotated[
+        bool, typer.Option("--adopt", help="Register pictures that a restored database backup lacks.")
+    ] = False,
     home: Home = None,
     as_json: AsJson = False,
 ) -> None:
@@ -36,16 +40,16 @@ def reconcile(
 def _print(done: Reconciliation) -> None:
     if done.faults:
         documents = [{name: getattr(each, name) for name in Finding.__dataclass_fields__} for each in done.faults]
-        title = "Put right" if done.repair else "Found"
+        title = "Repaired" if done.repair else "Found"
         print_records(title, list(Finding.__dataclass_fields__), documents)
     if done.adoption is not None:
         gap = done.adoption.gap
         if gap is not None:
             stdout.print(
-                f"the audit log lacks {gap.events} events, of seals {gap.first_seal} to {gap.last_seal}: "
-                "an event says so, and audit verify names it from now on"
+                f"the audit log lacks {gap.events} events, of seals {gap.first_seal} to {gap.last_seal}; "
+                "an audit event records this, and audit verify always lists it"
             )
         waiting = f", {done.adoption.waiting} wait for their campaign to be submitted" if done.adoption.waiting else ""
         stdout.print(f"{done.adoption.adopted} pictures adopted{waiting}")
-    left = "" if done.ok or done.repair else "; --repair does what the last column says"
+    left = "" if done.ok or done.repair else "; apply the last column with --repair"
     stdout.print(f"{len(done.faults)} findings{left}" if done.faults else "database and storage agree")

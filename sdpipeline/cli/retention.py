@@ -29,14 +29,14 @@ def retention(*, dry_run: DryRun = False, home: Home = None, as_json: AsJson = F
     if as_json:
         print_json(document)
     elif settings.retention == RetentionSettings():
-        stdout.print("nothing is ever due: see SDP_RETENTION__… in the documentation")
+        stdout.print("no retention period is set: see SDP_RETENTION__… in the documentation")
     else:
         print_table("Due" if dry_run else "Done", ("what", "count"), done.document().items())
 
 
 def erase(
     *,
-    subject: Annotated[str, typer.Option(help="Whose data, as the campaign's `subject` names them.")],
+    subject: Annotated[str, typer.Option(help="Person whose data is erased, as the campaign's `subject` names them.")],
     dry_run: DryRun = False,
     home: Home = None,
     as_json: AsJson = False,
@@ -44,7 +44,7 @@ def erase(
     """Erase one subject's data from jobs, and record a proof of the erasure that does not reveal what was erased."""
     s, name = load_settings(home), subject.strip()
     if not name:
-        raise refuse("--subject is empty", "write what the campaign's `subject` becomes")
+        raise refuse("--subject is empty", "give a value of the campaign's `subject`")
     with services.services(s, create=False) as have:
         have.store.check()
         audit.refuse_restored(have.database, have.store)
@@ -60,5 +60,9 @@ def erase(
     receipt = document.pop("receipt")
     print_table("Would erase at least" if dry_run else "Erased", ("what", "count"), document.items())
     if done.jobs and not dry_run:
-        stdout.print(f"receipt: in the audit log this subject is {receipt['subject_commitment']}, by the salt")
-        stdout.print(f"{receipt['salt']}, which is kept nowhere: give it to whoever has to show that it was them")
+        stdout.print(
+            f"receipt: the audit log's commitment to this subject is {receipt['subject_commitment']}, with the salt"
+        )
+        stdout.print(
+            f"{receipt['salt']}; the salt is not stored: give it to the person who must be able to prove the erasure"
+        )

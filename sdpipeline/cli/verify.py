@@ -53,7 +53,7 @@ def verify(
     settings = load_settings(home)
     trusted = services.trust_anchors(settings)
     if not picture:
-        raise refuse("no picture is named", "a file, a folder or s3://bucket/key")
+        raise refuse("no picture was given", "a file, a folder or s3://bucket/key")
     named, single = _named(settings, picture)
     with _register(settings) as register:
         check = partial(_checked, trust_anchors=trusted, register=register, single=single)
@@ -68,7 +68,7 @@ def verify(
     else:
         _say_all(checked)
     if not (asked or as_json):
-        stdout.print(f"no database was asked: there is none in {settings.home} (--home names another place)")
+        stdout.print(f"the database was not checked: there is none in {settings.home} (name another home with --home)")
     if not ok:
         raise typer.Exit(FOUND_FAULTS)
 
@@ -98,7 +98,7 @@ def _in_file(path: Path) -> bytes:
 
 def _some(named: list[_Named], where: str) -> list[_Named]:
     if not named:
-        raise refuse(f"{where} holds no pictures", f"there are none that end in {', '.join(SUFFIXES)}")
+        raise refuse(f"{where} has no pictures", f"file names must end in {', '.join(SUFFIXES)}")
     return named
 
 

@@ -184,7 +184,7 @@ def _sum(*parts: Amounts) -> Amounts:
 
 def _pause(tx: Transaction, campaign_id: int, budget: Json) -> None:
     limits = ", ".join(f"{name} {limit:g}" for name, limit in budget.items())
-    why = f"budget: what is left of {limits} does not cover another chain"
+    why = f"budget: the remainder of {limits} does not cover another chain"
     own = {"status": "paused", "paused_because": why}
     tx.connection.execute(update(campaign).where(campaign.c.id == campaign_id).values(**own))
     tx.record(Event.CAMPAIGN_PAUSED, f"campaign:{campaign_id}", reason="budget", budget=budget)

@@ -113,7 +113,7 @@ def open_database(url: str) -> Database:
         parsed = make_url(url)
     except (ArgumentError, ValueError):
         # `from None`: such an error quotes the URL, password included.
-        raise SettingsError(_wrong_url("is no database URL")) from None
+        raise SettingsError(_wrong_url("is not a database URL")) from None
     if url.count("@") > 1 and parsed.get_backend_name() != "sqlite":
         # The text after the first @ would be taken for the host, and shown.
         raise SettingsError(_wrong_url("holds more than one @"))
@@ -177,7 +177,7 @@ def _wrong_url(fault: str) -> Mistake:
 
 def _open_sqlite(url: URL) -> Database:
     if url.database in (None, "", ":memory:") or "uri" in url.query:
-        raise SettingsError(_wrong_url("names no SQLite file that several processes can share"))
+        raise SettingsError(_wrong_url("does not name a SQLite file that several processes can share"))
     Path(str(url.database)).parent.mkdir(parents=True, exist_ok=True)
     arguments = {"timeout": SQLITE_BUSY_TIMEOUT_S, "isolation_level": None}
     writer, reader = (create_engine(url, connect_args=arguments, hide_parameters=True) for _ in range(2))

@@ -153,7 +153,7 @@ def read_event(body: str | bytes) -> Json:
         kind = told.get("event") if isinstance(told, dict) else None
         (_KINDS.get(kind, _Any) if isinstance(kind, str) else _Any).model_validate(told)
     except (ValidationError, RecursionError, MemoryError) as error:
-        raise ValueError("no event that was written here") from error
+        raise ValueError("not an event written by this program") from error
     return told  # type: ignore[no-any-return]
 
 

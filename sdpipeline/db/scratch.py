@@ -83,7 +83,7 @@ def _create(live: Database, name: str) -> None:
             _drop_abandoned(connection)
             connection.exec_driver_sql(f"CREATE SCHEMA {name}")
     except SettingsError as error:
-        message = "its role may not create the schema in which a bench works beside your tables"
+        message = "its role may not create the schema for the bench's own tables"
         fix = "GRANT CREATE ON DATABASE ... TO ..., or measure another database of that server"
         raise SettingsError(Mistake(key="SDP_DATABASE_URL", message=message, fix=fix)) from error
 

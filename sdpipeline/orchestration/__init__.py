@@ -199,7 +199,7 @@ def _run_flow(settings: Settings, campaign: str) -> None:
                 raise OrchestratorUnavailableError(
                     f"the Prefect server was lost: {error!r}; run again to go on"
                 ) from error
-            log.warning("prefect.unreachable", error=repr(error))  # all work is done, but not reported
+            log.warning("prefect_unavailable", error=repr(error))  # all work is done, but not reported
         finally:
             _flush()
 

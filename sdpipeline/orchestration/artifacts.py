@@ -38,9 +38,9 @@ def best_effort() -> Iterator[None]:
         with temporary_settings({PREFECT_CLIENT_MAX_RETRIES: 0}):  # five would delay the supervisor by a minute
             yield
     except httpx.HTTPError as error:
-        log.warning("prefect.unreachable", error=repr(error))
+        log.warning("prefect_unavailable", error=repr(error))
     except TransientError as error:  # storage or database: the workers wait for them and report it
-        log.warning("board.unreadable", error=str(error))
+        log.warning("artifacts_not_updated", error=str(error))
 
 
 class RunArtifacts:

@@ -78,7 +78,7 @@ def work_off(settings: Settings, campaign: str, workers: Workers) -> State[None]
     try:
         services.seal_here(settings)
     except TransientError as error:
-        log.warning("audit.unsealed", error=str(error))  # the next seal covers these events too
+        log.warning("seal_failed", error=str(error))  # the next seal covers these events too
     board.close(ended)
     return closing_state(ended, began=progress)
 
@@ -90,7 +90,7 @@ def _watch(settings: Settings, campaign: str, workers: Workers, board: RunArtifa
             try:
                 progress = services.campaign_progress(settings, campaign)
             except DatabaseUnavailableError as error:
-                log.warning("database.unavailable", error=str(error))  # the workers also wait for it
+                log.warning("database_unavailable", error=str(error))  # the workers also wait for it
                 workers.wait(POLL_S)
                 continue
             board.show(progress)
@@ -139,7 +139,7 @@ def _close(settings: Settings, campaign: str, stopped: Sequence[local_workers.Wo
 
     for worker in stopped:
         returned = _release(settings, worker.pid)
-        log.info("worker.stopped", name=worker.name, pid=worker.pid, leases_returned=returned)
+        log.info("worker_stopped", name=worker.name, pid=worker.pid, leases_returned=returned)
         with best_effort():
             _close_run(f"{campaign} · {worker.name}", Cancelled(message="the campaign's run ended"))
 
@@ -168,7 +168,7 @@ def _on_exit(settings: Settings, campaign: str, death: local_workers.WorkerExit)
     from prefect.states import Crashed
 
     returned = _release(settings, death.pid)
-    log.warning("worker.died", name=death.name, pid=death.pid, exit_code=death.exit_code, leases_returned=returned)
+    log.warning("worker_died", name=death.name, pid=death.pid, exit_code=death.exit_code, leases_returned=returned)
     with best_effort():
         _close_run(f"{campaign} · {death.name}", Crashed(message=str(death)))
 

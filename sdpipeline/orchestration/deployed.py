@@ -32,7 +32,7 @@ def carry_out(settings: Settings, request: CampaignRequest) -> State[Any]:
         return _start_everything(settings)
     if request.reopen is not Reopen.NOTHING:
         reopened, _ = until_available(partial(intake.reopen, settings, name, request.reopen))
-        log.info("jobs.reopened", campaign=name, status=str(request.reopen), jobs=reopened)
+        log.info("jobs_reopened", campaign=name, status=str(request.reopen), jobs=reopened)
     fleet = PrefectWorkers(campaign=name, label=f"fleet:{settings.team}/{name}", bounds=_bounds(settings, request))
     with worker_process.state_of_the_server():
         return campaign_run.work_off(settings, name, fleet)

@@ -132,7 +132,7 @@ class PrefectWorkers:
             flow_run_name=f"{self.campaign} · worker {self._starts}",
             tags=sorted({*TagsContext.get().current_tags, self.label}),
         )
-        log.info("worker.dispatched", name=run.name, flow_run=str(run.id))
+        log.info("worker_dispatched", name=run.name, flow_run=str(run.id))
         self._starts += 1
         self._finished_at_start[run.id] = progress.finished
 
@@ -149,7 +149,7 @@ class PrefectWorkers:
             untouched = self._finished_at_start.pop(run_id) == progress.finished and progress.ready > 0
             state = _state(client, run_id)
             if state is not None and (state.is_crashed() or state.is_failed() or (state.is_completed() and untouched)):
-                log.warning("worker.died", flow_run=str(run_id), state=state.name, message=state.message)
+                log.warning("worker_died", flow_run=str(run_id), state=state.name, message=state.message)
                 self._deaths += 1
                 self._last_words = state.message or self._last_words
 

@@ -148,7 +148,7 @@ def in_chunks(work: Callable[[], WorkerSummary], stop: threading.Event) -> Itera
         try:
             yield Chunks(working)
         except Exception as error:
-            _log.warning("worker_ends", error=repr(error))  # its batch finishes first, which may take long
+            _log.warning("worker_stopping", error=repr(error))  # its batch finishes first, which may take long
             raise
         finally:
             stop.set()

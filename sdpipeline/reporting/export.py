@@ -311,7 +311,7 @@ def _check_directory(directory: Path) -> None:
     manifest = directory / MANIFEST
     with _translated(directory):
         if directory.exists() and not directory.is_dir():
-            raise BadInputError(Mistake(key="--to", message=f"{directory} is no folder", fix="name another"))
+            raise BadInputError(Mistake(key="--to", message=f"{directory} is not a folder", fix="name another"))
         if manifest.exists():
             with manifest.open(encoding="utf-8", errors="replace") as file:
                 if file.readline().strip() != ",".join(COLUMNS):

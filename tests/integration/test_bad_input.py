@@ -189,7 +189,7 @@ def test_mistakes_that_only_rows_show_name_the_table_and_its_line(desk: Desk) ->
     assert desk.refused(text.replace("width: 64", 'width: "{{ width }}"')) == [
         "products.csv:3: has 2 cells where the first line has 3",
         "5:12: defaults.width: 'wide' is not a whole number from 8 to 8192, in products.csv:4",
-        "products.csv:5: the key 'A' was there before; keys must be unique",
+        "products.csv:5: the key 'A' is used twice; keys must be unique",
         "products.csv:6: holds the character U+0000",
     ]
     assert not desk.home.exists()

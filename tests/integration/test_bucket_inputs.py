@@ -262,7 +262,7 @@ def test_a_picture_that_only_a_row_names_is_looked_for_in_the_bucket(plain: Plac
     [
         ("in/none.csv", "does not exist"),
         ("secret.csv", "lies outside the allowed buckets: see SDP_INPUTS__ALLOWED"),
-        ("in/t.xlsx", "is no table (give a .csv, .tsv, .jsonl or .parquet file)"),
+        ("in/t.xlsx", "is not a table (give a .csv, .tsv, .jsonl or .parquet file)"),
     ],
 )
 def test_a_table_that_cannot_be_had_from_a_bucket_is_one_mistake(plain: Place, file: str, why: str) -> None:

@@ -215,7 +215,7 @@ def test_blocked_jobs_run_once_their_checkpoint_is_approved_again(tmp_path: Path
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["Big Name", "."], "is no alias"),
+        (["Big Name", "."], "is not an alias"),
         (["mine", "nowhere/here"], "needs --revision"),
         (["mine", "nowhere/here", "--revision", "main"], "is not a full commit hash"),
         (["mine", "nowhere/here", "--revision", "0" * 40], "cannot be fetched"),

@@ -107,7 +107,7 @@ def test_two_workers_of_a_pool_make_each_picture_once(here: Site, together: dict
 
 
 def test_each_worker_loaded_its_checkpoint_once(here: Site, together: dict[str, Any]) -> None:
-    assert [here.output(name).count("checkpoint.loaded") for name in ("left", "right")] == [1, 1]
+    assert [here.output(name).count("checkpoint_loaded") for name in ("left", "right")] == [1, 1]
 
 
 @pytest.fixture(scope="module")

@@ -327,7 +327,7 @@ def test_what_keeps_its_prompt_back_is_made_again_from_its_sidecar_and_not_from_
     done = reproduce.reproduce(record, FakeEngine(), lambda _: b"", original=None, pixels_sha256=final["pixels_sha256"])
     assert done.bit_equal
     assert SECRET.encode() not in done.data
-    with pytest.raises(BadInputError, match=r"keeps the prompt back \(give its job's number"):
+    with pytest.raises(BadInputError, match=r"omits the prompt \(give its job's number"):
         reproduce.checked_record(provenance.read_record(place.store.get(final["key"])), "a.png")
 
 

@@ -104,7 +104,7 @@ def test_a_key_of_another_certificate_is_refused(tmp_path: Path, authority: Auth
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"days": (-20, -10)}, r"valid from \d{4}-\d\d-\d\d to \d{4}-\d\d-\d\d and not now"),
+        ({"days": (-20, -10)}, r"valid from \d{4}-\d\d-\d\d to \d{4}-\d\d-\d\d, not now"),
         ({"usage": ExtendedKeyUsageOID.CODE_SIGNING}, "lacks the extended key usage emailProtection"),
         ({"usage": None}, "lacks the extended key usage emailProtection"),
         ({"self_signed": True}, "the first certificate signs itself"),

@@ -272,7 +272,7 @@ def _move(loaded: Loaded, device: torch.device) -> bool:
     for network in elsewhere:
         network.to(device)
     if elsewhere:
-        _log.info("text_encoders.moved", checkpoint=loaded.files.alias, device=str(device))
+        _log.info("text_encoders_moved", checkpoint=loaded.files.alias, device=str(device))
     return bool(elsewhere)
 
 
@@ -317,7 +317,7 @@ def load(
     if quantized:
         quantize(loaded.denoiser, quantized)
         loaded = replace(loaded, quantized=quantized)
-    _log.info("checkpoint.loaded", checkpoint=files.alias, digest=files.digest[:16], device=str(device))
+    _log.info("checkpoint_loaded", checkpoint=files.alias, digest=files.digest[:16], device=str(device))
     return loaded
 
 
