@@ -8,10 +8,10 @@ from typing import TypeVar
 
 import structlog
 
+from sdpipeline.backoff import Backoff, retry
 from sdpipeline.errors import DatabaseRefusedError, DatabaseUnavailableError
 
-FIRST_PAUSE_S = 0.5
-LONGEST_PAUSE_S = 30.0
+DATABASE_BACKOFF = Backoff(first_s=0.5, longest_s=30.0)
 
 _T = TypeVar("_T")
 _log = structlog.get_logger(__name__)
@@ -22,14 +22,18 @@ def until_available(ask: Callable[[], _T], stop: threading.Event | None = None) 
 
     Raises DatabaseRefusedError at once, and the last DatabaseUnavailableError if ``stop`` is set meanwhile.
     """
-    pause_s, stopped = FIRST_PAUSE_S, stop or threading.Event()
-    while True:
-        try:
-            return ask()
-        except DatabaseRefusedError:
-            raise
-        except DatabaseUnavailableError as error:
-            _log.warning("database_unavailable", error=str(error), fix=error.fix, retry_in_s=pause_s)
-            if stopped.wait(pause_s):
-                raise
-            pause_s = min(LONGEST_PAUSE_S, pause_s * 2)
+    stopped = stop or threading.Event()
+
+    def wait(error: DatabaseUnavailableError, delay_s: float) -> None:
+        if isinstance(error, DatabaseRefusedError):
+            raise error
+        log_outage(error, delay_s)
+        if stopped.wait(delay_s):
+            raise error
+
+    return retry(ask, on=DatabaseUnavailableError, backoff=DATABASE_BACKOFF, wait=wait)
+
+
+def log_outage(error: DatabaseUnavailableError, delay_s: float) -> None:
+    """Log an outage of the database and the delay before the next attempt."""
+    _log.warning("database_unavailable", error=str(error), fix=error.fix, retry_in_s=round(delay_s, 1))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
-import random
 import secrets
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -15,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import urlencode
 
 from sdpipeline.aws import library_errors
+from sdpipeline.backoff import Backoff
 from sdpipeline.errors import (
     Mistake,
     ObjectConflictError,
@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
     from mypy_boto3_s3.type_defs import GetObjectOutputTypeDef, HeadObjectOutputTypeDef
 
+_BACKOFF = Backoff(first_s=0.1, longest_s=5.0)
 _CONDITION = {"IfNoneMatch": "*"}
 
 
@@ -355,4 +356,4 @@ def version_of(answer: Mapping[str, Any]) -> str | None:
 
 def pause(attempt: int) -> None:
     """Wait before the next attempt, with exponential backoff and jitter."""
-    time.sleep(random.uniform(0, min(0.1 * 2**attempt, 5)))  # noqa: S311 - spreads writers, keeps no secret
+    time.sleep(_BACKOFF.delay_s(attempt + 1))

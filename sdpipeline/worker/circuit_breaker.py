@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import random
 import threading
 import time
 from dataclasses import dataclass, field
+
+from sdpipeline.backoff import Backoff
 
 FIRST_PAUSE_S = 5.0
 LONGEST_PAUSE_S = 300.0
@@ -41,10 +42,8 @@ class CircuitBreaker:
             self.failures += 1
             if not self.is_open:
                 return None
-            doubled = min(self.failures - self.max_failures, 30)
-            longest_s = min(LONGEST_PAUSE_S, self.first_pause_s * 2.0**doubled)
-            # Jitter, so that the workers of a machine whose device recovered do not all retry at once.
-            pause_s = random.uniform(longest_s / 2, longest_s)  # noqa: S311
+            pauses = Backoff(first_s=self.first_pause_s, longest_s=LONGEST_PAUSE_S)
+            pause_s = pauses.delay_s(1 + self.failures - self.max_failures)
             self._ends_at = time.monotonic() + pause_s
             return pause_s
 

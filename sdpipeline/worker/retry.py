@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import random
-
+from sdpipeline.backoff import Backoff
 from sdpipeline.domain import Status
 from sdpipeline.errors import PermanentError, PictureBlockedError, SdpError
 
-FIRST_BACKOFF_S = 2.0
-LONGEST_BACKOFF_S = 300.0
+JOB_BACKOFF = Backoff(first_s=2.0, longest_s=300.0)
+"""Delay before the next attempt of a job."""
 
 
 def next_status(error: SdpError, *, attempt: int, max_attempts: int) -> Status:
@@ -22,12 +21,3 @@ def next_status(error: SdpError, *, attempt: int, max_attempts: int) -> Status:
     if isinstance(error, PermanentError) or attempt >= max_attempts:
         return Status.FAILED
     return Status.WAITING
-
-
-def backoff_s(attempt: int, random_source: random.Random) -> float:
-    """Return the seconds before attempt ``attempt + 1``: exponential back-off with full jitter.
-
-    https://aws.amazon.com/blogs/architecture/exponential-backoff-and-jitter/
-    """
-    ceiling = min(LONGEST_BACKOFF_S, FIRST_BACKOFF_S * 2.0 ** min(attempt - 1, 30))
-    return random_source.uniform(ceiling / 2, ceiling)

@@ -44,7 +44,7 @@ from sdpipeline.worker import delivery, inputs
 from sdpipeline.worker.circuit_breaker import CircuitBreaker
 from sdpipeline.worker.delivery import Deliverer, LocalDeliverer
 from sdpipeline.worker.inputs import Consumed
-from sdpipeline.worker.retry import backoff_s, next_status
+from sdpipeline.worker.retry import JOB_BACKOFF, next_status
 from sdpipeline.worker.safety_filter import filter_results
 from sdpipeline.worker.watchdog import HUNG_EXIT_CODE, BatchTimings, Watchdog
 
@@ -643,7 +643,6 @@ class _Run:
 
     def _fail(self, lease: Lease, leased: LeasedJob, error: SdpError, *, gpu_seconds: float = 0.0) -> None:
         status = next_status(error, attempt=leased.attempt, max_attempts=leased.max_attempts)
-        backoff = backoff_s(leased.attempt, random.Random())  # noqa: S311
 
         def fail() -> bool:
             with self.worker.audit.transaction() as tx:
@@ -655,7 +654,7 @@ class _Run:
                     error_kind=type(error).__name__.removesuffix("Error"),
                     error=str(error),
                     charge=self._charge(gpu_seconds),
-                    backoff_s=backoff,
+                    backoff_s=JOB_BACKOFF.delay_s(leased.attempt),
                 )
 
         done = self._when_database_answers(fail)

@@ -1,7 +1,5 @@
 from __future__ import annotations
 
-import random
-
 import pytest
 
 from sdpipeline.domain import Status
@@ -15,7 +13,7 @@ from sdpipeline.errors import (
     SdpError,
     StorageUnavailableError,
 )
-from sdpipeline.worker.retry import FIRST_BACKOFF_S, LONGEST_BACKOFF_S, backoff_s, next_status
+from sdpipeline.worker.retry import next_status
 
 
 @pytest.mark.parametrize("error", [StorageUnavailableError, DatabaseUnavailableError, DeviceExhaustedError])
@@ -33,19 +31,3 @@ def test_what_a_policy_forbids_is_blocked_at_once() -> None:
 @pytest.mark.parametrize("error", [RequestRefusedError, InputImageError, BadPictureError])
 def test_what_would_fail_again_fails_at_once(error: type[SdpError]) -> None:
     assert next_status(error("wrong"), attempt=1, max_attempts=3) is Status.FAILED
-
-
-def test_the_wait_doubles_with_jitter_up_to_a_limit() -> None:
-    chance = random.Random(0)
-    for attempt in range(1, 40):
-        ceiling = min(LONGEST_BACKOFF_S, FIRST_BACKOFF_S * 2 ** (attempt - 1))
-        assert ceiling / 2 <= backoff_s(attempt, chance) <= ceiling
-
-
-def test_jobs_that_failed_together_do_not_come_back_together() -> None:
-    chance = random.Random(0)
-    assert len({backoff_s(3, chance) for _ in range(100)}) == 100
-
-
-def test_any_number_of_attempts_has_a_wait() -> None:
-    assert backoff_s(5000, random.Random(0)) <= LONGEST_BACKOFF_S
