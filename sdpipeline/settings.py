@@ -89,9 +89,6 @@ class EngineSettings(_Section):
         "auto",
         description="whether text encoders leave the device when prompts are encoded; `auto`: once memory is short",
     )
-    encode_ahead: bool = Field(
-        default=False, description="encode the next batch's prompts while this one is made, on the same device"
-    )
     compile: bool = Field(default=False, description="compile what networks repeat, for `fast` and `turbo` pictures")
     channels_last: bool = Field(
         default=False, description="lay networks out for tensor cores, for `fast` and `turbo` pictures"
@@ -502,6 +499,10 @@ def _toml_keys(document: dict[str, Any], prefix: tuple[str, ...] = ()) -> list[t
     return keys
 
 
+REMOVED = {"SDP_ENGINE__ENCODE_AHEAD": "remove it: it saved no time"}
+"""What to do about each setting that earlier releases had."""
+
+
 def _unknown(found: list[_Written]) -> list[Mistake]:
     """Return mistakes for unknown names, with the nearest known name in the same notation."""
     known = setting_names()
@@ -512,7 +513,7 @@ def _unknown(found: list[_Written]) -> list[Mistake]:
             continue
         in_toml = not each.written.upper().startswith(PREFIX)
         names = {name: name.removeprefix(PREFIX).lower().replace("__", ".") if in_toml else name for name in known}
-        fix = _nearest(each.written if in_toml else each.name, list(names.values()))
+        fix = REMOVED.get(each.name) or _nearest(each.written if in_toml else each.name, list(names.values()))
         mistakes.append(Mistake(file=each.file, line=each.line, key=each.written, message="no such setting", fix=fix))
     return mistakes
 
