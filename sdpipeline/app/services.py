@@ -434,7 +434,7 @@ def build_engine(settings: Settings, device: str, database: Database | None, *, 
         locate=locate,
         resident_bytes=resident,
         speedups=speedups,
-        text_encoders=TextEncoders(offload=settings.engine.offload_text_encoders, ahead=settings.engine.encode_ahead),
+        text_encoders=TextEncoders(offload=settings.engine.offload_text_encoders),
     )
 
 

@@ -89,6 +89,10 @@ def _in_file(loc: KeyPath, data: Any) -> KeyPath:
     return path
 
 
+REMOVED_VALUES = {("reproducibility", "fast"): "write profile: fast, and leave reproducibility out"}
+"""What to write instead of a value that earlier releases had, by key and value."""
+
+
 def _in_words(about: list[Any], path: KeyPath, shape: type[BaseModel]) -> tuple[str, str | None]:
     kinds = [fault["type"] for fault in about]
     if "extra_forbidden" in kinds:
@@ -105,7 +109,8 @@ def _in_words(about: list[Any], path: KeyPath, shape: type[BaseModel]) -> tuple[
         expected += " or a template"
     if fault["type"] in ("enum", "literal_error"):
         field = _model_at(path, shape).model_fields[str(path[-1])]
-        return f"found {found}", nearest(str(fault["input"]), _options(field.annotation))
+        removed = REMOVED_VALUES.get((str(path[-1]), str(fault["input"])))
+        return f"found {found}", removed or nearest(str(fault["input"]), _options(field.annotation))
     return f"found {found}, expected {expected}", None
 
 

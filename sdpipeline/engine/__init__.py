@@ -72,20 +72,13 @@ class GenerationFailure:
 
 
 class Engine(Protocol):
-    """Generate pictures from batches. Only ``prepare`` may be called from a second thread."""
+    """Generate pictures from batches, on one thread."""
 
     def generate(self, batch: Batch) -> Sequence[GeneratedImage | GenerationFailure]:
         """Return one result per request, in order.
 
         A request's own error is returned as a GenerationFailure, not raised. An unknown exception means that
         the process cannot be trusted any more, and ends it.
-        """
-
-    def prepare(self, requests: Sequence[GenerationRequest]) -> None:
-        """Prepare the next requests while a batch is being generated; called from another thread.
-
-        It may wait for that batch. Anything that cannot be prepared is left to ``generate``, including a request's
-        own error.
         """
 
     def flagged(self, checker: CheckpointRef, pictures: Sequence[Pixels]) -> Sequence[bool]:

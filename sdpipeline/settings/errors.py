@@ -17,6 +17,9 @@ from sdpipeline.suggestions import nearest_name
 CUTOFF = 0.5
 """Similarity of a suggested name; settings share a prefix and are long."""
 
+REMOVED = {"SDP_ENGINE__ENCODE_AHEAD": "remove it: it saved no time"}
+"""What to do about each setting that earlier releases had."""
+
 
 def unknown_names(found: Sequence[WrittenSetting]) -> list[Mistake]:
     """Return mistakes for unknown names, with the nearest known name in the same notation."""
@@ -30,6 +33,7 @@ def unknown_names(found: Sequence[WrittenSetting]) -> list[Mistake]:
         names = {name: ".".join(toml_keys(name)) if in_toml else name for name in known}
         close = nearest_name(each.written if in_toml else each.name, names.values(), cutoff=CUTOFF)
         fix = f"did you mean {close}?" if close else "see docs/reference/settings.md"
+        fix = REMOVED.get(each.name, fix)
         mistakes.append(Mistake(file=each.file, line=each.line, key=each.written, message="no such setting", fix=fix))
     return mistakes
 

@@ -74,9 +74,6 @@ class EngineSettings(_Section):
         "auto",
         description="whether text encoders leave the device when prompts are encoded; `auto`: once memory is short",
     )
-    encode_ahead: bool = Field(
-        default=False, description="encode the next batch's prompts while this one is made, on the same device"
-    )
     compile: bool = Field(default=False, description="compile what networks repeat, for `fast` and `turbo` pictures")
     channels_last: bool = Field(
         default=False, description="lay networks out for tensor cores, for `fast` and `turbo` pictures"

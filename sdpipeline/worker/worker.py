@@ -320,7 +320,6 @@ class _Run:
             if lease is not None:
                 poll_s = POLL_S
                 work = self._prepared(lease)
-                self.worker.engine.prepare([prepared.request for prepared in work.requests])
                 if work.jobs or work.waiting:
                     self._hand_on(self._fetched, work)
                 else:

@@ -231,6 +231,11 @@ def test_a_file_that_is_not_there_is_said_so(desk: Desk) -> None:
     [
         (".env", "SDP_TEEM=x\n", ".env:1: SDP_TEEM: no such setting (did you mean SDP_TEAM?)"),
         ("sdpipeline.toml", "\nteem = 1\n", "sdpipeline.toml:2: teem: no such setting (did you mean team?)"),
+        (
+            ".env",
+            "SDP_ENGINE__ENCODE_AHEAD=true\n",
+            ".env:1: SDP_ENGINE__ENCODE_AHEAD: no such setting (remove it: it saved no time)",
+        ),
         ("sdpipeline.toml", "team = \n", "sdpipeline.toml:1:8: is not TOML: Invalid value"),
     ],
 )

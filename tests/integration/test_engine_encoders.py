@@ -188,9 +188,9 @@ def test_where_they_do_not_fit_back_the_request_fails_alone_and_says_so() -> Non
 
 
 def test_the_settings_reach_the_engine(tmp_path: Path) -> None:
-    given = EngineSettings(offload_text_encoders="never", encode_ahead=True)
+    given = EngineSettings(offload_text_encoders="never")
     on = build_engine(Settings(home=tmp_path, engine=given), "cpu", None)
-    assert on.describe()["text_encoders"] == {"offload": "never", "ahead": True}
+    assert on.describe()["text_encoders"] == {"offload": "never"}
 
 
 def test_on_a_cpu_there_is_nowhere_to_go() -> None:

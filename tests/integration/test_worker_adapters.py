@@ -85,7 +85,7 @@ def test_another_autoencoder_is_felt_and_recorded(place: Workplace, plain: str) 
         ({"clip_skip": 1}, {"clip_skip": 1}),
         ({"prompt": "dog " * 100}, {"prompt_tokens": 154}),
         ({"reproducibility": "strict"}, {"reproducibility": "strict", "bucket": 1, "dtype": "float32"}),
-        ({"reproducibility": "fast"}, {"profile": {"name": "fast", "guidance_every": 2}}),
+        ({"profile": "fast"}, {"profile": {"name": "fast", "guidance_every": 2}}),
         ({"reproducibility": "tolerant"}, {"reproducibility": "tolerant"}),
     ],
     ids=["clip-skip", "long", "strict", "fast", "tolerant"],
