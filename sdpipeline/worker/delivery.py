@@ -17,7 +17,7 @@ from sdpipeline.db import workers
 from sdpipeline.db.audit import AuditLog
 from sdpipeline.db.budgets import Charge
 from sdpipeline.db.reuse import Original
-from sdpipeline.domain import Json, OutputFormat, canonical, to_document
+from sdpipeline.domain import Json, OutputFormat, canonical
 from sdpipeline.engine import GeneratedImage, quality
 from sdpipeline.errors import (
     DatabaseUnavailableError,
@@ -29,13 +29,19 @@ from sdpipeline.errors import (
 )
 from sdpipeline.jobs import LeasedJob, StoredImage
 from sdpipeline.provenance import LARGEST_PICTURE, EncodedImage
+from sdpipeline.provenance.record import (
+    CONTROL_MAP_SCHEMA,
+    RECORD_SCHEMA,
+    SIDECAR_SCHEMA,
+    ControlMap,
+    PictureObject,
+    Record,
+    ReusedFrom,
+    Sidecar,
+)
 from sdpipeline.provenance.signing import SigningKey
 from sdpipeline.storage import ObjectStore, StoredObject, keys
 from sdpipeline.worker.inputs import Consumed, verified
-
-RECORD_SCHEMA = "sdpipeline/record/2"
-SIDECAR_SCHEMA = "sdpipeline/sidecar/1"
-CONTROL_MAP_SCHEMA = "sdpipeline/control-map/1"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -168,19 +174,22 @@ def deliver(store: ObjectStore, picture: FinishedPicture) -> StoredImage:
     key = keys.picture_key(stem, encoded.extension)
     stored = _put_marked(store, key, encoded.data)
     control_maps = _deliver_control_maps(store, stem, picture)
-    about = {"key": key, "sha256": stored.sha256, "size_bytes": stored.size_bytes, "version_id": stored.version_id}
-    sidecar = canonical(
-        {
-            "schema": SIDECAR_SCHEMA,
-            "record": picture.record,
-            "object": about | {"pixels_sha256": encoded.pixels_sha256},
-            "control_maps": control_maps,
-            "scores": picture.scores,
-            "timings": picture.timings,
-            "attempt": attempt.number,
-            "worker": attempt.worker_id,
-        }
-    )
+    sidecar = Sidecar(
+        schema=SIDECAR_SCHEMA,
+        record=picture.record,
+        object=PictureObject(
+            key=key,
+            sha256=stored.sha256,
+            size_bytes=stored.size_bytes,
+            version_id=stored.version_id,
+            pixels_sha256=encoded.pixels_sha256,
+        ),
+        control_maps=control_maps,
+        scores=picture.scores,
+        timings=picture.timings,
+        attempt=attempt.number,
+        worker=attempt.worker_id,
+    ).to_bytes()
     # One sidecar per attempt: a second attempt may produce the same bytes, but with other timings.
     sidecar_key = keys.sidecar_key(stem, attempt.lease_id)
     store.put(sidecar_key, sidecar, content_type="application/json")
@@ -221,25 +230,26 @@ def reuse(
     if thresholds and not made.scores:
         raise InputImageError(f"{made.key} was never measured, and the campaign asks for {', '.join(thresholds)}")
     quality.check(made.scores, thresholds)
-    data, told = verified(store, made.key, made.sha256), _sidecar_of(store, made)
-    if wrong := _unfit(leased, told["record"], engine) or _unmarked(data, signing, trust_anchors):
+    data, document = verified(store, made.key, made.sha256), _sidecar_document(store, made)
+    if wrong := _unfit(leased, document["record"], engine) or _unmarked(data, signing, trust_anchors):
         raise InputImageError(f"{made.key} {wrong}")
     # Jobs of one stage that ask for the same picture share its folder; each has its own copy.
     folder = keys.copy_folder(_folder(leased), leased.identity)
     key = keys.moved_to(folder, made.key)
     stored = _put_marked(store, key, data)
-    control_maps = _copy_control_maps(store, folder, told["control_maps"])
     timings = {"generate_s": 0.0, "encode_s": 0.0}
-    own = {
-        "object": told["object"] | {"key": key, "version_id": stored.version_id},
-        "control_maps": control_maps,
-        "timings": timings,
-        "attempt": attempt.number,
-        "worker": attempt.worker_id,
-        "reused_from": {"key": made.key, "sha256": made.sha256, "job": original.job_id}
-        | {"fingerprint": leased.fingerprint},
-    }
-    sidecar = canonical(told | own)
+    copied = Sidecar.from_document(document)
+    own = replace(
+        copied,
+        object=replace(copied.object, key=key, version_id=stored.version_id),
+        control_maps=_copy_control_maps(store, folder, copied.control_maps),
+        timings=timings,
+        attempt=attempt.number,
+        worker=attempt.worker_id,
+        reused_from=ReusedFrom(key=made.key, sha256=made.sha256, job=original.job_id, fingerprint=leased.fingerprint),
+    )
+    # Fields that another release wrote stay.
+    sidecar = canonical(document | own.to_document())
     sidecar_key = keys.sidecar_key(keys.picture_stem(folder, made.sha256), attempt.lease_id)
     store.put(sidecar_key, sidecar, content_type="application/json")
     return replace(
@@ -260,24 +270,24 @@ def record(leased: LeasedJob, consumed: Consumed, generated: GeneratedImage) -> 
 
     Prompts are always included: the sidecar keeps them, whatever the file contains.
     """
-    told, ancestors = leased.rules.include_prompt, dict(consumed.ancestors)
-    about: Json = ({"include_prompt": told} if told != "full" else {}) | ({"ancestors": ancestors} if ancestors else {})
-    return about | {
-        "schema": RECORD_SCHEMA,
-        "team": leased.team,
-        "campaign": leased.campaign,
-        "edition": leased.edition,
-        "stage": leased.stage,
-        "row": leased.row_key,
-        "seed": leased.seed,
-        "identity": leased.identity,
-        "fingerprint": leased.fingerprint,
-        "asked": to_document(leased.request),
-        "ran": generated.ran,
-        "inputs": dict(consumed.inputs),
-        "encoder": provenance.encoder(leased.request.output),
-        "made_at": datetime.now(UTC).isoformat(timespec="seconds"),
-    }
+    return Record(
+        schema=RECORD_SCHEMA,
+        team=leased.team,
+        campaign=leased.campaign,
+        edition=leased.edition,
+        stage=leased.stage,
+        row=leased.row_key,
+        seed=leased.seed,
+        identity=leased.identity,
+        fingerprint=leased.fingerprint,
+        asked=leased.request,
+        ran=generated.ran,
+        inputs=consumed.inputs,
+        encoder=provenance.encoder(leased.request.output),
+        made_at=datetime.now(UTC).isoformat(timespec="seconds"),
+        include_prompt=leased.rules.include_prompt,
+        ancestors=consumed.ancestors,
+    ).to_document()
 
 
 def _put_marked(store: ObjectStore, key: str, data: bytes) -> StoredObject:
@@ -327,27 +337,27 @@ def _signed_control_maps(
     return signed
 
 
-def _deliver_control_maps(store: ObjectStore, stem: str, picture: FinishedPicture) -> list[Json]:
+def _deliver_control_maps(store: ObjectStore, stem: str, picture: FinishedPicture) -> tuple[ControlMap, ...]:
     """Store the control maps next to the picture."""
     kept = []
     for n, (annotator, encoded) in enumerate(picture.control_maps):
         stored = _put_marked(store, keys.control_map_key(stem, n), encoded.data)
-        kept.append({"key": stored.key, "sha256": stored.sha256, "annotator": annotator})
-    return kept
+        kept.append(ControlMap(key=stored.key, sha256=stored.sha256, annotator=annotator))
+    return tuple(kept)
 
 
-def _copy_control_maps(store: ObjectStore, folder: str, made: Sequence[Json]) -> list[Json]:
+def _copy_control_maps(store: ObjectStore, folder: str, originals: Sequence[ControlMap]) -> tuple[ControlMap, ...]:
     kept = []
-    for about in made:
-        data, key = verified(store, about["key"], about["sha256"]), keys.moved_to(folder, about["key"])
+    for original in originals:
+        data, key = verified(store, original.key, original.sha256), keys.moved_to(folder, original.key)
         store.put(key, data, content_type=provenance.content_type(data))
-        kept.append(about | {"key": key})
-    return kept
+        kept.append(replace(original, key=key))
+    return tuple(kept)
 
 
-def _sidecar_of(store: ObjectStore, made: StoredImage) -> Json:
-    told: Json = json.loads(verified(store, made.sidecar_key, made.sidecar_sha256))
-    return told
+def _sidecar_document(store: ObjectStore, made: StoredImage) -> Json:
+    document: Json = json.loads(verified(store, made.sidecar_key, made.sidecar_sha256))
+    return document
 
 
 def _unmarked(data: bytes, signing: SigningKey, trust_anchors: str) -> str | None:
