@@ -17,6 +17,7 @@ from sdpipeline.db import migrate, queries, server_checks
 from sdpipeline.db.connection import Database, open_database
 from sdpipeline.domain import Json
 from sdpipeline.engine.checkpoints import verify
+from sdpipeline.engine.devices import devices
 from sdpipeline.errors import BadInputError, CheckpointError, DatabaseUnavailableError, SdpError
 from sdpipeline.settings import Settings, on_loopback
 
@@ -159,7 +160,7 @@ def _engine(settings: Settings) -> Iterator[Check]:
         yield Check(name="engine", ok=False, detail="torch is not installed", fix=fix)
         return
     services.check_quantization(settings)
-    yield Check(name="engine", ok=True, detail=f"torch {version} on {', '.join(services.devices(settings))}")
+    yield Check(name="engine", ok=True, detail=f"torch {version} on {', '.join(devices(settings))}")
 
 
 def _checkpoints(settings: Settings) -> Iterator[Check]:

@@ -36,7 +36,7 @@ from sdpipeline.domain import CheckpointRef, Json
 from sdpipeline.engine import Engine
 from sdpipeline.engine.checkpoints import WEIGHTS, CheckpointFiles, inspect, read_ahead
 from sdpipeline.engine.checkpoints import verify as verify_checkpoint
-from sdpipeline.engine.devices import gpu_count
+from sdpipeline.engine.devices import devices
 from sdpipeline.engine.hash_cache import HashCache
 from sdpipeline.errors import (
     BadInputError,
@@ -475,16 +475,6 @@ def random_checkpoint(name: str, folder: Path, device: str) -> Path:
     from sdpipeline.bench.random_weights import ensure
 
     return ensure(name, folder, device=device)
-
-
-def devices(settings: Settings) -> list[str]:
-    """Return the devices of this machine's workers: those of the settings, else every GPU, else the CPU."""
-    if settings.device is not None:
-        return [settings.device] * (settings.workers or 1)
-    gpus = gpu_count()
-    if not gpus:
-        return ["cpu"] * (settings.workers or 1)
-    return [f"cuda:{n % gpus}" for n in range(settings.workers or gpus)]
 
 
 @dataclass(frozen=True, slots=True)

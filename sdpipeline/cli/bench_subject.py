@@ -17,7 +17,7 @@ from sdpipeline.cli.output import refuse, stderr
 from sdpipeline.domain import CheckpointRef, Json, Profile, Task
 from sdpipeline.engine import Engine
 from sdpipeline.engine.checkpoints import CheckpointFiles
-from sdpipeline.engine.devices import gpu_count
+from sdpipeline.engine.devices import devices, gpu_count, is_present
 from sdpipeline.engine.families import family, scheduler_refusal
 from sdpipeline.settings import Settings
 from sdpipeline.suggestions import nearest
@@ -116,9 +116,8 @@ def subject(settings: Settings, wanted: Wanted) -> Subject:
 
 
 def _device(settings: Settings, wanted: Wanted) -> str:
-    device = wanted.device or services.devices(settings)[0]
-    number = device.removeprefix("cuda").removeprefix(":") or "0"
-    if device != "cpu" and not (device.startswith("cuda") and number.isdigit() and int(number) < gpu_count()):
+    device = wanted.device or devices(settings)[0]
+    if not is_present(device):
         raise refuse(f"--device {device} is not on this machine", f"it has cpu and {gpu_count()} GPUs")
     return device
 

@@ -27,6 +27,7 @@ from sdpipeline.cli.output import (
 from sdpipeline.db import queries
 from sdpipeline.domain import Json
 from sdpipeline.engine import Pixels
+from sdpipeline.engine.devices import devices
 from sdpipeline.errors import InputImageError, ObjectMissingError
 from sdpipeline.private_files import users_umask
 from sdpipeline.provenance import LARGEST_PICTURE
@@ -63,7 +64,7 @@ def reproduce(
     )
     engine = services.build_engine(
         settings,
-        services.devices(settings)[0],
+        devices(settings)[0],
         services.existing_database(settings),
         dtype=asked.record["ran"].get("dtype"),
     )

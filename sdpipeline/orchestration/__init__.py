@@ -7,7 +7,6 @@ after the environment that it reads on import is set, so that commands without i
 from __future__ import annotations
 
 import os
-import signal
 import threading
 import time
 from collections.abc import Iterator
@@ -30,6 +29,7 @@ from sdpipeline.errors import (
 from sdpipeline.orchestration.artifacts import best_effort, describe
 from sdpipeline.orchestration.local_server import ServerHandle, answers, no_proxy_for_loopback, own_server
 from sdpipeline.settings import Settings
+from sdpipeline.shutdown import SIGTERM_EXIT_CODE, exit_on_sigterm
 
 if TYPE_CHECKING:
     from prefect import Flow
@@ -40,7 +40,6 @@ DRAW_EVERY_S = 1.0
 SAY_EVERY_S = 15.0
 ANSWER_TIMEOUT_S = 4.0
 DISPATCHER_RETRIES = 2  # waits 1 and 2 seconds; Prefect's own five would delay a Ctrl-C by a minute
-SIGTERM_EXIT_CODE = 143
 
 log = structlog.get_logger(__name__)
 
@@ -62,7 +61,7 @@ def run_campaign(
     progress = services.campaign_progress(settings, campaign)
     if not progress.remaining and not keep_ui:
         return progress
-    with _sigterm_exits(), prefect_server(settings, keep_ui=keep_ui, always_own=always_own) as server:
+    with exit_on_sigterm(), prefect_server(settings, keep_ui=keep_ui, always_own=always_own) as server:
         if console is not None:
             console.print(f"Prefect UI: {server.ui_url}{_password_hint(server)}")
         with _live_progress(settings, campaign, console):
@@ -153,23 +152,6 @@ def _expect_answer(url: str) -> None:
         refuse(error, "check that the address ends in /api and that the server is a Prefect 3 server")
     except (httpx.HTTPError, httpx.InvalidURL, RuntimeError, ValueError) as error:
         refuse(repr(error), "check the address and that the server runs, or unset PREFECT_API_URL")
-
-
-@contextmanager
-def _sigterm_exits() -> Iterator[None]:
-    """Turn SIGTERM into SystemExit inside the block, so that it unwinds like Ctrl-C and stops the server it started."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def leave(*_: object) -> NoReturn:
-        raise SystemExit(SIGTERM_EXIT_CODE)
-
-    before = signal.signal(signal.SIGTERM, leave)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def _run_flow(settings: Settings, campaign: str) -> None:

@@ -56,7 +56,7 @@ def here(settings: Settings, campaign: str, *, worker_flow: Flow[..., Any]) -> l
     return local_workers.LocalWorkers(
         slots=local_workers.slots(settings),
         spawn=lambda slot, name: _spawn(settings, campaign, worker_flow, slot, name),
-        bury=lambda death: _on_exit(settings, campaign, death),
+        on_exit=lambda death: _on_exit(settings, campaign, death),
         # A worker needs its own shutdown grace, and a moment to close its flow run.
         stop_grace_s=settings.shutdown_grace_s + shutdown.GIVING_BACK_S + local_workers.STOP_GRACE_S,
     )

@@ -7,12 +7,14 @@ import os
 import signal
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from multiprocessing.process import BaseProcess
 
 import pytest
 
 from sdpipeline.errors import WorkersLostError
 from sdpipeline.orchestration.local_workers import LocalWorkers, Slot, WorkerExit
+from sdpipeline.orchestration.supervision import MAX_RESTARTS
 from tests.factories import progress
 
 Start = Callable[..., LocalWorkers]
@@ -36,7 +38,7 @@ def crew_of(dead: list[WorkerExit]) -> Iterator[Start]:
             return process
 
         slots = [Slot(index=n, device=None, environment={}) for n in range(count)]
-        crews.append(LocalWorkers(slots=slots, spawn=spawn, bury=dead.append))
+        crews.append(LocalWorkers(slots=slots, spawn=spawn, on_exit=dead.append))
         crews[-1].start()
         return crews[-1]
 
@@ -74,6 +76,14 @@ def test_a_worker_that_found_nothing_left_stays_ended(crew_of: Start, dead: list
     crew.wait(10)
     crew.supervise(progress(succeeded=7))
     assert (pids(), dead) == ([], [])
+
+
+def test_a_paused_campaigns_worker_that_found_nothing_to_do_did_not_die(crew_of: Start) -> None:
+    crew = crew_of(time.sleep, 0)
+    for _ in range(MAX_RESTARTS + 2):
+        crew.wait(10)
+        crew.supervise(replace(progress(ready=5, leased=1), status="paused"))
+    crew.supervise(progress(ready=5, succeeded=1))  # it was not given up
 
 
 def test_stopping_ends_the_polite_and_the_stubborn(crew_of: Start) -> None:

@@ -248,7 +248,7 @@ class DiffusersEngine:
             self._wardrobe.dress(weights)
             self.residency.recall_encoders(weights.base, keep=self._forms(request))
             held = encoder.encode(text, length=length, clip_skip=request.clip_skip)
-            self._prompts.put(key, held)
+            self._prompts[key] = held
         return held
 
     def _forward(self, settings: PassSettings, members: Sequence[Member], rung: FallbackLevel) -> list[Result]:
