@@ -177,8 +177,8 @@ def _find_private(audit: AuditLog, store: ObjectStore, row: Json) -> None:
         archives.change(tx.connection, row, **left)
         retention.tell_deleted(tx, [each for each in pictures if store.head(each.key) is None], because="restore")
         if gone:
-            told = {job["id"]: job["commitment"] for job in gone}
-            retention.tell_erased(tx, row["campaign_id"], told, because="restore")
+            commitments = {job["id"]: job["commitment"] for job in gone}
+            retention.tell_erased(tx, row["campaign_id"], commitments, because="restore")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

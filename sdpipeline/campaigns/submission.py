@@ -180,10 +180,12 @@ def submit(
 def delivery_rules(campaign: Campaign) -> dict[str, Json]:
     """Return the delivery rules of each stage's pictures; none of them changes a pixel."""
     rules, spec = dict[str, Json](), campaign.spec
-    told, safety = spec.provenance.include_prompt, policy.safety_checks(campaign.policies, campaign.catalog)
+    include_prompt, safety = spec.provenance.include_prompt, policy.safety_checks(campaign.policies, campaign.catalog)
     for stage in spec.stages:
         quality = (stage.quality or spec.quality).model_dump(exclude_none=True)
-        more = ({"safety": safety} if safety else {}) | ({"include_prompt": told} if told != "full" else {})
+        more = ({"safety": safety} if safety else {}) | (
+            {"include_prompt": include_prompt} if include_prompt != "full" else {}
+        )
         rules[stage.id] = {"reuse": spec.reuse, "quality": quality} | more
     return rules
 

@@ -234,12 +234,12 @@ def _check_plot(path: Path | None) -> None:
 def _say_pipeline(found: Json) -> None:
     print_records(_title(found), ("what", "batch", "pictures_per_s", "cpu_s"), found["rows"])
     print_records("Lost", ("what", "share"), [row | {"share": f"{row['share']:.2%}"} for row in found["lost"]])
-    beside = ", ".join(
+    outside = ", ".join(
         f"{name.removesuffix('_s')} {s * 1e3:.0f} ms" for name, s in found["beside_the_device_s"].items()
     )
     stdout.print(
         f"the whole line reaches {found['share_of_engine']:.3f} of the engine alone and {found['against_plain']:.2f} "
-        f"times the plain loop; outside the device a picture takes {beside}"
+        f"times the plain loop; outside the device a picture takes {outside}"
     )
     if found["device_idle_share"] is not None:
         stdout.print(f"the GPU is idle for {found['device_idle_share']:.2%} of the time")

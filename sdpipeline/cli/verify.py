@@ -138,8 +138,8 @@ def _say(checked: Checked) -> None:
     marks = checked.marks
     stdout.print(f"{checked.name}: {'ok' if checked.ok else 'not ok'}")
     kinds = {provenance.GENERATED: "made by AI", provenance.COMPOSITE: "a picture from outside, changed by AI"}
-    told = kinds.get(marks.digital_source_type or "", marks.digital_source_type or "no mark as AI-made")
-    rows = [("marked as", told), ("signature", _signature(marks)), ("database", _known(checked))]
+    mark = kinds.get(marks.digital_source_type or "", marks.digital_source_type or "no mark as AI-made")
+    rows = [("marked as", mark), ("signature", _signature(marks)), ("database", _known(checked))]
     rows += [("fault", fault) for fault in checked.faults]
     print_table("", ("what", "found"), rows)
     if marks.parents:

@@ -31,10 +31,10 @@ def retry(tx: Transaction, *, campaign_id: int, statuses: Collection[str]) -> in
     mine = and_(job.c.campaign_id == campaign_id, job.c.status.in_(list(statuses)))
     # Erased jobs cannot be made again; rows of an archived edition are about to be deleted.
     archived = exists().where(archive.c.campaign_id == job.c.campaign_id, archive.c.edition == job.c.edition)
-    there = and_(job.c.erased_at.is_(None), ~archived)
-    chosen = and_(mine, there, job.c.error_kind.is_distinct_from(POLICY))
+    changeable = and_(job.c.erased_at.is_(None), ~archived)
+    chosen = and_(mine, changeable, job.c.error_kind.is_distinct_from(POLICY))
     below = descendants(select(job.c.id).where(chosen))
-    lost = and_(job.c.id.in_(select(below.c.id)), there, job.c.status == "skipped")
+    lost = and_(job.c.id.in_(select(below.c.id)), changeable, job.c.status == "skipped")
     skipped = reset(tx.connection, lost, campaign_id=campaign_id)
     ended = reset(tx.connection, chosen, campaign_id=campaign_id)
     if not skipped and not ended:

@@ -268,22 +268,24 @@ def _of_others(campaign_id: int, ready: Prepared) -> ColumnElement[bool]:
     """Match jobs whose only change is the subject of their data."""
     if not ready.subjects:
         return false()
-    whose = select(known.c.id).join(incoming, incoming.c.identity == known.c.identity)
+    changed_subject = select(known.c.id).join(incoming, incoming.c.identity == known.c.identity)
     differs = incoming.c.subject.is_distinct_from(job.c.subject)
-    mine = whose.where(known.c.id == job.c.id, known.c.same, differs).exists()
+    mine = changed_subject.where(known.c.id == job.c.id, known.c.same, differs).exists()
     return and_(job.c.campaign_id == campaign_id, job.c.erased_at.is_(None), mine)
 
 
 def _to_block() -> ColumnElement[bool]:
     """Match existing jobs that the newest policy forbids, including any that a retry could run."""
-    there = job.alias("there")
-    told = and_(there.c.status == "blocked", there.c.error_kind == POLICY, there.c.error == incoming.c.error)
+    existing = job.alias("there")
+    same_reason = and_(
+        existing.c.status == "blocked", existing.c.error_kind == POLICY, existing.c.error == incoming.c.error
+    )
     forbidden = (
         select(known.c.id)
         .join(incoming, incoming.c.identity == known.c.identity)
-        .join(there, there.c.id == known.c.id)
-        .where(incoming.c.error_kind.is_not(None), there.c.status != "succeeded", not_(told))
-        .where(there.c.erased_at.is_(None))
+        .join(existing, existing.c.id == known.c.id)
+        .where(incoming.c.error_kind.is_not(None), existing.c.status != "succeeded", not_(same_reason))
+        .where(existing.c.erased_at.is_(None))
     )
     return job.c.id.in_(forbidden)
 

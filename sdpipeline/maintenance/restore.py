@@ -136,13 +136,13 @@ def examine(store: ObjectStore, sidecar_key: str) -> tuple[FoundPicture, frozens
     if place is None:
         raise InputImageError(f"{sidecar_key} is not a sidecar's key")
     sidecar = store.get(sidecar_key)
-    told = parse_object(sidecar)
-    about, record, reused = told["object"], told["record"], told.get("reused_from")
+    sidecar_document = parse_object(sidecar)
+    about, record, reused = sidecar_document["object"], sidecar_document["record"], sidecar_document.get("reused_from")
     data = store.get(about["key"])
     pixels = provenance.decode(data, max_pixels=LARGEST_PICTURE)
     stem = sidecar_key.rsplit(".", 2)[0]
     agree = (
-        told["schema"] == SIDECAR_SCHEMA
+        sidecar_document["schema"] == SIDECAR_SCHEMA
         and about["key"].startswith(f"{stem}.")
         and hashlib.sha256(data).hexdigest() == about["sha256"] == place["sha256"]
         and provenance.pixels_sha256(pixels) == about["pixels_sha256"]
@@ -150,7 +150,7 @@ def examine(store: ObjectStore, sidecar_key: str) -> tuple[FoundPicture, frozens
         and fingerprint(request_from_document(record["asked"])) == record["fingerprint"] == place["fingerprint"]
         and (bool(place["identity"]) == bool(reused))
     )
-    if not agree or not all(_has(store, each["key"], each["sha256"]) for each in told["control_maps"]):
+    if not agree or not all(_has(store, each["key"], each["sha256"]) for each in sidecar_document["control_maps"]):
         raise InputImageError(f"{about['key']} and its sidecar do not agree")
     height, width = pixels.shape[:2]
     stored = StoredImage(
@@ -164,10 +164,10 @@ def examine(store: ObjectStore, sidecar_key: str) -> tuple[FoundPicture, frozens
         height=height,
         sidecar_key=sidecar_key,
         sidecar_sha256=hashlib.sha256(sidecar).hexdigest(),
-        gpu_seconds=0.0 if reused else told["timings"]["generate_s"],
-        timings=told["timings"],
+        gpu_seconds=0.0 if reused else sidecar_document["timings"]["generate_s"],
+        timings=sidecar_document["timings"],
         reused_from=reused["key"] if reused else None,
-        scores=told["scores"],
+        scores=sidecar_document["scores"],
     )
     found = FoundPicture(
         team=place["team"],
@@ -176,8 +176,8 @@ def examine(store: ObjectStore, sidecar_key: str) -> tuple[FoundPicture, frozens
         fingerprint=place["fingerprint"],
         identity_start=place["identity"] or record["identity"][:16],
         stored=stored,
-        attempt=told["attempt"],
-        worker_id=told["worker"],
+        attempt=sidecar_document["attempt"],
+        worker_id=sidecar_document["worker"],
         made_at=record["made_at"],
     )
     return found, frozenset(each["key"] for each in record["inputs"].values() if "stage" in each)
