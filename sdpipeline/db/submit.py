@@ -95,7 +95,7 @@ def submit(tx: Transaction, ready: Prepared, asked: Publication, *, prune: bool 
             _link_parents(connection)
             added, changed, unchanged, cancelled = ready.count, 0, 0, 0
             if ready.blocked:
-                _tell_blocked(tx, campaign_id)
+                _record_blocked(tx, campaign_id)
         else:
             load(connection, ready, campaign_id, groups)
             match(connection)
@@ -116,7 +116,7 @@ def submit(tx: Transaction, ready: Prepared, asked: Publication, *, prune: bool 
                 _block_known(connection, campaign_id)
             job_control.resolve_new_jobs(tx, campaign_id=campaign_id)
             if ready.blocked:
-                _tell_blocked(tx, campaign_id)
+                _record_blocked(tx, campaign_id)
             if not ready.held:
                 budgets.let_go(connection, campaign_id)
             # All requested jobs belong to this version now.
@@ -299,7 +299,7 @@ def _block_known(connection: Connection, campaign_id: int) -> None:
     abandon_in(connection, campaign_id)
 
 
-def _tell_blocked(tx: Transaction, campaign_id: int) -> None:
+def _record_blocked(tx: Transaction, campaign_id: int) -> None:
     """Record an audit event for jobs that a policy forbids, and skip their descendants."""
     mine = and_(job.c.campaign_id == campaign_id, job.c.status == "blocked", job.c.error_kind == POLICY)
     blocked = select(job.c.id).where(mine)
