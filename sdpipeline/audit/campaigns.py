@@ -131,9 +131,9 @@ def _version_faults(row: Json, event: Json | None, replay: CampaignReplay) -> It
     if event is None:
         yield "the audit log has no record of its submission"
         return
-    told = {"number": event["version"], "actor": event["actor"]}
-    told |= {name: event[name] for name in ("source_sha256", "jobs_root")} | {"campaign_id": _campaign(event)}
-    for name, value in told.items():
+    recorded = {"number": event["version"], "actor": event["actor"]}
+    recorded |= {name: event[name] for name in ("source_sha256", "jobs_root")} | {"campaign_id": _campaign(event)}
+    for name, value in recorded.items():
         if row[name] != value:
             yield f"its {name} is {row[name]!r}, the audit log says {value!r}"
     dropped = (row["campaign_id"], row["number"]) in replay.dropped
@@ -148,10 +148,10 @@ def _version_faults(row: Json, event: Json | None, replay: CampaignReplay) -> It
 
 
 def _verify_spending(connection: Connection, found: Verification, replay: CampaignReplay) -> None:
-    told = dict(replay.spent)
+    spending = dict(replay.spent)
     for row in audit_queries.spent(connection):
         key = row["campaign_id"], row["group_id"], row["worker_id"]
-        sums = told.pop(key, [0.0] * len(AMOUNTS))
+        sums = spending.pop(key, [0.0] * len(AMOUNTS))
         for name, expected in zip(AMOUNTS, sums, strict=True):
             known = row["worker_id"] not in replay.unpriced
             if _differ(row[name], expected) and (known or row[name] < expected):
@@ -159,18 +159,18 @@ def _verify_spending(connection: Connection, found: Verification, replay: Campai
                 found.fault("cost-altered", f"campaign:{row['campaign_id']}", detail)
     for attempt in audit_queries.ended_attempts(connection):
         cost = replay.attempts.get((attempt["job_id"], attempt["lease_id"]))
-        there = attempt["gpu_seconds"] or 0.0, attempt["cost"] or 0.0
-        if cost is not None and any(map(_differ, there, cost)):
-            detail = f"attempt {attempt['number']} cost {there[1]:g}, the audit log says {cost[1]:g}"
+        stored = attempt["gpu_seconds"] or 0.0, attempt["cost"] or 0.0
+        if cost is not None and any(map(_differ, stored, cost)):
+            detail = f"attempt {attempt['number']} cost {stored[1]:g}, the audit log says {cost[1]:g}"
             found.fault("cost-altered", f"job:{attempt['job_id']}", detail)
-    for (campaign_id, _, worker_id), sums in told.items():
+    for (campaign_id, _, worker_id), sums in spending.items():
         if any(sums):
             detail = f"the spending of worker {worker_id} is in the audit log, but not in the database"
             found.fault("cost-altered", f"campaign:{campaign_id}", detail)
 
 
-def _differ(there: float, expected: float) -> bool:
-    return not math.isclose(there, expected, rel_tol=_TOLERANCE, abs_tol=_TOLERANCE)
+def _differ(stored: float, expected: float) -> bool:
+    return not math.isclose(stored, expected, rel_tol=_TOLERANCE, abs_tol=_TOLERANCE)
 
 
 def _checkpoint_faults(row: Json, replay: CampaignReplay) -> Iterator[str]:

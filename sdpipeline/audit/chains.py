@@ -24,7 +24,7 @@ from sdpipeline.storage.keys import seal_object_key
 
 def verify_chains(connection: Connection, found: Verification) -> EventReplay:
     """Read every chain in order; return the replay of its events."""
-    told = EventReplay()
+    replay = EventReplay()
     authors = Authors(None if connection.dialect.name == "sqlite" else rows.writers(connection))
     writer, expected, head = "", 0, GENESIS
     for row in rows.events(connection):
@@ -44,13 +44,13 @@ def verify_chains(connection: Connection, found: Verification) -> EventReplay:
                 found.fault("event-altered", subject, "its subject column differs from its bytes")
             for detail in authors.faults(body):
                 found.fault("event-forged", subject, detail)
-            told.apply(body)
+            replay.apply(body)
         except UNREADABLE:
             found.fault("event-altered", subject, "it is not an event written by this program")
         expected, head = row.seq + 1, row.hash
     for subject in authors.foreign():
         found.fault("event-forged", subject, "the process that owns its chain did not write it")
-    return told
+    return replay
 
 
 def verify_seals(
@@ -108,8 +108,8 @@ def verify_stored_seal(store: ObjectStore, found: Verification, row: Json) -> No
 def _unlocked(store: ObjectStore, row: Json) -> str | None:
     """Explain why storage does not lock a seal for as long as the seal itself says, according to storage now."""
     try:
-        told = json.loads(row["body"])
-        until = datetime.fromtimestamp(told["sealed_at_ms"] / 1000, UTC) + timedelta(days=told["lock"]["days"])
+        sealed = json.loads(row["body"])
+        until = datetime.fromtimestamp(sealed["sealed_at_ms"] / 1000, UTC) + timedelta(days=sealed["lock"]["days"])
     except (KeyError, TypeError, ValueError):
         return None
     held = store.head(row["key"])

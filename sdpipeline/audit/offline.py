@@ -105,8 +105,8 @@ class _Reading:
         """Compare an event with the one before it in its chain."""
         found = self.found
         try:
-            told = read_event(body)
-            writer, seq, prev = told["writer"], told["seq"], told["prev"]
+            event = read_event(body)
+            writer, seq, prev = event["writer"], event["seq"], event["prev"]
             expected, head = self._chains.get(writer, (0, GENESIS))
             if seq != expected:
                 subject = f"event:{writer}/{seq}"
@@ -115,12 +115,12 @@ class _Reading:
                 subject = f"event:{writer}/{seq}"
                 found.fault("chain-broken", subject, "it does not continue the event before it")
             self._chains[writer] = seq + 1, hashlib.sha256(body).hexdigest()
-            for detail in self._authors.faults(told):
+            for detail in self._authors.faults(event):
                 found.fault("event-forged", f"event:{writer}/{seq}", detail)
-            if told["event"] == Event.AUDIT_GAP:
-                found.gaps.append({name: told[name] for name in GAP})
+            if event["event"] == Event.AUDIT_GAP:
+                found.gaps.append({name: event[name] for name in GAP})
                 # An unsealed gap event excuses nothing: an attacker who cut the log could have written it.
-                self._lost += [range(told["first_seal"], told["last_seal"] + 1)] if self._left else []
+                self._lost += [range(event["first_seal"], event["last_seal"] + 1)] if self._left else []
         except UNREADABLE:
             found.fault("event-altered", f"event:{found.events}", "it is not an event written by this program")
 
@@ -132,10 +132,10 @@ class _Reading:
         try:
             given = json.loads(line)["seal"]
             body, signature = str(given["body"]), str(given["signature"])
-            told = json.loads(body)
-            number, own = told["number"], digest(body)
-            continues = (number, told["prev"]) == (self._number + 1, self._previous)
-            events = size(ranges(told))
+            seal = json.loads(body)
+            number, own = seal["number"], digest(body)
+            continues = (number, seal["prev"]) == (self._number + 1, self._previous)
+            events = size(ranges(seal))
             if type(number) is not int or type(events) is not int:
                 raise TypeError
         except UNREADABLE:
@@ -145,22 +145,22 @@ class _Reading:
             found.fault(wrong[0], subject, wrong[1])
         if not continues:
             found.fault("seal-missing", subject, "it does not continue the seal before it")
-        self._previous, self._number, self._seal = own, number, told
+        self._previous, self._number, self._seal = own, number, seal
         self._tree, self._left = Tree(), events
 
     def _close_seal(self) -> None:
         """Compare the events since the last seal with what it signed."""
-        told, self._seal = self._seal, None
-        if told is None:
+        seal, self._seal = self._seal, None
+        if seal is None:
             return
-        subject, missing = f"seal:{told['number']}", self._left
+        subject, missing = f"seal:{seal['number']}", self._left
         self._left = 0
-        covered = ranges(told)
+        covered = ranges(seal)
         if missing == size(covered):
-            self._empty.append(told["number"])
+            self._empty.append(seal["number"])
         elif missing:
             self.found.fault("sealed-events-altered", subject, f"{missing} of the events it covers are missing")
-        elif self._tree.root().hex() != told.get("merkle_root") or not all(map(self._stands_at, covered)):
+        elif self._tree.root().hex() != seal.get("merkle_root") or not all(map(self._stands_at, covered)):
             detail = "the events it covers differ from those that were sealed"
             self.found.fault("sealed-events-altered", subject, detail)
 
@@ -175,8 +175,8 @@ class _Reading:
         try:
             given = json.loads(line)["end"]
             body, signature = str(given["body"]), str(given["signature"])
-            told = json.loads(body)
-            counts = told["events"], told["seals"], told["last_seal"], told["sha256"]
+            end = json.loads(body)
+            counts = end["events"], end["seals"], end["last_seal"], end["sha256"]
         except UNREADABLE:
             found.fault("export-altered", "end", "it is not an end written by this program")
             return

@@ -80,9 +80,9 @@ class EventReplay:
             self.gaps.append({name: event[name] for name in GAP})
             self.lost.append(range(event["first_seal"], event["last_seal"] + 1))
         else:
-            self._hear_of_forgetting(kind, event)
+            self._apply_deletion(kind, event)
 
-    def _hear_of_forgetting(self, kind: str, event: Json) -> None:
+    def _apply_deletion(self, kind: str, event: Json) -> None:
         if kind == Event.EDITION_ARCHIVED:
             archived = audit_subjects.campaign_id(event["subject"]), event["edition"]
             self.archived[archived] = (event["key"], event["sha256"])
@@ -90,8 +90,8 @@ class EventReplay:
             self.deleted.update((job_id, fp) for job_id, fp, _ in event["pictures"])
         elif kind == Event.JOBS_ERASED:
             for job_id, committed in event["jobs"]:
-                told = event["at_us"], committed
-                self.erased[job_id] = max(self.erased.get(job_id, told), told)
+                erasure = event["at_us"], committed
+                self.erased[job_id] = max(self.erased.get(job_id, erasure), erasure)
 
     def _succeeded(self, job_id: int, event: Json) -> None:
         """Record a success; the newest one counts, because a lost picture is made again."""

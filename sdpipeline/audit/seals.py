@@ -108,7 +108,7 @@ def _seal_next(database: Database, store: ObjectStore, key: SealKey) -> int:
         last = rows.last_seal(connection)
         merkle_root = root(rows.bodies(connection, open_ranges)).hex()
     number, kept = last["number"] + 1 if last else 1, store.retention
-    told: Json = {
+    body: Json = {
         "v": 1,
         "number": number,
         "prev": last["hash"] if last else GENESIS,
@@ -119,8 +119,8 @@ def _seal_next(database: Database, store: ObjectStore, key: SealKey) -> int:
         "public_key": key.public_hex,
     }
     if kept is not None:
-        told["lock"] = {"mode": kept.mode, "days": kept.days}
-    return _publish(database, store, number, rfc8785.dumps(told).decode(), key)
+        body["lock"] = {"mode": kept.mode, "days": kept.days}
+    return _publish(database, store, number, rfc8785.dumps(body).decode(), key)
 
 
 def _first(found: Ranges, most: int) -> Ranges:

@@ -70,14 +70,14 @@ def combinations(campaign: Campaign, on_mistake: OnMistake) -> Iterator[Combinat
     texts = {canonical(own) for own in added}
     for row in table:
         key, line, cells = (row.key, row.line, row.values) if row else ("", None, {})
-        there = set()
+        seen = set()
         for own in itertools.chain(_products(axes, together), added):
             merged = {**cells, **dict(own), **edition}
             if added:
                 text = canonical(own)
-                if text in there or (text not in texts and any(matches(merged) for matches in left_out)):
+                if text in seen or (text not in texts and any(matches(merged) for matches in left_out)):
                     continue
-                there.add(text)
+                seen.add(text)
             elif any(matches(merged) for matches in left_out):
                 continue
             yield Combination(row_key=key, line=line, axes=own, values=merged)

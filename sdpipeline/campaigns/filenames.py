@@ -128,9 +128,9 @@ def refusal(file: str) -> str | None:
 
 def different(one: Subject, other: Subject) -> list[str]:
     """List the template variables that would distinguish two pictures, the best first."""
-    ours, theirs = one.values(), other.values()
-    own = [name for name in ours if name.isidentifier() and name in theirs and ours[name] != theirs[name]]
-    return sorted(own, key=lambda name: (name == "id", name == "seed", name not in one.variables))
+    left, right = one.values(), other.values()
+    differing = [name for name in left if name.isidentifier() and name in right and left[name] != right[name]]
+    return sorted(differing, key=lambda name: (name == "id", name == "seed", name not in one.variables))
 
 
 def _cells(subject: Subject) -> list[str]:

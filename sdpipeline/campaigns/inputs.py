@@ -14,7 +14,7 @@ from pathlib import Path, PurePosixPath
 
 from sdpipeline.errors import BadInputError, InputImageError, ObjectMissingError, StorageUnavailableError
 from sdpipeline.provenance import inspect
-from sdpipeline.storage import ForeignObject, ForeignObjects, is_bucket_url, lies_under, split_url
+from sdpipeline.storage import ForeignObject, ForeignObjects, is_bucket_url, is_under, split_url
 from sdpipeline.storage.keys import input_key
 
 LARGEST_INPUT_BYTES = 256 * 1024 * 1024
@@ -90,7 +90,7 @@ class InputFolder:
             split_url(url)
         except BadInputError as error:
             raise InputImageError(f"{_shown(url)} is not s3://bucket/key") from error
-        if not any(lies_under(url, root) for root in self.buckets):
+        if not any(is_under(url, root) for root in self.buckets):
             raise InputImageError(f"{_shown(url)} lies outside the allowed buckets: see SDP_INPUTS__ALLOWED")
 
     def table(self, name: str) -> Path:

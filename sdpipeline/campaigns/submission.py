@@ -179,7 +179,7 @@ def submit(
 
 
 def delivery_rules(campaign: Campaign) -> dict[str, DeliveryRules]:
-    """Return the delivery rules of each stage."""
+    """Return the delivery rules of each stage's pictures; none of them changes a pixel."""
     spec, safety = campaign.spec, policy.safety_checks(campaign.policies, campaign.catalog)
     return {
         stage.id: DeliveryRules(

@@ -186,7 +186,7 @@ def _parquet(path: Path, name: str, wanted: Collection[str] | None) -> Iterator[
     too_long, row = f"has a value of more than {LARGEST_CELL:,} characters", 0
     asked = json.dumps(None if wanted is None else list(wanted))
     command = [sys.executable, "-P", parquet_process.__file__, str(path), asked]
-    with tempfile.TemporaryFile() as said, _running(command, said) as process:
+    with tempfile.TemporaryFile() as errors, _running(command, errors) as process:
         assert process.stdout is not None
         lines = iter(partial(process.stdout.readline, LARGEST_LINE + 1), "")
         for number, line in enumerate(lines):
@@ -201,21 +201,21 @@ def _parquet(path: Path, name: str, wanted: Collection[str] | None) -> Iterator[
                 row += 1
                 yield row, [cell or "" for cell in cells], too_long if None in cells else None
         if process.wait() != 0:
-            raise CampaignError(Mistake(file=name, message=_why(process.returncode, said)))
+            raise CampaignError(Mistake(file=name, message=_why(process.returncode, errors)))
 
 
 @contextmanager
-def _running(command: Sequence[str], said: IO[bytes]) -> Iterator[Popen[str]]:
+def _running(command: Sequence[str], errors: IO[bytes]) -> Iterator[Popen[str]]:
     """Run the process and kill it at the end of the block."""
-    with Popen(command, stdin=DEVNULL, stdout=PIPE, stderr=said, encoding="utf-8", errors="replace") as process:
+    with Popen(command, stdin=DEVNULL, stdout=PIPE, stderr=errors, encoding="utf-8", errors="replace") as process:
         try:
             yield process
         finally:
             process.kill()
 
 
-def _why(exit_code: int, said: IO[bytes]) -> str:
-    said.seek(0)
+def _why(exit_code: int, errors: IO[bytes]) -> str:
+    errors.seek(0)
     if exit_code == parquet_process.REFUSED:
-        return said.read(2_000).decode(errors="replace")
+        return errors.read(2_000).decode(errors="replace")
     return f"cannot be decoded in {parquet_process.MEMORY_BYTES >> 20} MiB: its reader ended with {exit_code}"

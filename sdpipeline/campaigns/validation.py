@@ -136,11 +136,11 @@ def _check_names(spec: CampaignSpec, faults: Faults) -> None:
 def _check_cycles(spec: CampaignSpec, faults: Faults) -> None:
     """Note each cycle once, named in full, at its first stage in the file."""
     parents = {stage.id: [parent for parent in stage.parents() if parent != stage.id] for stage in spec.stages}
-    told: set[str] = set()
+    reported: set[str] = set()
     for n, stage in enumerate(spec.stages):
         cycle = _cycle(stage.id, parents)
-        if cycle and not told.intersection(cycle):
-            told.update(cycle)
+        if cycle and not reported.intersection(cycle):
+            reported.update(cycle)
             way = " needs ".join(f"{each!r}" for each in [*cycle, stage.id])
             faults.add(("stages", n), f"is part of a cycle: {way}", "let one of them use another picture")
 

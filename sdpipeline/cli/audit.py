@@ -117,14 +117,14 @@ def seal(
         return
     sealed = 0
 
-    def told(count: int) -> None:
+    def print_seal(count: int) -> None:
         nonlocal sealed
         sealed += count
         if not as_json:
             stdout.print(f"{count} events sealed")
 
     with shutdown.handle_signals(*shutdown.SIGNALS) as stop:
-        services.keep_sealing(settings, stop, every_s=every, events=events, on_seal=told)
+        services.keep_sealing(settings, stop, every_s=every, events=events, on_seal=print_seal)
     if as_json:
         print_json({"sealed": sealed})
     raise typer.Exit(stop.exit_code)
@@ -181,9 +181,9 @@ def prove_image(
     with users_umask():
         out.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
     if as_json:
-        print_json({"file": str(out), "subject": success.told["subject"]})
+        print_json({"file": str(out), "subject": success.event["subject"]})
     else:
-        stdout.print(f"{out} proves {success.told['subject']}, {success.told['image']['sha256']}")
+        stdout.print(f"{out} proves {success.event['subject']}, {success.event['image']['sha256']}")
 
 
 def _success(connection: Connection, picture: str, team: str) -> Success:

@@ -97,7 +97,7 @@ def engine(
     if as_json:
         print_json(document)
         return
-    _say_engine(document)
+    _print_engine(document)
 
 
 def pipeline(
@@ -162,7 +162,7 @@ def pipeline(
     if as_json:
         print_json(on.document() | found)
         return
-    _say_pipeline(on.document() | found)
+    _print_pipeline(on.document() | found)
 
 
 def queue(
@@ -231,15 +231,15 @@ def _check_plot(path: Path | None) -> None:
         plot.check(path)
 
 
-def _say_pipeline(found: Json) -> None:
+def _print_pipeline(found: Json) -> None:
     print_records(_title(found), ("what", "batch", "pictures_per_s", "cpu_s"), found["rows"])
     print_records("Lost", ("what", "share"), [row | {"share": f"{row['share']:.2%}"} for row in found["lost"]])
-    beside = ", ".join(
+    outside = ", ".join(
         f"{name.removesuffix('_s')} {s * 1e3:.0f} ms" for name, s in found["beside_the_device_s"].items()
     )
     stdout.print(
         f"the whole line reaches {found['share_of_engine']:.3f} of the engine alone and {found['against_plain']:.2f} "
-        f"times the plain loop; outside the device a picture takes {beside}"
+        f"times the plain loop; outside the device a picture takes {outside}"
     )
     if found["device_idle_share"] is not None:
         stdout.print(f"the GPU is idle for {found['device_idle_share']:.2%} of the time")
@@ -250,7 +250,7 @@ def _title(found: Json) -> str:
     return f"{what}, {found['profile']}, on {found['device']} in {found['dtype']}"
 
 
-def _say_engine(found: Json) -> None:
+def _print_engine(found: Json) -> None:
     columns = ("what", "batch", "pictures_per_s", "against_plain", "tflop_per_s", "share_of_ceiling")
     rows = [row | {name: f"{row[name]:.4g}" for name in columns[2:]} for row in found["rows"]]
     print_records(_title(found), columns, rows)

@@ -39,7 +39,7 @@ from sdpipeline.db.workers import STORAGE_LOSSES
 from sdpipeline.domain import Status
 
 LONGEST_SHOWN = 60
-UNLUCKY = ("failed", "blocked", "skipped", "cancelled")
+UNSUCCESSFUL = ("failed", "blocked", "skipped", "cancelled")
 RETRYABLE = ("failed", "blocked", "cancelled")
 
 Edition = Annotated[
@@ -223,7 +223,7 @@ def retry(
         raise refuse(why, "change the prompts or the policy, and submit the file again")
     forbidden = f", {kept} not retried because a policy forbids them" if kept else ""
     about = {"campaign": campaign, "retried": count, "forbidden": kept}
-    _say(f"{count} jobs reopened{forbidden}", about, as_json=as_json)
+    _print_outcome(f"{count} jobs reopened{forbidden}", about, as_json=as_json)
 
 
 def cancel(campaign: CampaignName, *, home: Home = None, as_json: AsJson = False) -> None:
@@ -233,7 +233,7 @@ def cancel(campaign: CampaignName, *, home: Home = None, as_json: AsJson = False
         campaign_id = services.known_campaign(have.database, settings.team, campaign)
         with have.audit.transaction() as tx:
             count = job_control.cancel(tx, campaign_id=campaign_id)
-    _say(f"{count} jobs cancelled", {"campaign": campaign, "cancelled": count}, as_json=as_json)
+    _print_outcome(f"{count} jobs cancelled", {"campaign": campaign, "cancelled": count}, as_json=as_json)
 
 
 def pause(campaign: CampaignName, *, home: Home = None, as_json: AsJson = False) -> None:
@@ -269,7 +269,7 @@ def show_status(
             {"campaigns": documents} | ({"workers": living, "database": database} if workers is not None else {})
         )
         return
-    columns = ("total", "succeeded", *_there(documents, ("ready", "waiting", "leased", *UNLUCKY)))
+    columns = ("total", "succeeded", *_statuses_in_use(documents, ("ready", "waiting", "leased", *UNSUCCESSFUL)))
     spent = ("images", "gpu_seconds", *(["cost"] if any(d["cost"] for d in documents) else []))
     about = ("name", "version", "status")
     rows = [
@@ -294,7 +294,7 @@ def show_status(
             stdout.print(f"storage works without {feature}: {loss}")
 
 
-def _there(documents: list[dict[str, Any]], names: Sequence[str]) -> list[str]:
+def _statuses_in_use(documents: list[dict[str, Any]], names: Sequence[str]) -> list[str]:
     """Return the statuses that some campaign has jobs in: a table of zeros is hard to read."""
     return [name for name in names if any(d["jobs"][name] for d in documents)]
 
@@ -332,7 +332,7 @@ def _set_status(campaign: str, status: str, home: Path | None, *, as_json: bool)
         campaign_id = services.known_campaign(have.database, settings.team, campaign)
         with have.audit.transaction() as tx:
             job_control.set_campaign_status(tx, campaign_id=campaign_id, status=status)
-    _say(f"{campaign} is {status}", {"campaign": campaign, "status": status}, as_json=as_json)
+    _print_outcome(f"{campaign} is {status}", {"campaign": campaign, "status": status}, as_json=as_json)
 
 
 def _submitted(name: str, done: Submitted) -> str:
@@ -360,7 +360,7 @@ def _shown_job(job: dict[str, Any]) -> dict[str, Any]:
     return job | {"picture or error": picture_or_error, "variables": variables}
 
 
-def _say(sentence: str, document: dict[str, Any], *, as_json: bool) -> None:
+def _print_outcome(sentence: str, document: dict[str, Any], *, as_json: bool) -> None:
     if as_json:
         print_json(document)
     else:

@@ -37,16 +37,16 @@ def demo(
     from sdpipeline import orchestration
 
     services.check_engine(load_settings(home))
-    s = _embedded(load_settings(home))
+    settings = _embedded(load_settings(home))
     started = time.monotonic()
-    name, done = submit.submit(s, BUNDLED_CAMPAIGN)
+    name, done = submit.submit(settings, BUNDLED_CAMPAIGN)
     if not as_json:
         stderr.print(f"campaign {BUNDLED_CAMPAIGN}: {done.added} jobs added, {done.unchanged} unchanged")
     progress = orchestration.run_campaign(
-        s, name, keep_ui=keep_ui, console=None if as_json else stderr, always_own=True
+        settings, name, keep_ui=keep_ui, console=None if as_json else stderr, always_own=True
     )
-    services.seal(s)
-    result = _result(s, name, time.monotonic() - started)
+    services.seal(settings)
+    result = _result(settings, name, time.monotonic() - started)
     if as_json:
         counts = {"added": done.added, "unchanged": done.unchanged}
         print_json(progress.document() | counts | result.document())

@@ -101,8 +101,8 @@ def schedule(
 def _unschedule(settings: Settings, given: str, *, as_json: bool) -> None:
     from sdpipeline.orchestration import deploy as deployment
 
-    there = is_bucket_url(given) or Path(given).is_file()
-    name = _checked(settings, given, None if is_bucket_url(given) else _text(given)).name if there else given
+    is_file = is_bucket_url(given) or Path(given).is_file()
+    name = _checked(settings, given, None if is_bucket_url(given) else _text(given)).name if is_file else given
     if not deployment.unschedule(settings, name):
         raise refuse(f"{name} has no schedule on this server", "list the schedules: prefect deployment ls")
     if as_json:
@@ -124,8 +124,8 @@ def _checked(settings: Settings, given: str, text: str | None) -> CampaignSpec:
     hints = []
     if text is not None:
         expand.check(*services.load_campaign(settings, Path(given), database))
-        beside = "a scheduled run reads only this file, not the tables and pictures in its folder"
-        hints.append(Mistake(file=given, message=beside, fix="put them at s3://bucket/key: see SDP_INPUTS__ALLOWED"))
+        message = "a scheduled run reads only this file, not the tables and pictures in its folder"
+        hints.append(Mistake(file=given, message=message, fix="put them at s3://bucket/key: see SDP_INPUTS__ALLOWED"))
     try:
         with submit.campaign_file(settings, url=None if text is not None else given, text=text) as path:
             campaign, inputs = services.load_campaign(settings, path, database)

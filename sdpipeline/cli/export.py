@@ -47,12 +47,12 @@ def export_pictures(
     if as_json:
         print_json({"campaign": campaign} | done.document())
     else:
-        _say(done)
+        _print(done)
     if done.faults:
         raise typer.Exit(FOUND_FAULTS)
 
 
-def _say(done: Exported) -> None:
+def _print(done: Exported) -> None:
     waiting = f"; {done.without_picture} jobs have no picture" if done.without_picture else ""
     stdout.print(f"{done.copied} pictures copied to {done.directory}, {done.unchanged} existed already{waiting}")
     for fault in done.faults[:MOST_SHOWN]:

@@ -42,17 +42,17 @@ def erase(
     as_json: AsJson = False,
 ) -> None:
     """Erase one subject's data from jobs, and record a proof of the erasure that does not reveal what was erased."""
-    s, name = load_settings(home), subject.strip()
+    settings, name = load_settings(home), subject.strip()
     if not name:
         raise refuse("--subject is empty", "give a value of the campaign's `subject`")
-    with services.services(s, create=False) as have:
+    with services.services(settings, create=False) as have:
         have.store.check()
         audit.refuse_restored(have.database, have.store)
         done = forgetting.erase(
-            have.audit, have.store, lambda: services.seal_or_wait(s), name, team=s.team, dry_run=dry_run
+            have.audit, have.store, lambda: services.seal_or_wait(settings), name, team=settings.team, dry_run=dry_run
         )
     if done.jobs and not dry_run:
-        services.seal_here(s)
+        services.seal_here(settings)
     document = done.document()
     if as_json:
         print_json({"dry_run": dry_run} | document)

@@ -42,13 +42,13 @@ def init(
         ("file", "what"),
         [(name, about.get(name, "input of an example")) for name in written],
     )
-    there = [] if directory.resolve() == Path.cwd() else [("go there", f"cd {directory}")]
+    change_directory = [] if directory.resolve() == Path.cwd() else [("go there", f"cd {directory}")]
     first = next(iter(scaffold.CAMPAIGNS))
     print_table(
         "Next steps",
         ("to", "type"),
         [
-            *there,
+            *change_directory,
             ("check a campaign and count its pictures", f"sdpipeline plan {first}"),
             ("make them", f"sdpipeline run {first}"),
             ("copy the pictures under your own names", f"sdpipeline export {first.removesuffix('.yaml')} --to DIR"),

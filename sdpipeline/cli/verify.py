@@ -64,9 +64,9 @@ def verify(
         documents = [each.document() | ({} if asked else {"known": None}) for each in checked]
         print_json(documents[0] if single else {"ok": ok, "images": len(checked), "pictures": documents})
     elif single:
-        _say(checked[0])
+        _print_picture(checked[0])
     else:
-        _say_all(checked)
+        _print_summary(checked)
     if not (asked or as_json):
         stdout.print(f"the database was not checked: there is none in {settings.home} (name another home with --home)")
     if not ok:
@@ -134,12 +134,12 @@ def _shown(items: list[_T], *, hidden: bool) -> Iterable[_T]:
     return track(items, description="verifying", console=stderr, disable=hidden)
 
 
-def _say(checked: Checked) -> None:
+def _print_picture(checked: Checked) -> None:
     marks = checked.marks
     stdout.print(f"{checked.name}: {'ok' if checked.ok else 'not ok'}")
     kinds = {provenance.GENERATED: "made by AI", provenance.COMPOSITE: "a picture from outside, changed by AI"}
-    told = kinds.get(marks.digital_source_type or "", marks.digital_source_type or "no mark as AI-made")
-    rows = [("marked as", told), ("signature", _signature(marks)), ("database", _known(checked))]
+    mark = kinds.get(marks.digital_source_type or "", marks.digital_source_type or "no mark as AI-made")
+    rows = [("marked as", mark), ("signature", _signature(marks)), ("database", _match_text(checked))]
     rows += [("fault", fault) for fault in checked.faults]
     print_table("", ("what", "found"), rows)
     if marks.parents:
@@ -158,12 +158,12 @@ def _say(checked: Checked) -> None:
         print_table("Made from", columns, lines)
 
 
-def _say_all(checked: list[Checked]) -> None:
+def _print_summary(checked: list[Checked]) -> None:
     faulty = [each for each in checked if not each.ok]
     known = sum(each.match is not None for each in checked)
     stdout.print(f"{len(checked)} pictures, {len(checked) - len(faulty)} ok; the database knows {known}")
     for each in faulty[:MOST_SHOWN]:
-        stdout.print(f"{each.name}: {', '.join(each.faults)} (database: {_known(each)})")
+        stdout.print(f"{each.name}: {', '.join(each.faults)} (database: {_match_text(each)})")
     if len(faulty) > MOST_SHOWN:
         stdout.print(f"... and {len(faulty) - MOST_SHOWN} more; --json lists all")
 
@@ -176,7 +176,7 @@ def _signature(marks: VerifiedPicture) -> str:
     return f"{marks.c2pa}: by {worth}{when}"
 
 
-def _known(checked: Checked) -> str:
+def _match_text(checked: Checked) -> str:
     match = checked.match
     if match is None:
         return "does not know it"

@@ -135,9 +135,9 @@ def _admit(tx: Transaction, row: Any, wave: int, gpu_second_cost: float) -> None
 
 def _running(connection: Connection, campaign_id: int, admitted: int) -> list[int]:
     """List chains in progress that a submit or a retry has moved behind others."""
-    there = and_(job.c.campaign_id == campaign_id, or_(job.c.status == READY, job.c.status == LEASED))
+    unfinished = and_(job.c.campaign_id == campaign_id, or_(job.c.status == READY, job.c.status == LEASED))
     # `+ 0` forces the index on the status: few jobs are ready or leased, and any number may be in later chains.
-    return sorted(set(connection.execute(select(job.c.chain).where(there, job.c.chain + 0 >= admitted)).scalars()))
+    return sorted(set(connection.execute(select(job.c.chain).where(unfinished, job.c.chain + 0 >= admitted)).scalars()))
 
 
 def _left(connection: Connection, chosen: ColumnElement[bool]) -> list[tuple[str, int, int]]:

@@ -161,10 +161,10 @@ def copy_rows(connection: Connection, table: Table, columns: Sequence[str], rows
                 copy.write_row(row)
     except connection.dialect.loaded_dbapi.Error as error:
         _keep_first_line(error)
-        ours = driver_errors.translated(error, _place(connection.engine.url), connection_lost=bool(driver.closed))
-        if ours is None:
+        translated = driver_errors.translated(error, _place(connection.engine.url), connection_lost=bool(driver.closed))
+        if translated is None:
             raise
-        raise ours from error
+        raise translated from error
 
 
 def _wrong_url(fault: str) -> Mistake:
@@ -286,12 +286,12 @@ def _translated(url: URL) -> Iterator[None]:
     except PoolTimeoutError as error:
         raise DatabaseUnavailableError(f"{_place(url)}: every connection of this process is in use") from error
     except DBAPIError as error:
-        ours = driver_errors.translated(error.orig, _place(url), connection_lost=error.connection_invalidated)
-        if ours is None and error.statement is None and not error.params and _is_of_no_server(error.orig):
-            ours = SettingsError(_wrong_url(driver_errors.first_line(error.orig)))
-        if ours is None:
+        translated = driver_errors.translated(error.orig, _place(url), connection_lost=error.connection_invalidated)
+        if translated is None and error.statement is None and not error.params and _is_of_no_server(error.orig):
+            translated = SettingsError(_wrong_url(driver_errors.first_line(error.orig)))
+        if translated is None:
             raise
-        raise ours from error
+        raise translated from error
 
 
 def _is_of_no_server(error: BaseException | None) -> TypeGuard[BaseException]:

@@ -251,7 +251,7 @@ def _quarantine(log: AuditLog, store: ObjectStore, job_id: int, keys: list[str])
     today = quarantine_folder(datetime.now(UTC))
     moved = [(key, _free(store, today, key)) for key in keys]
     with log.transaction() as tx:
-        rows.tell_quarantined(tx, job_id, moved)
+        rows.record_quarantine(tx, job_id, moved)
     for key, to in moved:
         store.move(key, to)
 

@@ -65,7 +65,7 @@ def split_url(url: str) -> tuple[str, str]:
     return bucket, key
 
 
-def lies_under(url: str, root: str) -> bool:
+def is_under(url: str, root: str) -> bool:
     """Return True if an object's URL is below ``s3://bucket`` or ``s3://bucket/prefix``, compared by whole folders."""
     return url.startswith(root.rstrip("/") + "/")
 

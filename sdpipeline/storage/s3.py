@@ -106,7 +106,7 @@ class S3Store:
                 data = self.get(key)
                 sha256, size_bytes = hashlib.sha256(data).hexdigest(), len(data)
         except ObjectMissingError as error:
-            if is_web_page(error.__cause__) and self._is_there(key):
+            if is_web_page(error.__cause__) and self._exists(key):
                 raise StorageUnavailableError(f"{self.url(key)}: HEAD says 404 and GET finds it") from error
             return None
         return replace(_stored(key, sha256, size_bytes, answer), stored_at=answer["LastModified"])
@@ -282,7 +282,7 @@ class S3Store:
         with contextlib.suppress(*library_errors()):
             self._client.abort_multipart_upload(**address, UploadId=upload_id)
 
-    def _is_there(self, key: str) -> bool:
+    def _exists(self, key: str) -> bool:
         try:
             self._read(key, None)
         except ObjectMissingError:

@@ -72,10 +72,10 @@ class TimedLog(AuditLog):
         with super().transaction() as tx:
             yield tx
         took = time.perf_counter() - started
-        told = {about["event"] for about in tx._told}
-        if Event.LEASE_TAKEN in told:
+        events = {about["event"] for about in tx._events}
+        if Event.LEASE_TAKEN in events:
             self.times.leases.append(took)
-        elif Event.JOB_SUCCEEDED in told:
+        elif Event.JOB_SUCCEEDED in events:
             self.times.completions.append(took)
 
 

@@ -354,7 +354,7 @@ def proof_of(log: Log, job_id: int) -> Json:
 def test_a_proof_holds_by_itself_and_for_its_picture_alone(log: Log) -> None:
     document = json.loads(json.dumps(proof_of(log, 1)))
     with log.database.read() as connection:
-        sha256 = success_of_job(connection, 1, team="default").told["image"]["sha256"]
+        sha256 = success_of_job(connection, 1, team="default").event["image"]["sha256"]
     own = next(path.read_bytes() for path in log.pictures() if path.stem == sha256)
     other = next(path.read_bytes() for path in log.pictures() if path.stem != sha256)
     assert verify_proof(document, trusted=log.key.public, picture=own).faults == []

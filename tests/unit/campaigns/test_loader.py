@@ -235,7 +235,7 @@ def test_a_mistake_is_one_line_that_says_where_what_and_the_way_out(old: str, ne
         ),
         (
             "{checkpoint: shapes-canny, image: {stage: draft}, annotator: depth-learned}",
-            "15:19: ...annotator_checkpoint: annotator 'depth-learned' needs a checkpoint of its own (there is only depths)",
+            "15:19: ...annotator_checkpoint: annotator 'depth-learned' needs a checkpoint (there is only depths)",
         ),
         (
             "{checkpoint: shapes-canny, image: {stage: draft}, annotator: depth-learned, annotator_checkpoint: shapes}",
