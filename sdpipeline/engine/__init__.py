@@ -72,7 +72,7 @@ class GenerationFailure:
 
 
 class Engine(Protocol):
-    """Generate pictures from batches. Only ``prepare`` may be called from a second thread."""
+    """Generate pictures from batches. Only ``prepare`` and ``prefetch_weights`` may be called from a second thread."""
 
     def generate(self, batch: Batch) -> Sequence[GeneratedImage | GenerationFailure]:
         """Return one result per request, in order.
@@ -86,6 +86,12 @@ class Engine(Protocol):
 
         It may wait for that batch. Anything that cannot be prepared is left to ``generate``, including a request's
         own error.
+        """
+
+    def prefetch_weights(self, ref: CheckpointRef) -> None:
+        """Have the operating system read a checkpoint's files ahead; called from another thread.
+
+        It must not touch the device. What is wrong with the files is reported when they are loaded.
         """
 
     def flagged(self, checker: CheckpointRef, pictures: Sequence[Pixels]) -> Sequence[bool]:

@@ -39,6 +39,9 @@ class FakeEngine:
     def prepare(self, requests: Sequence[GenerationRequest]) -> None:
         """Do nothing: the fake engine encodes no prompts."""
 
+    def prefetch_weights(self, ref: CheckpointRef) -> None:
+        """Do nothing: the fake engine loads no weights."""
+
     def flagged(self, checker: CheckpointRef, pictures: Sequence[Pixels]) -> Sequence[bool]:  # noqa: ARG002
         """Raise CheckpointError: the fake engine runs no network, so its pictures must not count as checked."""
         raise CheckpointError(f"safety checker {checker.alias!r}: the fake engine runs no network")

@@ -14,7 +14,7 @@ import torch
 from sdpipeline.domain import AdapterInput, CheckpointRef, ControlNetInput, GenerationRequest, Json, Profile
 from sdpipeline.engine import Batch, GeneratedImage, GenerationFailure, Pixels, PreparedRequest, safety
 from sdpipeline.engine.annotators import known_annotator
-from sdpipeline.engine.checkpoints import CheckpointFiles
+from sdpipeline.engine.checkpoints import CheckpointFiles, read_ahead
 from sdpipeline.engine.diffusers.adapters import AdapterSet, AdapterState, adapter_set, reference, refuse_unused, words
 from sdpipeline.engine.diffusers.decoding import Developed, develop
 from sdpipeline.engine.diffusers.determinism import allow_exactness, exactly
@@ -91,6 +91,11 @@ class DiffusersEngine:
                     return
                 if weights := self._at_hand(request):
                     self._embeddings(request, weights)
+
+    def prefetch_weights(self, ref: CheckpointRef) -> None:
+        """Have the operating system read a checkpoint's files ahead of their load."""
+        with suppress(CheckpointError):  # loading them reports what is wrong
+            read_ahead(self.residency.files(ref))
 
     def _at_hand(self, request: GenerationRequest) -> Weights | None:
         """Return the weights that encode the request's prompts.
