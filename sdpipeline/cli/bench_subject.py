@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from sdpipeline.app import services
+from sdpipeline.app.checkpoints import BUILTIN_CHECKPOINTS, catalog
+from sdpipeline.app.factories import build_engine, devices, random_checkpoint
 from sdpipeline.bench.shapes import NAMES, shape
 from sdpipeline.bench.spread import OnProgress
 from sdpipeline.bench.workload import Workload
@@ -65,7 +66,7 @@ class Subject:
 
     def engine(self) -> Engine:
         """Build the engine as workers do."""
-        return services.build_engine(self.settings, self.device, None, dtype=self.dtype)
+        return build_engine(self.settings, self.device, None, dtype=self.dtype)
 
     def plain(self) -> PlainLoop:
         """Build a plain diffusers loop, as in a script. Call ``engine`` first: it sets up torch's import."""
@@ -114,7 +115,7 @@ def subject(settings: Settings, wanted: Wanted) -> Subject:
 
 
 def _device(settings: Settings, wanted: Wanted) -> str:
-    device = wanted.device or services.devices(settings)[0]
+    device = wanted.device or devices(settings)[0]
     number = device.removeprefix("cuda").removeprefix(":") or "0"
     if device != "cpu" and not (device.startswith("cuda") and number.isdigit() and int(number) < gpu_count()):
         raise refuse(f"--device {device} is not on this machine", f"it has cpu and {gpu_count()} GPUs")
@@ -128,15 +129,15 @@ def _checkpoint(settings: Settings, alias: str, device: str) -> tuple[Settings, 
         settings = settings.model_copy(update={"checkpoints_dir": folder})
         if not (folder / alias).is_dir():
             stderr.print(f"building {alias} with random weights in {folder / alias}")
-        services.random_checkpoint(alias, folder, device)
-    known = services.catalog(settings)
+        random_checkpoint(alias, folder, device)
+    known = catalog(settings)
     if alias not in known:
         raise refuse(f"--checkpoint {alias}: there is no such checkpoint", nearest(alias, [*known, *NAMES]))
     return settings, known[alias]
 
 
 def _usual(files: CheckpointFiles, device: str) -> Json:
-    if files.directory.parent == services.BUILTIN_CHECKPOINTS:
+    if files.directory.parent == BUILTIN_CHECKPOINTS:
         return SHIPPED
     row = family(files.family)
     size = 1024 if row.text in ("sdxl", "sd3", "flux") else 512

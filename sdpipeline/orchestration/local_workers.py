@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from multiprocessing import connection, resource_tracker
 from multiprocessing.process import BaseProcess
 
-from sdpipeline.app.services import Progress
+from sdpipeline.db.queries import Progress
 from sdpipeline.errors import WorkersLostError
 from sdpipeline.settings import Settings
 

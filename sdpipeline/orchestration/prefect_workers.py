@@ -12,7 +12,7 @@ from uuid import UUID
 
 import structlog
 
-from sdpipeline.app.services import Progress
+from sdpipeline.db.queries import Progress
 from sdpipeline.errors import Mistake, SettingsError, WorkersLostError
 from sdpipeline.orchestration.artifacts import best_effort
 from sdpipeline.orchestration.local_workers import WorkerExit
