@@ -9,20 +9,21 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
-
-import numpy as np
-import numpy.typing as npt
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 from sdpipeline.domain import CheckpointRef, GenerationRequest, Json
 from sdpipeline.errors import SdpError
+
+if TYPE_CHECKING:  # commands that touch no pixels import this package too
+    import numpy as np
+    import numpy.typing as npt
 
 # If torchao is installed, diffusers and peft import it even without quantization. Each start would then log warnings
 # about parts that neither needs: kernels for other devices, names of an older torchao.
 for _name in ("torchao", "torch.utils._pytree", "diffusers.quantizers.torchao.torchao_quantizer"):
     logging.getLogger(_name).setLevel(logging.ERROR)
 
-Pixels = npt.NDArray[np.uint8]
+Pixels: TypeAlias = "npt.NDArray[np.uint8]"
 """A picture: height x width x 3, RGB, 0-255."""
 
 Calls = Sequence[Sequence[int]]
