@@ -12,7 +12,9 @@ from typing import Annotated, BinaryIO
 import typer
 
 from sdpipeline import audit, shutdown
-from sdpipeline.app import maintenance, services
+from sdpipeline.app import maintenance, sealing
+from sdpipeline.app.keys import seal_key
+from sdpipeline.app.services import open_services
 from sdpipeline.audit import export as exporting
 from sdpipeline.audit.findings import Verification
 from sdpipeline.audit.offline import LONGEST_LINE, verify_export
@@ -78,7 +80,8 @@ def verify(
     if alone:
         found = _verified_alone(exported, proof, image, trusted)
     else:
-        found = maintenance.verify(load_settings(home), sample=None if full else sample, trusted=trusted)
+        with open_services(load_settings(home), create=False) as services:
+            found = maintenance.verify(services, sample=None if full else sample, trusted=trusted)
     _show(found, as_json=as_json, compare=bool(alone) and not key)
     if found.faults:
         raise typer.Exit(FOUND_FAULTS)
@@ -109,7 +112,8 @@ def seal(
     """Sign the audit events since the last seal."""
     settings = load_settings(home)
     if not watch:
-        count = services.seal(settings)
+        with open_services(settings) as services:
+            count = sealing.seal(services)
         if as_json:
             print_json({"sealed": count})
         else:
@@ -123,8 +127,8 @@ def seal(
         if not as_json:
             stdout.print(f"{count} events sealed")
 
-    with shutdown.handle_signals(*shutdown.SIGNALS) as stop:
-        services.keep_sealing(settings, stop, every_s=every, events=events, on_seal=print_seal)
+    with shutdown.handle_signals(*shutdown.SIGNALS) as stop, open_services(settings, until=stop) as services:
+        sealing.keep_sealing(services, stop, every_s=every, events=events, on_seal=print_seal)
     if as_json:
         print_json({"sealed": sealed})
     raise typer.Exit(stop.exit_code)
@@ -141,15 +145,15 @@ def export(
     if as_json and out is None:
         raise refuse("--json needs --out: the export itself goes to standard output", "--out audit.jsonl")
     refuse_place(out)
-    with services.services(settings, create=False) as have:
-        services.seal(settings)
+    with open_services(settings, create=False) as services:
+        sealing.seal(services)
         if out is None:
-            exporting.write(have.database, services.seal_key(settings), sys.stdout.buffer)
+            exporting.write(services.database, seal_key(settings), sys.stdout.buffer)
             return
         # Under another name first, so that an interrupted export leaves no partial file under the final name.
         unfinished = out.with_name(f"{out.name}.part")
         with users_umask(), unfinished.open("wb") as file:
-            done = exporting.write(have.database, services.seal_key(settings), file)
+            done = exporting.write(services.database, seal_key(settings), file)
         unfinished.replace(out)
     if as_json:
         print_json(done.document() | {"file": str(out)})
@@ -167,13 +171,13 @@ def prove_image(
     """Write the proof that the sealed log records a picture's success, for audit verify --proof."""
     settings = load_settings(home)
     refuse_place(out)
-    with services.services(settings, create=False) as have:
-        with have.database.read() as connection:
+    with open_services(settings, create=False) as services:
+        with services.database.read() as connection:
             success = _success(connection, picture, settings.team)
             document = prove(connection, success)
         if document is None:
-            services.seal_or_wait(settings)
-            with have.database.read() as connection:
+            sealing.seal_or_wait(services)
+            with services.database.read() as connection:
                 document = prove(connection, success)
     if out is None:
         print_json(document)

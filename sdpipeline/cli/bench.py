@@ -8,7 +8,10 @@ from typing import Annotated
 
 import typer
 
-from sdpipeline.app import services
+from sdpipeline.app.factories import delivery_process, make_worker
+from sdpipeline.app.keys import picture_key
+from sdpipeline.app.stores import open_storage, s3_options
+from sdpipeline.app.workers import registered
 from sdpipeline.batching import BUCKETS
 from sdpipeline.bench import plot
 from sdpipeline.bench import queue as queue_bench
@@ -134,8 +137,8 @@ def pipeline(
         device=device,
     )
     settings = load_settings(home)
-    key = services.picture_key(settings)
-    services.open_storage(settings).check()
+    key = picture_key(settings)
+    open_storage(settings).check()
     on = subject(
         settings.model_copy(update={"engine": settings.engine.model_copy(update={"max_batch": batch})}), wanted
     )
@@ -145,11 +148,11 @@ def pipeline(
     plan = pipeline_bench.Plan(batch=batch, batches=batches, plain=max(2, batch // 2), rounds=rounds, device=on.device)
     with (
         scratch_database(settings.database) as database,
-        scratch_storage(settings.storage, services.s3_options(settings)) as scratch,
-        services.delivery_process(on.settings, key, database, scratch.url) as (worker_id, deliverer),
-        services.registered(
+        scratch_storage(settings.storage, s3_options(settings)) as scratch,
+        delivery_process(on.settings, key, database, scratch.url) as (worker_id, deliverer),
+        registered(
             on.settings,
-            services.make_worker(
+            make_worker(
                 on.settings, database, scratch.store, under_test, key, worker_id=worker_id, deliverer=deliverer
             ),
             on.device,
@@ -203,10 +206,10 @@ def storage(
     """Measure writes, reads and checks per second on the configured storage, under a temporary prefix."""
     _check_plot(plot_file)
     settings = load_settings(home)
-    services.open_storage(settings).check()
+    open_storage(settings).check()
     load = storage_bench.Load(objects=objects, size_bytes=size_bytes, threads=threads)
     with (
-        scratch_storage(settings.storage, services.s3_options(settings)) as scratch,
+        scratch_storage(settings.storage, s3_options(settings)) as scratch,
         progress("bench storage", shown=not as_json) as on_progress,
     ):
         found = storage_bench.measure(scratch.store, load, on_progress)

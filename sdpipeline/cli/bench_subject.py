@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from sdpipeline.app import services
+from sdpipeline.app.checkpoints import BUILTIN_CHECKPOINTS, catalog
+from sdpipeline.app.factories import build_engine, random_checkpoint
 from sdpipeline.bench.shapes import NAMES, shape
 from sdpipeline.bench.spread import OnProgress
 from sdpipeline.bench.workload import Workload
@@ -67,7 +68,7 @@ class Subject:
 
     def engine(self) -> Engine:
         """Build the engine as workers do."""
-        return services.build_engine(self.settings, self.device, None, dtype=self.dtype)
+        return build_engine(self.settings, self.device, None, dtype=self.dtype)
 
     def plain(self) -> PlainLoop:
         """Build a plain diffusers loop, as in a script. Call ``engine`` first: it sets up torch's import."""
@@ -129,15 +130,15 @@ def _checkpoint(settings: Settings, alias: str, device: str) -> tuple[Settings, 
         settings = settings.model_copy(update={"checkpoints_dir": folder})
         if not (folder / alias).is_dir():
             stderr.print(f"building {alias} with random weights in {folder / alias}")
-        services.random_checkpoint(alias, folder, device)
-    known = services.catalog(settings)
+        random_checkpoint(alias, folder, device)
+    known = catalog(settings)
     if alias not in known:
         raise refuse(f"--checkpoint {alias}: there is no such checkpoint", nearest(alias, [*known, *NAMES]))
     return settings, known[alias]
 
 
 def _usual(files: CheckpointFiles, device: str) -> Json:
-    if files.directory.parent == services.BUILTIN_CHECKPOINTS:
+    if files.directory.parent == BUILTIN_CHECKPOINTS:
         return SHIPPED
     row = family(files.family)
     size = 1024 if row.text in ("sdxl", "sd3", "flux") else 512

@@ -10,7 +10,8 @@ from typing import Annotated
 
 import typer
 
-from sdpipeline.app import services
+from sdpipeline.app.checkpoints import catalog, refused_checkpoints
+from sdpipeline.app.services import existing_database, open_services
 from sdpipeline.campaigns.spec_part import NAME
 from sdpipeline.cli.output import FOUND_FAULTS, AsJson, Home, load_settings, print_json, print_records, refuse, stdout
 from sdpipeline.db import registry
@@ -73,11 +74,11 @@ def add(
         files = inspect(alias, directory)
     except CheckpointError as error:
         raise refuse(str(error)) from error
-    with services.services(settings) as have, have.audit.transaction() as tx:
+    with open_services(settings) as services, services.audit.transaction() as tx:
         day_after = expires.replace(tzinfo=UTC).timestamp() + 86400 if expires else None
         origin = f"{source}@{revision}" if revision else str(directory)
         approval = registry.Approval(
-            approved_by=approved_by or have.audit.actor,
+            approved_by=approved_by or services.audit.actor,
             source=origin,
             licence=licence,
             purposes=tuple(purpose or ()),
@@ -99,8 +100,8 @@ def verify_all(
 ) -> None:
     """Hash every file of the weights again, and compare the files with the approved ones."""
     settings = load_settings(home)
-    database = services.existing_database(settings)
-    known, refused = services.catalog(settings, database), services.refused_checkpoints(settings, database)
+    with existing_database(settings) as database:
+        known, refused = catalog(settings, database), refused_checkpoints(settings, database)
     if alias is not None and alias not in known.keys() | refused.keys():
         raise refuse(f"no checkpoint {alias!r}", nearest(alias, known))
     checked = [_verified(files) for name, files in sorted(known.items()) if alias in (None, name)]
@@ -124,12 +125,12 @@ def revoke(
 ) -> None:
     """Revoke weights: jobs that use them are not leased any more, and no campaign may name them."""
     settings = load_settings(home)
-    with services.services(settings) as have:
-        known = services.catalog(settings, have.database)
+    with open_services(settings) as services:
+        known = catalog(settings, services.database)
         found = [f for name, f in known.items() if alias == name or (len(alias) >= 8 and f.digest.startswith(alias))]
         if len({files.digest for files in found}) != 1:
             raise refuse(f"no checkpoint {alias!r}", nearest(alias, known))
-        with have.audit.transaction() as tx:
+        with services.audit.transaction() as tx:
             registry.remember(tx, found)
             blocked = registry.revoke(tx, found[0].digest, because=because)
     if as_json:
@@ -140,12 +141,12 @@ def revoke(
 
 def _documents(settings: Settings) -> list[Json]:
     """Return the registry's rows, and the allowed checkpoints that were never used."""
-    database = services.existing_database(settings)
     rows: list[Json] = []
-    if database is not None:
-        with database.read() as connection:
-            rows = registry.documents(connection)
-    known = services.catalog(settings, database)
+    with existing_database(settings) as database:
+        if database is not None:
+            with database.read() as connection:
+                rows = registry.documents(connection)
+        known = catalog(settings, database)
     running = {(files.digest, alias) for alias, files in known.items()}
     seen = {(row["digest"], row["alias"]) for row in rows}
     for row in rows:

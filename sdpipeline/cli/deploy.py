@@ -9,7 +9,9 @@ from typing import Annotated
 
 import typer
 
-from sdpipeline.app import services, submit
+from sdpipeline.app import submit
+from sdpipeline.app.campaign_files import load_campaign
+from sdpipeline.app.services import existing_database
 from sdpipeline.campaigns import expand
 from sdpipeline.campaigns.spec import CampaignSpec
 from sdpipeline.cli.output import AsJson, Home, load_settings, print_json, print_table, refuse, stdout
@@ -120,17 +122,18 @@ def _text(file: str) -> str:
 
 def _checked(settings: Settings, given: str, text: str | None) -> CampaignSpec:
     """Check the campaign as the scheduled run loads it, without files next to it; raises CampaignError."""
-    database = services.existing_database(settings)
     hints = []
-    if text is not None:
-        expand.check(*services.load_campaign(settings, Path(given), database))
-        message = "a scheduled run reads only this file, not the tables and pictures in its folder"
-        hints.append(Mistake(file=given, message=message, fix="put them at s3://bucket/key: see SDP_INPUTS__ALLOWED"))
-    try:
-        with submit.campaign_file(settings, url=None if text is not None else given, text=text) as path:
-            campaign, inputs = services.load_campaign(settings, path, database)
-            expand.check(campaign, inputs)
-    except CampaignError as error:
-        mistakes = [replace(mistake, file=given) for mistake in error.mistakes]
-        raise CampaignError(*mistakes, *hints) from error
-    return campaign.spec
+    with existing_database(settings) as database:
+        if text is not None:
+            expand.check(*load_campaign(settings, Path(given), database))
+            message = "a scheduled run reads only this file, not the tables and pictures in its folder"
+            fix = "put them at s3://bucket/key: see SDP_INPUTS__ALLOWED"
+            hints.append(Mistake(file=given, message=message, fix=fix))
+        try:
+            with submit.campaign_file(settings, url=None if text is not None else given, text=text) as path:
+                campaign, inputs = load_campaign(settings, path, database)
+                expand.check(campaign, inputs)
+        except CampaignError as error:
+            mistakes = [replace(mistake, file=given) for mistake in error.mistakes]
+            raise CampaignError(*mistakes, *hints) from error
+        return campaign.spec

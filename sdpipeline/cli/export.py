@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from sdpipeline.app import services
+from sdpipeline.app.services import open_services
 from sdpipeline.cli.output import FOUND_FAULTS, AsJson, CampaignName, Home, load_settings, print_json, stderr, stdout
 from sdpipeline.private_files import users_umask
 from sdpipeline.reporting import export
@@ -38,12 +38,12 @@ def export_pictures(
     as_json: AsJson = False,
 ) -> None:
     """Copy a campaign's pictures into a folder under readable names, with a manifest.csv."""
-    with services.services(load_settings(home), create=False) as have:
-        campaign_id = services.known_campaign(have.database, have.settings.team, campaign)
-        choice = export.choose(have.database, campaign_id, name=name, stages=stage or [], edition=edition)
-        checked = export.check(have.database, choice, to)
+    with open_services(load_settings(home), create=False) as services:
+        campaign_id = services.campaign_id(campaign)
+        choice = export.choose(services.database, campaign_id, name=name, stages=stage or [], edition=edition)
+        checked = export.check(services.database, choice, to)
         with users_umask(), _progress(campaign, shown=not as_json) as on_progress:
-            done = export.export(have.database, have.store, checked, on_progress=on_progress)
+            done = export.export(services.database, services.store, checked, on_progress=on_progress)
     if as_json:
         print_json({"campaign": campaign} | done.document())
     else:

@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from sdpipeline.app import maintenance
+from sdpipeline.app.services import open_services
 from sdpipeline.cli.output import FOUND_FAULTS, AsJson, Home, load_settings, print_json, print_records, stdout
 from sdpipeline.maintenance.reconcile import Finding, Reconciliation
 
@@ -28,7 +29,8 @@ def reconcile(
     as_json: AsJson = False,
 ) -> None:
     """Find differences between database and storage after a crash or a restored backup; read-only by default."""
-    done = maintenance.reconcile(load_settings(home), repair=repair, adopt=adopt)
+    with open_services(load_settings(home), create=False) as services:
+        done = maintenance.reconcile(services, repair=repair, adopt=adopt)
     if as_json:
         print_json(done.document())
     else:

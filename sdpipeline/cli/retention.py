@@ -6,10 +6,9 @@ from typing import Annotated
 
 import typer
 
-from sdpipeline import audit
-from sdpipeline.app import maintenance, services
+from sdpipeline.app import maintenance
+from sdpipeline.app.services import open_services
 from sdpipeline.cli.output import AsJson, Home, load_settings, print_json, print_table, refuse, stdout
-from sdpipeline.maintenance import retention as forgetting
 from sdpipeline.settings import RetentionSettings
 
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Only count; change nothing.")]
@@ -24,7 +23,8 @@ def add_to(app: typer.Typer) -> None:
 def retention(*, dry_run: DryRun = False, home: Home = None, as_json: AsJson = False) -> None:
     """Apply the retention settings: delete old pictures and prompts, archive closed editions."""
     settings = load_settings(home)
-    done = maintenance.forget(settings, dry_run=dry_run)
+    with open_services(settings, create=False) as services:
+        done = maintenance.forget(services, dry_run=dry_run)
     document = {"dry_run": dry_run} | done.document()
     if as_json:
         print_json(document)
@@ -45,14 +45,8 @@ def erase(
     settings, name = load_settings(home), subject.strip()
     if not name:
         raise refuse("--subject is empty", "give a value of the campaign's `subject`")
-    with services.services(settings, create=False) as have:
-        have.store.check()
-        audit.refuse_restored(have.database, have.store)
-        done = forgetting.erase(
-            have.audit, have.store, lambda: services.seal_or_wait(settings), name, team=settings.team, dry_run=dry_run
-        )
-    if done.jobs and not dry_run:
-        services.seal_here(settings)
+    with open_services(settings, create=False) as services:
+        done = maintenance.erase(services, name, dry_run=dry_run)
     document = done.document()
     if as_json:
         print_json({"dry_run": dry_run} | document)

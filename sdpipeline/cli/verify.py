@@ -11,7 +11,9 @@ from typing import Annotated, TypeVar
 import typer
 
 from sdpipeline import provenance
-from sdpipeline.app import services
+from sdpipeline.app.keys import trust_anchors
+from sdpipeline.app.services import database_exists, open_services
+from sdpipeline.app.stores import s3_options
 from sdpipeline.campaigns.inputs import LARGEST_INPUT_BYTES
 from sdpipeline.cli.output import (
     FOUND_FAULTS,
@@ -51,7 +53,7 @@ def verify(
 ) -> None:
     """Show a picture's signer, its AI mark, its source pictures and its match in the database."""
     settings = load_settings(home)
-    trusted = services.trust_anchors(settings)
+    trusted = trust_anchors(settings)
     if not picture:
         raise refuse("no picture was given", "a file, a folder or s3://bucket/key")
     named, single = _named(settings, picture)
@@ -78,7 +80,7 @@ def _named(settings: Settings, picture: str) -> tuple[list[_Named], bool]:
     if is_bucket_url(picture):
         if not picture.endswith("/"):
             return [(picture, partial(_in_bucket, settings, picture))], True
-        store = open_store(picture, services.s3_options(settings))
+        store = open_store(picture, s3_options(settings))
         keys = sorted(key for key in store.list() if key.lower().endswith(SUFFIXES))
         return _some([(store.url(key), partial(store.get, key)) for key in keys], picture), False
     path = Path(picture)
@@ -103,17 +105,17 @@ def _some(named: list[_Named], where: str) -> list[_Named]:
 
 
 def _in_bucket(settings: Settings, url: str) -> bytes:
-    return ForeignObjects(services.s3_options(settings)).read(url, most_bytes=LARGEST_INPUT_BYTES).data
+    return ForeignObjects(s3_options(settings)).read(url, most_bytes=LARGEST_INPUT_BYTES).data
 
 
 @contextmanager
 def _register(settings: Settings) -> Iterator[Register | None]:
     """Open the register of recorded pictures, or yield None without a database."""
-    if not services.database_exists(settings):
+    if not database_exists(settings):
         yield None
         return
-    with services.services(settings, create=False) as have:
-        yield Register(have.database, have.store, settings.team)
+    with open_services(settings, create=False) as opened:
+        yield Register(opened.database, opened.store, settings.team)
 
 
 def _checked(named: _Named, *, trust_anchors: str, register: Register | None, single: bool) -> Checked:

@@ -36,6 +36,9 @@ class FakeEngine:
         time.sleep(self._seconds_per_batch)
         return [self._result(prepared, slot, batch.bucket) for slot, prepared in enumerate(batch.requests)]
 
+    def prefetch_weights(self, ref: CheckpointRef) -> None:
+        """Do nothing: the fake engine loads no weights."""
+
     def flagged(self, checker: CheckpointRef, pictures: Sequence[Pixels]) -> Sequence[bool]:  # noqa: ARG002
         """Raise CheckpointError: the fake engine runs no network, so its pictures must not count as checked."""
         raise CheckpointError(f"safety checker {checker.alias!r}: the fake engine runs no network")

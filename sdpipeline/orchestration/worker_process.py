@@ -17,9 +17,9 @@ from pathlib import Path
 
 import structlog
 
-from sdpipeline.app.services import WorkerSummary
 from sdpipeline.orchestration.artifacts import best_effort
 from sdpipeline.shutdown import Stop, deferred
+from sdpipeline.worker.worker import WorkerSummary
 
 _log = structlog.get_logger(__name__)
 

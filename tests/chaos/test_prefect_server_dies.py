@@ -11,7 +11,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from sdpipeline.app import services
+from sdpipeline.app import keys, services
 from sdpipeline.db import queries
 from tests.chaos.invariants import violations
 from tests.factories import statuses
@@ -36,7 +36,7 @@ def test_a_run_outlives_its_prefect_server(home: Path) -> None:
     running = start("run", home / "campaign.yaml", "--home", home, **fake)
     try:
         settings = services.load_settings(home)
-        with services.services(settings) as have:
+        with services.open_services(settings) as have:
             while not _succeeded(have):
                 assert running.poll() is None, "it ended before there was anything to lose"
                 time.sleep(0.1)
@@ -47,7 +47,7 @@ def test_a_run_outlives_its_prefect_server(home: Path) -> None:
                 assert running.poll() is None, "it gave up with work to do"
                 time.sleep(0.1)
             # It still tries for a minute or two to tell the server, which is not waited for here.
-            assert violations(have.database, have.store, services.seal_key(settings)) == []
+            assert violations(have.database, have.store, keys.seal_key(settings)) == []
     finally:
         if running.poll() is None:
             kill_tree(running)
@@ -58,7 +58,7 @@ def test_a_killed_run_leaves_no_process_behind(home: Path) -> None:
     running = start("run", home / "campaign.yaml", "--home", home, **{FAKE_ENGINE: "5"})
     family = [psutil.Process(running.pid)]
     try:
-        with services.services(services.load_settings(home)) as have:
+        with services.open_services(services.load_settings(home)) as have:
             while "leased" not in statuses(have.database):
                 assert running.poll() is None, "it ended before there was anything to lose"
                 time.sleep(0.1)

@@ -18,7 +18,7 @@ from sdpipeline.db.tables import metadata
 processes = multiprocessing.get_context("forkserver")
 """Real processes, forked from one that has imported what they need: a fresh interpreter takes seconds."""
 processes.set_forkserver_preload(
-    ["boto3", "psycopg", "sdpipeline.app.services", "sdpipeline.engine.fake", "tests.factories"]
+    ["boto3", "psycopg", "sdpipeline.app.workers", "sdpipeline.engine.fake", "tests.factories"]
 )
 
 BACKENDS = ("sqlite", "postgresql")

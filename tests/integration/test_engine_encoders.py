@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from sdpipeline.app.services import build_engine
+from sdpipeline.app.factories import build_engine
 from sdpipeline.engine import GeneratedImage
 from sdpipeline.engine.diffusers.engine import DiffusersEngine
 from sdpipeline.engine.diffusers.model_cache import Loaded, TextEncoders

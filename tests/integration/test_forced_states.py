@@ -19,6 +19,7 @@ import httpx
 import pytest
 
 from sdpipeline import orchestration
+from sdpipeline.app.services import open_services
 from sdpipeline.errors import ForeignResultError, RunForcedError
 from sdpipeline.orchestration.local_server import own_server
 from sdpipeline.settings import Settings
@@ -176,8 +177,11 @@ def test_run_says_that_its_run_was_ended_from_outside(
             return original(flow, flow_run=flow_run, parameters=parameters)
 
         monkeypatch.setattr(flow_engine, "run_flow", forced_first)
-        with pytest.raises(RunForcedError, match="ended from outside with 2 jobs to do"):
-            orchestration.run_campaign(Settings(home=tmp_path / "home"), "spring")
+        with (
+            open_services(Settings(home=tmp_path / "home")) as have,
+            pytest.raises(RunForcedError, match="ended from outside with 2 jobs to do"),
+        ):
+            orchestration.run_campaign(have, "spring")
 
 
 def test_a_flow_run_that_prefect_executes_reads_no_result(server: Server, tmp_path: Path) -> None:

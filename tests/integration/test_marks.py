@@ -17,7 +17,7 @@ from PIL import Image
 from sqlalchemy import select, update
 
 from sdpipeline import provenance
-from sdpipeline.app import services
+from sdpipeline.app import factories, keys, services
 from sdpipeline.db.audit import AuditLog
 from sdpipeline.db.tables import image, job
 from sdpipeline.domain import ControlNetInput, ImageSource, JobSpec, Json, OutputFormat, Task, hashed
@@ -290,8 +290,8 @@ def test_what_an_older_key_signed_is_made_again_where_it_is_not_trusted(
                 monkeypatch.setenv(setting, value)
         published(place.audit, [job_spec("a")], name=name)
         settings = services.load_settings(tmp_path)
-        key = services.picture_key(settings)
-        services.make_worker(settings, place.audit.database, place.store, place.engine, key).run()
+        key = keys.picture_key(settings)
+        factories.make_worker(settings, place.audit.database, place.store, place.engine, key).run()
         return place.pictures()[-1]
 
     place.work(job_spec("a"), name="by-a-development-key")

@@ -169,7 +169,7 @@ def _workers(home: Path) -> list[Json]:
     found = services.load_settings(home)
     if not services.database_exists(found):
         return []
-    with services.services(found) as have, have.database.read() as connection:
+    with services.open_services(found) as have, have.database.read() as connection:
         return queries.live_workers(connection, lost_after_s=2.0)
 
 

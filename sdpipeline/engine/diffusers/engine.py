@@ -5,7 +5,7 @@ from __future__ import annotations
 import platform
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from typing import Any, TypeVar
 
@@ -14,7 +14,7 @@ import torch
 from sdpipeline.domain import AdapterInput, CheckpointRef, ControlNetInput, GenerationRequest, Json, Profile
 from sdpipeline.engine import Batch, GeneratedImage, GenerationFailure, Pixels, PreparedRequest, safety
 from sdpipeline.engine.annotators import known_annotator
-from sdpipeline.engine.checkpoints import CheckpointFiles
+from sdpipeline.engine.checkpoints import CheckpointFiles, read_ahead
 from sdpipeline.engine.diffusers.adapters import AdapterState, adapter_set, reference, refuse_unused, words
 from sdpipeline.engine.diffusers.decoding import Developed, develop
 from sdpipeline.engine.diffusers.determinism import allow_exactness, exactly
@@ -101,6 +101,11 @@ class DiffusersEngine:
                 for member, result in self._ladder.run(settings, members, batch.bucket):
                     results[member.index] = result
         return [results[index] for index in range(len(batch.requests))]
+
+    def prefetch_weights(self, ref: CheckpointRef) -> None:
+        """Have the operating system read a checkpoint's files ahead of their load."""
+        with suppress(CheckpointError):  # loading them reports what is wrong
+            read_ahead(self.residency.files(ref))
 
     def flagged(self, checker: CheckpointRef, pictures: Sequence[Pixels]) -> Sequence[bool]:
         """See :class:`sdpipeline.engine.Engine`. The checker runs in float32, for which its thresholds were set."""
