@@ -41,12 +41,21 @@ bench: $(VENV)/.installed-dev  ## Measure this machine; prints ratios
 soak: $(VENV)/.installed-dev  ## All faults together, ten times SOAK_S seconds (60); writes tests/chaos/SOAK.md
 	SDP_TEST_SOAK_S=$(SOAK_S) $(BIN)/python -m pytest tests/chaos/soak.py --capture=no --timeout=0
 
+# Resolved, not installed: no build of torch is downloaded. PIP_CONSTRAINT=file holds a library back.
 constraints:  ## Write constraints.txt anew: the newest versions that pyproject.toml admits
 	rm -rf build/constraints && $(PYTHON) -m venv build/constraints
-	build/constraints/bin/python -m pip install --quiet '.[all,dev,kubernetes,quantize]'
-	{ sed -n '/^#/p' constraints.txt; \
-	  build/constraints/bin/python -m pip freeze --exclude sdpipeline | sed -E 's/\+[^ ]*//'; } > build/constraints.txt
+	build/constraints/bin/python -m pip install --quiet --dry-run --ignore-installed \
+	  --report build/constraints/report.json '.[all,dev,kubernetes,quantize,upscalers]'
+	{ sed -n '/^#/p' constraints.txt; $(PYTHON) -c "$$PINS" build/constraints/report.json; } > build/constraints.txt
 	mv build/constraints.txt constraints.txt
+
+define PINS
+import json, re, sys
+found = [each["metadata"] for each in json.load(open(sys.argv[1]))["install"]]
+pins = {re.sub("[-_.]+", "-", each["name"]).lower(): each["version"].split("+")[0] for each in found}
+print(*(f"{name}=={pins[name]}" for name in sorted(pins.keys() - {"sdpipeline"})), sep="\n")
+endef
+export PINS
 
 clean:  ## Remove .venv, builds and caches; pictures and databases stay
 	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis

@@ -17,6 +17,7 @@ from uuid import UUID
 
 import httpx
 import pytest
+from prefect import __version__ as prefect_version
 
 from sdpipeline import orchestration
 from sdpipeline.app.services import open_services
@@ -75,7 +76,7 @@ class Server:
 
     def force(self, run: str, trace: Path, *, state: str = "COMPLETED") -> None:
         """What an attacker does: the run is done, and its result lies in this file."""
-        data = {"storage_key": str(planted(trace)), "serializer": {"type": "pickle"}, "prefect_version": "3.8.8"}
+        data = {"storage_key": str(planted(trace)), "serializer": {"type": "pickle"}, "prefect_version": prefect_version}
         self.ask(f"flow_runs/{run}/set_state", force=True, state={"type": state, "data": data})
 
 

@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, replace
+from datetime import UTC, datetime, timedelta
 from functools import partial
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
@@ -25,7 +26,9 @@ from websockets.sync.client import connect
 from websockets.typing import Subprotocol
 
 from sdpipeline import orchestration
+from sdpipeline.app import services
 from sdpipeline.errors import OrchestratorUnavailableError, SettingsError
+from sdpipeline.flows.maintenance import seal
 from sdpipeline.orchestration.local_server import Process, ServerHandle, answers, own_server, wait_until_unused
 from sdpipeline.settings import Settings
 from tests.integration.commands import credentials
@@ -127,6 +130,28 @@ def test_a_server_that_takes_calls_and_says_nothing_is_refused(tmp_path: Path, m
 def server(prefect_home: Path) -> Iterator[ServerHandle]:
     with own_server(prefect_home) as handle:
         yield handle
+
+
+def test_runs_of_a_schedule_are_planned(prefect_home: Path, server: ServerHandle) -> None:
+    from prefect.client.orchestration import get_client
+    from prefect.client.schemas import actions, filters, schedules
+
+    hourly = actions.DeploymentScheduleCreate(schedule=schedules.CronSchedule(cron="0 * * * *"), active=True)
+    with (
+        orchestration.prefect_server(services.load_settings(prefect_home), always_own=True),
+        get_client(sync_client=True) as client,
+    ):
+        deployment = client.create_deployment(client.create_flow(seal), "planned", schedules=[hourly])
+        chosen = filters.DeploymentFilter(id=filters.DeploymentFilterId(any_=[deployment]))
+        try:
+            ends_at = time.monotonic() + 60
+            while not (runs := client.read_flow_runs(deployment_filter=chosen)):
+                assert time.monotonic() < ends_at, "no run was planned"
+                time.sleep(0.2)
+        finally:
+            client.delete_deployment(deployment)
+    first = min(run.expected_start_time for run in runs if run.expected_start_time is not None)
+    assert first - datetime.now(UTC) <= timedelta(hours=1)
 
 
 def test_only_who_has_the_homes_password_is_answered(server: ServerHandle) -> None:
