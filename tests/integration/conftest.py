@@ -22,7 +22,7 @@ import pytest
 from filelock import FileLock
 
 from sdpipeline.storage import S3Options, S3Store
-from tests.integration.commands import sdpipeline
+from tests.integration.commands import installed
 from tests.integration.databases import (  # noqa: F401 -- fixtures
     audit,
     database,
@@ -156,7 +156,7 @@ def demo_home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     home = shared / "demo" / "home"
     with FileLock(shared / "demo.lock"):
         if not (home / "demo-contact-sheet.jpg").exists():
-            done = sdpipeline("demo", "--home", home)
+            done = installed("demo", "--home", home)
             assert done.returncode == 0, done.stderr + done.stdout
             assert "24 pictures in" in done.stdout
             assert "signed by a development key, which nobody trusts" in done.stdout

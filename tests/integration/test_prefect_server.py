@@ -28,6 +28,7 @@ from sdpipeline import orchestration
 from sdpipeline.errors import OrchestratorUnavailableError, SettingsError
 from sdpipeline.orchestration.local_server import Process, ServerHandle, answers, own_server, wait_until_unused
 from sdpipeline.settings import Settings
+from tests.conftest import copied_into
 from tests.integration.commands import credentials
 
 HOLDER = """
@@ -39,7 +40,8 @@ with own_server(pathlib.Path(sys.argv[1])) as server:
 """
 
 
-def test_two_commands_share_a_server_and_the_last_one_out_stops_it(tmp_path: Path) -> None:
+def test_two_commands_share_a_server_and_the_last_one_out_stops_it(tmp_path: Path, prefect_database: Path) -> None:
+    copied_into(tmp_path / "prefect", prefect_database)
     with own_server(tmp_path) as server:
         other = subprocess.Popen(
             [sys.executable, "-c", HOLDER, tmp_path], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
