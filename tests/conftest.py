@@ -32,7 +32,28 @@ hypothesis.settings.register_profile(
 )
 hypothesis.settings.load_profile("sdpipeline")
 
+LONGEST_FIRST = (
+    "integration/test_main_job.py",
+    "integration/test_prefect_campaign.py",
+    "integration/test_prefect_gateway.py",
+    "integration/test_delivery_process.py",
+    "integration/test_forced_states.py",
+    "integration/test_prefect_server.py",
+    "chaos/",
+)
+"""The files that take a minute or more: begun last, one of them would keep one process busy after the others."""
+
 REQUIRE_ALL = os.environ.get("SDP_TEST_REQUIRE_ALL") == "1"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with the files that take longest; the suite's processes take one file after another."""
+    items.sort(key=_turn)
+
+
+def _turn(item: pytest.Item) -> int:
+    path = item.nodeid.removeprefix("tests/")
+    return next((turn for turn, file in enumerate(LONGEST_FIRST) if path.startswith(file)), len(LONGEST_FIRST))
 
 
 @pytest.hookimpl(wrapper=True)

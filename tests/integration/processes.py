@@ -23,6 +23,7 @@ processes.set_forkserver_preload(
         "sdpipeline.engine.fake",
         "tests.factories",
         "tests.integration.processes",
+        "torch",
         "typer",
     ]
 )

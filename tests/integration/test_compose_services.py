@@ -32,7 +32,7 @@ from tests.integration.commands import FAKE_ENGINE
 from tests.integration.compose_file import DEPLOY, composed, services, variables
 from tests.integration.conftest import free_port, served
 
-pytestmark = pytest.mark.timeout(300)
+pytestmark = [pytest.mark.long, pytest.mark.timeout(300)]
 
 ONCE = ("bucket", "migrate", "roles", "deploy")
 STARTED = ("prefect-server", "prefect-gateway", "sealer", "cpu-worker", "gpu-worker")

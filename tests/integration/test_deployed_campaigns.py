@@ -20,7 +20,7 @@ from tests.conftest import copied_into
 from tests.integration.conftest import new_postgres_database
 from tests.integration.deployed import FAKE, SILENCE_S, Site, site
 
-pytestmark = pytest.mark.timeout(400)
+pytestmark = [pytest.mark.long, pytest.mark.timeout(400)]
 
 JOBS = 96
 MANY = 192

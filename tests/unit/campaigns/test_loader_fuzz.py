@@ -196,7 +196,7 @@ def fuzz(strategy: st.SearchStrategy[Any], attempt: Callable[[Any], object]) -> 
         one()
 
 
-pytestmark = pytest.mark.timeout(60 + 3 * FUZZ_S)
+pytestmark = [pytest.mark.fuzz, pytest.mark.timeout(60 + 3 * FUZZ_S)]
 
 
 def test_any_text_is_accepted_or_refused_in_words() -> None:
