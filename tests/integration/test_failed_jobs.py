@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from sdpipeline.app import services
-from tests.integration.commands import FAKE_ENGINE, document, installed, pictures
+from tests.integration.commands import FAKE_ENGINE, document, pictures, sdpipeline
 
 FAKE = {FAKE_ENGINE: "0"}
 
@@ -52,7 +52,7 @@ def test_a_damaged_input_fails_its_own_job_skips_what_needs_it_and_leaves_exit_c
         ("bad", "first"): "failed",
         ("bad", "second"): "skipped",
     }
-    ran = installed("run", home.parent / "campaign.yaml", "--home", home, **FAKE)
+    ran = sdpipeline("run", home.parent / "campaign.yaml", "--home", home, **FAKE)
     assert ran.returncode == 1  # storage holds other bytes under the input's digest, and is not overwritten
     assert "holds other bytes" in ran.stderr
     failed = services.failures(services.load_settings(home), "two")
@@ -70,7 +70,7 @@ def test_retry_makes_the_failed_job_and_what_was_skipped_because_of_it(home: Pat
     assert document("retry", "two", "--home", home)["retried"] == 1
     document("worker", "--until-idle", "--home", home, given=FAKE)
     assert set(_statuses(home).values()) == {"succeeded"}
-    done = installed("run", home.parent / "campaign.yaml", "--home", home, **FAKE)
+    done = sdpipeline("run", home.parent / "campaign.yaml", "--home", home, **FAKE)
     assert (done.returncode, "4 unchanged" in done.stderr) == (0, True)
 
 

@@ -20,7 +20,7 @@ from sqlalchemy import NullPool, create_engine, text
 from sdpipeline import provenance
 from sdpipeline.audit import load_key
 from tests.integration.certificates import signing_settings
-from tests.integration.commands import document, environment, installed, pictures, sdpipeline
+from tests.integration.commands import document, environment, pictures, sdpipeline
 from tests.integration.conftest import Bucket, free_port, served
 
 ROOT = Path(__file__).parents[2]
@@ -146,7 +146,7 @@ def test_a_part_that_does_not_answer_is_refused_in_time_naming_its_setting(
         name: address,
     }
     started = time.monotonic()
-    done = installed("run", ROOT / "sdpipeline/demo/campaign.yaml", "--home", tmp_path / "home", "--json", **settings)
+    done = sdpipeline("run", ROOT / "sdpipeline/demo/campaign.yaml", "--home", tmp_path / "home", "--json", **settings)
     assert time.monotonic() - started < 25  # 15 seconds by its own clock, and this machine is shared
     assert done.returncode == 2, done.stderr
     errors: list[dict[str, Any]] = json.loads(done.stdout)["errors"]

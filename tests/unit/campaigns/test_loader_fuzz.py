@@ -1,6 +1,6 @@
 """Whatever stands in a campaign file or a table, it is accepted or refused in words: nothing else, and soon.
 
-``SDP_TEST_FUZZ_S`` sets how many seconds each of these goes on (2).
+``SDP_TEST_FUZZ_S`` sets how many seconds each of these goes on (1).
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from sdpipeline.campaigns.templates import TemplateRefusedError, compile_templat
 from sdpipeline.errors import CampaignError
 from tests.factories import CATALOG, input_folder
 
-FUZZ_S = float(os.environ.get("SDP_TEST_FUZZ_S", "2"))
+FUZZ_S = float(os.environ.get("SDP_TEST_FUZZ_S", "1"))
 
 # Enough examples that the time decides; what is slow shows as the test's own time-out.
 fuzzed = settings(
