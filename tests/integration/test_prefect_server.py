@@ -285,9 +285,10 @@ def planted(folder: Path, module: str) -> Path:
     return trace
 
 
-def test_a_server_whose_only_command_was_killed_ends(tmp_path: Path) -> None:
+def test_a_server_whose_only_command_was_killed_ends(tmp_path: Path, prefect_database: Path) -> None:
     """Also for a user without a home, behind a proxy that leads nowhere, in a folder where others write."""
     trace = planted(tmp_path, "uvicorn")
+    copied_into(tmp_path / "prefect", prefect_database)
     nowhere = dict.fromkeys(("HTTP_PROXY", "http_proxy", "ALL_PROXY"), "http://127.0.0.1:9")
     bare = {name: value for name, value in os.environ.items() if name.lower() != "no_proxy"} | nowhere
     bare.pop("HOME", None)
