@@ -34,14 +34,23 @@ hypothesis.settings.load_profile("sdpipeline")
 
 LONGEST_FIRST = (
     "integration/test_main_job.py",
-    "integration/test_prefect_campaign.py",
-    "integration/test_prefect_gateway.py",
-    "integration/test_delivery_process.py",
-    "integration/test_forced_states.py",
+    "chaos/test_workers_die.py",
     "integration/test_prefect_server.py",
-    "chaos/",
+    "integration/test_prefect_campaign.py",
+    "integration/test_checkpoint_files.py",
+    "integration/test_prefect_gateway.py",
+    "chaos/test_database_outages.py",
+    "integration/test_bench.py",
+    "integration/test_forced_states.py",
+    "chaos/test_prefect_server_dies.py",
+    "integration/test_queue.py",
+    "integration/test_delivery_process.py",
+    "chaos/test_storage_fails.py",
 )
-"""The files that take a minute or more: begun last, one of them would keep one process busy after the others."""
+"""Files that take a minute or more: begun last, one of them would keep one process busy after the others have ended.
+
+Shorter ones stand between them, so that those with many processes do not all run at the same time.
+"""
 
 REQUIRE_ALL = os.environ.get("SDP_TEST_REQUIRE_ALL") == "1"
 
