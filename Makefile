@@ -7,15 +7,17 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --quiet --constraint constraints.txt
 
-# tests/bench and the long runs are opt-in; `make test PYTEST_ARGS="-k queue"` narrows. A process per core, four at
-# the most (each has its own PostgreSQL, S3 and Prefect servers); a file's tests stay together and share theirs.
+# tests/bench and the long runs are opt-in; `make test PYTEST_ARGS="-k queue"` narrows. One process more than
+# cores, for a third of the time is waiting, and four at the most (each has its own PostgreSQL, S3 and Prefect servers).
+# A file's tests stay together and share theirs, and the files that take longest come first (tests/conftest.py).
+CORES := $(shell getconf _NPROCESSORS_ONLN)
 PYTEST_ARGS ?=
-PYTEST_PROCESSES ?= --numprocesses auto --maxprocesses 4 --dist loadfile
+PYTEST_PROCESSES ?= --numprocesses $(shell echo $$(($(CORES) < 4 ? $(CORES) + 1 : 4))) --dist loadfile --no-loadscope-reorder
 BENCH_ARGS ?=
 SOAK_S ?= 60
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check docs bench soak constraints clean
+.PHONY: help demo test test-long check docs bench soak constraints clean
 
 help:  ## Show this list
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -23,8 +25,15 @@ help:  ## Show this list
 demo: $(VENV)/.installed-run  ## Make the bundled campaign's pictures on this machine and say where they are
 	$(BIN)/sdpipeline demo
 
-test: check  ## Run the checks, then every test but the benches
-	$(BIN)/python -m pytest $(PYTEST_PROCESSES) $(PYTEST_ARGS)
+test: check  ## Run the checks, then every test but the long ones and the benches
+	$(BIN)/python -m pytest $(PYTEST_PROCESSES) -m "not long" $(PYTEST_ARGS)
+
+test-long: $(VENV)/.installed-dev  ## Run the tests that take minutes, longer fuzzing and a short soak
+	SDP_TEST_FUZZ_EXAMPLES=400 SDP_TEST_FUZZ_S=20 \
+	  $(BIN)/python -m pytest $(PYTEST_PROCESSES) -m "long or fuzz" $(PYTEST_ARGS)
+	mkdir -p build
+	SDP_TEST_SOAK_S=40 SDP_TEST_SOAK_SEEDS=1 SDP_TEST_SOAK_TABLE=build/SOAK.md \
+	  $(BIN)/python -m pytest tests/chaos/soak.py --timeout=0
 
 check: $(VENV)/.installed-dev  ## Lint, formatting, types and import layers
 	$(BIN)/ruff check .

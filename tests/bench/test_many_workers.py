@@ -25,7 +25,7 @@ from sdpipeline.storage import LocalStore
 from sdpipeline.worker.worker import Worker, WorkerLimits
 from tests.chaos.postgres import PostgresServer, postgres_server
 from tests.factories import chains, published, signing_key, stored_image
-from tests.integration.databases import processes
+from tests.integration.processes import processes
 
 pytestmark = [pytest.mark.bench, pytest.mark.timeout(600)]
 

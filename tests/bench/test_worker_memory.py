@@ -12,7 +12,7 @@ import pytest
 from sdpipeline.app import factories, keys, services, workers
 from sdpipeline.engine.fake import FakeEngine
 from tests.factories import chains, published
-from tests.integration.databases import processes
+from tests.integration.processes import processes
 
 pytestmark = [pytest.mark.bench, pytest.mark.timeout(3600)]
 

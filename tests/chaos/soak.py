@@ -37,7 +37,7 @@ from tests.integration.fault_proxy import FaultProxy
 pytestmark = [pytest.mark.chaos, pytest.mark.timeout(0)]
 
 SOAK_S = float(os.environ.get("SDP_TEST_SOAK_S", "60"))
-SEEDS = range(5)
+SEEDS = range(int(os.environ.get("SDP_TEST_SOAK_SEEDS", "5")))
 WORKERS = 3
 KILL_SHARE = 0.75
 LEAST_KILLS_A_MINUTE = 10
@@ -47,7 +47,7 @@ PEOPLE_PAUSE_S = (0.3, 1.5)
 OUTAGE_PAUSE_S = (8.0, 12.0)
 SLOWER = {FAKE_ENGINE: "0.2"}
 """So that many die in the middle of a batch."""
-TABLE = Path(__file__).with_name("SOAK.md")
+TABLE = Path(os.environ.get("SDP_TEST_SOAK_TABLE", Path(__file__).with_name("SOAK.md")))
 
 Outage = tuple[Callable[[], None], tuple[float, float]]
 """Something that goes away and comes back, and the seconds between two times."""

@@ -14,6 +14,7 @@ import pytest
 from sdpipeline.app import keys, services
 from sdpipeline.db import queries
 from tests.chaos.invariants import violations
+from tests.conftest import copied_into
 from tests.factories import statuses
 from tests.integration.commands import FAKE_ENGINE, kill_tree, start
 
@@ -30,7 +31,8 @@ stages:
 """
 
 
-def test_a_run_outlives_its_prefect_server(home: Path) -> None:
+def test_a_run_outlives_its_prefect_server(home: Path, prefect_database: Path) -> None:
+    copied_into(home / "prefect", prefect_database)
     (home / "campaign.yaml").write_text(CAMPAIGN)
     fake = {FAKE_ENGINE: "0.3", "SDP_ENGINE__MAX_BATCH": "4"}
     running = start("run", home / "campaign.yaml", "--home", home, **fake)
@@ -53,7 +55,8 @@ def test_a_run_outlives_its_prefect_server(home: Path) -> None:
             kill_tree(running)
 
 
-def test_a_killed_run_leaves_no_process_behind(home: Path) -> None:
+def test_a_killed_run_leaves_no_process_behind(home: Path, prefect_database: Path) -> None:
+    copied_into(home / "prefect", prefect_database)
     (home / "campaign.yaml").write_text(CAMPAIGN)
     running = start("run", home / "campaign.yaml", "--home", home, **{FAKE_ENGINE: "5"})
     family = [psutil.Process(running.pid)]

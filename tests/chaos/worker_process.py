@@ -19,7 +19,7 @@ from sdpipeline.db import queue
 from sdpipeline.db.tables import image, job
 from sdpipeline.errors import DatabaseUnavailableError, DeliveryUnavailableError, SettingsError
 from sdpipeline.settings import Settings
-from tests.integration.databases import processes
+from tests.integration.processes import processes
 
 if TYPE_CHECKING:
     from sqlalchemy import Table

@@ -16,7 +16,7 @@ from PIL import Image
 
 from sdpipeline import cli
 from tests.hostile import DEEP_RECORD
-from tests.integration.commands import sdpipeline
+from tests.integration.commands import installed
 
 GOOD = """\
 name: spring
@@ -250,12 +250,12 @@ def test_a_misspelt_setting_is_refused_before_the_campaign_is_read(
 
 def test_the_installed_command_leaves_with_2_and_no_traceback(desk: Desk) -> None:
     path = desk.write(GOOD.replace("width: 64", "width: .nan").replace("draft", "Draft"))
-    done = sdpipeline("submit", path, "--home", desk.home)
+    done = installed("submit", path, "--home", desk.home)
     assert (done.returncode, done.stdout) == (2, "")
     first, second = done.stderr.splitlines()
     assert first == f"{path}:5:19: defaults.width: .nan is not a finite number (write a number)"
     assert second.startswith(f"{path}:7:5: stages[0].id: found 'Draft', expected a name of a-z, 0-9 and -")
-    misspelt = sdpipeline("plan", path, "--home", desk.home, SDP_LEASE_TTL="5")
+    misspelt = installed("plan", path, "--home", desk.home, SDP_LEASE_TTL="5")
     assert (misspelt.returncode, misspelt.stderr) == (
         2,
         "the environment: SDP_LEASE_TTL: no such setting (did you mean SDP_LEASE_TTL_S?)\n",

@@ -24,6 +24,7 @@ from sdpipeline.app.services import open_services
 from sdpipeline.errors import ForeignResultError, RunForcedError
 from sdpipeline.orchestration.local_server import own_server
 from sdpipeline.settings import Settings
+from tests.conftest import copied_into
 from tests.integration.commands import document, environment, prefect
 from tests.integration.conftest import free_port, served
 
@@ -90,14 +91,17 @@ def planted(trace: Path) -> Path:
 
 @pytest.fixture(scope="module", params=["own", "named"])
 def server(
-    request: pytest.FixtureRequest, prefect_home: Path, tmp_path_factory: pytest.TempPathFactory
+    request: pytest.FixtureRequest,
+    prefect_home: Path,
+    prefect_database: Path,
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> Iterator[Server]:
     """Our own server, or one of somebody else's that PREFECT_API_URL names and that wants no password."""
     if request.param == "own":
         with own_server(prefect_home) as handle:
             yield Server(told=dict(handle.environment))
         return
-    port, folder = free_port(), tmp_path_factory.mktemp("named")
+    port, folder = free_port(), copied_into(tmp_path_factory.mktemp("named"), prefect_database)
     command = [sys.executable, "-m", "prefect", "server", "start", "--host", "127.0.0.1", "--port", str(port)]
     with served(command, port, folder, environment=environment(PREFECT_HOME=str(folder))):
         yield Server(told={"PREFECT_API_URL": f"http://127.0.0.1:{port}/api", "PREFECT_HOME": str(folder)})

@@ -23,7 +23,7 @@ from tests.factories import events
 from tests.integration.certificates import signing_settings
 from tests.integration.previous_release import PreviousRelease, previous_release
 
-pytestmark = pytest.mark.timeout(0)
+pytestmark = [pytest.mark.long, pytest.mark.timeout(0)]
 
 BULK = int(os.environ.get("SDP_TEST_MIGRATION_JOBS", "5000"))
 """Jobs that lie in the table meanwhile: `SDP_TEST_MIGRATION_JOBS=100000` is the size that was measured."""

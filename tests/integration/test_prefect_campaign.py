@@ -55,7 +55,7 @@ class Running:
         """The first true answer while the command runs; the suite's time-out bounds the wait."""
         while not (answer := ask()):
             assert self.process.poll() is None, (self.home / "output").read_text()
-            time.sleep(0.1)
+            time.sleep(0.3)
         return answer
 
     def succeeded(self) -> int:

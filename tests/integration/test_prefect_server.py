@@ -31,6 +31,7 @@ from sdpipeline.errors import OrchestratorUnavailableError, SettingsError
 from sdpipeline.flows.maintenance import seal
 from sdpipeline.orchestration.local_server import Process, ServerHandle, answers, own_server, wait_until_unused
 from sdpipeline.settings import Settings
+from tests.conftest import copied_into
 from tests.integration.commands import credentials
 
 HOLDER = """
@@ -42,7 +43,8 @@ with own_server(pathlib.Path(sys.argv[1])) as server:
 """
 
 
-def test_two_commands_share_a_server_and_the_last_one_out_stops_it(tmp_path: Path) -> None:
+def test_two_commands_share_a_server_and_the_last_one_out_stops_it(tmp_path: Path, prefect_database: Path) -> None:
+    copied_into(tmp_path / "prefect", prefect_database)
     with own_server(tmp_path) as server:
         other = subprocess.Popen(
             [sys.executable, "-c", HOLDER, tmp_path], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
@@ -308,9 +310,10 @@ def planted(folder: Path, module: str) -> Path:
     return trace
 
 
-def test_a_server_whose_only_command_was_killed_ends(tmp_path: Path) -> None:
+def test_a_server_whose_only_command_was_killed_ends(tmp_path: Path, prefect_database: Path) -> None:
     """Also for a user without a home, behind a proxy that leads nowhere, in a folder where others write."""
     trace = planted(tmp_path, "uvicorn")
+    copied_into(tmp_path / "prefect", prefect_database)
     nowhere = dict.fromkeys(("HTTP_PROXY", "http_proxy", "ALL_PROXY"), "http://127.0.0.1:9")
     bare = {name: value for name, value in os.environ.items() if name.lower() != "no_proxy"} | nowhere
     bare.pop("HOME", None)

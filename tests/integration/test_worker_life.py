@@ -31,7 +31,8 @@ from sdpipeline.worker.watchdog import HUNG_EXIT_CODE, BatchTimings
 from sdpipeline.worker.worker import Worker, WorkerLimits
 from tests.factories import chains, events, published, signing_key, statuses
 from tests.integration.commands import FAKE_ENGINE, document, start
-from tests.integration.databases import on_sqlite, processes
+from tests.integration.databases import on_sqlite
+from tests.integration.processes import processes
 
 PATIENCE_S = 60.0
 FOR_EVER = 10**9

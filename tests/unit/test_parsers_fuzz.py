@@ -37,6 +37,8 @@ from sdpipeline.settings import sources as settings_sources
 from sdpipeline.storage import LocalStore
 from tests.factories import request, signing_key
 
+pytestmark = pytest.mark.fuzz
+
 EXAMPLES = int(os.environ.get("SDP_TEST_FUZZ_EXAMPLES", "40"))
 REFUSALS = (SdpError, UnreadableError, TemplateRefusedError)
 PIXELS = np.random.default_rng(0).integers(0, 256, (24, 20, 3), dtype=np.uint8)

@@ -1,6 +1,6 @@
 """Whatever stands in a campaign file or a table, it is accepted or refused in words: nothing else, and soon.
 
-``SDP_TEST_FUZZ_S`` sets how many seconds each of these goes on (2).
+``SDP_TEST_FUZZ_S`` sets how many seconds each of these goes on (1).
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from sdpipeline.campaigns.templates import TemplateRefusedError, compile_templat
 from sdpipeline.errors import CampaignError
 from tests.factories import CATALOG, input_folder
 
-FUZZ_S = float(os.environ.get("SDP_TEST_FUZZ_S", "2"))
+FUZZ_S = float(os.environ.get("SDP_TEST_FUZZ_S", "1"))
 
 # Enough examples that the time decides; what is slow shows as the test's own time-out.
 fuzzed = settings(
@@ -192,7 +192,7 @@ def fuzz(strategy: st.SearchStrategy[Any], attempt: Callable[[Any], object]) -> 
         one()
 
 
-pytestmark = pytest.mark.timeout(60 + 3 * FUZZ_S)
+pytestmark = [pytest.mark.fuzz, pytest.mark.timeout(60 + 3 * FUZZ_S)]
 
 
 def test_any_text_is_accepted_or_refused_in_words() -> None:
