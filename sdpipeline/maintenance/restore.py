@@ -24,7 +24,7 @@ from sdpipeline.jobs import StoredImage
 from sdpipeline.provenance import LARGEST_PICTURE
 from sdpipeline.provenance.untrusted import SHAPE_ERRORS, parse_object
 from sdpipeline.storage import ObjectStore
-from sdpipeline.worker.delivery import SIDECAR_SCHEMA
+from sdpipeline.worker.picture_storage import SIDECAR_SCHEMA
 
 CHUNK = 500
 THREADS = 16

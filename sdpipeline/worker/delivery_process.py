@@ -20,17 +20,13 @@ from concurrent.futures import Future
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
-from typing import Any
 
 import structlog
 
-from sdpipeline.db.budgets import Charge
-from sdpipeline.engine import GeneratedImage
 from sdpipeline.errors import DeliveryLostError, DeliveryUnavailableError, SdpError
-from sdpipeline.jobs import LeasedJob, StoredImage
+from sdpipeline.jobs import StoredImage
 from sdpipeline.settings import Settings
-from sdpipeline.worker.delivery import Attempt, FinishedPicture
-from sdpipeline.worker.inputs import Consumed
+from sdpipeline.worker.finished_picture import DeliveryRequest
 from sdpipeline.worker.watchdog import LEAST_TIMEOUT_S
 
 SERVER = "sdpipeline.app.delivery_server"
@@ -100,21 +96,22 @@ class _Server:
     free: queue.SimpleQueue[Connection] = field(default_factory=queue.SimpleQueue)
     asked_at: dict[Connection, float] = field(default_factory=dict)
 
-    def ask(self, method: str, *arguments: Any) -> Any:
-        """Call a method in the process; raises the method's own error, or _GoneError."""
+    def deliver(self, request: DeliveryRequest) -> StoredImage:
+        """Send the picture and wait for the answer; raises the delivery's own error, or _GoneError."""
         connection = self.free.get()
         self.asked_at[connection] = time.monotonic()
         try:
-            connection.send((method, arguments))
+            connection.send(request)
             done, answer = connection.recv()
         except (EOFError, OSError) as error:
             raise _GoneError(repr(error)) from error
         finally:
             self.asked_at.pop(connection, None)
             self.free.put(connection)
-        if done:
-            return answer
-        raise answer
+        if not done:
+            raise answer
+        stored: StoredImage = answer
+        return stored
 
     def longest_call_s(self) -> float:
         """Return the duration of the longest call that is under way."""
@@ -147,8 +144,8 @@ class _Server:
 class DeliveryProcess:
     """Implement :class:`sdpipeline.worker.delivery.Deliverer` in a separate process.
 
-    Its methods may be called from several threads; ``connections`` of them are served at a time. Each of them may also
-    raise DeliveryLostError and DeliveryUnavailableError.
+    Pictures may be delivered from several threads; ``connections`` of them are served at a time. Each picture crosses
+    to the process once.
 
     A dedicated thread starts the process, listens to its heartbeat, and replaces it when it dies or exceeds a limit.
     Interrupted calls are repeated one at a time, so that a call that kills the process is alone when it does so again.
@@ -156,7 +153,7 @@ class DeliveryProcess:
     """
 
     to: Destination
-    connections: int = 5
+    connections: int = 4
     bounds: Bounds = field(default_factory=Bounds)
     _server: _Server | None = None
     _starting: Future[_Server] | None = None
@@ -181,23 +178,19 @@ class DeliveryProcess:
         since = self._silent_since
         return 0.0 if since is None else time.monotonic() - since
 
-    def finish(
-        self, leased: LeasedJob, consumed: Consumed, generated: GeneratedImage, attempt: Attempt
-    ) -> FinishedPicture:
-        """See :meth:`sdpipeline.worker.delivery.Deliverer.finish`."""
-        finished: FinishedPicture = self._ask("finish", leased, consumed, generated, attempt)[0]
-        return finished
+    def deliver(self, request: DeliveryRequest) -> StoredImage:
+        """See :meth:`sdpipeline.worker.delivery.Deliverer.deliver`; may also raise DeliveryLostError and
+        DeliveryUnavailableError.
 
-    def deliver(self, picture: FinishedPicture) -> StoredImage:
-        """See :meth:`sdpipeline.worker.delivery.Deliverer.deliver`."""
-        stored: StoredImage = self._ask("deliver", picture)[0]
-        return stored
-
-    def complete(self, lease_id: str, leased: LeasedJob, stored: StoredImage, charge: Charge) -> bool:
-        """See :meth:`sdpipeline.worker.delivery.Deliverer.complete`."""
-        done, tries = self._ask("complete", lease_id, leased, stored, charge)
-        # A process that died may have recorded it; its successor is fenced in that case.
-        return bool(done or (tries > 1 and self._ask("recorded", leased, stored)[0]))
+        A process that died may have recorded the picture: its successor then returns that one.
+        """
+        if (stored := self._try(request)) is not None:
+            return stored
+        with self._again:
+            for _ in range(TRIES - 1):
+                if (stored := self._try(request)) is not None:
+                    return stored
+        raise DeliveryLostError(f"the process that delivers pictures died {TRIES} times at this one")
 
     def close(self) -> None:
         """End the process if it runs, and start no other."""
@@ -210,21 +203,14 @@ class DeliveryProcess:
         if keeper is not None:
             keeper.join()
 
-    def _ask(self, method: str, *arguments: Any) -> tuple[Any, int]:
-        """Return the answer and the number of processes that were tried."""
+    def _try(self, request: DeliveryRequest) -> StoredImage | None:
+        """Deliver by the current process; return None if it died meanwhile."""
         server = self._current()
         try:
-            return server.ask(method, *arguments), 1
+            return server.deliver(request)
         except _GoneError:
             self._give_up(server)
-        with self._again:
-            for tries in range(2, TRIES + 1):
-                server = self._current()
-                try:
-                    return server.ask(method, *arguments), tries
-                except _GoneError:
-                    self._give_up(server)
-        raise DeliveryLostError(f"the process that delivers pictures died {TRIES} times at this one")
+            return None
 
     def _current(self) -> _Server:
         with self._changing:
@@ -305,7 +291,7 @@ class DeliveryProcess:
         first = server.ours[0]
         server.asked_at[first] = time.monotonic() + self.bounds.start_s
         try:
-            first.send(("", (self.to,)))
+            first.send(self.to)
             self._listen(server, answer=first)
             done, error = first.recv()
         except (EOFError, OSError) as gone:
