@@ -87,9 +87,8 @@ class FetchStage:
 
     def _lease(self) -> LeaseWork | None:
         is_trial = self.breaker.is_open
-        lease = self.outages.wait_for_database(
-            partial(self._take_lease, limit=1 if is_trial else self.limits.max_batch)
-        )
+        limit = 1 if is_trial else self.limits.max_batch
+        lease = self.outages.wait_for_database(partial(self._take_lease, limit=limit))
         if lease is None:
             return None
         self.held.add(lease)

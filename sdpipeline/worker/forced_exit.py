@@ -25,7 +25,10 @@ def leave_late(audit: AuditLog, worker_id: str, *, exit_code: int, leases: int) 
 
 
 def leave_hung(audit: AuditLog, worker_id: str, lease: Lease, *, allowed_s: float) -> None:
-    """Leave because a batch hung: nothing else interrupts the thread that owns the device. Its jobs count as crashed."""
+    """Leave because a batch hung: nothing else interrupts the thread that owns the device.
+
+    The jobs of its lease are treated as after a crash.
+    """
     why = f"a batch hung: it took longer than {allowed_s:g} s"
     _log.error("batch_hung", lease=lease.id, jobs=[leased.id for leased in lease.jobs], allowed_s=allowed_s)
     leave(HUNG_EXIT_CODE, partial(_record_stop, audit, worker_id, why, crashed=(lease.id,)))

@@ -15,6 +15,7 @@ from sdpipeline.db.connection import Database
 from sdpipeline.engine import Batch, GeneratedImage, PreparedRequest
 from sdpipeline.engine.fake import FakeEngine
 from sdpipeline.errors import DatabaseUnavailableError, LeaseLostError, StorageUnavailableError
+from sdpipeline.jobs import Lease
 from sdpipeline.storage import LocalStore
 from sdpipeline.worker.delivery import LocalDeliverer
 from sdpipeline.worker.finished_picture import Attempt, DeliveryRequest
@@ -60,8 +61,12 @@ class FailingAudit(AuditLog):
             raise DatabaseUnavailableError("away before it answered")
 
 
-def request_for(audit: AuditLog) -> DeliveryRequest:
-    lease = leased(audit)
+def one_picture(audit: AuditLog) -> DeliveryRequest:
+    """The picture of a leased job."""
+    return picture_of(leased(audit))
+
+
+def picture_of(lease: Lease) -> DeliveryRequest:
     (made,) = FakeEngine().generate(Batch(requests=[PreparedRequest(request=lease.jobs[0].request)], bucket=1))
     assert isinstance(made, GeneratedImage)
     attempt = Attempt(number=1, lease_id=lease.id, worker_id="worker-1", gpu_seconds=1.0)
@@ -73,7 +78,7 @@ def test_an_interrupted_delivery_goes_on_with_the_same_bytes(
 ) -> None:
     published(audit, chains(1))
     store = FailingStore(tmp_path, failures=2)
-    deliverer, request = LocalDeliverer(store, signing_key(), audit), request_for(audit)
+    deliverer, request = LocalDeliverer(store, signing_key(), audit), one_picture(audit)
     for _ in range(2):
         with pytest.raises(StorageUnavailableError):
             deliverer.deliver(request)
@@ -87,7 +92,7 @@ def test_a_stored_picture_is_recorded_once_and_not_stored_again_after_an_outage_
     audit: AuditLog, database: Database, tmp_path: Path, *, commits: bool
 ) -> None:
     published(audit, chains(1))
-    store, request = FailingStore(tmp_path, failures=0), request_for(audit)
+    store, request = FailingStore(tmp_path, failures=0), one_picture(audit)
     deliverer = LocalDeliverer(store, signing_key(), FailingAudit(database, commits=commits))
     with pytest.raises(DatabaseUnavailableError):
         deliverer.deliver(request)
@@ -99,21 +104,20 @@ def test_a_stored_picture_is_recorded_once_and_not_stored_again_after_an_outage_
 
 def test_a_picture_whose_lease_was_lost_is_not_recorded(audit: AuditLog, database: Database, tmp_path: Path) -> None:
     published(audit, chains(1))
-    deliverer, request = LocalDeliverer(LocalStore(tmp_path), signing_key(), audit), request_for(audit)
-    lease = request.attempt.lease_id
+    deliverer, lease = LocalDeliverer(LocalStore(tmp_path), signing_key(), audit), leased(audit)
+    request = picture_of(lease)
     expired(audit, lease)
     with pytest.raises(LeaseLostError):
         deliverer.deliver(request)
     assert statuses(database) == ["ready"]
-    again = request_for(audit)
-    deliverer.deliver(again)
+    deliverer.deliver(one_picture(audit))
     with pytest.raises(LeaseLostError):
         deliverer.deliver(request)  # recorded, but under another lease
 
 
 def test_only_so_many_interrupted_deliveries_are_kept(audit: AuditLog, tmp_path: Path) -> None:
     published(audit, chains(1))
-    store, request = FailingStore(tmp_path, failures=3), request_for(audit)
+    store, request = FailingStore(tmp_path, failures=3), one_picture(audit)
     deliverer = LocalDeliverer(store, signing_key(), audit, most_kept=1)
     other = replace(request, attempt=replace(request.attempt, lease_id="another lease"))
     for each in (request, other, request):
