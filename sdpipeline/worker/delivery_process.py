@@ -94,19 +94,19 @@ class _Server:
     heart: Connection
     ours: tuple[Connection, ...]
     free: queue.SimpleQueue[Connection] = field(default_factory=queue.SimpleQueue)
-    asked_at: dict[Connection, float] = field(default_factory=dict)
+    called_at: dict[Connection, float] = field(default_factory=dict)
 
     def deliver(self, request: DeliveryRequest) -> StoredImage:
         """Send the picture and wait for the answer; raises the delivery's own error, or _GoneError."""
         connection = self.free.get()
-        self.asked_at[connection] = time.monotonic()
+        self.called_at[connection] = time.monotonic()
         try:
             connection.send(request)
             done, answer = connection.recv()
         except (EOFError, OSError) as error:
             raise _GoneError(repr(error)) from error
         finally:
-            self.asked_at.pop(connection, None)
+            self.called_at.pop(connection, None)
             self.free.put(connection)
         if not done:
             raise answer
@@ -115,9 +115,9 @@ class _Server:
 
     def longest_call_s(self) -> float:
         """Return the duration of the longest call that is under way."""
-        return time.monotonic() - min(tuple(self.asked_at.values()), default=math.inf)
+        return time.monotonic() - min(tuple(self.called_at.values()), default=math.inf)
 
-    def hang_up(self) -> None:
+    def disconnect(self) -> None:
         """Shut the connections down, so that the process ends and calls under way fail.
 
         They are not closed: another thread may still read from one, and its number could be reused for a new
@@ -129,7 +129,7 @@ class _Server:
 
     def end(self, *, at_once: bool = False) -> None:
         """End the process; use SIGKILL if ``at_once`` or if it takes too long."""
-        self.hang_up()
+        self.disconnect()
         try:
             self.process.wait(0.0 if at_once else LAST_WORDS_S)
         except subprocess.TimeoutExpired:
@@ -157,17 +157,17 @@ class DeliveryProcess:
     bounds: Bounds = field(default_factory=Bounds)
     _server: _Server | None = None
     _starting: Future[_Server] | None = None
-    _wanted: queue.SimpleQueue[Future[_Server] | None] = field(default_factory=queue.SimpleQueue)
-    _keeper: threading.Thread | None = None
+    _start_requests: queue.SimpleQueue[Future[_Server] | None] = field(default_factory=queue.SimpleQueue)
+    _supervisor: threading.Thread | None = None
     _silent_since: float | None = None
     _closed: bool = False
     _changing: threading.Lock = field(default_factory=threading.Lock)
-    _again: threading.Lock = field(default_factory=threading.Lock)
+    _repeating: threading.Lock = field(default_factory=threading.Lock)
 
     def begin(self) -> None:
         """Start the process in the background; the first call raises its startup error."""
         with self._changing:
-            self._want()
+            self._request_start()
 
     def check(self) -> None:
         """Wait until the process answers; raises DeliveryUnavailableError."""
@@ -186,7 +186,7 @@ class DeliveryProcess:
         """
         if (stored := self._try(request)) is not None:
             return stored
-        with self._again:
+        with self._repeating:
             for _ in range(TRIES - 1):
                 if (stored := self._try(request)) is not None:
                     return stored
@@ -197,11 +197,11 @@ class DeliveryProcess:
         with self._changing:
             self._closed = True
             if self._server is not None:
-                self._server.hang_up()
-            keeper = self._keeper
-        self._wanted.put(None)
-        if keeper is not None:
-            keeper.join()
+                self._server.disconnect()
+            supervisor = self._supervisor
+        self._start_requests.put(None)
+        if supervisor is not None:
+            supervisor.join()
 
     def _try(self, request: DeliveryRequest) -> StoredImage | None:
         """Deliver by the current process; return None if it died meanwhile."""
@@ -209,29 +209,29 @@ class DeliveryProcess:
         try:
             return server.deliver(request)
         except _GoneError:
-            self._give_up(server)
+            self._discard(server)
             return None
 
     def _current(self) -> _Server:
         with self._changing:
-            self._want()
+            self._request_start()
             starting = self._starting
         if starting is None:
             raise DeliveryUnavailableError("the process that delivers pictures was ended")
         return starting.result()
 
-    def _want(self) -> None:
+    def _request_start(self) -> None:
         """Request a process unless one exists or this was closed. The caller holds the lock."""
         if self._closed:
             self._starting = None
         elif self._starting is None:
             self._starting = Future()
-            self._wanted.put(self._starting)
-            if self._keeper is None:
-                self._keeper = threading.Thread(target=self._keep, name="sdp-delivery", daemon=True)
-                self._keeper.start()
+            self._start_requests.put(self._starting)
+            if self._supervisor is None:
+                self._supervisor = threading.Thread(target=self._supervise, name="sdp-delivery", daemon=True)
+                self._supervisor.start()
 
-    def _give_up(self, server: _Server) -> None:
+    def _discard(self, server: _Server) -> None:
         """Discard a dead process, so that the next call waits for a new one."""
         server.process.kill()
         with self._changing:
@@ -242,12 +242,12 @@ class DeliveryProcess:
 
     # Processes are started by one long-lived thread: the kernel kills a process when the thread that started it ends.
 
-    def _keep(self) -> None:
-        while (starting := self._wanted.get()) is not None:
+    def _supervise(self) -> None:
+        while (starting := self._start_requests.get()) is not None:
             try:
-                server = self._started()
+                server = self._start()
             except DeliveryUnavailableError as error:
-                self._forget(starting)
+                self._clear_start(starting)
                 starting.set_exception(error)
                 continue
             starting.set_result(server)
@@ -255,29 +255,29 @@ class DeliveryProcess:
                 self._listen(server)
             except _GoneError as error:
                 self._on_exit(server, error)
-            self._forget(starting)
+            self._clear_start(starting)
             # At once, even without a pending call: a long batch on the device needs its lease extended.
             self.begin()
 
-    def _forget(self, starting: Future[_Server]) -> None:
+    def _clear_start(self, starting: Future[_Server]) -> None:
         with self._changing:
             if self._starting is starting:
                 self._starting = None
 
-    def _started(self) -> _Server:
+    def _start(self) -> _Server:
         """Start a process and wait until it answers; raises DeliveryUnavailableError, with the process's message if it
         sent one."""
         try:
-            server = _spawned(self.connections)
+            server = _spawn(self.connections)
         except OSError as error:
             self._silent_since = None
             raise DeliveryUnavailableError(f"the process that delivers pictures does not start: {error}") from error
         with self._changing:
             self._server = server
             if self._closed:
-                server.hang_up()
+                server.disconnect()
         try:
-            self._greet(server)
+            self._handshake(server)
         except (_GoneError, SdpError) as error:
             server.end(at_once=isinstance(error, _HungError))
             if not isinstance(error, _HungError):
@@ -287,9 +287,9 @@ class DeliveryProcess:
             raise DeliveryUnavailableError(f"the process that delivers pictures does not start: {why}") from error
         return server
 
-    def _greet(self, server: _Server) -> None:
+    def _handshake(self, server: _Server) -> None:
         first = server.ours[0]
-        server.asked_at[first] = time.monotonic() + self.bounds.start_s
+        server.called_at[first] = time.monotonic() + self.bounds.start_s
         try:
             first.send(self.to)
             self._listen(server, answer=first)
@@ -297,7 +297,7 @@ class DeliveryProcess:
         except (EOFError, OSError) as gone:
             raise _GoneError(repr(gone)) from gone
         finally:
-            server.asked_at.pop(first, None)
+            server.called_at.pop(first, None)
         if not done:
             raise error
         self._silent_since = None  # the answer may come before the first heartbeat
@@ -311,9 +311,9 @@ class DeliveryProcess:
         resume.
         """
         missed, allowed_s = 0, self.bounds.silence_s if answer is None else self.bounds.start_s
-        heard = [server.heart] if answer is None else [server.heart, answer]
+        sources = [server.heart] if answer is None else [server.heart, answer]
         while answer is None or not answer.poll():
-            ready = wait(heard, BEAT_S)
+            ready = wait(sources, BEAT_S)
             if server.heart in ready:
                 try:
                     server.heart.recv_bytes()
@@ -341,7 +341,7 @@ class DeliveryProcess:
             _log.warning("delivery_process_died", exit_code=dead.process.returncode, error=str(error))
 
 
-def _spawned(connections: int) -> _Server:
+def _spawn(connections: int) -> _Server:
     """Start a new process; raises OSError."""
     with _pairs(connections + 1) as (ours, theirs):
         numbers = [each.fileno() for each in theirs]
