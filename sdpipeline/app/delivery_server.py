@@ -33,7 +33,8 @@ NICENESS = 10
 
 
 def main(descriptors: Sequence[str]) -> None:
-    """Send heartbeats on the first of these file descriptors, and answer calls on the others until they are closed."""
+    """Send heartbeats on the first of these file descriptors; deliver the pictures that the others bring until they
+    are closed."""
     _die_with_owner()
     for number in (signal.SIGTERM, signal.SIGINT):  # sent to a whole process group or container
         signal.signal(number, signal.SIG_IGN)
@@ -42,8 +43,8 @@ def main(descriptors: Sequence[str]) -> None:
     threading.Thread(target=_beat, args=(heart,), daemon=True).start()
     os.nice(NICENESS)
     try:
-        _, (to,) = connections[0].recv()
-        deliverer = _deliverer(to)
+        to: Destination = connections[0].recv()
+        deliverer = _deliverer(to, most_kept=2 * len(connections))
     except EOFError:
         return
     except SdpError as error:
@@ -70,13 +71,14 @@ def _beat(heart: Connection) -> None:
             time.sleep(BEAT_S)
 
 
-def _deliverer(to: Destination) -> LocalDeliverer:
+def _deliverer(to: Destination, *, most_kept: int) -> LocalDeliverer:
     logs.configure_logging(to.settings)
     key = picture_key(to.settings)
     if key.fingerprint != to.certificate:
         raise SettingsError("the key that signs pictures was changed since this worker began: start the worker again")
     store = open_store(to.storage_url, s3_options(to.settings))
-    return LocalDeliverer(store, key, AuditLog(open_database(to.database_url), actor=to.actor))
+    audit = AuditLog(open_database(to.database_url), actor=to.actor)
+    return LocalDeliverer(store, key, audit, most_kept=most_kept)
 
 
 def _answer(connection: Connection, deliverer: LocalDeliverer) -> None:
@@ -86,8 +88,8 @@ def _answer(connection: Connection, deliverer: LocalDeliverer) -> None:
         except (EOFError, OSError):
             return
         try:
-            method, arguments = pickle.loads(asked)  # noqa: S301 - from the parent process
-            answer = pickle.dumps((True, getattr(deliverer, method)(*arguments)))
+            request = pickle.loads(asked)  # noqa: S301 - from the parent process
+            answer = pickle.dumps((True, deliverer.deliver(request)))
         except Exception as error:  # noqa: BLE001 -- raised again by the client
             answer = _raised(error)
         try:

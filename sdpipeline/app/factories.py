@@ -170,8 +170,7 @@ def delivery_process(
         actor=_worker_actor(worker_id),
         certificate=key.fingerprint,
     )
-    # One connection more than deliverers: the fetching thread records copies.
-    deliverer = DeliveryProcess(to, connections=settings.deliverers + 1, bounds=Bounds.of(settings))
+    deliverer = DeliveryProcess(to, connections=settings.deliverers, bounds=Bounds.of(settings))
     deliverer.begin()
     try:
         yield worker_id, deliverer

@@ -65,10 +65,17 @@ def complete(tx: Transaction, *, lease_id: str, leased: LeasedJob, stored: Store
     return True
 
 
-def recorded(connection: Connection, leased: LeasedJob, stored: StoredImage) -> bool:
-    """Return True if :func:`complete` was committed for this attempt and picture."""
-    this = and_(image.c.job_id == leased.id, image.c.attempt == leased.attempt, image.c.sha256 == stored.sha256)
-    return bool(connection.execute(select(exists().where(this))).scalar_one())
+def recorded(connection: Connection, *, lease_id: str, leased: LeasedJob) -> StoredImage | None:
+    """Return the picture that :func:`complete` recorded for this job under this lease, or None."""
+    names = StoredImage.__dataclass_fields__
+    ours = and_(attempt.c.job_id == leased.id, attempt.c.lease_id == lease_id, attempt.c.outcome == "succeeded")
+    found = connection.execute(
+        select(*(image.c[name] for name in names))
+        .join(attempt, and_(attempt.c.job_id == image.c.job_id, attempt.c.fingerprint == image.c.fingerprint))
+        .where(ours, image.c.fingerprint == leased.fingerprint, image.c.attempt == leased.attempt)
+    ).mappings()
+    row = found.first()
+    return None if row is None else StoredImage(**row)
 
 
 def audited_fields(fields: Json, subject: str | None) -> Json:

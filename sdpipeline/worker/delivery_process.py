@@ -20,17 +20,13 @@ from concurrent.futures import Future
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
-from typing import Any
 
 import structlog
 
-from sdpipeline.db.budgets import Charge
-from sdpipeline.engine import GeneratedImage
 from sdpipeline.errors import DeliveryLostError, DeliveryUnavailableError, SdpError
-from sdpipeline.jobs import LeasedJob, StoredImage
+from sdpipeline.jobs import StoredImage
 from sdpipeline.settings import Settings
-from sdpipeline.worker.delivery import Attempt, FinishedPicture
-from sdpipeline.worker.inputs import Consumed
+from sdpipeline.worker.finished_picture import DeliveryRequest
 from sdpipeline.worker.watchdog import LEAST_TIMEOUT_S
 
 SERVER = "sdpipeline.app.delivery_server"
@@ -98,29 +94,30 @@ class _Server:
     heart: Connection
     ours: tuple[Connection, ...]
     free: queue.SimpleQueue[Connection] = field(default_factory=queue.SimpleQueue)
-    asked_at: dict[Connection, float] = field(default_factory=dict)
+    called_at: dict[Connection, float] = field(default_factory=dict)
 
-    def ask(self, method: str, *arguments: Any) -> Any:
-        """Call a method in the process; raises the method's own error, or _GoneError."""
+    def deliver(self, request: DeliveryRequest) -> StoredImage:
+        """Send the picture and wait for the answer; raises the delivery's own error, or _GoneError."""
         connection = self.free.get()
-        self.asked_at[connection] = time.monotonic()
+        self.called_at[connection] = time.monotonic()
         try:
-            connection.send((method, arguments))
+            connection.send(request)
             done, answer = connection.recv()
         except (EOFError, OSError) as error:
             raise _GoneError(repr(error)) from error
         finally:
-            self.asked_at.pop(connection, None)
+            self.called_at.pop(connection, None)
             self.free.put(connection)
-        if done:
-            return answer
-        raise answer
+        if not done:
+            raise answer
+        stored: StoredImage = answer
+        return stored
 
     def longest_call_s(self) -> float:
         """Return the duration of the longest call that is under way."""
-        return time.monotonic() - min(tuple(self.asked_at.values()), default=math.inf)
+        return time.monotonic() - min(tuple(self.called_at.values()), default=math.inf)
 
-    def hang_up(self) -> None:
+    def disconnect(self) -> None:
         """Shut the connections down, so that the process ends and calls under way fail.
 
         They are not closed: another thread may still read from one, and its number could be reused for a new
@@ -132,7 +129,7 @@ class _Server:
 
     def end(self, *, at_once: bool = False) -> None:
         """End the process; use SIGKILL if ``at_once`` or if it takes too long."""
-        self.hang_up()
+        self.disconnect()
         try:
             self.process.wait(0.0 if at_once else LAST_WORDS_S)
         except subprocess.TimeoutExpired:
@@ -147,8 +144,8 @@ class _Server:
 class DeliveryProcess:
     """Implement :class:`sdpipeline.worker.delivery.Deliverer` in a separate process.
 
-    Its methods may be called from several threads; ``connections`` of them are served at a time. Each of them may also
-    raise DeliveryLostError and DeliveryUnavailableError.
+    Pictures may be delivered from several threads; ``connections`` of them are served at a time. Each picture crosses
+    to the process once.
 
     A dedicated thread starts the process, listens to its heartbeat, and replaces it when it dies or exceeds a limit.
     Interrupted calls are repeated one at a time, so that a call that kills the process is alone when it does so again.
@@ -156,21 +153,21 @@ class DeliveryProcess:
     """
 
     to: Destination
-    connections: int = 5
+    connections: int = 4
     bounds: Bounds = field(default_factory=Bounds)
     _server: _Server | None = None
     _starting: Future[_Server] | None = None
-    _wanted: queue.SimpleQueue[Future[_Server] | None] = field(default_factory=queue.SimpleQueue)
-    _keeper: threading.Thread | None = None
+    _start_requests: queue.SimpleQueue[Future[_Server] | None] = field(default_factory=queue.SimpleQueue)
+    _supervisor: threading.Thread | None = None
     _silent_since: float | None = None
     _closed: bool = False
     _changing: threading.Lock = field(default_factory=threading.Lock)
-    _again: threading.Lock = field(default_factory=threading.Lock)
+    _repeating: threading.Lock = field(default_factory=threading.Lock)
 
     def begin(self) -> None:
         """Start the process in the background; the first call raises its startup error."""
         with self._changing:
-            self._want()
+            self._request_start()
 
     def check(self) -> None:
         """Wait until the process answers; raises DeliveryUnavailableError."""
@@ -181,71 +178,60 @@ class DeliveryProcess:
         since = self._silent_since
         return 0.0 if since is None else time.monotonic() - since
 
-    def finish(
-        self, leased: LeasedJob, consumed: Consumed, generated: GeneratedImage, attempt: Attempt
-    ) -> FinishedPicture:
-        """See :meth:`sdpipeline.worker.delivery.Deliverer.finish`."""
-        finished: FinishedPicture = self._ask("finish", leased, consumed, generated, attempt)[0]
-        return finished
+    def deliver(self, request: DeliveryRequest) -> StoredImage:
+        """See :meth:`sdpipeline.worker.delivery.Deliverer.deliver`; may also raise DeliveryLostError and
+        DeliveryUnavailableError.
 
-    def deliver(self, picture: FinishedPicture) -> StoredImage:
-        """See :meth:`sdpipeline.worker.delivery.Deliverer.deliver`."""
-        stored: StoredImage = self._ask("deliver", picture)[0]
-        return stored
-
-    def complete(self, lease_id: str, leased: LeasedJob, stored: StoredImage, charge: Charge) -> bool:
-        """See :meth:`sdpipeline.worker.delivery.Deliverer.complete`."""
-        done, tries = self._ask("complete", lease_id, leased, stored, charge)
-        # A process that died may have recorded it; its successor is fenced in that case.
-        return bool(done or (tries > 1 and self._ask("recorded", leased, stored)[0]))
+        A process that died may have recorded the picture: its successor then returns that one.
+        """
+        if (stored := self._try(request)) is not None:
+            return stored
+        with self._repeating:
+            for _ in range(TRIES - 1):
+                if (stored := self._try(request)) is not None:
+                    return stored
+        raise DeliveryLostError(f"the process that delivers pictures died {TRIES} times at this one")
 
     def close(self) -> None:
         """End the process if it runs, and start no other."""
         with self._changing:
             self._closed = True
             if self._server is not None:
-                self._server.hang_up()
-            keeper = self._keeper
-        self._wanted.put(None)
-        if keeper is not None:
-            keeper.join()
+                self._server.disconnect()
+            supervisor = self._supervisor
+        self._start_requests.put(None)
+        if supervisor is not None:
+            supervisor.join()
 
-    def _ask(self, method: str, *arguments: Any) -> tuple[Any, int]:
-        """Return the answer and the number of processes that were tried."""
+    def _try(self, request: DeliveryRequest) -> StoredImage | None:
+        """Deliver by the current process; return None if it died meanwhile."""
         server = self._current()
         try:
-            return server.ask(method, *arguments), 1
+            return server.deliver(request)
         except _GoneError:
-            self._give_up(server)
-        with self._again:
-            for tries in range(2, TRIES + 1):
-                server = self._current()
-                try:
-                    return server.ask(method, *arguments), tries
-                except _GoneError:
-                    self._give_up(server)
-        raise DeliveryLostError(f"the process that delivers pictures died {TRIES} times at this one")
+            self._discard(server)
+            return None
 
     def _current(self) -> _Server:
         with self._changing:
-            self._want()
+            self._request_start()
             starting = self._starting
         if starting is None:
             raise DeliveryUnavailableError("the process that delivers pictures was ended")
         return starting.result()
 
-    def _want(self) -> None:
+    def _request_start(self) -> None:
         """Request a process unless one exists or this was closed. The caller holds the lock."""
         if self._closed:
             self._starting = None
         elif self._starting is None:
             self._starting = Future()
-            self._wanted.put(self._starting)
-            if self._keeper is None:
-                self._keeper = threading.Thread(target=self._keep, name="sdp-delivery", daemon=True)
-                self._keeper.start()
+            self._start_requests.put(self._starting)
+            if self._supervisor is None:
+                self._supervisor = threading.Thread(target=self._supervise, name="sdp-delivery", daemon=True)
+                self._supervisor.start()
 
-    def _give_up(self, server: _Server) -> None:
+    def _discard(self, server: _Server) -> None:
         """Discard a dead process, so that the next call waits for a new one."""
         server.process.kill()
         with self._changing:
@@ -256,12 +242,12 @@ class DeliveryProcess:
 
     # Processes are started by one long-lived thread: the kernel kills a process when the thread that started it ends.
 
-    def _keep(self) -> None:
-        while (starting := self._wanted.get()) is not None:
+    def _supervise(self) -> None:
+        while (starting := self._start_requests.get()) is not None:
             try:
-                server = self._started()
+                server = self._start()
             except DeliveryUnavailableError as error:
-                self._forget(starting)
+                self._clear_start(starting)
                 starting.set_exception(error)
                 continue
             starting.set_result(server)
@@ -269,29 +255,29 @@ class DeliveryProcess:
                 self._listen(server)
             except _GoneError as error:
                 self._on_exit(server, error)
-            self._forget(starting)
+            self._clear_start(starting)
             # At once, even without a pending call: a long batch on the device needs its lease extended.
             self.begin()
 
-    def _forget(self, starting: Future[_Server]) -> None:
+    def _clear_start(self, starting: Future[_Server]) -> None:
         with self._changing:
             if self._starting is starting:
                 self._starting = None
 
-    def _started(self) -> _Server:
+    def _start(self) -> _Server:
         """Start a process and wait until it answers; raises DeliveryUnavailableError, with the process's message if it
         sent one."""
         try:
-            server = _spawned(self.connections)
+            server = _spawn(self.connections)
         except OSError as error:
             self._silent_since = None
             raise DeliveryUnavailableError(f"the process that delivers pictures does not start: {error}") from error
         with self._changing:
             self._server = server
             if self._closed:
-                server.hang_up()
+                server.disconnect()
         try:
-            self._greet(server)
+            self._handshake(server)
         except (_GoneError, SdpError) as error:
             server.end(at_once=isinstance(error, _HungError))
             if not isinstance(error, _HungError):
@@ -301,17 +287,17 @@ class DeliveryProcess:
             raise DeliveryUnavailableError(f"the process that delivers pictures does not start: {why}") from error
         return server
 
-    def _greet(self, server: _Server) -> None:
+    def _handshake(self, server: _Server) -> None:
         first = server.ours[0]
-        server.asked_at[first] = time.monotonic() + self.bounds.start_s
+        server.called_at[first] = time.monotonic() + self.bounds.start_s
         try:
-            first.send(("", (self.to,)))
+            first.send(self.to)
             self._listen(server, answer=first)
             done, error = first.recv()
         except (EOFError, OSError) as gone:
             raise _GoneError(repr(gone)) from gone
         finally:
-            server.asked_at.pop(first, None)
+            server.called_at.pop(first, None)
         if not done:
             raise error
         self._silent_since = None  # the answer may come before the first heartbeat
@@ -325,9 +311,9 @@ class DeliveryProcess:
         resume.
         """
         missed, allowed_s = 0, self.bounds.silence_s if answer is None else self.bounds.start_s
-        heard = [server.heart] if answer is None else [server.heart, answer]
+        sources = [server.heart] if answer is None else [server.heart, answer]
         while answer is None or not answer.poll():
-            ready = wait(heard, BEAT_S)
+            ready = wait(sources, BEAT_S)
             if server.heart in ready:
                 try:
                     server.heart.recv_bytes()
@@ -355,7 +341,7 @@ class DeliveryProcess:
             _log.warning("delivery_process_died", exit_code=dead.process.returncode, error=str(error))
 
 
-def _spawned(connections: int) -> _Server:
+def _spawn(connections: int) -> _Server:
     """Start a new process; raises OSError."""
     with _pairs(connections + 1) as (ours, theirs):
         numbers = [each.fileno() for each in theirs]

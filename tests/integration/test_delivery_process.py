@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager, suppress
+from dataclasses import replace
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,6 @@ from sdpipeline import provenance
 from sdpipeline.app import factories, keys, services, workers
 from sdpipeline.app.services import Services
 from sdpipeline.db import queries, tables
-from sdpipeline.db.budgets import Charge
 from sdpipeline.db.connection import now_s, sqlite_path
 from sdpipeline.engine import Batch, GeneratedImage, GenerationFailure, PreparedRequest
 from sdpipeline.engine.fake import FakeEngine
@@ -33,10 +33,11 @@ from sdpipeline.errors import (
     DatabaseUnavailableError,
     DeliveryLostError,
     DeliveryUnavailableError,
+    LeaseLostError,
     StorageUnavailableError,
 )
-from sdpipeline.worker.delivery import Attempt
 from sdpipeline.worker.delivery_process import SERVER, Bounds, DeliveryProcess, Destination, _GoneError, _Server
+from sdpipeline.worker.finished_picture import Attempt, DeliveryRequest
 from sdpipeline.worker.inputs import Consumed
 from sdpipeline.worker.worker import Worker, WorkerLimits, WorkerSummary
 from tests.chaos.invariants import violations
@@ -44,8 +45,6 @@ from tests.factories import chains, leased, published, statuses
 from tests.integration.test_worker_life import wait_for
 
 pytestmark = pytest.mark.timeout(120)
-
-CHARGE = Charge(worker_id="worker-1", gpu_seconds=1.0, cost=0.0)
 
 
 @pytest.fixture
@@ -87,13 +86,14 @@ def beside() -> list[psutil.Process]:
     return found
 
 
-def one_picture(have: Services) -> tuple[Any, tuple[Any, ...]]:
-    """A leased job, and what ``finish`` asks for."""
+def one_picture(have: Services) -> DeliveryRequest:
+    """The picture of a leased job."""
     published(have.audit, chains(1))
     lease = leased(have.audit)
     (made,) = FakeEngine().generate(Batch(requests=[PreparedRequest(request=lease.jobs[0].request)], bucket=1))
+    assert isinstance(made, GeneratedImage)
     attempt = Attempt(number=1, lease_id=lease.id, worker_id="worker-1", gpu_seconds=1.0)
-    return lease, (lease.jobs[0], Consumed(), made, attempt)
+    return DeliveryRequest(leased=lease.jobs[0], consumed=Consumed(), generated=made, attempt=attempt)
 
 
 def test_every_picture_is_marked_stored_and_recorded_by_it_and_it_ends_with_the_worker(have: Services) -> None:
@@ -194,29 +194,31 @@ def test_a_worker_that_was_frozen_together_with_its_delivery_process_keeps_it(ha
 def test_one_that_is_told_to_end_with_its_worker_goes_on_until_that_ends(
     have: Services, process: DeliveryProcess
 ) -> None:
-    _, asked = one_picture(have)
+    request = one_picture(have)
     process.check()
     (before,) = beside()
     before.terminate()
     before.send_signal(signal.SIGINT)
-    picture = process.finish(*asked)
-    assert process.deliver(picture).sha256 == picture.encoded.sha256
+    assert have.store.get(process.deliver(request).key)
     assert beside() == [before]
 
 
 def test_an_outage_of_storage_or_of_the_database_comes_across_as_what_it_is(have: Services, tmp_path: Path) -> None:
-    lease, asked = one_picture(have)
-    (tmp_path / "file").write_text("no folder")
-    no_storage = DeliveryProcess(destination(have, storage_url=(tmp_path / "file").as_uri()))
+    request, place = one_picture(have), tmp_path / "file"
+    place.write_text("no folder")
+    no_storage = DeliveryProcess(destination(have, storage_url=place.as_uri()))
     no_database = DeliveryProcess(destination(have, database_url="postgresql://nobody@127.0.0.1:1/none"))
     try:
-        picture = no_storage.finish(*asked)
+        for _ in range(2):
+            with pytest.raises(DatabaseUnavailableError):
+                no_database.deliver(request)
+        assert len([key for key in have.store.list() if key.endswith(".png")]) == 1  # the same bytes twice
         with pytest.raises(StorageUnavailableError):
-            no_storage.deliver(picture)
-        assert no_storage.finish(*asked).record["fingerprint"] == asked[0].fingerprint  # it lives on
-        stored = no_database.deliver(picture)
-        with pytest.raises(DatabaseUnavailableError):
-            no_database.complete(lease.id, asked[0], stored, CHARGE)
+            no_storage.deliver(request)
+        before = beside()
+        place.unlink()
+        assert (place / no_storage.deliver(request).key).exists()
+        assert beside() == before
     finally:
         no_storage.close()
         no_database.close()
@@ -246,36 +248,37 @@ class Evaluated:
 def test_a_lost_lease_is_told_but_not_where_only_the_answer_was_lost(
     have: Services, process: DeliveryProcess, tmp_path: Path
 ) -> None:
-    lease, asked = one_picture(have)
-    stored = process.deliver(process.finish(*asked))
-    assert not process.complete("another lease", asked[0], stored, CHARGE)
-    assert process.complete(lease.id, asked[0], stored, CHARGE)
+    request = one_picture(have)
+    with pytest.raises(LeaseLostError):
+        process.deliver(replace(request, attempt=replace(request.attempt, lease_id="another lease")))
+    assert statuses(have.database) == ["leased"]
+    stored = process.deliver(request)
     assert statuses(have.database) == ["succeeded"]
-    assert not process.complete(lease.id, asked[0], stored, CHARGE)
-    dies_first: Any = deadly_once(asked[0], tmp_path / "died")
-    assert process.complete(lease.id, dies_first, stored, CHARGE)
+    assert process.deliver(request) == stored
+    dies_first: Any = deadly_once(request, tmp_path / "died")
+    assert process.deliver(dies_first) == stored
     assert (tmp_path / "died").exists()
 
 
 def test_what_kills_it_each_time_fails_alone(have: Services, process: DeliveryProcess) -> None:
-    _, asked = one_picture(have)
+    request = one_picture(have)
     poison: Any = deadly_once(None, Path("/nowhere/at/all"))
     with ThreadPoolExecutor(4) as pool:
         dead = [pool.submit(process.deliver, poison) for _ in range(2)]
-        made = [pool.submit(process.finish, *asked) for _ in range(6)]
+        made = [pool.submit(process.deliver, request) for _ in range(6)]
     assert [type(each.exception()) for each in dead] == [DeliveryLostError] * 2
-    assert [each.result().folder for each in made] == [made[0].result().folder] * 6
+    assert [each.result() for each in made] == [made[0].result()] * 6
 
 
 def test_one_that_is_frozen_is_killed_and_its_calls_are_answered_by_another(
     have: Services, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    _, asked = one_picture(have)
+    request = one_picture(have)
     with closing(DeliveryProcess(destination(have), bounds=Bounds(silence_s=2.0))) as process:
         process.check()
         (frozen,) = beside()
         frozen.suspend()
-        assert process.finish(*asked).record["fingerprint"] == asked[0].fingerprint
+        assert have.store.get(process.deliver(request).key)
         assert frozen not in beside()
         (frozen,) = beside()
         frozen.suspend()  # nobody asks it for anything
@@ -286,7 +289,7 @@ def test_one_that_is_frozen_is_killed_and_its_calls_are_answered_by_another(
 
 
 def test_one_that_is_frozen_for_less_than_its_bound_answers_itself(have: Services) -> None:
-    _, asked = one_picture(have)
+    request = one_picture(have)
     with (
         closing(DeliveryProcess(destination(have), bounds=Bounds(silence_s=60.0))) as process,
         ThreadPoolExecutor(1) as pool,
@@ -294,10 +297,10 @@ def test_one_that_is_frozen_for_less_than_its_bound_answers_itself(have: Service
         process.check()
         (frozen,) = beside()
         frozen.suspend()
-        picture = pool.submit(process.finish, *asked)
+        delivered = pool.submit(process.deliver, request)
         wait_for(process.silent_s)
         frozen.resume()
-        assert picture.result().record["fingerprint"] == asked[0].fingerprint
+        assert have.store.get(delivered.result().key)
         assert beside() == [frozen]
         wait_for(lambda: not process.silent_s())
 
@@ -316,10 +319,10 @@ def test_one_that_is_frozen_while_it_starts_is_an_outage_and_the_next_one_answer
 
 
 def test_a_call_that_hangs_in_a_living_process_is_answered_by_another(have: Services, tmp_path: Path) -> None:
-    _, asked = one_picture(have)
-    hangs: Any = Once(asked[0], tmp_path / "hung", "__import__('time').sleep(3600)")
+    request = one_picture(have)
+    hangs: Any = Once(request, tmp_path / "hung", "__import__('time').sleep(3600)")
     with closing(DeliveryProcess(destination(have), bounds=Bounds(call_s=5.0))) as process:
-        assert process.finish(hangs, *asked[1:]).record["fingerprint"] == asked[0].fingerprint
+        assert have.store.get(process.deliver(hangs).key)
     assert (tmp_path / "hung").exists()
 
 
@@ -416,7 +419,7 @@ def test_a_process_that_dies_in_the_middle_of_an_answer_is_gone() -> None:
         server = _Server(ended, connection, (connection,))
         server.free.put(connection)
         with pytest.raises(_GoneError):
-            server.ask("finish")
+            server.deliver("a picture")  # type: ignore[arg-type]
         server.end()
 
 

@@ -77,7 +77,11 @@ class Server:
 
     def force(self, run: str, trace: Path, *, state: str = "COMPLETED") -> None:
         """What an attacker does: the run is done, and its result lies in this file."""
-        data = {"storage_key": str(planted(trace)), "serializer": {"type": "pickle"}, "prefect_version": prefect_version}
+        data = {
+            "storage_key": str(planted(trace)),
+            "serializer": {"type": "pickle"},
+            "prefect_version": prefect_version,
+        }
         self.ask(f"flow_runs/{run}/set_state", force=True, state={"type": state, "data": data})
 
 

@@ -16,8 +16,9 @@ from sdpipeline.engine.fake import FakeEngine
 from sdpipeline.jobs import Lease
 from sdpipeline.maintenance.reconcile import reconcile
 from sdpipeline.storage import LocalStore
-from sdpipeline.worker import delivery
+from sdpipeline.worker.finished_picture import Attempt, DeliveryRequest, finish
 from sdpipeline.worker.inputs import Consumed
+from sdpipeline.worker.picture_storage import store_picture
 from sdpipeline.worker.worker import Worker, WorkerLimits
 from tests.factories import chains, expired, job_spec, leased, published, signing_key, statuses
 from tests.integration.databases import on_sqlite
@@ -43,8 +44,9 @@ def left_behind(place: Editions, lease: Lease) -> None:
     (made,) = FakeEngine().generate(Batch(requests=[PreparedRequest(request=job.request)], bucket=8))
     assert isinstance(made, GeneratedImage)
     made = replace(made, ran=made.ran | {"slot": 5})
-    attempt = delivery.Attempt(number=job.attempt, lease_id=lease.id, worker_id="worker-1", gpu_seconds=0.1)
-    delivery.deliver(place.store, delivery.finish(job, Consumed(), made, attempt, signing_key()))
+    attempt = Attempt(number=job.attempt, lease_id=lease.id, worker_id="worker-1", gpu_seconds=0.1)
+    request = DeliveryRequest(leased=job, consumed=Consumed(), generated=made, attempt=attempt)
+    store_picture(place.store, finish(request, signing_key()))
 
 
 def worked(place: Editions) -> Any:

@@ -25,8 +25,9 @@ from sdpipeline.jobs import DeliveryRules, Lease
 from sdpipeline.maintenance.reconcile import Reconciliation, reconcile
 from sdpipeline.storage import LocalStore
 from sdpipeline.storage.keys import seal_object_key
-from sdpipeline.worker import delivery
+from sdpipeline.worker.finished_picture import Attempt, DeliveryRequest, finish
 from sdpipeline.worker.inputs import Consumed
+from sdpipeline.worker.picture_storage import store_picture
 from sdpipeline.worker.worker import Worker, WorkerLimits
 from tests.factories import (
     CHECKPOINT,
@@ -100,8 +101,9 @@ class Place:
         job = lease.jobs[index]
         (made,) = FakeEngine().generate(Batch(requests=[PreparedRequest(request=job.request)], bucket=1))
         assert isinstance(made, GeneratedImage)
-        attempt = delivery.Attempt(number=job.attempt, lease_id=lease.id, worker_id="worker-1", gpu_seconds=0.1)
-        return delivery.deliver(self.store, delivery.finish(job, Consumed(), made, attempt, signing_key())).key
+        attempt = Attempt(number=job.attempt, lease_id=lease.id, worker_id="worker-1", gpu_seconds=0.1)
+        request = DeliveryRequest(leased=job, consumed=Consumed(), generated=made, attempt=attempt)
+        return store_picture(self.store, finish(request, signing_key())).key
 
     def age(self) -> None:
         """As if everything in storage had been there for long."""

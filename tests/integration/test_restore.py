@@ -29,8 +29,9 @@ from sdpipeline.maintenance.reconcile import reconcile
 from sdpipeline.maintenance.restore import Adoption
 from sdpipeline.storage import LocalStore
 from sdpipeline.storage.keys import seal_object_key
-from sdpipeline.worker import delivery
+from sdpipeline.worker.finished_picture import Attempt, DeliveryRequest, finish
 from sdpipeline.worker.inputs import Consumed
+from sdpipeline.worker.picture_storage import store_picture
 from sdpipeline.worker.worker import Worker, WorkerLimits
 from tests.factories import chains, events, expired, job_spec, leased, published, signing_key, statuses
 from tests.integration.commands import FAKE_ENGINE
@@ -259,9 +260,10 @@ def leave_behind(store: LocalStore, lease: Lease, *, slot: int) -> None:
     leased_job = lease.jobs[0]
     (made,) = FakeEngine().generate(Batch(requests=[PreparedRequest(request=leased_job.request)], bucket=8))
     assert isinstance(made, GeneratedImage)
-    attempt = delivery.Attempt(number=1, lease_id=f"{slot:032x}", worker_id="worker-1", gpu_seconds=0.1)
+    attempt = Attempt(number=1, lease_id=f"{slot:032x}", worker_id="worker-1", gpu_seconds=0.1)
     other = replace(made, ran=made.ran | {"slot": slot})
-    delivery.deliver(store, delivery.finish(leased_job, Consumed(), other, attempt, signing_key()))
+    request = DeliveryRequest(leased=leased_job, consumed=Consumed(), generated=other, attempt=attempt)
+    store_picture(store, finish(request, signing_key()))
 
 
 def test_an_adoption_that_was_interrupted_keeps_workers_out_until_it_is_ended(deployment: Deployment) -> None:

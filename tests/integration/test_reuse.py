@@ -26,7 +26,8 @@ from sdpipeline.engine.fake import FakeEngine
 from sdpipeline.errors import RequestRefusedError
 from sdpipeline.jobs import DeliveryRules
 from sdpipeline.storage import LocalStore, ObjectStore
-from sdpipeline.worker import delivery
+from sdpipeline.worker.copies import copy_picture
+from sdpipeline.worker.finished_picture import Attempt
 from sdpipeline.worker.worker import Worker, WorkerLimits, WorkerSummary
 from tests.factories import (
     CHECKPOINT,
@@ -399,9 +400,9 @@ def test_a_worker_killed_between_copy_and_commit_leaves_nothing_wrong(place: Pla
     lease = leased(place.audit)
     with database.read() as connection:
         found = reuse.newest(connection, team="default", fingerprints=[first["fingerprint"]])
-    attempt = delivery.Attempt(number=1, lease_id=lease.id, worker_id="worker-0", gpu_seconds=0.0)
+    attempt = Attempt(number=1, lease_id=lease.id, worker_id="worker-0", gpu_seconds=0.0)
     original = found[first["fingerprint"]]
-    copied = delivery.reuse(place.store, lease.jobs[0], original, attempt, engine="fake", signing=signing_key())
+    copied = copy_picture(place.store, lease.jobs[0], original, attempt, engine="fake", signing=signing_key())
     expired(place.audit, lease)
     assert place.work().reused == 1
     (copy,) = place.pictures("autumn")

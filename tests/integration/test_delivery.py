@@ -1,0 +1,127 @@
+"""Delivery of one picture in this process, interrupted by outages between its steps."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sdpipeline.db.audit import AuditLog, Transaction
+from sdpipeline.db.connection import Database
+from sdpipeline.engine import Batch, GeneratedImage, PreparedRequest
+from sdpipeline.engine.fake import FakeEngine
+from sdpipeline.errors import DatabaseUnavailableError, LeaseLostError, StorageUnavailableError
+from sdpipeline.jobs import Lease
+from sdpipeline.storage import LocalStore
+from sdpipeline.worker.delivery import LocalDeliverer
+from sdpipeline.worker.finished_picture import Attempt, DeliveryRequest
+from sdpipeline.worker.inputs import Consumed
+from tests.factories import chains, expired, leased, published, signing_key, statuses
+from tests.integration.databases import on_sqlite
+
+pytestmark = on_sqlite
+
+
+class FailingStore(LocalStore):
+    """A directory that refuses the first sidecars."""
+
+    def __init__(self, root: Path, *, failures: int) -> None:
+        super().__init__(root)
+        self.puts: list[str] = []
+        self._failures = failures
+
+    def put(self, key: str, data: bytes, **options: Any) -> Any:
+        self.puts.append(key)
+        if key.endswith(".json") and self._failures:
+            self._failures -= 1
+            raise StorageUnavailableError("no space left")
+        return super().put(key, data, **options)
+
+
+class FailingAudit(AuditLog):
+    """An audit log whose database is away for the first transaction: before it begins, or after its commit."""
+
+    def __init__(self, database: Database, *, commits: bool) -> None:
+        super().__init__(database, actor="worker:test")
+        self.failures = 1
+        self._commits = commits
+
+    @contextmanager
+    def transaction(self) -> Iterator[Transaction]:
+        fails, self.failures = bool(self.failures), 0
+        if fails and not self._commits:
+            raise DatabaseUnavailableError("away")
+        with super().transaction() as tx:
+            yield tx
+        if fails:
+            raise DatabaseUnavailableError("away before it answered")
+
+
+def one_picture(audit: AuditLog) -> DeliveryRequest:
+    """The picture of a leased job."""
+    return picture_of(leased(audit))
+
+
+def picture_of(lease: Lease) -> DeliveryRequest:
+    (made,) = FakeEngine().generate(Batch(requests=[PreparedRequest(request=lease.jobs[0].request)], bucket=1))
+    assert isinstance(made, GeneratedImage)
+    attempt = Attempt(number=1, lease_id=lease.id, worker_id="worker-1", gpu_seconds=1.0)
+    return DeliveryRequest(leased=lease.jobs[0], consumed=Consumed(), generated=made, attempt=attempt)
+
+
+def test_an_interrupted_delivery_goes_on_with_the_same_bytes(
+    audit: AuditLog, database: Database, tmp_path: Path
+) -> None:
+    published(audit, chains(1))
+    store = FailingStore(tmp_path, failures=2)
+    deliverer, request = LocalDeliverer(store, signing_key(), audit), one_picture(audit)
+    for _ in range(2):
+        with pytest.raises(StorageUnavailableError):
+            deliverer.deliver(request)
+    stored = deliverer.deliver(request)
+    assert set(store.list()) == {stored.key, stored.sidecar_key}
+    assert statuses(database) == ["succeeded"]
+
+
+@pytest.mark.parametrize("commits", [False, True], ids=["before the transaction", "after its commit"])
+def test_a_stored_picture_is_recorded_once_and_not_stored_again_after_an_outage_of_the_database(
+    audit: AuditLog, database: Database, tmp_path: Path, *, commits: bool
+) -> None:
+    published(audit, chains(1))
+    store, request = FailingStore(tmp_path, failures=0), one_picture(audit)
+    deliverer = LocalDeliverer(store, signing_key(), FailingAudit(database, commits=commits))
+    with pytest.raises(DatabaseUnavailableError):
+        deliverer.deliver(request)
+    assert statuses(database) == ["succeeded" if commits else "leased"]
+    stored = deliverer.deliver(request)
+    assert store.puts == [stored.key, stored.sidecar_key]
+    assert statuses(database) == ["succeeded"]
+
+
+def test_a_picture_whose_lease_was_lost_is_not_recorded(audit: AuditLog, database: Database, tmp_path: Path) -> None:
+    published(audit, chains(1))
+    deliverer, lease = LocalDeliverer(LocalStore(tmp_path), signing_key(), audit), leased(audit)
+    request = picture_of(lease)
+    expired(audit, lease)
+    with pytest.raises(LeaseLostError):
+        deliverer.deliver(request)
+    assert statuses(database) == ["ready"]
+    deliverer.deliver(one_picture(audit))
+    with pytest.raises(LeaseLostError):
+        deliverer.deliver(request)  # recorded, but under another lease
+
+
+def test_only_so_many_interrupted_deliveries_are_kept(audit: AuditLog, tmp_path: Path) -> None:
+    published(audit, chains(1))
+    store, request = FailingStore(tmp_path, failures=3), one_picture(audit)
+    deliverer = LocalDeliverer(store, signing_key(), audit, most_kept=1)
+    other = replace(request, attempt=replace(request.attempt, lease_id="another lease"))
+    for each in (request, other, request):
+        with pytest.raises(StorageUnavailableError):
+            deliverer.deliver(each)
+    first, _, last = (key for key in store.puts if key.endswith(".png"))
+    assert first != last  # encoded again
