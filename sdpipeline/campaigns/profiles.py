@@ -5,8 +5,7 @@ from __future__ import annotations
 from sdpipeline.campaigns.spec import CampaignSpec, Stage
 from sdpipeline.campaigns.yaml_source import Faults, KeyPath
 from sdpipeline.domain import Profile, Reproducibility
-from sdpipeline.engine import families
-from sdpipeline.engine.families import Family
+from sdpipeline.engine.families import Family, profile_refusal
 from sdpipeline.engine.stepwise.profiles import PROFILES
 
 
@@ -35,9 +34,8 @@ def check(spec: CampaignSpec, faults: Faults) -> None:
 
 def check_fit(stage: Stage, path: KeyPath, faults: Faults, row: Family) -> None:
     """Refuse a stage's own profile that its checkpoint does not support; the campaign's is lowered to fit."""
-    if stage.profile is not None and (why := families.profile_refusal(row.name, stage.profile)):
-        message, _, fix = why.partition("; ")
-        faults.add((*path, "profile"), message, fix)
+    if stage.profile is not None and (refused := profile_refusal(row, stage.profile)):
+        faults.add((*path, "profile"), refused.message, refused.fix)
 
 
 def _check_strict(profile: Profile | None, path: KeyPath, faults: Faults) -> None:

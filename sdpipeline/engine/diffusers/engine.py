@@ -21,7 +21,8 @@ from sdpipeline.engine.diffusers.determinism import allow_exactness, exactly
 from sdpipeline.engine.diffusers.model_cache import Form, Loaded, ModelCache, TextEncoders, release
 from sdpipeline.engine.diffusers.oom_fallback import FallbackLevel, Ladder, Result
 from sdpipeline.engine.diffusers.pipeline_call import Latents, Member, PassSettings, Weights, denoise, settings_of
-from sdpipeline.engine.diffusers.preprocessing import adapters_of, annotator_parameters, check, given, pictures
+from sdpipeline.engine.diffusers.preprocessing import annotator_parameters, given, pictures
+from sdpipeline.engine.diffusers.request_validation import adapters_of, check
 from sdpipeline.engine.diffusers.text import Embedding, EmbeddingCache, PromptEncoder
 from sdpipeline.engine.families import FAMILIES, family
 from sdpipeline.engine.gan import upscale

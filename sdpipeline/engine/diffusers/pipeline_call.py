@@ -29,10 +29,6 @@ from sdpipeline.engine.diffusers.text import Embedding
 from sdpipeline.engine.families import SCHEDULERS, Cell, Family
 from sdpipeline.engine.pictures import to_pil
 
-LEGACY_FAMILIES = frozenset({"sd1", "sd2", "sd-inpaint"})
-"""Families whose pipelines set the two options of ``LEGACY_SCHEDULER``, with a deprecation warning in each call."""
-LEGACY_SCHEDULER = {"steps_offset": 1, "clip_sample": False}
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PassSettings:
@@ -230,9 +226,7 @@ def make_scheduler(name: str, weights: Weights) -> Any:
     """Create a scheduler. Pipelines change theirs while they run, so two calls must not share one."""
     class_name, overrides = SCHEDULERS[name]
     scheduler_class = getattr(diffusers, class_name)
-    config = dict(weights.base.scheduler_configs["scheduler"]) | dict(overrides)
-    if weights.row.name in LEGACY_FAMILIES:
-        config |= LEGACY_SCHEDULER
+    config = dict(weights.base.scheduler_configs["scheduler"]) | dict(overrides) | dict(weights.row.scheduler_config)
     known = inspect.signature(scheduler_class.__init__).parameters
     return scheduler_class.from_config({key: value for key, value in config.items() if key in known})
 
