@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from typing import get_args
+
 from sdpipeline.campaigns.spec import CampaignSpec, Stage
 from sdpipeline.campaigns.yaml_source import Faults, KeyPath
 from sdpipeline.domain import Profile, Reproducibility
 from sdpipeline.engine.families import Family, profile_refusal
-from sdpipeline.engine.stepwise.profiles import PROFILES
 
 
 def chosen(spec: CampaignSpec, stage: Stage, row: Family) -> tuple[Reproducibility, Profile]:
@@ -18,7 +19,7 @@ def chosen(spec: CampaignSpec, stage: Stage, row: Family) -> tuple[Reproducibili
     wanted: Profile = stage.profile or spec.profile or "exact"
     if exactness == "strict":
         return "strict", "exact"
-    order = list(PROFILES)
+    order = get_args(Profile)
     possible = [profile for profile in row.profiles if order.index(profile) <= order.index(wanted)]
     return "tolerant", possible[-1]
 
