@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from sdpipeline import __version__
 from sdpipeline.app.checkpoints import runnable_checkpoints
@@ -30,6 +31,9 @@ from sdpipeline.worker.delivery_process import Bounds, DeliveryProcess, Destinat
 from sdpipeline.worker.watchdog import BatchTimings
 from sdpipeline.worker.worker import Worker, WorkerLimits
 
+if TYPE_CHECKING:
+    from sdpipeline.engine.stepwise import Stepwise
+
 ENGINE_PACKAGES = (
     "torch", "diffusers", "transformers", "accelerate", "peft", "safetensors", "huggingface_hub", "greenlet", "tqdm"
 )  # fmt: skip
@@ -49,7 +53,7 @@ def check_quantization(settings: Settings, device: str | None = None) -> None:
     if settings.engine.quantize is None or settings.engine.fake_seconds_per_batch is not None:
         return
     _need_engine()
-    from sdpipeline.engine.stepwise.quantization import check
+    from sdpipeline.engine.stepwise import check_quantization as check
 
     for each in [device] if device else sorted(set(devices(settings))):
         check(settings.engine.quantize, each, settings.engine.dtype)
@@ -66,7 +70,6 @@ def build_engine(settings: Settings, device: str, database: Database | None, *, 
     _need_engine()
     from sdpipeline.engine.diffusers.engine import DiffusersEngine
     from sdpipeline.engine.diffusers.model_cache import TextEncoders
-    from sdpipeline.engine.stepwise.compile import Speedups, check_compiler
 
     by_digest = runnable_checkpoints(settings, database)
 
@@ -78,26 +81,34 @@ def build_engine(settings: Settings, device: str, database: Database | None, *, 
         return by_digest[ref.digest]
 
     resident = int(settings.engine.resident_gib * 2**30) if settings.engine.resident_gib else None
-    if settings.engine.compile:
-        check_compiler()
-    check_quantization(settings, device)
-    speedups = Speedups(
-        compile=settings.engine.compile,
-        channels_last=settings.engine.channels_last,
-        attention=settings.engine.attention,
-        quantize=settings.engine.quantize,
-        decode_batch=split(settings.engine.decode_batch, settings.engine.decode_batch)[0]
-        if settings.engine.decode_batch
-        else None,
-    )
     return DiffusersEngine(
         device=device,
         dtype=dtype or settings.engine.dtype,
         locate=locate,
         resident_bytes=resident,
-        speedups=speedups,
+        shortcuts=_shortcuts(settings, device),
         text_encoders=TextEncoders(offload=settings.engine.offload_text_encoders),
     )
+
+
+def _shortcuts(settings: Settings, device: str) -> Stepwise | None:
+    """Return the shortcuts with the speedups of the settings; None without any: the engine has their defaults."""
+    engine = settings.engine
+    if not (engine.compile or engine.channels_last or engine.attention or engine.quantize or engine.decode_batch):
+        return None
+    from sdpipeline.engine.stepwise import Speedups, Stepwise, check_compiler
+
+    if engine.compile:
+        check_compiler()
+    check_quantization(settings, device)
+    speedups = Speedups(
+        compile=engine.compile,
+        channels_last=engine.channels_last,
+        attention=engine.attention,
+        quantize=engine.quantize,
+        decode_batch=split(engine.decode_batch, engine.decode_batch)[0] if engine.decode_batch else None,
+    )
+    return Stepwise(speedups)
 
 
 def random_checkpoint(name: str, folder: Path, device: str) -> Path:

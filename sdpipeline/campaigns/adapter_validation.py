@@ -7,8 +7,9 @@ from collections.abc import Iterator
 from sdpipeline.campaigns.stage_plan import Catalog
 from sdpipeline.campaigns.stage_spec import Stage
 from sdpipeline.campaigns.yaml_source import Faults, KeyPath
-from sdpipeline.engine.checkpoints import CheckpointFiles, adapter_misfit, vae_misfit
+from sdpipeline.engine.checkpoints import CheckpointFiles, adapter_refusal, vae_refusal
 from sdpipeline.engine.families import Family
+from sdpipeline.engine.refusal import Refusal
 from sdpipeline.suggestions import nearest
 
 KINDS = {
@@ -38,9 +39,9 @@ def check_fit(
             faults.add((*path, key), f"{row.title} does not take it", "remove it")
     for place, use in stage.adapters():
         key = str(place[0])
-        if can[key] and (why := _misfit(key, base, catalog.get(use.checkpoint))):
-            fitting = [files.alias for files in _of_kind(key, catalog) if _misfit(key, base, files) is None]
-            faults.add((*path, *place, "checkpoint"), why, nearest(use.checkpoint, fitting))
+        if can[key] and (refused := _refused(key, base, catalog.get(use.checkpoint))):
+            fitting = [files.alias for files in _of_kind(key, catalog) if _refused(key, base, files) is None]
+            faults.add((*path, *place, "checkpoint"), refused.message, nearest(use.checkpoint, fitting))
     if stage.vae is not None:
         _check_vae(stage.vae, (*path, "vae"), faults, catalog, base=base, row=row)
 
@@ -53,12 +54,11 @@ def _no_such(alias: str, kind: str, title: str, catalog: Catalog) -> tuple[str, 
     return f"no {title} {alias!r}{is_else}", nearest(alias, known)
 
 
-def _misfit(key: str, base: CheckpointFiles, adapter: CheckpointFiles | None) -> str | None:
+def _refused(key: str, base: CheckpointFiles, adapter: CheckpointFiles | None) -> Refusal | None:
     kind = KINDS[key][0]
     if adapter is None or adapter.kind != kind:
         return None
-    why = adapter_misfit(key, kind, base, adapter)
-    return why and why.removeprefix(f"{key}: ")
+    return adapter_refusal(key, kind, base, adapter)
 
 
 def _of_kind(key: str, catalog: Catalog) -> Iterator[CheckpointFiles]:
@@ -72,6 +72,6 @@ def _check_vae(
         faults.add(place, f"{row.title} does not take it", "remove it")
         return
     vae = catalog.get(alias)
-    if vae is not None and vae.kind == "vae" and (why := vae_misfit(base, vae)):
-        fitting = [files.alias for files in catalog.values() if vae_misfit(base, files) is None]
-        faults.add(place, why.removeprefix("vae: "), nearest(alias, fitting))
+    if vae is not None and vae.kind == "vae" and (refused := vae_refusal(base, vae)):
+        fitting = [files.alias for files in catalog.values() if vae_refusal(base, files) is None]
+        faults.add(place, refused.message, nearest(alias, fitting))

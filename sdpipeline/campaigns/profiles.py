@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+from typing import get_args
+
 from sdpipeline.campaigns.spec import CampaignSpec
 from sdpipeline.campaigns.stage_spec import Stage
 from sdpipeline.campaigns.yaml_source import Faults, KeyPath
 from sdpipeline.domain import Profile, Reproducibility
-from sdpipeline.engine import families
-from sdpipeline.engine.families import Family
-from sdpipeline.engine.stepwise.profiles import PROFILES
+from sdpipeline.engine.families import Family, profile_refusal
 
 
 def chosen(spec: CampaignSpec, stage: Stage, row: Family) -> tuple[Reproducibility, Profile]:
@@ -20,7 +20,7 @@ def chosen(spec: CampaignSpec, stage: Stage, row: Family) -> tuple[Reproducibili
     wanted: Profile = stage.profile or spec.profile or "exact"
     if exactness == "strict":
         return "strict", "exact"
-    order = list(PROFILES)
+    order = get_args(Profile)
     possible = [profile for profile in row.profiles if order.index(profile) <= order.index(wanted)]
     return "tolerant", possible[-1]
 
@@ -36,9 +36,8 @@ def check(spec: CampaignSpec, faults: Faults) -> None:
 
 def check_fit(stage: Stage, path: KeyPath, faults: Faults, row: Family) -> None:
     """Refuse a stage's own profile that its checkpoint does not support; the campaign's is lowered to fit."""
-    if stage.profile is not None and (why := families.profile_refusal(row.name, stage.profile)):
-        message, _, fix = why.partition("; ")
-        faults.add((*path, "profile"), message, fix)
+    if stage.profile is not None and (refused := profile_refusal(row, stage.profile)):
+        faults.add((*path, "profile"), refused.message, refused.fix)
 
 
 def _check_strict(profile: Profile | None, path: KeyPath, faults: Faults) -> None:

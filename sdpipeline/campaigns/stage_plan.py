@@ -75,13 +75,11 @@ def checked(name: str, value: Any, family: Family) -> Any:
         most = family.max_noise_level
         if name == "noise_level" and most is not None and result > most:
             raise WrongValueError((), f"{result} is more than {most}, the most that {family.title} takes")
-        multiple = family.size_multiple
-        if name in ("width", "height") and result % multiple:
-            near = max(multiple, round(result / multiple) * multiple)
-            raise WrongValueError((), f"{result} is not a multiple of {multiple}", f"write {near}")
+        if name in ("width", "height") and (refused := families.size_refusal(family, name, int(result))):
+            raise WrongValueError((), refused.message, refused.fix)
         return result
-    if name == "scheduler" and (why := families.scheduler_refusal(family.name, str(value))):
-        raise WrongValueError((), why)
+    if name == "scheduler" and (refused := families.scheduler_refusal(family, str(value))):
+        raise WrongValueError((), refused.message, refused.fix)
     if name == "resize" and value not in annotators.RESIZE_MODES:
         raise WrongValueError((), f"no mode {value!r}", nearest(str(value), annotators.RESIZE_MODES))
     return str(value)
@@ -237,9 +235,8 @@ class StagePlan:
         if self._cell.strength is None:
             return None
         strength = float(self._value("strength", values, self._cell.strength))
-        if int(steps * strength) < 1:
-            path = self._parameters["strength"][0]
-            raise WrongValueError(path, f"{strength:g} of {steps} steps is no step", "raise one of them")
+        if refused := families.strength_refusal(strength, steps):
+            raise WrongValueError(self._parameters["strength"][0], refused.message, refused.fix)
         return strength
 
     def _size(self, values: Mapping[str, Any], given: Size | None) -> Size:
@@ -247,7 +244,7 @@ class StagePlan:
         fallback = given or (DEFAULT_SIDE, DEFAULT_SIDE)
         size = self._value("width", values, fallback[0]), self._value("height", values, fallback[1])
         multiple = self.family.size_multiple
-        if any(side % multiple for side in size):
+        if any(families.size_refusal(self.family, "width", side) for side in size):
             near = [max(multiple, side // multiple * multiple) for side in size]
             message = f"the picture is {size[0]}x{size[1]}, and {self.family.title} needs multiples of {multiple}"
             fix = f"write width: {near[0]}, height: {near[1]} and resize: crop"

@@ -15,7 +15,7 @@ from sdpipeline.campaigns.stage_spec import ControlNetSpec, Stage
 from sdpipeline.campaigns.yaml_source import Faults, KeyPath
 from sdpipeline.domain import Task
 from sdpipeline.engine import annotators, families
-from sdpipeline.engine.checkpoints import CheckpointFiles
+from sdpipeline.engine.checkpoints import CheckpointFiles, controlnet_refusal
 from sdpipeline.engine.families import Family
 from sdpipeline.engine.quality import EDGE_ANNOTATORS
 from sdpipeline.suggestions import nearest
@@ -191,8 +191,8 @@ def _check_checkpoint(
     if base.kind != "checkpoint" or row is None:
         message = f"{alias!r} is a {base.kind}, which cannot make pictures by itself"
         faults.add(place, message, nearest(alias, _bases(catalog)))
-    elif why := families.refusal(base.family, stage.task, controlnets=len(stage.controlnets)):
-        faults.add((*path, "task"), why)
+    elif refused := families.task_refusal(base.family, stage.task, controlnets=len(stage.controlnets)):
+        faults.add((*path, "task"), refused.message, refused.fix)
     else:
         _check_parameters(spec, stage, path, faults, row)
         _check_size(spec, stage, path, faults, scale=base.scale, policies=policies)
@@ -251,9 +251,10 @@ def _check_steps(spec: CampaignSpec, stage: Stage, path: KeyPath, faults: Faults
         steps = part.num_inference_steps if part.num_inference_steps is not None else steps
         strength = part.strength if part.strength is not None else strength
     literal = isinstance(steps, int) and isinstance(strength, float | int)
-    if literal and 0 <= strength <= 1 and steps > 0 and int(steps * strength) < 1:
+    # Values outside of their limits have been noted already.
+    if literal and 0 <= strength <= 1 and steps > 0 and (refused := families.strength_refusal(strength, steps)):
         place: KeyPath = (*path, "strength") if stage.strength is not None else ("defaults", "strength")
-        faults.add(place, f"{strength:g} of {steps} steps is no step", "raise strength or num_inference_steps")
+        faults.add(place, refused.message, refused.fix)
 
 
 def _check_fit(
@@ -262,10 +263,8 @@ def _check_fit(
     base, controlnet = files
     if controlnet is None or controlnet.kind != "controlnet":
         return
-    if not families.family(base.family).accepts_controlnet(stage.task, controlnet.family):
-        place: KeyPath = (*path, "controlnets", n, "checkpoint")
-        message = f"{controlnet.alias!r} is for {controlnet.family} and cannot steer {stage.task} of {base.alias!r}"
-        faults.add(place, f"{message} ({base.family})", "name a ControlNet of the checkpoint's family")
+    if refused := controlnet_refusal(stage.task, base, controlnet):
+        faults.add((*path, "controlnets", n, "checkpoint"), refused.message, refused.fix)
 
 
 def _check_controlnet(use: ControlNetSpec, path: KeyPath, faults: Faults, catalog: Catalog) -> None:

@@ -19,7 +19,7 @@ from sdpipeline.domain import CheckpointRef, Json, Profile, Task
 from sdpipeline.engine import Engine
 from sdpipeline.engine.checkpoints import CheckpointFiles
 from sdpipeline.engine.devices import devices, gpu_count, is_present
-from sdpipeline.engine.families import family, scheduler_refusal
+from sdpipeline.engine.families import family, scheduler_refusal, size_refusal
 from sdpipeline.settings import Settings
 from sdpipeline.suggestions import nearest
 
@@ -102,14 +102,14 @@ def subject(settings: Settings, wanted: Wanted) -> Subject:
     row = family(files.family)
     if row.cell(Task.TEXT_TO_IMAGE) is None:
         raise refuse(f"--checkpoint {files.alias} is not a text-to-image checkpoint", "name one that is")
-    if fault := scheduler_refusal(files.family, wanted.scheduler):
-        raise refuse(f"--scheduler: {fault}")
+    if refused := scheduler_refusal(row, wanted.scheduler):
+        raise refuse(f"--scheduler: {refused.message}", refused.fix)
     usual = _usual(files, device)
     given = {name: getattr(wanted, name) for name in SHIPPED}
     chosen = usual | {name: value for name, value in given.items() if value is not None}
     for name in ("width", "height"):
-        if chosen[name] % row.size_multiple:
-            raise refuse(f"--{name} {chosen[name]} is not a multiple of {row.size_multiple}", "name the nearest one")
+        if refused := size_refusal(row, name, chosen[name]):
+            raise refuse(f"--{name}: {refused.message}", refused.fix)
     ref = CheckpointRef(alias=files.alias, digest=files.digest)
     workload = Workload(checkpoint=ref, scheduler=wanted.scheduler, profile=wanted.profile, **chosen)
     dtype = settings.engine.dtype or (row.cuda_dtype if device.startswith("cuda") else "float32")

@@ -14,6 +14,7 @@ from sdpipeline.domain import Task, digest
 from sdpipeline.engine import components, weight_files
 from sdpipeline.engine.families import FAMILIES
 from sdpipeline.engine.hash_cache import HashCache
+from sdpipeline.engine.refusal import Refusal
 from sdpipeline.engine.weight_files import MATTERS, WEIGHTS, WeightFiles
 from sdpipeline.errors import CheckpointError
 
@@ -148,35 +149,37 @@ def read_ahead(files: CheckpointFiles) -> None:
     weight_files.read_ahead(files.directory, sorted(files.manifest))
 
 
-def misfit(task: Task, base: CheckpointFiles, controlnet: CheckpointFiles) -> str | None:
-    """Return the reason why this ControlNet does not fit this checkpoint; ``None`` if it fits."""
+def controlnet_refusal(task: Task, base: CheckpointFiles, controlnet: CheckpointFiles) -> Refusal | None:
+    """Refuse a ControlNet that does not fit this checkpoint."""
     if controlnet.kind != "controlnet":
-        return f"controlnets: {controlnet.alias!r} is a {controlnet.kind}, not a ControlNet"
+        message = f"{controlnet.alias!r} is a {controlnet.kind}, not a ControlNet"
+        return Refusal(key="controlnets", message=message)
     if not FAMILIES[base.family].accepts_controlnet(task, controlnet.family):
-        return (
-            f"controlnets: {controlnet.alias!r} is a ControlNet for {controlnet.family}, "
-            f"which cannot steer {task} of {base.alias!r} ({base.family})"
-        )
+        message = f"{controlnet.alias!r} is for {controlnet.family} and cannot steer {task} of {base.alias!r}"
+        fix = "name a ControlNet of the checkpoint's family"
+        return Refusal(key="controlnets", message=f"{message} ({base.family})", fix=fix)
     return None
 
 
-def adapter_misfit(field: str, kind: str, base: CheckpointFiles, adapter: CheckpointFiles) -> str | None:
-    """Return why the adapter does not fit the checkpoint; ``None`` if it fits, or only loading can tell."""
+def adapter_refusal(field: str, kind: str, base: CheckpointFiles, adapter: CheckpointFiles) -> Refusal | None:
+    """Refuse an adapter that does not fit the checkpoint; ``None`` if it fits, or only loading can tell."""
     if adapter.kind != kind:
-        return f"{field}: {adapter.alias!r} is a {adapter.kind}, not a {kind}"
+        return Refusal(key=field, message=f"{adapter.alias!r} is a {adapter.kind}, not a {kind}")
     if adapter.family not in ("any", *FAMILIES[base.family].adapters_of):
-        return f"{field}: {adapter.alias!r} is for {adapter.family}, but {base.alias!r} is {base.family}"
+        message = f"{adapter.alias!r} is for {adapter.family}, but {base.alias!r} is {base.family}"
+        return Refusal(key=field, message=message)
     return None
 
 
-def vae_misfit(base: CheckpointFiles, vae: CheckpointFiles) -> str | None:
-    """Return the reason why this autoencoder cannot replace the checkpoint's own; ``None`` if it can."""
+def vae_refusal(base: CheckpointFiles, vae: CheckpointFiles) -> Refusal | None:
+    """Refuse an autoencoder that cannot replace the checkpoint's own."""
     if vae.kind != "vae":
-        return f"vae: {vae.alias!r} is a {vae.kind}, not an autoencoder"
+        return Refusal(key="vae", message=f"{vae.alias!r} is a {vae.kind}, not an autoencoder")
     own, other = _latents(base.directory / "vae" / "config.json"), _latents(vae.directory / "config.json")
     fits = own == other if own and other else vae.family == FAMILIES[base.family].latents_of
     if not fits:
-        return f"vae: {vae.alias!r} is for {vae.family}, whose latents differ from those of {base.alias!r}"
+        message = f"{vae.alias!r} is for {vae.family}, whose latents differ from those of {base.alias!r}"
+        return Refusal(key="vae", message=message)
     return None
 
 

@@ -12,7 +12,7 @@ import numpy.typing as npt
 import torch
 
 from sdpipeline.engine import Pixels
-from sdpipeline.engine.diffusers.model_cache import Loaded
+from sdpipeline.engine.diffusers.loading import Loaded
 from sdpipeline.engine.pictures import to_pil
 
 ARMS = ((5, 7), (7, 9), (6, 8), (8, 10))

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from pydantic import ConfigDict, with_config
 
 from sdpipeline.domain import GenerationRequest, Json, Reproducibility
-from sdpipeline.engine.stepwise.profiles import PROFILES
 
 LIBRARIES = ("torch", "diffusers", "transformers", "peft", "numpy", "opencv-python-headless", "sdpipeline")
 
@@ -28,6 +27,7 @@ class Setting:
     dtype: str
     bucket: int
     libraries: Mapping[str, str]
+    shortcuts: Mapping[str, Any] = field(default_factory=dict)
 
 
 @with_config(ConfigDict(use_attribute_docstrings=True))
@@ -127,7 +127,7 @@ def ran(
         device=setting.device,
         dtype=setting.dtype,
         reproducibility=held(request),
-        profile={"name": request.profile} | PROFILES[request.profile].document(),
+        profile={"name": request.profile, **setting.shortcuts},
         bucket=setting.bucket,
         slot=slot,
         fallbacks=list(fallbacks),

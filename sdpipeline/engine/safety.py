@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from sdpipeline.engine import Pixels
-from sdpipeline.engine.diffusers.model_cache import Loaded
+from sdpipeline.engine.diffusers.loading import Loaded
 from sdpipeline.engine.pictures import to_pil
 
 

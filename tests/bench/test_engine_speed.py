@@ -12,7 +12,7 @@ import pytest
 
 from sdpipeline.domain import Profile, Task
 from sdpipeline.engine import GeneratedImage, PreparedRequest
-from sdpipeline.engine.stepwise.compile import Speedups
+from sdpipeline.engine.stepwise import Speedups, Stepwise
 from tests.integration.engine_requests import SOURCE, disc, images, new_engine, prepared, request
 
 pytestmark = [pytest.mark.bench, pytest.mark.timeout(3600)]
@@ -83,7 +83,7 @@ def _compare(what: str, mixed: Sequence[PreparedRequest], *, key: Callable[[Prep
 
 @pytest.mark.parametrize("profile", ["fast", "turbo"])
 def test_int8_against_the_same_profile_and_against_exact(profile: Profile) -> None:
-    on, plain = new_engine(speedups=Speedups(quantize="int8")), new_engine()
+    on, plain = new_engine(shortcuts=Stepwise(Speedups(quantize="int8"))), new_engine()
     exact, quick = [asked(n) for n in range(8)], [asked(n, profile=profile) for n in range(8)]
     made, unquantized, quantized = images(*exact, on=plain), images(*quick, on=plain), images(*quick, on=on)
     took = in_turn(lambda: images(*exact, on=plain), lambda: images(*quick, on=plain), lambda: images(*quick, on=on))
@@ -96,7 +96,7 @@ def test_int8_against_the_same_profile_and_against_exact(profile: Profile) -> No
 @pytest.mark.skipif(not shutil.which("g++"), reason="needs a C++ compiler")
 @pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")  # torch, about itself
 def test_compiled_blocks_make_the_same_pictures() -> None:
-    on, plain = new_engine(speedups=Speedups(compile=True)), new_engine()
+    on, plain = new_engine(shortcuts=Stepwise(Speedups(compile=True))), new_engine()
     given = [asked(n, num_inference_steps=4, profile="fast") for n in range(4)]
     started = time.perf_counter()
     made = images(*given, on=on)

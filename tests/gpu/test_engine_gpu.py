@@ -16,7 +16,7 @@ from sdpipeline.engine.checkpoints import inspect
 from sdpipeline.engine.diffusers.engine import DiffusersEngine
 from sdpipeline.engine.diffusers.model_cache import TextEncoders
 from sdpipeline.engine.families import FAMILIES
-from sdpipeline.engine.stepwise.compile import Speedups
+from sdpipeline.engine.stepwise import Speedups, Stepwise
 from sdpipeline.engine.stepwise.quantization import FP8_CAPABILITY
 from tests.integration.engine_requests import (
     SOURCE,
@@ -155,10 +155,10 @@ def test_text_encoders_leave_the_devices_memory_and_come_back_for_a_new_prompt(f
     images(prepared(request(family)), on=always)
     loaded = always.residency.get(ref(family))
     left, left_bytes = torch.cuda.memory_allocated(), loaded.size_bytes(torch.device("cuda"))
-    always.residency.recall_encoders(loaded)
+    always.residency.reload_encoders(loaded)
     back_bytes = loaded.size_bytes(torch.device("cuda")) - left_bytes
     assert torch.cuda.memory_allocated() - left >= back_bytes > 0
-    always.residency.dismiss_encoders()
+    always.residency.offload_encoders()
     assert torch.cuda.memory_allocated() == left
     for prompt in ("a cat", "a dog", "a cat"):
         asked = prepared(request(family, prompt=prompt, seed=2, reproducibility="strict"))
@@ -229,7 +229,7 @@ def test_a_picture_that_shared_calls_is_made_again_bit_by_bit(on: DiffusersEngin
 def test_what_the_deployment_allows_keeps_quick_pictures_near_and_exact_ones_the_same(
     on: DiffusersEngine, family: str, speedups: Speedups
 ) -> None:
-    own = new_engine(device="cuda", speedups=speedups)
+    own = new_engine(device="cuda", shortcuts=Stepwise(speedups))
     quick = mixed(family, 1, profile="fast")
     assert distance(images(quick, on=own)[0], images(quick, on=on)[0]) < 24
     strict = mixed(family, 1, reproducibility="strict")
@@ -242,7 +242,7 @@ def test_fp8_keeps_quick_pictures_near_and_exact_ones_the_same(family: str, comp
     if torch.cuda.get_device_capability() < FP8_CAPABILITY:
         pytest.skip("needs a GPU that multiplies in fp8")
     plain = new_engine(device="cuda", dtype="bfloat16")
-    own = new_engine(device="cuda", dtype="bfloat16", speedups=Speedups(compile=compiled, quantize="fp8"))
+    own = new_engine(device="cuda", dtype="bfloat16", shortcuts=Stepwise(Speedups(compile=compiled, quantize="fp8")))
     quick = mixed(family, 1, profile="fast")
     made = images(quick, on=own)[0]
     assert 0 < distance(made, images(quick, on=plain)[0]) < 64

@@ -173,7 +173,7 @@ def test_the_scratch_prefix_is_emptied_also_where_the_measurement_fails(moto_buc
         (["engine", "--checkpoint", "shape"], "did you mean 'shapes'?"),
         (["engine", "--checkpoint", "shapes-upscale"], "is not a text-to-image checkpoint"),
         (["engine", "--device", "cuda:99"], "--device cuda:99 is not on this machine"),
-        (["engine", "--width", "65"], "--width 65 is not a multiple of 8"),
+        (["engine", "--width", "65"], "--width: 65 is not a multiple of 8 (write 64)"),
         (["engine", "--scheduler", "dpmpp"], "--scheduler"),
         (["storage", "--plot", "figures.gif"], "ends in neither .png nor .svg"),
         (["queue", "--plot", "nowhere/figures.png"], "nowhere is not a folder"),

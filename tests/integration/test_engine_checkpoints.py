@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from sdpipeline.domain import CheckpointRef, digest
-from sdpipeline.engine.checkpoints import CheckpointFiles, inspect, vae_misfit, verify
+from sdpipeline.engine.checkpoints import CheckpointFiles, inspect, vae_refusal, verify
 from sdpipeline.errors import CheckpointError
 from tests.integration.engine_requests import failure_of, image_of, new_engine, prepared, ref, request, results
 from tests.integration.tiny_checkpoints import TinyCheckpoints, tiny_checkpoints
@@ -197,4 +197,4 @@ def test_an_autoencoder_fits_by_its_configuration_whatever_its_family_is_called(
     for folder, factor in ((tmp_path / "base" / "vae", 0.5), (tmp_path / "other", scaling)):
         folder.mkdir(parents=True)
         (folder / "config.json").write_text(json.dumps({"scaling_factor": factor}))
-    assert (vae_misfit(base, vae) is None) is fits
+    assert (vae_refusal(base, vae) is None) is fits

@@ -12,7 +12,8 @@ import torch
 from sdpipeline.app.factories import build_engine
 from sdpipeline.engine import GeneratedImage
 from sdpipeline.engine.diffusers.engine import DiffusersEngine
-from sdpipeline.engine.diffusers.model_cache import Loaded, TextEncoders
+from sdpipeline.engine.diffusers.loading import Loaded
+from sdpipeline.engine.diffusers.model_cache import TextEncoders
 from sdpipeline.settings import EngineSettings, Settings
 from tests.integration.engine_requests import (
     adapter,
@@ -182,7 +183,7 @@ def test_where_they_do_not_fit_back_the_request_fails_alone_and_says_so() -> Non
     encoder.to(NOWHERE)
     encoder._apply = refuse  # type: ignore[method-assign]
     assert failure_of(results(prepared(request(prompt="a dog")), on=on)[0]) == (
-        "DeviceExhaustedError: out of memory while the text encoders of checkpoint 'sd1' were brought back"
+        "DeviceExhaustedError: out of memory while the text encoders of checkpoint 'sd1' were loaded back"
     )
     assert equal(one(on), one())
 
@@ -196,5 +197,5 @@ def test_the_settings_reach_the_engine(tmp_path: Path) -> None:
 def test_on_a_cpu_there_is_nowhere_to_go() -> None:
     on = new_engine(text_encoders=TextEncoders(offload="always"))
     one(on)
-    assert not on.residency.spare_encoders()
+    assert not on.residency.free_encoders()
     assert equal(one(on, prompt="a dog"), one(prompt="a dog"))

@@ -14,8 +14,8 @@ import torch
 from sdpipeline.domain import GenerationRequest, Task
 from sdpipeline.engine import GeneratedImage, PreparedRequest
 from sdpipeline.engine.diffusers.engine import DiffusersEngine
+from sdpipeline.engine.stepwise import Shortcuts, Stepwise
 from sdpipeline.engine.stepwise.call_batching import in_lockstep
-from sdpipeline.engine.stepwise.profiles import Shortcuts
 from sdpipeline.engine.stepwise.stepwise_denoising import cuts
 from tests.integration.engine_requests import (
     SOURCE,
@@ -40,7 +40,7 @@ STEPS_AND_GUIDANCE = [(2, 4.0), (6, 1.0), (3, 7.5), (4, 2.0)]
 @cache
 def sharing() -> DiffusersEngine:
     """Under ``fast`` it shares calls and leaves nothing out, so that pictures are those of ``exact``."""
-    return new_engine(profiles={"exact": Shortcuts(), "fast": Shortcuts()})
+    return new_engine(shortcuts=Stepwise(profiles={"fast": Shortcuts()}))
 
 
 def images(*asked: PreparedRequest, bucket: int | None = None) -> list[GeneratedImage]:

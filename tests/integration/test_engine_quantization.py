@@ -17,8 +17,8 @@ from sdpipeline import cli, provenance
 from sdpipeline.domain import Json, Profile, Reproducibility
 from sdpipeline.engine import Engine
 from sdpipeline.engine.diffusers.engine import DiffusersEngine
-from sdpipeline.engine.stepwise.compile import Speedups
-from sdpipeline.engine.stepwise.quantization import size_bytes
+from sdpipeline.engine.diffusers.loading import size_bytes
+from sdpipeline.engine.stepwise import Speedups, Stepwise
 from sdpipeline.errors import InputImageError
 from sdpipeline.reporting import reproduce
 from tests.integration.engine_requests import (
@@ -36,19 +36,20 @@ from tests.integration.tiny_checkpoints import tiny_checkpoints
 from tests.integration.worker_campaigns import campaign, picture_file, workplace
 
 PROFILES = ("exact", "fast")
+INT8 = Stepwise(Speedups(quantize="int8")).variant
 
 
 @cache
 def quantizing() -> DiffusersEngine:
     """One engine in int8 for all tests that do not change it."""
-    return new_engine(speedups=Speedups(quantize="int8"))
+    return new_engine(shortcuts=Stepwise(Speedups(quantize="int8")))
 
 
 @pytest.mark.parametrize(("checkpoint", "reproducibility"), [("sd1", "strict"), ("sd3", "tolerant")])
 def test_exact_pictures_are_the_same_before_and_after_quantized_ones(
     checkpoint: str, reproducibility: Reproducibility
 ) -> None:
-    on = new_engine(speedups=Speedups(quantize="int8"))
+    on = new_engine(shortcuts=Stepwise(Speedups(quantize="int8")))
     exact = under("exact", checkpoint=checkpoint, steps=2)
     exact = replace(exact, request=replace(exact.request, reproducibility=reproducibility))
     expected = images(exact)[0]
@@ -89,7 +90,7 @@ def test_a_row_is_multiplied_the_same_whatever_stands_beside_it() -> None:
 
 
 def test_only_large_layers_are_quantized_and_only_the_denoisers() -> None:
-    loaded = quantizing().residency.get(ref("sd1"), quantized="int8")
+    loaded = quantizing().residency.get(ref("sd1"), variant=INT8)
     quantized = {name for name, tensor in loaded.denoiser.named_parameters() if _is_quantized(tensor)}
     assert "mid_block.attentions.0.transformer_blocks.0.ff.net.2.weight" in quantized
     assert [name for name in quantized if "emb" in name or "norm" in name] == []
@@ -99,12 +100,12 @@ def test_only_large_layers_are_quantized_and_only_the_denoisers() -> None:
 
 def test_the_two_forms_of_a_checkpoint_share_no_memory_and_are_counted_and_dropped_apart() -> None:
     files = tiny_checkpoints().files("sd1")
-    on = new_engine(speedups=Speedups(quantize="int8"), resident_bytes=int(files.size_bytes * 1.5))
+    on = new_engine(shortcuts=Stepwise(Speedups(quantize="int8")), resident_bytes=int(files.size_bytes * 1.5))
     images(under("fast", steps=1), on=on)
     images(under("exact", steps=1), on=on)
     assert on.residency.drop(keep=()) == [(files.digest, None)]  # no room for both
-    roomy = new_engine(speedups=Speedups(quantize="int8"))
-    plain, quantized = roomy.residency.get(ref("sd1")), roomy.residency.get(ref("sd1"), quantized="int8")
+    roomy = new_engine(shortcuts=Stepwise(Speedups(quantize="int8")))
+    plain, quantized = roomy.residency.get(ref("sd1")), roomy.residency.get(ref("sd1"), variant=INT8)
     cpu = torch.device("cpu")
     assert quantized.size_bytes(cpu) < plain.size_bytes(cpu)
     weight = quantized.denoiser.mid_block.attentions[0].transformer_blocks[0].attn1.to_q.weight
@@ -180,7 +181,7 @@ def _no_input(about: Json) -> bytes:
 
 
 def _denoiser(on: DiffusersEngine) -> torch.nn.Module:
-    network: torch.nn.Module = on.residency.get(ref("sd1"), quantized="int8").denoiser
+    network: torch.nn.Module = on.residency.get(ref("sd1"), variant=INT8).denoiser
     return network
 
 

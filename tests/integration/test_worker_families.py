@@ -113,4 +113,4 @@ def test_a_cell_that_does_not_exist_is_refused_by_naming_the_nearest_that_does(
     with pytest.raises(CampaignError) as refused:
         place.submit(campaign(f"no-{name}", name, stage))
     assert f"{FAMILIES[name].title} has no {task}" in str(refused.value)
-    assert "; nearest: " in str(refused.value)
+    assert "(nearest: " in str(refused.value)

@@ -13,8 +13,9 @@ import transformers
 
 from sdpipeline.engine import Pixels
 from sdpipeline.engine.checkpoints import CheckpointFiles, unchanged, words_of
-from sdpipeline.engine.diffusers.model_cache import Loaded, copy_mapped, load_copied
-from sdpipeline.engine.diffusers.pipeline_call import Reference, Weights, assemble, make_scheduler
+from sdpipeline.engine.diffusers.batch import Reference, Weights
+from sdpipeline.engine.diffusers.loading import Loaded, copy_mapped, load_copied
+from sdpipeline.engine.diffusers.pipeline_call import assemble, make_scheduler
 from sdpipeline.engine.diffusers.text import Vectors
 from sdpipeline.engine.pictures import to_pil
 from sdpipeline.errors import CheckpointError, RequestRefusedError
@@ -38,39 +39,39 @@ class AdapterState:
     """
 
     def __init__(self) -> None:
-        self._worn: WeakKeyDictionary[Loaded, AdapterSet] = WeakKeyDictionary()
+        self._applied: WeakKeyDictionary[Loaded, AdapterSet] = WeakKeyDictionary()
 
-    def dress(self, weights: Weights) -> None:
+    def apply(self, weights: Weights) -> None:
         """Load exactly these adapters into the checkpoint, and unload all others."""
         wanted = adapter_set(weights)
         if self.applied_to(weights.base) == wanted:
             return
         pipe = assemble(weights, make_scheduler(weights.row.scheduler, weights), with_text_encoders=True)
-        self._undress(pipe, weights.base)
+        self._unload(pipe, weights.base)
         # An error from here on may leave adapters partly loaded, so the next call has to unload them first.
-        self._worn[weights.base] = wanted
+        self._applied[weights.base] = wanted
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", UserWarning)  # raised by peft for a second LoRA
-                _put_on_loras(pipe, weights)
-                _put_on_ip_adapters(pipe, weights)
+                _load_loras(pipe, weights)
+                _load_ip_adapters(pipe, weights)
         except (torch.OutOfMemoryError, CheckpointError):
-            self._undress(pipe, weights.base)
+            self._unload(pipe, weights.base)
             raise
         except MISFITS as error:
-            self._undress(pipe, weights.base)
+            self._unload(pipe, weights.base)
             names = ", ".join(repr(files.alias) for files, _ in (*weights.loras, *_files(weights.ip_adapters)))
             raise CheckpointError(f"adapters {names} do not fit {weights.base.files.alias!r}: {error}") from error
 
     def applied_to(self, base: Loaded) -> AdapterSet:
         """Return the adapters that are loaded into the checkpoint now."""
-        return self._worn.get(base, AdapterSet())
+        return self._applied.get(base, AdapterSet())
 
-    def _undress(self, pipe: Any, base: Loaded) -> None:
-        worn = self._worn.pop(base, AdapterSet())
-        if worn.ip_adapters:
+    def _unload(self, pipe: Any, base: Loaded) -> None:
+        applied = self._applied.pop(base, AdapterSet())
+        if applied.ip_adapters:
             pipe.unload_ip_adapter()
-        if worn.loras:
+        if applied.loras:
             pipe.unload_lora_weights()
 
 
@@ -133,7 +134,7 @@ def _vectors(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {encoder: rows.reshape(-1, rows.shape[-1]) for encoder, rows in named.items()}
 
 
-def _put_on_loras(pipe: Any, weights: Weights) -> None:
+def _load_loras(pipe: Any, weights: Weights) -> None:
     names = [f"lora_{n}" for n in range(len(weights.loras))]
     for name, (files, _) in zip(names, weights.loras, strict=True):
         with unchanged(files) as directory:
@@ -153,7 +154,7 @@ def _put_on_loras(pipe: Any, weights: Weights) -> None:
         pipe.set_adapters(names, [weight for _, weight in weights.loras])
 
 
-def _put_on_ip_adapters(pipe: Any, weights: Weights) -> None:
+def _load_ip_adapters(pipe: Any, weights: Weights) -> None:
     if not weights.ip_adapters:
         return
     states = [_ip_adapter_state(loaded.files) for loaded, _ in weights.ip_adapters]

@@ -4,37 +4,39 @@ from __future__ import annotations
 
 import platform
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from functools import partial
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from sdpipeline.domain import AdapterInput, CheckpointRef, ControlNetInput, GenerationRequest, Json, Profile
+from sdpipeline.domain import CheckpointRef, ControlNetInput, GenerationRequest, Json, Profile
 from sdpipeline.engine import Batch, GeneratedImage, GenerationFailure, Pixels, PreparedRequest, safety
 from sdpipeline.engine.annotators import known_annotator
 from sdpipeline.engine.checkpoints import CheckpointFiles, read_ahead
+from sdpipeline.engine.diffusers import patches
 from sdpipeline.engine.diffusers.adapters import AdapterState, adapter_set, reference, refuse_unused, words
-from sdpipeline.engine.diffusers.decoding import Developed, develop
+from sdpipeline.engine.diffusers.batch import Member, PassSettings, Weights, settings_of
+from sdpipeline.engine.diffusers.decoding import Decoded, decode_checked
 from sdpipeline.engine.diffusers.determinism import allow_exactness, exactly
-from sdpipeline.engine.diffusers.model_cache import Form, Loaded, ModelCache, TextEncoders, release
-from sdpipeline.engine.diffusers.oom_fallback import FallbackLevel, Ladder, Result
-from sdpipeline.engine.diffusers.pipeline_call import Latents, Member, PassSettings, Weights, denoise, settings_of
-from sdpipeline.engine.diffusers.preprocessing import adapters_of, annotator_parameters, check, given, pictures
+from sdpipeline.engine.diffusers.loading import Form, Loaded, Variant
+from sdpipeline.engine.diffusers.model_cache import ModelCache, TextEncoders, release
+from sdpipeline.engine.diffusers.oom_fallback import FallbackLevel, OomFallback, Result
+from sdpipeline.engine.diffusers.pipeline_call import denoise
+from sdpipeline.engine.diffusers.preprocessing import annotator_parameters, given, pictures
+from sdpipeline.engine.diffusers.record_details import details
+from sdpipeline.engine.diffusers.request_validation import check
 from sdpipeline.engine.diffusers.text import Embedding, EmbeddingCache, PromptEncoder
 from sdpipeline.engine.families import FAMILIES, family
 from sdpipeline.engine.gan import upscale
 from sdpipeline.engine.model_annotators import annotate_with
 from sdpipeline.engine.pictures import paste_back
 from sdpipeline.engine.record import Setting, library_versions, ran
-from sdpipeline.engine.stepwise.compile import Speedups, Workshop
-from sdpipeline.engine.stepwise.profiles import PROFILES, Shortcuts
-from sdpipeline.engine.stepwise.quantization import Quantization, library_of
-from sdpipeline.engine.stepwise.stepwise_denoising import denoise_stepwise
 from sdpipeline.errors import BadPictureError, CheckpointError, DeviceExhaustedError, RequestRefusedError, SdpError
 
-Item = TypeVar("Item")
+if TYPE_CHECKING:
+    from sdpipeline.engine.stepwise import Stepwise
 
 PROMPT_CACHE_BYTES = 256 * 2**20
 ZEROS = "force_zeros_for_empty_prompt"
@@ -42,7 +44,10 @@ ZEROS = "force_zeros_for_empty_prompt"
 
 
 class DiffusersEngine:
-    """:class:`sdpipeline.engine.Engine` on one device. Call it from one thread only."""
+    """:class:`sdpipeline.engine.Engine` on one device. Call it from one thread only.
+
+    ``shortcuts`` denoise pictures of other profiles than ``exact``; by default they are imported for the first one.
+    """
 
     def __init__(
         self,
@@ -51,19 +56,17 @@ class DiffusersEngine:
         dtype: str | None,
         locate: Callable[[CheckpointRef], CheckpointFiles],
         resident_bytes: int | None = None,
-        profiles: Mapping[Profile, Shortcuts] = PROFILES,
-        speedups: Speedups | None = None,
+        shortcuts: Stepwise | None = None,
         text_encoders: TextEncoders | None = None,
     ) -> None:
+        patches.check()
         allow_exactness()
         self._device = torch.device(device)
         self._dtype = dtype
-        self._profiles = profiles
-        self._speedups = speedups or Speedups()
-        self._workshop = Workshop(self._speedups)
+        self._shortcuts = shortcuts
         self._libraries = library_versions()
         self._prompts = EmbeddingCache(PROMPT_CACHE_BYTES)
-        self._wardrobe = AdapterState()
+        self._adapters = AdapterState()
         self._text_encoders = text_encoders or TextEncoders()
         self.residency = ModelCache(
             device=self._device,
@@ -72,8 +75,8 @@ class DiffusersEngine:
             budget_bytes=resident_bytes,
             text_encoders=self._text_encoders,
         )
-        self._ladder = Ladder(
-            forward=self._forward, free=lambda: release(self._device), spare=self.residency.spare_encoders
+        self._oom_fallback = OomFallback(
+            forward=self._forward, free=lambda: release(self._device), free_more=self.residency.free_encoders
         )
 
     def generate(self, batch: Batch) -> Sequence[Result]:
@@ -93,12 +96,13 @@ class DiffusersEngine:
                 results[index] = GenerationFailure(error=error)
             else:
                 settings = settings_of(member, weights)
-                groups[settings.in_lockstep() if settings.stepwise else settings].append(member)
+                shortcuts = self._shortcuts_of(settings.profile)
+                groups[shortcuts.shared(settings) if shortcuts else settings].append(member)
         self.residency.prompts_encoded()
         # Requests of one batch key make one group, unless their prompts differ in length by a whole chunk.
         for settings, members in groups.items():
             with exactly(wanted=settings.exact):
-                for member, result in self._ladder.run(settings, members, batch.bucket):
+                for member, result in self._oom_fallback.run(settings, members, batch.bucket):
                     results[member.index] = result
         return [results[index] for index in range(len(batch.requests))]
 
@@ -128,10 +132,20 @@ class DiffusersEngine:
             "device": str(self._device),
             "device_name": name,
             "dtype": self._dtype or "by family",
-            "speedups": self._speedups.document(),
+            "speedups": self._shortcuts.speedups() if self._shortcuts else {},
             "text_encoders": {"offload": self._text_encoders.offload},
-            "libraries": self._libraries | library_of(self._speedups.quantize),
+            "libraries": self._libraries | dict(self._shortcuts.libraries() if self._shortcuts else {}),
         }
+
+    def _shortcuts_of(self, profile: Profile) -> Stepwise | None:
+        """Return the shortcuts of a profile; ``None`` for ``exact``, which needs none of that code."""
+        if profile == "exact":
+            return None
+        if self._shortcuts is None:
+            from sdpipeline.engine.stepwise import Stepwise
+
+            self._shortcuts = Stepwise()
+        return self._shortcuts
 
     def _dtype_of(self, files: CheckpointFiles) -> torch.dtype:
         if self._dtype:
@@ -186,7 +200,7 @@ class DiffusersEngine:
             if broken and ref.digest in broken:
                 raise broken[ref.digest]
             try:
-                return self.residency.get(ref, keep=keep, exact=request.exact, quantized=self._quantized(request, ref))
+                return self.residency.get(ref, keep=keep, exact=request.exact, variant=self._variant(request, ref))
             except (CheckpointError, DeviceExhaustedError) as error:
                 if broken is not None:
                     broken[ref.digest] = error
@@ -206,13 +220,16 @@ class DiffusersEngine:
             ip_adapters=tuple((get(use.checkpoint), use.weight) for use in request.ip_adapters),
         )
 
-    def _quantized(self, request: GenerationRequest, ref: CheckpointRef) -> Quantization | None:
-        """Return the quantization of this checkpoint's denoiser; ``None`` for an exact request."""
-        return self._speedups.quantize if request.profile != "exact" and ref == request.checkpoint else None
+    def _variant(self, request: GenerationRequest, ref: CheckpointRef) -> Variant | None:
+        """Return the variant of this checkpoint's denoiser that the request runs on; ``None`` for the plain one."""
+        shortcuts = self._shortcuts_of(request.profile)
+        return shortcuts.variant if shortcuts and ref == request.checkpoint else None
 
     def _forms(self, request: GenerationRequest) -> set[Form]:
         """Return the cache keys of the checkpoints that this request needs in memory together."""
-        return {(ref.digest, self._quantized(request, ref)) for ref in request.checkpoints()}
+        base = self._variant(request, request.checkpoint)
+        plain: set[Form] = {(ref.digest, None) for ref in request.checkpoints() if ref != request.checkpoint}
+        return plain | {(request.checkpoint.digest, base.name if base else None)}
 
     def _control_map(self, request: GenerationRequest, use: ControlNetInput, pixels: Pixels) -> Pixels:
         """Draw the control map of an annotator with weights."""
@@ -245,65 +262,69 @@ class DiffusersEngine:
         self, encoder: PromptEncoder, request: GenerationRequest, weights: Weights, text: str, length: int
     ) -> Embedding:
         inversions = tuple(use.checkpoint for use in request.textual_inversions)
-        worn = adapter_set(weights).loras
+        loras = adapter_set(weights).loras
         dtype = weights.base.dtype
-        key = (request.checkpoint.digest, dtype, worn, inversions, text, length, request.clip_skip)
+        key = (request.checkpoint.digest, dtype, loras, inversions, text, length, request.clip_skip)
         held = self._prompts.get(key)
         if held is None:
-            self._wardrobe.dress(weights)
-            self.residency.recall_encoders(weights.base, keep=self._forms(request))
+            self._adapters.apply(weights)
+            self.residency.reload_encoders(weights.base, keep=self._forms(request))
             held = encoder.encode(text, length=length, clip_skip=request.clip_skip)
             self._prompts[key] = held
         return held
 
-    def _forward(self, settings: PassSettings, members: Sequence[Member], rung: FallbackLevel) -> list[Result]:
-        """Run one forward pass, padded with copies of its last member; stepwise unless the profile is ``exact``."""
+    def _forward(self, settings: PassSettings, members: Sequence[Member], level: FallbackLevel) -> list[Result]:
+        """Run one forward pass and decode its latents."""
         weights = self._weights(members[0].request)
-        self._wardrobe.dress(weights)
-        decoded_at_once = rung.bucket
-        with (
-            self._means(weights, rung) as offload_to,
-            self._workshop.applied(weights, wanted=settings.stepwise),
-        ):
-            if settings.stepwise:
-                denoised = denoise_stepwise(weights, members, self._profiles[settings.profile], offload_to=offload_to)
-                decoded_at_once = min(rung.bucket, self._speedups.decode_batch or rung.bucket)
-                batches = [_joined(part, decoded_at_once) for part in _parts(denoised, decoded_at_once)]
-            else:
-                whole = denoise(weights, settings, _padded(members, rung.bucket), offload_to=offload_to)
-                denoised, batches = [whole] * len(members), [whole.values]
+        self._adapters.apply(weights)
+        shortcuts = self._shortcuts_of(settings.profile)
+        run = shortcuts.denoise if shortcuts else denoise
+        with self._saving_memory(weights, level) as offload_to, self._speedups(weights, settings):
+            denoised = run(weights, settings, members, level.bucket, offload_to=offload_to)
             weights.autoencoder.to(self._device)
-            developed = [picture for batch in batches for picture in develop(weights, batch)]
+            decoded = [picture for batch in denoised.batches for picture in decode_checked(weights, batch)]
         return [
             self._result(
                 member,
                 picture,
-                self._setting(weights, latents.scheduler, latents.values.dtype, bucket=decoded_at_once),
-                _details(member, settings_of(member, weights), latents),
-                slot=n % decoded_at_once,
-                rung=rung,
+                self._setting(
+                    weights,
+                    latents.scheduler,
+                    latents.values.dtype,
+                    bucket=denoised.decode_batch,
+                    profile=settings.profile,
+                ),
+                details(member, settings_of(member, weights), latents),
+                slot=n % denoised.decode_batch,
+                level=level,
             )
-            for n, (member, latents, picture) in enumerate(zip(members, denoised, developed, strict=False))
+            for n, (member, latents, picture) in enumerate(zip(members, denoised.latents, decoded, strict=False))
         ]
 
+    def _speedups(self, weights: Weights, settings: PassSettings) -> AbstractContextManager[None]:
+        """Apply the shortcuts' speedups to a pass, or suspend them for an exact one."""
+        if shortcuts := self._shortcuts_of(settings.profile):
+            return shortcuts.applied(weights)
+        return self._shortcuts.suspended(weights) if self._shortcuts else nullcontext()
+
     @contextmanager
-    def _means(self, weights: Weights, rung: FallbackLevel) -> Iterator[torch.device | None]:
+    def _saving_memory(self, weights: Weights, level: FallbackLevel) -> Iterator[torch.device | None]:
         """Apply the memory savings of this level to one pass; yield the device to offload to."""
-        if rung.offload:
+        if level.offload:
             self.residency.drop(keep={loaded.form for loaded in weights.loaded()})
-            self.residency.dismiss_encoders()
-        if rung.tiling:
+            self.residency.offload_encoders()
+        if level.tiling:
             weights.autoencoder.enable_tiling()
         try:
-            yield self._device if rung.offload and self._device.type == "cuda" else None
+            yield self._device if level.offload and self._device.type == "cuda" else None
         finally:
-            if rung.tiling:
+            if level.tiling:
                 weights.autoencoder.disable_tiling()
             for network in weights.networks():
                 network.to(self._device)
 
     def _result(
-        self, member: Member, picture: Developed, setting: Setting, details: Json, *, slot: int, rung: FallbackLevel
+        self, member: Member, picture: Decoded, setting: Setting, details: Json, *, slot: int, level: FallbackLevel
     ) -> Result:
         request, seen = member.request, member.pictures
         if picture.pixels is None:
@@ -312,13 +333,20 @@ class DiffusersEngine:
         if seen.image is not None and seen.mask_image is not None:
             pixels = paste_back(pixels, seen.image, seen.mask_image)
             details["unmasked_pixels"] = "pasted back from the input"
-        fallbacks = [*rung.fallbacks(), *picture.fallbacks]
+        fallbacks = [*level.fallbacks(), *picture.fallbacks]
         record = ran(request, setting, slot=slot, fallbacks=fallbacks, details=details)
-        if request.profile != "exact":
-            record["profile"] |= self._speedups.document()
         return GeneratedImage(pixels=pixels, ran=record, control_maps=seen.control_maps)
 
-    def _setting(self, weights: Weights, scheduler: Json, dtype: torch.dtype, *, bucket: int) -> Setting:
+    def _setting(
+        self,
+        weights: Weights,
+        scheduler: Json,
+        dtype: torch.dtype,
+        *,
+        bucket: int,
+        profile: Profile = "exact",
+    ) -> Setting:
+        shortcuts = self._shortcuts_of(profile)
         return Setting(
             engine="diffusers",
             family=weights.row.name,
@@ -327,60 +355,10 @@ class DiffusersEngine:
             device=self._device.type,
             dtype=str(dtype).removeprefix("torch."),
             bucket=bucket,
-            libraries=self._libraries | library_of(weights.base.quantized),
+            shortcuts=shortcuts.document(profile) if shortcuts else {},
+            libraries=self._libraries | dict(shortcuts.libraries() if shortcuts else {}),
         )
 
 
 def _no_annotator(use: ControlNetInput, _: Pixels) -> Pixels:
     raise RequestRefusedError(f"controlnets: annotator {use.annotator!r} has nothing to steer here")
-
-
-def _parts(items: Sequence[Item], size: int) -> list[Sequence[Item]]:
-    return [items[start : start + size] for start in range(0, len(items), size)]
-
-
-def _joined(latents: Sequence[Latents], bucket: int) -> torch.Tensor:
-    """Join latents of single pictures into one batch, padded with copies of the last."""
-    return torch.cat(_padded([each.values for each in latents], bucket)).contiguous()
-
-
-def _padded(items: Sequence[Item], bucket: int) -> list[Item]:
-    return [*items, *[items[-1]] * (bucket - len(items))]
-
-
-def _details(member: Member, settings: PassSettings, latents: Latents) -> Json:
-    """Return the optional fields of the record, with the family's defaults for what the request left out."""
-    request = member.request
-    details: Json = {"prompt_tokens": settings.prompt_tokens}
-    resolved = {
-        "strength": settings.strength,
-        "noise_level": settings.noise_level,
-        "clip_skip": request.clip_skip,
-        "resize": request.resize,
-    }
-    details |= {name: value for name, value in resolved.items() if value is not None}
-    if latents.calls:
-        details["calls"] = [list(pair) for pair in latents.calls]
-    details |= {name: [_worn(use) for use in uses] for name, _, uses in adapters_of(request) if uses}
-    if request.controlnets:
-        details["controlnets"] = [_steered(use) for use in request.controlnets]
-    return details
-
-
-def _worn(use: AdapterInput) -> Json:
-    return {"alias": use.checkpoint.alias, "digest": use.checkpoint.digest, "weight": use.weight}
-
-
-def _steered(use: ControlNetInput) -> Json:
-    steered: Json = {
-        "alias": use.checkpoint.alias,
-        "digest": use.checkpoint.digest,
-        "annotator": use.annotator,
-        "annotator_parameters": annotator_parameters(use),
-        "controlnet_conditioning_scale": use.controlnet_conditioning_scale,
-        "control_guidance_start": use.control_guidance_start,
-        "control_guidance_end": use.control_guidance_end,
-    }
-    if use.annotator_checkpoint:
-        steered["annotator_checkpoint"] = use.annotator_checkpoint.digest
-    return steered

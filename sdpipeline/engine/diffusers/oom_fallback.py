@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from sdpipeline.engine import GeneratedImage, GenerationFailure
-from sdpipeline.engine.diffusers.pipeline_call import Member, PassSettings
+from sdpipeline.engine.diffusers.batch import Member, PassSettings
 from sdpipeline.errors import DeviceExhaustedError, RequestRefusedError
 
 Result = GeneratedImage | GenerationFailure
@@ -40,7 +40,7 @@ class FallbackLevel:
         return None if self.offload else replace(self, offload=True)
 
 
-class Ladder:
+class OomFallback:
     """Run forward passes, and remember for each :class:`PassSettings` the level that fits into the device's memory."""
 
     def __init__(
@@ -48,12 +48,12 @@ class Ladder:
         *,
         forward: Callable[[PassSettings, Sequence[Member], FallbackLevel], Sequence[Result]],
         free: Callable[[], None],
-        spare: Callable[[], bool],
+        free_more: Callable[[], bool],
     ) -> None:
-        """``spare`` moves weights that no pass needs off the device, and returns True if it moved any."""
+        """``free_more`` moves weights that no pass needs off the device, and returns True if it moved any."""
         self._forward = forward
         self._free = free
-        self._spare = spare
+        self._free_more = free_more
         self._learned: dict[PassSettings, FallbackLevel] = {}
 
     def run(self, settings: PassSettings, members: Sequence[Member], bucket: int) -> Iterator[tuple[Member, Result]]:
@@ -64,22 +64,22 @@ class Ladder:
             return
         learned = self._learned.get(settings)
         if learned is None or learned.bucket > bucket:
-            rung = FallbackLevel(bucket=bucket, asked=bucket)
+            level = FallbackLevel(bucket=bucket, asked=bucket)
         else:
-            rung = replace(learned, asked=bucket)
-        yield from self._split(settings, members, rung)
+            level = replace(learned, asked=bucket)
+        yield from self._split(settings, members, level)
 
     def _split(
-        self, settings: PassSettings, members: Sequence[Member], rung: FallbackLevel
+        self, settings: PassSettings, members: Sequence[Member], level: FallbackLevel
     ) -> Iterator[tuple[Member, Result]]:
-        for start in range(0, len(members), rung.bucket):
-            yield from self._attempt(settings, members[start : start + rung.bucket], rung)
+        for start in range(0, len(members), level.bucket):
+            yield from self._attempt(settings, members[start : start + level.bucket], level)
 
     def _attempt(
-        self, settings: PassSettings, members: Sequence[Member], rung: FallbackLevel
+        self, settings: PassSettings, members: Sequence[Member], level: FallbackLevel
     ) -> Iterator[tuple[Member, Result]]:
         try:
-            results = self._forward(settings, members, rung)
+            results = self._forward(settings, members, level)
         except FAULTS as error:
             if _poisons_process(error):
                 raise
@@ -88,19 +88,19 @@ class Ladder:
         else:
             yield from zip(members, results, strict=True)
             return
-        spared = exhausted and self._spare()
+        freed = exhausted and self._free_more()
         self._free()
-        if spared:
-            yield from self._attempt(settings, members, rung)  # no fallback: the picture has the same bits
+        if freed:
+            yield from self._attempt(settings, members, level)  # no fallback: the picture has the same bits
         elif exhausted:
-            yield from self._climb_down(settings, members, rung)
+            yield from self._fall_back(settings, members, level)
         else:
-            yield from self._isolate(settings, members, rung, reason)
+            yield from self._isolate(settings, members, level, reason)
 
-    def _climb_down(
-        self, settings: PassSettings, members: Sequence[Member], rung: FallbackLevel
+    def _fall_back(
+        self, settings: PassSettings, members: Sequence[Member], level: FallbackLevel
     ) -> Iterator[tuple[Member, Result]]:
-        lower = None if settings.exact else rung.next()
+        lower = None if settings.exact else level.next()
         if lower is None:
             taken = "and reproducibility: strict allows no fallback" if settings.exact else "with every fallback taken"
             message = f"out of memory for one picture of {settings.width}x{settings.height}, {taken}"
@@ -110,7 +110,7 @@ class Ladder:
         yield from self._split(settings, members, lower)
 
     def _isolate(
-        self, settings: PassSettings, members: Sequence[Member], rung: FallbackLevel, reason: str
+        self, settings: PassSettings, members: Sequence[Member], level: FallbackLevel, reason: str
     ) -> Iterator[tuple[Member, Result]]:
         """Bisect the batch until the failing request is alone.
 
@@ -121,7 +121,7 @@ class Ladder:
             return
         half = len(members) // 2
         for part in (members[:half], members[half:]):
-            yield from self._attempt(settings, part, rung)
+            yield from self._attempt(settings, part, level)
 
 
 def _out_of_memory(error: Exception) -> bool:

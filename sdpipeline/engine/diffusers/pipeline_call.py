@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
 from typing import Any
 
 import diffusers
@@ -13,205 +12,59 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from sdpipeline.domain import CheckpointRef, GenerationRequest, Json, Profile, Task
-from sdpipeline.engine import Calls, Pixels
-from sdpipeline.engine.checkpoints import CheckpointFiles
-from sdpipeline.engine.diffusers.model_cache import TEXT_ENCODER, Loaded
-from sdpipeline.engine.diffusers.per_image_scales import (
-    PerImageScale,
-    controlnet_scales,
-    distilled_guidance,
-    float32_noise,
-    no_global_randomness,
-)
-from sdpipeline.engine.diffusers.preprocessing import Pictures
+from sdpipeline.engine import Pixels
+from sdpipeline.engine.diffusers.batch import Denoised, Latents, Member, PassSettings, Weights, padded
+from sdpipeline.engine.diffusers.loading import TEXT_ENCODER
+from sdpipeline.engine.diffusers.patches import PerImageScale, float32_noise, no_global_randomness
+from sdpipeline.engine.diffusers.per_image_scales import controlnet_scales, distilled_guidance
 from sdpipeline.engine.diffusers.text import Embedding
-from sdpipeline.engine.families import SCHEDULERS, Cell, Family
+from sdpipeline.engine.families import SCHEDULERS
 from sdpipeline.engine.pictures import to_pil
-
-LEGACY_FAMILIES = frozenset({"sd1", "sd2", "sd-inpaint"})
-"""Families whose pipelines set the two options of ``LEGACY_SCHEDULER``, with a deprecation warning in each call."""
-LEGACY_SCHEDULER = {"steps_offset": 1, "clip_sample": False}
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PassSettings:
-    """Settings that all pictures of one forward pass share; all others may differ within a batch."""
-
-    task: Task
-    checkpoint: CheckpointRef
-    vae: CheckpointRef | None
-    controlnets: tuple[tuple[CheckpointRef, float, float], ...]
-    loras: tuple[tuple[CheckpointRef, float], ...]
-    ip_adapters: tuple[tuple[CheckpointRef, float], ...]
-    width: int
-    height: int
-    scheduler: str
-    num_inference_steps: int
-    strength: float | None
-    guided: bool
-    noise_level: int | None
-    prompt_tokens: int
-    exact: bool
-    profile: Profile
-
-    @property
-    def stepwise(self) -> bool:
-        """True if pictures share single network calls instead of a whole call of their pipeline."""
-        return self.profile != "exact"
-
-    def in_lockstep(self) -> PassSettings:
-        """Return the settings that pictures still have to share if their pipelines run in lockstep."""
-        controlnets = tuple((ref, 0.0, 1.0) for ref, _, _ in self.controlnets)
-        return replace(
-            self,
-            controlnets=controlnets,
-            scheduler="",
-            num_inference_steps=0,
-            strength=None,
-            guided=False,
-            prompt_tokens=0,
-        )
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Reference:
-    """Embeddings of an IP-Adapter's reference picture and of its absence, with batch dimension 1."""
-
-    image: torch.Tensor
-    nothing: torch.Tensor
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Member:
-    """One request of a batch, ready to run; ``index`` is its position in the requested batch.
-
-    ``calls`` are the recorded network calls if the picture is reproduced.
-    """
-
-    index: int
-    request: GenerationRequest
-    pictures: Pictures
-    prompt: Embedding
-    negative: Embedding | None
-    references: tuple[Reference, ...] = ()
-    calls: Calls = ()
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Weights:
-    """The resident parts that one pass uses."""
-
-    row: Family
-    cell: Cell
-    base: Loaded
-    controlnets: tuple[Loaded, ...] = ()
-    vae: Loaded | None = None
-    loras: tuple[tuple[CheckpointFiles, float], ...] = ()
-    ip_adapters: tuple[tuple[Loaded, float], ...] = ()
-
-    @property
-    def autoencoder(self) -> Any:
-        """The checkpoint's own autoencoder, or the one with which the request replaces it."""
-        return self.vae.module if self.vae else self.base.parts["vae"]
-
-    def loaded(self) -> list[Loaded]:
-        """Return all resident checkpoints that the pass uses."""
-        adapters = [loaded for loaded, _ in self.ip_adapters]
-        return [self.base, *self.controlnets, *adapters, *([self.vae] if self.vae else [])]
-
-    def networks(self) -> list[torch.nn.Module]:
-        """Return every network that the pass uses, without the text encoders, which have run before."""
-        return [
-            network
-            for loaded in self.loaded()
-            for network in loaded.networks()
-            if network not in loaded.text_encoders()
-        ]
-
-    @property
-    def denoiser(self) -> Any:
-        """The network that runs once per step."""
-        return self.base.denoiser
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Latents:
-    """Latents with the scheduler's configuration, and the network calls of a picture that shared them.
-
-    They keep the memory layout in which their pipeline left them, because bits depend on it.
-    """
-
-    values: torch.Tensor
-    scheduler: Json
-    calls: Calls = ()
-
-
-def settings_of(member: Member, weights: Weights) -> PassSettings:
-    """Return the settings of a request that must be equal throughout a pass."""
-    request, cell = member.request, weights.cell
-    strength = cell.strength if request.strength is None else request.strength
-    noise_level = weights.row.noise_level if request.noise_level is None else request.noise_level
-    return PassSettings(
-        task=request.task,
-        checkpoint=request.checkpoint,
-        vae=request.vae,
-        controlnets=tuple(
-            (use.checkpoint, use.control_guidance_start, use.control_guidance_end) for use in request.controlnets
-        ),
-        loras=tuple((use.checkpoint, use.weight) for use in request.loras),
-        ip_adapters=tuple((use.checkpoint, use.weight) for use in request.ip_adapters),
-        width=request.width,
-        height=request.height,
-        scheduler=request.scheduler,
-        num_inference_steps=request.num_inference_steps,
-        strength=strength,
-        guided=member.negative is not None,
-        noise_level=noise_level,
-        prompt_tokens=member.prompt.embeds.shape[1],
-        exact=request.exact,
-        profile=request.profile,
-    )
 
 
 def denoise(
-    weights: Weights, settings: PassSettings, members: Sequence[Member], *, offload_to: torch.device | None = None
-) -> Latents:
-    """Denoise these members, in order; each has its own noise from its own CPU generator.
+    weights: Weights,
+    settings: PassSettings,
+    members: Sequence[Member],
+    bucket: int,
+    *,
+    offload_to: torch.device | None = None,
+) -> Denoised:
+    """Denoise these members by one call of their pipeline, padded with copies of the last; each has its own noise.
 
     With ``offload_to``, only the running network is on that device.
     """
     scheduler = make_scheduler(settings.scheduler, weights)
     pipe = assemble(weights, scheduler)
-    with _per_image(weights, members), _offloaded(pipe, offload_to), torch.no_grad():
-        values = pipe(**_arguments(weights, settings, members), **_references(pipe, members)).images
-    return _latents(pipe, values, weights, settings)
-
-
-def denoise_alone(
-    weights: Weights, settings: PassSettings, member: Member, scheduler: Any, *, offload_to: torch.device | None = None
-) -> Latents:
-    """Denoise one member, whose pipeline may run in lockstep with others; call it inside :func:`shared_means`."""
-    pipe = assemble(weights, scheduler)
-    arguments = _arguments(weights, settings, [member]) | _own_scales(weights, settings, member)
-    with _offloaded(pipe, offload_to):
-        values = pipe(**arguments, **_references(pipe, [member])).images
-    return _latents(pipe, values, weights, settings)
+    batch = padded(members, bucket)
+    with _per_image(weights, batch), offloaded(pipe, offload_to), torch.no_grad():
+        values = pipe(**call_arguments(weights, settings, batch)).images
+    whole = latents_of(pipe, values, weights, settings)
+    return Denoised(latents=[whole] * len(members), batches=[whole.values], decode_batch=bucket)
 
 
 @contextmanager
-def shared_means(weights: Weights) -> Iterator[None]:
-    """Apply the patches that all pipelines inside the block share."""
+def patched(weights: Weights) -> Iterator[None]:
+    """Apply the patches that every pipeline call needs."""
     with no_global_randomness(weights.autoencoder), float32_noise():
         yield
 
 
-def _latents(pipe: Any, values: torch.Tensor, weights: Weights, settings: PassSettings) -> Latents:
+def latents_of(pipe: Any, values: torch.Tensor, weights: Weights, settings: PassSettings) -> Latents:
+    """Return a pipeline's output with its scheduler's configuration."""
     if weights.row.text == "flux":
-        values = pipe._unpack_latents(values, settings.height, settings.width, pipe.vae_scale_factor)  # noqa: SLF001
+        values = unpack_latents(values, settings.height, settings.width, pipe.vae_scale_factor)
     name = type(pipe.scheduler).__name__
     config = {key: value for key, value in pipe.scheduler.config.items() if not key.startswith("_")}
     return Latents(values=values, scheduler={"name": settings.scheduler, "class": name, "config": config})
+
+
+def unpack_latents(latents: torch.Tensor, height: int, width: int, scale: int) -> torch.Tensor:
+    """Return Flux latents as channels x height x width; its pipelines hold them as rows of 2 x 2 patches."""
+    count, _, channels = latents.shape
+    rows, columns = int(height) // (scale * 2), int(width) // (scale * 2)
+    patches = latents.view(count, rows, columns, channels // 4, 2, 2).permute(0, 3, 1, 4, 2, 5)
+    return patches.reshape(count, channels // 4, rows * 2, columns * 2)
 
 
 def decode(weights: Weights, latents: torch.Tensor, *, float32: bool = False) -> npt.NDArray[np.float32]:
@@ -230,9 +83,7 @@ def make_scheduler(name: str, weights: Weights) -> Any:
     """Create a scheduler. Pipelines change theirs while they run, so two calls must not share one."""
     class_name, overrides = SCHEDULERS[name]
     scheduler_class = getattr(diffusers, class_name)
-    config = dict(weights.base.scheduler_configs["scheduler"]) | dict(overrides)
-    if weights.row.name in LEGACY_FAMILIES:
-        config |= LEGACY_SCHEDULER
+    config = dict(weights.base.scheduler_configs["scheduler"]) | dict(overrides) | dict(weights.row.scheduler_config)
     known = inspect.signature(scheduler_class.__init__).parameters
     return scheduler_class.from_config({key: value for key, value in config.items() if key in known})
 
@@ -266,7 +117,8 @@ def assemble(weights: Weights, scheduler: Any, *, with_text_encoders: bool = Fal
 
 
 @contextmanager
-def _offloaded(pipe: Any, device: torch.device | None) -> Iterator[None]:
+def offloaded(pipe: Any, device: torch.device | None) -> Iterator[None]:
+    """Keep only the running network of a pipeline on that device."""
     if device is None:
         yield
         return
@@ -291,7 +143,7 @@ def _per_image(weights: Weights, members: Sequence[Member]) -> Iterator[None]:
     ]
     with ExitStack() as active:
         active.enter_context(controlnet_scales(modules, scales))
-        active.enter_context(shared_means(weights))
+        active.enter_context(patched(weights))
         if weights.row.text == "flux":
             guidance = [member.request.guidance_scale for member in members]
             for network in {weights.denoiser, *modules}:
@@ -299,7 +151,7 @@ def _per_image(weights: Weights, members: Sequence[Member]) -> Iterator[None]:
         yield
 
 
-def _arguments(weights: Weights, settings: PassSettings, members: Sequence[Member]) -> dict[str, Any]:
+def call_arguments(weights: Weights, settings: PassSettings, members: Sequence[Member]) -> dict[str, Any]:
     """Return the arguments of the pipeline call, with the names from the family's row."""
     cell = weights.cell
     arguments: dict[str, Any] = {
@@ -321,6 +173,8 @@ def _arguments(weights: Weights, settings: PassSettings, members: Sequence[Membe
         arguments[cell.mask_image] = [to_pil(_required(member.pictures.mask_image)) for member in members]
     if cell.max_controlnets:
         arguments |= _control(weights, settings, members)
+    if members[0].references:
+        arguments["ip_adapter_image_embeds"] = _references(members)
     return arguments
 
 
@@ -353,17 +207,6 @@ def _guidance(weights: Weights, settings: PassSettings, members: Sequence[Member
     return {"guidance_scale": PerImageScale([member.request.guidance_scale for member in members])}
 
 
-def _own_scales(weights: Weights, settings: PassSettings, member: Member) -> dict[str, Any]:
-    """Return the scales that :func:`_per_image` would replace, in the form that a pipeline takes for one picture."""
-    own: dict[str, Any] = {}
-    if weights.row.text == "flux":
-        own["guidance_scale"] = member.request.guidance_scale
-    if weights.cell.max_controlnets:
-        scales = [use.controlnet_conditioning_scale for use in member.request.controlnets]
-        own["controlnet_conditioning_scale"] = scales if len(settings.controlnets) > 1 else scales[0]
-    return own
-
-
 def _control(weights: Weights, settings: PassSettings, members: Sequence[Member]) -> dict[str, Any]:
     """Return control maps as one tensor per ControlNet: pipelines differ in how they read nested lists."""
     several = len(settings.controlnets) > 1
@@ -385,20 +228,17 @@ def _control(weights: Weights, settings: PassSettings, members: Sequence[Member]
     return arguments
 
 
-def _references(pipe: Any, members: Sequence[Member]) -> dict[str, Any]:
-    """Return reference pictures, one batch per IP-Adapter; without adapters, no arguments.
+def _references(members: Sequence[Member]) -> list[torch.Tensor]:
+    """Return reference pictures, one batch per IP-Adapter: embeddings without any picture first, if guidance is on.
 
-    The pipelines prepare one reference for the whole batch, and mix several if they get them.
+    The pipelines take embeddings as they are, but would mix the pictures of a batch.
     """
-    if not members[0].references:
-        return {}
     batches = []
     for n in range(len(members[0].references)):
         images = [member.references[n].image for member in members]
         nothing = [member.references[n].nothing for member in members if member.negative is not None]
         batches.append(torch.cat([*nothing, *images]))
-    pipe.prepare_ip_adapter_image_embeds = lambda *_, **__: batches
-    return {"ip_adapter_image_embeds": batches}
+    return batches
 
 
 def _stacked(pixels: Sequence[Pixels], *, signed: bool) -> torch.Tensor:

@@ -6,11 +6,13 @@ import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any, TypeVar
 
 import torch
+from diffusers.hooks import ModelHook
 from greenlet import getcurrent, greenlet
+
+from sdpipeline.engine.stepwise.forward_hooks import hooked_forward
 
 Made = TypeVar("Made")
 
@@ -107,29 +109,23 @@ def join(tensors: Sequence[torch.Tensor], size: int) -> torch.Tensor:
 
 @contextmanager
 def _halting(networks: Sequence[torch.nn.Module]) -> Iterator[None]:
-    """Patch the networks to pass every call to the current greenlet."""
+    """Have the networks pass every call to the current greenlet."""
     hub = getcurrent()
-    with ExitStack() as restored:
+    with ExitStack() as hooked:
         for network in networks:
-            own, patched = network.forward, "forward" in vars(network)
-            signature = inspect.signature(own)
-            network.forward = partial(_halt, hub, network, own, signature)
-            restored.callback(setattr, network, "forward", own) if patched else restored.callback(
-                delattr, network, "forward"
-            )
+            hooked.enter_context(hooked_forward(network, _Halt(hub, inspect.signature(network.forward))))
         yield
 
 
-def _halt(
-    hub: greenlet,
-    network: torch.nn.Module,
-    own: Callable[..., Any],
-    signature: inspect.Signature,
-    *inputs: Any,
-    **keywords: Any,
-) -> Any:
-    arguments = signature.bind(*inputs, **keywords).arguments
-    return hub.switch(Call(network=network, forward=own, arguments=arguments))
+class _Halt(ModelHook):  # type: ignore[misc]  # diffusers is not typed
+    def __init__(self, hub: greenlet, signature: inspect.Signature) -> None:
+        super().__init__()
+        self._hub = hub
+        self._signature = signature
+
+    def new_forward(self, module: torch.nn.Module, *inputs: Any, **keywords: Any) -> Any:
+        arguments = self._signature.bind(*inputs, **keywords).arguments
+        return self._hub.switch(Call(network=module, forward=self.fn_ref.original_forward, arguments=arguments))
 
 
 def _rowwise(name: str, value: Any, rows: int) -> Any:

@@ -1,22 +1,22 @@
 """Compilation, memory layout and attention backends for profiles that trade bits for speed.
 
-All of it is applied for one pass and reverted afterwards, so that it never affects an exact picture. Quantization
+All of it is suspended for exact pictures. Quantization
 cannot be reverted, so a quantized denoiser is a separate copy in :mod:`sdpipeline.engine.diffusers.model_cache`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, Literal
-from weakref import WeakKeyDictionary, WeakSet
+from weakref import WeakSet
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from sdpipeline.domain import Json
-from sdpipeline.engine.diffusers.pipeline_call import Weights
+from sdpipeline.engine.diffusers.batch import Weights
 from sdpipeline.engine.stepwise.quantization import Quantization
 from sdpipeline.errors import Mistake, SettingsError
 
@@ -60,51 +60,48 @@ def check_compiler() -> None:
         raise SettingsError(Mistake(key="SDP_ENGINE__COMPILE", message=message, fix=fix)) from error
 
 
-class Workshop:
-    """Apply speedups to resident networks and revert them."""
+class AppliedSpeedups:
+    """Apply speedups to resident networks for a pass, and suspend them for an exact one."""
 
     def __init__(self, speedups: Speedups) -> None:
         self._speedups = speedups
-        self._compiled: WeakKeyDictionary[torch.nn.Module, Callable[..., Any]] = WeakKeyDictionary()
+        self._compiled: WeakSet[torch.nn.Module] = WeakSet()
         self._channels_last: WeakSet[torch.nn.Module] = WeakSet()
 
     @contextmanager
-    def applied(self, weights: Weights, *, wanted: bool) -> Iterator[None]:
-        """Apply speedups for one pass if ``wanted``; the memory layout is set for the pass in either case."""
-        networks = [weights.denoiser, weights.autoencoder, *(loaded.module for loaded in weights.controlnets)]
-        for network in networks:
-            self._lay_out(network, channels_last=wanted and self._speedups.channels_last)
+    def applied(self, weights: Weights) -> Iterator[None]:
+        """Apply the speedups inside the block; compiled code and memory layout stay until they are suspended."""
+        self._lay_out(weights, channels_last=self._speedups.channels_last)
+        if self._speedups.compile:
+            self._compile(weights.denoiser)
         with ExitStack() as active:
-            if wanted and self._speedups.compile:
-                active.enter_context(self._compiled_blocks(weights.denoiser))
-            if wanted and self._speedups.attention:
+            if self._speedups.attention:
                 active.enter_context(sdpa_kernel(BACKENDS[self._speedups.attention]))
             yield
 
     @contextmanager
-    def _compiled_blocks(self, network: Any) -> Iterator[None]:
-        """Compile the repeated blocks of a network, once for all of a kind and for every size of batch and picture.
-
-        ``compile_repeated_blocks`` does the same but cannot be reverted. Families without a list of such blocks run
-        uncompiled.
-        """
-        names = getattr(network, "_repeated_blocks", None) or ()
-        blocks = [module for module in network.modules() if type(module).__name__ in names]
-        for block in blocks:
-            if block not in self._compiled:
-                self._compiled[block] = torch.compile(block._call_impl, dynamic=True)  # noqa: SLF001
-            block._compiled_call_impl = self._compiled[block]  # noqa: SLF001
-        try:
+    def suspended(self, weights: Weights) -> Iterator[None]:
+        """Run networks as they were loaded inside the block."""
+        self._lay_out(weights, channels_last=False)
+        with ExitStack() as active:
+            if weights.denoiser in self._compiled:
+                active.enter_context(torch.compiler.set_stance("force_eager"))
             yield
-        finally:
-            for block in blocks:
-                block._compiled_call_impl = None  # noqa: SLF001
 
-    def _lay_out(self, network: torch.nn.Module, *, channels_last: bool) -> None:
-        if channels_last is (network in self._channels_last):
+    def _compile(self, network: Any) -> None:
+        """Compile the repeated blocks of a network, once for all of a kind and for every size of batch and picture."""
+        if network in self._compiled:
             return
-        for parameter in network.parameters():
-            if parameter.ndim == 4:
-                form = torch.channels_last if channels_last else torch.contiguous_format
-                parameter.data = parameter.data.to(memory_format=form)
-        (self._channels_last.add if channels_last else self._channels_last.discard)(network)
+        with suppress(ValueError):  # families without a list of such blocks run uncompiled
+            network.compile_repeated_blocks(dynamic=True)
+            self._compiled.add(network)
+
+    def _lay_out(self, weights: Weights, *, channels_last: bool) -> None:
+        for network in (weights.denoiser, weights.autoencoder, *(loaded.module for loaded in weights.controlnets)):
+            if channels_last is (network in self._channels_last):
+                continue
+            for parameter in network.parameters():
+                if parameter.ndim == 4:
+                    form = torch.channels_last if channels_last else torch.contiguous_format
+                    parameter.data = parameter.data.to(memory_format=form)
+            (self._channels_last.add if channels_last else self._channels_last.discard)(network)

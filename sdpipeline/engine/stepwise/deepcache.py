@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
+
+from diffusers.hooks import ModelHook
+
+from sdpipeline.engine.stepwise.forward_hooks import hooked_forward
 
 if TYPE_CHECKING:
     import torch
@@ -29,22 +33,24 @@ def shallow(unet: Any, feature: torch.Tensor) -> Iterator[None]:
     steps of one pipeline in the network itself; here each picture of a call is at a step of its own.
     """
     nothing = feature.new_zeros(())
-    with ExitStack() as restored:
+    with ExitStack() as hooked:
         for block in unet.down_blocks[1:]:
             # The U-Net counts these residuals and adds a ControlNet's to each, though no block uses them afterwards.
             count = len(block.resnets) + bool(block.downsamplers)
-            _exchange(restored, block, lambda *_, count=count, **__: (nothing, (nothing,) * count))
+            hooked.enter_context(hooked_forward(block, _Constant((nothing, (nothing,) * count))))
         if unet.mid_block is not None:
-            _exchange(restored, unet.mid_block, lambda *_, **__: nothing)
+            hooked.enter_context(hooked_forward(unet.mid_block, _Constant(nothing)))
         for block in unet.up_blocks[:-1]:
-            _exchange(restored, block, lambda *_, **__: feature)
+            hooked.enter_context(hooked_forward(block, _Constant(feature)))
         yield
 
 
-def _exchange(restored: ExitStack, block: torch.nn.Module, forward: Callable[..., Any]) -> None:
-    own = vars(block).get("forward")
-    block.forward = forward
-    if own is None:
-        restored.callback(delattr, block, "forward")
-    else:
-        restored.callback(setattr, block, "forward", own)
+class _Constant(ModelHook):  # type: ignore[misc]  # diffusers is not typed
+    """Return the same output for every call."""
+
+    def __init__(self, output: Any) -> None:
+        super().__init__()
+        self._output = output
+
+    def new_forward(self, _module: torch.nn.Module, *_inputs: Any, **_keywords: Any) -> Any:
+        return self._output

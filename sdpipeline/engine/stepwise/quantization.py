@@ -55,14 +55,6 @@ def quantize(network: torch.nn.Module, wanted: Quantization) -> None:
     quantize_(network, _configuration(wanted, weight.device), filter_fn=_is_large)
 
 
-def size_bytes(tensor: torch.Tensor) -> int:
-    """Return a tensor's size in memory. A quantized one reports its original dtype, so its inner tensors are summed."""
-    if not hasattr(tensor, "__tensor_flatten__"):
-        return tensor.numel() * tensor.element_size()
-    names, _ = tensor.__tensor_flatten__()
-    return sum(size_bytes(getattr(tensor, name)) for name in names)
-
-
 def _configuration(wanted: Quantization, device: torch.device) -> Any:
     """Return the configuration without torchao's own compiler settings, which would change the whole process."""
     from torchao.quantization import (

@@ -12,15 +12,14 @@ from typing import Any
 import torch
 
 from sdpipeline.engine import Calls
+from sdpipeline.engine.diffusers.batch import Latents, Member, PassSettings, Weights, settings_of
 from sdpipeline.engine.diffusers.pipeline_call import (
-    Latents,
-    Member,
-    PassSettings,
-    Weights,
-    denoise_alone,
+    assemble,
+    call_arguments,
+    latents_of,
     make_scheduler,
-    settings_of,
-    shared_means,
+    offloaded,
+    patched,
 )
 from sdpipeline.engine.stepwise.call_batching import Call, in_lockstep, join, make_as_one, split
 from sdpipeline.engine.stepwise.deepcache import kept_feature, shallow
@@ -54,12 +53,12 @@ def denoise_stepwise(
     """Return the latents of these members, in order, with the network calls that each shared."""
     pictures = [_begun(weights, member) for member in members]
     bodies = [
-        partial(denoise_alone, weights, picture.settings, member, picture.scheduler, offload_to=offload_to)
+        partial(_denoise_alone, weights, picture.settings, member, picture.scheduler, offload_to=offload_to)
         for member, picture in zip(members, pictures, strict=True)
     ]
     networks = [*dict.fromkeys(loaded.module for loaded in weights.controlnets), weights.denoiser]
     answers = _Answers(weights.denoiser, pictures, shortcuts)
-    with shared_means(weights), torch.no_grad():
+    with patched(weights), torch.no_grad():
         made = in_lockstep(bodies, networks, answers)
     return [replace(latents, calls=_pairs(picture.sizes)) for latents, picture in zip(made, pictures, strict=True)]
 
@@ -155,6 +154,28 @@ class _Answers:
         for picture, feature in zip(pictures, split(kept[0], rows, size), strict=True):
             picture.feature = feature
         return made
+
+
+def _denoise_alone(
+    weights: Weights, settings: PassSettings, member: Member, scheduler: Any, *, offload_to: torch.device | None = None
+) -> Latents:
+    """Denoise one member, whose pipeline may run in lockstep with others; call it inside :func:`patched`."""
+    pipe = assemble(weights, scheduler)
+    arguments = call_arguments(weights, settings, [member]) | _own_scales(weights, settings, member)
+    with offloaded(pipe, offload_to):
+        values = pipe(**arguments).images
+    return latents_of(pipe, values, weights, settings)
+
+
+def _own_scales(weights: Weights, settings: PassSettings, member: Member) -> dict[str, Any]:
+    """Return the scales in the form that a pipeline takes for one picture."""
+    own: dict[str, Any] = {}
+    if weights.row.text == "flux":
+        own["guidance_scale"] = member.request.guidance_scale
+    if weights.cell.max_controlnets:
+        scales = [use.controlnet_conditioning_scale for use in member.request.controlnets]
+        own["controlnet_conditioning_scale"] = scales if len(settings.controlnets) > 1 else scales[0]
+    return own
 
 
 def _begun(weights: Weights, member: Member) -> Denoising:

@@ -185,7 +185,7 @@ def test_the_file_that_the_mistakes_below_are_made_in_is_right() -> None:
         (
             "strength: 0.5",
             "scheduler: flow-match-euler",
-            "15:5: stages[1].scheduler: Stable Diffusion 1.x cannot use scheduler 'flow-match-euler'; use one of",
+            "15:5: stages[1].scheduler: Stable Diffusion 1.x cannot use scheduler 'flow-match-euler' (use one of",
         ),
         ("strength: 0.5", "resize: squeeze", "15:5: stages[1].resize: no resize 'squeeze' (there are crop, pad, stretch)"),
         (

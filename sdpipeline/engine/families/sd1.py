@@ -1,0 +1,19 @@
+"""Stable Diffusion 1.x."""
+
+from __future__ import annotations
+
+from sdpipeline.engine.families.family import Family, controlled_cells, plain_cells
+
+FAMILY = Family(
+    name="sd1",
+    title="Stable Diffusion 1.x",
+    scheduler_config={"steps_offset": 1, "clip_sample": False},
+    clip_skip=True,
+    ip_adapter=True,
+    textual_inversion=True,
+    controlnets_of=frozenset({"sd1"}),
+    adapters_of=frozenset({"sd1"}),
+    latents_of="sd1",
+    plain=plain_cells("StableDiffusion", sized_image_to_image=False),
+    controlled=controlled_cells("StableDiffusionControlNet", text_image="image", strength=0.8),
+)
