@@ -16,7 +16,7 @@ from sdpipeline.db.staging import POLICY
 from sdpipeline.db.tables import LEASED, READY, WAITING, archive, campaign, image, job, job_parent
 from sdpipeline.errors import BadInputError, Mistake
 
-_REOPENABLE = ("failed", "blocked", "skipped", "cancelled")
+_UNSUCCESSFUL = ("failed", "blocked", "skipped", "cancelled")
 
 
 def retry(tx: Transaction, *, campaign_id: int, statuses: Collection[str]) -> int:
@@ -25,8 +25,8 @@ def retry(tx: Transaction, *, campaign_id: int, statuses: Collection[str]) -> in
     Jobs that a policy forbids are left alone, because only a submit checks prompts and policies again. Returns how many
     jobs of the given statuses were reopened; raises BadInputError for a status that cannot be retried.
     """
-    if wrong := sorted(set(statuses) - set(_REOPENABLE)):
-        fix = f"one of {', '.join(_REOPENABLE)}"
+    if wrong := sorted(set(statuses) - set(_UNSUCCESSFUL)):
+        fix = f"one of {', '.join(_UNSUCCESSFUL)}"
         raise BadInputError(Mistake(key="status", message=f"{', '.join(wrong)} cannot be retried", fix=fix))
     lock_campaign(tx.connection, campaign_id)
     mine = and_(job.c.campaign_id == campaign_id, job.c.status.in_(list(statuses)))
@@ -88,7 +88,7 @@ def resolve_new_jobs(tx: Transaction, *, campaign_id: int) -> None:
         .correlate(job)
     )
     unfinished = of_this.where(parent.c.status != "succeeded").scalar_subquery()
-    dead = of_this.where(parent.c.status.in_(_REOPENABLE)).scalar_subquery()
+    dead = of_this.where(parent.c.status.in_(_UNSUCCESSFUL)).scalar_subquery()
     is_new = and_(job.c.campaign_id == campaign_id, job.c.status == "new")
     depths = tx.connection.execute(select(job.c.depth).where(is_new).distinct().order_by(job.c.depth)).scalars().all()
     budgets.start_over(tx.connection, campaign_id)

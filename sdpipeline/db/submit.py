@@ -278,7 +278,7 @@ def _of_others(campaign_id: int, ready: Prepared) -> ColumnElement[bool]:
 
 def _to_block() -> ColumnElement[bool]:
     """Match existing jobs that the newest policy forbids, including any that a retry could run."""
-    existing = job.alias("there")
+    existing = job.alias("existing")
     same_reason = and_(
         existing.c.status == "blocked", existing.c.error_kind == POLICY, existing.c.error == incoming.c.error
     )

@@ -129,7 +129,7 @@ def _pipeline(found: Any) -> str:
 
 def _gpu(found: Any) -> list[str]:
     idle = found["device_idle_share"]
-    return [] if idle is None else [f"the GPU waits {idle:.2%} of the time"]
+    return [] if idle is None else [f"the GPU is idle for {idle:.2%} of the time"]
 
 
 if __name__ == "__main__":

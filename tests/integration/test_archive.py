@@ -309,4 +309,4 @@ def test_an_edition_is_archived_shown_and_made_again_from_the_command_line(
     assert said("show", "1")["archive"] == "archive/default/nightly/monday.jsonl.gz"
     assert said("reproduce", "1")["bit_equal"] is True
     assert cli.run(["submit", "nightly.yaml", "--edition", MONDAY]) == 2
-    assert "edition 'monday' is in the archive and cannot be made again" in capsys.readouterr().err
+    assert "edition 'monday' is archived and cannot be made again" in capsys.readouterr().err

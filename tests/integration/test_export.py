@@ -163,7 +163,7 @@ def test_people_are_told_of_a_fault_on_stderr(damaged: Desk) -> None:
     shutil.rmtree(damaged.to)
     assert cli.run(["export", "demo", "--to", str(damaged.to), "--home", str(damaged.home)]) == 3
     said = damaged.capsys.readouterr()
-    assert f"7 pictures copied to {damaged.to}, 0 were there already" in said.out
+    assert f"7 pictures copied to {damaged.to}, 0 existed already" in said.out
     assert "C-001-1.png: job " in said.err
     assert "is missing in storage" in said.err
 

@@ -375,7 +375,7 @@ def test_an_audit_finds_what_came_back_and_what_went_without_a_word(place: Place
     assert "job-altered its commitment is not to the request that was erased" in place.faults()
     place.edit(job, job.c.id == 1, request=erased["request"])
     place.edit(image, image.c.job_id == 1, deleted_at=None)
-    assert "image-altered it was deleted, its row says nothing of it" in place.faults()
+    assert "image-altered it was deleted, but its row does not say so" in place.faults()
     place.edit(image, image.c.job_id == 1, deleted_at=1.0)
     place.edit(image, image.c.job_id == 2, deleted_at=1.0)
     assert "image-altered it is missing, and no deletion is recorded" in place.faults()

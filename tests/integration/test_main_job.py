@@ -106,7 +106,7 @@ def test_the_pictures_show_what_was_asked_for(demo_home: Path) -> None:
 def test_a_second_demo_adds_nothing_and_says_so(demo_home: Path) -> None:
     done = installed("demo", "--home", demo_home)
     assert done.returncode == 0, done.stderr
-    assert "Nothing to do: all 24 pictures are there already." in done.stdout
+    assert "Nothing to do: all 24 pictures exist already." in done.stdout
     assert "0 jobs added, 24 unchanged" in done.stderr
 
 

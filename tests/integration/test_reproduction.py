@@ -73,7 +73,7 @@ def test_another_library_then_is_named_as_the_difference(demo_home: Path, engine
 
 
 def test_a_picture_without_a_record_is_refused() -> None:
-    with pytest.raises(BadInputError, match="holds no record"):
+    with pytest.raises(BadInputError, match="has no record"):
         reproduce.checked_record(None, "holiday.png")
 
 
