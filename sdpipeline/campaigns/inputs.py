@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from sdpipeline.errors import BadInputError, InputImageError, ObjectMissingError, StorageUnavailableError
-from sdpipeline.provenance import inspect
 from sdpipeline.storage import ForeignObject, ForeignObjects, is_bucket_url, is_under, split_url
 from sdpipeline.storage.keys import input_key
 
@@ -154,6 +153,8 @@ class InputFolder:
         return InputObject(url=url, version=found.version, sha256=digest, width=width, height=height)
 
     def _size(self, name: str, data: bytes) -> tuple[int, int]:
+        from sdpipeline.provenance import inspect  # many campaigns have no pictures, and C2PA's library is large
+
         try:
             return inspect(data, max_pixels=self.max_pixels)
         except InputImageError as error:
