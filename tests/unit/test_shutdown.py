@@ -21,7 +21,7 @@ def test_sigterm_unwinds_as_an_exit_inside_the_block_only() -> None:
 
 
 def test_another_thread_leaves_the_handlers_alone() -> None:
-    found = []
+    found: list[object] = []
 
     def look() -> None:
         with exit_on_sigterm():
