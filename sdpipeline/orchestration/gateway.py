@@ -15,14 +15,13 @@ import hmac
 import json
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager, suppress
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import httpx
 import structlog
 import uvicorn
 import websockets
 from starlette.applications import Starlette
-from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route, WebSocketRoute
 from starlette.websockets import WebSocket, WebSocketDisconnect
@@ -37,6 +36,9 @@ from sdpipeline.orchestration.gateway_rules import (
     check_event,
     may_see,
 )
+
+if TYPE_CHECKING:
+    from starlette.requests import Request
 
 MOST_BYTES = 4 * 1024 * 1024
 """Largest body: an artifact holds a picture of up to 2 MB, and its base64 is longer."""

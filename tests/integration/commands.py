@@ -63,11 +63,11 @@ def start(*arguments: object, **settings: str) -> subprocess.Popen[str]:
     )
 
 
-def prefect(*words: str, **settings: str) -> subprocess.CompletedProcess[str]:
+def prefect(*words: str, cwd: Path | None = None, **settings: str) -> subprocess.CompletedProcess[str]:
     """One command of Prefect's, waited for, that prints what its flows log."""
     told = environment(PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL="INFO", **settings)
     command = [sys.executable, "-m", "prefect", *words]
-    return subprocess.run(command, capture_output=True, text=True, env=told, timeout=300, check=False)
+    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, env=told, timeout=300, check=False)
 
 
 def credentials(server: ServerHandle) -> httpx.BasicAuth:

@@ -17,7 +17,7 @@ from uuid import UUID
 
 import httpx
 import pytest
-from prefect import __version__ as prefect_version
+from prefect import __version__ as installed
 
 from sdpipeline import orchestration
 from sdpipeline.app.services import open_services
@@ -77,11 +77,7 @@ class Server:
 
     def force(self, run: str, trace: Path, *, state: str = "COMPLETED") -> None:
         """What an attacker does: the run is done, and its result lies in this file."""
-        data = {
-            "storage_key": str(planted(trace)),
-            "serializer": {"type": "pickle"},
-            "prefect_version": prefect_version,
-        }
+        data = {"storage_key": str(planted(trace)), "serializer": {"type": "pickle"}, "prefect_version": installed}
         self.ask(f"flow_runs/{run}/set_state", force=True, state={"type": state, "data": data})
 
 
@@ -196,6 +192,7 @@ def test_run_says_that_its_run_was_ended_from_outside(
 def test_a_flow_run_that_prefect_executes_reads_no_result(server: Server, tmp_path: Path) -> None:
     run = server.pending("gpu-worker")
     server.force(run, tmp_path / "trace")
-    done = prefect("flow-run", "execute", run, **server.told)
+    (empty := tmp_path / "empty").mkdir()  # Prefect copies the working folder, here the checkout with its .venv
+    done = prefect("flow-run", "execute", run, cwd=empty, **server.told)
     assert "ForeignResultError" in done.stdout + done.stderr
     assert not (tmp_path / "trace").exists()
