@@ -23,7 +23,7 @@ from sdpipeline.campaigns.inputs import InputFolder
 from sdpipeline.campaigns.loader import Campaign, Catalog
 from sdpipeline.campaigns.policy import Rules
 from sdpipeline.db import audit as audit_rows
-from sdpipeline.db import queue, staging, tables
+from sdpipeline.db import leasing, queue, staging, tables
 from sdpipeline.db.audit import AuditLog
 from sdpipeline.db.budgets import Charge
 from sdpipeline.db.connection import Database
@@ -238,7 +238,7 @@ def try_lease(audit: AuditLog, *, worker_id: str = "worker-1", limit: int = 8, *
     """A lease of a minute, or None where nothing is ready."""
     with audit.transaction() as tx:
         ttl_s = float(options.pop("ttl_s", 60.0))
-        return queue.take_lease(tx, worker_id=worker_id, limit=limit, ttl_s=ttl_s, **options)
+        return leasing.take_lease(tx, worker_id=worker_id, limit=limit, ttl_s=ttl_s, **options)
 
 
 def completed(
@@ -253,7 +253,7 @@ def completed(
             charge = Charge(worker_id="worker-1", gpu_seconds=stored.gpu_seconds, cost=cost)
             done.append(queue.complete(tx, lease_id=lease.id, leased=job, stored=stored, charge=charge))
     with audit.database.write() as connection:
-        queue.close_lease(connection, lease.id)
+        leasing.close_lease(connection, lease.id)
     return done
 
 

@@ -23,12 +23,12 @@ from sdpipeline.campaigns import policy
 from sdpipeline.campaigns.inputs import InputFolder
 from sdpipeline.campaigns.loader import Campaign, Catalog
 from sdpipeline.campaigns.loader import load as load_campaign_file
-from sdpipeline.db import migrate, queries, registry, workers
+from sdpipeline.db import leasing, migrate, queries, registry, workers
 from sdpipeline.db import queue as jobs
 from sdpipeline.db.audit import AuditLog
 from sdpipeline.db.connection import Database, open_database, sqlite_path
+from sdpipeline.db.leasing import AgingPolicy
 from sdpipeline.db.queries import Progress
-from sdpipeline.db.queue import AgingPolicy
 from sdpipeline.db.settings_events import declare
 from sdpipeline.db.waiting import until_available
 from sdpipeline.demo.manifest import read_manifest
@@ -703,7 +703,7 @@ def release_worker_leases(settings: Settings, pid: int) -> int:
         with have.database.read() as connection:
             dead = queries.worker_ids_of(connection, host=socket.gethostname(), pid=pid)
         with have.audit.transaction() as tx:
-            held = jobs.open_leases(tx.connection, dead)
+            held = leasing.open_leases(tx.connection, dead)
             returned = jobs.reap(tx, lease_ids=held) if held else 0
             for worker_id in dead:
                 workers.stop(tx, worker_id=worker_id)

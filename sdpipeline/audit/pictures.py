@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from sdpipeline.db.similar_images import looks
 from sdpipeline.db.tables import LOOKS
 from sdpipeline.domain import Json
 from sdpipeline.errors import ObjectMissingError
+from sdpipeline.provenance.record import control_maps_in
 from sdpipeline.storage import ObjectStore
 
 
@@ -92,8 +92,8 @@ def verify_objects(store: ObjectStore, found: Verification, expected: Sequence[E
     for each in expected:
         data = _verify_object(store, found, each, keys)
         if data is not None and each.key.endswith(".json"):
-            for control_map in json.loads(data).get("control_maps", ()):
-                _verify_object(store, found, Expected(key=control_map["key"], sha256=control_map["sha256"]), keys)
+            for control_map in control_maps_in(data):
+                _verify_object(store, found, Expected(key=control_map.key, sha256=control_map.sha256), keys)
 
 
 def _verify_object(store: ObjectStore, found: Verification, each: Expected, keys: Mapping[str, str]) -> bytes | None:

@@ -10,11 +10,11 @@ from dataclasses import dataclass
 
 from sdpipeline.bench.spread import Clock, OnProgress
 from sdpipeline.bench.workload import Workload, publish
-from sdpipeline.db import queue
+from sdpipeline.db import leasing, queue
 from sdpipeline.db.audit import AuditLog
 from sdpipeline.db.budgets import Charge
 from sdpipeline.db.connection import Database
-from sdpipeline.db.queue import Cursor
+from sdpipeline.db.leasing import Cursor
 from sdpipeline.domain import CheckpointRef, Json, digest
 from sdpipeline.jobs import Lease, LeasedJob, StoredImage
 
@@ -76,18 +76,18 @@ class _Crew:
         audit, cursor = AuditLog(self._database, actor=worker_id), Cursor()
         while (lease := self._lease(audit, worker_id, cursor)) is not None:
             with self.clock.timing("heartbeat"), self._database.write() as connection:
-                queue.heartbeat(connection, (lease.id,), ttl_s=LEASE_TTL_S)
+                leasing.heartbeat(connection, (lease.id,), ttl_s=LEASE_TTL_S)
             for leased in lease.jobs:
                 self._complete(audit, worker_id, lease, leased)
             with self.clock.timing("close"), self._database.write() as connection:
-                queue.close_lease(connection, lease.id)
+                leasing.close_lease(connection, lease.id)
             self._count(lease.jobs)
 
     def _lease(self, audit: AuditLog, worker_id: str, cursor: Cursor) -> Lease | None:
         with self.clock.timing("lease"), audit.transaction() as tx:
             queue.reap(tx)
             queue.promote(tx.connection)
-            return queue.take_lease(tx, worker_id=worker_id, limit=self._load.batch, ttl_s=LEASE_TTL_S, cursor=cursor)
+            return leasing.take_lease(tx, worker_id=worker_id, limit=self._load.batch, ttl_s=LEASE_TTL_S, cursor=cursor)
 
     def _complete(self, audit: AuditLog, worker_id: str, lease: Lease, leased: LeasedJob) -> None:
         charge = Charge(worker_id=worker_id, gpu_seconds=1.0)

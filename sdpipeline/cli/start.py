@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
 from sdpipeline.app import scaffold
 from sdpipeline.campaigns import json_schema as campaign_schema
 from sdpipeline.cli.output import AsJson, Home, print_json, print_table, print_text
+from sdpipeline.provenance import json_schema as record_schema
 from sdpipeline.settings import TOML_NAME
 
 
@@ -56,7 +57,14 @@ def init(
     )
 
 
-def schema(*, home: Home = None) -> None:
-    """Print the JSON Schema of the campaign file."""
+def schema(
+    *,
+    kind: Annotated[
+        Literal["campaign", "record", "sidecar"],
+        typer.Option("--kind", help="The document: a campaign file, a picture's record, or the sidecar beside it."),
+    ] = "campaign",
+    home: Home = None,
+) -> None:
+    """Print the JSON Schema of a document: of the campaign file, unless --kind names another."""
     del home  # the schema is the same everywhere; accepted because every command accepts it
-    print_text(campaign_schema.text())
+    print_text(campaign_schema.text() if kind == "campaign" else record_schema.text(kind))

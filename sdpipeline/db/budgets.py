@@ -6,20 +6,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy import ColumnElement, Connection, and_, case, exists, func, literal_column, null, or_, select, update
+from sqlalchemy import ColumnElement, Connection, and_, case, exists, func, null, or_, select, update
 from sqlalchemy.dialects import postgresql, sqlite
 
 from sdpipeline.db.audit import Event, Transaction
 from sdpipeline.db.cost_history import average
 from sdpipeline.db.locks import share_if_free
-from sdpipeline.db.tables import campaign, job, spending, work_group
+from sdpipeline.db.tables import LEASED, READY, WAITING, campaign, job, spending, work_group
 from sdpipeline.domain import Json
 
-# Literals, because a bound value cannot match a partial index under a generic plan.
-_WAITING: ColumnElement[str] = literal_column("'waiting'")
-_READY: ColumnElement[str] = literal_column("'ready'")
-_LEASED: ColumnElement[str] = literal_column("'leased'")
-_UNFINISHED = and_(job.c.chain.is_not(None), job.c.status.in_((_WAITING, _READY, _LEASED)))
+_UNFINISHED = and_(job.c.chain.is_not(None), job.c.status.in_((WAITING, READY, LEASED)))
 LIMITS = {"max_images": "images", "max_gpu_seconds": "gpu_seconds", "max_cost": "cost"}
 """A budget's keys and the amount that each of them limits."""
 
@@ -51,7 +47,7 @@ def start_over(connection: Connection, campaign_id: int) -> None:
     """Reconsider every chain, because some are to be made again; hold root jobs that are not leased."""
     connection.execute(update(campaign).where(campaign.c.id == campaign_id).values(admitted=0))
     roots = and_(job.c.campaign_id == campaign_id, job.c.chain.is_not(None), job.c.depth == 0)
-    connection.execute(update(job).where(roots, job.c.status == _READY).values(status="waiting"))
+    connection.execute(update(job).where(roots, job.c.status == READY).values(status="waiting"))
 
 
 def let_go(connection: Connection, campaign_id: int) -> None:
@@ -139,14 +135,14 @@ def _admit(tx: Transaction, row: Any, wave: int, gpu_second_cost: float) -> None
 
 def _running(connection: Connection, campaign_id: int, admitted: int) -> list[int]:
     """List chains in progress that a submit or a retry has moved behind others."""
-    there = and_(job.c.campaign_id == campaign_id, or_(job.c.status == _READY, job.c.status == _LEASED))
+    there = and_(job.c.campaign_id == campaign_id, or_(job.c.status == READY, job.c.status == LEASED))
     # `+ 0` forces the index on the status: few jobs are ready or leased, and any number may be in later chains.
     return sorted(set(connection.execute(select(job.c.chain).where(there, job.c.chain + 0 >= admitted)).scalars()))
 
 
 def _left(connection: Connection, chosen: ColumnElement[bool]) -> list[tuple[str, int, int]]:
     """Count unfinished jobs by stage, and how many of them are root jobs that are not leased."""
-    roots = func.sum(case((and_(job.c.depth == 0, job.c.status != _LEASED), 1), else_=0))
+    roots = func.sum(case((and_(job.c.depth == 0, job.c.status != LEASED), 1), else_=0))
     rows = connection.execute(select(job.c.stage, func.count(), roots).where(chosen).group_by(job.c.stage))
     return [(stage, int(count), int(idle)) for stage, count, idle in rows]
 
@@ -196,4 +192,4 @@ def _pause(tx: Transaction, campaign_id: int, budget: Json) -> None:
 
 def _held() -> ColumnElement[bool]:
     """Select jobs that wait for neither parents nor time."""
-    return and_(job.c.status == _WAITING, job.c.parents_left == 0, job.c.not_before.is_(None))
+    return and_(job.c.status == WAITING, job.c.parents_left == 0, job.c.not_before.is_(None))

@@ -9,10 +9,11 @@ from sqlalchemy import ColumnElement, Connection, and_, case, exists, false, fun
 from sdpipeline.db import budgets, registry
 from sdpipeline.db.audit import Event, Transaction
 from sdpipeline.db.connection import now_s
+from sdpipeline.db.descendants import SKIPPED_COLUMNS, descendants, skip_descendants
 from sdpipeline.db.locks import lock_campaign
-from sdpipeline.db.queue import LEASED, READY, SKIPPED, WAITING, abandon_in, descendants, skip_descendants
+from sdpipeline.db.queue import abandon_campaign_attempts
 from sdpipeline.db.staging import POLICY
-from sdpipeline.db.tables import archive, campaign, image, job, job_parent
+from sdpipeline.db.tables import LEASED, READY, WAITING, archive, campaign, image, job, job_parent
 from sdpipeline.errors import BadInputError, Mistake
 
 _DEAD_ENDS = ("failed", "blocked", "skipped", "cancelled")
@@ -69,7 +70,7 @@ def reset(connection: Connection, chosen: ColumnElement[bool], *, campaign_id: i
     }
     ids = list(connection.execute(update(job).where(chosen).values(**start).returning(job.c.id)).scalars())
     if ids:
-        abandon_in(connection, campaign_id)
+        abandon_campaign_attempts(connection, campaign_id)
     return ids
 
 
@@ -99,7 +100,7 @@ def resolve_new_jobs(tx: Transaction, *, campaign_id: int) -> None:
         own = {"attempt": image.c.attempt, "finished_at": image.c.created_at}
         tx.connection.execute(kept.values(status="succeeded", parents_left=0, **own))
         blocked += registry.block(tx.connection, here)
-        lost = update(job).where(here, dead > 0).values(status="skipped", **SKIPPED).returning(job.c.id)
+        lost = update(job).where(here, dead > 0).values(status="skipped", **SKIPPED_COLUMNS).returning(job.c.id)
         skipped += tx.connection.execute(lost).scalars()
         held = and_(job.c.chain.is_not(None), job.c.depth == 0)
         status = case((unfinished > 0, "waiting"), (held, "waiting"), else_="ready")
@@ -120,7 +121,7 @@ def cancel(tx: Transaction, *, campaign_id: int, chosen: ColumnElement[bool] | N
     ended = {"status": "cancelled", "lease_id": null(), "not_before": null(), "finished_at": now_s()}
     rows = list(tx.connection.execute(update(job).where(mine).values(**ended).returning(job.c.id)).scalars())
     if rows:
-        abandon_in(tx.connection, campaign_id)
+        abandon_campaign_attempts(tx.connection, campaign_id)
         tx.record(Event.JOBS_CANCELLED, f"campaign:{campaign_id}", jobs=sorted(rows))
     return len(rows)
 

@@ -10,9 +10,10 @@ from sqlalchemy import Connection, Select, and_, case, delete, exists, func, or_
 from sdpipeline.db import job_control, queue
 from sdpipeline.db.audit import Event, Transaction
 from sdpipeline.db.connection import now_s
+from sdpipeline.db.descendants import descendants
 from sdpipeline.db.locks import lock_campaign
-from sdpipeline.db.queue import LEASED, MOST_REAPED, descendants, held_by_lease
-from sdpipeline.db.tables import attempt, campaign, found_picture, image, job, lease, worker
+from sdpipeline.db.queue import MAX_REAPED_LEASES, attempt_is_leased
+from sdpipeline.db.tables import LEASED, attempt, campaign, found_picture, image, job, lease, worker
 from sdpipeline.domain import Json
 from sdpipeline.storage.keys import picture_folder
 
@@ -64,8 +65,8 @@ def stale_leases(connection: Connection) -> list[StaleLease]:
 
 def reap(tx: Transaction, lease_ids: Sequence[str]) -> None:
     """Close these leases; their jobs are ready again."""
-    for start in range(0, len(lease_ids), MOST_REAPED):
-        queue.reap(tx, lease_ids=lease_ids[start : start + MOST_REAPED])
+    for start in range(0, len(lease_ids), MAX_REAPED_LEASES):
+        queue.reap(tx, lease_ids=lease_ids[start : start + MAX_REAPED_LEASES])
 
 
 def unfinished_folders(connection: Connection) -> list[Folder]:
@@ -139,7 +140,7 @@ def open_attempts(connection: Connection) -> list[tuple[int, str]]:
 
     Only a release before this one left such attempts open.
     """
-    lost = and_(attempt.c.outcome.is_(None), ~held_by_lease())
+    lost = and_(attempt.c.outcome.is_(None), ~attempt_is_leased())
     statement = select(attempt.c.job_id, attempt.c.lease_id).where(lost).order_by(attempt.c.job_id, attempt.c.lease_id)
     return [(job_id, lease_id) for job_id, lease_id in connection.execute(statement)]
 
@@ -149,7 +150,7 @@ def end_attempts(tx: Transaction) -> None:
     attempts = open_attempts(tx.connection)
     for start in range(0, len(attempts), PAGE):
         these = tuple_(attempt.c.job_id, attempt.c.lease_id).in_(attempts[start : start + PAGE])
-        lost = and_(these, attempt.c.outcome.is_(None), ~held_by_lease())
+        lost = and_(these, attempt.c.outcome.is_(None), ~attempt_is_leased())
         tx.connection.execute(update(attempt).where(lost).values(finished_at=now_s(), outcome="abandoned"))
 
 

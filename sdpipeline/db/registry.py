@@ -11,8 +11,9 @@ from sqlalchemy import ColumnElement, Connection, Select, and_, null, or_, selec
 
 from sdpipeline.db.audit import Event, Transaction
 from sdpipeline.db.connection import insert_ignoring, now_s
+from sdpipeline.db.descendants import skip_descendants
 from sdpipeline.db.locks import have_campaigns
-from sdpipeline.db.queue import abandon, skip_descendants
+from sdpipeline.db.queue import abandon_attempts
 from sdpipeline.db.tables import checkpoint, group_checkpoint, job, work_group
 from sdpipeline.domain import Json
 from sdpipeline.engine.checkpoints import CheckpointFiles
@@ -114,7 +115,7 @@ def block(connection: Connection, chosen: ColumnElement[bool]) -> list[int]:
     statement = update(job).where(*mine).values(**ended, **why).returning(job.c.id)
     blocked = list(connection.execute(statement).scalars())
     if blocked:
-        abandon(connection, _revoked_groups())
+        abandon_attempts(connection, _revoked_groups())
     return blocked
 
 

@@ -12,9 +12,10 @@ from sdpipeline.db import budgets, job_control, similar_images
 from sdpipeline.db.audit import Event, Transaction
 from sdpipeline.db.budgets import Charge
 from sdpipeline.db.connection import insert_ignoring, now_s
+from sdpipeline.db.descendants import descendants
 from sdpipeline.db.locks import lock_campaign
-from sdpipeline.db.queue import LEASED, commitment, descendants, told_of
-from sdpipeline.db.tables import campaign, found_picture, image, job
+from sdpipeline.db.queue import audited_fields, commitment
+from sdpipeline.db.tables import LEASED, campaign, found_picture, image, job
 from sdpipeline.domain import Json
 from sdpipeline.jobs import StoredImage
 
@@ -149,7 +150,7 @@ def _adopt(tx: Transaction, campaign_id: int, row: Any) -> None:
         identity=row.identity,
         commitment=commitment(row.salt, row.request),
         worker=row.worker_id,
-        image=told_of(_fields(stored), row.subject),
+        image=audited_fields(_fields(stored), row.subject),
         spent=spent,
         **about,
     )

@@ -36,7 +36,7 @@ from sqlalchemy import (
 
 from sdpipeline.batching import batch_document
 from sdpipeline.db.connection import copy_rows
-from sdpipeline.db.queue import descendants
+from sdpipeline.db.descendants import descendants
 from sdpipeline.db.tables import job
 from sdpipeline.domain import JobSpec, Json, canonical
 from sdpipeline.jobs import DeliveryRules

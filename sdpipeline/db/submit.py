@@ -28,8 +28,9 @@ from sqlalchemy import (
 from sdpipeline.db import budgets, job_control, registry, restore
 from sdpipeline.db.audit import Event, Transaction
 from sdpipeline.db.connection import insert_ignoring, now_s
+from sdpipeline.db.descendants import skip_descendants
 from sdpipeline.db.locks import lock_campaign
-from sdpipeline.db.queue import abandon_in, skip_descendants
+from sdpipeline.db.queue import abandon_campaign_attempts
 from sdpipeline.db.staging import (
     POLICY,
     Group,
@@ -295,7 +296,7 @@ def _block_known(connection: Connection, campaign_id: int) -> None:
     why = {"error_kind": incoming.c.error_kind, "error": incoming.c.error}
     ended = {"status": "blocked", "lease_id": null(), "not_before": null(), "finished_at": now_s()}
     connection.execute(update(job).where(these).values(**ended, **why))
-    abandon_in(connection, campaign_id)
+    abandon_campaign_attempts(connection, campaign_id)
 
 
 def _tell_blocked(tx: Transaction, campaign_id: int) -> None:

@@ -7,6 +7,7 @@ from sqlalchemy import (
     BigInteger,
     Boolean,
     Column,
+    ColumnElement,
     Double,
     ForeignKey,
     Identity,
@@ -18,8 +19,14 @@ from sqlalchemy import (
     Table,
     Text,
     UniqueConstraint,
+    literal_column,
     text,
 )
+
+READY: ColumnElement[str] = literal_column("'ready'")
+LEASED: ColumnElement[str] = literal_column("'leased'")
+WAITING: ColumnElement[str] = literal_column("'waiting'")
+"""Literals, because a bound value cannot match a partial index under a generic plan."""
 
 metadata = MetaData(
     naming_convention={

@@ -8,7 +8,8 @@ from sqlalchemy import Connection, insert, null, select, update
 
 from sdpipeline.db.audit import Event, Transaction
 from sdpipeline.db.connection import now_s
-from sdpipeline.db.queue import open_leases, release
+from sdpipeline.db.leasing import open_leases
+from sdpipeline.db.queue import release
 from sdpipeline.db.tables import worker
 from sdpipeline.domain import Json, digest
 

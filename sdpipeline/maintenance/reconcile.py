@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import secrets
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -23,6 +22,7 @@ from sdpipeline.domain import Json
 from sdpipeline.errors import Mistake, ObjectMissingError, SettingsError
 from sdpipeline.maintenance import restore as adopting
 from sdpipeline.maintenance.restore import SIDECAR, THREADS, Adoption
+from sdpipeline.provenance.record import control_maps_in
 from sdpipeline.storage import ObjectStore
 from sdpipeline.storage.keys import quarantine_folder, shared_stem
 
@@ -171,8 +171,8 @@ def _damage(store: ObjectStore, picture: Json) -> list[tuple[str, str, str]]:
     found: list[tuple[str, str, str]] = []
     _checked(store, picture["key"], picture["sha256"], found)
     sidecar = _checked(store, picture["sidecar_key"], picture["sidecar_sha256"], found)
-    for control_map in json.loads(sidecar).get("control_maps", ()) if sidecar is not None else ():
-        _checked(store, control_map["key"], control_map["sha256"], found)
+    for control_map in control_maps_in(sidecar) if sidecar is not None else ():
+        _checked(store, control_map.key, control_map.sha256, found)
     return found
 
 

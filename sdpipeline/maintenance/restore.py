@@ -18,13 +18,13 @@ from sdpipeline.db import archives, restore
 from sdpipeline.db import reconcile as rows
 from sdpipeline.db.audit import AuditLog
 from sdpipeline.db.restore import FoundPicture
-from sdpipeline.domain import Json, fingerprint, request_from_document
+from sdpipeline.domain import Json, fingerprint
 from sdpipeline.errors import InputImageError, ObjectMissingError
 from sdpipeline.jobs import StoredImage
 from sdpipeline.provenance import LARGEST_PICTURE
+from sdpipeline.provenance.record import SIDECAR_SCHEMAS, Record, Sidecar
 from sdpipeline.provenance.untrusted import SHAPE_ERRORS, parse_object
 from sdpipeline.storage import ObjectStore
-from sdpipeline.worker.picture_storage import SIDECAR_SCHEMA
 
 CHUNK = 500
 THREADS = 16
@@ -135,52 +135,54 @@ def examine(store: ObjectStore, sidecar_key: str) -> tuple[FoundPicture, frozens
     place = SIDECAR.fullmatch(sidecar_key)
     if place is None:
         raise InputImageError(f"{sidecar_key} is no sidecar's key")
-    sidecar = store.get(sidecar_key)
-    told = parse_object(sidecar)
-    about, record, reused = told["object"], told["record"], told.get("reused_from")
-    data = store.get(about["key"])
+    sidecar_bytes = store.get(sidecar_key)
+    sidecar = Sidecar.from_document(parse_object(sidecar_bytes))
+    record, image = Record.from_document(sidecar.record), sidecar.object
+    if sidecar.scores is None:
+        raise InputImageError(f"{sidecar_key} has no scores: an earlier release wrote it")
+    data = store.get(image.key)
     pixels = provenance.decode(data, max_pixels=LARGEST_PICTURE)
     stem = sidecar_key.rsplit(".", 2)[0]
     agree = (
-        told["schema"] == SIDECAR_SCHEMA
-        and about["key"].startswith(f"{stem}.")
-        and hashlib.sha256(data).hexdigest() == about["sha256"] == place["sha256"]
-        and provenance.pixels_sha256(pixels) == about["pixels_sha256"]
-        and provenance.read_record(data) == provenance.disclosed(record)
-        and fingerprint(request_from_document(record["asked"])) == record["fingerprint"] == place["fingerprint"]
-        and (bool(place["identity"]) == bool(reused))
+        sidecar.schema in SIDECAR_SCHEMAS
+        and image.key.startswith(f"{stem}.")
+        and hashlib.sha256(data).hexdigest() == image.sha256 == place["sha256"]
+        and provenance.pixels_sha256(pixels) == image.pixels_sha256
+        and provenance.read_record(data) == provenance.disclosed(sidecar.record)
+        and fingerprint(record.asked) == record.fingerprint == place["fingerprint"]
+        and (bool(place["identity"]) == bool(sidecar.reused_from))
     )
-    if not agree or not all(_has(store, each["key"], each["sha256"]) for each in told["control_maps"]):
-        raise InputImageError(f"{about['key']} and its sidecar do not agree")
+    if not agree or not all(_has(store, each.key, each.sha256) for each in sidecar.control_maps):
+        raise InputImageError(f"{image.key} and its sidecar do not agree")
     height, width = pixels.shape[:2]
     stored = StoredImage(
-        key=about["key"],
-        url=store.url(about["key"]),
-        sha256=about["sha256"],
-        pixels_sha256=about["pixels_sha256"],
+        key=image.key,
+        url=store.url(image.key),
+        sha256=image.sha256,
+        pixels_sha256=image.pixels_sha256,
         size_bytes=len(data),
-        version_id=about["version_id"],
+        version_id=image.version_id,
         width=width,
         height=height,
         sidecar_key=sidecar_key,
-        sidecar_sha256=hashlib.sha256(sidecar).hexdigest(),
-        gpu_seconds=0.0 if reused else told["timings"]["generate_s"],
-        timings=told["timings"],
-        reused_from=reused["key"] if reused else None,
-        scores=told["scores"],
+        sidecar_sha256=hashlib.sha256(sidecar_bytes).hexdigest(),
+        gpu_seconds=0.0 if sidecar.reused_from else sidecar.timings["generate_s"],
+        timings=dict(sidecar.timings),
+        reused_from=sidecar.reused_from.key if sidecar.reused_from else None,
+        scores=dict(sidecar.scores),
     )
     found = FoundPicture(
         team=place["team"],
         campaign=place["campaign"],
         stage=place["stage"],
         fingerprint=place["fingerprint"],
-        identity_start=place["identity"] or record["identity"][:16],
+        identity_start=place["identity"] or record.identity[:16],
         stored=stored,
-        attempt=told["attempt"],
-        worker_id=told["worker"],
-        made_at=record["made_at"],
+        attempt=sidecar.attempt,
+        worker_id=sidecar.worker,
+        made_at=record.made_at,
     )
-    return found, frozenset(each["key"] for each in record["inputs"].values() if "stage" in each)
+    return found, frozenset(each["key"] for each in record.inputs.values() if "stage" in each)
 
 
 def _has(store: ObjectStore, key: str, sha256: str) -> bool:

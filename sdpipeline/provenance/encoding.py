@@ -22,6 +22,7 @@ from sdpipeline.domain import Json, OutputFormat
 from sdpipeline.engine import Pixels
 from sdpipeline.errors import InputImageError, RequestRefusedError
 from sdpipeline.provenance import untrusted
+from sdpipeline.provenance.record import Encoder
 from sdpipeline.provenance.untrusted import ExcessiveError, UnreadableError
 
 # IPTC's terms for a picture made only by a trained generator, and for one with a photograph among its inputs.
@@ -80,7 +81,7 @@ def encode(pixels: Pixels, *, output: OutputFormat, record: Json, from_photograp
     return _described(data, output, pixels if _is_lossless(output) else decode(data, max_pixels=pixels.size))
 
 
-def encoder(output: OutputFormat) -> Json:
+def encoder(output: OutputFormat) -> Encoder:
     """Return the encoder's version and parameters for the record: the same encoder gives the same pixels again."""
     return {"library": f"pillow {PIL.__version__}", "parameters": _parameters(output)}
 

@@ -12,13 +12,12 @@ from sdpipeline.domain import GenerationRequest, Json, request_from_document
 from sdpipeline.engine import Batch, Engine, GenerationFailure, Pixels, PreparedRequest
 from sdpipeline.errors import BadInputError, InputImageError, Mistake
 from sdpipeline.provenance import LARGEST_PICTURE
+from sdpipeline.provenance.record import RECORD_SCHEMAS, Encoder
 from sdpipeline.provenance.untrusted import SHAPE_ERRORS
 
 MOST_STEPS = 10_000
 LARGEST_BUCKET = 1024
 """Limits on what an untrusted record may request from this machine."""
-
-RECORD_SCHEMAS = ("sdpipeline/record/1", "sdpipeline/record/2")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -164,11 +163,11 @@ def _setting(name: str, then: Json | str | None) -> Json:
     return {"setting": f"{SETTINGS[name]}={value}" if value else f"no {SETTINGS[name]}"}
 
 
-def _encoder_of(record: Json) -> Json:
+def _encoder_of(record: Json) -> Encoder:
     return provenance.encoder(request_from_document(record["asked"]).output)
 
 
-def _compared(ran: Json, encoder: Json) -> Json:
+def _compared(ran: Json, encoder: Encoder) -> Json:
     names = ("engine", "pipeline", "device", "dtype", "bucket", "calls", "scheduler", "fallbacks")
     profile = {f"profile.{name}": value for name, value in ran.get("profile", {}).items()}
     libraries = {f"libraries.{name}": version for name, version in ran.get("libraries", {}).items()}

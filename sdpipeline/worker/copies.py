@@ -14,6 +14,7 @@ from sdpipeline.domain import Json, canonical
 from sdpipeline.engine import quality
 from sdpipeline.errors import InputImageError
 from sdpipeline.jobs import LeasedJob, StoredImage
+from sdpipeline.provenance.record import ControlMap, ReusedFrom, Sidecar
 from sdpipeline.provenance.signing import SigningKey
 from sdpipeline.storage import ObjectStore, keys
 from sdpipeline.worker.finished_picture import Attempt, picture_folder
@@ -41,25 +42,26 @@ def copy_picture(
     if thresholds and not made.scores:
         raise InputImageError(f"{made.key} was never measured, and the campaign asks for {', '.join(thresholds)}")
     quality.check(made.scores, thresholds)
-    data, original_sidecar = verified(store, made.key, made.sha256), _sidecar_of(store, made)
-    if wrong := _unfit(leased, original_sidecar["record"], engine) or _unmarked(data, signing, trust_anchors):
+    data, document = verified(store, made.key, made.sha256), _sidecar_document(store, made)
+    if wrong := _unfit(leased, document["record"], engine) or _unmarked(data, signing, trust_anchors):
         raise InputImageError(f"{made.key} {wrong}")
     # Jobs of one stage that ask for the same picture share its folder; each has its own copy.
     folder = keys.copy_folder(picture_folder(leased), leased.identity)
     key = keys.moved_to(folder, made.key)
     stored = put_marked(store, key, data)
-    control_maps = _copy_control_maps(store, folder, original_sidecar["control_maps"])
     timings = {"generate_s": 0.0, "encode_s": 0.0}
-    own = {
-        "object": original_sidecar["object"] | {"key": key, "version_id": stored.version_id},
-        "control_maps": control_maps,
-        "timings": timings,
-        "attempt": attempt.number,
-        "worker": attempt.worker_id,
-        "reused_from": {"key": made.key, "sha256": made.sha256, "job": original.job_id}
-        | {"fingerprint": leased.fingerprint},
-    }
-    sidecar = canonical(original_sidecar | own)
+    copied = Sidecar.from_document(document)
+    own = replace(
+        copied,
+        object=replace(copied.object, key=key, version_id=stored.version_id),
+        control_maps=_copy_control_maps(store, folder, copied.control_maps),
+        timings=timings,
+        attempt=attempt.number,
+        worker=attempt.worker_id,
+        reused_from=ReusedFrom(key=made.key, sha256=made.sha256, job=original.job_id, fingerprint=leased.fingerprint),
+    )
+    # Fields that another release wrote stay.
+    sidecar = canonical(document | own.to_document())
     sidecar_key = keys.sidecar_key(keys.picture_stem(folder, made.sha256), attempt.lease_id)
     store.put(sidecar_key, sidecar, content_type="application/json")
     return replace(
@@ -75,18 +77,18 @@ def copy_picture(
     )
 
 
-def _copy_control_maps(store: ObjectStore, folder: str, made: Sequence[Json]) -> list[Json]:
-    kept = []
-    for about in made:
-        data, key = verified(store, about["key"], about["sha256"]), keys.moved_to(folder, about["key"])
+def _copy_control_maps(store: ObjectStore, folder: str, originals: Sequence[ControlMap]) -> tuple[ControlMap, ...]:
+    maps = []
+    for original in originals:
+        data, key = verified(store, original.key, original.sha256), keys.moved_to(folder, original.key)
         store.put(key, data, content_type=provenance.content_type(data))
-        kept.append(about | {"key": key})
-    return kept
+        maps.append(replace(original, key=key))
+    return tuple(maps)
 
 
-def _sidecar_of(store: ObjectStore, made: StoredImage) -> Json:
-    sidecar: Json = json.loads(verified(store, made.sidecar_key, made.sidecar_sha256))
-    return sidecar
+def _sidecar_document(store: ObjectStore, made: StoredImage) -> Json:
+    document: Json = json.loads(verified(store, made.sidecar_key, made.sidecar_sha256))
+    return document
 
 
 def _unmarked(data: bytes, signing: SigningKey, trust_anchors: str) -> str | None:

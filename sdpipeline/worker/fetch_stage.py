@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from sdpipeline.backoff import Backoff
-from sdpipeline.db import budgets, queries
+from sdpipeline.db import budgets, leasing, queries
 from sdpipeline.db import queue as jobs
 from sdpipeline.db.audit import AuditLog
 from sdpipeline.domain import CheckpointRef
@@ -45,7 +45,7 @@ class FetchStage:
     signing: SigningKey
     engine: Engine
     limits: WorkerLimits
-    cursor: jobs.Cursor
+    cursor: leasing.Cursor
     campaign_id: int | None
     until_idle: bool
     prefetch_weights: Callable[[CheckpointRef], None] | None
@@ -105,7 +105,7 @@ class FetchStage:
             budgets.admit(
                 tx, wave=limits.max_batch, gpu_second_cost=limits.gpu_second_cost, campaign_id=self.campaign_id
             )
-            return jobs.take_lease(
+            return leasing.take_lease(
                 tx,
                 worker_id=self.worker_id,
                 limit=limit,

@@ -9,16 +9,14 @@ from datetime import UTC, datetime
 
 from sdpipeline import provenance
 from sdpipeline.db.budgets import Charge
-from sdpipeline.domain import Json, OutputFormat, to_document
+from sdpipeline.domain import Json, OutputFormat
 from sdpipeline.engine import GeneratedImage, quality
 from sdpipeline.jobs import LeasedJob
 from sdpipeline.provenance import EncodedImage
+from sdpipeline.provenance.record import CONTROL_MAP_SCHEMA, RECORD_SCHEMA, Record
 from sdpipeline.provenance.signing import SigningKey
 from sdpipeline.storage import keys
 from sdpipeline.worker.inputs import Consumed
-
-RECORD_SCHEMA = "sdpipeline/record/2"
-CONTROL_MAP_SCHEMA = "sdpipeline/control-map/1"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -100,25 +98,24 @@ def record(request: DeliveryRequest) -> Json:
     Prompts are always included: the sidecar keeps them, whatever the file contains.
     """
     leased, consumed = request.leased, request.consumed
-    disclosure, ancestors = leased.rules.include_prompt, dict(consumed.ancestors)
-    optional: Json = {"include_prompt": disclosure} if disclosure != "full" else {}
-    optional |= {"ancestors": ancestors} if ancestors else {}
-    return optional | {
-        "schema": RECORD_SCHEMA,
-        "team": leased.team,
-        "campaign": leased.campaign,
-        "edition": leased.edition,
-        "stage": leased.stage,
-        "row": leased.row_key,
-        "seed": leased.seed,
-        "identity": leased.identity,
-        "fingerprint": leased.fingerprint,
-        "asked": to_document(leased.request),
-        "ran": request.generated.ran,
-        "inputs": dict(consumed.inputs),
-        "encoder": provenance.encoder(leased.request.output),
-        "made_at": datetime.now(UTC).isoformat(timespec="seconds"),
-    }
+    return Record(
+        schema=RECORD_SCHEMA,
+        team=leased.team,
+        campaign=leased.campaign,
+        edition=leased.edition,
+        stage=leased.stage,
+        row=leased.row_key,
+        seed=leased.seed,
+        identity=leased.identity,
+        fingerprint=leased.fingerprint,
+        asked=leased.request,
+        ran=request.generated.ran,
+        inputs=consumed.inputs,
+        encoder=provenance.encoder(leased.request.output),
+        made_at=datetime.now(UTC).isoformat(timespec="seconds"),
+        include_prompt=leased.rules.include_prompt,
+        ancestors=consumed.ancestors,
+    ).to_document()
 
 
 def picture_folder(leased: LeasedJob) -> str:

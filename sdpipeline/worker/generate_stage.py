@@ -9,9 +9,9 @@ from functools import partial
 from typing import TypeVar
 
 from sdpipeline.batching import bucket_for
-from sdpipeline.db import queue as jobs
+from sdpipeline.db import leasing
 from sdpipeline.db.connection import Database
-from sdpipeline.db.queue import AgingPolicy, LeaseState
+from sdpipeline.db.leasing import AgingPolicy, LeaseState
 from sdpipeline.engine import Batch, Engine, GenerationFailure
 from sdpipeline.errors import TransientError
 from sdpipeline.jobs import Lease
@@ -98,7 +98,7 @@ class GenerateStage:
 
     def _lease_state(self, lease: Lease) -> LeaseState:
         with self.database.read() as connection:
-            return jobs.lease_state(connection, lease.id)
+            return leasing.lease_state(connection, lease.id)
 
     def _put_back(self, work: LeaseWork) -> None:
         """Release a lease that was not begun; its attempts do not count."""
@@ -110,7 +110,7 @@ class GenerateStage:
         started = time.perf_counter()
         batch = Batch(requests=work.requests, bucket=bucket_for(len(work.requests)))
         self.on_device, group_id = work.lease, work.lease.group_id
-        self.aging.begun(time.monotonic() - work.leased_at)
+        self.aging.record_lead(time.monotonic() - work.leased_at)
         with self.watchdog.batch(self.timings.allowed_s(group_id)):
             results = self.engine.generate(batch)
             work.results = filter_results(self.engine, [leased.rules for leased in work.jobs], results)

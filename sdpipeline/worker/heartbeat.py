@@ -9,8 +9,7 @@ from dataclasses import dataclass
 
 import structlog
 
-from sdpipeline.db import queue as jobs
-from sdpipeline.db import workers
+from sdpipeline.db import leasing, workers
 from sdpipeline.db.connection import Database
 from sdpipeline.errors import DatabaseUnavailableError
 from sdpipeline.worker.circuit_breaker import CircuitBreaker
@@ -70,7 +69,7 @@ class Heartbeat:
         """Extend the leases that are still open, and return their ids."""
         with self.database.write() as connection:
             workers.seen(connection, self.worker_id)
-            return jobs.heartbeat(connection, lease_ids, ttl_s=self.lease_ttl_s)
+            return leasing.heartbeat(connection, lease_ids, ttl_s=self.lease_ttl_s)
 
     def _note_silence(self) -> None:
         """Note for ``status`` that the delivery process does not answer; clear the note when it does."""

@@ -15,6 +15,7 @@ from sdpipeline.engine import Pixels, PreparedRequest
 from sdpipeline.errors import InputImageError, ObjectConflictError, ObjectMissingError
 from sdpipeline.jobs import LeasedJob, ParentImage
 from sdpipeline.provenance import GENERATED, Ingredient
+from sdpipeline.provenance.record import RecordedInput
 from sdpipeline.provenance.signing import SigningKey
 from sdpipeline.storage import ForeignObjects, ObjectStore
 from sdpipeline.storage.keys import input_key
@@ -29,7 +30,7 @@ class Consumed:
     is True if the edited picture was not entirely made by a generator.
     """
 
-    inputs: Mapping[str, Json] = field(default_factory=dict)
+    inputs: Mapping[str, RecordedInput] = field(default_factory=dict)
     ancestors: Mapping[str, Json] = field(default_factory=dict)
     ingredients: Sequence[Ingredient] = ()
     edits: bool = False
@@ -52,7 +53,7 @@ def fetch(
     damaged that no picture naming it could be signed. Both are found before the device is used.
     """
     images: dict[str, Pixels] = {}
-    inputs: dict[str, Json] = {}
+    inputs: dict[str, RecordedInput] = {}
     ancestors: dict[str, Json] = {}
     ingredients: list[Ingredient] = []
     for role, source in leased.request.sources().items():
@@ -71,7 +72,7 @@ def fetch(
     return Fetched(prepared=PreparedRequest(request=leased.request, images=images), consumed=consumed)
 
 
-def pinned(foreign: ForeignObjects, about: Json) -> bytes:
+def pinned(foreign: ForeignObjects, about: Mapping[str, Any]) -> bytes:
     """Read the object that a record's ``url``, ``version`` and ``sha256`` name; raises InputImageError if it has
     changed."""
     url, fix = about["url"], "put it back, or submit it again"
@@ -106,13 +107,18 @@ def _parent(leased: LeasedJob, source: ImageSource) -> ParentImage | None:
     return found
 
 
-def _about(source: ImageSource, parent: ParentImage | None) -> Json:
+def _about(source: ImageSource, parent: ParentImage | None) -> RecordedInput:
     if source.url is not None:
         return {"url": source.url, "version": source.version, "sha256": source.digest}
     if parent is None:
         return {"key": input_key(source.digest), "sha256": source.digest}
-    about: dict[str, Any] = {"stage": parent.stage, "key": parent.key, "sha256": parent.sha256}
-    return about | {"pixels_sha256": parent.pixels_sha256, "fingerprint": parent.fingerprint}
+    return {
+        "stage": parent.stage,
+        "key": parent.key,
+        "sha256": parent.sha256,
+        "pixels_sha256": parent.pixels_sha256,
+        "fingerprint": parent.fingerprint,
+    }
 
 
 def _records(store: ObjectStore, parent: ParentImage, data: bytes) -> dict[str, Json]:

@@ -9,6 +9,7 @@ from functools import partial
 
 import structlog
 
+from sdpipeline.db import leasing
 from sdpipeline.db import queue as jobs
 from sdpipeline.db.audit import AuditLog
 from sdpipeline.db.budgets import Charge
@@ -116,7 +117,7 @@ class Outcomes:
 
         def close() -> None:
             with self._audit.database.write() as connection:
-                jobs.close_lease(connection, lease.id)
+                leasing.close_lease(connection, lease.id)
 
         self._outages.wait_for_database(close)
         self._held.remove(lease)

@@ -6,7 +6,6 @@ import hashlib
 import time
 
 from sdpipeline import provenance
-from sdpipeline.domain import Json, canonical
 from sdpipeline.errors import (
     InputImageError,
     MarksLostError,
@@ -16,10 +15,9 @@ from sdpipeline.errors import (
 )
 from sdpipeline.jobs import StoredImage
 from sdpipeline.provenance import LARGEST_PICTURE
+from sdpipeline.provenance.record import SIDECAR_SCHEMA, ControlMap, PictureObject, Sidecar
 from sdpipeline.storage import ObjectStore, StoredObject, keys
 from sdpipeline.worker.finished_picture import FinishedPicture
-
-SIDECAR_SCHEMA = "sdpipeline/sidecar/1"
 
 
 def store_picture(store: ObjectStore, picture: FinishedPicture) -> StoredImage:
@@ -35,19 +33,22 @@ def store_picture(store: ObjectStore, picture: FinishedPicture) -> StoredImage:
     key = keys.picture_key(stem, encoded.extension)
     stored = put_marked(store, key, encoded.data)
     control_maps = _store_control_maps(store, stem, picture)
-    about = {"key": key, "sha256": stored.sha256, "size_bytes": stored.size_bytes, "version_id": stored.version_id}
-    sidecar = canonical(
-        {
-            "schema": SIDECAR_SCHEMA,
-            "record": picture.record,
-            "object": about | {"pixels_sha256": encoded.pixels_sha256},
-            "control_maps": control_maps,
-            "scores": picture.scores,
-            "timings": picture.timings,
-            "attempt": attempt.number,
-            "worker": attempt.worker_id,
-        }
-    )
+    sidecar = Sidecar(
+        schema=SIDECAR_SCHEMA,
+        record=picture.record,
+        object=PictureObject(
+            key=key,
+            sha256=stored.sha256,
+            size_bytes=stored.size_bytes,
+            version_id=stored.version_id,
+            pixels_sha256=encoded.pixels_sha256,
+        ),
+        control_maps=control_maps,
+        scores=picture.scores,
+        timings=picture.timings,
+        attempt=attempt.number,
+        worker=attempt.worker_id,
+    ).to_bytes()
     # One sidecar per attempt: a second attempt may produce the same bytes, but with other timings.
     sidecar_key = keys.sidecar_key(stem, attempt.lease_id)
     store.put(sidecar_key, sidecar, content_type="application/json")
@@ -100,10 +101,10 @@ def _refuse_unmarked(store: ObjectStore, key: str) -> None:
         )
 
 
-def _store_control_maps(store: ObjectStore, stem: str, picture: FinishedPicture) -> list[Json]:
+def _store_control_maps(store: ObjectStore, stem: str, picture: FinishedPicture) -> tuple[ControlMap, ...]:
     """Store the control maps next to the picture."""
     maps = []
     for n, (annotator, encoded) in enumerate(picture.control_maps):
         stored = put_marked(store, keys.control_map_key(stem, n), encoded.data)
-        maps.append({"key": stored.key, "sha256": stored.sha256, "annotator": annotator})
-    return maps
+        maps.append(ControlMap(key=stored.key, sha256=stored.sha256, annotator=annotator))
+    return tuple(maps)

@@ -11,7 +11,7 @@ import structlog
 
 from sdpipeline.db import queue as jobs
 from sdpipeline.db.audit import AuditLog
-from sdpipeline.db.queue import AgingPolicy
+from sdpipeline.db.leasing import AgingPolicy, Cursor
 from sdpipeline.domain import CheckpointRef
 from sdpipeline.engine import Engine
 from sdpipeline.errors import DatabaseUnavailableError
@@ -164,7 +164,7 @@ class WorkerRun:
             signing=worker.signing,
             engine=worker.engine,
             limits=limits,
-            cursor=jobs.Cursor(worker.aging),
+            cursor=Cursor(worker.aging),
             campaign_id=campaign_id,
             until_idle=until_idle,
             prefetch_weights=worker.prefetch_weights,

@@ -15,8 +15,8 @@ import pytest
 from sdpipeline.batching import batch_key, bucket_for
 from sdpipeline.db.audit import AuditLog
 from sdpipeline.db.connection import Database, open_database
+from sdpipeline.db.leasing import AgingPolicy
 from sdpipeline.db.migrate import upgrade
-from sdpipeline.db.queue import AgingPolicy
 from sdpipeline.domain import CheckpointRef, JobSpec
 from sdpipeline.engine import Batch, GeneratedImage, GenerationFailure, PreparedRequest
 from sdpipeline.engine.fake import FakeEngine

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 from sqlalchemy import event, text
 
-from sdpipeline.db import budgets, queue
+from sdpipeline.db import budgets, leasing, queue
 from sdpipeline.db.audit import AuditLog, Event, Transaction
 from sdpipeline.db.connection import Database, open_database
 from sdpipeline.engine import Batch, GeneratedImage, GenerationFailure
@@ -174,24 +174,24 @@ def test_what_each_transition_costs_the_server(server: PostgresServer) -> None:
     leases: list[Lease] = []
     costs: dict[str, tuple[float, float, float]] = {}
     charge = budgets.Charge(worker_id="bench", gpu_seconds=1.0, cost=0.0)
-    cursor = queue.Cursor()
+    cursor = leasing.Cursor()
 
     def lease() -> None:
         with log.transaction() as tx:
             queue.reap(tx)
             queue.promote(tx.connection)
             budgets.admit(tx, wave=BATCH, gpu_second_cost=0.0)
-            taken = queue.take_lease(tx, worker_id="bench", limit=BATCH, ttl_s=LEASE_TTL_S, cursor=cursor)
+            taken = leasing.take_lease(tx, worker_id="bench", limit=BATCH, ttl_s=LEASE_TTL_S, cursor=cursor)
         assert taken is not None
         leases.append(taken)
 
     def heartbeat() -> None:
         with database.write() as connection:
-            queue.heartbeat(connection, [leases[0].id], ttl_s=LEASE_TTL_S)
+            leasing.heartbeat(connection, [leases[0].id], ttl_s=LEASE_TTL_S)
 
     def look() -> None:
         with database.read() as connection:
-            queue.lease_state(connection, leases[0].id)
+            leasing.lease_state(connection, leases[0].id)
 
     def complete(each: Lease, job: LeasedJob) -> None:
         with log.transaction() as tx:
@@ -199,7 +199,7 @@ def test_what_each_transition_costs_the_server(server: PostgresServer) -> None:
 
     def close(each: Lease) -> None:
         with database.write() as connection:
-            queue.close_lease(connection, each.id)
+            leasing.close_lease(connection, each.id)
 
     costs["lease of 8"] = _cost(server, database, [lease] * LEASES)
     costs["heartbeat"] = _cost(server, database, [heartbeat] * LEASES * BATCH)

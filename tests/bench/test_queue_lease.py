@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from sqlalchemy import Connection, event, text
 
-from sdpipeline.db import queue
+from sdpipeline.db import leasing
 from sdpipeline.db.audit import AuditLog
 from sdpipeline.db.connection import Database, open_database
 from sdpipeline.db.migrate import upgrade
@@ -81,7 +81,7 @@ def cost(database: Database, **options: Any) -> tuple[int, float]:
     event.listen(database.writer, "before_cursor_execute", explain)
     try:
         with suppress(_RolledBackError), audit.transaction() as tx:
-            lease = queue.take_lease(tx, worker_id="bench", limit=BATCH, ttl_s=60.0, **options)
+            lease = leasing.take_lease(tx, worker_id="bench", limit=BATCH, ttl_s=60.0, **options)
             assert lease is not None
             assert len(lease.jobs) == BATCH
             tx.flush()
@@ -129,7 +129,7 @@ def test_a_lease_costs_the_same_beside_dead_entries_that_a_snapshot_holds(postgr
                     )
                 )
             blind = cost(database)
-            cursor = queue.Cursor()
+            cursor = leasing.Cursor()
             # What five groups' leases would have left behind.
             with database.read() as connection:
                 firsts = connection.execute(

@@ -14,7 +14,7 @@ from sqlalchemy import Connection, Table, delete, select, update
 from sqlalchemy.event import listen, remove
 
 from sdpipeline.audit import Fault, SealKey, load_key, seal, verify
-from sdpipeline.db import job_control, queue, workers
+from sdpipeline.db import job_control, leasing, queue, workers
 from sdpipeline.db.audit import GENESIS, AuditLog, Event
 from sdpipeline.db.connection import Database
 from sdpipeline.db.tables import audit_event, audit_seal, audit_seal_range, image, job
@@ -127,7 +127,7 @@ def test_a_rollback_leaves_no_event_and_the_chain_goes_on(audit: AuditLog, datab
 
     def interrupted() -> None:
         with audit.transaction() as tx:
-            queue.take_lease(tx, worker_id="w", limit=1, ttl_s=60)
+            leasing.take_lease(tx, worker_id="w", limit=1, ttl_s=60)
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):

@@ -13,7 +13,7 @@ from PIL import Image
 from sdpipeline import cli
 from sdpipeline.bench.random_weights import build
 from sdpipeline.bench.shapes import NAMES, shape
-from sdpipeline.db import queue
+from sdpipeline.db import leasing
 from sdpipeline.db.audit import AuditLog
 from sdpipeline.db.connection import open_database
 from sdpipeline.db.migrate import upgrade
@@ -94,7 +94,7 @@ def test_the_scratch_database_shares_nothing_and_is_dropped(postgres_url: str) -
         campaign_id = published(there, chains(5)).campaign_id
         assert campaign_id > 1_000_000_000  # no advisory lock of a campaign here is one of a campaign there
         with there.transaction() as tx:
-            assert len(queue.take_lease(tx, worker_id="bench", limit=8, ttl_s=60.0).jobs) == 5  # type: ignore[union-attr]
+            assert len(leasing.take_lease(tx, worker_id="bench", limit=8, ttl_s=60.0).jobs) == 5  # type: ignore[union-attr]
         assert statuses(live) == ["ready"] * 2
         with scratch_database(postgres_url):  # which drops what is abandoned, and this is not
             assert statuses(scratch) == ["leased"] * 5

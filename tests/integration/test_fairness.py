@@ -12,7 +12,7 @@ from sqlalchemy import update
 from sdpipeline.db import tables
 from sdpipeline.db.audit import AuditLog
 from sdpipeline.db.connection import Database
-from sdpipeline.db.queue import AgingPolicy, Cursor
+from sdpipeline.db.leasing import AgingPolicy, Cursor
 from sdpipeline.domain import CheckpointRef
 from sdpipeline.jobs import Lease
 from tests.factories import CHECKPOINT, chains, completed, leased, published, try_lease
@@ -93,12 +93,12 @@ def test_a_checkpoint_is_leased_so_much_sooner_as_its_batch_begins_later(audit: 
 
 
 def test_several_that_wait_are_let_go_first_by_turns_and_never_before_half_of_the_bound() -> None:
-    assert AgingPolicy(100.0, lead_s=5.0, others=3).due_after_s == 70.0
-    assert AgingPolicy(100.0, lead_s=50.0, others=3).due_after_s == 50.0
-    patience = AgingPolicy(100.0)
+    assert AgingPolicy(100.0, lead_s=5.0, waiting_checkpoints=3).overdue_after_s == 70.0
+    assert AgingPolicy(100.0, lead_s=50.0, waiting_checkpoints=3).overdue_after_s == 50.0
+    aging = AgingPolicy(100.0)
     for after_s in (10.0, 1.0, 1.0):
-        patience.begun(after_s)
-    assert 6.0 < patience.lead_s < 7.0
+        aging.record_lead(after_s)
+    assert 6.0 < aging.lead_s < 7.0
 
 
 def test_equal_campaigns_with_one_checkpoint_take_turns(audit: AuditLog, database: Database) -> None:

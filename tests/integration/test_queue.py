@@ -7,7 +7,7 @@ import threading
 import pytest
 from sqlalchemy import func, select, update
 
-from sdpipeline.db import job_control, queue, tables, workers
+from sdpipeline.db import job_control, leasing, queue, tables, workers
 from sdpipeline.db.audit import AuditLog
 from sdpipeline.db.connection import Database
 from sdpipeline.domain import CheckpointRef, Status
@@ -113,23 +113,24 @@ def test_a_cursor_goes_on_where_it_was_and_looks_back_when_there_is_no_full_batc
     audit: AuditLog, database: Database
 ) -> None:
     published(audit, chains(5))
-    cursor = queue.Cursor()
+    cursor = leasing.Cursor()
     returned = leased(audit, limit=2, cursor=cursor)
     with audit.transaction() as tx:
         queue.release(tx, lease_id=returned.id)
     assert ids(leased(audit, limit=2, cursor=cursor)) == [3, 4]
-    cursor.since, cursor.took_s = cursor.since - queue.SHORT_HINT_S, 0.0  # it took long on a busy machine
+    cursor.scanned_at -= leasing.PARTIAL_BATCH_CURSOR_TTL_S
+    cursor.scan_s = 0.0  # it took long on a busy machine
     assert ids(leased(audit, limit=2, cursor=cursor)) == [1, 2]
     assert ids(try_lease(audit, limit=2, cursor=cursor)) == [5]
 
 
 def test_a_cursor_is_forgotten_in_time_whatever_it_finds(audit: AuditLog, database: Database) -> None:
     published(audit, chains(9))
-    cursor = queue.Cursor()
+    cursor = leasing.Cursor()
     returned = leased(audit, limit=2, cursor=cursor)
     with audit.transaction() as tx:
         queue.release(tx, lease_id=returned.id)
-    cursor.since -= queue.LONGEST_HINT_S
+    cursor.scanned_at -= leasing.CURSOR_TTL_S
     assert ids(leased(audit, limit=2, cursor=cursor)) == [1, 2]
 
 
@@ -191,7 +192,7 @@ def test_a_lease_with_a_job_nobody_accounted_for_stays_open_until_it_expires(
     lease = leased(audit)
     failed(audit, lease, lease.jobs[0])
     with database.write() as connection:
-        queue.close_lease(connection, lease.id)
+        leasing.close_lease(connection, lease.id)
     assert expired(audit, lease) == 1
     assert statuses(database) == ["failed", "ready"]
 
@@ -204,7 +205,7 @@ def test_a_heartbeat_extends_open_leases_and_names_them(audit: AuditLog, databas
     kept, lost = leased(audit, limit=1, ttl_s=1.0), leased(audit, limit=1, ttl_s=1.0)
     expired(audit, lost)
     with database.write() as connection:
-        assert queue.heartbeat(connection, [kept.id, lost.id], ttl_s=1000.0) == {kept.id}
+        assert leasing.heartbeat(connection, [kept.id, lost.id], ttl_s=1000.0) == {kept.id}
     with database.read() as connection:
         extended = select(tables.lease.c.expires_at - tables.lease.c.created_at).where(tables.lease.c.id == kept.id)
         assert connection.execute(extended).scalar_one() > 900
@@ -285,9 +286,9 @@ def test_only_leases_whose_time_is_over_are_reaped(audit: AuditLog, database: Da
 
 
 def test_more_lost_leases_than_one_call_reaps_are_reaped_by_the_next(audit: AuditLog, database: Database) -> None:
-    published(audit, chains(queue.MOST_REAPED + 5))
-    leases = [leased(audit, limit=1) for _ in range(queue.MOST_REAPED + 5)]
-    assert expired(audit, *leases) == queue.MOST_REAPED
+    published(audit, chains(queue.MAX_REAPED_LEASES + 5))
+    leases = [leased(audit, limit=1) for _ in range(queue.MAX_REAPED_LEASES + 5)]
+    assert expired(audit, *leases) == queue.MAX_REAPED_LEASES
     with audit.transaction() as tx:
         assert queue.reap(tx) == 5
     assert set(statuses(database)) == {"ready"}
@@ -403,7 +404,7 @@ def test_a_job_someone_is_changing_is_promoted_later(audit: AuditLog, database: 
 
 def test_a_lease_asks_the_database_through_the_index_of_ready_jobs(audit: AuditLog, database: Database) -> None:
     published(audit, chains(50))
-    statement = queue.pick(1, 8, alone=False, after=(100, 7))
+    statement = leasing.next_ready_jobs(1, 8, alone=False, after=(100, 7))
     with database.write() as connection:
         sql = str(statement.compile(database.writer, compile_kwargs={"literal_binds": True}))
         if database.is_sqlite:

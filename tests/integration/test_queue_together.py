@@ -11,7 +11,7 @@ from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 import pytest
 from sqlalchemy import select
 
-from sdpipeline.db import job_control, queue, reconcile, registry, tables
+from sdpipeline.db import job_control, leasing, queue, reconcile, registry, tables
 from sdpipeline.db.audit import AuditLog
 from sdpipeline.db.connection import Database, open_database
 from sdpipeline.db.locks import lock_campaign
@@ -153,7 +153,7 @@ def test_jobs_taken_from_a_lease_that_commits_meanwhile_leave_no_attempt_open(
         registry.add(tx, checkpoint_files("shapes", digest=CHECKPOINT.digest), Approval(approved_by="user:test"))
     with ThreadPoolExecutor(1) as pool:
         with audit.transaction() as tx:
-            lease = queue.take_lease(tx, worker_id="worker-1", limit=8, ttl_s=60.0)
+            lease = leasing.take_lease(tx, worker_id="worker-1", limit=8, ttl_s=60.0)
             assert lease is not None
             running = pool.submit(take, AuditLog(database, actor="user:other"), campaign_id)
             wait_for(lambda: _waiting_for_a_lock(database))
