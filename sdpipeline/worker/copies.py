@@ -42,15 +42,15 @@ def copy_picture(
     if thresholds and not made.scores:
         raise InputImageError(f"{made.key} was never measured, and the campaign asks for {', '.join(thresholds)}")
     quality.check(made.scores, thresholds)
-    data, document = verified(store, made.key, made.sha256), _sidecar_document(store, made)
-    if wrong := _unfit(leased, document["record"], engine) or _unmarked(data, signing, trust_anchors):
+    data, original_sidecar = verified(store, made.key, made.sha256), _sidecar_of(store, made)
+    if wrong := _unfit(leased, original_sidecar["record"], engine) or _unmarked(data, signing, trust_anchors):
         raise InputImageError(f"{made.key} {wrong}")
     # Jobs of one stage that ask for the same picture share its folder; each has its own copy.
     folder = keys.copy_folder(picture_folder(leased), leased.identity)
     key = keys.moved_to(folder, made.key)
     stored = put_marked(store, key, data)
     timings = {"generate_s": 0.0, "encode_s": 0.0}
-    copied = Sidecar.from_document(document)
+    copied = Sidecar.from_document(original_sidecar)
     own = replace(
         copied,
         object=replace(copied.object, key=key, version_id=stored.version_id),
@@ -61,7 +61,7 @@ def copy_picture(
         reused_from=ReusedFrom(key=made.key, sha256=made.sha256, job=original.job_id, fingerprint=leased.fingerprint),
     )
     # Fields that another release wrote stay.
-    sidecar = canonical(document | own.to_document())
+    sidecar = canonical(original_sidecar | own.to_document())
     sidecar_key = keys.sidecar_key(keys.picture_stem(folder, made.sha256), attempt.lease_id)
     store.put(sidecar_key, sidecar, content_type="application/json")
     return replace(
@@ -78,17 +78,17 @@ def copy_picture(
 
 
 def _copy_control_maps(store: ObjectStore, folder: str, originals: Sequence[ControlMap]) -> tuple[ControlMap, ...]:
-    maps = []
+    kept = []
     for original in originals:
         data, key = verified(store, original.key, original.sha256), keys.moved_to(folder, original.key)
         store.put(key, data, content_type=provenance.content_type(data))
-        maps.append(replace(original, key=key))
-    return tuple(maps)
+        kept.append(replace(original, key=key))
+    return tuple(kept)
 
 
-def _sidecar_document(store: ObjectStore, made: StoredImage) -> Json:
-    document: Json = json.loads(verified(store, made.sidecar_key, made.sidecar_sha256))
-    return document
+def _sidecar_of(store: ObjectStore, made: StoredImage) -> Json:
+    sidecar: Json = json.loads(verified(store, made.sidecar_key, made.sidecar_sha256))
+    return sidecar
 
 
 def _unmarked(data: bytes, signing: SigningKey, trust_anchors: str) -> str | None:
