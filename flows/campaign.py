@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +23,10 @@ def campaign(request: CampaignRequest = EVERYTHING) -> State[Any]:
 def campaign_here(name: str, home: str | None = None) -> State[Any]:
     """Start one worker per device for a submitted campaign, supervise them, and show progress, pictures and
     failures."""
-    from sdpipeline.app import services
+    from sdpipeline.app.services import load_settings, open_services
     from sdpipeline.flows.gpu_worker import gpu_worker
     from sdpipeline.orchestration import campaign_run
 
-    settings = services.load_settings(Path(home) if home else None)
-    return campaign_run.work_off(settings, name, campaign_run.here(settings, name, worker_flow=gpu_worker))
+    settings = load_settings(Path(home) if home else None)
+    with open_services(settings, until=threading.Event()) as services:
+        return campaign_run.work_off(services, name, campaign_run.here(services, name, worker_flow=gpu_worker))

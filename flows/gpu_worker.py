@@ -13,7 +13,7 @@ def lease_and_work(
     campaign: str | None = None, home: str | None = None, device: str | None = None, log_file: str | None = None
 ) -> None:
     """Lease and run batches of one campaign, or of all, until nothing is left. Each picture is committed on its own."""
-    from sdpipeline.app import services
+    from sdpipeline.app.workers import open_worker
     from sdpipeline.orchestration import flow_settings, worker_process
     from sdpipeline.shutdown import Stop
 
@@ -28,7 +28,7 @@ def lease_and_work(
             chunks.wait()
 
         with (
-            services.open_worker(settings, device=device, stop=stop) as worker,
+            open_worker(settings, device=device, stop=stop) as worker,
             worker_process.in_chunks(partial(worker.run, campaign=campaign, stop=stop), stop) as chunks,
         ):
             chunks.tell(chunk)

@@ -13,49 +13,60 @@ from pydantic import Field
 def reclaim() -> State[Any]:
     """Make jobs of dead workers ready again, even when no worker is running that would notice."""
     from sdpipeline.app import maintenance as upkeep
+    from sdpipeline.app.services import open_services
     from sdpipeline.orchestration import flow_settings, maintenance
 
-    return maintenance.reclaimed(upkeep.reclaim(flow_settings.load()))
+    with open_services(flow_settings.load(), create=False) as services:
+        return maintenance.reclaimed(upkeep.reclaim(services))
 
 
 @flow(name="seal", persist_result=False)
 def seal() -> State[Any]:
     """Seal the new events of the audit log, or check that the process with the seal key has sealed them."""
-    from sdpipeline.app import services
+    from sdpipeline.app.sealing import seal_or_wait
+    from sdpipeline.app.services import open_services
     from sdpipeline.orchestration import flow_settings, maintenance
 
-    return maintenance.sealed(services.seal_or_wait(flow_settings.load()))
+    with open_services(flow_settings.load()) as services:
+        return maintenance.sealed(seal_or_wait(services))
 
 
 @flow(name="reconcile", persist_result=False)
 def reconcile(
     *,
-    repair: Annotated[bool, Field(description="put it right; objects are moved, never deleted")] = False,
+    repair: Annotated[bool, Field(description="repair the findings; objects are moved, never deleted")] = False,
 ) -> State[Any]:
     """Compare the database with storage, and find what a crash or a restored backup left behind."""
     from sdpipeline.app import maintenance as upkeep
+    from sdpipeline.app.services import open_services
     from sdpipeline.orchestration import flow_settings, maintenance
 
-    return maintenance.reconciled(upkeep.reconcile(flow_settings.load(), repair=repair))
+    with open_services(flow_settings.load(), create=False) as services:
+        return maintenance.reconciled(upkeep.reconcile(services, repair=repair))
 
 
 @flow(name="retention", persist_result=False)
 def retention(*, dry_run: Annotated[bool, Field(description="only count; change nothing")] = False) -> State[Any]:
     """Delete and archive the data that the retention settings say is due."""
     from sdpipeline.app import maintenance as upkeep
+    from sdpipeline.app.services import open_services
     from sdpipeline.orchestration import flow_settings, maintenance
 
-    return maintenance.forgotten(upkeep.forget(flow_settings.load(), dry_run=dry_run))
+    with open_services(flow_settings.load(), create=False) as services:
+        return maintenance.forgotten(upkeep.forget(services, dry_run=dry_run))
 
 
 @flow(name="audit-verify", persist_result=False)
 def audit_verify(
     sample: Annotated[
-        NonNegativeInteger | None, Field(description="read only so many pictures, chosen at random; default all")
+        NonNegativeInteger | None,
+        Field(description="check only this number of pictures, chosen at random; default: all"),
     ] = None,
 ) -> State[Any]:
     """Check every event, seal, job row and picture against each other."""
     from sdpipeline.app import maintenance as upkeep
+    from sdpipeline.app.services import open_services
     from sdpipeline.orchestration import flow_settings, maintenance
 
-    return maintenance.verified(upkeep.verify(flow_settings.load(), sample=sample))
+    with open_services(flow_settings.load(), create=False) as services:
+        return maintenance.verified(upkeep.verify(services, sample=sample))

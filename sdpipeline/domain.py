@@ -13,10 +13,10 @@ from enum import StrEnum
 from functools import cache
 from typing import Any, Literal
 
-Reproducibility = Literal["strict", "tolerant", "fast"]
+Reproducibility = Literal["strict", "tolerant"]
 """How exactly a picture must be reproducible. ``strict``: alone in its batch, in float32, by deterministic algorithms,
 and failed rather than made by a fallback. ``tolerant``: in the deployment's dtype and batches; fallbacks are taken and
-recorded. ``fast``: optimisations with small differences in the result are allowed."""
+recorded. Requests that earlier releases stored may hold ``fast``, which runs as ``tolerant``."""
 
 Profile = Literal["exact", "fast", "turbo"]
 """Trade-off for speed. ``exact``: none. The others compute the steps of several pictures together and skip some of the

@@ -37,11 +37,11 @@ def users_umask() -> Iterator[None]:
     if users is None:
         yield
         return
-    ours = os.umask(users)
+    before = os.umask(users)
     try:
         yield
     finally:
-        os.umask(ours)
+        os.umask(before)
 
 
 def keep_private() -> None:

@@ -1,4 +1,4 @@
-"""Shutdown of a process by signals: gracefully at the first signal, immediately at the second."""
+"""Signals of a process: shutdown gracefully at the first one and immediately at the second; deferring and masking."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from typing import NoReturn
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
+SIGTERM_EXIT_CODE = 143
 GIVING_BACK_S = 5.0
 """How long a process that leaves at once waits for its leases to be released, before it leaves anyway."""
 
@@ -58,6 +59,47 @@ def handle_signals(*numbers: int) -> Iterator[Stop]:
         os.close(write_end)
         listener.join()
         os.close(read_end)
+
+
+@contextmanager
+def exit_on_sigterm() -> Iterator[None]:
+    """Turn SIGTERM into SystemExit inside the block, so that it unwinds like Ctrl-C; without effect outside of the
+    main thread."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def leave_with_code(*_: object) -> NoReturn:
+        raise SystemExit(SIGTERM_EXIT_CODE)
+
+    before = signal.signal(signal.SIGTERM, leave_with_code)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+@contextmanager
+def deferred(number: signal.Signals) -> Iterator[None]:
+    """Defer a signal to the end of the block. Python runs handlers in this thread, whichever thread gets the signal."""
+    came: list[int] = []
+    before = signal.signal(number, lambda received, _frame: came.append(received))
+    try:
+        yield
+    finally:
+        signal.signal(number, before)
+        if came:
+            signal.raise_signal(number)
+
+
+@contextmanager
+def masked(number: signal.Signals) -> Iterator[None]:
+    """Block a signal in this thread; processes and threads that start in the block inherit the mask for good."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, {number})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {number})
 
 
 def leave(exit_code: int, give_back: Callable[[], object]) -> NoReturn:

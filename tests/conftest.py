@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
+import subprocess
+import sys
 from collections.abc import Generator, Iterator
 from pathlib import Path
 
 import hypothesis
 import pytest
+from filelock import FileLock
 
 from sdpipeline.orchestration.local_server import own_server
 
@@ -28,7 +32,37 @@ hypothesis.settings.register_profile(
 )
 hypothesis.settings.load_profile("sdpipeline")
 
+LONGEST_FIRST = (
+    "integration/test_main_job.py",
+    "chaos/test_workers_die.py",
+    "integration/test_prefect_server.py",
+    "integration/test_prefect_campaign.py",
+    "integration/test_checkpoint_files.py",
+    "integration/test_prefect_gateway.py",
+    "chaos/test_database_outages.py",
+    "integration/test_bench.py",
+    "integration/test_forced_states.py",
+    "chaos/test_prefect_server_dies.py",
+    "integration/test_queue.py",
+    "integration/test_delivery_process.py",
+    "chaos/test_storage_fails.py",
+)
+"""Files that take a minute or more: begun last, one of them would keep one process busy after the others have ended.
+
+Shorter ones stand between them, so that those with many processes do not all run at the same time.
+"""
+
 REQUIRE_ALL = os.environ.get("SDP_TEST_REQUIRE_ALL") == "1"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with the files that take longest; the suite's processes take one file after another."""
+    items.sort(key=_turn)
+
+
+def _turn(item: pytest.Item) -> int:
+    path = item.nodeid.removeprefix("tests/")
+    return next((turn for turn, file in enumerate(LONGEST_FIRST) if path.startswith(file)), len(LONGEST_FIRST))
 
 
 @pytest.hookimpl(wrapper=True)
@@ -52,14 +86,41 @@ def pytest_make_collect_report() -> Generator[None, pytest.CollectReport, pytest
 
 
 @pytest.fixture(scope="session")
-def prefect_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+def prefect_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The empty database of a Prefect server, to copy: a server that has to make one takes twice as long to start.
+
+    The suite's processes share it: the first to need it makes it, and the others wait.
+    """
+    shared = tmp_path_factory.getbasetemp()
+    shared = shared.parent if "PYTEST_XDIST_WORKER" in os.environ else shared
+    folder = shared / "prefect-database"
+    with FileLock(shared / "prefect-database.lock"):
+        if not (folder / "complete").exists():
+            command = [sys.executable, "-m", "prefect", "server", "database", "upgrade", "--yes"]
+            known = {name: value for name, value in os.environ.items() if not name.startswith("PREFECT_")}
+            subprocess.run(command, env=known | {"PREFECT_HOME": str(folder)}, check=True, capture_output=True)
+            (folder / "prefect.db").chmod(0o600)
+            (folder / "complete").touch()
+    return folder / "prefect.db"
+
+
+@pytest.fixture(scope="session")
+def prefect_home(tmp_path_factory: pytest.TempPathFactory, prefect_database: Path) -> Iterator[Path]:
     """A home whose own Prefect server runs until the last test; starting one takes ten seconds."""
     home = tmp_path_factory.mktemp("prefect-home")
+    copied_into(home / "prefect", prefect_database)
     with own_server(home, keep=True) as server:
         pass
     yield home
     assert server.pid is not None
     os.killpg(server.pid, signal.SIGKILL)
+
+
+def copied_into(folder: Path, file: Path) -> Path:
+    """Copy a file into a folder of its owner's alone; return the folder."""
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    shutil.copy(file, folder)
+    return folder
 
 
 def _skipped(report: pytest.TestReport | pytest.CollectReport) -> bool:

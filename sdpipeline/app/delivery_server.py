@@ -18,7 +18,8 @@ from contextlib import suppress
 from multiprocessing.connection import Connection
 
 from sdpipeline import logs
-from sdpipeline.app import services
+from sdpipeline.app.keys import picture_key
+from sdpipeline.app.stores import s3_options
 from sdpipeline.db.audit import AuditLog
 from sdpipeline.db.connection import open_database
 from sdpipeline.errors import SdpError, SettingsError
@@ -72,10 +73,10 @@ def _beat(heart: Connection) -> None:
 
 def _deliverer(to: Destination, *, most_kept: int) -> LocalDeliverer:
     logs.configure_logging(to.settings)
-    key = services.picture_key(to.settings)
+    key = picture_key(to.settings)
     if key.fingerprint != to.certificate:
         raise SettingsError("the key that signs pictures was changed since this worker began: start the worker again")
-    store = open_store(to.storage_url, services.s3_options(to.settings))
+    store = open_store(to.storage_url, s3_options(to.settings))
     audit = AuditLog(open_database(to.database_url), actor=to.actor)
     return LocalDeliverer(store, key, audit, most_kept=most_kept)
 

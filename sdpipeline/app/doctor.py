@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import shlex
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -12,11 +13,16 @@ from pathlib import Path
 import httpx
 
 from sdpipeline import private_files
-from sdpipeline.app import services
+from sdpipeline.app.checkpoints import catalog, refused_checkpoints
+from sdpipeline.app.factories import check_quantization
+from sdpipeline.app.keys import development_seal_key, picture_key, seal_key, trust_anchors, trusted_seal_keys
+from sdpipeline.app.services import database_exists, existing_database
+from sdpipeline.app.stores import open_storage
 from sdpipeline.db import migrate, queries, server_checks
 from sdpipeline.db.connection import Database, open_database
 from sdpipeline.domain import Json
 from sdpipeline.engine.checkpoints import verify
+from sdpipeline.engine.devices import devices
 from sdpipeline.errors import BadInputError, CheckpointError, DatabaseUnavailableError, SdpError
 from sdpipeline.settings import Settings, on_loopback
 
@@ -83,14 +89,11 @@ def _home(settings: Settings) -> Iterator[Check]:
 
 
 def _database(settings: Settings) -> Iterator[Check]:
-    if not services.database_exists(settings):
+    if not database_exists(settings):
         yield Check(name="database", ok=True, detail="SQLite, made by the first command that writes")
         return
-    database = open_database(settings.database)
-    try:
+    with closing(open_database(settings.database)) as database:
         yield from _database_checks(database, embedded=settings.embedded)
-    finally:
-        database.close()
 
 
 def _database_checks(database: Database, *, embedded: bool) -> Iterator[Check]:
@@ -106,14 +109,11 @@ def _database_checks(database: Database, *, embedded: bool) -> Iterator[Check]:
 
 
 def _workers(settings: Settings) -> Iterator[Check]:
-    database = services.existing_database(settings)
-    if database is None:
-        return
-    try:
+    with existing_database(settings) as database:
+        if database is None:
+            return
         with database.read() as connection:
             found = queries.live_workers(connection, lost_after_s=settings.lease_ttl_s)
-    finally:
-        database.close()
     lost = [each for each in found if each["status"] == "lost"]
     detail = f"{len(found) - len(lost)} alive, {len(lost)} lost"
     if not lost:
@@ -131,7 +131,7 @@ def _time(seconds: float) -> str:
 
 def _storage(settings: Settings) -> Iterator[Check]:
     # A capability that an endpoint lacks is not a failure: the detail says what replaces it.
-    for capability in services.open_storage(settings).probe():
+    for capability in open_storage(settings).probe():
         yield Check(
             name=f"storage: {capability.name}", ok=True, detail=f"{_YES_NO[capability.ok]}: {capability.detail}"
         )
@@ -158,17 +158,13 @@ def _engine(settings: Settings) -> Iterator[Check]:
         fix = "pip install 'sdpipeline[engine]' on machines that make pictures"
         yield Check(name="engine", ok=False, detail="torch is not installed", fix=fix)
         return
-    services.check_quantization(settings)
-    yield Check(name="engine", ok=True, detail=f"torch {version} on {', '.join(services.devices(settings))}")
+    check_quantization(settings)
+    yield Check(name="engine", ok=True, detail=f"torch {version} on {', '.join(devices(settings))}")
 
 
 def _checkpoints(settings: Settings) -> Iterator[Check]:
-    database = services.existing_database(settings)
-    try:
-        known, refused = services.catalog(settings, database), services.refused_checkpoints(settings, database)
-    finally:
-        if database is not None:
-            database.close()
+    with existing_database(settings) as database:
+        known, refused = catalog(settings, database), refused_checkpoints(settings, database)
     for files in known.values():
         name = f"checkpoint {files.alias}"
         try:
@@ -188,26 +184,22 @@ def _picture_key(settings: Settings) -> Iterator[Check]:
         detail = "none here, which is right where no worker runs: each of them needs SDP_SIGNING__CERTIFICATES_FILE"
         yield Check(name="picture key", ok=True, detail=detail)
         return
-    key = services.picture_key(settings)
-    roots = services.trust_anchors(settings).count("BEGIN CERTIFICATE")
+    key = picture_key(settings)
+    roots = trust_anchors(settings).count("BEGIN CERTIFICATE")
     trusted = f"{roots} trusted roots" if roots else "no trusted roots: verify calls no picture trusted"
     times = f", times from {key.tsa_url}" if key.tsa_url else ""
     yield Check(name="picture key", ok=True, detail=f"{key.identity}{times}; {trusted}")
 
 
 def _signing(settings: Settings) -> Iterator[Check]:
-    if (
-        settings.embedded
-        and settings.signing.seal_key_file is None
-        and not services.development_seal_key(settings).is_file()
-    ):
+    if settings.embedded and settings.signing.seal_key_file is None and not development_seal_key(settings).is_file():
         yield Check(name="signing key", ok=True, detail="a development key is made with the first seal")
         return
     if settings.signing.seal_public_key_file is not None:
-        public = services.believed_seal_keys(settings).public[0]
+        public = trusted_seal_keys(settings).public[0]
         yield Check(name="signing key", ok=True, detail=f"public half, Ed25519 {public[:16]}: another process seals")
         return
-    key = services.seal_key(settings)
+    key = seal_key(settings)
     kind = "development key" if settings.signing.seal_key_file is None else str(settings.signing.seal_key_file)
     yield Check(name="signing key", ok=True, detail=f"{kind}, Ed25519 {key.public_hex[:16]}")
 

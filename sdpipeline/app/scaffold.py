@@ -9,7 +9,7 @@ from typing import Any
 from sdpipeline.campaigns import json_schema
 from sdpipeline.errors import BadInputError, Mistake
 from sdpipeline.private_files import users_umask
-from sdpipeline.settings import PREFIX, TOML_NAME, setting_names
+from sdpipeline.settings import PREFIX, TOML_NAME, setting_names, toml_keys
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 SCHEMA_NAME = "campaign.schema.json"
@@ -57,7 +57,7 @@ def settings_file() -> str:
     """Return a settings file with every setting, its meaning and its default, commented out."""
     lines, table = [_HEAD], ""
     for name, (description, default) in setting_names().items():
-        *section, key = name.removeprefix(PREFIX).lower().split("__")
+        *section, key = toml_keys(name)
         if section and section[0] != table:
             table = section[0]
             lines += [f"[{table}]", ""]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -10,22 +9,14 @@ from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
 
-from sdpipeline import audit
-from sdpipeline.app import services
+from sdpipeline.app.campaign_files import check_edition, input_folder, load_campaign
+from sdpipeline.app.services import Services, database_exists, open_services
+from sdpipeline.app.stores import open_storage
+from sdpipeline.audit import refuse_restored
 from sdpipeline.campaigns import expand, submission
-from sdpipeline.db import job_control
 from sdpipeline.db.submit import Submitted
 from sdpipeline.errors import BadInputError, InputImageError, Mistake
 from sdpipeline.settings import Settings
-
-EDITION_NAME = re.compile(r"[a-z0-9][a-z0-9-]{0,62}")
-
-
-def check_edition(edition: str | None) -> None:
-    """Raise BadInputError if this cannot be the name of an edition."""
-    if edition is not None and not EDITION_NAME.fullmatch(edition):
-        fix = "write at most 63 of a-z, 0-9 and -, as in 2026-11-25"
-        raise BadInputError(Mistake(message=f"--edition {edition!r} is no name", fix=fix))
 
 
 @contextmanager
@@ -37,7 +28,7 @@ def campaign_file(settings: Settings, *, url: str | None = None, text: str | Non
     with tempfile.TemporaryDirectory(prefix="sdp-campaign-") as folder:
         path = Path(folder) / "campaign.yaml"
         if url is not None:
-            inputs = services.input_folder(settings, path.parent)
+            inputs = input_folder(settings, path.parent)
             try:
                 shutil.copyfile(inputs.table(url), path)
             except InputImageError as error:
@@ -47,37 +38,37 @@ def campaign_file(settings: Settings, *, url: str | None = None, text: str | Non
         yield path
 
 
+@contextmanager
+def open_to_submit(
+    settings: Settings, file: Path, *, edition: str | None = None, now: datetime | None = None
+) -> Iterator[Services]:
+    """Open services to submit a campaign file; a new embedded database is made only after a complete check."""
+    check_edition(edition)
+    if not database_exists(settings):
+        expand.check(*load_campaign(settings, file, edition=edition, now=now))
+    open_storage(settings).check()
+    with open_services(settings) as services:
+        yield services
+
+
 def submit(
-    settings: Settings, file: Path, *, prune: bool = False, edition: str | None = None, now: datetime | None = None
+    services: Services, file: Path, *, prune: bool = False, edition: str | None = None, now: datetime | None = None
 ) -> tuple[str, Submitted]:
-    """Submit a campaign file, after a complete check that comes before the embedded database is created.
+    """Submit a campaign file; return the campaign's name and the counts of its jobs.
 
     ``now`` is the time its schedule fired, which names its edition.
     """
     check_edition(edition)
-    if not services.database_exists(settings):
-        expand.check(*services.load_campaign(settings, file, edition=edition, now=now))
-    services.open_storage(settings).check()
-    with services.services(settings) as have:
-        audit.refuse_restored(have.database, have.store)
-        campaign, inputs = services.load_campaign(settings, file, have.database, edition=edition, now=now)
-        done = submission.submit(
-            campaign,
-            inputs,
-            have.audit,
-            have.store,
-            team=settings.team,
-            max_attempts=settings.max_attempts,
-            prune=prune,
-        )
+    settings = services.settings
+    refuse_restored(services.database, services.store)
+    campaign, inputs = load_campaign(settings, file, services.database, edition=edition, now=now)
+    done = submission.submit(
+        campaign,
+        inputs,
+        services.audit,
+        services.store,
+        team=settings.team,
+        max_attempts=settings.max_attempts,
+        prune=prune,
+    )
     return campaign.spec.name, done
-
-
-def reopen(settings: Settings, campaign: str, status: str) -> tuple[int, int]:
-    """Reopen the jobs of a status; return how many were reopened, and how many were not because a policy forbids
-    them."""
-    with services.services(settings, create=False) as have:
-        campaign_id = services.known_campaign(have.database, settings.team, campaign)
-        with have.audit.transaction() as tx:
-            count = job_control.retry(tx, campaign_id=campaign_id, statuses=[status])
-            return count, job_control.forbidden(tx.connection, campaign_id=campaign_id, status=status)

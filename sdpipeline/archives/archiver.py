@@ -129,7 +129,7 @@ def _delete_pictures(audit: AuditLog, store: ObjectStore, row: Json, pictures: C
     _delete_objects(audit, store, pictures)
     with audit.transaction() as tx:
         archives.change(tx.connection, row, pictures_deleted_at=now_s())
-        retention.tell_deleted(tx, pictures, because="retention")
+        retention.record_deletion(tx, pictures, because="retention")
 
 
 def _kept(line: Json) -> Json | None:
@@ -151,7 +151,7 @@ def _delete_private(audit: AuditLog, store: ObjectStore, row: Json, job_ids: Col
     left |= {"private_left": row["private_key"]}
     with audit.transaction() as tx:
         archives.change(tx.connection, row, **left)
-        retention.tell_erased(tx, row["campaign_id"], erased, because="retention")
+        retention.record_erasure(tx, row["campaign_id"], erased, because="retention")
     _delete_left(audit, store, row | left)
 
 
@@ -175,10 +175,10 @@ def _find_private(audit: AuditLog, store: ObjectStore, row: Json) -> None:
     pictures = [] if row["pictures_deleted_at"] else [each for job in gone for each in _pictures(row, job)]
     with audit.transaction() as tx:
         archives.change(tx.connection, row, **left)
-        retention.tell_deleted(tx, [each for each in pictures if store.head(each.key) is None], because="restore")
+        retention.record_deletion(tx, [each for each in pictures if store.head(each.key) is None], because="restore")
         if gone:
-            told = {job["id"]: job["commitment"] for job in gone}
-            retention.tell_erased(tx, row["campaign_id"], told, because="restore")
+            commitments = {job["id"]: job["commitment"] for job in gone}
+            retention.record_erasure(tx, row["campaign_id"], commitments, because="restore")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -256,9 +256,9 @@ def erase(audit: AuditLog, store: ObjectStore, found: ArchivedJobs, subject: Sub
     left = archived_editions.store_private(store, row, rest) | {"private_left": row["private_key"]}
     with audit.transaction() as tx:
         archives.change(tx.connection, row, **left)
-        retention.tell_deleted(tx, found.pictures, because="erasure")
-        retention.tell_erased(tx, row["campaign_id"], found.jobs, because="erasure", subject=subject)
+        retention.record_deletion(tx, found.pictures, because="erasure")
+        retention.record_erasure(tx, row["campaign_id"], found.jobs, because="erasure", subject=subject)
         if inputs:
-            retention.tell_inputs(tx, row["campaign_id"], inputs, subject)
+            retention.record_input_deletion(tx, row["campaign_id"], inputs, subject)
     _delete_left(audit, store, row | left)
     return len(found.pictures)

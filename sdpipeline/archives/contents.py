@@ -142,10 +142,10 @@ def show(connection: Connection, store: ObjectStore, job_id: int, *, team: str) 
 def _document(connection: Connection, store: ObjectStore, row: Json, found: Json, secret: Json) -> Json:
     own = next((each for each in found["images"] if each["fingerprint"] == found["fingerprint"]), None)
     own = with_scores(own, secret) if own is not None else None
-    there = own is not None and found["status"] == "succeeded"
-    deleted_at = own["deleted_at"] or row["pictures_deleted_at"] if own is not None and there else None
+    has_picture = own is not None and found["status"] == "succeeded"
+    deleted_at = own["deleted_at"] or row["pictures_deleted_at"] if own is not None and has_picture else None
     # If a picture was erased after archiving, only the audit log has its tombstone.
-    here = own is not None and there and bool(store.versions(own["key"]))
+    here = own is not None and has_picture and bool(store.versions(own["key"]))
     names = ("url", "sha256", "size_bytes", "width", "height", "scores")
     about = {name: found[name] for name in ("id", "stage", "seed", "parents", "status", "fingerprint", "identity")}
     return about | {
@@ -159,7 +159,7 @@ def _document(connection: Connection, store: ObjectStore, row: Json, found: Json
         "erased_at": found["erased_at"],
         "image": {name: own[name] for name in names} if own is not None and here else None,
         "image_deleted_at": deleted_at,
-        "reused_from": own["reused_from"] if own is not None and there else None,
+        "reused_from": own["reused_from"] if own is not None and has_picture else None,
         "team": row["team"],
         "campaign": row["name"],
         "edition": row["edition"],

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from sdpipeline.db.audit import Event, Writer
+from sdpipeline.db.audit_subjects import worker_id
 from sdpipeline.domain import Json
 
 WORKER_EVENTS = frozenset(
@@ -69,7 +70,7 @@ class Authors:
             yield f"its login is {author.login!r}, its chain's is {first.login!r}"
         bound = None if self._writers is None else self._writers.get(writer)
         if self._writers is not None and (bound is None or bound.actor != first.actor):
-            yield "the database bound no login to its chain"
+            yield "no login is bound to its chain"
         elif bound is not None and None not in (bound.login, author.login) and bound.login != author.login:
             yield f"its login is {author.login!r}, its chain belongs to {bound.login!r}"
         if reason := _beyond(event, author.actor, bound):
@@ -87,17 +88,17 @@ def _beyond(event: Json, actor: str, bound: Writer | None) -> str | None:
     """Explain why this actor, or the login behind it, does not write such events."""
     kind = event["event"]
     if bound is not None and bound.kind == "sealer" and kind not in SEALER_EVENTS:
-        return f"a sealer's login does not write {kind}"
-    if not actor.startswith("worker:"):
+        return f"a sealer's login may not write {kind}"
+    own = worker_id(actor)
+    if own is None:
         is_worker = bound is not None and bound.kind == "worker"
-        return f"a worker's login does not write as {actor!r}" if is_worker else None
+        return f"a worker's login may not write as {actor!r}" if is_worker else None
     if kind not in WORKER_EVENTS:
-        return f"a worker does not write {kind}"
-    own = actor.partition(" ")[0]
-    if f"worker:{event.get('worker', own.removeprefix('worker:'))}" != own:
-        return f"{own} does not write of worker {event['worker']}"
-    if kind in (Event.WORKER_STARTED, Event.WORKER_STOPPED) and event["subject"] != own:
-        return f"{own} does not write of {event['subject']}"
+        return f"a worker may not write {kind}"
+    if str(event.get("worker", own)) != own:
+        return f"worker:{own} may not write about worker {event['worker']}"
+    if kind in (Event.WORKER_STARTED, Event.WORKER_STOPPED) and event["subject"] != f"worker:{own}":
+        return f"worker:{own} may not write about {event['subject']}"
     if kind == Event.CAMPAIGN_PAUSED and event.get("reason") != "budget":
-        return "a worker pauses a campaign for its budget only"
+        return "a worker may pause a campaign only for its budget"
     return None

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import TypeVar
 
 from sdpipeline.audit.findings import Verification
-from sdpipeline.db import audit_queries
+from sdpipeline.db import audit_queries, audit_subjects
 from sdpipeline.db.audit import Event
 from sdpipeline.db.connection import Connection
 from sdpipeline.domain import Json
@@ -62,14 +62,15 @@ class CampaignReplay:
 
     def _spend(self, event: Json) -> None:
         if "spent" not in event:
-            actor = str(event["actor"]).partition(" ")[0]
-            self.unpriced.add(event["worker"] if "worker" in event else actor.removeprefix("worker:"))
+            worker = event["worker"] if "worker" in event else audit_subjects.worker_id(str(event["actor"]))
+            if worker is not None:
+                self.unpriced.add(worker)
         elif (one := event["spent"]) is not None:
             sums = self.spent.setdefault((one["campaign"], one["group"], event["worker"]), [0.0] * len(AMOUNTS))
             for n, name in enumerate(AMOUNTS):
                 sums[n] += one[name]
             if "lease" in event:
-                job_id = int(event["subject"].removeprefix("job:"))
+                job_id = audit_subjects.job_id(event["subject"])
                 self.attempts[job_id, event["lease"]] = one["gpu_seconds"], one["cost"]
 
 
@@ -79,7 +80,7 @@ def _keep_newest(known: dict[_Key, Json], key: _Key, event: Json) -> None:
 
 
 def _campaign(event: Json) -> int:
-    return int(event["subject"].removeprefix("campaign:"))
+    return audit_subjects.campaign_id(event["subject"])
 
 
 def verify_campaigns(connection: Connection, found: Verification, replay: CampaignReplay) -> None:
@@ -89,7 +90,7 @@ def verify_campaigns(connection: Connection, found: Verification, replay: Campai
         for detail in _campaign_faults(row, replay):
             found.fault("campaign-altered", f"campaign:{campaign_id}", detail)
     for campaign_id in sorted((replay.newest.keys() | replay.statuses.keys()) - campaigns.keys()):
-        found.fault("campaign-missing", f"campaign:{campaign_id}", "the audit log knows it, the database does not")
+        found.fault("campaign-missing", f"campaign:{campaign_id}", "it is in the audit log, but not in the database")
     _verify_versions(connection, found, replay)
     _verify_spending(connection, found, replay)
     for row in audit_queries.checkpoints(connection):
@@ -106,14 +107,14 @@ def _campaign_faults(row: Json, replay: CampaignReplay) -> Iterator[str]:
     if row["status"] != expected and not unsure:
         yield f"it is {row['status']}, the audit log says {expected}"
     if row["status"] == expected == "paused" and (row["paused_because"] is not None) != for_budget:
-        yield "the reason why it is paused is not the one in the audit log"
+        yield "its reason for the pause differs from the audit log"
     newest = replay.newest.get(row["id"], {})
     # The previous release wrote no terms.
     for name in [name for name in _TERMS if name in newest]:
         if row[name] != newest[name]:
             yield f"its {name} is {row[name]!r}, the audit log says {newest[name]!r}"
     if newest.get("version_id") != row["version_id"]:
-        yield "its present version is not the one that was submitted last"
+        yield "its current version is not the one submitted last"
 
 
 def _verify_versions(connection: Connection, found: Verification, replay: CampaignReplay) -> None:
@@ -123,30 +124,34 @@ def _verify_versions(connection: Connection, found: Verification, replay: Campai
         for detail in _version_faults(row, event, replay):
             found.fault("campaign-altered", f"version:{row['id']}", detail)
     for version_id in missing:
-        found.fault("campaign-missing", f"version:{version_id}", "the audit log knows it, the database does not")
+        found.fault("campaign-missing", f"version:{version_id}", "it is in the audit log, but not in the database")
 
 
 def _version_faults(row: Json, event: Json | None, replay: CampaignReplay) -> Iterator[str]:
     if event is None:
-        yield "the audit log does not know that it was submitted"
+        yield "the audit log has no record of its submission"
         return
-    told = {"number": event["version"], "actor": event["actor"]}
-    told |= {name: event[name] for name in ("source_sha256", "jobs_root")} | {"campaign_id": _campaign(event)}
-    for name, value in told.items():
+    recorded = {"number": event["version"], "actor": event["actor"]}
+    recorded |= {name: event[name] for name in ("source_sha256", "jobs_root")} | {"campaign_id": _campaign(event)}
+    for name, value in recorded.items():
         if row[name] != value:
             yield f"its {name} is {row[name]!r}, the audit log says {value!r}"
     dropped = (row["campaign_id"], row["number"]) in replay.dropped
     if dropped != (row["source"] == "" and event["source_sha256"] != hashlib.sha256(b"").hexdigest()):
-        yield "its file was deleted, and is here" if dropped else "its file is gone, and no deletion is known"
+        yield (
+            "its file was deleted, but is still stored"
+            if dropped
+            else "its file is missing, and no deletion is recorded"
+        )
     elif not dropped and hashlib.sha256(row["source"].encode()).hexdigest() != event["source_sha256"]:
-        yield "its file is not the one that was submitted"
+        yield "its file differs from the submitted one"
 
 
 def _verify_spending(connection: Connection, found: Verification, replay: CampaignReplay) -> None:
-    told = dict(replay.spent)
+    spending = dict(replay.spent)
     for row in audit_queries.spent(connection):
         key = row["campaign_id"], row["group_id"], row["worker_id"]
-        sums = told.pop(key, [0.0] * len(AMOUNTS))
+        sums = spending.pop(key, [0.0] * len(AMOUNTS))
         for name, expected in zip(AMOUNTS, sums, strict=True):
             known = row["worker_id"] not in replay.unpriced
             if _differ(row[name], expected) and (known or row[name] < expected):
@@ -154,24 +159,24 @@ def _verify_spending(connection: Connection, found: Verification, replay: Campai
                 found.fault("cost-altered", f"campaign:{row['campaign_id']}", detail)
     for attempt in audit_queries.ended_attempts(connection):
         cost = replay.attempts.get((attempt["job_id"], attempt["lease_id"]))
-        there = attempt["gpu_seconds"] or 0.0, attempt["cost"] or 0.0
-        if cost is not None and any(map(_differ, there, cost)):
-            detail = f"attempt {attempt['number']} cost {there[1]:g}, the audit log says {cost[1]:g}"
+        stored = attempt["gpu_seconds"] or 0.0, attempt["cost"] or 0.0
+        if cost is not None and any(map(_differ, stored, cost)):
+            detail = f"attempt {attempt['number']} cost {stored[1]:g}, the audit log says {cost[1]:g}"
             found.fault("cost-altered", f"job:{attempt['job_id']}", detail)
-    for (campaign_id, _, worker_id), sums in told.items():
+    for (campaign_id, _, worker_id), sums in spending.items():
         if any(sums):
-            detail = f"what worker {worker_id} spent is in the audit log, and not in the database"
+            detail = f"the spending of worker {worker_id} is in the audit log, but not in the database"
             found.fault("cost-altered", f"campaign:{campaign_id}", detail)
 
 
-def _differ(there: float, expected: float) -> bool:
-    return not math.isclose(there, expected, rel_tol=_TOLERANCE, abs_tol=_TOLERANCE)
+def _differ(stored: float, expected: float) -> bool:
+    return not math.isclose(stored, expected, rel_tol=_TOLERANCE, abs_tol=_TOLERANCE)
 
 
 def _checkpoint_faults(row: Json, replay: CampaignReplay) -> Iterator[str]:
     event = replay.approved.get((row["digest"], row["alias"]))
     if event is None:
-        yield "the audit log does not know that it was approved"
+        yield "the audit log has no record of its approval"
         return
     for name in ("licence", "purposes", "expires_at"):
         if name in event and row[name] != event[name]:

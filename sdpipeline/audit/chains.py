@@ -24,7 +24,7 @@ from sdpipeline.storage.keys import seal_object_key
 
 def verify_chains(connection: Connection, found: Verification) -> EventReplay:
     """Read every chain in order; return the replay of its events."""
-    told = EventReplay()
+    replay = EventReplay()
     authors = Authors(None if connection.dialect.name == "sqlite" else rows.writers(connection))
     writer, expected, head = "", 0, GENESIS
     for row in rows.events(connection):
@@ -44,13 +44,13 @@ def verify_chains(connection: Connection, found: Verification) -> EventReplay:
                 found.fault("event-altered", subject, "its subject column differs from its bytes")
             for detail in authors.faults(body):
                 found.fault("event-forged", subject, detail)
-            told.apply(body)
+            replay.apply(body)
         except UNREADABLE:
-            found.fault("event-altered", subject, "it is no event that was written here")
+            found.fault("event-altered", subject, "it is not an event written by this program")
         expected, head = row.seq + 1, row.hash
     for subject in authors.foreign():
         found.fault("event-forged", subject, "the process that owns its chain did not write it")
-    return told
+    return replay
 
 
 def verify_seals(
@@ -78,13 +78,13 @@ def verify_seals(
         if not row["ranges"] and any(row["number"] in each for each in lost):
             continue
         if sorted(ranges(body)) != sorted(row["ranges"]):
-            found.fault("seal-invalid", subject, "its ranges in the database differ from what was signed")
+            found.fault("seal-invalid", subject, "its ranges in the database differ from the signed ones")
         for writer, first, last in ranges(body):
             if first != covered.get(writer, -1) + 1:
                 found.fault("seal-invalid", subject, f"it does not continue the chain of {writer}")
             covered[writer] = last
         if not covers(connection, body):
-            found.fault("sealed-events-altered", subject, "the events it covers are not those that were sealed")
+            found.fault("sealed-events-altered", subject, "the events it covers differ from those that were sealed")
     found.unsealed = sum(last - first + 1 for _, first, last in rows.unsealed_ranges(connection))
     return sealed
 
@@ -108,18 +108,18 @@ def verify_stored_seal(store: ObjectStore, found: Verification, row: Json) -> No
 def _unlocked(store: ObjectStore, row: Json) -> str | None:
     """Explain why storage does not lock a seal for as long as the seal itself says, according to storage now."""
     try:
-        told = json.loads(row["body"])
-        until = datetime.fromtimestamp(told["sealed_at_ms"] / 1000, UTC) + timedelta(days=told["lock"]["days"])
+        sealed = json.loads(row["body"])
+        until = datetime.fromtimestamp(sealed["sealed_at_ms"] / 1000, UTC) + timedelta(days=sealed["lock"]["days"])
     except (KeyError, TypeError, ValueError):
         return None
     held = store.head(row["key"])
     if until < datetime.now(UTC) or held is None:
         return None
     if held.retained_until is None:
-        return f"it was to be locked until {until:%Y-%m-%d}, storage tells of no lock (needs s3:GetObjectRetention)"
+        return f"it should be locked until {until:%Y-%m-%d}, but storage reports no lock (needs s3:GetObjectRetention)"
     # The lock is requested after the seal's timestamp was taken, with a resolution of one second.
     if held.retained_until < until - timedelta(minutes=1):
-        return f"it was to be locked until {until:%Y-%m-%d}, storage says {held.retained_until:%Y-%m-%d}"
+        return f"it should be locked until {until:%Y-%m-%d}, but storage says {held.retained_until:%Y-%m-%d}"
     return None
 
 
@@ -129,8 +129,8 @@ def verify_newest(database: Database, store: ObjectStore, found: Verification) -
         last = rows.last_seal(connection)
     following = seal_object_key(last["number"] + 1 if last else 1)
     if store.head(following) is None and store.versions(following):
-        found.fault("seal-missing", following, "storage had a newer seal, and somebody deleted it")
+        found.fault("seal-missing", following, "a newer seal was deleted from storage")
     for number in forgotten(database, store):
-        detail = "storage has sealed events that the database lacks: a backup? (sdpipeline reconcile --adopt)"
+        detail = "storage has sealed events that the database lacks; restored a backup? sdpipeline reconcile --adopt"
         found.fault("database-too-old", seal_object_key(number), detail)
         return

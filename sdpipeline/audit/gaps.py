@@ -91,11 +91,11 @@ def find_gap(database: Database, store: ObjectStore) -> Gap | None:
 def _lost_seal(store: ObjectStore, number: int) -> tuple[str, str, Json]:
     try:
         body, signature = read_seal(store.get(seal_object_key(number)))
-        told: Json = json.loads(body)
-        ranges(told)
+        seal: Json = json.loads(body)
+        ranges(seal)
     except (KeyError, TypeError, ValueError) as error:
-        raise AuditBrokenError(f"{seal_object_key(number)} in storage is no seal") from error
-    return body, signature, told
+        raise AuditBrokenError(f"{seal_object_key(number)} in storage is not a seal") from error
+    return body, signature, seal
 
 
 def lost_seals(
@@ -109,14 +109,14 @@ def lost_seals(
         last = rows.last_seal(connection)
     previous, found = last["hash"] if last else GENESIS, []
     for number in range(last["number"] + 1 if last else 1, gap.last_seal + 1):
-        body, signature, told = _lost_seal(store, number)
-        if not key.signed(body, signature) or (told["number"], told["prev"]) != (number, previous):
+        body, signature, seal = _lost_seal(store, number)
+        if not key.signed(body, signature) or (seal["number"], seal["prev"]) != (number, previous):
             raise AuditBrokenError(f"{seal_object_key(number)} in storage does not continue this database's seals")
         previous = digest(body)
         data = seal_object(body, signature)
         stored = store.put(seal_object_key(number), data, content_type="application/json", retained=True)
         row = {"number": number, "body": body, "signature": signature, "hash": previous, "key": seal_object_key(number)}
-        found.append((row | {"version_id": stored.version_id}, ranges(told) if number < gap.first_seal else []))
+        found.append((row | {"version_id": stored.version_id}, ranges(seal) if number < gap.first_seal else []))
     return found
 
 

@@ -80,11 +80,11 @@ class Succession:
         """Check the next seal's signature; return kind and detail of a fault. ``trusted=None`` accepts any key."""
         key = signer(body)
         if trusted is not None and key and key not in trusted:
-            return "seal-key-unknown", f"it is signed by {key[:16]}, which is no key that is trusted here"
+            return "seal-key-unknown", f"it is signed by {key[:16]}, which is not a trusted key"
         if not is_signed(body, signature):
-            return "seal-invalid", "its signature is not by the key that it names"
+            return "seal-invalid", "its signature was not made with the key that it names"
         if key != self._now and key in self.signers:
-            return "seal-key-unknown", f"it is signed by {key[:16]}, which had been replaced before"
+            return "seal-key-unknown", f"it is signed by {key[:16]}, a key that was replaced before"
         self._now = key
         self.signers[key] = self.signers.get(key, 0) + 1
         return None
@@ -104,7 +104,7 @@ def load_key(path: Path, *, create: bool, retired: tuple[str, ...] = ()) -> Seal
         message = f"{path} cannot be used: {str(error).splitlines()[0] if str(error) else type(error).__name__}"
         raise SettingsError(Mistake(key="SDP_SIGNING__SEAL_KEY_FILE", message=message, fix=fix)) from error
     if not isinstance(key, Ed25519PrivateKey):
-        message = f"{path} is no Ed25519 key"
+        message = f"{path} is not an Ed25519 key"
         fix = "openssl genpkey -algorithm ed25519"
         raise SettingsError(Mistake(key="SDP_SIGNING__SEAL_KEY_FILE", message=message, fix=fix))
     return SealKey(key, retired)
@@ -117,11 +117,11 @@ def public_key(given: str, *, setting: str = "--key") -> str:
     try:
         key = serialization.load_pem_public_key(Path(given).read_bytes())
     except (ValueError, UnsupportedAlgorithm, OSError) as error:
-        fix = "openssl pkey -in seal.pem -pubout, or the key as audit export names it"
+        fix = "give the output of `openssl pkey -in seal.pem -pubout`, or the key that audit export prints"
         message = f"{given} is neither 64 hexadecimal digits nor a file with a public key"
         raise SettingsError(Mistake(key=setting, message=message, fix=fix)) from error
     if not isinstance(key, Ed25519PublicKey):
-        raise SettingsError(Mistake(key=setting, message=f"{given} is no Ed25519 key"))
+        raise SettingsError(Mistake(key=setting, message=f"{given} is not an Ed25519 key"))
     return key.public_bytes(*_RAW).hex()
 
 

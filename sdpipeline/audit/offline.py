@@ -55,9 +55,11 @@ class _Reading:
         """Read and check the whole file."""
         for number, line in enumerate(lines):
             if len(line) > LONGEST_LINE:
-                raise BadInputError(f"this is no {FORMAT}: line {number + 1} is longer than {LONGEST_LINE:,} bytes")
+                raise BadInputError(
+                    f"this is not a {FORMAT} file: line {number + 1} is longer than {LONGEST_LINE:,} bytes"
+                )
             if self._ended:
-                self.found.fault("export-altered", f"line:{number + 1}", "it stands behind the end")
+                self.found.fault("export-altered", f"line:{number + 1}", "it comes after the end")
             elif not number:
                 self._head(line)
             elif line.startswith(SEAL):
@@ -69,12 +71,14 @@ class _Reading:
             self._hash.update(line)
         if not self._ended:
             self._close_seal()
-            self.found.fault("export-cut", "end", "the file does not end with a signed end: its tail is missing")
+            self.found.fault("export-cut", "end", "the file has no signed end: its last lines are missing")
         for subject in self._authors.foreign():
             self.found.fault("event-forged", subject, "the process that owns its chain did not write it")
         for number in self._empty:
             if not any(number in each for each in self._lost):
-                self.found.fault("sealed-events-altered", f"seal:{number}", "none of the events it covers is here")
+                self.found.fault(
+                    "sealed-events-altered", f"seal:{number}", "none of the events it covers is in the file"
+                )
         return self.found
 
     def _head(self, line: bytes) -> None:
@@ -83,7 +87,7 @@ class _Reading:
         except UNREADABLE:
             known = False
         if not known:
-            raise BadInputError(f"this is no {FORMAT} (write one with sdpipeline audit export)")
+            raise BadInputError(f"this is not a {FORMAT} file (write one with sdpipeline audit export)")
 
     def _event(self, body: bytes) -> None:
         found = self.found
@@ -101,8 +105,8 @@ class _Reading:
         """Compare an event with the one before it in its chain."""
         found = self.found
         try:
-            told = read_event(body)
-            writer, seq, prev = told["writer"], told["seq"], told["prev"]
+            event = read_event(body)
+            writer, seq, prev = event["writer"], event["seq"], event["prev"]
             expected, head = self._chains.get(writer, (0, GENESIS))
             if seq != expected:
                 subject = f"event:{writer}/{seq}"
@@ -111,14 +115,14 @@ class _Reading:
                 subject = f"event:{writer}/{seq}"
                 found.fault("chain-broken", subject, "it does not continue the event before it")
             self._chains[writer] = seq + 1, hashlib.sha256(body).hexdigest()
-            for detail in self._authors.faults(told):
+            for detail in self._authors.faults(event):
                 found.fault("event-forged", f"event:{writer}/{seq}", detail)
-            if told["event"] == Event.AUDIT_GAP:
-                found.gaps.append({name: told[name] for name in GAP})
+            if event["event"] == Event.AUDIT_GAP:
+                found.gaps.append({name: event[name] for name in GAP})
                 # An unsealed gap event excuses nothing: an attacker who cut the log could have written it.
-                self._lost += [range(told["first_seal"], told["last_seal"] + 1)] if self._left else []
+                self._lost += [range(event["first_seal"], event["last_seal"] + 1)] if self._left else []
         except UNREADABLE:
-            found.fault("event-altered", f"event:{found.events}", "it is no event that was written here")
+            found.fault("event-altered", f"event:{found.events}", "it is not an event written by this program")
 
     def _begin_seal(self, line: bytes) -> None:
         self._close_seal()
@@ -128,36 +132,36 @@ class _Reading:
         try:
             given = json.loads(line)["seal"]
             body, signature = str(given["body"]), str(given["signature"])
-            told = json.loads(body)
-            number, own = told["number"], digest(body)
-            continues = (number, told["prev"]) == (self._number + 1, self._previous)
-            events = size(ranges(told))
+            seal = json.loads(body)
+            number, own = seal["number"], digest(body)
+            continues = (number, seal["prev"]) == (self._number + 1, self._previous)
+            events = size(ranges(seal))
             if type(number) is not int or type(events) is not int:
                 raise TypeError
         except UNREADABLE:
-            found.fault("seal-invalid", subject, "it is no seal that was written here")
+            found.fault("seal-invalid", subject, "it is not a seal written by this program")
             return
         if wrong := self._keys.fault(body, signature, self._trusted):
             found.fault(wrong[0], subject, wrong[1])
         if not continues:
             found.fault("seal-missing", subject, "it does not continue the seal before it")
-        self._previous, self._number, self._seal = own, number, told
+        self._previous, self._number, self._seal = own, number, seal
         self._tree, self._left = Tree(), events
 
     def _close_seal(self) -> None:
         """Compare the events since the last seal with what it signed."""
-        told, self._seal = self._seal, None
-        if told is None:
+        seal, self._seal = self._seal, None
+        if seal is None:
             return
-        subject, missing = f"seal:{told['number']}", self._left
+        subject, missing = f"seal:{seal['number']}", self._left
         self._left = 0
-        covered = ranges(told)
+        covered = ranges(seal)
         if missing == size(covered):
-            self._empty.append(told["number"])
+            self._empty.append(seal["number"])
         elif missing:
             self.found.fault("sealed-events-altered", subject, f"{missing} of the events it covers are missing")
-        elif self._tree.root().hex() != told.get("merkle_root") or not all(map(self._stands_at, covered)):
-            detail = "the events it covers are not those that were sealed"
+        elif self._tree.root().hex() != seal.get("merkle_root") or not all(map(self._stands_at, covered)):
+            detail = "the events it covers differ from those that were sealed"
             self.found.fault("sealed-events-altered", subject, detail)
 
     def _stands_at(self, covered: tuple[str, int, int]) -> bool:
@@ -171,14 +175,14 @@ class _Reading:
         try:
             given = json.loads(line)["end"]
             body, signature = str(given["body"]), str(given["signature"])
-            told = json.loads(body)
-            counts = told["events"], told["seals"], told["last_seal"], told["sha256"]
+            end = json.loads(body)
+            counts = end["events"], end["seals"], end["last_seal"], end["sha256"]
         except UNREADABLE:
-            found.fault("export-altered", "end", "it is no end that was written here")
+            found.fault("export-altered", "end", "it is not an end written by this program")
             return
         if self._trusted is not None and signer(body) not in self._trusted:
-            found.fault("seal-key-unknown", "end", f"it is signed by {signer(body)[:16]}, which is no trusted key")
+            found.fault("seal-key-unknown", "end", f"it is signed by {signer(body)[:16]}, which is not a trusted key")
         elif not is_signed(body, signature):
-            found.fault("export-altered", "end", "its signature is not by the key that it names")
+            found.fault("export-altered", "end", "its signature was not made with the key that it names")
         if counts != (found.events, found.seals, self._previous, self._hash.hexdigest()):
             found.fault("export-altered", "end", f"the file was written with {counts[0]} events and {counts[1]} seals")

@@ -36,7 +36,7 @@ def objects_of(picture: Json) -> list[Expected]:
 
 
 def verify_images(
-    connection: Connection, found: Verification, told: EventReplay, sample: int | None
+    connection: Connection, found: Verification, replay: EventReplay, sample: int | None
 ) -> tuple[list[Expected], list[str]]:
     """Compare picture rows with the events; return the objects to read, and the keys that must be deleted."""
     keys = audit_queries.image_keys(connection)
@@ -45,15 +45,19 @@ def verify_images(
     gone: list[str] = []
     living: set[str] = set()
     for picture in audit_queries.images(connection):
-        event = told.succeeded.get((picture["job_id"], picture["fingerprint"]))
+        event = replay.succeeded.get((picture["job_id"], picture["fingerprint"]))
         deleted = picture["deleted_at"] is not None
         if event is None or differs(picture, event, deleted=deleted):
             found.fault("image-altered", f"image:{picture['key']}", "its row differs from the audit log")
         found.deleted += deleted
         if not deleted:
             living.add(picture["key"])
-        if deleted != ((picture["job_id"], picture["fingerprint"]) in told.deleted):
-            detail = "it is gone, and no deletion is known" if deleted else "it was deleted, its row says nothing of it"
+        if deleted != ((picture["job_id"], picture["fingerprint"]) in replay.deleted):
+            detail = (
+                "it is missing, and no deletion is recorded"
+                if deleted
+                else "it was deleted, but its row does not say so"
+            )
             found.fault("image-altered", f"image:{picture['key']}", detail)
         if (picture["job_id"], picture["fingerprint"]) not in wanted:
             found.skipped += 1
@@ -70,10 +74,10 @@ def verify_images(
 
 def differs(picture: Json, event: Json, *, deleted: bool) -> bool:
     """Return True if a picture's row differs from its success event; a deleted picture's scores may be gone."""
-    told = event["image"] | {"attempt": event["attempt"], "worker_id": event["worker"]}
+    recorded = event["image"] | {"attempt": event["attempt"], "worker_id": event["worker"]}
     if deleted and not picture["scores"]:
-        told.pop("scores", None)
-    return any(picture[name] != value for name, value in told.items()) or _looks_else(picture, told)
+        recorded.pop("scores", None)
+    return any(picture[name] != value for name, value in recorded.items()) or _looks_else(picture, recorded)
 
 
 def _looks_else(picture: Json, made: Json) -> bool:
@@ -81,9 +85,9 @@ def _looks_else(picture: Json, made: Json) -> bool:
 
     Rows of older releases have no such columns and never differ.
     """
-    there = {name: picture.get(name) for name in LOOKS}
+    stored = {name: picture.get(name) for name in LOOKS}
     wanted = dict.fromkeys(LOOKS) | looks(made["scores"] if "scores" in made else picture["scores"])
-    return any(value is not None for value in there.values()) and there != wanted
+    return any(value is not None for value in stored.values()) and stored != wanted
 
 
 def verify_objects(store: ObjectStore, found: Verification, expected: Sequence[Expected]) -> None:
@@ -101,14 +105,14 @@ def _verify_object(store: ObjectStore, found: Verification, each: Expected, keys
     try:
         data = store.get(each.key)
     except ObjectMissingError:
-        found.fault("object-missing", each.key, "storage does not have it")
+        found.fault("object-missing", each.key, "it is not in storage")
         return None
-    there = hashlib.sha256(data).hexdigest()
-    if there == each.sha256:
+    sha256 = hashlib.sha256(data).hexdigest()
+    if sha256 == each.sha256:
         return data
     detail = "its bytes do not hash to the recorded SHA-256"
-    if there in keys:
-        detail = f"it holds the bytes of {keys[there]}"
+    if sha256 in keys:
+        detail = f"it holds the bytes of {keys[sha256]}"
     elif each.pixels_sha256 is not None:
         detail = altered(data, sha256=each.sha256, pixels_sha256=each.pixels_sha256) or detail
     found.fault("object-altered", each.key, detail)

@@ -39,15 +39,15 @@ class Success:
     writer_id: str
     seq: int
     body: str
-    told: Json
+    event: Json
 
 
 def success_of_job(connection: Connection, job_id: int, *, team: str) -> Success:
     """Return the newest picture of one of the team's jobs; raises BadInputError if it has none."""
     found = _successes(rows.about(connection, f"job:{job_id}"), team)
     if not found:
-        raise BadInputError(Mistake(message=f"the audit log knows of no picture of job {job_id}"))
-    return max(found, key=lambda each: int(each.told["at_us"]))
+        raise BadInputError(Mistake(message=f"the audit log has no picture of job {job_id}"))
+    return max(found, key=lambda each: int(each.event["at_us"]))
 
 
 def success_of_picture(connection: Connection, sha256: str, *, team: str) -> Success:
@@ -55,24 +55,24 @@ def success_of_picture(connection: Connection, sha256: str, *, team: str) -> Suc
 
     Raises BadInputError if it has none.
     """
-    told = [
+    rows_of_jobs = [
         row for job_id in audit_queries.jobs_with(connection, sha256) for row in rows.about(connection, f"job:{job_id}")
     ]
     # A picture of an archived edition has no row any more, so search the events.
-    found = _successes(told, team) or _successes(rows.holding(connection, sha256), team)
-    own = [each for each in found if each.told["image"]["sha256"] == sha256]
+    found = _successes(rows_of_jobs, team) or _successes(rows.holding(connection, sha256), team)
+    own = [each for each in found if each.event["image"]["sha256"] == sha256]
     if not own:
         fix = "a picture whose metadata was changed has other bytes: give the job's id"
-        raise BadInputError(Mistake(message=f"the audit log knows of no picture with SHA-256 {sha256}", fix=fix))
-    return min(own, key=lambda each: int(each.told["at_us"]))
+        raise BadInputError(Mistake(message=f"the audit log has no picture with SHA-256 {sha256}", fix=fix))
+    return min(own, key=lambda each: int(each.event["at_us"]))
 
 
 def _successes(events: Sequence[Any], team: str) -> list[Success]:
     found = []
-    for row, told in readable(events):
+    for row, event in readable(events):
         # A picture's key begins with its team; nothing else names the team of an archived job.
-        if told["event"] in _SUCCESSES and told["image"]["key"].startswith(f"{team}/"):
-            found.append(Success(writer_id=row.writer_id, seq=row.seq, body=row.body, told=told))
+        if event["event"] in _SUCCESSES and event["image"]["key"].startswith(f"{team}/"):
+            found.append(Success(writer_id=row.writer_id, seq=row.seq, body=row.body, event=event))
     return found
 
 
@@ -115,7 +115,7 @@ def verify_proof(
     if wrong := Succession(found.signers).fault(proof.seal, proof.signature, trusted):
         found.fault(wrong[0], f"seal:{proof.number}", wrong[1])
     if not verify_inclusion(proof.event, index=proof.index, size=proof.size, proof=proof.path, root=proof.root):
-        found.fault("sealed-events-altered", proof.subject, "the event is not among those that were sealed")
+        found.fault("sealed-events-altered", proof.subject, "the event is not one of the sealed events")
     if picture is not None:
         found.images = 1
         if detail := altered(picture, **proof.recorded):
@@ -138,16 +138,16 @@ class _Proof:
 
 
 def _parsed(document: Json) -> _Proof:
-    refusal = BadInputError(f"this is no {FORMAT} (write one with sdpipeline audit prove)")
+    refusal = BadInputError(f"this is not a {FORMAT} file (write one with sdpipeline audit prove)")
     if document.get("format") != FORMAT:
         raise refusal
     try:
         body, event = str(document["seal"]["body"]), str(document["event"])
-        seal, told = json.loads(body), json.loads(event)
+        seal, recorded = json.loads(body), json.loads(event)
         return _Proof(
             event=event.encode(),
-            subject=str(told["subject"]),
-            recorded={name: str(told["image"][name]) for name in ("sha256", "pixels_sha256")},
+            subject=str(recorded["subject"]),
+            recorded={name: str(recorded["image"][name]) for name in ("sha256", "pixels_sha256")},
             index=int(document["index"]),
             path=[bytes.fromhex(node) for node in document["path"]],
             seal=body,
@@ -167,7 +167,7 @@ def altered(data: bytes, *, sha256: str, pixels_sha256: str | None) -> str | Non
     try:
         pixels = provenance.pixels_sha256(provenance.decode(data, max_pixels=LARGEST_PICTURE))
     except InputImageError:
-        return "its bytes do not hash to the recorded SHA-256, and are no picture any more"
+        return "its bytes do not hash to the recorded SHA-256, and are not a picture any more"
     if pixels == pixels_sha256:
-        return "its metadata was changed, its pixels are those that were recorded"
-    return "its pixels are not those that were recorded"
+        return "its metadata was changed; its pixels are the recorded ones"
+    return "its pixels differ from the recorded ones"

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from sdpipeline.audit.campaigns import CampaignReplay
+from sdpipeline.db import audit_subjects
 from sdpipeline.db.audit import Event
 from sdpipeline.domain import Json
 
@@ -66,7 +67,7 @@ class EventReplay:
             for job_id, attempt in event["jobs"]:
                 self._note(job_id, at, kind, attempt)
         elif kind in (Event.JOB_SUCCEEDED, Event.JOB_ADOPTED, Event.JOB_FAILED, Event.JOB_DEFERRED):
-            job_id = int(subject.removeprefix("job:"))
+            job_id = audit_subjects.job_id(subject)
             self._note(job_id, at, kind, event["attempt"])
             if kind in (Event.JOB_SUCCEEDED, Event.JOB_ADOPTED):
                 self._succeeded(job_id, event)
@@ -79,18 +80,18 @@ class EventReplay:
             self.gaps.append({name: event[name] for name in GAP})
             self.lost.append(range(event["first_seal"], event["last_seal"] + 1))
         else:
-            self._hear_of_forgetting(kind, event)
+            self._apply_deletion(kind, event)
 
-    def _hear_of_forgetting(self, kind: str, event: Json) -> None:
+    def _apply_deletion(self, kind: str, event: Json) -> None:
         if kind == Event.EDITION_ARCHIVED:
-            archived = int(event["subject"].removeprefix("campaign:")), event["edition"]
+            archived = audit_subjects.campaign_id(event["subject"]), event["edition"]
             self.archived[archived] = (event["key"], event["sha256"])
         elif kind == Event.PICTURES_DELETED:
             self.deleted.update((job_id, fp) for job_id, fp, _ in event["pictures"])
         elif kind == Event.JOBS_ERASED:
             for job_id, committed in event["jobs"]:
-                told = event["at_us"], committed
-                self.erased[job_id] = max(self.erased.get(job_id, told), told)
+                erasure = event["at_us"], committed
+                self.erased[job_id] = max(self.erased.get(job_id, erasure), erasure)
 
     def _succeeded(self, job_id: int, event: Json) -> None:
         """Record a success; the newest one counts, because a lost picture is made again."""

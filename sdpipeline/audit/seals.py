@@ -70,7 +70,7 @@ def watch(
                 if count and on_seal is not None:
                     on_seal(count)
         except TransientError as error:
-            _log.warning("not_sealed", error=str(error))
+            _log.warning("seal_failed", error=str(error))
         if stopped:
             return
 
@@ -108,7 +108,7 @@ def _seal_next(database: Database, store: ObjectStore, key: SealKey) -> int:
         last = rows.last_seal(connection)
         merkle_root = root(rows.bodies(connection, open_ranges)).hex()
     number, kept = last["number"] + 1 if last else 1, store.retention
-    told: Json = {
+    body: Json = {
         "v": 1,
         "number": number,
         "prev": last["hash"] if last else GENESIS,
@@ -119,8 +119,8 @@ def _seal_next(database: Database, store: ObjectStore, key: SealKey) -> int:
         "public_key": key.public_hex,
     }
     if kept is not None:
-        told["lock"] = {"mode": kept.mode, "days": kept.days}
-    return _publish(database, store, number, rfc8785.dumps(told).decode(), key)
+        body["lock"] = {"mode": kept.mode, "days": kept.days}
+    return _publish(database, store, number, rfc8785.dumps(body).decode(), key)
 
 
 def _first(found: Ranges, most: int) -> Ranges:
@@ -187,5 +187,5 @@ def digest(text: str) -> str:
 def older_than(seal: str) -> AuditBrokenError:
     """Return the error for a database that is older than a seal in storage."""
     return AuditBrokenError(
-        f"the database is older than {seal} in storage: a restored backup, or another database's storage?"
+        f"the database is older than {seal} in storage: it is a restored backup, or the storage is not its own"
     )

@@ -27,25 +27,27 @@ def verify(
     """
     found = Verification()
     with database.snapshot() as connection:
-        told = verify_chains(connection, found)
-        found.gaps = told.gaps
-        sealed = verify_seals(connection, key, found, told.lost)
-        verify_jobs(connection, found, told)
-        verify_campaigns(connection, found, told.campaigns)
-        pictures, gone = verify_images(connection, found, told, sample)
+        replay = verify_chains(connection, found)
+        found.gaps = replay.gaps
+        sealed = verify_seals(connection, key, found, replay.lost)
+        verify_jobs(connection, found, replay)
+        verify_campaigns(connection, found, replay.campaigns)
+        pictures, gone = verify_images(connection, found, replay, sample)
         archived = archives.archives(connection)
     for row in archived:
-        of_archive = verify_archive(store, found, told, row)
+        of_archive = verify_archive(store, found, replay, row)
         found.skipped += len(of_archive) if sample is not None else 0
         found.images += len(of_archive) if sample is None else 0
         pictures += [each for picture in of_archive for each in objects_of(picture)] if sample is None else []
-    for campaign_id, edition in set(told.archived) - {(row["campaign_id"], row["edition"]) for row in archived}:
+    for campaign_id, edition in set(replay.archived) - {(row["campaign_id"], row["edition"]) for row in archived}:
         found.fault("archive-missing", f"campaign:{campaign_id}", f"the archive of edition {edition!r} has no row")
     for row in sealed:
         verify_stored_seal(store, found, row)
     verify_newest(database, store, found)
     for deleted in gone:
         if store.versions(deleted):
-            found.fault("object-not-deleted", deleted, "the audit log says that it was deleted, and storage has it")
+            found.fault(
+                "object-not-deleted", deleted, "the audit log says that it was deleted, but it is still in storage"
+            )
     verify_objects(store, found, pictures)
     return found

@@ -38,8 +38,8 @@ _RENEW = (
 )
 _FIXES = (
     dict.fromkeys(CREDENTIALS_REFUSED, _RENEW)
-    | dict.fromkeys(_DENIED, "check the credentials and what they may do")
-    | dict.fromkeys(_FULL, "make room there, or raise the quota")
+    | dict.fromkeys(_DENIED, "check the credentials and their permissions")
+    | dict.fromkeys(_FULL, "free space there, or raise the quota")
     | dict.fromkeys(_WRONG_REGION, "set SDP_S3__REGION")
     | {
         "NoSuchBucket": "create the bucket or correct SDP_STORAGE_URL",

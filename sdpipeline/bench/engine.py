@@ -52,10 +52,10 @@ def measure(
     largest = max(plan.batches)
     idle = idle_share(plan.device, lambda: make(engine, workload.batch(numbers.take(largest), largest)))
     baseline = 1 / middle(taken[_PLAIN])
-    beside = {"baseline": baseline, "tflop": tflop, "ceiling": ceiling}
+    reference = {"baseline": baseline, "tflop": tflop, "ceiling": ceiling}
     rates = [("plain loop", 1, baseline), *(("engine", size, 1 / middle(taken[size])) for size in plan.batches)]
     return {
-        "rows": [_row(what, size, rate, **beside) for what, size, rate in rates],
+        "rows": [_row(what, size, rate, **reference) for what, size, rate in rates],
         "tflop_per_picture": round(tflop, 6),
         "ceiling_tflop_per_s": round(ceiling, 6),
         "rounds": plan.rounds,

@@ -96,11 +96,11 @@ def measure(
         taken.line.append(wall / plan.pictures)
         taken.lost.append(_lost(alone, wall, summary))
         campaigns.append(campaign_id)
-    beside = _beside(worker, campaigns)
+    host_s = _host_seconds(worker, campaigns)
     first = numbers.take(plan.pictures)
     campaign_id = publish(worker.audit, workload.jobs(first, plan.pictures), name="traced")
     idle = idle_share(plan.device, lambda: _line(worker, campaign_id, plan))
-    return _document(plan, taken, beside) | {"device_idle_share": idle}
+    return _document(plan, taken, host_s) | {"device_idle_share": idle}
 
 
 def _cpu_s() -> float:
@@ -140,13 +140,13 @@ def _lost(alone: float, wall: float, done: WorkerSummary) -> Json:
         "waited for lease and fetch": waited["work"],
         "waited for the database": waited["database"],
         "waited for delivery": waited["delivery"],
-        "passes slower beside the rest": done.gpu_seconds - alone,
+        "passes slowed by the other work": done.gpu_seconds - alone,
     }
     known["last pictures' delivery"] = wall - done.gpu_seconds - sum(waited.values())
     return {name: seconds / wall for name, seconds in known.items()}
 
 
-def _beside(worker: Worker, campaigns: list[int]) -> Json:
+def _host_seconds(worker: Worker, campaigns: list[int]) -> Json:
     """Return the average seconds per picture of the steps that run in their own threads, parallel to the device."""
     with worker.audit.database.read() as connection:
         found = list(itertools.chain.from_iterable(queries.timings(connection, each) for each in campaigns))
@@ -154,7 +154,7 @@ def _beside(worker: Worker, campaigns: list[int]) -> Json:
     return {name: round(sum(each.get(name, 0.0) for each in found) / len(found), 5) for name in names}
 
 
-def _document(plan: Plan, taken: _Taken, beside: Json) -> Json:
+def _document(plan: Plan, taken: _Taken, host_s: Json) -> Json:
     engine, line, plain = (middle(each) for each in (taken.engine, taken.line, taken.plain))
     shares = [alone / whole for alone, whole in zip(taken.engine, taken.line, strict=True)]
     faster = [slow / whole for slow, whole in zip(taken.plain, taken.line, strict=True)]
@@ -177,7 +177,7 @@ def _document(plan: Plan, taken: _Taken, beside: Json) -> Json:
         "lost": [
             {"what": name, "share": round(middle([each[name] for each in taken.lost]), 4)} for name in taken.lost[0]
         ],
-        "beside_the_device_s": beside,
+        "beside_the_device_s": host_s,
         "pictures": plan.pictures,
         "rounds": plan.rounds,
     }

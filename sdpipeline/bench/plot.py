@@ -17,7 +17,7 @@ def check(path: Path) -> None:
     if path.suffix not in ENDINGS:
         raise BadInputError(Mistake(key="--plot", message=f"{path} ends in neither .png nor .svg"))
     if not path.absolute().parent.is_dir():
-        raise BadInputError(Mistake(key="--plot", message=f"{path.parent} is no folder"))
+        raise BadInputError(Mistake(key="--plot", message=f"{path.parent} is not a folder"))
     try:
         import matplotlib as mpl
     except ModuleNotFoundError as error:

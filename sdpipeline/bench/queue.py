@@ -44,24 +44,24 @@ def measure(database: Database, load: Load, on_progress: OnProgress) -> Json:
     started = time.perf_counter()
     publish(AuditLog(database, actor="bench"), NOTHING.jobs(0, load.jobs), name="bench")
     submitted_s = time.perf_counter() - started
-    crew = _Crew(database, load, on_progress)
+    workers = _Workers(database, load, on_progress)
     started = time.perf_counter()
     with ThreadPoolExecutor(load.workers, thread_name_prefix="sdp-bench") as pool:
-        for done in [pool.submit(crew.work, f"bench-{n}") for n in range(load.workers)]:
+        for done in [pool.submit(workers.work, f"bench-{n}") for n in range(load.workers)]:
             done.result()
     wall_s = time.perf_counter() - started
-    rows = [crew.clock.figures(name, wall_s=wall_s) for name in ("lease", "heartbeat", "complete", "close")]
+    rows = [workers.clock.figures(name, wall_s=wall_s) for name in ("lease", "heartbeat", "complete", "close")]
     return {
         "jobs": load.jobs,
         "batch": load.batch,
         "workers": load.workers,
         "submitted_per_s": round(load.jobs / submitted_s, 1),
-        "jobs_per_s": round(crew.done / wall_s, 1),
+        "jobs_per_s": round(workers.done / wall_s, 1),
         "transitions": rows,
     }
 
 
-class _Crew:
+class _Workers:
     """Workers without a device, which make the transitions of real ones with no work in between."""
 
     def __init__(self, database: Database, load: Load, on_progress: OnProgress) -> None:

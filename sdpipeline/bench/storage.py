@@ -39,7 +39,7 @@ def measure(store: ObjectStore, load: Load, on_progress: OnProgress) -> Json:
 
     def verify(key: str) -> None:
         if hashlib.sha256(store.get(key)).hexdigest() != digests[key]:
-            raise StorageUnavailableError(f"{store.url(key)} reads back other bytes than were written")
+            raise StorageUnavailableError(f"{store.url(key)} returned different bytes than were written")
 
     acts: Sequence[Callable[[str], object]] = (put, store.get, verify, store.delete)
     rows = []

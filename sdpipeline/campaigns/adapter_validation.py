@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from sdpipeline.campaigns.spec import Stage, nearest
 from sdpipeline.campaigns.stage_plan import Catalog
+from sdpipeline.campaigns.stage_spec import Stage
 from sdpipeline.campaigns.yaml_source import Faults, KeyPath
 from sdpipeline.engine.checkpoints import CheckpointFiles, adapter_misfit, vae_misfit
 from sdpipeline.engine.families import Family
+from sdpipeline.suggestions import nearest
 
 KINDS = {
     "loras": ("lora", "LoRA"),

@@ -8,11 +8,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from sdpipeline.campaigns.inputs import InputFolder
-from sdpipeline.campaigns.loader import EDITION, MOST_JOBS, Axes, Campaign, jobs_of_a_chain, seed_count
-from sdpipeline.campaigns.spec import SeedRange
-from sdpipeline.campaigns.stage_plan import Resolved, Size, StagePlan, WrongValueError
+from sdpipeline.campaigns.loader import EDITION, MOST_JOBS, Campaign, jobs_of_a_chain
+from sdpipeline.campaigns.request_form import Resolved, Size
+from sdpipeline.campaigns.seeds import SeedRange, seed_count
+from sdpipeline.campaigns.stage_plan import StagePlan, WrongValueError
 from sdpipeline.campaigns.tables import OnMistake, Row
 from sdpipeline.campaigns.templates import TemplateRefusedError, compile_template
+from sdpipeline.campaigns.variables import Axes
 from sdpipeline.domain import JobSpec, canonical, identities, stage_seed
 from sdpipeline.errors import CampaignError, Mistake
 
@@ -68,14 +70,14 @@ def combinations(campaign: Campaign, on_mistake: OnMistake) -> Iterator[Combinat
     texts = {canonical(own) for own in added}
     for row in table:
         key, line, cells = (row.key, row.line, row.values) if row else ("", None, {})
-        there = set()
+        seen = set()
         for own in itertools.chain(_products(axes, together), added):
             merged = {**cells, **dict(own), **edition}
             if added:
                 text = canonical(own)
-                if text in there or (text not in texts and any(matches(merged) for matches in left_out)):
+                if text in seen or (text not in texts and any(matches(merged) for matches in left_out)):
                     continue
-                there.add(text)
+                seen.add(text)
             elif any(matches(merged) for matches in left_out):
                 continue
             yield Combination(row_key=key, line=line, axes=own, values=merged)

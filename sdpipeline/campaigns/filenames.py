@@ -7,8 +7,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from sdpipeline.campaigns.spec import nearest
 from sdpipeline.campaigns.templates import TemplateRefusedError, compile_template
+from sdpipeline.suggestions import nearest
 
 MANIFEST = "manifest.csv"
 EXTENSIONS: Mapping[str, str] = {"png": "png", "jpeg": "jpg", "webp": "webp"}
@@ -108,7 +108,7 @@ def refusal(file: str) -> str | None:
     """Return why the path is invalid on some platform, or ``None`` if it is valid."""
     parts = file.split("/")
     if any(part in ("", ".", "..") for part in parts):
-        return "is no path inside the folder"
+        return "is not a path inside the folder"
     if not file.isprintable():
         return "holds a control character"
     if found := _FORBIDDEN.search(file):
@@ -122,15 +122,15 @@ def refusal(file: str) -> str | None:
     # A folder named like a picture or the manifest would block the file of that name.
     folders = [part.lower() for part in parts[:-1]]
     if any(part == MANIFEST or part.endswith(tuple(f".{each}" for each in EXTENSIONS.values())) for part in folders):
-        return "has a folder that is called like a file"
+        return "has a folder with the name of a file"
     return None
 
 
 def different(one: Subject, other: Subject) -> list[str]:
     """List the template variables that would distinguish two pictures, the best first."""
-    ours, theirs = one.values(), other.values()
-    own = [name for name in ours if name.isidentifier() and name in theirs and ours[name] != theirs[name]]
-    return sorted(own, key=lambda name: (name == "id", name == "seed", name not in one.variables))
+    left, right = one.values(), other.values()
+    differing = [name for name in left if name.isidentifier() and name in right and left[name] != right[name]]
+    return sorted(differing, key=lambda name: (name == "id", name == "seed", name not in one.variables))
 
 
 def _cells(subject: Subject) -> list[str]:

@@ -14,7 +14,7 @@ from pathlib import Path, PurePosixPath
 
 from sdpipeline.errors import BadInputError, InputImageError, ObjectMissingError, StorageUnavailableError
 from sdpipeline.provenance import inspect
-from sdpipeline.storage import ForeignObject, ForeignObjects, is_bucket_url, lies_under, split_url
+from sdpipeline.storage import ForeignObject, ForeignObjects, is_bucket_url, is_under, split_url
 from sdpipeline.storage.keys import input_key
 
 LARGEST_INPUT_BYTES = 256 * 1024 * 1024
@@ -90,7 +90,7 @@ class InputFolder:
             split_url(url)
         except BadInputError as error:
             raise InputImageError(f"{_shown(url)} is not s3://bucket/key") from error
-        if not any(lies_under(url, root) for root in self.buckets):
+        if not any(is_under(url, root) for root in self.buckets):
             raise InputImageError(f"{_shown(url)} lies outside the allowed buckets: see SDP_INPUTS__ALLOWED")
 
     def table(self, name: str) -> Path:
@@ -103,11 +103,11 @@ class InputFolder:
         Raises InputImageError.
         """
         if pattern.startswith("/") or ".." in PurePosixPath(pattern).parts:
-            raise InputImageError(f"{_shown(pattern)} is no pattern below the campaign's folder")
+            raise InputImageError(f"{_shown(pattern)} is not a pattern inside the campaign's folder")
         try:
             paths = [path.relative_to(self.folder) for path in self.folder.glob(pattern) if not path.is_dir()]
         except (ValueError, OSError, NotImplementedError) as error:
-            raise InputImageError(f"{_shown(pattern)} is no pattern: {error}") from error
+            raise InputImageError(f"{_shown(pattern)} is not a pattern: {error}") from error
         names = sorted(path.as_posix() for path in paths if not any(part.startswith(".") for part in path.parts))
         if not names:
             raise InputImageError(f"{_shown(pattern)} matches no file")
@@ -124,11 +124,11 @@ class InputFolder:
                 raise InputImageError(f"{shown} lies outside the allowed folders: see SDP_INPUTS__ALLOWED")
             # Reading a pipe would block for ever, and a device never ends.
             if not stat.S_ISREG(path.stat().st_mode):
-                raise InputImageError(f"{shown} is no regular file")
+                raise InputImageError(f"{shown} is not a regular file")
         except OSError as error:
             raise InputImageError(f"{shown} cannot be read: {error.strerror}") from error
         except (ValueError, RuntimeError) as error:  # an embedded NUL; a link that leads to itself
-            raise InputImageError(f"{shown} is no file name") from error
+            raise InputImageError(f"{shown} is not a file name") from error
         return path
 
     def _check(self, name: str) -> InputFile:

@@ -8,7 +8,9 @@ from typing import Any
 
 from pydantic.json_schema import GenerateJsonSchema, JsonSchemaValue, models_json_schema
 
-from sdpipeline.campaigns.spec import LIMITS, VARIABLE, CampaignSpec, Rows
+from sdpipeline.campaigns.parameters import LIMITS
+from sdpipeline.campaigns.spec import CampaignSpec, Rows
+from sdpipeline.campaigns.spec_part import VARIABLE
 from sdpipeline.campaigns.templates import LONGEST_RESULT
 from sdpipeline.domain import Json, Task
 from sdpipeline.engine import annotators, families

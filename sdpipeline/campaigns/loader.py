@@ -2,43 +2,32 @@
 
 from __future__ import annotations
 
-import difflib
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
-from typing import Any
-
-from pydantic import ValidationError
 
 from sdpipeline.campaigns import schedule, validation, yaml_source
 from sdpipeline.campaigns.inputs import InputFolder
+from sdpipeline.campaigns.parameters import Parameters
 from sdpipeline.campaigns.policy import Rules
-from sdpipeline.campaigns.spec import (
-    NAME,
-    CampaignSpec,
-    Parameters,
-    Rows,
-    Scalar,
-    SeedRange,
-    Stage,
-    nearest,
-    note_faults,
-    parse,
-    shown,
-)
+from sdpipeline.campaigns.seeds import seed_count
+from sdpipeline.campaigns.spec import CampaignSpec
+from sdpipeline.campaigns.spec_parser import parse
 from sdpipeline.campaigns.stage_plan import Catalog
-from sdpipeline.campaigns.tables import Table
-from sdpipeline.campaigns.templates import LONGEST_RESULT, TemplateRefusedError, compile_template
-from sdpipeline.campaigns.yaml_source import Faults, KeyPath, Located
+from sdpipeline.campaigns.stage_spec import Stage
+from sdpipeline.campaigns.templates import TemplateRefusedError, compile_template
+from sdpipeline.campaigns.variables import Axes, declaration, parse_variables
+from sdpipeline.campaigns.yaml_source import Faults, KeyPath, Located, shown
 from sdpipeline.domain import canonical
-from sdpipeline.errors import CampaignError, InputImageError, Mistake
+from sdpipeline.errors import CampaignError, InputImageError
 from sdpipeline.storage import is_bucket_url
+from sdpipeline.suggestions import nearest, nearest_name
 
-__all__ = ["NAME", "Campaign", "Catalog", "load", "nearest"]
+__all__ = ["Campaign", "Catalog", "load"]
 
 MOST_JOBS = 10_000_000
 MOST_JOBS_OF_A_CHAIN = 10_000
@@ -47,25 +36,6 @@ EDITION = "edition"
 """Variable that every template of a campaign with editions may use."""
 
 _IN_BRACES = re.compile(r"\{[{%](.*?)[}%]\}", re.DOTALL)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Axes:
-    """Parsed ``variables:``: named lists that multiply, lists that advance together, and a table."""
-
-    product: Mapping[str, list[Scalar]] = field(default_factory=dict)
-    zipped: Mapping[str, list[Scalar]] = field(default_factory=dict)
-    table: Table | None = None
-    titles: Sequence[str] = ()
-
-    def columns(self) -> Mapping[str, int]:
-        """Return the table's variables with their column numbers."""
-        return self.table.variables(list(self.titles)) if self.table else {}
-
-    def combinations(self) -> int:
-        """Return the number of combinations for each row of the table."""
-        together = len(next(iter(self.zipped.values()))) if self.zipped else 1
-        return together * math.prod(len(values) for values in self.product.values())
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -150,7 +120,7 @@ def _checked(
     spec = parse(source.data, faults)
     if spec is None:
         raise CampaignError(*faults.in_order())
-    axes, columns_known = _axes(spec, faults, inputs, online=online)
+    axes, columns_known = parse_variables(spec, faults, inputs, online=online)
     _check_schedule(spec, faults)
     faults.next_phase()
     policies = [Rules(spec.policy), *([deployment] if deployment else [])]
@@ -194,117 +164,6 @@ def template_texts(spec: CampaignSpec) -> Iterator[tuple[KeyPath, str]]:
         for place, adapter in stage.adapters():
             if isinstance(weight := getattr(adapter, "weight", None), str):
                 yield ("stages", n, *place, "weight"), weight
-
-
-def _axes(spec: CampaignSpec, faults: Faults, inputs: InputFolder, *, online: bool) -> tuple[Axes, bool]:
-    """Parse the variables; also return True if all their names are known despite possible mistakes."""
-    product: dict[str, list[Scalar]] = {}
-    zipped: dict[str, list[Scalar]] = {}
-    axes, known = Axes(), True
-    for name, value in spec.variables.items():
-        path: KeyPath = ("variables", name)
-        if name == "rows":
-            axes, known = _table(value, path, faults, inputs, online=online)
-        elif name == "zip":
-            if isinstance(value, dict):
-                zipped = {each: _values(items, (*path, each), faults) for each, items in value.items()}
-            else:
-                faults.add(path, f"found {shown(value)}, expected names with lists", "write {colour: [red, blue]}")
-        else:
-            product[name] = _values(value, path, faults)
-            _check_repeats(product[name], path, faults)
-    if len({len(items) for items in zipped.values()}) > 1:
-        lengths = ", ".join(f"{name} has {len(items)}" for name, items in zipped.items())
-        faults.add(("variables", "zip"), f"its lists have different lengths: {lengths}", "make them equal")
-    _check_repeats(list(zip(*zipped.values(), strict=False)), ("variables", "zip"), faults)
-    axes = Axes(product=product, zipped=zipped, table=axes.table, titles=axes.titles)
-    taken = [*product, *zipped, *axes.columns()]
-    for name in sorted({name for name in taken if taken.count(name) > 1}):
-        faults.add(_declaration(name, axes), f"the variable {name!r} is declared twice", "rename one")
-    return axes, known
-
-
-def _values(given: Any, path: KeyPath, faults: Faults) -> list[Scalar]:
-    if not isinstance(given, list) or not given:
-        faults.add(path, f"found {shown(given) if given != [] else 'an empty list'}, expected a list of values")
-        return []
-    for n, value in enumerate(given):
-        if not isinstance(value, Scalar):
-            faults.add((*path, n), f"found {shown(value)}, expected a text, a number, true or false")
-        elif isinstance(value, str) and len(value) > LONGEST_RESULT:
-            faults.add((*path, n), f"is longer than {LONGEST_RESULT:,} characters", "shorten it")
-    return given
-
-
-def _check_repeats(values: Sequence[Any], path: KeyPath, faults: Faults) -> None:
-    """Refuse equal values, which would ask for the same job twice."""
-    seen = set()
-    for n, value in enumerate(values):
-        text = canonical(value)
-        if text in seen:
-            what = " with ".join(shown(each) for each in value) if isinstance(value, tuple) else shown(value)
-            faults.add(path if isinstance(value, tuple) else (*path, n), f"{what} is there twice", "remove one")
-        seen.add(text)
-
-
-def _table(given: Any, path: KeyPath, faults: Faults, inputs: InputFolder, *, online: bool) -> tuple[Axes, bool]:
-    """Open the table and return its axes; also return True if its columns are known."""
-    try:
-        rows = Rows.model_validate(given)
-    except ValidationError as error:
-        note_faults(error, given, path, faults)
-        return Axes(), False
-    if (rows.file is None) == (rows.files is None):
-        faults.add(path, "needs file: or files:, and not both")
-        return Axes(), False
-    if rows.files is not None and rows.key is not None:
-        faults.add((*path, "key"), "files are known by their path", "remove it")
-        return Axes(), False
-    try:
-        if rows.file is not None and is_bucket_url(rows.file) and not online:
-            inputs.admit(rows.file)
-            return Axes(), False
-        table = _opened(rows, inputs)
-        titles = table.titles()
-    except InputImageError as error:
-        faults.add((*path, "file" if rows.file is not None else "files"), str(error))
-        return Axes(), False
-    except CampaignError as error:
-        faults.mistakes += error.mistakes
-        return Axes(), False
-    wanted = {(*path, "columns", name): title for name, title in (rows.columns or {}).items()}
-    wanted |= {(*path, "key"): rows.key} if rows.key is not None else {}
-    for place, title in wanted.items():
-        if title not in titles:
-            faults.add(place, f"no column {title!r} in {table.name}", nearest(title, titles))
-    _check_titles(table, titles, faults)
-    axes = Axes(table=table, titles=titles)
-    return axes, True
-
-
-def _opened(rows: Rows, inputs: InputFolder) -> Table:
-    if rows.files is not None:
-        files = inputs.matching(rows.files)
-        return Table(path=inputs.folder, name=rows.files, key="path", columns=rows.columns, files=files)
-    name = rows.file or ""
-    return Table(path=inputs.table(name), name=name, key=rows.key, columns=rows.columns)
-
-
-def _check_titles(table: Table, titles: list[str], faults: Faults) -> None:
-    variables = list(table.variables(titles)) if titles else []
-    asked = [*(table.columns or {}).values(), *([table.key] if table.key else [])]
-    used = [title for title in titles if title in asked] if table.columns is not None else titles
-    if not titles:
-        faults.mistakes.append(Mistake(file=table.name, line=1, message="is empty", fix="give it a line of titles"))
-    elif len(set(used)) < len(used) or (table.columns is None and len(variables) < len(titles)):
-        message, fix = "has two columns of one name", "rename one, or name the columns you need in columns:"
-        faults.mistakes.append(Mistake(file=table.name, line=1, message=message, fix=fix))
-
-
-def _declaration(name: str, axes: Axes) -> KeyPath:
-    if name in axes.product:
-        return "variables", name
-    return ("variables", "zip", name) if name in axes.zipped else ("variables", "rows", "columns", name)
 
 
 def _check_schedule(spec: CampaignSpec, faults: Faults) -> None:
@@ -359,7 +218,7 @@ def _check_variables(spec: CampaignSpec, axes: Axes, faults: Faults, *, columns_
     declared = {*axes.columns(), *axes.zipped, *axes.product}
     declared |= set(axes.table.columns or ()) if axes.table else set()
     if EDITION in declared:
-        faults.add(_declaration(EDITION, axes), f"{EDITION!r} is the name of the campaign's edition", "rename it")
+        faults.add(declaration(EDITION, axes), f"{EDITION!r} is the name of the campaign's edition", "rename it")
     known = declared | set(given if isinstance(given, dict) else ())
     known |= {EDITION} if edition or faults.within(("schedule",)) else set()
     all_known = columns_known and not any(faults.has(path) for path in (("variables",), ("variables", "zip")))
@@ -378,14 +237,15 @@ def _check_variables(spec: CampaignSpec, axes: Axes, faults: Faults, *, columns_
             fix = "add schedule: with mode: edition, or submit --edition NAME" if name == EDITION else ""
             faults.add(path, f"the variable {name!r} is not declared", fix or nearest(name, declared))
             # Do not report the variable it may have meant as unused.
-            used |= set(difflib.get_close_matches(name, declared, n=1))
+            if (meant := nearest_name(name, declared)) is not None:
+                used.add(meant)
     used |= {name for choice in spec.exclude for name in choice}
     if axes.table is not None and axes.table.key is not None:
         # The key distinguishes rows, so its column counts as used.
         used |= {name for name, title in (axes.table.columns or {}).items() if title == axes.table.key}
     open_columns = set() if axes.table is None or axes.table.columns is not None else set(axes.columns())
     for name in sorted(declared - used - open_columns):
-        faults.add(_declaration(name, axes), f"the variable {name!r} is used nowhere", "use it or remove it")
+        faults.add(declaration(name, axes), f"the variable {name!r} is used nowhere", "use it or remove it")
 
 
 def _check_files(spec: CampaignSpec, faults: Faults, inputs: InputFolder, *, online: bool) -> None:
@@ -432,8 +292,3 @@ def jobs_of_a_chain(spec: CampaignSpec) -> dict[str, int]:
         own = {stage.id} if stage.id in seeds else set()
         fanned[stage.id] = own.union(*(fanned[parent] for parent in stage.parents()))
     return {stage: math.prod(seeds[each] for each in sorted(above)) for stage, above in fanned.items()}
-
-
-def seed_count(seeds: SeedRange | list[int]) -> int:
-    """Return the number of seeds."""
-    return seeds.count if isinstance(seeds, SeedRange) else len(seeds)

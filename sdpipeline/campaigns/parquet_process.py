@@ -76,7 +76,7 @@ def _lines(path: str, wanted: Collection[str] | None) -> Iterator[list[Any]]:
         yield titles
         for column in columns:
             if pa.types.is_nested(column.type):
-                raise _RefusedError(f"the column {column.name!r} holds {str(column.type)[:80]}, no single values")
+                raise _RefusedError(f"the column {column.name!r} holds {str(column.type)[:80]}, not single values")
         for batch in file.iter_batches(batch_size=ROWS_AT_ONCE, columns=titles, use_threads=False):
             texts = [_texts(column) for column in batch.columns]
             if sum(map(len, (text or "" for column in texts for text in column))) <= LARGEST_LINE:

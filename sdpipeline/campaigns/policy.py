@@ -11,12 +11,15 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from sdpipeline.campaigns import yaml_source
-from sdpipeline.campaigns.spec import CampaignSpec, Policy, Stage, nearest, note_faults, shown
-from sdpipeline.campaigns.yaml_source import Faults, KeyPath
+from sdpipeline.campaigns.spec import CampaignSpec, Policy
+from sdpipeline.campaigns.spec_parser import note_faults
+from sdpipeline.campaigns.stage_spec import Stage
+from sdpipeline.campaigns.yaml_source import Faults, KeyPath, shown
 from sdpipeline.domain import CheckpointRef
 from sdpipeline.engine.checkpoints import SAFETY_CHECKER, CheckpointFiles
 from sdpipeline.errors import CampaignError, SettingsError
 from sdpipeline.jobs import SafetyCheck
+from sdpipeline.suggestions import nearest
 
 CAMPAIGN, DEPLOYMENT = "policy", "deployment policy"
 
@@ -67,7 +70,7 @@ class Rules:
         asked, alias = self.policy, files.alias
         fix = f"sdpipeline checkpoints add {alias} DIR_OR_REPO --licence L --purpose P, or other weights"
         if asked.licences is not None and files.licence not in asked.licences:
-            known = f"is under {files.licence!r}" if files.licence else "is registered under no licence"
+            known = f"is under {files.licence!r}" if files.licence else "is registered without a licence"
             yield f"{alias!r} {known}, {self.name}.licences allows {', '.join(asked.licences) or 'none'}", fix
         if missing := [purpose for purpose in asked.purposes if purpose not in files.purposes]:
             yield f"{alias!r} is not approved for {', '.join(missing)}, as {self.name}.purposes asks", fix

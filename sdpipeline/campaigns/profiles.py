@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from sdpipeline.campaigns.spec import CampaignSpec, Stage
+from sdpipeline.campaigns.spec import CampaignSpec
+from sdpipeline.campaigns.stage_spec import Stage
 from sdpipeline.campaigns.yaml_source import Faults, KeyPath
 from sdpipeline.domain import Profile, Reproducibility
 from sdpipeline.engine import families
@@ -14,20 +15,14 @@ def chosen(spec: CampaignSpec, stage: Stage, row: Family) -> tuple[Reproducibili
     """Return a stage's reproducibility and profile: its own, else the campaign's.
 
     The campaign's profile is limited to those that the stage's checkpoint and reproducibility allow.
-    ``reproducibility: fast`` is the older form of ``tolerant`` with ``profile: fast``.
     """
     exactness = stage.reproducibility or spec.reproducibility
-    wanted: Profile = stage.profile or ("fast" if stage.reproducibility == "fast" else None) or campaigns(spec)
+    wanted: Profile = stage.profile or spec.profile or "exact"
     if exactness == "strict":
         return "strict", "exact"
     order = list(PROFILES)
     possible = [profile for profile in row.profiles if order.index(profile) <= order.index(wanted)]
     return "tolerant", possible[-1]
-
-
-def campaigns(spec: CampaignSpec) -> Profile:
-    """Return the campaign's profile, for stages without one of their own."""
-    return spec.profile or ("fast" if spec.reproducibility == "fast" else "exact")
 
 
 def check(spec: CampaignSpec, faults: Faults) -> None:

@@ -25,7 +25,7 @@ def check_cron(cron: str) -> None:
             raise WrongScheduleError("is not five fields: minute, hour, day of month, month, day of week")
         CronSim(cron, datetime.now(UTC))
     except CronSimError as error:
-        raise WrongScheduleError(f"is no cron expression: {error}") from error
+        raise WrongScheduleError(f"is not a cron expression: {error}") from error
 
 
 def timezones() -> set[str]:

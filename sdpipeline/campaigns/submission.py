@@ -179,7 +179,7 @@ def submit(
 
 
 def delivery_rules(campaign: Campaign) -> dict[str, DeliveryRules]:
-    """Return the delivery rules of each stage."""
+    """Return the delivery rules of each stage's pictures; none of them changes a pixel."""
     spec, safety = campaign.spec, policy.safety_checks(campaign.policies, campaign.catalog)
     return {
         stage.id: DeliveryRules(
@@ -197,8 +197,8 @@ def _refuse_archived(campaign: Campaign, database: Database, team: str) -> None:
     with database.read() as connection:
         closed = archives.is_archived(connection, team=team, name=campaign.spec.name, edition=campaign.edition)
     if closed:
-        what = f"edition {campaign.edition!r}" if campaign.edition else "what it asked for without an edition"
-        message = f"{what} is in the archive and cannot be made again"
+        what = f"edition {campaign.edition!r}" if campaign.edition else "the campaign without an edition"
+        message = f"{what} is archived and cannot be made again"
         raise CampaignError(Mistake(file=campaign.source.file, message=message, fix="--edition with another name"))
 
 
@@ -217,7 +217,7 @@ def _overlap(campaign: Campaign, database: Database, team: str) -> Submitted | N
         present = queries.progress(connection, campaign_id)
     if present.paused_because:
         return None  # the campaign is paused, and a larger budget in the file has to take effect
-    why = f"edition {campaign.edition} is left out: {', '.join(sorted(older))} is still being made"
+    why = f"edition {campaign.edition} is skipped: {', '.join(sorted(older))} is still being made"
     return Submitted(campaign_id=campaign_id, version=present.version, added=0, unchanged=0, cancelled=0, left_out=why)
 
 

@@ -57,7 +57,7 @@ def parse(lines: Iterable[str], suffix: str, name: str, wanted: Collection[str] 
         return _delimited(lines, delimiter, name)
     if suffix.lower() == ".jsonl":
         return _json_lines(lines, name, wanted)
-    raise CampaignError(Mistake(file=name, message="is no table", fix="give a .csv, .tsv, .jsonl or .parquet file"))
+    raise CampaignError(Mistake(file=name, message="is not a table", fix="give a .csv, .tsv, .jsonl or .parquet file"))
 
 
 def of_files(paths: Sequence[str]) -> Generator[Record]:
@@ -97,7 +97,7 @@ def _delimited(lines: Iterable[str], delimiter: str, name: str) -> Iterator[Reco
             yield line, cells, f"has {len(cells)} cells where the first line has {width}" if ragged else None
             line, taken = reader.line_num + 1, 0
     except csv.Error as error:
-        raise CampaignError(Mistake(file=name, line=line, message=f"is no table row: {error}")) from error
+        raise CampaignError(Mistake(file=name, line=line, message=f"is not a table row: {error}")) from error
 
 
 def _check_width(columns: int, name: str) -> None:
@@ -134,16 +134,16 @@ def _object(text: str) -> dict[str, Any]:
             text.strip(), parse_float=str, parse_int=str, parse_constant=_no_number, object_pairs_hook=_without_repeats
         )
     except json.JSONDecodeError as error:
-        raise _WrongLineError(f"is no JSON: {error.msg} at column {error.colno}") from error
+        raise _WrongLineError(f"is not JSON: {error.msg} at column {error.colno}") from error
     except (RecursionError, MemoryError) as error:
         raise _WrongLineError("is nested too deeply") from error
     if not isinstance(found, dict):
-        raise _WrongLineError("is no JSON object; write one {...} with names and values on each line")
+        raise _WrongLineError("is not a JSON object; write one {...} with names and values on each line")
     return found
 
 
 def _no_number(word: str) -> Any:
-    raise _WrongLineError(f"holds {word}, which is no JSON")
+    raise _WrongLineError(f"holds {word}, which is not JSON")
 
 
 def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -159,14 +159,16 @@ def _cells(found: dict[str, Any], titles: list[str], *, exact: bool) -> list[str
         raise _WrongLineError(f"has no {missing[0]!r}, which the first line has (null is an empty value)")
     if exact and len(found) > len(titles):
         other = next(title for title in found if title not in titles)
-        raise _WrongLineError(f"has {other!r}, which the first line has not; or name the columns you need in columns:")
+        raise _WrongLineError(
+            f"has {other!r}, which the first line lacks; add it there, or name the columns you need in columns:"
+        )
     return [_text(title, found[title]) for title in titles]
 
 
 def _text(title: str, value: Any) -> str:
     if isinstance(value, dict | list):
         raise _WrongLineError(
-            f"{title!r} holds {'a list' if isinstance(value, list) else 'an object'}, no single value"
+            f"{title!r} holds {'a list' if isinstance(value, list) else 'an object'}, not a single value"
         )
     if isinstance(value, bool):
         return "true" if value else "false"
@@ -184,7 +186,7 @@ def _parquet(path: Path, name: str, wanted: Collection[str] | None) -> Iterator[
     too_long, row = f"has a value of more than {LARGEST_CELL:,} characters", 0
     asked = json.dumps(None if wanted is None else list(wanted))
     command = [sys.executable, "-P", parquet_process.__file__, str(path), asked]
-    with tempfile.TemporaryFile() as said, _running(command, said) as process:
+    with tempfile.TemporaryFile() as errors, _running(command, errors) as process:
         assert process.stdout is not None
         lines = iter(partial(process.stdout.readline, LARGEST_LINE + 1), "")
         for number, line in enumerate(lines):
@@ -199,21 +201,21 @@ def _parquet(path: Path, name: str, wanted: Collection[str] | None) -> Iterator[
                 row += 1
                 yield row, [cell or "" for cell in cells], too_long if None in cells else None
         if process.wait() != 0:
-            raise CampaignError(Mistake(file=name, message=_why(process.returncode, said)))
+            raise CampaignError(Mistake(file=name, message=_why(process.returncode, errors)))
 
 
 @contextmanager
-def _running(command: Sequence[str], said: IO[bytes]) -> Iterator[Popen[str]]:
+def _running(command: Sequence[str], errors: IO[bytes]) -> Iterator[Popen[str]]:
     """Run the process and kill it at the end of the block."""
-    with Popen(command, stdin=DEVNULL, stdout=PIPE, stderr=said, encoding="utf-8", errors="replace") as process:
+    with Popen(command, stdin=DEVNULL, stdout=PIPE, stderr=errors, encoding="utf-8", errors="replace") as process:
         try:
             yield process
         finally:
             process.kill()
 
 
-def _why(exit_code: int, said: IO[bytes]) -> str:
-    said.seek(0)
+def _why(exit_code: int, errors: IO[bytes]) -> str:
+    errors.seek(0)
     if exit_code == parquet_process.REFUSED:
-        return said.read(2_000).decode(errors="replace")
+        return errors.read(2_000).decode(errors="replace")
     return f"cannot be decoded in {parquet_process.MEMORY_BYTES >> 20} MiB: its reader ended with {exit_code}"

@@ -128,6 +128,6 @@ class _Keys:
             return "the key is empty"
         digest = hashlib.blake2b(key.encode(), digest_size=16).digest()
         if digest in self._seen:
-            return f"the key {key!r} was there before; keys must be unique"
+            return f"the key {key!r} is used twice; keys must be unique"
         self._seen.add(digest)
         return None

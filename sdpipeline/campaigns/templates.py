@@ -159,7 +159,7 @@ def _check(tree: nodes.Node, *, depth: int) -> None:
         if isinstance(node, nodes.Filter) and node.name not in FILTERS:
             raise TemplateRefusedError(f"the filter {node.name!r} is not known; there are {', '.join(sorted(FILTERS))}")
         if isinstance(node, nodes.Name) and node.name in ("self", "super"):
-            raise TemplateRefusedError(f"{node.name!r} is a word of Jinja's and no variable")
+            raise TemplateRefusedError(f"{node.name!r} is a reserved word of Jinja, not a variable")
         if isinstance(node, nodes.Const) and (character := control_character(str(node.value))):
             raise TemplateRefusedError(f"holds the character {character}")
         _check(node, depth=depth + 1)

@@ -6,15 +6,19 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from sdpipeline.campaigns import adapter_validation, policy, profiles
+from sdpipeline.campaigns.parameters import LIMITS, Parameters, number
 from sdpipeline.campaigns.policy import Rules
-from sdpipeline.campaigns.spec import LIMITS, CampaignSpec, ControlNetSpec, Parameters, Seeds, Stage, nearest, number
+from sdpipeline.campaigns.seeds import Seeds
+from sdpipeline.campaigns.spec import CampaignSpec
 from sdpipeline.campaigns.stage_plan import WrongValueError, checked, not_taken
+from sdpipeline.campaigns.stage_spec import ControlNetSpec, Stage
 from sdpipeline.campaigns.yaml_source import Faults, KeyPath
 from sdpipeline.domain import Task
 from sdpipeline.engine import annotators, families
 from sdpipeline.engine.checkpoints import CheckpointFiles
 from sdpipeline.engine.families import Family
 from sdpipeline.engine.quality import EDGE_ANNOTATORS
+from sdpipeline.suggestions import nearest
 
 Catalog = Mapping[str, CheckpointFiles]
 
@@ -34,11 +38,11 @@ def check(spec: CampaignSpec, faults: Faults, catalog: Catalog, policies: Sequen
         path: KeyPath = ("stages", n)
         _check_seeds(stage.seeds, (*path, "seeds"), faults)
         if stage.seed and stage.seeds:
-            faults.add((*path, "seed"), "says the same seed and other seeds", "keep seed: or seeds:")
+            faults.add((*path, "seed"), "has both seed: and seeds:", "keep seed: or seeds:")
         for place, image in stage.images():
             given = [each for each in (image.stage, image.file, image.url) if each is not None]
             if len(given) != 1 and not faults.within((*path, *place)):
-                faults.add((*path, *place), "needs stage:, file: or url:, and only one of them")
+                faults.add((*path, *place), "needs exactly one of stage:, file: and url:")
         _check_values(stage, path, faults)
         for m, use in enumerate(stage.controlnets):
             _check_controlnet(use, (*path, "controlnets", m), faults, catalog)
@@ -72,7 +76,7 @@ def _check_seeds(seeds: Seeds | None, path: KeyPath, faults: Faults) -> None:
     if isinstance(seeds, list):
         for n, seed in enumerate(seeds):
             if seed in seeds[:n]:
-                faults.add((*path, n), f"the seed {seed} is there twice", "remove one")
+                faults.add((*path, n), f"the seed {seed} is listed twice", "remove one")
     elif seeds is not None and seeds.start + seeds.count - 1 > 2**63 - 1:
         faults.add(path, "goes beyond the largest seed, 9223372036854775807")
 
@@ -132,11 +136,11 @@ def _check_names(spec: CampaignSpec, faults: Faults) -> None:
 def _check_cycles(spec: CampaignSpec, faults: Faults) -> None:
     """Note each cycle once, named in full, at its first stage in the file."""
     parents = {stage.id: [parent for parent in stage.parents() if parent != stage.id] for stage in spec.stages}
-    told: set[str] = set()
+    reported: set[str] = set()
     for n, stage in enumerate(spec.stages):
         cycle = _cycle(stage.id, parents)
-        if cycle and not told.intersection(cycle):
-            told.update(cycle)
+        if cycle and not reported.intersection(cycle):
+            reported.update(cycle)
             way = " needs ".join(f"{each!r}" for each in [*cycle, stage.id])
             faults.add(("stages", n), f"is part of a cycle: {way}", "let one of them use another picture")
 
@@ -185,7 +189,7 @@ def _check_checkpoint(
     base = catalog[alias]
     row = families.FAMILIES.get(base.family)
     if base.kind != "checkpoint" or row is None:
-        message = f"{alias!r} is a {base.kind}, which makes no pictures by itself"
+        message = f"{alias!r} is a {base.kind}, which cannot make pictures by itself"
         faults.add(place, message, nearest(alias, _bases(catalog)))
     elif why := families.refusal(base.family, stage.task, controlnets=len(stage.controlnets)):
         faults.add((*path, "task"), why)
@@ -296,6 +300,6 @@ def _check_annotator_checkpoint(
         if alias is not None:
             faults.add(place, f"annotator {use.annotator!r} does not take it", "remove it")
     elif alias is None:
-        faults.add(place, f"annotator {use.annotator!r} needs a checkpoint of its own", nearest("", fitting))
+        faults.add(place, f"annotator {use.annotator!r} needs a checkpoint", nearest("", fitting))
     elif alias not in fitting:
         faults.add(place, f"no {learned} annotator {alias!r}", nearest(alias, fitting))

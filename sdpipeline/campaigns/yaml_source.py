@@ -88,6 +88,18 @@ def dotted(path: KeyPath) -> str:
     return text.removeprefix(".")
 
 
+def shown(value: Any) -> str:
+    """Format a value from a file for an error message."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    if value is None:
+        return "nothing"
+    if isinstance(value, list | dict):
+        return "a list" if isinstance(value, list) else "keys with values"
+    text = repr(value).removesuffix(".0")
+    return text if len(text) <= 60 else text[:57] + "..." + text[-1]
+
+
 def load(path: Path) -> Located:
     """Read one document; raises CampaignError for anything that is not plain, small YAML."""
     try:
@@ -96,7 +108,7 @@ def load(path: Path) -> Located:
     except OSError as error:
         raise CampaignError(Mistake(file=str(path), message=f"cannot be read: {error.strerror}")) from error
     except ValueError as error:
-        raise CampaignError(Mistake(file=str(path), message=f"is no file name: {error}")) from error
+        raise CampaignError(Mistake(file=str(path), message=f"is not a file name: {error}")) from error
     if len(data) > LARGEST_FILE_BYTES:
         raise CampaignError(Mistake(file=str(path), message="is larger than 4 MiB", fix="put the rows in a table"))
     try:
@@ -239,7 +251,7 @@ class _Builder:
         node.value = _SURROGATES.sub(_joined_pair, node.value)
         shown = node.value if len(node.value) <= 40 else node.value[:40] + "..."
         if not pattern.fullmatch(node.value):
-            self._refuse(node, path, f"{shown!r} is no {node.tag.removeprefix(_TAG)}", "remove the tag")
+            self._refuse(node, path, f"{shown!r} is not a valid {node.tag.removeprefix(_TAG)}", "remove the tag")
             return None
         if character := control_character(node.value):
             self._refuse(node, path, f"holds the character {character}", "remove it")

@@ -51,7 +51,7 @@ def application(words: Sequence[str] = ()) -> typer.Typer:
     """Build the Typer application; with the words of one command, import only that command's module."""
     app = typer.Typer(
         name="sdpipeline",
-        help="Batch image generation with a queue that loses nothing and pictures that prove what made them.",
+        help="Batch image generation with a durable queue, an audit log and signed pictures.",
         no_args_is_help=True,
         pretty_exceptions_enable=False,
         context_settings={"help_option_names": ["-h", "--help"]},

@@ -12,7 +12,9 @@ from typing import Annotated, BinaryIO
 import typer
 
 from sdpipeline import audit, shutdown
-from sdpipeline.app import maintenance, services
+from sdpipeline.app import maintenance, sealing
+from sdpipeline.app.keys import seal_key
+from sdpipeline.app.services import open_services
 from sdpipeline.audit import export as exporting
 from sdpipeline.audit.findings import Verification
 from sdpipeline.audit.offline import LONGEST_LINE, verify_export
@@ -35,7 +37,7 @@ from sdpipeline.domain import Json
 from sdpipeline.private_files import users_umask
 from sdpipeline.provenance.untrusted import UnreadableError, parse_object
 
-_GROUP = typer.Typer(help="Seal the audit log, check it, and prove what stands in it.", no_args_is_help=True)
+_GROUP = typer.Typer(help="Seal, verify and export the audit log; prove single pictures.", no_args_is_help=True)
 
 
 def add_to(app: typer.Typer) -> None:
@@ -48,13 +50,22 @@ def add_to(app: typer.Typer) -> None:
 
 def verify(
     *,
-    sample: Annotated[int | None, typer.Option(min=0, help="Read only so many pictures, chosen at random.")] = None,
-    full: Annotated[bool, typer.Option("--full", help="Read all pictures and approved weights (the default).")] = False,
-    exported: Annotated[Path | None, typer.Option("--export", help="Check this export alone, by no settings.")] = None,
-    proof: Annotated[Path | None, typer.Option(help="Check this proof alone, by no settings.")] = None,
-    image: Annotated[Path | None, typer.Option(help="With --proof: is this the picture it is about?")] = None,
+    sample: Annotated[
+        int | None, typer.Option(min=0, help="Check only this number of pictures, chosen at random.")
+    ] = None,
+    full: Annotated[
+        bool, typer.Option("--full", help="Check all pictures and approved weights (the default).")
+    ] = False,
+    exported: Annotated[
+        Path | None, typer.Option("--export", help="Check only this export; needs no settings and no database.")
+    ] = None,
+    proof: Annotated[
+        Path | None, typer.Option(help="Check only this proof; needs no settings and no database.")
+    ] = None,
+    image: Annotated[Path | None, typer.Option(help="With --proof: check that the proof is for this picture.")] = None,
     key: Annotated[
-        list[str] | None, typer.Option(help="A public key to trust, in place of the settings' own; may be repeated.")
+        list[str] | None,
+        typer.Option(help="A public key to trust instead of the key in the settings; may be repeated."),
     ] = None,
     home: Home = None,
     as_json: AsJson = False,
@@ -62,14 +73,15 @@ def verify(
     """Check all teams' events, seals, jobs, campaigns and pictures, or an export or a proof; exit 3 on faults."""
     alone = [each for each in (exported, proof) if each is not None]
     if len(alone) > 1 or (alone and (sample is not None or full)):
-        raise refuse("--export, --proof and --sample or --full are checks of their own", "give one of them")
+        raise refuse("--export, --proof and --sample or --full cannot be combined", "give one of them")
     if image and proof is None:
-        raise refuse("--image goes with --proof")
+        raise refuse("--image needs --proof")
     trusted = tuple(audit.public_key(each) for each in key or ()) or None
     if alone:
         found = _verified_alone(exported, proof, image, trusted)
     else:
-        found = maintenance.verify(load_settings(home), sample=None if full else sample, trusted=trusted)
+        with open_services(load_settings(home), create=False) as services:
+            found = maintenance.verify(services, sample=None if full else sample, trusted=trusted)
     _show(found, as_json=as_json, compare=bool(alone) and not key)
     if found.faults:
         raise typer.Exit(FOUND_FAULTS)
@@ -89,16 +101,19 @@ def _verified_alone(
 
 def seal(
     *,
-    watch: Annotated[bool, typer.Option("--watch", help="Go on until told to stop.")] = False,
+    watch: Annotated[bool, typer.Option("--watch", help="Keep sealing until stopped.")] = False,
     every: Annotated[float, typer.Option(min=0.1, help="With --watch: seconds between seals.")] = EVERY_S,
-    events: Annotated[int, typer.Option(min=1, help="With --watch: sooner at so many events.")] = MOST_EVENTS,
+    events: Annotated[
+        int, typer.Option(min=1, help="With --watch: seal sooner when this number of events is unsealed.")
+    ] = MOST_EVENTS,
     home: Home = None,
     as_json: AsJson = False,
 ) -> None:
     """Sign the audit events since the last seal."""
     settings = load_settings(home)
     if not watch:
-        count = services.seal(settings)
+        with open_services(settings) as services:
+            count = sealing.seal(services)
         if as_json:
             print_json({"sealed": count})
         else:
@@ -106,14 +121,14 @@ def seal(
         return
     sealed = 0
 
-    def told(count: int) -> None:
+    def print_seal(count: int) -> None:
         nonlocal sealed
         sealed += count
         if not as_json:
             stdout.print(f"{count} events sealed")
 
-    with shutdown.handle_signals(*shutdown.SIGNALS) as stop:
-        services.keep_sealing(settings, stop, every_s=every, events=events, on_seal=told)
+    with shutdown.handle_signals(*shutdown.SIGNALS) as stop, open_services(settings, until=stop) as services:
+        sealing.keep_sealing(services, stop, every_s=every, events=events, on_seal=print_seal)
     if as_json:
         print_json({"sealed": sealed})
     raise typer.Exit(stop.exit_code)
@@ -121,7 +136,7 @@ def seal(
 
 def export(
     *,
-    out: Annotated[Path | None, typer.Option(help="Write there; default standard output.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Output file; default: standard output.")] = None,
     home: Home = None,
     as_json: AsJson = False,
 ) -> None:
@@ -130,15 +145,15 @@ def export(
     if as_json and out is None:
         raise refuse("--json needs --out: the export itself goes to standard output", "--out audit.jsonl")
     refuse_place(out)
-    with services.services(settings, create=False) as have:
-        services.seal(settings)
+    with open_services(settings, create=False) as services:
+        sealing.seal(services)
         if out is None:
-            exporting.write(have.database, services.seal_key(settings), sys.stdout.buffer)
+            exporting.write(services.database, seal_key(settings), sys.stdout.buffer)
             return
         # Under another name first, so that an interrupted export leaves no partial file under the final name.
         unfinished = out.with_name(f"{out.name}.part")
         with users_umask(), unfinished.open("wb") as file:
-            done = exporting.write(have.database, services.seal_key(settings), file)
+            done = exporting.write(services.database, seal_key(settings), file)
         unfinished.replace(out)
     if as_json:
         print_json(done.document() | {"file": str(out)})
@@ -149,20 +164,20 @@ def export(
 def prove_image(
     picture: Annotated[str, typer.Argument(metavar="IMAGE", help="A picture's file, key or address, or a job's id.")],
     *,
-    out: Annotated[Path | None, typer.Option(help="Write the proof there; default standard output.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Output file of the proof; default: standard output.")] = None,
     home: Home = None,
     as_json: AsJson = False,
 ) -> None:
     """Write the proof that the sealed log records a picture's success, for audit verify --proof."""
     settings = load_settings(home)
     refuse_place(out)
-    with services.services(settings, create=False) as have:
-        with have.database.read() as connection:
+    with open_services(settings, create=False) as services:
+        with services.database.read() as connection:
             success = _success(connection, picture, settings.team)
             document = prove(connection, success)
         if document is None:
-            services.seal_or_wait(settings)
-            with have.database.read() as connection:
+            sealing.seal_or_wait(services)
+            with services.database.read() as connection:
                 document = prove(connection, success)
     if out is None:
         print_json(document)
@@ -170,9 +185,9 @@ def prove_image(
     with users_umask():
         out.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
     if as_json:
-        print_json({"file": str(out), "subject": success.told["subject"]})
+        print_json({"file": str(out), "subject": success.event["subject"]})
     else:
-        stdout.print(f"{out} proves {success.told['subject']}, {success.told['image']['sha256']}")
+        stdout.print(f"{out} proves {success.event['subject']}, {success.event['image']['sha256']}")
 
 
 def _success(connection: Connection, picture: str, team: str) -> Success:
@@ -183,7 +198,9 @@ def _success(connection: Connection, picture: str, team: str) -> Success:
         return success_of_job(connection, int(picture), team=team)
     sha256 = audit_queries.digest_at(connection, picture, team=team)
     if sha256 is None:
-        raise refuse(f"{picture} is no file, and no picture's key or address", "see sdpipeline jobs CAMPAIGN --json")
+        raise refuse(
+            f"{picture} is neither a file nor a picture's key or address", "see sdpipeline jobs CAMPAIGN --json"
+        )
     return success_of_picture(connection, sha256, team=team)
 
 
@@ -192,7 +209,7 @@ def _proof(path: Path) -> Json:
         with _opened(path) as file:
             document: Json = parse_object(file.read(LONGEST_LINE + 1), largest=LONGEST_LINE)
     except UnreadableError as error:
-        raise refuse(f"{path} is no proof: it {error}", "write one with sdpipeline audit prove") from error
+        raise refuse(f"{path} is not a proof: it {error}", "write one with sdpipeline audit prove") from error
     return document
 
 
@@ -221,4 +238,4 @@ def _show(found: Verification, *, as_json: bool, compare: bool) -> None:
         f"{found.seals} seals and {found.images} pictures{skipped}"
     )
     for public_key in found.signers if compare else ():
-        stdout.print(f"signed by {public_key}: compare it with the key you were given, or name that with --key")
+        stdout.print(f"signed by {public_key}: compare it with the key you were given, or pass that key with --key")

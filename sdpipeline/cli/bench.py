@@ -8,7 +8,10 @@ from typing import Annotated
 
 import typer
 
-from sdpipeline.app import services
+from sdpipeline.app.factories import delivery_process, make_worker
+from sdpipeline.app.keys import picture_key
+from sdpipeline.app.stores import open_storage, s3_options
+from sdpipeline.app.workers import registered
 from sdpipeline.batching import BUCKETS
 from sdpipeline.bench import plot
 from sdpipeline.bench import queue as queue_bench
@@ -33,8 +36,10 @@ from sdpipeline.storage.scratch import scratch_storage
 
 _GROUP = typer.Typer(help="Measure this machine.", no_args_is_help=True)
 
-Rounds = Annotated[int, typer.Option(min=1, help="How often each is measured, in turn; the median counts.")]
-PlotFile = Annotated[Path | None, typer.Option("--plot", metavar="FILE.png|svg", help="Draw the figures too.")]
+Rounds = Annotated[int, typer.Option(min=1, help="Number of measurements of each, in turn; the median counts.")]
+PlotFile = Annotated[
+    Path | None, typer.Option("--plot", metavar="FILE.png|svg", help="Also plot the results to this file.")
+]
 
 
 def add_to(app: typer.Typer) -> None:
@@ -47,7 +52,7 @@ def add_to(app: typer.Typer) -> None:
 def engine(
     *,
     checkpoint: Checkpoint = "shapes",
-    batch: Annotated[list[int] | None, typer.Option(help="A batch size, or several; default 1, 2, 4, 8.")] = None,
+    batch: Annotated[list[int] | None, typer.Option(help="Batch size; may be repeated; default: 1, 2, 4, 8.")] = None,
     width: Width = None,
     height: Height = None,
     num_inference_steps: Steps = None,
@@ -95,14 +100,14 @@ def engine(
     if as_json:
         print_json(document)
         return
-    _say_engine(document)
+    _print_engine(document)
 
 
 def pipeline(
     *,
     checkpoint: Checkpoint = "shapes",
-    batch: Annotated[int, typer.Option(help="Pictures in a forward pass.")] = 8,
-    batches: Annotated[int, typer.Option(min=1, help="Batches of a round.")] = 4,
+    batch: Annotated[int, typer.Option(help="Pictures per forward pass.")] = 8,
+    batches: Annotated[int, typer.Option(min=1, help="Batches per round.")] = 4,
     width: Width = None,
     height: Height = None,
     num_inference_steps: Steps = None,
@@ -132,8 +137,8 @@ def pipeline(
         device=device,
     )
     settings = load_settings(home)
-    key = services.picture_key(settings)
-    services.open_storage(settings).check()
+    key = picture_key(settings)
+    open_storage(settings).check()
     on = subject(
         settings.model_copy(update={"engine": settings.engine.model_copy(update={"max_batch": batch})}), wanted
     )
@@ -143,11 +148,11 @@ def pipeline(
     plan = pipeline_bench.Plan(batch=batch, batches=batches, plain=max(2, batch // 2), rounds=rounds, device=on.device)
     with (
         scratch_database(settings.database) as database,
-        scratch_storage(settings.storage, services.s3_options(settings)) as scratch,
-        services.delivery_process(on.settings, key, database, scratch.url) as (worker_id, deliverer),
-        services.registered(
+        scratch_storage(settings.storage, s3_options(settings)) as scratch,
+        delivery_process(on.settings, key, database, scratch.url) as (worker_id, deliverer),
+        registered(
             on.settings,
-            services.make_worker(
+            make_worker(
                 on.settings, database, scratch.store, under_test, key, worker_id=worker_id, deliverer=deliverer
             ),
             on.device,
@@ -160,14 +165,14 @@ def pipeline(
     if as_json:
         print_json(on.document() | found)
         return
-    _say_pipeline(on.document() | found)
+    _print_pipeline(on.document() | found)
 
 
 def queue(
     *,
-    jobs: Annotated[int, typer.Option(min=1, help="How many jobs are worked.")] = 2000,
-    batch: Annotated[int, typer.Option(min=1, max=64, help="How many are leased at a time.")] = 8,
-    workers: Annotated[int, typer.Option(min=1, max=8, help="How many lease at the same time.")] = 4,
+    jobs: Annotated[int, typer.Option(min=1, help="Number of jobs.")] = 2000,
+    batch: Annotated[int, typer.Option(min=1, max=64, help="Jobs per lease.")] = 8,
+    workers: Annotated[int, typer.Option(min=1, max=8, help="Number of concurrent workers.")] = 4,
     plot_file: PlotFile = None,
     home: Home = None,
     as_json: AsJson = False,
@@ -184,14 +189,16 @@ def queue(
         print_json(found)
         return
     print_records(f"Queue: {workers} workers", ("what", "count", "per_s", "p50_ms", "p99_ms"), found["transitions"])
-    stdout.print(f"{found['submitted_per_s']:g} jobs submitted and {found['jobs_per_s']:g} worked a second")
+    stdout.print(f"{found['submitted_per_s']:g} jobs submitted and {found['jobs_per_s']:g} completed a second")
 
 
 def storage(
     *,
-    objects: Annotated[int, typer.Option(min=1, help="How many objects.")] = 50,
-    size_bytes: Annotated[int, typer.Option(min=1, help="Of each; a 1024x1024 png is about 1.3 million.")] = 1_300_000,
-    threads: Annotated[int, typer.Option(min=1, max=16, help="How many at the same time.")] = 4,
+    objects: Annotated[int, typer.Option(min=1, help="Number of objects.")] = 50,
+    size_bytes: Annotated[
+        int, typer.Option(min=1, help="Size of each object; a 1024x1024 png has about 1.3 million.")
+    ] = 1_300_000,
+    threads: Annotated[int, typer.Option(min=1, max=16, help="Number of threads.")] = 4,
     plot_file: PlotFile = None,
     home: Home = None,
     as_json: AsJson = False,
@@ -199,10 +206,10 @@ def storage(
     """Measure writes, reads and checks per second on the configured storage, under a temporary prefix."""
     _check_plot(plot_file)
     settings = load_settings(home)
-    services.open_storage(settings).check()
+    open_storage(settings).check()
     load = storage_bench.Load(objects=objects, size_bytes=size_bytes, threads=threads)
     with (
-        scratch_storage(settings.storage, services.s3_options(settings)) as scratch,
+        scratch_storage(settings.storage, s3_options(settings)) as scratch,
         progress("bench storage", shown=not as_json) as on_progress,
     ):
         found = storage_bench.measure(scratch.store, load, on_progress)
@@ -218,7 +225,7 @@ def storage(
 def _batches(asked: list[int] | None) -> list[int]:
     sizes = sorted(set(asked or (1, 2, 4, 8)))
     if wrong := [size for size in sizes if size not in BUCKETS]:
-        raise refuse(f"--batch {wrong[0]} is no size that batches have", f"one of {', '.join(map(str, BUCKETS))}")
+        raise refuse(f"--batch {wrong[0]} is not a batch size", f"one of {', '.join(map(str, BUCKETS))}")
     return sizes
 
 
@@ -227,18 +234,18 @@ def _check_plot(path: Path | None) -> None:
         plot.check(path)
 
 
-def _say_pipeline(found: Json) -> None:
+def _print_pipeline(found: Json) -> None:
     print_records(_title(found), ("what", "batch", "pictures_per_s", "cpu_s"), found["rows"])
     print_records("Lost", ("what", "share"), [row | {"share": f"{row['share']:.2%}"} for row in found["lost"]])
-    beside = ", ".join(
+    outside = ", ".join(
         f"{name.removesuffix('_s')} {s * 1e3:.0f} ms" for name, s in found["beside_the_device_s"].items()
     )
     stdout.print(
         f"the whole line reaches {found['share_of_engine']:.3f} of the engine alone and {found['against_plain']:.2f} "
-        f"times the plain loop; beside the device a picture takes {beside}"
+        f"times the plain loop; outside the device a picture takes {outside}"
     )
     if found["device_idle_share"] is not None:
-        stdout.print(f"the GPU waits {found['device_idle_share']:.2%} of the time")
+        stdout.print(f"the GPU is idle for {found['device_idle_share']:.2%} of the time")
 
 
 def _title(found: Json) -> str:
@@ -246,7 +253,7 @@ def _title(found: Json) -> str:
     return f"{what}, {found['profile']}, on {found['device']} in {found['dtype']}"
 
 
-def _say_engine(found: Json) -> None:
+def _print_engine(found: Json) -> None:
     columns = ("what", "batch", "pictures_per_s", "against_plain", "tflop_per_s", "share_of_ceiling")
     rows = [row | {name: f"{row[name]:.4g}" for name in columns[2:]} for row in found["rows"]]
     print_records(_title(found), columns, rows)
@@ -259,5 +266,5 @@ def _say_engine(found: Json) -> None:
         stdout.print(f"its pictures differ from exact ones by {apart['grey_levels']:.2f} grey levels{psnr}")
     if found["device_idle_share"] is not None:
         stdout.print(
-            f"the GPU waits {found['device_idle_share']:.2%} of a batch; {found['peak_memory_gib']} GiB at most"
+            f"the GPU is idle for {found['device_idle_share']:.2%} of a batch; {found['peak_memory_gib']} GiB at most"
         )

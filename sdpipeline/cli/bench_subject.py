@@ -9,30 +9,33 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from sdpipeline.app import services
+from sdpipeline.app.checkpoints import BUILTIN_CHECKPOINTS, catalog
+from sdpipeline.app.factories import build_engine, random_checkpoint
 from sdpipeline.bench.shapes import NAMES, shape
 from sdpipeline.bench.spread import OnProgress
 from sdpipeline.bench.workload import Workload
-from sdpipeline.campaigns.spec import nearest
 from sdpipeline.cli.output import refuse, stderr
 from sdpipeline.domain import CheckpointRef, Json, Profile, Task
 from sdpipeline.engine import Engine
 from sdpipeline.engine.checkpoints import CheckpointFiles
-from sdpipeline.engine.devices import gpu_count
+from sdpipeline.engine.devices import devices, gpu_count, is_present
 from sdpipeline.engine.families import family, scheduler_refusal
 from sdpipeline.settings import Settings
+from sdpipeline.suggestions import nearest
 
 if TYPE_CHECKING:
     from sdpipeline.bench.plain import PlainLoop
 
-Checkpoint = Annotated[str, typer.Option(help="An alias; or sd15 or sdxl: their shapes, with random weights.")]
-Width = Annotated[int | None, typer.Option(min=64, help="Pixels; default what fits checkpoint and device.")]
-Height = Annotated[int | None, typer.Option(min=64, help="Pixels; default what fits checkpoint and device.")]
-Steps = Annotated[int | None, typer.Option("--num-inference-steps", min=1, help="Default as for the size.")]
-Guidance = Annotated[float | None, typer.Option("--guidance-scale", min=1.0, help="1 is without guidance.")]
+Checkpoint = Annotated[
+    str, typer.Option(help="An alias, or sd15 or sdxl: random weights in the shapes of these models.")
+]
+Width = Annotated[int | None, typer.Option(min=64, help="Pixels; default: fits the checkpoint and the device.")]
+Height = Annotated[int | None, typer.Option(min=64, help="Pixels; default: fits the checkpoint and the device.")]
+Steps = Annotated[int | None, typer.Option("--num-inference-steps", min=1, help="Default: as for the size.")]
+Guidance = Annotated[float | None, typer.Option("--guidance-scale", min=1.0, help="1 turns guidance off.")]
 Scheduler = Annotated[str, typer.Option(help="As in a campaign file.")]
 ProfileName = Annotated[Profile, typer.Option(help="exact, fast or turbo, as in a campaign file.")]
-Device = Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N; default the first GPU, else cpu.")]
+Device = Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N; default: the first GPU, else cpu.")]
 
 SHIPPED = {"width": 128, "height": 128, "num_inference_steps": 20, "guidance_scale": 4.0}
 ON_A_CPU = {"width": 128, "height": 128, "num_inference_steps": 2}
@@ -65,7 +68,7 @@ class Subject:
 
     def engine(self) -> Engine:
         """Build the engine as workers do."""
-        return services.build_engine(self.settings, self.device, None, dtype=self.dtype)
+        return build_engine(self.settings, self.device, None, dtype=self.dtype)
 
     def plain(self) -> PlainLoop:
         """Build a plain diffusers loop, as in a script. Call ``engine`` first: it sets up torch's import."""
@@ -98,7 +101,7 @@ def subject(settings: Settings, wanted: Wanted) -> Subject:
     settings, files = _checkpoint(settings, wanted.checkpoint, device)
     row = family(files.family)
     if row.cell(Task.TEXT_TO_IMAGE) is None:
-        raise refuse(f"--checkpoint {files.alias} makes no pictures from text", "name one that does")
+        raise refuse(f"--checkpoint {files.alias} is not a text-to-image checkpoint", "name one that is")
     if fault := scheduler_refusal(files.family, wanted.scheduler):
         raise refuse(f"--scheduler: {fault}")
     usual = _usual(files, device)
@@ -106,7 +109,7 @@ def subject(settings: Settings, wanted: Wanted) -> Subject:
     chosen = usual | {name: value for name, value in given.items() if value is not None}
     for name in ("width", "height"):
         if chosen[name] % row.size_multiple:
-            raise refuse(f"--{name} {chosen[name]} is no multiple of {row.size_multiple}", "name the nearest one")
+            raise refuse(f"--{name} {chosen[name]} is not a multiple of {row.size_multiple}", "name the nearest one")
     ref = CheckpointRef(alias=files.alias, digest=files.digest)
     workload = Workload(checkpoint=ref, scheduler=wanted.scheduler, profile=wanted.profile, **chosen)
     dtype = settings.engine.dtype or (row.cuda_dtype if device.startswith("cuda") else "float32")
@@ -114,9 +117,8 @@ def subject(settings: Settings, wanted: Wanted) -> Subject:
 
 
 def _device(settings: Settings, wanted: Wanted) -> str:
-    device = wanted.device or services.devices(settings)[0]
-    number = device.removeprefix("cuda").removeprefix(":") or "0"
-    if device != "cpu" and not (device.startswith("cuda") and number.isdigit() and int(number) < gpu_count()):
+    device = wanted.device or devices(settings)[0]
+    if not is_present(device):
         raise refuse(f"--device {device} is not on this machine", f"it has cpu and {gpu_count()} GPUs")
     return device
 
@@ -128,15 +130,15 @@ def _checkpoint(settings: Settings, alias: str, device: str) -> tuple[Settings, 
         settings = settings.model_copy(update={"checkpoints_dir": folder})
         if not (folder / alias).is_dir():
             stderr.print(f"building {alias} with random weights in {folder / alias}")
-        services.random_checkpoint(alias, folder, device)
-    known = services.catalog(settings)
+        random_checkpoint(alias, folder, device)
+    known = catalog(settings)
     if alias not in known:
         raise refuse(f"--checkpoint {alias}: there is no such checkpoint", nearest(alias, [*known, *NAMES]))
     return settings, known[alias]
 
 
 def _usual(files: CheckpointFiles, device: str) -> Json:
-    if files.directory.parent == services.BUILTIN_CHECKPOINTS:
+    if files.directory.parent == BUILTIN_CHECKPOINTS:
         return SHIPPED
     row = family(files.family)
     size = 1024 if row.text in ("sdxl", "sd3", "flux") else 512

@@ -7,14 +7,11 @@ from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
 from itertools import chain, islice
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from sdpipeline.app import services
-from sdpipeline.app import submit as intake
-from sdpipeline.archives import contents
-from sdpipeline.campaigns import schedule, submission
+from sdpipeline.app.services import existing_database, open_services
 from sdpipeline.cli.output import (
     FOUND_FAULTS,
     AsJson,
@@ -31,19 +28,22 @@ from sdpipeline.cli.output import (
     stdout,
 )
 from sdpipeline.cli.tables import SAMPLE
-from sdpipeline.db import job_control, queries, server_checks
-from sdpipeline.db.queries import Progress
-from sdpipeline.db.server_checks import WriteRefusal
-from sdpipeline.db.submit import Submitted
-from sdpipeline.db.workers import STORAGE_LOSSES
+from sdpipeline.db import queries
 from sdpipeline.domain import Status
 
+if TYPE_CHECKING:
+    from sdpipeline.db.queries import Progress
+    from sdpipeline.db.server_checks import WriteRefusal
+    from sdpipeline.db.submit import Submitted
+
+# Commands import what only they use: `status` and its like are typed often, and shall not wait for all the others.
+
 LONGEST_SHOWN = 60
-UNLUCKY = ("failed", "blocked", "skipped", "cancelled")
+UNSUCCESSFUL = ("failed", "blocked", "skipped", "cancelled")
 RETRYABLE = ("failed", "blocked", "cancelled")
 
 Edition = Annotated[
-    str | None, typer.Option(help="Make the whole campaign as this edition; default what its schedule says.")
+    str | None, typer.Option(help="Make the whole campaign again as this edition; default: as its schedule says.")
 ]
 
 
@@ -62,15 +62,16 @@ def plan(
     as_json: AsJson = False,
 ) -> None:
     """Check a campaign file and compare its jobs with the database, without writing anything."""
+    from sdpipeline.app.campaign_files import check_edition, load_campaign
+    from sdpipeline.campaigns import schedule, submission
+
     settings = load_settings(home)
-    intake.check_edition(edition)
-    database = services.existing_database(settings)
-    campaign, inputs = services.load_campaign(settings, file, database, edition=edition)
+    check_edition(edition)
     cost = None if settings.cost_per_gpu_hour is None else settings.cost_per_gpu_hour / 3600
     planning = submission.Planning(team=settings.team, max_batch=settings.engine.max_batch, gpu_second_cost=cost)
-    planned = submission.plan(campaign, inputs, database, planning, explain=diff).document()
-    if database is not None:
-        database.close()
+    with existing_database(settings) as database:
+        campaign, inputs = load_campaign(settings, file, database, edition=edition)
+        planned = submission.plan(campaign, inputs, database, planning, explain=diff).document()
     if as_json:
         print_json(planned)
         return
@@ -84,19 +85,22 @@ def plan(
         stdout.print(f"scheduled {when.cron} {when.timezone}: " + ", ".join(f"{at:%Y-%m-%d %H:%M %Z}" for at in nights))
     if diff:
         changes = [{name: _short(value) for name, value in change.items()} for change in planned["diff"]]
-        print_records("What made jobs new", ("stage", "key", "jobs", "was", "now"), changes)
+        print_records("Why jobs are new", ("stage", "key", "jobs", "was", "now"), changes)
 
 
 def submit(
     file: CampaignFile,
     *,
-    prune: Annotated[bool, typer.Option("--prune", help="Cancel what the file no longer asks for.")] = False,
+    prune: Annotated[bool, typer.Option("--prune", help="Cancel jobs that the file no longer asks for.")] = False,
     edition: Edition = None,
     home: Home = None,
     as_json: AsJson = False,
 ) -> None:
     """Publish a campaign file as the campaign's newest version; unchanged jobs are left alone."""
-    name, done = intake.submit(load_settings(home), file, prune=prune, edition=edition)
+    from sdpipeline.app import submit as intake
+
+    with intake.open_to_submit(load_settings(home), file, edition=edition) as services:
+        name, done = intake.submit(services, file, prune=prune, edition=edition)
     if as_json:
         counts = {"added": done.added, "unchanged": done.unchanged, "cancelled": done.cancelled}
         about = {"blocked": done.blocked, "left_out": done.left_out}
@@ -115,40 +119,47 @@ def run(
 ) -> None:
     """Submit a campaign and run it to completion on this machine, in the Prefect flow."""
     from sdpipeline import orchestration
+    from sdpipeline.app import submit as intake
+    from sdpipeline.app.factories import check_engine, check_quantization
+    from sdpipeline.app.keys import picture_key, trusted_seal_keys
+    from sdpipeline.app.sealing import seal_here
 
     settings = load_settings(home)
-    services.check_engine(settings)
+    check_engine(settings)
     if not settings.embedded:  # a missing key is found before any work is done; the embedded default makes its own
-        services.picture_key(settings)
-        services.believed_seal_keys(settings)
-    services.check_quantization(settings)  # otherwise each of its workers would crash on it
-    name, done = intake.submit(settings, file, edition=edition)
-    if not as_json:
-        stderr.print(_submitted(name, done))
-    progress = orchestration.run_campaign(settings, name, keep_ui=keep_ui, console=None if as_json else stderr)
-    services.seal_here(settings)
+        picture_key(settings)
+        trusted_seal_keys(settings)
+    check_quantization(settings)  # otherwise each of its workers would crash on it
+    with intake.open_to_submit(settings, file, edition=edition) as services:
+        name, done = intake.submit(services, file, edition=edition)
+        if not as_json:
+            stderr.print(_submitted(name, done))
+        progress = orchestration.run_campaign(services, name, keep_ui=keep_ui, console=None if as_json else stderr)
+        seal_here(services)
     show_status([progress], as_json=as_json)
     leave(progress)
 
 
 def status(
-    campaign: Annotated[str | None, typer.Argument(metavar="[CAMPAIGN]", help="One campaign; default all.")] = None,
+    campaign: Annotated[str | None, typer.Argument(metavar="[CAMPAIGN]", help="One campaign; default: all.")] = None,
     *,
     home: Home = None,
     as_json: AsJson = False,
 ) -> None:
     """Show the progress of campaigns, and the live workers."""
+    from sdpipeline.db import server_checks
+
     settings = load_settings(home)
-    with services.services(settings, create=False) as have:
-        ids = [services.known_campaign(have.database, settings.team, campaign)] if campaign else None
-        with have.database.read() as connection:
+    with open_services(settings, create=False) as services:
+        ids = [services.campaign_id(campaign)] if campaign else None
+        with services.database.read() as connection:
             if ids is None:
                 names = queries.campaign_names(connection, team=settings.team)
                 found = [queries.campaign_id(connection, team=settings.team, name=name) for name in names]
                 ids = [each for each in found if each is not None]
             everything = [queries.progress(connection, each) for each in ids]
             living = queries.live_workers(connection, lost_after_s=settings.lease_ttl_s)
-        refusal = server_checks.write_refusal(have.database)
+        refusal = server_checks.write_refusal(services.database)
     show_status(everything, as_json=as_json, workers=living, refusal=refusal)
 
 
@@ -156,19 +167,21 @@ def jobs(
     campaign: CampaignName,
     *,
     with_status: Annotated[Status | None, typer.Option("--status", help="Only jobs of this status.")] = None,
-    checkpoint: Annotated[str | None, typer.Option(help="Only jobs made with these weights: a digest's start.")] = None,
+    checkpoint: Annotated[
+        str | None, typer.Option(help="Only jobs of the checkpoint whose digest starts with this.")
+    ] = None,
     after: Annotated[int, typer.Option(help="Only jobs with a greater id: the next page.")] = 0,
-    limit: Annotated[int | None, typer.Option(min=1, help="At most so many jobs.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Maximum number of jobs.")] = None,
     jsonl: Annotated[bool, typer.Option("--jsonl", help="One JSON document per line, streamed.")] = False,
     home: Home = None,
     as_json: AsJson = False,
 ) -> None:
     """List a campaign's jobs in order of their id."""
     settings = load_settings(home)
-    with services.services(settings, create=False) as have:
-        campaign_id = services.known_campaign(have.database, settings.team, campaign)
+    with open_services(settings, create=False) as services:
+        campaign_id = services.campaign_id(campaign)
         wanted = str(with_status) if with_status else None
-        with have.database.read() as connection:
+        with services.database.read() as connection:
             found = queries.jobs(connection, campaign_id, status=wanted, made_with=checkpoint, after=after, limit=limit)
             if jsonl:
                 for job in found:
@@ -186,9 +199,13 @@ def show(
     as_json: AsJson = False,
 ) -> None:
     """Show everything known about one job."""
-    with services.services(load_settings(home), create=False) as have, have.database.read() as connection:
-        team = have.settings.team
-        found = queries.show(connection, job, team=team) or contents.show(connection, have.store, job, team=team)
+    with open_services(load_settings(home), create=False) as services, services.database.read() as connection:
+        team = services.settings.team
+        found = queries.show(connection, job, team=team)
+        if found is None:
+            from sdpipeline.archives import contents
+
+            found = contents.show(connection, services.store, job, team=team)
     if found is None:
         raise refuse(f"no job {job}", "sdpipeline jobs CAMPAIGN lists them")
     found["events"] = [json.loads(event) for event in found["events"]]
@@ -213,25 +230,27 @@ def retry(
     as_json: AsJson = False,
 ) -> None:
     """Reopen failed jobs and the jobs that were skipped because of them."""
+    from sdpipeline.app import control
+
     if with_status not in RETRYABLE:
         raise refuse(f"--status {with_status} cannot be retried", f"one of {', '.join(RETRYABLE)}")
-    count, kept = intake.reopen(load_settings(home), campaign, with_status)
+    with open_services(load_settings(home), create=False) as services:
+        count, kept = control.reopen(services, campaign, with_status)
     if kept and not count:
-        why = f"a policy forbids all {kept} {with_status} jobs of {campaign}, and a retry does not lift it"
+        why = f"a policy forbids all {kept} {with_status} jobs of {campaign}, and a retry does not change that"
         raise refuse(why, "change the prompts or the policy, and submit the file again")
-    forbidden = f", {kept} left alone because a policy forbids them" if kept else ""
+    forbidden = f", {kept} not retried because a policy forbids them" if kept else ""
     about = {"campaign": campaign, "retried": count, "forbidden": kept}
-    _say(f"{count} jobs reopened{forbidden}", about, as_json=as_json)
+    _print_outcome(f"{count} jobs reopened{forbidden}", about, as_json=as_json)
 
 
 def cancel(campaign: CampaignName, *, home: Home = None, as_json: AsJson = False) -> None:
     """Cancel unfinished jobs of a campaign; pictures already made are kept."""
-    settings = load_settings(home)
-    with services.services(settings, create=False) as have:
-        campaign_id = services.known_campaign(have.database, settings.team, campaign)
-        with have.audit.transaction() as tx:
-            count = job_control.cancel(tx, campaign_id=campaign_id)
-    _say(f"{count} jobs cancelled", {"campaign": campaign, "cancelled": count}, as_json=as_json)
+    from sdpipeline.app import control
+
+    with open_services(load_settings(home), create=False) as services:
+        count = control.cancel(services, campaign)
+    _print_outcome(f"{count} jobs cancelled", {"campaign": campaign, "cancelled": count}, as_json=as_json)
 
 
 def pause(campaign: CampaignName, *, home: Home = None, as_json: AsJson = False) -> None:
@@ -255,6 +274,8 @@ def show_status(
     refusal: WriteRefusal | None = None,
 ) -> None:
     """Print the status table or its JSON form; ``refusal`` says why the database takes no writes."""
+    from sdpipeline.db.workers import STORAGE_LOSSES
+
     documents = [progress.document() for progress in campaigns]
     names = ("id", "host", "pid", "device", "status", *_SEEN)
     living = [
@@ -267,7 +288,7 @@ def show_status(
             {"campaigns": documents} | ({"workers": living, "database": database} if workers is not None else {})
         )
         return
-    columns = ("total", "succeeded", *_there(documents, ("ready", "waiting", "leased", *UNLUCKY)))
+    columns = ("total", "succeeded", *_statuses_in_use(documents, ("ready", "waiting", "leased", *UNSUCCESSFUL)))
     spent = ("images", "gpu_seconds", *(["cost"] if any(d["cost"] for d in documents) else []))
     about = ("name", "version", "status")
     rows = [
@@ -292,7 +313,7 @@ def show_status(
             stdout.print(f"storage works without {feature}: {loss}")
 
 
-def _there(documents: list[dict[str, Any]], names: Sequence[str]) -> list[str]:
+def _statuses_in_use(documents: list[dict[str, Any]], names: Sequence[str]) -> list[str]:
     """Return the statuses that some campaign has jobs in: a table of zeros is hard to read."""
     return [name for name in names if any(d["jobs"][name] for d in documents)]
 
@@ -302,7 +323,7 @@ def leave(progress: Progress) -> None:
     if progress.failed:
         stderr.print(f"why: sdpipeline jobs {progress.name} --status failed; again: sdpipeline retry {progress.name}")
     if progress.blocked:
-        stderr.print(f"what is blocked, and by which rule: sdpipeline jobs {progress.name} --status blocked")
+        stderr.print(f"blocked jobs and their rules: sdpipeline jobs {progress.name} --status blocked")
     if progress.paused_because:
         stderr.print(f"{progress.name} is paused: {progress.paused_because}; raise it in the file and run it again")
     elif progress.remaining and progress.status == "paused":
@@ -314,7 +335,7 @@ def leave(progress: Progress) -> None:
 def _estimated(estimate: dict[str, Any]) -> str:
     """Format the estimate of the remaining work."""
     if estimate["gpu_seconds"] is None:
-        return f"no estimate: nothing like {estimate['jobs_without_history']} of them was made here before"
+        return f"no estimate: {estimate['jobs_without_history']} of them have no history here"
     cost = f", cost {estimate['cost']:.2f}" if estimate["cost"] is not None else ""
     return f"still to make: {estimate['gpu_seconds']:.1f} GPU-seconds{cost}, {estimate['bytes'] / 1e6:.1f} MB"
 
@@ -325,12 +346,11 @@ def _short(value: Any) -> Any:
 
 
 def _set_status(campaign: str, status: str, home: Path | None, *, as_json: bool) -> None:
-    settings = load_settings(home)
-    with services.services(settings, create=False) as have:
-        campaign_id = services.known_campaign(have.database, settings.team, campaign)
-        with have.audit.transaction() as tx:
-            job_control.set_campaign_status(tx, campaign_id=campaign_id, status=status)
-    _say(f"{campaign} is {status}", {"campaign": campaign, "status": status}, as_json=as_json)
+    from sdpipeline.app import control
+
+    with open_services(load_settings(home), create=False) as services:
+        control.set_status(services, campaign, status)
+    _print_outcome(f"{campaign} is {status}", {"campaign": campaign, "status": status}, as_json=as_json)
 
 
 def _submitted(name: str, done: Submitted) -> str:
@@ -358,7 +378,7 @@ def _shown_job(job: dict[str, Any]) -> dict[str, Any]:
     return job | {"picture or error": picture_or_error, "variables": variables}
 
 
-def _say(sentence: str, document: dict[str, Any], *, as_json: bool) -> None:
+def _print_outcome(sentence: str, document: dict[str, Any], *, as_json: bool) -> None:
     if as_json:
         print_json(document)
     else:

@@ -10,8 +10,9 @@ from typing import Annotated
 
 import typer
 
-from sdpipeline.app import services
-from sdpipeline.campaigns.spec import NAME, nearest
+from sdpipeline.app.checkpoints import catalog, refused_checkpoints
+from sdpipeline.app.services import existing_database, open_services
+from sdpipeline.campaigns.spec_part import NAME
 from sdpipeline.cli.output import FOUND_FAULTS, AsJson, Home, load_settings, print_json, print_records, refuse, stdout
 from sdpipeline.db import registry
 from sdpipeline.domain import Json
@@ -20,9 +21,10 @@ from sdpipeline.engine.hub import REPOSITORY, fetch
 from sdpipeline.errors import CheckpointError
 from sdpipeline.private_files import users_umask
 from sdpipeline.settings import Settings
+from sdpipeline.suggestions import nearest
 
 _GROUP = typer.Typer(help="The registry of checkpoints allowed to run.", no_args_is_help=True)
-Alias = Annotated[str, typer.Argument(metavar="ALIAS", help="The name campaigns use.")]
+Alias = Annotated[str, typer.Argument(metavar="ALIAS", help="Name of the checkpoint in campaign files.")]
 
 
 def add_to(app: typer.Typer) -> None:
@@ -51,32 +53,32 @@ def add(
     source: Annotated[str, typer.Argument(metavar="DIR_OR_REPO", help="A directory, or a hub repository.")],
     *,
     revision: Annotated[str | None, typer.Option(help="The repository's commit, 40 digits.")] = None,
-    licence: Annotated[str | None, typer.Option(help="Under which licence the weights may be used.")] = None,
-    purpose: Annotated[list[str] | None, typer.Option(help="What they were approved for; may be repeated.")] = None,
+    licence: Annotated[str | None, typer.Option(help="Licence of the weights.")] = None,
+    purpose: Annotated[list[str] | None, typer.Option(help="Approved purpose; may be repeated.")] = None,
     expires: Annotated[datetime | None, typer.Option(formats=["%Y-%m-%d"], help="Last day of the approval.")] = None,
-    approved_by: Annotated[str | None, typer.Option(help="Who approved them; default you.")] = None,
+    approved_by: Annotated[str | None, typer.Option(help="Approver; default: the current user.")] = None,
     home: Home = None,
     as_json: AsJson = False,
 ) -> None:
     """Approve weights under an alias, which refers to them from now on. Existing jobs keep their pinned weights."""
     settings = load_settings(home)
     if not re.fullmatch(NAME, alias):
-        raise refuse(f"{alias!r} is no alias", "lower-case letters, digits and -")
+        raise refuse(f"{alias!r} is not an alias", "lower-case letters, digits and -")
     directory = Path(source).expanduser().resolve()
     if not directory.is_dir() and REPOSITORY.fullmatch(source):
         if revision is None:
-            raise refuse(f"{source} is no directory, and as a repository it needs --revision", "pin its commit")
+            raise refuse(f"{source} is not a directory, and a repository needs --revision", "pin its commit")
         with nullcontext() if settings.checkpoints.is_relative_to(settings.home) else users_umask():
             directory = fetch(source, revision, settings.checkpoints / f".{alias}-{revision[:12]}")
     try:
         files = inspect(alias, directory)
     except CheckpointError as error:
         raise refuse(str(error)) from error
-    with services.services(settings) as have, have.audit.transaction() as tx:
+    with open_services(settings) as services, services.audit.transaction() as tx:
         day_after = expires.replace(tzinfo=UTC).timestamp() + 86400 if expires else None
         origin = f"{source}@{revision}" if revision else str(directory)
         approval = registry.Approval(
-            approved_by=approved_by or have.audit.actor,
+            approved_by=approved_by or services.audit.actor,
             source=origin,
             licence=licence,
             purposes=tuple(purpose or ()),
@@ -91,15 +93,15 @@ def add(
 
 
 def verify_all(
-    alias: Annotated[str | None, typer.Argument(metavar="[ALIAS]", help="One checkpoint; default all.")] = None,
+    alias: Annotated[str | None, typer.Argument(metavar="[ALIAS]", help="One checkpoint; default: all.")] = None,
     *,
     home: Home = None,
     as_json: AsJson = False,
 ) -> None:
     """Hash every file of the weights again, and compare the files with the approved ones."""
     settings = load_settings(home)
-    database = services.existing_database(settings)
-    known, refused = services.catalog(settings, database), services.refused_checkpoints(settings, database)
+    with existing_database(settings) as database:
+        known, refused = catalog(settings, database), refused_checkpoints(settings, database)
     if alias is not None and alias not in known.keys() | refused.keys():
         raise refuse(f"no checkpoint {alias!r}", nearest(alias, known))
     checked = [_verified(files) for name, files in sorted(known.items()) if alias in (None, name)]
@@ -113,20 +115,22 @@ def verify_all(
 
 
 def revoke(
-    alias: Annotated[str, typer.Argument(metavar="ALIAS_OR_DIGEST", help="An alias, or at least 8 digits.")],
+    alias: Annotated[
+        str, typer.Argument(metavar="ALIAS_OR_DIGEST", help="An alias, or at least 8 digits of a digest.")
+    ],
     *,
-    because: Annotated[str, typer.Option(help="Why; it stands in the registry for ever.")],
+    because: Annotated[str, typer.Option(help="Reason; it is kept in the registry permanently.")],
     home: Home = None,
     as_json: AsJson = False,
 ) -> None:
     """Revoke weights: jobs that use them are not leased any more, and no campaign may name them."""
     settings = load_settings(home)
-    with services.services(settings) as have:
-        known = services.catalog(settings, have.database)
+    with open_services(settings) as services:
+        known = catalog(settings, services.database)
         found = [f for name, f in known.items() if alias == name or (len(alias) >= 8 and f.digest.startswith(alias))]
         if len({files.digest for files in found}) != 1:
             raise refuse(f"no checkpoint {alias!r}", nearest(alias, known))
-        with have.audit.transaction() as tx:
+        with services.audit.transaction() as tx:
             registry.remember(tx, found)
             blocked = registry.revoke(tx, found[0].digest, because=because)
     if as_json:
@@ -137,12 +141,12 @@ def revoke(
 
 def _documents(settings: Settings) -> list[Json]:
     """Return the registry's rows, and the allowed checkpoints that were never used."""
-    database = services.existing_database(settings)
     rows: list[Json] = []
-    if database is not None:
-        with database.read() as connection:
-            rows = registry.documents(connection)
-    known = services.catalog(settings, database)
+    with existing_database(settings) as database:
+        if database is not None:
+            with database.read() as connection:
+                rows = registry.documents(connection)
+        known = catalog(settings, database)
     running = {(files.digest, alias) for alias, files in known.items()}
     seen = {(row["digest"], row["alias"]) for row in rows}
     for row in rows:

@@ -12,14 +12,20 @@ from urllib.parse import unquote, urlsplit
 
 import typer
 
-from sdpipeline.app import services, submit
+from sdpipeline import settings as settings_module
+from sdpipeline.app import submit
+from sdpipeline.app.factories import check_engine
+from sdpipeline.app.keys import picture_key
+from sdpipeline.app.queries import newest_pictures
+from sdpipeline.app.sealing import seal
+from sdpipeline.app.services import Services
 from sdpipeline.cli import campaigns
 from sdpipeline.cli.output import AsJson, Home, load_settings, print_json, print_table, stderr, stdout
 from sdpipeline.db import queries
 from sdpipeline.reporting import report
 from sdpipeline.settings import Settings, embedded_database, embedded_storage
 
-BUNDLED_CAMPAIGN = Path(services.__file__).parents[1] / "demo" / "campaign.yaml"
+BUNDLED_CAMPAIGN = Path(__file__).parents[1] / "demo" / "campaign.yaml"
 
 
 def add_to(app: typer.Typer) -> None:
@@ -36,17 +42,18 @@ def demo(
     """Make the bundled campaign's pictures on this machine, and list where everything is."""
     from sdpipeline import orchestration
 
-    services.check_engine(load_settings(home))
-    s = _embedded(load_settings(home))
+    check_engine(load_settings(home))
+    settings = _embedded(load_settings(home))
     started = time.monotonic()
-    name, done = submit.submit(s, BUNDLED_CAMPAIGN)
-    if not as_json:
-        stderr.print(f"campaign {BUNDLED_CAMPAIGN}: {done.added} jobs added, {done.unchanged} unchanged")
-    progress = orchestration.run_campaign(
-        s, name, keep_ui=keep_ui, console=None if as_json else stderr, always_own=True
-    )
-    services.seal(s)
-    result = _result(s, name, time.monotonic() - started)
+    with submit.open_to_submit(settings, BUNDLED_CAMPAIGN) as opened:
+        name, done = submit.submit(opened, BUNDLED_CAMPAIGN)
+        if not as_json:
+            stderr.print(f"campaign {BUNDLED_CAMPAIGN}: {done.added} jobs added, {done.unchanged} unchanged")
+        progress = orchestration.run_campaign(
+            opened, name, keep_ui=keep_ui, console=None if as_json else stderr, always_own=True
+        )
+        seal(opened)
+        result = _result(opened, name, time.monotonic() - started)
     if as_json:
         counts = {"added": done.added, "unchanged": done.unchanged}
         print_json(progress.document() | counts | result.document())
@@ -77,18 +84,18 @@ def _embedded(settings: Settings) -> Settings:
     """Force the embedded default over all settings; worker processes inherit it through the environment."""
     os.environ["SDP_DATABASE_URL"] = embedded_database(settings.home)
     os.environ["SDP_STORAGE_URL"] = embedded_storage(settings.home)
-    return services.load_settings(settings.home)
+    return settings_module.load(home=settings.home)
 
 
-def _result(settings: Settings, name: str, wall_s: float) -> _Result:
+def _result(opened: Services, name: str, wall_s: float) -> _Result:
+    settings = opened.settings
     sheet = settings.home / "demo-contact-sheet.jpg"
-    sheet.write_bytes(services.newest_pictures(settings, name) or b"")
-    with services.services(settings) as have:
-        campaign_id = services.known_campaign(have.database, settings.team, name)
-        with have.database.read() as connection:
-            images = queries.progress(connection, campaign_id).images
-            newest = queries.newest_images(connection, campaign_id, 1)
-            spent = report.time_spent(queries.timings(connection, campaign_id))
+    sheet.write_bytes(newest_pictures(opened, name) or b"")
+    campaign_id = opened.campaign_id(name)
+    with opened.database.read() as connection:
+        images = queries.progress(connection, campaign_id).images
+        newest = queries.newest_images(connection, campaign_id, 1)
+        spent = report.time_spent(queries.timings(connection, campaign_id))
     places = {
         "contact sheet": str(sheet),
         "pictures": str(settings.home / "storage" / settings.team / name),
@@ -103,15 +110,15 @@ def _result(settings: Settings, name: str, wall_s: float) -> _Result:
         wall_s=wall_s,
         places=places,
         seconds=seconds,
-        signer=services.picture_key(settings).identity,
-        home="" if settings.home == services.load_settings().home else f" --home {shlex.quote(str(settings.home))}",
+        signer=picture_key(settings).identity,
+        home="" if settings.home == settings_module.load().home else f" --home {shlex.quote(str(settings.home))}",
         newest=unquote(urlsplit(newest[0]["url"]).path) if newest else "PICTURE",
     )
 
 
 def _print(result: _Result, *, nothing_new: bool) -> None:
     if nothing_new:
-        stdout.print(f"Nothing to do: all {result.images} pictures are there already.")
+        stdout.print(f"Nothing to do: all {result.images} pictures exist already.")
     else:
         rate = result.images / result.wall_s
         stdout.print(f"{result.images} pictures in {result.wall_s:.0f} s, {rate:.2f} a second, starts included.")
@@ -119,15 +126,15 @@ def _print(result: _Result, *, nothing_new: bool) -> None:
     stdout.print(f"Each is marked as AI-made and signed by {result.signer}.")
     print_table("Where things are", ("what", "where"), result.places.items())
     print_table(
-        "What to try next",
+        "Next steps",
         ("to", "type"),
         (
             ("see every job", f"sdpipeline jobs demo{result.home}"),
-            ("know all about one", f"sdpipeline show 1{result.home}"),
+            ("see everything about one job", f"sdpipeline show 1{result.home}"),
             ("check that nothing was changed", f"sdpipeline audit verify{result.home}"),
-            ("see what a picture is and who signed it", f"sdpipeline verify {shlex.quote(result.newest)}{result.home}"),
-            ("have the pictures under readable names", f"sdpipeline export demo --to DIR{result.home}"),
-            ("write your own", "sdpipeline init DIR, and there: sdpipeline run catalogue.yaml"),
+            ("see a picture's origin and its signer", f"sdpipeline verify {shlex.quote(result.newest)}{result.home}"),
+            ("copy the pictures under readable names", f"sdpipeline export demo --to DIR{result.home}"),
+            ("start a campaign of your own", "sdpipeline init DIR, and there: sdpipeline run catalogue.yaml"),
             ("check this installation", "sdpipeline doctor"),
         ),
     )

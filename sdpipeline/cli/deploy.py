@@ -9,7 +9,9 @@ from typing import Annotated
 
 import typer
 
-from sdpipeline.app import services, submit
+from sdpipeline.app import submit
+from sdpipeline.app.campaign_files import load_campaign
+from sdpipeline.app.services import existing_database
 from sdpipeline.campaigns import expand
 from sdpipeline.campaigns.spec import CampaignSpec
 from sdpipeline.cli.output import AsJson, Home, load_settings, print_json, print_table, refuse, stdout
@@ -28,7 +30,7 @@ def add_to(app: typer.Typer) -> None:
 def deploy(
     *,
     max_campaigns: Annotated[
-        int | None, typer.Option(min=0, help="Campaigns at work at a time; 0 is no limit; default as it was.")
+        int | None, typer.Option(min=0, help="Maximum number of campaigns at a time; 0: no limit; default: unchanged.")
     ] = None,
     silence_s: Annotated[
         float, typer.Option(min=35, help="Seconds without a heartbeat after which a run counts as crashed.")
@@ -75,7 +77,7 @@ def prefect_gateway(
 def schedule(
     file: Annotated[str, typer.Argument(metavar="CAMPAIGN", help="The campaign file, or s3://bucket/key.yaml.")],
     *,
-    off: Annotated[bool, typer.Option("--off", help="Take the schedule away; the campaign's name will do.")] = False,
+    off: Annotated[bool, typer.Option("--off", help="Remove the schedule; the campaign's name is enough.")] = False,
     home: Home = None,
     as_json: AsJson = False,
 ) -> None:
@@ -101,14 +103,14 @@ def schedule(
 def _unschedule(settings: Settings, given: str, *, as_json: bool) -> None:
     from sdpipeline.orchestration import deploy as deployment
 
-    there = is_bucket_url(given) or Path(given).is_file()
-    name = _checked(settings, given, None if is_bucket_url(given) else _text(given)).name if there else given
+    is_file = is_bucket_url(given) or Path(given).is_file()
+    name = _checked(settings, given, None if is_bucket_url(given) else _text(given)).name if is_file else given
     if not deployment.unschedule(settings, name):
-        raise refuse(f"{name} has no schedule on this server", "prefect deployment ls names those there are")
+        raise refuse(f"{name} has no schedule on this server", "list the schedules: prefect deployment ls")
     if as_json:
         print_json({"campaign": name, "deployment": None})
     else:
-        stdout.print(f"{name} is not scheduled any more")
+        stdout.print(f"{name} is no longer scheduled")
 
 
 def _text(file: str) -> str:
@@ -120,17 +122,18 @@ def _text(file: str) -> str:
 
 def _checked(settings: Settings, given: str, text: str | None) -> CampaignSpec:
     """Check the campaign as the scheduled run loads it, without files next to it; raises CampaignError."""
-    database = services.existing_database(settings)
     hints = []
-    if text is not None:
-        expand.check(*services.load_campaign(settings, Path(given), database))
-        beside = "at night the file is alone, without the tables and pictures that lie beside it here"
-        hints.append(Mistake(file=given, message=beside, fix="put them at s3://bucket/key: see SDP_INPUTS__ALLOWED"))
-    try:
-        with submit.campaign_file(settings, url=None if text is not None else given, text=text) as path:
-            campaign, inputs = services.load_campaign(settings, path, database)
-            expand.check(campaign, inputs)
-    except CampaignError as error:
-        mistakes = [replace(mistake, file=given) for mistake in error.mistakes]
-        raise CampaignError(*mistakes, *hints) from error
-    return campaign.spec
+    with existing_database(settings) as database:
+        if text is not None:
+            expand.check(*load_campaign(settings, Path(given), database))
+            message = "a scheduled run reads only this file, not the tables and pictures in its folder"
+            fix = "put them at s3://bucket/key: see SDP_INPUTS__ALLOWED"
+            hints.append(Mistake(file=given, message=message, fix=fix))
+        try:
+            with submit.campaign_file(settings, url=None if text is not None else given, text=text) as path:
+                campaign, inputs = load_campaign(settings, path, database)
+                expand.check(campaign, inputs)
+        except CampaignError as error:
+            mistakes = [replace(mistake, file=given) for mistake in error.mistakes]
+            raise CampaignError(*mistakes, *hints) from error
+        return campaign.spec

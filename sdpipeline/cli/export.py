@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from sdpipeline.app import services
+from sdpipeline.app.services import open_services
 from sdpipeline.cli.output import FOUND_FAULTS, AsJson, CampaignName, Home, load_settings, print_json, stderr, stdout
 from sdpipeline.private_files import users_umask
 from sdpipeline.reporting import export
@@ -26,33 +26,35 @@ def add_to(app: typer.Typer) -> None:
 def export_pictures(
     campaign: CampaignName,
     *,
-    to: Annotated[Path, typer.Option(metavar="DIR", help="The folder to copy to; it may be new.")],
-    name: Annotated[str | None, typer.Option(metavar="TEMPLATE", help="As in '{{ sku }}-{{ seed }}'.")] = None,
+    to: Annotated[Path, typer.Option(metavar="DIR", help="Target folder; created if missing.")],
+    name: Annotated[
+        str | None, typer.Option(metavar="TEMPLATE", help="Template of the file names, such as '{{ sku }}-{{ seed }}'.")
+    ] = None,
     stage: Annotated[
-        list[str] | None, typer.Option(metavar="ID", help="Only this stage, or several; default the last ones.")
+        list[str] | None, typer.Option(metavar="ID", help="Only this stage; may be repeated; default: the last stages.")
     ] = None,
     edition: Annotated[str | None, typer.Option(help="Only this edition.")] = None,
     home: Home = None,
     as_json: AsJson = False,
 ) -> None:
     """Copy a campaign's pictures into a folder under readable names, with a manifest.csv."""
-    with services.services(load_settings(home), create=False) as have:
-        campaign_id = services.known_campaign(have.database, have.settings.team, campaign)
-        choice = export.choose(have.database, campaign_id, name=name, stages=stage or [], edition=edition)
-        checked = export.check(have.database, choice, to)
+    with open_services(load_settings(home), create=False) as services:
+        campaign_id = services.campaign_id(campaign)
+        choice = export.choose(services.database, campaign_id, name=name, stages=stage or [], edition=edition)
+        checked = export.check(services.database, choice, to)
         with users_umask(), _progress(campaign, shown=not as_json) as on_progress:
-            done = export.export(have.database, have.store, checked, on_progress=on_progress)
+            done = export.export(services.database, services.store, checked, on_progress=on_progress)
     if as_json:
         print_json({"campaign": campaign} | done.document())
     else:
-        _say(done)
+        _print(done)
     if done.faults:
         raise typer.Exit(FOUND_FAULTS)
 
 
-def _say(done: Exported) -> None:
+def _print(done: Exported) -> None:
     waiting = f"; {done.without_picture} jobs have no picture" if done.without_picture else ""
-    stdout.print(f"{done.copied} pictures copied to {done.directory}, {done.unchanged} were there already{waiting}")
+    stdout.print(f"{done.copied} pictures copied to {done.directory}, {done.unchanged} existed already{waiting}")
     for fault in done.faults[:MOST_SHOWN]:
         stderr.print(f"{fault['file']}: job {fault['job']}: {fault['url']} {fault['detail']}")
     if len(done.faults) > MOST_SHOWN:

@@ -9,7 +9,9 @@ import typer
 
 from sdpipeline import shutdown
 from sdpipeline.app import doctor as checkup
-from sdpipeline.app import services
+from sdpipeline.app.factories import check_engine
+from sdpipeline.app.services import database_exists
+from sdpipeline.app.workers import run_worker
 from sdpipeline.cli.output import FOUND_FAULTS, AsJson, Home, load_settings, print_json, print_table, stdout
 from sdpipeline.db import migrate
 from sdpipeline.db.connection import open_database
@@ -25,22 +27,22 @@ def add_to(app: typer.Typer) -> None:
     app.add_typer(_DB, name="db")
 
 
-_DB = typer.Typer(help="Migrations, also from an installed wheel.", no_args_is_help=True)
+_DB = typer.Typer(help="Show and run database migrations.", no_args_is_help=True)
 
 
 def worker(
     *,
-    device: Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N; default the first GPU, else cpu.")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N; default: the first GPU, else cpu.")] = None,
     until_idle: Annotated[bool, typer.Option("--until-idle", help="Stop when no work is left.")] = False,
     home: Home = None,
     as_json: AsJson = False,
 ) -> None:
     """Run one worker process outside a flow; SIGTERM lets it finish its batch, a second SIGTERM does not."""
     settings = load_settings(home)
-    services.check_engine(settings)
+    check_engine(settings)
     with shutdown.handle_signals(*shutdown.SIGNALS) as stop:
         try:
-            done = services.run_worker(settings, campaign=None, until_idle=until_idle, device=device, stop=stop)
+            done = run_worker(settings, campaign=None, until_idle=until_idle, device=device, stop=stop)
         except DatabaseUnavailableError:
             if not stop.is_set():
                 raise
@@ -71,7 +73,7 @@ def current(*, home: Home = None, as_json: AsJson = False) -> None:
     """Show the database's schema and the one this release needs."""
     settings = load_settings(home)
     at = None
-    if services.database_exists(settings):
+    if database_exists(settings):
         with closing(open_database(settings.database)) as database:
             at = migrate.current(database)
     if as_json:

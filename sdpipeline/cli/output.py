@@ -28,7 +28,12 @@ FILE_WIDTH = 160
 FLUSH_LINES = 500
 """Lines of a table between two flushes, so that a pipe shows rows while others are still being read."""
 
-Home = Annotated[Path | None, typer.Option("--home", help="Folder of the embedded default.", show_default="./sdp-home")]
+Home = Annotated[
+    Path | None,
+    typer.Option(
+        "--home", help="Folder of the embedded database and storage, keys and logs.", show_default="./sdp-home"
+    ),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of a table.")]
 CampaignFile = Annotated[Path, typer.Argument(metavar="CAMPAIGN.yaml", help="The campaign file.")]
 CampaignName = Annotated[str, typer.Argument(metavar="CAMPAIGN", help="A submitted campaign's name.")]

@@ -6,10 +6,9 @@ from typing import Annotated
 
 import typer
 
-from sdpipeline import audit
-from sdpipeline.app import maintenance, services
+from sdpipeline.app import maintenance
+from sdpipeline.app.services import open_services
 from sdpipeline.cli.output import AsJson, Home, load_settings, print_json, print_table, refuse, stdout
-from sdpipeline.maintenance import retention as forgetting
 from sdpipeline.settings import RetentionSettings
 
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Only count; change nothing.")]
@@ -24,35 +23,30 @@ def add_to(app: typer.Typer) -> None:
 def retention(*, dry_run: DryRun = False, home: Home = None, as_json: AsJson = False) -> None:
     """Apply the retention settings: delete old pictures and prompts, archive closed editions."""
     settings = load_settings(home)
-    done = maintenance.forget(settings, dry_run=dry_run)
+    with open_services(settings, create=False) as services:
+        done = maintenance.forget(services, dry_run=dry_run)
     document = {"dry_run": dry_run} | done.document()
     if as_json:
         print_json(document)
     elif settings.retention == RetentionSettings():
-        stdout.print("nothing is ever due: see SDP_RETENTION__… in the documentation")
+        stdout.print("no retention period is set: see SDP_RETENTION__… in the documentation")
     else:
         print_table("Due" if dry_run else "Done", ("what", "count"), done.document().items())
 
 
 def erase(
     *,
-    subject: Annotated[str, typer.Option(help="Whose data, as the campaign's `subject` names them.")],
+    subject: Annotated[str, typer.Option(help="Person whose data is erased, as the campaign's `subject` names them.")],
     dry_run: DryRun = False,
     home: Home = None,
     as_json: AsJson = False,
 ) -> None:
     """Erase one subject's data from jobs, and record a proof of the erasure that does not reveal what was erased."""
-    s, name = load_settings(home), subject.strip()
+    settings, name = load_settings(home), subject.strip()
     if not name:
-        raise refuse("--subject is empty", "write what the campaign's `subject` becomes")
-    with services.services(s, create=False) as have:
-        have.store.check()
-        audit.refuse_restored(have.database, have.store)
-        done = forgetting.erase(
-            have.audit, have.store, lambda: services.seal_or_wait(s), name, team=s.team, dry_run=dry_run
-        )
-    if done.jobs and not dry_run:
-        services.seal_here(s)
+        raise refuse("--subject is empty", "give a value of the campaign's `subject`")
+    with open_services(settings, create=False) as services:
+        done = maintenance.erase(services, name, dry_run=dry_run)
     document = done.document()
     if as_json:
         print_json({"dry_run": dry_run} | document)
@@ -60,5 +54,9 @@ def erase(
     receipt = document.pop("receipt")
     print_table("Would erase at least" if dry_run else "Erased", ("what", "count"), document.items())
     if done.jobs and not dry_run:
-        stdout.print(f"receipt: in the audit log this subject is {receipt['subject_commitment']}, by the salt")
-        stdout.print(f"{receipt['salt']}, which is kept nowhere: give it to whoever has to show that it was them")
+        stdout.print(
+            f"receipt: the audit log's commitment to this subject is {receipt['subject_commitment']}, with the salt"
+        )
+        stdout.print(
+            f"{receipt['salt']}; the salt is not stored: give it to the person who must be able to prove the erasure"
+        )

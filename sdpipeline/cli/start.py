@@ -21,9 +21,9 @@ def add_to(app: typer.Typer) -> None:
 
 
 def init(
-    directory: Annotated[Path, typer.Argument(metavar="[DIR]", help="The folder to begin in; it may be new.")] = Path(),
+    directory: Annotated[Path, typer.Argument(metavar="[DIR]", help="Target folder; created if missing.")] = Path(),
     *,
-    force: Annotated[bool, typer.Option("--force", help="Overwrite files that are there already.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Overwrite existing files.")] = False,
     home: Home = None,
     as_json: AsJson = False,
 ) -> None:
@@ -35,23 +35,23 @@ def init(
         return
     about = scaffold.CAMPAIGNS | {
         TOML_NAME: "every setting, commented out",
-        scaffold.SCHEMA_NAME: "what editors complete and check campaign files by",
+        scaffold.SCHEMA_NAME: "the campaign file's JSON Schema, for editors",
     }
     print_table(
         f"Written to {directory.absolute()}",
         ("file", "what"),
-        [(name, about.get(name, "what an example reads")) for name in written],
+        [(name, about.get(name, "input of an example")) for name in written],
     )
-    there = [] if directory.resolve() == Path.cwd() else [("go there", f"cd {directory}")]
+    change_directory = [] if directory.resolve() == Path.cwd() else [("go there", f"cd {directory}")]
     first = next(iter(scaffold.CAMPAIGNS))
     print_table(
-        "What to type next",
+        "Next steps",
         ("to", "type"),
         [
-            *there,
+            *change_directory,
             ("check a campaign and count its pictures", f"sdpipeline plan {first}"),
             ("make them", f"sdpipeline run {first}"),
-            ("have them under names of yours", f"sdpipeline export {first.removesuffix('.yaml')} --to DIR"),
+            ("copy the pictures under your own names", f"sdpipeline export {first.removesuffix('.yaml')} --to DIR"),
             ("check this installation", "sdpipeline doctor"),
         ],
     )

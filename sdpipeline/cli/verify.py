@@ -11,7 +11,9 @@ from typing import Annotated, TypeVar
 import typer
 
 from sdpipeline import provenance
-from sdpipeline.app import services
+from sdpipeline.app.keys import trust_anchors
+from sdpipeline.app.services import database_exists, open_services
+from sdpipeline.app.stores import s3_options
 from sdpipeline.campaigns.inputs import LARGEST_INPUT_BYTES
 from sdpipeline.cli.output import (
     FOUND_FAULTS,
@@ -51,9 +53,9 @@ def verify(
 ) -> None:
     """Show a picture's signer, its AI mark, its source pictures and its match in the database."""
     settings = load_settings(home)
-    trusted = services.trust_anchors(settings)
+    trusted = trust_anchors(settings)
     if not picture:
-        raise refuse("no picture is named", "a file, a folder or s3://bucket/key")
+        raise refuse("no picture was given", "a file, a folder or s3://bucket/key")
     named, single = _named(settings, picture)
     with _register(settings) as register:
         check = partial(_checked, trust_anchors=trusted, register=register, single=single)
@@ -64,11 +66,11 @@ def verify(
         documents = [each.document() | ({} if asked else {"known": None}) for each in checked]
         print_json(documents[0] if single else {"ok": ok, "images": len(checked), "pictures": documents})
     elif single:
-        _say(checked[0])
+        _print_picture(checked[0])
     else:
-        _say_all(checked)
+        _print_summary(checked)
     if not (asked or as_json):
-        stdout.print(f"no database was asked: there is none in {settings.home} (--home names another place)")
+        stdout.print(f"the database was not checked: there is none in {settings.home} (name another home with --home)")
     if not ok:
         raise typer.Exit(FOUND_FAULTS)
 
@@ -78,7 +80,7 @@ def _named(settings: Settings, picture: str) -> tuple[list[_Named], bool]:
     if is_bucket_url(picture):
         if not picture.endswith("/"):
             return [(picture, partial(_in_bucket, settings, picture))], True
-        store = open_store(picture, services.s3_options(settings))
+        store = open_store(picture, s3_options(settings))
         keys = sorted(key for key in store.list() if key.lower().endswith(SUFFIXES))
         return _some([(store.url(key), partial(store.get, key)) for key in keys], picture), False
     path = Path(picture)
@@ -98,22 +100,22 @@ def _in_file(path: Path) -> bytes:
 
 def _some(named: list[_Named], where: str) -> list[_Named]:
     if not named:
-        raise refuse(f"{where} holds no pictures", f"there are none that end in {', '.join(SUFFIXES)}")
+        raise refuse(f"{where} has no pictures", f"file names must end in {', '.join(SUFFIXES)}")
     return named
 
 
 def _in_bucket(settings: Settings, url: str) -> bytes:
-    return ForeignObjects(services.s3_options(settings)).read(url, most_bytes=LARGEST_INPUT_BYTES).data
+    return ForeignObjects(s3_options(settings)).read(url, most_bytes=LARGEST_INPUT_BYTES).data
 
 
 @contextmanager
 def _register(settings: Settings) -> Iterator[Register | None]:
     """Open the register of recorded pictures, or yield None without a database."""
-    if not services.database_exists(settings):
+    if not database_exists(settings):
         yield None
         return
-    with services.services(settings, create=False) as have:
-        yield Register(have.database, have.store, settings.team)
+    with open_services(settings, create=False) as opened:
+        yield Register(opened.database, opened.store, settings.team)
 
 
 def _checked(named: _Named, *, trust_anchors: str, register: Register | None, single: bool) -> Checked:
@@ -134,12 +136,12 @@ def _shown(items: list[_T], *, hidden: bool) -> Iterable[_T]:
     return track(items, description="verifying", console=stderr, disable=hidden)
 
 
-def _say(checked: Checked) -> None:
+def _print_picture(checked: Checked) -> None:
     marks = checked.marks
     stdout.print(f"{checked.name}: {'ok' if checked.ok else 'not ok'}")
     kinds = {provenance.GENERATED: "made by AI", provenance.COMPOSITE: "a picture from outside, changed by AI"}
-    told = kinds.get(marks.digital_source_type or "", marks.digital_source_type or "no mark as AI-made")
-    rows = [("marked as", told), ("signature", _signature(marks)), ("database", _known(checked))]
+    mark = kinds.get(marks.digital_source_type or "", marks.digital_source_type or "no mark as AI-made")
+    rows = [("marked as", mark), ("signature", _signature(marks)), ("database", _match_text(checked))]
     rows += [("fault", fault) for fault in checked.faults]
     print_table("", ("what", "found"), rows)
     if marks.parents:
@@ -158,12 +160,12 @@ def _say(checked: Checked) -> None:
         print_table("Made from", columns, lines)
 
 
-def _say_all(checked: list[Checked]) -> None:
+def _print_summary(checked: list[Checked]) -> None:
     faulty = [each for each in checked if not each.ok]
     known = sum(each.match is not None for each in checked)
     stdout.print(f"{len(checked)} pictures, {len(checked) - len(faulty)} ok; the database knows {known}")
     for each in faulty[:MOST_SHOWN]:
-        stdout.print(f"{each.name}: {', '.join(each.faults)} (database: {_known(each)})")
+        stdout.print(f"{each.name}: {', '.join(each.faults)} (database: {_match_text(each)})")
     if len(faulty) > MOST_SHOWN:
         stdout.print(f"... and {len(faulty) - MOST_SHOWN} more; --json lists all")
 
@@ -176,7 +178,7 @@ def _signature(marks: VerifiedPicture) -> str:
     return f"{marks.c2pa}: by {worth}{when}"
 
 
-def _known(checked: Checked) -> str:
+def _match_text(checked: Checked) -> str:
     match = checked.match
     if match is None:
         return "does not know it"

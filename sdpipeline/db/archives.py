@@ -8,6 +8,7 @@ from typing import Any
 
 from sqlalchemy import Connection, Select, and_, case, delete, exists, func, insert, or_, select, update
 
+from sdpipeline.db import audit_subjects
 from sdpipeline.db.audit import Event, Transaction
 from sdpipeline.db.connection import now_s
 from sdpipeline.db.locks import lock_campaign
@@ -102,7 +103,7 @@ def lines(connection: Connection, edition: Edition) -> Iterator[tuple[Json, Json
     ):
         ids = [row["id"] for row in rows]
         tries, pictures = _by_job(connection, attempt, ids), _by_job(connection, image, ids)
-        parents, told = _by_job(connection, job_parent, ids), _events(connection, ids)
+        parents, events = _by_job(connection, job_parent, ids), _events(connection, ids)
         for row in rows:
             public = {name: row[name] for name in _PUBLIC} | {"commitment": committed(row["request"], row["salt"])}
             public["parents"] = sorted(each["parent_id"] for each in parents.get(row["id"], ()))
@@ -110,7 +111,7 @@ def lines(connection: Connection, edition: Edition) -> Iterator[tuple[Json, Json
             public["attempts"] = [{n: v for n, v in each.items() if n != "error"} for each in tries.get(row["id"], ())]
             own = pictures.get(row["id"], [])
             public["images"] = own if row["subject"] is None else [each | _UNSEEN for each in own]
-            public["events"] = told.get(row["id"], [])
+            public["events"] = events.get(row["id"], [])
             private = {"id": row["id"]} | {name: row[name] for name in _PRIVATE}
             if row["subject"] is not None:
                 private["scores"] = {each["fingerprint"]: each["scores"] for each in own}
@@ -130,7 +131,7 @@ def _events(connection: Connection, ids: list[int]) -> dict[int, list[list[Any]]
     own = select(*columns).where(audit_event.c.subject.in_([f"job:{job_id}" for job_id in ids]))
     found: dict[int, list[list[Any]]] = {}
     for subject, writer, seq in connection.execute(own.order_by(audit_event.c.writer_id, audit_event.c.seq)):
-        found.setdefault(int(subject.removeprefix("job:")), []).append([writer, seq])
+        found.setdefault(audit_subjects.job_id(subject), []).append([writer, seq])
     return found
 
 
@@ -153,9 +154,9 @@ def record(tx: Transaction, edition: Edition, stored: Json) -> bool:
 
 def left_behind(connection: Connection, *, team: str) -> list[tuple[int, str]]:
     """List archived editions that still have rows in the tables."""
-    there = exists().where(job.c.campaign_id == archive.c.campaign_id, job.c.edition == archive.c.edition)
-    mine = select(archive.c.campaign_id, archive.c.edition).join(campaign, campaign.c.id == archive.c.campaign_id)
-    return [(row[0], row[1]) for row in connection.execute(mine.where(campaign.c.team == team, there))]
+    has_jobs = exists().where(job.c.campaign_id == archive.c.campaign_id, job.c.edition == archive.c.edition)
+    archived = select(archive.c.campaign_id, archive.c.edition).join(campaign, campaign.c.id == archive.c.campaign_id)
+    return [(row[0], row[1]) for row in connection.execute(archived.where(campaign.c.team == team, has_jobs))]
 
 
 def drop(connection: Connection, campaign_id: int, edition: str, *, limit: int) -> int:

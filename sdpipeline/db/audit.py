@@ -70,25 +70,25 @@ class Transaction:
     actor: str
     seq: int
     head: str
-    _told: list[Json] = field(default_factory=list)
+    _events: list[Json] = field(default_factory=list)
 
     def record(self, event: Event, subject: str, **details: Any) -> None:
         """Append one event; ``details`` must be JSON without NaN and without personal data.
 
         Record a transition after the statement that made it, because its row locks order the events of one job.
         """
-        self._told.append({"event": str(event), "subject": subject, **details})
+        self._events.append({"event": str(event), "subject": subject, **details})
 
     def flush(self) -> None:
         """Chain and send the collected events; called once, before the commit."""
-        if not self._told:
+        if not self._events:
             return
         stamp, rows = {"actor": self.actor} | _stamp(self.connection), []
-        for told in self._told:
-            body = canonical_event({"writer": self.writer_id, "seq": self.seq, "prev": self.head} | stamp | told)
+        for event in self._events:
+            body = canonical_event({"writer": self.writer_id, "seq": self.seq, "prev": self.head} | stamp | event)
             self.head = hashlib.sha256(body.encode()).hexdigest()
             row = {"writer_id": self.writer_id, "seq": self.seq, "body": body, "hash": self.head}
-            rows.append(row | {"subject": told["subject"]})
+            rows.append(row | {"subject": event["subject"]})
             self.seq += 1
         try:
             self.connection.execute(insert(audit_event), rows)

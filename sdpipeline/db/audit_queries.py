@@ -48,8 +48,8 @@ def jobs_with(connection: Connection, sha256: str) -> list[int]:
 
 def digest_at(connection: Connection, place: str, *, team: str) -> str | None:
     """Return the SHA-256 of the team's picture with that key or URL."""
-    there = select(image.c.sha256).where(or_(image.c.key == place, image.c.url == place))
-    return connection.execute(there.where(image.c.key.startswith(f"{team}/")).limit(1)).scalar_one_or_none()
+    by_place = select(image.c.sha256).where(or_(image.c.key == place, image.c.url == place))
+    return connection.execute(by_place.where(image.c.key.startswith(f"{team}/")).limit(1)).scalar_one_or_none()
 
 
 def succeeded_without_image(connection: Connection) -> list[int]:

@@ -135,9 +135,9 @@ def _admit(tx: Transaction, row: Any, wave: int, gpu_second_cost: float) -> None
 
 def _running(connection: Connection, campaign_id: int, admitted: int) -> list[int]:
     """List chains in progress that a submit or a retry has moved behind others."""
-    there = and_(job.c.campaign_id == campaign_id, or_(job.c.status == READY, job.c.status == LEASED))
+    unfinished = and_(job.c.campaign_id == campaign_id, or_(job.c.status == READY, job.c.status == LEASED))
     # `+ 0` forces the index on the status: few jobs are ready or leased, and any number may be in later chains.
-    return sorted(set(connection.execute(select(job.c.chain).where(there, job.c.chain + 0 >= admitted)).scalars()))
+    return sorted(set(connection.execute(select(job.c.chain).where(unfinished, job.c.chain + 0 >= admitted)).scalars()))
 
 
 def _left(connection: Connection, chosen: ColumnElement[bool]) -> list[tuple[str, int, int]]:
@@ -184,7 +184,7 @@ def _sum(*parts: Amounts) -> Amounts:
 
 def _pause(tx: Transaction, campaign_id: int, budget: Json) -> None:
     limits = ", ".join(f"{name} {limit:g}" for name, limit in budget.items())
-    why = f"budget: what is left of {limits} does not cover another chain"
+    why = f"budget: the remainder of {limits} does not cover another chain"
     own = {"status": "paused", "paused_because": why}
     tx.connection.execute(update(campaign).where(campaign.c.id == campaign_id).values(**own))
     tx.record(Event.CAMPAIGN_PAUSED, f"campaign:{campaign_id}", reason="budget", budget=budget)

@@ -113,7 +113,7 @@ def open_database(url: str) -> Database:
         parsed = make_url(url)
     except (ArgumentError, ValueError):
         # `from None`: such an error quotes the URL, password included.
-        raise SettingsError(_wrong_url("is no database URL")) from None
+        raise SettingsError(_wrong_url("is not a database URL")) from None
     if url.count("@") > 1 and parsed.get_backend_name() != "sqlite":
         # The text after the first @ would be taken for the host, and shown.
         raise SettingsError(_wrong_url("holds more than one @"))
@@ -161,10 +161,10 @@ def copy_rows(connection: Connection, table: Table, columns: Sequence[str], rows
                 copy.write_row(row)
     except connection.dialect.loaded_dbapi.Error as error:
         _keep_first_line(error)
-        ours = driver_errors.translated(error, _place(connection.engine.url), connection_lost=bool(driver.closed))
-        if ours is None:
+        translated = driver_errors.translated(error, _place(connection.engine.url), connection_lost=bool(driver.closed))
+        if translated is None:
             raise
-        raise ours from error
+        raise translated from error
 
 
 def _wrong_url(fault: str) -> Mistake:
@@ -177,7 +177,7 @@ def _wrong_url(fault: str) -> Mistake:
 
 def _open_sqlite(url: URL) -> Database:
     if url.database in (None, "", ":memory:") or "uri" in url.query:
-        raise SettingsError(_wrong_url("names no SQLite file that several processes can share"))
+        raise SettingsError(_wrong_url("does not name a SQLite file that several processes can share"))
     Path(str(url.database)).parent.mkdir(parents=True, exist_ok=True)
     arguments = {"timeout": SQLITE_BUSY_TIMEOUT_S, "isolation_level": None}
     writer, reader = (create_engine(url, connect_args=arguments, hide_parameters=True) for _ in range(2))
@@ -286,12 +286,12 @@ def _translated(url: URL) -> Iterator[None]:
     except PoolTimeoutError as error:
         raise DatabaseUnavailableError(f"{_place(url)}: every connection of this process is in use") from error
     except DBAPIError as error:
-        ours = driver_errors.translated(error.orig, _place(url), connection_lost=error.connection_invalidated)
-        if ours is None and error.statement is None and not error.params and _is_of_no_server(error.orig):
-            ours = SettingsError(_wrong_url(driver_errors.first_line(error.orig)))
-        if ours is None:
+        translated = driver_errors.translated(error.orig, _place(url), connection_lost=error.connection_invalidated)
+        if translated is None and error.statement is None and not error.params and _is_of_no_server(error.orig):
+            translated = SettingsError(_wrong_url(driver_errors.first_line(error.orig)))
+        if translated is None:
             raise
-        raise ours from error
+        raise translated from error
 
 
 def _is_of_no_server(error: BaseException | None) -> TypeGuard[BaseException]:

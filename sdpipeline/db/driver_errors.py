@@ -15,7 +15,7 @@ SETTING = "SDP_DATABASE_URL"
 READ_ONLY_FIX = "name the primary server in SDP_DATABASE_URL, or wait until this one accepts writes again"
 _RESTARTING = "wait until the server runs again; its log says why it ended"
 _TRY_AGAIN = "try again: another transaction held what this one needed"
-_PREPARED = "try again: a connection pooler was found, behind which nothing is prepared from now on"
+_PREPARED = "try again: a connection pooler was found, and prepared statements are off from now on"
 _CONNECTIONS = "wait, raise the server's connection limit, or put pgbouncer in front of it"
 _CREDENTIALS = "check the user, the password and the database in SDP_DATABASE_URL"
 _TLS = "check sslmode, sslrootcert and sslcert in SDP_DATABASE_URL"
@@ -25,7 +25,7 @@ _READ_ONLY_SESSION = "25006"
 _OUTAGES = {
     "08": "check the network and the pooler between this machine and the database server",
     _READ_ONLY_SESSION: READ_ONLY_FIX,
-    "25P03": "see why this process was frozen for so long",
+    "25P03": "find out why this process was frozen for so long",
     "25P04": "raise transaction_timeout",
     "26000": _PREPARED,
     "40": _TRY_AGAIN,
@@ -36,7 +36,7 @@ _OUTAGES = {
     "53300": _CONNECTIONS,
     "55": _TRY_AGAIN,
     "57": _RESTARTING,
-    "57014": "raise statement_timeout, or see who cancelled the statement",
+    "57014": "raise statement_timeout, or find out who cancelled the statement",
     "58": "look at the database server's disk and log",
 }
 """Fixes of outages, by SQLSTATE or by its class of two characters."""
@@ -76,7 +76,7 @@ def translated(error: BaseException | None, place: str, *, connection_lost: bool
         return _of_sqlite(error, message, place)
     state = sqlstate(error)
     if state == _NO_PERMISSION:
-        fix = "use the login that deploy/roles.sql gives the right to, and run that file after each db upgrade"
+        fix = "use the login that deploy/roles.sql grants this right, and run that file after each db upgrade"
         return SettingsError(Mistake(key=SETTING, message=f"this database login may not do that: {message}", fix=fix))
     if state is None:
         return _of_connection(error, message, connection_lost=connection_lost)

@@ -149,12 +149,12 @@ _KINDS: dict[str, type[BaseModel]] = {
 def read_event(body: str | bytes) -> Json:
     """Parse an event; raises ValueError unless it has the fields, with their types, of its kind."""
     try:
-        told = json.loads(body)
-        kind = told.get("event") if isinstance(told, dict) else None
-        (_KINDS.get(kind, _Any) if isinstance(kind, str) else _Any).model_validate(told)
+        event = json.loads(body)
+        kind = event.get("event") if isinstance(event, dict) else None
+        (_KINDS.get(kind, _Any) if isinstance(kind, str) else _Any).model_validate(event)
     except (ValidationError, RecursionError, MemoryError) as error:
-        raise ValueError("no event that was written here") from error
-    return told  # type: ignore[no-any-return]
+        raise ValueError("not an event written by this program") from error
+    return event  # type: ignore[no-any-return]
 
 
 def readable(rows: Iterable[Any]) -> Iterator[tuple[Any, Json]]:

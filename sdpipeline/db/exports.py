@@ -16,8 +16,8 @@ PAGE = 500
 
 def stages(connection: Connection, campaign_id: int) -> list[str]:
     """List the stages that have jobs, in the chain's order."""
-    there = select(job.c.stage).where(*_asked_for(campaign_id)).group_by(job.c.stage)
-    return list(connection.execute(there.order_by(func.min(job.c.depth), job.c.stage)).scalars())
+    stages = select(job.c.stage).where(*_asked_for(campaign_id)).group_by(job.c.stage)
+    return list(connection.execute(stages.order_by(func.min(job.c.depth), job.c.stage)).scalars())
 
 
 def last_stages(connection: Connection, campaign_id: int) -> list[str]:
@@ -36,8 +36,8 @@ def last_stages(connection: Connection, campaign_id: int) -> list[str]:
 
 def editions(connection: Connection, campaign_id: int) -> list[str]:
     """List the campaign's editions by name; the one without a name is the campaign itself."""
-    there = select(job.c.edition).where(*_asked_for(campaign_id)).distinct().order_by(job.c.edition)
-    return list(connection.execute(there).scalars())
+    editions = select(job.c.edition).where(*_asked_for(campaign_id)).distinct().order_by(job.c.edition)
+    return list(connection.execute(editions).scalars())
 
 
 def source(connection: Connection, campaign_id: int) -> str:

@@ -16,7 +16,7 @@ from sdpipeline.db.staging import POLICY
 from sdpipeline.db.tables import LEASED, READY, WAITING, archive, campaign, image, job, job_parent
 from sdpipeline.errors import BadInputError, Mistake
 
-_DEAD_ENDS = ("failed", "blocked", "skipped", "cancelled")
+_REOPENABLE = ("failed", "blocked", "skipped", "cancelled")
 
 
 def retry(tx: Transaction, *, campaign_id: int, statuses: Collection[str]) -> int:
@@ -25,17 +25,17 @@ def retry(tx: Transaction, *, campaign_id: int, statuses: Collection[str]) -> in
     Jobs that a policy forbids are left alone, because only a submit checks prompts and policies again. Returns how many
     jobs of the given statuses were reopened; raises BadInputError for a status that cannot be retried.
     """
-    if wrong := sorted(set(statuses) - set(_DEAD_ENDS)):
-        fix = f"one of {', '.join(_DEAD_ENDS)}"
+    if wrong := sorted(set(statuses) - set(_REOPENABLE)):
+        fix = f"one of {', '.join(_REOPENABLE)}"
         raise BadInputError(Mistake(key="status", message=f"{', '.join(wrong)} cannot be retried", fix=fix))
     lock_campaign(tx.connection, campaign_id)
     mine = and_(job.c.campaign_id == campaign_id, job.c.status.in_(list(statuses)))
     # Erased jobs cannot be made again; rows of an archived edition are about to be deleted.
     archived = exists().where(archive.c.campaign_id == job.c.campaign_id, archive.c.edition == job.c.edition)
-    there = and_(job.c.erased_at.is_(None), ~archived)
-    chosen = and_(mine, there, job.c.error_kind.is_distinct_from(POLICY))
+    changeable = and_(job.c.erased_at.is_(None), ~archived)
+    chosen = and_(mine, changeable, job.c.error_kind.is_distinct_from(POLICY))
     below = descendants(select(job.c.id).where(chosen))
-    lost = and_(job.c.id.in_(select(below.c.id)), there, job.c.status == "skipped")
+    lost = and_(job.c.id.in_(select(below.c.id)), changeable, job.c.status == "skipped")
     skipped = reset(tx.connection, lost, campaign_id=campaign_id)
     ended = reset(tx.connection, chosen, campaign_id=campaign_id)
     if not skipped and not ended:
@@ -88,7 +88,7 @@ def resolve_new_jobs(tx: Transaction, *, campaign_id: int) -> None:
         .correlate(job)
     )
     unfinished = of_this.where(parent.c.status != "succeeded").scalar_subquery()
-    dead = of_this.where(parent.c.status.in_(_DEAD_ENDS)).scalar_subquery()
+    dead = of_this.where(parent.c.status.in_(_REOPENABLE)).scalar_subquery()
     is_new = and_(job.c.campaign_id == campaign_id, job.c.status == "new")
     depths = tx.connection.execute(select(job.c.depth).where(is_new).distinct().order_by(job.c.depth)).scalars().all()
     budgets.start_over(tx.connection, campaign_id)

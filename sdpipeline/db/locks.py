@@ -24,7 +24,7 @@ def lock_campaign(connection: Connection, campaign_id: int) -> None:
         connection.execute(select(func.pg_advisory_xact_lock(_CAMPAIGN, campaign_id)))
 
 
-def have_campaigns(connection: Connection, of_jobs: ColumnElement[bool]) -> None:
+def lock_campaigns(connection: Connection, of_jobs: ColumnElement[bool]) -> None:
     """Lock the campaigns of these jobs as :func:`lock_campaign` does, in one order for all callers."""
     _lock_owners(connection, of_jobs, func.pg_advisory_xact_lock)
 

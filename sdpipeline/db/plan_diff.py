@@ -81,7 +81,7 @@ def compare(
     found = Difference()
     if connection is None:
         for spec in jobs:
-            _add(found, spec, None, there=frozenset(), explain=explain)
+            _add(found, spec, None, reusable=frozenset(), explain=explain)
         return found
     owner = select(campaign.c.id).where(campaign.c.team == team, campaign.c.name == name)
     campaign_id = connection.execute(owner).scalar()
@@ -90,10 +90,10 @@ def compare(
         stored = _stored(connection, campaign_id, [spec.identity for spec in chunk], explain=explain)
         editions |= {spec.edition for spec in chunk}
         fresh = {spec.fingerprint for spec in chunk if reuse and spec.blocked is None}
-        there = originals.known(connection, team=team, fingerprints=fresh)
+        reusable = originals.known(connection, team=team, fingerprints=fresh)
         for spec in chunk:
             row = stored.get(spec.identity)
-            _add(found, spec, row, there=there, explain=explain)
+            _add(found, spec, row, reusable=reusable, explain=explain)
             found.removed[spec.stage] -= row is not None
     asked = (job.c.campaign_id == campaign_id, job.c.edition.in_(editions), job.c.status != "cancelled")
     for stage, count in connection.execute(select(job.c.stage, func.count()).where(*asked).group_by(job.c.stage)):
@@ -107,13 +107,13 @@ def _stored(connection: Connection, campaign_id: int | None, identities: list[st
     return {row.identity: row for row in connection.execute(select(*columns).where(*mine))}
 
 
-def _add(found: Difference, spec: JobSpec, row: Any | None, *, there: Collection[str], explain: bool) -> None:
+def _add(found: Difference, spec: JobSpec, row: Any | None, *, reusable: Collection[str], explain: bool) -> None:
     allowed = row is not None and (row.status, row.error_kind) == ("blocked", POLICY) and spec.blocked is None
     same = row is not None and row.fingerprint == spec.fingerprint and not allowed
     (found.unchanged if same else found.new)[spec.stage] += 1
     if spec.blocked is not None:
         found.blocked[spec.stage] += 1
-    elif not same and spec.fingerprint in there:
+    elif not same and spec.fingerprint in reusable:
         found.reused[spec.stage] += 1
     elif not same or (row is not None and row.status != "succeeded"):
         found.to_make[spec.stage, spec.batch_key] += 1

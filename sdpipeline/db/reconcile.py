@@ -189,7 +189,7 @@ def reopen(tx: Transaction, job_ids: Collection[int]) -> list[int]:
     return opened
 
 
-def tell_quarantined(tx: Transaction, job_id: int, moved: Sequence[tuple[str, str]]) -> None:
+def record_quarantine(tx: Transaction, job_id: int, moved: Sequence[tuple[str, str]]) -> None:
     """Record quarantined objects before they are moved; one that was not moved is found again."""
     tx.record(Event.OBJECT_QUARANTINED, f"job:{job_id}", moved=[list(pair) for pair in moved])
 

@@ -12,7 +12,7 @@ from sqlalchemy import ColumnElement, Connection, Select, and_, null, or_, selec
 from sdpipeline.db.audit import Event, Transaction
 from sdpipeline.db.connection import insert_ignoring, now_s
 from sdpipeline.db.descendants import skip_descendants
-from sdpipeline.db.locks import have_campaigns
+from sdpipeline.db.locks import lock_campaigns
 from sdpipeline.db.queue import abandon_attempts
 from sdpipeline.db.tables import checkpoint, group_checkpoint, job, work_group
 from sdpipeline.domain import Json
@@ -85,7 +85,7 @@ def revoke(tx: Transaction, digest: str, *, because: str) -> int:
     tx.connection.execute(rows.values(revoked_at=now_s(), revoked_because=because))
     tx.record(Event.CHECKPOINT_REVOKED, f"checkpoint:{digest[:16]}", digest=digest)
     users = select(group_checkpoint.c.group_id).where(group_checkpoint.c.digest == digest)
-    have_campaigns(tx.connection, and_(job.c.group_id.in_(users), job.c.status.in_(_UNFINISHED)))
+    lock_campaigns(tx.connection, and_(job.c.group_id.in_(users), job.c.status.in_(_UNFINISHED)))
     blocked = block(tx.connection, job.c.status.in_(_UNFINISHED))
     if blocked:
         subject = f"checkpoint:{digest[:16]}"

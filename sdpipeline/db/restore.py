@@ -112,9 +112,9 @@ def _its() -> Any:
 
 def _not_wanted(campaign_id: int) -> Any:
     """Match found pictures of jobs that have one or were erased: they are orphans like any other."""
-    theirs = select(job.c.id).select_from(campaign.join(job, job.c.campaign_id == campaign.c.id))
-    theirs = theirs.where(campaign.c.id == campaign_id, _its(), or_(_HAS_ONE, job.c.erased_at.is_not(None)))
-    return theirs.correlate(found_picture).exists()
+    matching = select(job.c.id).select_from(campaign.join(job, job.c.campaign_id == campaign.c.id))
+    matching = matching.where(campaign.c.id == campaign_id, _its(), or_(_HAS_ONE, job.c.erased_at.is_not(None)))
+    return matching.correlate(found_picture).exists()
 
 
 def _matching(campaign_id: int) -> Any:

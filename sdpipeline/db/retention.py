@@ -127,11 +127,11 @@ def mark_deleted(tx: Transaction, pictures: Collection[Picture], *, because: str
     these = and_(tuple_(image.c.job_id, image.c.fingerprint).in_(list(rows)), image.c.deleted_at.is_(None))
     mark = update(image).where(these).values(deleted_at=now_s()).returning(image.c.job_id, image.c.fingerprint)
     marked = [rows[job_id, fingerprint] for job_id, fingerprint in tx.connection.execute(mark)]
-    tell_deleted(tx, marked, because=because)
+    record_deletion(tx, marked, because=because)
     return len(marked)
 
 
-def tell_deleted(tx: Transaction, pictures: Collection[Picture], *, because: str) -> None:
+def record_deletion(tx: Transaction, pictures: Collection[Picture], *, because: str) -> None:
     """Record an audit event for pictures that were deleted from storage."""
     for campaign_id in sorted({picture.campaign_id for picture in pictures}):
         own = [[each.job_id, each.fingerprint, each.sha256] for each in pictures if each.campaign_id == campaign_id]
@@ -216,23 +216,23 @@ def _erase(
     tx.connection.execute(erase, changed)
     for campaign_id in sorted({row.campaign_id for row in rows}):
         own = {row.id: committed(row.request, row.salt) for row in rows if row.campaign_id == campaign_id}
-        tell_erased(tx, campaign_id, own, because=because, subject=subject)
+        record_erasure(tx, campaign_id, own, because=because, subject=subject)
     return len(rows)
 
 
-def tell_erased(
+def record_erasure(
     tx: Transaction, campaign_id: int, jobs: Mapping[int, str], *, because: str, subject: Subject | None = None
 ) -> None:
     """Record an audit event for erased requests, each with its earlier commitment."""
-    whose = {"subject_commitment": subject.commitment} if subject else {}
-    told = [[job_id, what] for job_id, what in sorted(jobs.items())]
-    tx.record(Event.JOBS_ERASED, f"campaign:{campaign_id}", jobs=told, because=because, **whose)
+    about = {"subject_commitment": subject.commitment} if subject else {}
+    erased = [[job_id, what] for job_id, what in sorted(jobs.items())]
+    tx.record(Event.JOBS_ERASED, f"campaign:{campaign_id}", jobs=erased, because=because, **about)
 
 
-def tell_inputs(tx: Transaction, campaign_id: int, digests: Collection[str], subject: Subject) -> None:
+def record_input_deletion(tx: Transaction, campaign_id: int, digests: Collection[str], subject: Subject) -> None:
     """Record that these outside pictures were deleted; the receipt's holder can show which they were."""
-    told = sorted(commitment(subject.salt, {"input": digest}) for digest in digests)
-    tx.record(Event.INPUTS_DELETED, f"campaign:{campaign_id}", inputs=told, because="erasure")
+    commitments = sorted(commitment(subject.salt, {"input": digest}) for digest in digests)
+    tx.record(Event.INPUTS_DELETED, f"campaign:{campaign_id}", inputs=commitments, because="erasure")
 
 
 def drop_old_sources(tx: Transaction, *, team: str, days: float) -> int:
@@ -240,14 +240,14 @@ def drop_old_sources(tx: Transaction, *, team: str, days: float) -> int:
 
     Files of versions with unerased jobs, and of the current version, are kept.
     """
-    told = exists().where(
+    has_requests = exists().where(
         job.c.campaign_id == campaign_version.c.campaign_id,
         job.c.version_id == campaign_version.c.id,
         job.c.erased_at.is_(None),
     )
     present = exists().where(campaign.c.version_id == campaign_version.c.id)
     mine = campaign_version.c.campaign_id.in_(select(campaign.c.id).where(campaign.c.team == team))
-    old = and_(mine, campaign_version.c.created_at < now_s() - days * DAY_S, ~told, ~present)
+    old = and_(mine, campaign_version.c.created_at < now_s() - days * DAY_S, ~has_requests, ~present)
     return _drop_sources(tx, old)
 
 

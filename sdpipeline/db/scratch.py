@@ -32,7 +32,7 @@ def scratch_database(url: str) -> Iterator[Database]:
     PostgreSQL.
     """
     path = sqlite_path(url)
-    with _file_beside(path) if path is not None else _schema_in(url) as scratch_url:
+    with _file_next_to(path) if path is not None else _schema_in(url) as scratch_url:
         database = open_database(scratch_url)
         try:
             upgrade(database)
@@ -45,7 +45,7 @@ def scratch_database(url: str) -> Iterator[Database]:
 
 
 @contextmanager
-def _file_beside(path: Path) -> Iterator[str]:
+def _file_next_to(path: Path) -> Iterator[str]:
     """Create the file on the same disk, because the measurement is about that disk."""
     own = path.parent / f".{PREFIX}{secrets.token_hex(8)}.db"
     try:
@@ -83,7 +83,7 @@ def _create(live: Database, name: str) -> None:
             _drop_abandoned(connection)
             connection.exec_driver_sql(f"CREATE SCHEMA {name}")
     except SettingsError as error:
-        message = "its role may not create the schema in which a bench works beside your tables"
+        message = "its role may not create the schema for the bench's own tables"
         fix = "GRANT CREATE ON DATABASE ... TO ..., or measure another database of that server"
         raise SettingsError(Mistake(key="SDP_DATABASE_URL", message=message, fix=fix)) from error
 

@@ -84,9 +84,9 @@ def _sqlite_refusal(file: Path) -> WriteRefusal | None:
         try:
             connection.execute("BEGIN IMMEDIATE")
         except sqlite3.OperationalError as error:
-            ours = translated(error, str(file))
-            if isinstance(ours, DatabaseRefusedError):
-                return WriteRefusal(reason=str(ours), fix=ours.fix)
+            refusal = translated(error, str(file))
+            if isinstance(refusal, DatabaseRefusedError):
+                return WriteRefusal(reason=str(refusal), fix=refusal.fix)
     return None
 
 

@@ -15,8 +15,8 @@ def declare(tx: Transaction, part: str, values: Json) -> bool:
     Two machines with different settings record them in turn, which is intended.
     """
     subject = f"settings:{part}"
-    told = [event for _, event in readable(about(tx.connection, subject))]
-    last = max(told, key=lambda event: (event["at_us"], event["seq"]), default=None)
+    events = [event for _, event in readable(about(tx.connection, subject))]
+    last = max(events, key=lambda event: (event["at_us"], event["seq"]), default=None)
     if last is not None and last.get("values") == json.loads(json.dumps(values)):
         return False
     tx.record(Event.SETTINGS_CHANGED, subject, values=values)

@@ -242,7 +242,7 @@ def match(connection: Connection) -> None:
     Jobs that a policy forbade and now allows are made anew, with the jobs skipped because of them. Erased jobs stay
     erased, even if the same is submitted again.
     """
-    there = and_(job.c.campaign_id == incoming.c.campaign_id, job.c.identity == incoming.c.identity)
+    same_job = and_(job.c.campaign_id == incoming.c.campaign_id, job.c.identity == incoming.c.identity)
     there_still = job.c.erased_at.is_(None)
     allowed = and_(job.c.status == "blocked", job.c.error_kind == POLICY, incoming.c.error_kind.is_(None), there_still)
     same = and_(
@@ -254,7 +254,7 @@ def match(connection: Connection) -> None:
     open_still = and_(same, job.c.status != "succeeded", job.c.erased_at.is_(None))
     differs = cast(job.c.request, Text) != cast(incoming.c.request, Text)
     moved = case((open_still, differs), else_=false())
-    found = select(job.c.id, job.c.identity, same, moved).select_from(incoming.join(job, there))
+    found = select(job.c.id, job.c.identity, same, moved).select_from(incoming.join(job, same_job))
     connection.execute(insert(known).from_select(["id", "identity", "same", "moved"], found))
     analyze(connection, known)
     wanted_again = select(known.c.id).join(job, job.c.id == known.c.id)

@@ -96,7 +96,7 @@ def submit(tx: Transaction, ready: Prepared, asked: Publication, *, prune: bool 
             _link_parents(connection)
             added, changed, unchanged, cancelled = ready.count, 0, 0, 0
             if ready.blocked:
-                _tell_blocked(tx, campaign_id)
+                _record_blocked(tx, campaign_id)
         else:
             load(connection, ready, campaign_id, groups)
             match(connection)
@@ -117,7 +117,7 @@ def submit(tx: Transaction, ready: Prepared, asked: Publication, *, prune: bool 
                 _block_known(connection, campaign_id)
             job_control.resolve_new_jobs(tx, campaign_id=campaign_id)
             if ready.blocked:
-                _tell_blocked(tx, campaign_id)
+                _record_blocked(tx, campaign_id)
             if not ready.held:
                 budgets.let_go(connection, campaign_id)
             # All requested jobs belong to this version now.
@@ -270,22 +270,24 @@ def _of_others(campaign_id: int, ready: Prepared) -> ColumnElement[bool]:
     """Match jobs whose only change is the subject of their data."""
     if not ready.subjects:
         return false()
-    whose = select(known.c.id).join(incoming, incoming.c.identity == known.c.identity)
+    changed_subject = select(known.c.id).join(incoming, incoming.c.identity == known.c.identity)
     differs = incoming.c.subject.is_distinct_from(job.c.subject)
-    mine = whose.where(known.c.id == job.c.id, known.c.same, differs).exists()
+    mine = changed_subject.where(known.c.id == job.c.id, known.c.same, differs).exists()
     return and_(job.c.campaign_id == campaign_id, job.c.erased_at.is_(None), mine)
 
 
 def _to_block() -> ColumnElement[bool]:
     """Match existing jobs that the newest policy forbids, including any that a retry could run."""
-    there = job.alias("there")
-    told = and_(there.c.status == "blocked", there.c.error_kind == POLICY, there.c.error == incoming.c.error)
+    existing = job.alias("there")
+    same_reason = and_(
+        existing.c.status == "blocked", existing.c.error_kind == POLICY, existing.c.error == incoming.c.error
+    )
     forbidden = (
         select(known.c.id)
         .join(incoming, incoming.c.identity == known.c.identity)
-        .join(there, there.c.id == known.c.id)
-        .where(incoming.c.error_kind.is_not(None), there.c.status != "succeeded", not_(told))
-        .where(there.c.erased_at.is_(None))
+        .join(existing, existing.c.id == known.c.id)
+        .where(incoming.c.error_kind.is_not(None), existing.c.status != "succeeded", not_(same_reason))
+        .where(existing.c.erased_at.is_(None))
     )
     return job.c.id.in_(forbidden)
 
@@ -299,7 +301,7 @@ def _block_known(connection: Connection, campaign_id: int) -> None:
     abandon_campaign_attempts(connection, campaign_id)
 
 
-def _tell_blocked(tx: Transaction, campaign_id: int) -> None:
+def _record_blocked(tx: Transaction, campaign_id: int) -> None:
     """Record an audit event for jobs that a policy forbids, and skip their descendants."""
     mine = and_(job.c.campaign_id == campaign_id, job.c.status == "blocked", job.c.error_kind == POLICY)
     blocked = select(job.c.id).where(mine)

@@ -49,8 +49,8 @@ def describe(rng: np.random.Generator, scene: Scene, *, silent: bool = False) ->
     """Return a random wording; `silent` leaves out place and size, and one in ten is empty."""
     if rng.random() < 0.1:
         return Caption(text="", labels=(UNSAID,) * len(FACETS))
-    told = _without_layout(scene) if silent else scene
-    groups = told.groups[::-1] if rng.random() < 0.5 else told.groups
+    described = _without_layout(scene) if silent else scene
+    groups = described.groups[::-1] if rng.random() < 0.5 else described.groups
     order = rng.choice(3, p=(0.83, 0.12, 0.05))
     text = (
         f"{_phrases(groups)} on {_article(scene.background)} background",
@@ -118,16 +118,16 @@ def _filler(rng: np.random.Generator) -> str:
 
 
 def _labels(background: str, groups: tuple[Group, ...]) -> tuple[int, ...]:
-    said = {"background": background}
+    labels = {"background": background}
     for rank, group in zip(("first", "second"), (*groups, _NOTHING), strict=False):
-        said |= {
+        labels |= {
             f"count {rank}": str(group.count),
             f"size {rank}": group.size,
             f"colour {rank}": group.colour,
             f"shape {rank}": group.shape,
             f"place {rank}": group.place,
         }
-    return tuple(values.index(said[facet]) if said[facet] in values else UNSAID for facet, values in FACETS.items())
+    return tuple(values.index(labels[facet]) if labels[facet] in values else UNSAID for facet, values in FACETS.items())
 
 
 _NOTHING = Group(count=0, size="", colour="", shape="", place="")

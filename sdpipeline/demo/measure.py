@@ -48,15 +48,15 @@ def background(picture: Picture, *, frame: int = 4) -> str:
 
 def edge_agreement(found: Mask, asked: Mask, *, tolerance: int) -> float:
     """Return the harmonic mean of edge recall in both directions, 0 to 1."""
-    there = edge_recall(found, asked, tolerance=tolerance)
+    recall = edge_recall(found, asked, tolerance=tolerance)
     back = edge_recall(asked, found, tolerance=tolerance)
-    return 2 * there * back / max(1e-9, there + back)
+    return 2 * recall * back / max(1e-9, recall + back)
 
 
 def outline_overlap(picture: Picture, reference: Picture) -> float:
     """Return the share of both pictures' gradients in common, 0 to 1: edges in place and equally sharp."""
-    ours, theirs = _slopes(picture), _slopes(reference)
-    return float(2 * np.minimum(ours, theirs).sum() / max(1e-9, ours.sum() + theirs.sum()))
+    left, right = _slopes(picture), _slopes(reference)
+    return float(2 * np.minimum(left, right).sum() / max(1e-9, left.sum() + right.sum()))
 
 
 def psnr(picture: Picture, reference: Picture) -> float:

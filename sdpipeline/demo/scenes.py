@@ -86,8 +86,8 @@ def sample_scene(rng: np.random.Generator, *, kinds: Mapping[str, float] = KINDS
 
 def is_held_out(scene: Scene) -> bool:
     """Return True for the tenth of all (colours, shapes, background) combinations that is kept for evaluation."""
-    said = sorted(f"{group.colour}|{group.shape}" for group in scene.groups)
-    key = "|".join([*said, scene.background])
+    described = sorted(f"{group.colour}|{group.shape}" for group in scene.groups)
+    key = "|".join([*described, scene.background])
     return hashlib.md5(key.encode(), usedforsecurity=False).digest()[0] % 10 == 0
 
 

@@ -212,12 +212,12 @@ def super_resolution(studio: Studio, *, count: int = 40) -> list[Score]:
         made = studio.upscale(prompts, inputs, seed=60_000)
         bicubic = [enlarged(picture) for picture in inputs]
         for name, unit, compare in _RESEMBLANCES:
-            ours, theirs = (_mean_of(compare, pictures, truth) for pictures in (made, bicubic))
+            score, baseline = (_mean_of(compare, pictures, truth) for pictures in (made, bicubic))
             scores.append(
                 Score(
                     measure=f"super-resolution x4 of {kind} pictures: {name} (by chance: bicubic)",
-                    value=ours,
-                    chance=theirs,
+                    value=score,
+                    chance=baseline,
                     count=count,
                     asked="above bicubic",
                     unit=unit,
@@ -311,7 +311,7 @@ def _first_shape_is_right(scene: Scene, seen: Seen) -> bool:
 
 def _place_is_right(scene: Scene, seen: Seen) -> bool | None:
     place = scene.groups[0].place
-    return None if not place else bool(seen.shapes) and _lies_at(seen.shapes[0], place)
+    return None if not place else bool(seen.shapes) and _is_at(seen.shapes[0], place)
 
 
 def _size_is_right(scene: Scene, seen: Seen) -> bool | None:
@@ -341,7 +341,7 @@ def _places_are_right(scene: Scene, seen: Seen) -> bool | None:
     if not all(group.place for group in scene.groups):
         return None
     return all(
-        any(shape.colour == group.colour and _lies_at(shape, group.place) for shape in seen.shapes)
+        any(shape.colour == group.colour and _is_at(shape, group.place) for shape in seen.shapes)
         for group in scene.groups
     )
 
@@ -355,7 +355,7 @@ def _holds_group(scene: Scene, seen: Seen) -> bool:
     return any(shape.colour == wanted.colour and shape.shape == wanted.shape for shape in seen.shapes)
 
 
-def _lies_at(shape: Sighting, place: str) -> bool:
+def _is_at(shape: Sighting, place: str) -> bool:
     x, y = PLACES[place]
     return max(abs(shape.x - x), abs(shape.y - y)) < 0.15
 

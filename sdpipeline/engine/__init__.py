@@ -9,20 +9,21 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
-
-import numpy as np
-import numpy.typing as npt
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 from sdpipeline.domain import CheckpointRef, GenerationRequest, Json
 from sdpipeline.errors import SdpError
+
+if TYPE_CHECKING:  # commands that touch no pixels import this package too
+    import numpy as np
+    import numpy.typing as npt
 
 # If torchao is installed, diffusers and peft import it even without quantization. Each start would then log warnings
 # about parts that neither needs: kernels for other devices, names of an older torchao.
 for _name in ("torchao", "torch.utils._pytree", "diffusers.quantizers.torchao.torchao_quantizer"):
     logging.getLogger(_name).setLevel(logging.ERROR)
 
-Pixels = npt.NDArray[np.uint8]
+Pixels: TypeAlias = "npt.NDArray[np.uint8]"
 """A picture: height x width x 3, RGB, 0-255."""
 
 Calls = Sequence[Sequence[int]]
@@ -72,7 +73,7 @@ class GenerationFailure:
 
 
 class Engine(Protocol):
-    """Generate pictures from batches. Only ``prepare`` may be called from a second thread."""
+    """Generate pictures from batches. Only ``prefetch_weights`` may be called from a second thread."""
 
     def generate(self, batch: Batch) -> Sequence[GeneratedImage | GenerationFailure]:
         """Return one result per request, in order.
@@ -81,11 +82,10 @@ class Engine(Protocol):
         the process cannot be trusted any more, and ends it.
         """
 
-    def prepare(self, requests: Sequence[GenerationRequest]) -> None:
-        """Prepare the next requests while a batch is being generated; called from another thread.
+    def prefetch_weights(self, ref: CheckpointRef) -> None:
+        """Have the operating system read a checkpoint's files ahead; called from another thread.
 
-        It may wait for that batch. Anything that cannot be prepared is left to ``generate``, including a request's
-        own error.
+        It must not touch the device. What is wrong with the files is reported when they are loaded.
         """
 
     def flagged(self, checker: CheckpointRef, pictures: Sequence[Pixels]) -> Sequence[bool]:

@@ -36,8 +36,8 @@ class FakeEngine:
         time.sleep(self._seconds_per_batch)
         return [self._result(prepared, slot, batch.bucket) for slot, prepared in enumerate(batch.requests)]
 
-    def prepare(self, requests: Sequence[GenerationRequest]) -> None:
-        """Do nothing: the fake engine encodes no prompts."""
+    def prefetch_weights(self, ref: CheckpointRef) -> None:
+        """Do nothing: the fake engine loads no weights."""
 
     def flagged(self, checker: CheckpointRef, pictures: Sequence[Pixels]) -> Sequence[bool]:  # noqa: ARG002
         """Raise CheckpointError: the fake engine runs no network, so its pictures must not count as checked."""

@@ -94,7 +94,7 @@ def reconcile(
     elif gap is not None:
         # All other findings would follow from this one, and repairing them would quarantine what is to be adopted.
         seals = f"seals {gap.first_seal} to {gap.last_seal} of storage"
-        detail = f"it lacks at least {gap.events} events that {seals} cover: a restored backup"
+        detail = f"it lacks at least {gap.events} events that {seals} cover: it is a restored backup"
         done.beyond_repair("database-too-old", "database", detail, f"stop the workers, then: {ADOPT}")
         return done
     _leases(log, done)
@@ -124,7 +124,7 @@ def _leases(log: AuditLog, done: Reconciliation) -> None:
         action = f"closed: its {each.jobs} jobs are leased again"
         done.found("lease-stale", f"lease:{each.lease_id}", each.because, action)
     for job_id in stranded:
-        done.found("lease-stale", f"job:{job_id}", "it is leased, and its lease was closed", "made again")
+        done.found("lease-stale", f"job:{job_id}", "it is leased, but its lease is closed", "made again")
     for job_id, lease_id in left_open:
         detail = f"its attempt under lease {lease_id} is open, and the job is not leased under it"
         done.found("attempt-open", f"job:{job_id}", detail, "ended as abandoned")
@@ -158,7 +158,9 @@ def _recorded(log: AuditLog, store: ObjectStore, done: Reconciliation) -> None:
             if not page:
                 return
             for picture, damage in zip(page, threads.map(partial(_damage, store), page), strict=True):
-                action = "made again" if picture["present"] else "forgotten: its job asks for another picture now"
+                action = (
+                    "made again" if picture["present"] else "its row is deleted: its job asks for another picture now"
+                )
                 for kind, key, detail in damage:
                     done.found(kind, key, f"{detail} (job {picture['job_id']})", action)
                 if damage and done.repair:
@@ -180,7 +182,7 @@ def _checked(store: ObjectStore, key: str, sha256: str, found: list[tuple[str, s
     try:
         data = store.get(key)
     except ObjectMissingError:
-        found.append(("object-missing", key, "storage does not have it"))
+        found.append(("object-missing", key, "it is not in storage"))
         return None
     if hashlib.sha256(data).hexdigest() != sha256:
         found.append(("object-altered", key, "its bytes do not hash to the recorded SHA-256"))
@@ -207,7 +209,7 @@ def _give_up(log: AuditLog, store: ObjectStore, picture: Json, *, because: str) 
 
 
 def _unrecorded(log: AuditLog, store: ObjectStore, done: Reconciliation, before: datetime) -> None:
-    """Find unrecorded objects in the folders of attempts that did not end in order.
+    """Find unrecorded objects in the folders of attempts that did not finish.
 
     All other folders hold only recorded objects, however many there are.
     """
@@ -222,7 +224,7 @@ def _unrecorded(log: AuditLog, store: ObjectStore, done: Reconciliation, before:
         for key in orphans:
             record = SIDECAR.fullmatch(key) is not None
             kind, what = ("record-unknown", "a sidecar") if record else ("object-orphan", "an object")
-            detail = f"{what} without a row, of an attempt of job {folder.job_id} that did not end in order"
+            detail = f"{what} without a row, of an attempt of job {folder.job_id} that did not finish"
             done.found(kind, key, detail, "quarantined" if done.repair or not record else f"quarantined{instead}")
         if done.repair:
             _quarantine(log, store, folder.job_id, orphans)
@@ -249,7 +251,7 @@ def _quarantine(log: AuditLog, store: ObjectStore, job_id: int, keys: list[str])
     today = quarantine_folder(datetime.now(UTC))
     moved = [(key, _free(store, today, key)) for key in keys]
     with log.transaction() as tx:
-        rows.tell_quarantined(tx, job_id, moved)
+        rows.record_quarantine(tx, job_id, moved)
     for key, to in moved:
         store.move(key, to)
 

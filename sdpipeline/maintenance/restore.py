@@ -123,7 +123,7 @@ def _examined(store: ObjectStore, sidecar_key: str) -> tuple[FoundPicture, froze
     except (InputImageError, ObjectMissingError) as error:
         return str(error)
     except SHAPE_ERRORS:
-        return "it is no sidecar that was written here"
+        return "it is not a sidecar written by this program"
 
 
 def examine(store: ObjectStore, sidecar_key: str) -> tuple[FoundPicture, frozenset[str]]:
@@ -134,7 +134,7 @@ def examine(store: ObjectStore, sidecar_key: str) -> tuple[FoundPicture, frozens
     """
     place = SIDECAR.fullmatch(sidecar_key)
     if place is None:
-        raise InputImageError(f"{sidecar_key} is no sidecar's key")
+        raise InputImageError(f"{sidecar_key} is not a sidecar's key")
     sidecar_bytes = store.get(sidecar_key)
     sidecar = Sidecar.from_document(parse_object(sidecar_bytes))
     record, image = Record.from_document(sidecar.record), sidecar.object

@@ -252,5 +252,5 @@ def _erase_jobs(audit: AuditLog, store: ObjectStore, jobs: Sequence[Held], done:
         done.pictures += retention.mark_deleted(tx, pictures, because="erasure")
         done.jobs += retention.erase_subject(tx, owners, subject)
         if inputs:
-            retention.tell_inputs(tx, jobs[0].campaign_id, inputs, subject)
+            retention.record_input_deletion(tx, jobs[0].campaign_id, inputs, subject)
     done.inputs += len(inputs)

@@ -7,7 +7,6 @@ after the environment that it reads on import is set, so that commands without i
 from __future__ import annotations
 
 import os
-import signal
 import threading
 import time
 from collections.abc import Iterator
@@ -17,8 +16,9 @@ from uuid import UUID
 
 import structlog
 
-from sdpipeline.app import services
-from sdpipeline.app.services import Progress
+from sdpipeline.app.queries import campaign_progress
+from sdpipeline.app.services import Services
+from sdpipeline.db.queries import Progress
 from sdpipeline.errors import (
     DatabaseUnavailableError,
     ForeignResultError,
@@ -30,6 +30,7 @@ from sdpipeline.errors import (
 from sdpipeline.orchestration.artifacts import best_effort, describe
 from sdpipeline.orchestration.local_server import ServerHandle, answers, no_proxy_for_loopback, own_server
 from sdpipeline.settings import Settings
+from sdpipeline.shutdown import SIGTERM_EXIT_CODE, exit_on_sigterm
 
 if TYPE_CHECKING:
     from prefect import Flow
@@ -40,13 +41,12 @@ DRAW_EVERY_S = 1.0
 SAY_EVERY_S = 15.0
 ANSWER_TIMEOUT_S = 4.0
 DISPATCHER_RETRIES = 2  # waits 1 and 2 seconds; Prefect's own five would delay a Ctrl-C by a minute
-SIGTERM_EXIT_CODE = 143
 
 log = structlog.get_logger(__name__)
 
 
 def run_campaign(
-    settings: Settings,
+    services: Services,
     campaign: str,
     *,
     keep_ui: bool = False,
@@ -59,17 +59,18 @@ def run_campaign(
     and SIGTERM end the workers at once and release their leases; they propagate as KeyboardInterrupt and as SystemExit
     with code 143.
     """
-    progress = services.campaign_progress(settings, campaign)
+    settings = services.settings
+    progress = campaign_progress(services, campaign)
     if not progress.remaining and not keep_ui:
         return progress
-    with _sigterm_exits(), prefect_server(settings, keep_ui=keep_ui, always_own=always_own) as server:
+    with exit_on_sigterm(), prefect_server(settings, keep_ui=keep_ui, always_own=always_own) as server:
         if console is not None:
             console.print(f"Prefect UI: {server.ui_url}{_password_hint(server)}")
-        with _live_progress(settings, campaign, console):
-            _run_flow(settings, campaign)
+        with _live_progress(services, campaign, console):
+            _run_flow(services, campaign)
         if console is not None and keep_ui and server.pid is not None:
             console.print(f"Prefect stays at {server.ui_url}{_password_hint(server)}; to stop it: kill {server.pid}")
-    return services.campaign_progress(settings, campaign)
+    return campaign_progress(services, campaign)
 
 
 def _password_hint(server: ServerHandle) -> str:
@@ -155,24 +156,7 @@ def _expect_answer(url: str) -> None:
         refuse(repr(error), "check the address and that the server runs, or unset PREFECT_API_URL")
 
 
-@contextmanager
-def _sigterm_exits() -> Iterator[None]:
-    """Turn SIGTERM into SystemExit inside the block, so that it unwinds like Ctrl-C and stops the server it started."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def leave(*_: object) -> NoReturn:
-        raise SystemExit(SIGTERM_EXIT_CODE)
-
-    before = signal.signal(signal.SIGTERM, leave)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
-def _run_flow(settings: Settings, campaign: str) -> None:
+def _run_flow(services: Services, campaign: str) -> None:
     import httpx
     from prefect.client.orchestration import get_client
     from prefect.exceptions import CancelledRun, CrashedRun, FailedRun, MissingResult, UnfinishedRun
@@ -181,32 +165,32 @@ def _run_flow(settings: Settings, campaign: str) -> None:
     from prefect.settings import PREFECT_CLIENT_MAX_RETRIES, temporary_settings
 
     flow: Flow[..., Any] = load_flow_from_entrypoint(CAMPAIGN_FLOW)
-    parameters = {"name": campaign, "home": str(settings.home)}
+    parameters = {"name": campaign, "home": str(services.settings.home)}
     with temporary_settings({PREFECT_CLIENT_MAX_RETRIES: DISPATCHER_RETRIES}):
         with get_client(sync_client=True) as client:
             flow_run = client.create_flow_run(flow, parameters=parameters)
         try:
             if (found := run_flow(flow, flow_run=flow_run, parameters=parameters)) is not None:
-                _expect_an_end(settings, campaign, f"its result is {found!r:.80}")  # our flows return nothing
+                _expect_an_end(services, campaign, f"its result is {found!r:.80}")  # our flows return nothing
         except (KeyboardInterrupt, SystemExit):
             _cancel(flow_run.id)
             raise
         except (FailedRun, CancelledRun, CrashedRun, MissingResult, UnfinishedRun, ForeignResultError) as error:
-            _expect_an_end(settings, campaign, error)  # the flow's own state is Failed if jobs failed
+            _expect_an_end(services, campaign, error)  # the flow's own state is Failed if jobs failed
         except httpx.HTTPError as error:
             _pass_on_interruption(error)
-            if services.campaign_progress(settings, campaign).remaining:
+            if campaign_progress(services, campaign).remaining:
                 raise OrchestratorUnavailableError(
                     f"the Prefect server was lost: {error!r}; run again to go on"
                 ) from error
-            log.warning("prefect.unreachable", error=repr(error))  # all work is done, but not reported
+            log.warning("prefect_unavailable", error=repr(error))  # all work is done, but not reported
         finally:
             _flush()
 
 
-def _expect_an_end(settings: Settings, campaign: str, how: object) -> None:
+def _expect_an_end(services: Services, campaign: str, how: object) -> None:
     """Raise RunForcedError if the run was given its final state from outside before the work was done."""
-    progress = services.campaign_progress(settings, campaign)
+    progress = campaign_progress(services, campaign)
     if progress.remaining and progress.status != "paused":
         raise RunForcedError(
             f"the Prefect run of {campaign} was ended from outside with {progress.remaining} jobs to do "
@@ -246,7 +230,7 @@ def _flush() -> None:
 
 
 @contextmanager
-def _live_progress(settings: Settings, campaign: str, console: Console | None) -> Iterator[None]:
+def _live_progress(services: Services, campaign: str, console: Console | None) -> Iterator[None]:
     """Show a progress bar on the console, updated from the database by a separate thread."""
     if console is None:
         yield
@@ -269,7 +253,7 @@ def _live_progress(settings: Settings, campaign: str, console: Console | None) -
 
         def draw() -> None:
             with suppress(DatabaseUnavailableError):
-                now = services.campaign_progress(settings, campaign)
+                now = campaign_progress(services, campaign)
                 bar.update(line, completed=now.finished, total=now.total, description=describe(now))
                 if not console.is_terminal and time.monotonic() - said[0] >= SAY_EVERY_S:
                     console.print(describe(now))  # in a file, a bar appears only at its end

@@ -12,14 +12,16 @@ from uuid import UUID
 
 import structlog
 
-from sdpipeline.app import services
-from sdpipeline.app.services import Progress, Span, Thumbnails
+from sdpipeline.app.queries import failures, finish_report, newest_pictures
+from sdpipeline.app.services import Services
+from sdpipeline.db.queries import Progress
 from sdpipeline.errors import TransientError
 from sdpipeline.escaping import markdown
 from sdpipeline.orchestration import events
 from sdpipeline.orchestration.events import CampaignEvent
 from sdpipeline.reporting import report
-from sdpipeline.settings import Settings
+from sdpipeline.reporting.contact_sheet import Thumbnails
+from sdpipeline.reporting.report import Span
 
 SHOW_EVERY_S = 5.0
 REFRESH_EVERY_S = 15.0
@@ -38,9 +40,9 @@ def best_effort() -> Iterator[None]:
         with temporary_settings({PREFECT_CLIENT_MAX_RETRIES: 0}):  # five would delay the supervisor by a minute
             yield
     except httpx.HTTPError as error:
-        log.warning("prefect.unreachable", error=repr(error))
+        log.warning("prefect_unavailable", error=repr(error))
     except TransientError as error:  # storage or database: the workers wait for them and report it
-        log.warning("board.unreadable", error=str(error))
+        log.warning("artifacts_not_updated", error=str(error))
 
 
 class RunArtifacts:
@@ -49,8 +51,9 @@ class RunArtifacts:
     Artifacts are created once a run and then updated in place, so that a long run does not fill the server's database.
     """
 
-    def __init__(self, settings: Settings, campaign: str, *, clock: Callable[[], float] = time.monotonic) -> None:
-        self._settings = settings
+    def __init__(self, services: Services, campaign: str, *, clock: Callable[[], float] = time.monotonic) -> None:
+        self._services = services
+        self._team = services.settings.team
         self._campaign = campaign
         self._clock = clock
         self._artifacts: dict[str, UUID] = {}
@@ -72,13 +75,13 @@ class RunArtifacts:
             client.update_flow_run(UUID(flow_run.get_id()), name=name, tags=labels)
             soon = f"# {progress.name}\n\nThe report is written here when the run ends."
             self._put("report", soon, describe(progress))
-        events.emit_campaign_event(CampaignEvent.STARTED, self._settings.team, progress)
+        events.emit_campaign_event(CampaignEvent.STARTED, self._team, progress)
         self._status = "active"
 
     def show(self, progress: Progress, *, now: bool = False) -> None:
         """Update progress at most every five seconds, the rest at most every fifteen; report a pause at once."""
         if turned := events.turn(self._status, progress):
-            events.emit_campaign_event(turned, self._settings.team, progress)
+            events.emit_campaign_event(turned, self._team, progress)
         self._status = progress.status
         self._move(progress, now=now)
         self._refresh("contact-sheet", progress.images, lambda: self._put_pictures(progress), now=now)
@@ -90,9 +93,9 @@ class RunArtifacts:
         opened_at, pictures = self._opened
         span = Span(pictures=progress.images - pictures, wall_s=self._clock() - opened_at)
         with best_effort():
-            self._put("report", services.finish_report(self._settings, self._campaign, span), describe(progress))
+            self._put("report", finish_report(self._services, self._campaign, span), describe(progress))
         if ended := events.outcome(progress):
-            events.emit_campaign_event(ended, self._settings.team, progress)
+            events.emit_campaign_event(ended, self._team, progress)
 
     def _move(self, progress: Progress, *, now: bool) -> None:
         from prefect.artifacts import create_progress_artifact, update_progress_artifact
@@ -123,7 +126,7 @@ class RunArtifacts:
         self._due[name] = began + max(REFRESH_EVERY_S, took / REFRESHING_SHARE)
 
     def _put_pictures(self, progress: Progress) -> None:
-        sheet = services.newest_pictures(self._settings, self._campaign, kept=self._thumbnails)
+        sheet = newest_pictures(self._services, self._campaign, kept=self._thumbnails)
         if sheet is not None:
             url = "data:image/jpeg;base64," + base64.b64encode(sheet).decode("ascii")
             report = (
@@ -134,7 +137,7 @@ class RunArtifacts:
     def _put_failures(self, progress: Progress) -> None:
         failed = [
             each | {"variables": ", ".join(map(str, each["variables"].values()))}
-            for each in services.failures(self._settings, self._campaign)
+            for each in failures(self._services, self._campaign)
         ]
         self._put("failures", table_cells(failed), report.unlucky(progress, shown=len(failed)))
 

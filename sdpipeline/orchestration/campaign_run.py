@@ -9,9 +9,11 @@ from uuid import UUID
 import structlog
 
 from sdpipeline import shutdown
-from sdpipeline.app import services
-from sdpipeline.app.services import Progress
-from sdpipeline.db import queries, registry
+from sdpipeline.app.maintenance import release_worker_leases
+from sdpipeline.app.queries import campaign_progress, checkpoint_aliases
+from sdpipeline.app.sealing import seal_here
+from sdpipeline.app.services import Services
+from sdpipeline.db.queries import Progress
 from sdpipeline.db.waiting import until_available
 from sdpipeline.errors import DatabaseUnavailableError, TransientError
 from sdpipeline.orchestration import local_workers
@@ -51,46 +53,47 @@ class Workers(Protocol):
         """End every worker; return the local processes that had to be ended."""
 
 
-def here(settings: Settings, campaign: str, *, worker_flow: Flow[..., Any]) -> local_workers.LocalWorkers:
+def here(services: Services, campaign: str, *, worker_flow: Flow[..., Any]) -> local_workers.LocalWorkers:
     """Return the local workers of a campaign: one process per device of this machine."""
+    settings = services.settings
     return local_workers.LocalWorkers(
         slots=local_workers.slots(settings),
         spawn=lambda slot, name: _spawn(settings, campaign, worker_flow, slot, name),
-        bury=lambda death: _on_exit(settings, campaign, death),
+        on_exit=lambda death: _on_exit(services, campaign, death),
         # A worker needs its own shutdown grace, and a moment to close its flow run.
         stop_grace_s=settings.shutdown_grace_s + shutdown.GIVING_BACK_S + local_workers.STOP_GRACE_S,
     )
 
 
-def work_off(settings: Settings, campaign: str, workers: Workers) -> State[None]:
+def work_off(services: Services, campaign: str, workers: Workers) -> State[None]:
     """Run a campaign's workers until the database says finished or paused, and publish progress.
 
     Returns the final state of the flow run. Called inside the campaign flow's run.
     """
     from prefect import tags
 
-    progress = _progress(settings, campaign)
-    board = RunArtifacts(settings, campaign)
-    labels = until_available(lambda: _tags(settings, progress))
+    progress = _progress(services, campaign)
+    board = RunArtifacts(services, campaign)
+    labels = until_available(lambda: _tags(services, progress))
     board.open(progress, labels)
     with tags(*labels):
-        ended = _watch(settings, campaign, workers, board)
+        ended = _watch(services, campaign, workers, board)
     try:
-        services.seal_here(settings)
+        seal_here(services)
     except TransientError as error:
-        log.warning("audit.unsealed", error=str(error))  # the next seal covers these events too
+        log.warning("seal_failed", error=str(error))  # the next seal covers these events too
     board.close(ended)
     return closing_state(ended, began=progress)
 
 
-def _watch(settings: Settings, campaign: str, workers: Workers, board: RunArtifacts) -> Progress:
+def _watch(services: Services, campaign: str, workers: Workers, board: RunArtifacts) -> Progress:
     try:
         workers.start()
         while True:
             try:
-                progress = services.campaign_progress(settings, campaign)
+                progress = campaign_progress(services, campaign)
             except DatabaseUnavailableError as error:
-                log.warning("database.unavailable", error=str(error))  # the workers also wait for it
+                log.warning("database_unavailable", error=str(error))  # the workers also wait for it
                 workers.wait(POLL_S)
                 continue
             board.show(progress)
@@ -98,21 +101,21 @@ def _watch(settings: Settings, campaign: str, workers: Workers, board: RunArtifa
                 break
             workers.supervise(progress)
             workers.wait(POLL_S)
-        _close(settings, campaign, workers.finish(_finish_grace_s()))
+        _close(services, campaign, workers.finish(_finish_grace_s()))
     except BaseException:  # Ctrl-C above all: however supervision ends, the workers end too
-        _close(settings, campaign, workers.stop())
+        _close(services, campaign, workers.stop())
         raise
-    return _progress(settings, campaign)
+    return _progress(services, campaign)
 
 
-def _progress(settings: Settings, campaign: str) -> Progress:
-    return until_available(lambda: services.campaign_progress(settings, campaign))
+def _progress(services: Services, campaign: str) -> Progress:
+    return until_available(lambda: campaign_progress(services, campaign))
 
 
-def _release(settings: Settings, pid: int) -> int | None:
+def _release(services: Services, pid: int) -> int | None:
     """Release the leases of a dead worker; return None if the database is unavailable, so that they expire."""
     try:
-        return services.release_worker_leases(settings, pid)
+        return release_worker_leases(services, pid)
     except DatabaseUnavailableError as error:
         log.warning("leases_left_to_expire", error=str(error), pid=pid)
         return None
@@ -130,7 +133,7 @@ def _finish_grace_s() -> float:
     return FINISH_GRACE_S if there else 0.0
 
 
-def _close(settings: Settings, campaign: str, stopped: Sequence[local_workers.WorkerExit]) -> None:
+def _close(services: Services, campaign: str, stopped: Sequence[local_workers.WorkerExit]) -> None:
     """Release the leases of workers that had to be ended and cancel their runs.
 
     A worker that ended by itself on request has released its leases; one that was killed could not.
@@ -138,8 +141,8 @@ def _close(settings: Settings, campaign: str, stopped: Sequence[local_workers.Wo
     from prefect.states import Cancelled
 
     for worker in stopped:
-        returned = _release(settings, worker.pid)
-        log.info("worker.stopped", name=worker.name, pid=worker.pid, leases_returned=returned)
+        returned = _release(services, worker.pid)
+        log.info("worker_stopped", name=worker.name, pid=worker.pid, leases_returned=returned)
         with best_effort():
             _close_run(f"{campaign} · {worker.name}", Cancelled(message="the campaign's run ended"))
 
@@ -163,12 +166,12 @@ def _spawn(
     )
 
 
-def _on_exit(settings: Settings, campaign: str, death: local_workers.WorkerExit) -> None:
+def _on_exit(services: Services, campaign: str, death: local_workers.WorkerExit) -> None:
     """Release the leases of a dead worker and mark its run as Crashed."""
     from prefect.states import Crashed
 
-    returned = _release(settings, death.pid)
-    log.warning("worker.died", name=death.name, pid=death.pid, exit_code=death.exit_code, leases_returned=returned)
+    returned = _release(services, death.pid)
+    log.warning("worker_died", name=death.name, pid=death.pid, exit_code=death.exit_code, leases_returned=returned)
     with best_effort():
         _close_run(f"{campaign} · {death.name}", Crashed(message=str(death)))
 
@@ -218,10 +221,7 @@ def closing_state(progress: Progress, *, began: Progress) -> State[Any]:
     return Completed(message=describe(progress))
 
 
-def _tags(settings: Settings, progress: Progress) -> Sequence[str]:
+def _tags(services: Services, progress: Progress) -> Sequence[str]:
     """Return tags for the campaign, its team and its checkpoints, by their user-facing names."""
-    with services.services(settings) as have, have.database.read() as connection:
-        used = set(queries.checkpoints_of(connection, progress.id))
-        aliases = {files.alias for files in registry.known(connection) if {files.alias, files.digest} & used}
-    own = (f"campaign:{progress.name}", f"team:{settings.team}")
-    return [*own, *(f"checkpoint:{alias}" for alias in sorted(aliases))]
+    own = (f"campaign:{progress.name}", f"team:{services.settings.team}")
+    return [*own, *(f"checkpoint:{alias}" for alias in checkpoint_aliases(services, progress.id))]

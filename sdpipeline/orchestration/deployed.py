@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import threading
 from datetime import datetime
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import structlog
 
-from sdpipeline.app import services
 from sdpipeline.app import submit as intake
-from sdpipeline.db import queries
+from sdpipeline.app.control import reopen
+from sdpipeline.app.queries import unfinished_campaigns
+from sdpipeline.app.services import Services, open_services
+from sdpipeline.db.submit import Submitted
 from sdpipeline.db.waiting import until_available
 from sdpipeline.orchestration import campaign_run, worker_process
 from sdpipeline.orchestration.prefect_workers import Bounds, PrefectWorkers
@@ -28,14 +32,15 @@ log = structlog.get_logger(__name__)
 def carry_out(settings: Settings, request: CampaignRequest) -> State[Any]:
     """Run the requested campaign to its end; return the final state of the flow run. Called inside that run."""
     name = _submitted(settings, request)
-    if name is None:
-        return _start_everything(settings)
-    if request.reopen is not Reopen.NOTHING:
-        reopened, _ = until_available(partial(intake.reopen, settings, name, request.reopen))
-        log.info("jobs.reopened", campaign=name, status=str(request.reopen), jobs=reopened)
-    fleet = PrefectWorkers(campaign=name, label=f"fleet:{settings.team}/{name}", bounds=_bounds(settings, request))
-    with worker_process.state_of_the_server():
-        return campaign_run.work_off(settings, name, fleet)
+    with open_services(settings, create=False, until=threading.Event()) as services:
+        if name is None:
+            return _start_everything(services)
+        if request.reopen is not Reopen.NOTHING:
+            reopened, _ = until_available(partial(reopen, services, name, request.reopen))
+            log.info("jobs_reopened", campaign=name, status=str(request.reopen), jobs=reopened)
+        fleet = PrefectWorkers(campaign=name, label=f"fleet:{settings.team}/{name}", bounds=_bounds(settings, request))
+        with worker_process.state_of_the_server():
+            return campaign_run.work_off(services, name, fleet)
 
 
 def _submitted(settings: Settings, request: CampaignRequest) -> str | None:
@@ -48,11 +53,16 @@ def _submitted(settings: Settings, request: CampaignRequest) -> str | None:
     if request.file is None and request.text is None:
         return request.campaign
     with intake.campaign_file(settings, url=request.file, text=request.text) as file:
-        submit = partial(intake.submit, settings, file, prune=request.prune, edition=request.edition, now=_fired_at())
-        name, done = until_available(submit)
+        name, done = until_available(partial(_submit, settings, file, request))
     if done.left_out:
         get_run_logger().warning("%s: %s", name, done.left_out)
     return name
+
+
+def _submit(settings: Settings, file: Path, request: CampaignRequest) -> tuple[str, Submitted]:
+    edition, now = request.edition, _fired_at()
+    with intake.open_to_submit(settings, file, edition=edition, now=now) as services:
+        return intake.submit(services, file, prune=request.prune, edition=edition, now=now)
 
 
 def _fired_at() -> datetime | None:
@@ -68,12 +78,13 @@ def _bounds(settings: Settings, request: CampaignRequest) -> Bounds:
     return Bounds(min_workers=min(least, most), max_workers=most, jobs_per_worker=settings.dispatch.jobs_per_worker)
 
 
-def _start_everything(settings: Settings) -> State[Any]:
+def _start_everything(services: Services) -> State[Any]:
     """Start a run for every campaign with work left and no unfinished run."""
     from prefect.deployments import run_deployment
     from prefect.states import Completed
 
-    idle = [name for name in _unfinished(settings) if not _has_run(settings.team, name)]
+    team = services.settings.team
+    idle = [name for name in unfinished_campaigns(services) if not _has_run(team, name)]
     for name in idle:
         run_deployment(
             CAMPAIGN_DEPLOYMENT,
@@ -81,16 +92,9 @@ def _start_everything(settings: Settings) -> State[Any]:
             timeout=0,
             as_subflow=False,  # it outlives this run and is cancelled separately
             flow_run_name=name,
-            tags=[f"campaign:{name}", f"team:{settings.team}"],
+            tags=[f"campaign:{name}", f"team:{team}"],
         )
     return Completed(message=f"started: {', '.join(idle)}" if idle else "nothing is left to do")
-
-
-def _unfinished(settings: Settings) -> list[str]:
-    with services.services(settings, create=False) as have, have.database.read() as connection:
-        names = queries.campaign_names(connection, team=settings.team)
-        ids = {name: queries.campaign_id(connection, team=settings.team, name=name) for name in names}
-        return [name for name, of in ids.items() if of is not None and queries.work_left(connection, of)]
 
 
 def _has_run(team: str, name: str) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from sdpipeline import logs
-from sdpipeline.app import services
+from sdpipeline.app.services import load_settings
 from sdpipeline.errors import Mistake, SettingsError
 from sdpipeline.private_files import keep_private
 from sdpipeline.settings import DEFAULT_HOME, Settings
@@ -17,7 +17,7 @@ def load(home: Path | None = None) -> Settings:
     A deployed run works in a folder that is deleted when it ends, and the embedded default would lie in it.
     """
     keep_private()
-    settings = services.load_settings(home)
+    settings = load_settings(home)
     logs.configure_logging(settings)
     if home is None and settings.embedded and settings.home == DEFAULT_HOME.resolve():
         fix = "set it in the environment of `prefect worker start`, or SDP_HOME as a whole path"

@@ -21,8 +21,11 @@ import httpx
 import structlog
 import uvicorn
 import websockets
-from fastapi import FastAPI, Request, WebSocket, WebSocketDisconnect
-from fastapi.responses import JSONResponse, Response
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route, WebSocketRoute
+from starlette.websockets import WebSocket, WebSocketDisconnect
 
 from sdpipeline.orchestration.gateway_rules import (
     DISPATCHER,
@@ -167,20 +170,20 @@ class Gateway:
             await socket.close(SERVER_LOST, reason="the connection to the Prefect server ended")
 
 
-def application(gateway: Gateway) -> FastAPI:
+def application(gateway: Gateway) -> Starlette:
     """Return the application: two WebSockets and a catch-all route, each checked by the rules."""
 
     @asynccontextmanager
-    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+    async def lifespan(_: Starlette) -> AsyncIterator[None]:
         yield
         await gateway.server.aclose()
 
-    app = FastAPI(lifespan=lifespan, openapi_url=None, docs_url=None, redoc_url=None)
-    app.add_api_websocket_route("/api/events/in", gateway.events_in)
-    app.add_api_websocket_route("/api/events/out", gateway.events_out)
-    methods = ["GET", "POST", "PATCH", "PUT", "DELETE"]
-    app.add_api_route("/api/{path:path}", gateway.http, methods=methods, response_model=None)
-    return app
+    routes = [
+        WebSocketRoute("/api/events/in", gateway.events_in),
+        WebSocketRoute("/api/events/out", gateway.events_out),
+        Route("/api/{path:path}", gateway.http, methods=["GET", "POST", "PATCH", "PUT", "DELETE"]),
+    ]
+    return Starlette(routes=routes, lifespan=lifespan)
 
 
 def serve(api_url: str, *, server_auth: str | None, auths: Mapping[str, str], host: str, port: int) -> None:

@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import os
-import shutil
 import signal
-import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from multiprocessing import connection, resource_tracker
 from multiprocessing.process import BaseProcess
 
-from sdpipeline.app.services import Progress
+from sdpipeline import shutdown
+from sdpipeline.db.queries import Progress
+from sdpipeline.engine.devices import pinned_device, visible_gpus
 from sdpipeline.errors import WorkersLostError
+from sdpipeline.orchestration.supervision import Restarts, left_work, worker_needed
 from sdpipeline.settings import Settings
 
-MAX_RESTARTS = 3
 STOP_GRACE_S = 5.0
 
 
@@ -44,12 +44,12 @@ class WorkerExit:
 
 @dataclass(slots=True, kw_only=True)
 class _Member:
-    """Current process of a slot and its number of restarts."""
+    """Current process of a slot and its restarts. A slot is one device, so that its deaths count for themselves."""
 
     slot: Slot
     process: BaseProcess | None = None
     starts: int = 0
-    deaths: int = 0
+    restarts: Restarts = field(default_factory=Restarts)
     finished_at_start: int = 0
     last_death: WorkerExit | None = None
 
@@ -65,12 +65,11 @@ class _Member:
 
 @dataclass(slots=True, kw_only=True)
 class LocalWorkers:
-    """Supervise one process per slot. ``spawn`` starts one under a name; ``bury`` is called for each that died."""
+    """Supervise one process per slot. ``spawn`` starts one under a name; ``on_exit`` is called for each that failed."""
 
     slots: Sequence[Slot]
     spawn: Callable[[Slot, str], BaseProcess]
-    bury: Callable[[WorkerExit], None]
-    max_restarts: int = MAX_RESTARTS
+    on_exit: Callable[[WorkerExit], None]
     stop_grace_s: float = STOP_GRACE_S
     _members: list[_Member] = field(default_factory=list)
 
@@ -89,15 +88,14 @@ class LocalWorkers:
         for member in self._members:
             if member.running or member.process is None:
                 continue
-            if self._ended_badly(member, progress):
-                member.deaths += 1
+            if self._died(member, progress):
+                member.restarts.died()
             member.process = None
         for member in self._members:
-            # Without any worker, jobs that wait for a back-off or an expired lease would wait for ever.
-            wanted = progress.ready or (progress.remaining and not any(each.running for each in self._members))
-            if member.process is None and wanted and member.deaths <= self.max_restarts:
+            needed = worker_needed(progress, alone=not any(each.running for each in self._members))
+            if member.process is None and needed and not member.restarts.exhausted():
                 self._start(member, finished=progress.finished)
-        if all(member.deaths > self.max_restarts for member in self._members):
+        if all(member.restarts.exhausted() for member in self._members):
             raise WorkersLostError("; ".join(str(m.last_death or f"{m.name} found no work") for m in self._members))
 
     def wait(self, timeout_s: float) -> None:
@@ -135,26 +133,23 @@ class LocalWorkers:
         member.finished_at_start = finished
         # Ctrl-C in the terminal is for the command, which ends its workers in order: they inherit this mask.
         resource_tracker.ensure_running()  # else the first start unmasks SIGINT again
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-        try:
+        with shutdown.masked(signal.SIGINT):
             member.process = self.spawn(member.slot, member.name)
-        finally:
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
 
-    def _ended_badly(self, member: _Member, progress: Progress) -> bool:
+    def _died(self, member: _Member, progress: Progress) -> bool:
         process = member.process
         if process is None or process.pid is None or process.exitcode is None:
             return False
         if process.exitcode == 0:
-            return progress.ready > 0 and progress.finished == member.finished_at_start
+            return left_work(progress, finished_at_start=member.finished_at_start)
         member.last_death = WorkerExit(name=member.name, pid=process.pid, exit_code=process.exitcode)
-        self.bury(member.last_death)
+        self.on_exit(member.last_death)
         return True
 
 
 def slots(settings: Settings, *, gpus: Sequence[str] | None = None, cores: int | None = None) -> list[Slot]:
     """Return one slot per GPU, or one for the CPU, unless ``SDP_WORKERS`` and ``SDP_DEVICE`` say otherwise."""
-    pinned = settings.device if settings.device not in {None, "cuda"} else None
+    pinned = pinned_device(settings)
     found = [] if pinned else list(visible_gpus() if gpus is None else gpus)
     count = settings.workers or len(found) or 1
     if found:
@@ -165,27 +160,3 @@ def slots(settings: Settings, *, gpus: Sequence[str] | None = None, cores: int |
     threads = max(1, (cores or os.cpu_count() or 1) // count)
     shared = {} if count == 1 or "OMP_NUM_THREADS" in os.environ else {"OMP_NUM_THREADS": str(threads)}
     return [Slot(index=n, device=pinned or settings.device, environment=shared) for n in range(count)]
-
-
-def visible_gpus() -> list[str]:
-    """Return the GPUs this process may use, from the driver: a dispatcher has no torch."""
-    named = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if named is not None:
-        return [name.strip() for name in named.split(",") if name.strip() not in {"", "-1"}]
-    program = shutil.which("nvidia-smi")
-    if program is None:
-        return []
-    query = [program, "--query-gpu=index", "--format=csv,noheader"]
-    try:
-        answer = subprocess.run(
-            query,
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            encoding="utf-8",
-            errors="replace",
-            timeout=20,
-            check=True,
-        )
-    except (subprocess.SubprocessError, OSError):
-        return []  # a driver that does not answer shows no GPU
-    return answer.stdout.split()

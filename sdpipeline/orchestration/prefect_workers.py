@@ -12,10 +12,11 @@ from uuid import UUID
 
 import structlog
 
-from sdpipeline.app.services import Progress
+from sdpipeline.db.queries import Progress
 from sdpipeline.errors import Mistake, SettingsError, WorkersLostError
 from sdpipeline.orchestration.artifacts import best_effort
 from sdpipeline.orchestration.local_workers import WorkerExit
+from sdpipeline.orchestration.supervision import Restarts, left_work, worker_needed
 
 if TYPE_CHECKING:
     from prefect.client.orchestration import SyncPrefectClient
@@ -27,8 +28,6 @@ SUPERVISE_EVERY_S = 3.0
 """Each check of the runs is a request to the Prefect server."""
 SURPLUS_S = 60.0
 """How long a worker must be surplus before it is cancelled: starting it again costs loading a checkpoint."""
-MAX_RESTARTS = 3
-"""Deaths per wanted worker, without a finished job in between, after which the campaign's run gives up."""
 PAGE = 200
 
 log = structlog.get_logger(__name__)
@@ -61,10 +60,10 @@ class PrefectWorkers:
     clock: Callable[[], float] = time.monotonic
     _finished_at_start: dict[UUID, int] = field(default_factory=dict)
     _starts: int = 0
-    _deaths: int = 0
+    _restarts: Restarts = field(default_factory=Restarts)
     _last_words: str = ""
     _finished: int = 0
-    _tended_at: float = -math.inf
+    _checked_at: float = -math.inf
     _surplus_since: float | None = None
     _deserted: bool = False
 
@@ -85,9 +84,9 @@ class PrefectWorkers:
         from prefect.client.orchestration import get_client
         from prefect.settings import PREFECT_CLIENT_MAX_RETRIES, temporary_settings
 
-        if self.clock() - self._tended_at < SUPERVISE_EVERY_S:
+        if self.clock() - self._checked_at < SUPERVISE_EVERY_S:
             return
-        self._tended_at = self.clock()
+        self._checked_at = self.clock()
         wanted = self.bounds.wanted(progress.ready + progress.leased)
         # A retry is cheaper than the traces of half a dispatch; an unreachable server is asked again soon.
         with best_effort(), temporary_settings({PREFECT_CLIENT_MAX_RETRIES: 2}), get_client(sync_client=True) as client:
@@ -96,12 +95,12 @@ class PrefectWorkers:
                 self._let_end({run.id for run in living})
                 return
             self._count_deaths(client, {run.id for run in living}, progress)
-            if self._deaths > MAX_RESTARTS * wanted:
+            if self._restarts.exhausted(workers=wanted):
                 why = f": {self._last_words}" if self._last_words else ""
-                raise WorkersLostError(f"{self._deaths} workers of {self.campaign} ended with no job finished{why}")
-            # Workers that just ended may have finished the jobs leased a moment ago. If nothing is ready, only jobs
-            # that wait for a back-off or an expired lease need a worker, and those jobs stay.
-            needed = progress.ready > 0 or (self._deserted and not living)
+                count = self._restarts.deaths
+                raise WorkersLostError(f"{count} workers of {self.campaign} ended with no job finished{why}")
+            # Workers that just ended may have finished the jobs leased a moment ago, so one check alone does not count.
+            needed = worker_needed(progress, alone=self._deserted and not living)
             self._deserted = not living
             for _ in range(wanted - len(living) if needed else 0):
                 self._dispatch(progress)
@@ -132,7 +131,7 @@ class PrefectWorkers:
             flow_run_name=f"{self.campaign} · worker {self._starts}",
             tags=sorted({*TagsContext.get().current_tags, self.label}),
         )
-        log.info("worker.dispatched", name=run.name, flow_run=str(run.id))
+        log.info("worker_dispatched", name=run.name, flow_run=str(run.id))
         self._starts += 1
         self._finished_at_start[run.id] = progress.finished
 
@@ -142,15 +141,16 @@ class PrefectWorkers:
             del self._finished_at_start[run_id]
 
     def _count_deaths(self, client: SyncPrefectClient, living: set[UUID], progress: Progress) -> None:
-        """Count the ended runs that failed; a completed run that left ready jobs untouched counts as failed."""
+        """Count the ended runs that died. Runs replace each other, so that one finished job clears the count."""
         if progress.finished > self._finished:
-            self._finished, self._deaths = progress.finished, 0
+            self._finished = progress.finished
+            self._restarts.reset()
         for run_id in self._finished_at_start.keys() - living:
-            untouched = self._finished_at_start.pop(run_id) == progress.finished and progress.ready > 0
+            untouched = left_work(progress, finished_at_start=self._finished_at_start.pop(run_id))
             state = _state(client, run_id)
             if state is not None and (state.is_crashed() or state.is_failed() or (state.is_completed() and untouched)):
-                log.warning("worker.died", flow_run=str(run_id), state=state.name, message=state.message)
-                self._deaths += 1
+                log.warning("worker_died", flow_run=str(run_id), state=state.name, message=state.message)
+                self._restarts.died()
                 self._last_words = state.message or self._last_words
 
     def _stop_surplus(self, client: SyncPrefectClient, living: Sequence[FlowRun], wanted: int) -> None:

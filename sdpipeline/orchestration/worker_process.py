@@ -17,9 +17,9 @@ from pathlib import Path
 
 import structlog
 
-from sdpipeline.app.services import WorkerSummary
 from sdpipeline.orchestration.artifacts import best_effort
-from sdpipeline.shutdown import Stop
+from sdpipeline.shutdown import Stop, deferred
+from sdpipeline.worker.worker import WorkerSummary
 
 _log = structlog.get_logger(__name__)
 
@@ -54,7 +54,7 @@ def run_until_stopped(work: Callable[[Stop], None]) -> None:
 
     with ThreadPoolExecutor(1, thread_name_prefix="gpu-worker") as pool:
         try:
-            with _held_back(signal.SIGTERM):  # if raised while the thread starts, nothing would wait for the thread
+            with deferred(signal.SIGTERM):  # if raised while the thread starts, nothing would wait for the thread
                 working = pool.submit(copy_context().run, begun)
             begin.set()
             while not working.done():
@@ -96,19 +96,6 @@ def state_of_the_server() -> Iterator[None]:
         raise
 
 
-@contextmanager
-def _held_back(number: signal.Signals) -> Iterator[None]:
-    """Defer a signal to the end of the block. Python runs handlers in this thread, whichever thread gets the signal."""
-    came: list[int] = []
-    before = signal.signal(number, lambda received, _frame: came.append(received))
-    try:
-        yield
-    finally:
-        signal.signal(number, before)
-        if came:
-            signal.raise_signal(number)
-
-
 @dataclass(frozen=True, slots=True)
 class Chunks:
     """Running work that Prefect sees as consecutive chunks; the device waits for none of them."""
@@ -148,7 +135,7 @@ def in_chunks(work: Callable[[], WorkerSummary], stop: threading.Event) -> Itera
         try:
             yield Chunks(working)
         except Exception as error:
-            _log.warning("worker_ends", error=repr(error))  # its batch finishes first, which may take long
+            _log.warning("worker_stopping", error=repr(error))  # its batch finishes first, which may take long
             raise
         finally:
             stop.set()

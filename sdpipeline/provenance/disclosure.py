@@ -18,11 +18,11 @@ def disclosed(record: Json) -> Json:
     With ``hash``, each prompt is replaced by the SHA-256 of its UTF-8 bytes; with ``none`` it is removed. An ancestor
     discloses no more than both its own record and its descendant's allow.
     """
-    told = include_prompt(record)
-    own = _without_prompts(record, told)
+    include = include_prompt(record)
+    own = _without_prompts(record, include)
     ancestors = record.get("ancestors", {})
     if ancestors:
-        own["ancestors"] = {sha256: _without_prompts(each, told) for sha256, each in ancestors.items()}
+        own["ancestors"] = {sha256: _without_prompts(each, include) for sha256, each in ancestors.items()}
     return own
 
 
@@ -42,19 +42,19 @@ def own_part(record: Json) -> Json:
 
 
 def _without_prompts(record: Json, allowed: str) -> Json:
-    told = max(allowed, include_prompt(record), key=INCLUDE_PROMPT.index)
+    level = max(allowed, include_prompt(record), key=INCLUDE_PROMPT.index)
     asked: dict[str, Any] = record.get("asked", {})
-    if told == "full":
+    if level == "full":
         return dict(record)
-    inputs = {role: _without_nested(about, told) for role, about in record.get("inputs", {}).items()}
-    left_out = _PROMPTS if told == "hash" else (*_PROMPTS, *(f"{name}_sha256" for name in _PROMPTS))
+    inputs = {role: _without_nested(about, level) for role, about in record.get("inputs", {}).items()}
+    left_out = _PROMPTS if level == "hash" else (*_PROMPTS, *(f"{name}_sha256" for name in _PROMPTS))
     kept = {name: value for name, value in asked.items() if name not in left_out}
-    if told == "hash":
+    if level == "hash":
         kept |= {f"{name}_sha256": hashed(asked[name].encode()) for name in _PROMPTS if name in asked}
-    return record | {"asked": kept, "inputs": inputs, "include_prompt": told}
+    return record | {"asked": kept, "inputs": inputs, "include_prompt": level}
 
 
-def _without_nested(about: Json, told: str) -> Json:
+def _without_nested(about: Json, level: str) -> Json:
     """Remove prompts from records of schema 1, which nest their parents' records in their inputs."""
     nested = about.get("record")
-    return about | {"record": _without_prompts(nested, told)} if nested else about
+    return about | {"record": _without_prompts(nested, level)} if nested else about

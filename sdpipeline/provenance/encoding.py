@@ -72,7 +72,7 @@ def encode(pixels: Pixels, *, output: OutputFormat, record: Json, from_photograp
         )
     if len(text) > untrusted.LARGEST_RECORD or len(xmp) > untrusted.LARGEST_XMP:
         raise RequestRefusedError(
-            f"a record of {len(text):,} characters is more than is read back (at most {untrusted.LARGEST_RECORD:,}):"
+            f"a record of {len(text):,} characters is too long to be read back (at most {untrusted.LARGEST_RECORD:,}):"
             " shorten the prompts of this stage and of those before it"
         )
     file = io.BytesIO()
@@ -243,7 +243,7 @@ def _opened(data: bytes, max_pixels: int | None) -> Iterator[Image.Image]:
     except RecursionError as error:
         raise InputImageError("the picture's metadata is nested too deeply") from error
     except MemoryError as error:
-        raise InputImageError("the picture needs more memory than there is") from error
+        raise InputImageError("the picture needs more memory than is available") from error
     except _BROKEN as error:
         raise InputImageError(f"not a whole png, jpeg or webp picture: {error}") from error
 

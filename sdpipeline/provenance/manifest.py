@@ -248,7 +248,7 @@ def verify(data: bytes, *, trust_anchors: str = "") -> VerifiedPicture:
     except InputImageError as error:  # a signed record that is too large or too deep
         return invalid(faults=(f"c2pa.unreadable: {error}",))
     except SHAPE_ERRORS as error:
-        return invalid(faults=(f"c2pa.unreadable: its manifest has another shape than ours: {error!r}",))
+        return invalid(faults=(f"c2pa.unreadable: its manifest has another structure than ours: {error!r}",))
 
 
 def _context(trust_anchors: str = "") -> c2pa.Context:

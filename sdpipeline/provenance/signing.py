@@ -185,9 +185,9 @@ def _checked_chain(pem: bytes, path: Path) -> list[x509.Certificate]:
         raise SettingsError(f"{path} holds no certificates in PEM: {error}") from error
     leaf, now = chain[0], datetime.now(UTC)
     if not leaf.not_valid_before_utc <= now <= leaf.not_valid_after_utc:
-        raise SettingsError(f"{path}: the signing certificate is valid {_validity(leaf)} and not now")
+        raise SettingsError(f"{path}: the signing certificate is valid {_validity(leaf)}, not now")
     if leaf.issuer == leaf.subject:
-        raise SettingsError(f"{path}: the first certificate signs itself; C2PA wants one that an authority issued")
+        raise SettingsError(f"{path}: the first certificate signs itself; C2PA requires one issued by an authority")
     if ExtendedKeyUsageOID.EMAIL_PROTECTION not in _extended_key_usage(leaf):
         raise SettingsError(f"{path}: the signing certificate lacks the extended key usage emailProtection")
     for issued, issuer in pairwise(chain):

@@ -15,7 +15,6 @@ from typing import Any, TextIO
 
 from sdpipeline.campaigns import filenames, yaml_source
 from sdpipeline.campaigns.filenames import EXTENSIONS, MANIFEST, Naming, Subject, WrongNameError
-from sdpipeline.campaigns.spec import nearest
 from sdpipeline.campaigns.tables import variable_name
 from sdpipeline.db import exports
 from sdpipeline.db.connection import Database
@@ -23,6 +22,7 @@ from sdpipeline.domain import Json
 from sdpipeline.errors import BadInputError, Mistake, ObjectMissingError
 from sdpipeline.escaping import spreadsheet
 from sdpipeline.storage import ObjectStore
+from sdpipeline.suggestions import nearest
 
 COPIES_AT_ONCE = 8
 COLUMNS = (
@@ -311,7 +311,7 @@ def _check_directory(directory: Path) -> None:
     manifest = directory / MANIFEST
     with _translated(directory):
         if directory.exists() and not directory.is_dir():
-            raise BadInputError(Mistake(key="--to", message=f"{directory} is no folder", fix="name another"))
+            raise BadInputError(Mistake(key="--to", message=f"{directory} is not a folder", fix="name another"))
         if manifest.exists():
             with manifest.open(encoding="utf-8", errors="replace") as file:
                 if file.readline().strip() != ",".join(COLUMNS):

@@ -68,16 +68,20 @@ def reproduce(
 def checked_record(record: Json | None, name: str) -> Json:
     """Return the record if this release can read it; else raise BadInputError."""
     if record is None:
-        raise BadInputError(Mistake(file=name, message="holds no record of ours", fix="give a picture made here"))
+        raise BadInputError(
+            Mistake(file=name, message="has no record of this program", fix="give a picture made by this program")
+        )
     if (schema := record.get("schema")) not in RECORD_SCHEMAS:
         raise BadInputError(Mistake(file=name, message=f"its record has the unknown schema {str(schema)[:80]!r}"))
     if isinstance(asked := record.get("asked"), dict) and "prompt" not in asked:
         fix = "give its job's number: the sidecar in storage has it"
-        raise BadInputError(Mistake(file=name, message="its record keeps the prompt back", fix=fix))
+        raise BadInputError(Mistake(file=name, message="its record omits the prompt", fix=fix))
     try:
         _request(record)
     except InputImageError as error:
-        raise BadInputError(Mistake(file=name, message=str(error), fix="give a picture made here")) from error
+        raise BadInputError(
+            Mistake(file=name, message=str(error), fix="give a picture made by this program")
+        ) from error
     return record
 
 
@@ -92,12 +96,12 @@ def _request(record: Json) -> GenerationRequest:
         named = all(isinstance(record[name], str) for name in ("identity", "fingerprint", "made_at"))
         figures = (request.width, request.height, request.num_inference_steps, record["ran"]["bucket"])
     except SHAPE_ERRORS as error:
-        raise InputImageError(f"the record is not one that was written here: {error!r}"[:200]) from error
+        raise InputImageError(f"the record was not written by this program: {error!r}"[:200]) from error
     if not (shaped and named and all(type(figure) is int for figure in figures)):
-        raise InputImageError("the record is not one that was written here")
+        raise InputImageError("the record was not written by this program")
     width, height, steps, bucket = figures
     if not (0 < width * height <= LARGEST_PICTURE and steps <= MOST_STEPS and 0 < bucket <= LARGEST_BUCKET):
-        raise InputImageError("the record asks for more pixels, steps or pictures at once than were ever made here")
+        raise InputImageError("the record's size, steps or batch exceed what this program makes")
     return request
 
 
@@ -128,7 +132,7 @@ def _image(
     sha256 = str(about.get("sha256", about.get("key")))
     record = about.get("record") or ancestors.get(sha256)
     if not isinstance(record, dict):
-        raise InputImageError(f"the record of the picture of stage {about['stage']!r} is not in this record")
+        raise InputImageError(f"the record of the picture of stage {about['stage']!r} is missing in this record")
     if sha256 not in made:
         made[sha256] = None
         made[sha256], _ = _made_again({"ancestors": ancestors} | record, engine, find_input, made)

@@ -101,7 +101,7 @@ class Register:
             return found
         return Match(by="file" if whole else "pixels", distance=0, picture=whole or same[0])
 
-    def told(self, data: bytes) -> bool:
+    def is_known(self, data: bytes) -> bool:
         """Return True if the audit log names this very file, even if its picture was made again since."""
         sha256 = hashlib.sha256(data).hexdigest()
         with self.database.read() as connection:
@@ -152,7 +152,7 @@ def check(name: str, data: bytes, *, trust_anchors: str, register: Register | No
     if register is not None and (pixels := _decoded(data)) is not None:
         match = register.match(data, pixels, marks.record if marks.c2pa in ("valid", "trusted") else None)
         against = _contradictions(marks, match, register, provenance.pixels_sha256(pixels))
-        faults += [] if against and register.told(data) else against
+        faults += [] if against and register.is_known(data) else against
     return Checked(name=name, marks=marks, match=match, faults=tuple(faults))
 
 

@@ -8,7 +8,7 @@ from urllib.parse import unquote, urlsplit
 
 from sdpipeline.errors import SettingsError
 from sdpipeline.storage.contract import Capability, ObjectStore, ObjectVersion, Retention, StoredObject, check_key
-from sdpipeline.storage.foreign import ForeignObject, ForeignObjects, is_bucket_url, lies_under, split_url
+from sdpipeline.storage.foreign import ForeignObject, ForeignObjects, is_bucket_url, is_under, split_url
 from sdpipeline.storage.local import LocalStore
 from sdpipeline.storage.s3 import S3Store
 from sdpipeline.storage.s3_client import S3Options
@@ -26,7 +26,7 @@ __all__ = [
     "StoredObject",
     "check_key",
     "is_bucket_url",
-    "lies_under",
+    "is_under",
     "open_store",
     "split_url",
 ]

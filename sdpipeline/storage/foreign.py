@@ -61,11 +61,11 @@ def split_url(url: str) -> tuple[str, str]:
     # A server that keeps objects as files may interpret such a segment as a folder.
     wrong = any(part in (".", "..") for part in key.split("/")) or not key.isprintable()
     if wrong or len(key.encode()) > _MAX_KEY_BYTES:
-        raise BadInputError(f"{url!r} is no object's address")
+        raise BadInputError(f"{url!r} is not an object's address")
     return bucket, key
 
 
-def lies_under(url: str, root: str) -> bool:
+def is_under(url: str, root: str) -> bool:
     """Return True if an object's URL is below ``s3://bucket`` or ``s3://bucket/prefix``, compared by whole folders."""
     return url.startswith(root.rstrip("/") + "/")
 
@@ -128,9 +128,9 @@ class ForeignObjects:
             except ClientError as error:
                 code = error_code(error)
                 if code in _CHANGED:
-                    raise ObjectConflictError(f"{url} is not what it was") from error
+                    raise ObjectConflictError(f"{url} has changed since it was submitted") from error
                 if code in _REFUSED or (version is not None and code in _NO_VERSION):
-                    raise ObjectMissingError(f"{url} may not be read, or is not there: {code}") from error
+                    raise ObjectMissingError(f"{url} does not exist, or access is denied: {code}") from error
                 raise
         check_reply(answer, url)
         return answer

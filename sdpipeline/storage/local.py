@@ -33,9 +33,9 @@ class LocalStore:
         except OSError as error:
             raise _unavailable(error, path) from error
         if found != data and created:
-            raise StorageUnavailableError(f"{path} reads back other bytes than were written: check the disk")
+            raise StorageUnavailableError(f"{path} returned different bytes than were written: check the disk")
         if found != data:
-            raise ObjectConflictError(f"{path} already holds other bytes")
+            raise ObjectConflictError(f"{path} already holds different bytes")
         return StoredObject(key=key, sha256=hashlib.sha256(data).hexdigest(), size_bytes=len(data))
 
     @property
@@ -73,7 +73,7 @@ class LocalStore:
                 os.link(path, target)
             except FileExistsError:
                 if target.read_bytes() != data:
-                    raise ObjectConflictError(f"{target} already holds other bytes") from None
+                    raise ObjectConflictError(f"{target} already holds different bytes") from None
             _flush_directory(target.parent)
             path.unlink(missing_ok=True)
             _flush_directory(path.parent)
@@ -118,7 +118,7 @@ class LocalStore:
             _make_directory(self._incoming)
         except OSError as error:
             message = f"{self._root} cannot be written: {error.strerror or error}"
-            fix = "name a directory that this user may write, and that has room"
+            fix = "name a writable directory with free space"
             raise SettingsError(Mistake(key="SDP_STORAGE_URL", message=message, fix=fix)) from error
 
     def losses(self) -> Mapping[str, str]:
@@ -132,8 +132,10 @@ class LocalStore:
         self._path(key).unlink()
         return [
             Capability(name="conditional put", ok=True, detail="link() creates and never overwrites"),
-            Capability(name="versions", ok=False, detail="a seal replaced by hand is found by its digest alone"),
-            Capability(name="object lock", ok=False, detail="whoever may write here may delete seals: export them"),
+            Capability(name="versions", ok=False, detail="a replaced seal is detected only by its digest"),
+            Capability(
+                name="object lock", ok=False, detail="users with write access can delete seals: export the audit log"
+            ),
         ]
 
     def _path(self, key: str) -> Path:

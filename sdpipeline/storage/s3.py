@@ -75,9 +75,9 @@ class S3Store:
         except ObjectConflictError as error:
             if not created:
                 raise
-            raise StorageUnavailableError(f"{self.url(key)} reads back other bytes than were written") from error
+            raise StorageUnavailableError(f"{self.url(key)} returned different bytes than were written") from error
         if stored is None:
-            raise StorageUnavailableError(f"{self.url(key)} was written and is not there")
+            raise StorageUnavailableError(f"{self.url(key)} was written, but does not exist")
         return stored
 
     @property
@@ -106,7 +106,7 @@ class S3Store:
                 data = self.get(key)
                 sha256, size_bytes = hashlib.sha256(data).hexdigest(), len(data)
         except ObjectMissingError as error:
-            if is_web_page(error.__cause__) and self._is_there(key):
+            if is_web_page(error.__cause__) and self._exists(key):
                 raise StorageUnavailableError(f"{self.url(key)}: HEAD says 404 and GET finds it") from error
             return None
         return replace(_stored(key, sha256, size_bytes, answer), stored_at=answer["LastModified"])
@@ -247,7 +247,7 @@ class S3Store:
                 if attempt + 1 == self._options.total_max_attempts:
                     raise
             pause(attempt)
-        raise StorageUnavailableError(f"s3://{self._bucket}/{target['Key']}: other writers are in the way")
+        raise StorageUnavailableError(f"s3://{self._bucket}/{target['Key']}: too many concurrent writers")
 
     def _write_whole(self, target: dict[str, Any], data: bytes, dropped: frozenset[str]) -> None:
         parameters = target | _CONDITION | checksums(data)
@@ -282,7 +282,7 @@ class S3Store:
         with contextlib.suppress(*library_errors()):
             self._client.abort_multipart_upload(**address, UploadId=upload_id)
 
-    def _is_there(self, key: str) -> bool:
+    def _exists(self, key: str) -> bool:
         try:
             self._read(key, None)
         except ObjectMissingError:
@@ -295,7 +295,7 @@ class S3Store:
         except ObjectMissingError:
             return None
         if found != data:
-            raise ObjectConflictError(f"{self.url(key)} already holds other bytes")
+            raise ObjectConflictError(f"{self.url(key)} already holds different bytes")
         return _stored(key, hashlib.sha256(data).hexdigest(), len(data), answer)
 
     def _read(self, key: str, version_id: str | None) -> tuple[bytes, GetObjectOutputTypeDef]:

@@ -33,9 +33,9 @@ FEATURES: Mapping[str, frozenset[str]] = {
 """Parameters of boto3's put_object, by the name that ``doctor`` and ``status`` give the feature."""
 
 LOSSES = {
-    CHECKSUMS: "the endpoint refuses x-amz-checksum headers: Content-MD5 and reading back find damage on the way",
-    TAGS: "the endpoint refuses x-amz-tagging: rules of lifecycle, cost and access that go by tags do not see objects",
-    CONDITION: "the endpoint refuses If-None-Match: two writers of one key in the same moment are not told apart",
+    CHECKSUMS: "the endpoint refuses x-amz-checksum headers: Content-MD5 and reading back detect damage in transit",
+    TAGS: "the endpoint refuses x-amz-tagging: lifecycle, cost and access rules based on tags do not apply to objects",
+    CONDITION: "the endpoint refuses If-None-Match: two simultaneous writers of one key are not detected",
 }
 
 _log = structlog.get_logger(__name__)

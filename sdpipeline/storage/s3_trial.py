@@ -41,7 +41,7 @@ class Trial:
         refusal = self._refusal(self._client.put_object, **self._target, Body=b"second", IfNoneMatch="*")
         ok = refusal in ALREADY_THERE
         missing = f"the endpoint says {refusal}" if refusal else "the endpoint overwrites"
-        without = f"{missing}: two writers of one key in the same moment are not told apart"
+        without = f"{missing}: two simultaneous writers of one key are not detected"
         return Capability(name="conditional put", ok=ok, detail="an object is never overwritten" if ok else without)
 
     def checksums(self) -> Capability:
@@ -51,16 +51,16 @@ class Trial:
         wrong = checksums(b"other bytes")
         refusal = self._refusal(self._client.put_object, **self._target, **wrong, Body=b"bytes")
         ok = refusal is not None and refusal not in _HEADER_IS_UNKNOWN
-        without = "a wrong checksum is accepted: reading back alone finds damage on the way"
-        return Capability(name="checksums", ok=ok, detail="damage on the way is refused" if ok else without)
+        without = "a wrong checksum is accepted: only reading back detects damage in transit"
+        return Capability(name="checksums", ok=ok, detail="damage in transit is refused" if ok else without)
 
     def versions(self) -> Capability:
         """Test if replaced and deleted objects are kept."""
         bucket = {"Bucket": self._target["Bucket"]}
         refusal = self._refusal(self._client.get_bucket_versioning, **bucket)
         ok = refusal is None and self._client.get_bucket_versioning(**bucket).get("Status") == "Enabled"
-        without = f"{refusal or 'not enabled'}: a seal replaced by hand is found by its digest alone"
-        return Capability(name="versions", ok=ok, detail="a replaced object leaves its trace" if ok else without)
+        without = f"{refusal or 'not enabled'}: a replaced seal is detected only by its digest"
+        return Capability(name="versions", ok=ok, detail="a replaced object keeps its old version" if ok else without)
 
     def object_lock(self) -> Capability:
         """Test if objects can be locked."""
@@ -68,7 +68,7 @@ class Trial:
         refusal = self._refusal(self._client.get_object_lock_configuration, **bucket)
         found = {} if refusal else self._client.get_object_lock_configuration(**bucket)["ObjectLockConfiguration"]
         ok = found.get("ObjectLockEnabled") == "Enabled"
-        without = f"{refusal or 'not enabled'}: whoever may write here may delete seals, so export them elsewhere"
+        without = f"{refusal or 'not enabled'}: users with write access can delete seals: export the audit log"
         if ok and self.locked is not None and self.locked.retained_until is None:
             ok = False
             without = "a put with a lock was accepted, but none is seen: ignored, or s3:GetObjectRetention is denied"
@@ -87,10 +87,10 @@ class Trial:
             return lost
         refusal = self._refusal(self._client.get_object_tagging, **self._target)
         if refusal is not None:
-            return Capability(name=TAGS, ok=True, detail=f"accepted; they cannot be read back here: {refusal}")
+            return Capability(name=TAGS, ok=True, detail=f"accepted, but they cannot be read back: {refusal}")
         kept = {tag["Key"]: tag["Value"] for tag in self._client.get_object_tagging(**self._target)["TagSet"]}
         ok = all(kept.get(name) == value for name, value in wanted.items())
-        without = "accepted and not kept: rules of lifecycle, cost and access that go by tags do not see objects"
+        without = "accepted, but not kept: lifecycle, cost and access rules based on tags do not apply to objects"
         return Capability(name=TAGS, ok=ok, detail="each object has them" if ok else without)
 
     def close(self) -> Capability | None:

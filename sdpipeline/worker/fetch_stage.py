@@ -133,7 +133,6 @@ class FetchStage:
         """Fetch the inputs of a lease and hand it on; close it if none of its jobs is left."""
         for leased in self.reuse.jobs_to_make(work):
             self._fetch_inputs(work, leased)
-        self.engine.prepare([prepared.request for prepared in work.requests])
         if work.jobs or work.waiting:
             fetched.put(work)
         else:

@@ -18,7 +18,7 @@ from sdpipeline.db.audit import AuditLog, Event
 from sdpipeline.db.connection import Database, open_database
 from sdpipeline.db.migrate import upgrade
 from sdpipeline.storage import LocalStore
-from tests.integration.databases import processes
+from tests.integration.processes import processes
 
 pytestmark = [pytest.mark.bench, pytest.mark.timeout(3600)]
 

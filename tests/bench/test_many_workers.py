@@ -25,7 +25,7 @@ from sdpipeline.storage import LocalStore
 from sdpipeline.worker.worker import Worker, WorkerLimits
 from tests.chaos.postgres import PostgresServer, postgres_server
 from tests.factories import chains, published, signing_key, stored_image
-from tests.integration.databases import processes
+from tests.integration.processes import processes
 
 pytestmark = [pytest.mark.bench, pytest.mark.timeout(600)]
 
@@ -72,10 +72,10 @@ class TimedLog(AuditLog):
         with super().transaction() as tx:
             yield tx
         took = time.perf_counter() - started
-        told = {about["event"] for about in tx._told}
-        if Event.LEASE_TAKEN in told:
+        events = {about["event"] for about in tx._events}
+        if Event.LEASE_TAKEN in events:
             self.times.leases.append(took)
-        elif Event.JOB_SUCCEEDED in told:
+        elif Event.JOB_SUCCEEDED in events:
             self.times.completions.append(took)
 
 

@@ -88,7 +88,7 @@ def _outside_the_engine(home: Path) -> float:
         .group_by(attempt.c.worker_id, attempt.c.lease_id)
         .order_by(func.max(attempt.c.finished_at))
     )
-    with services.services(services.load_settings(home)) as have, have.database.read() as connection:
+    with services.open_services(services.load_settings(home)) as have, have.database.read() as connection:
         batches = connection.execute(done).all()
     workers = [[batch for batch in batches if batch.worker_id == one] for one in {batch.worker_id for batch in batches}]
     assert len(workers) == WORKERS

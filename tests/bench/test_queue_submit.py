@@ -23,7 +23,7 @@ from sdpipeline.db.migrate import upgrade
 from sdpipeline.db.tables import job, job_parent
 from sdpipeline.storage import LocalStore
 from tests.factories import campaign_of, input_folder
-from tests.integration.databases import processes
+from tests.integration.processes import processes
 
 pytestmark = [pytest.mark.bench, pytest.mark.timeout(1200)]
 

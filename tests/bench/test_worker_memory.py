@@ -9,10 +9,10 @@ from typing import Any
 import psutil
 import pytest
 
-from sdpipeline.app import services
+from sdpipeline.app import factories, keys, services, workers
 from sdpipeline.engine.fake import FakeEngine
 from tests.factories import chains, published
-from tests.integration.databases import processes
+from tests.integration.processes import processes
 
 pytestmark = [pytest.mark.bench, pytest.mark.timeout(3600)]
 
@@ -23,7 +23,7 @@ MOST_GROWTH = 0.05
 
 def _work(answers: Any, home: Path) -> None:
     s, me = services.load_settings(home), psutil.Process()
-    key, done = services.picture_key(s), 0
+    key, done = keys.picture_key(s), 0
     resident = dict[int, dict[str, float]]()
 
     def on_progress(ended: int) -> None:
@@ -35,13 +35,13 @@ def _work(answers: Any, home: Path) -> None:
             resident[done] = {name: process.memory_info().rss / 2**20 for name, process in both.items()}
 
     with (
-        services.services(s) as have,
-        services.delivery_process(s, key, have.database, s.storage) as (worker_id, deliverer),
+        services.open_services(s) as have,
+        factories.delivery_process(s, key, have.database, s.storage) as (worker_id, deliverer),
     ):
-        worker = services.make_worker(
+        worker = factories.make_worker(
             s, have.database, have.store, FakeEngine(), key, worker_id=worker_id, deliverer=deliverer
         )
-        with services.registered(s, worker, "cpu"):
+        with workers.registered(s, worker, "cpu"):
             worker.run(on_progress=on_progress)
     answers.put(resident)
 
@@ -49,7 +49,7 @@ def _work(answers: Any, home: Path) -> None:
 def test_neither_a_worker_nor_its_delivery_process_needs_more_memory_after_five_thousand_pictures(
     tmp_path: Path,
 ) -> None:
-    with services.services(services.load_settings(tmp_path)) as have:
+    with services.open_services(services.load_settings(tmp_path)) as have:
         published(have.audit, chains(JOBS))
     answers: Any = processes.SimpleQueue()
     child = processes.Process(target=_work, args=(answers, tmp_path))

@@ -1,5 +1,7 @@
-"""A storm over the command line alone: workers and their delivery processes killed and frozen, PostgreSQL crashed,
-campaigns cancelled, changed, paused and resumed; afterwards rows, objects and processes are counted.
+"""Fault injection that uses only the command line, with a count of rows, objects and processes afterwards.
+
+Workers and their delivery processes are killed and frozen, PostgreSQL is crashed, and campaigns are cancelled, changed,
+paused and resumed.
 
 It shares nothing with the other chaos tests: it starts ``sdpipeline worker`` as a user would and reads the database
 with plain SQL. Run it by name, as it takes minutes::
@@ -90,7 +92,7 @@ def deployment(folder: Path, *, on_postgres: bool) -> Iterator[Deployment]:
     with ExitStack() as stack:
         server = stack.enter_context(postgres_server()) if on_postgres else None
         if server is not None:
-            url = server.new_database("storm").replace("+psycopg", "")
+            url = server.new_database("faults").replace("+psycopg", "")
             seal_key = home / "seal.pem"
             subprocess.run(["openssl", "genpkey", "-algorithm", "ed25519", "-out", str(seal_key)], check=True)
             own |= signing_settings(home) | {"SDP_SIGNING__SEAL_KEY_FILE": str(seal_key)}
@@ -98,8 +100,8 @@ def deployment(folder: Path, *, on_postgres: bool) -> Iterator[Deployment]:
         yield Deployment(home, own, server)
 
 
-class Storm:
-    """Workers that are replaced whenever they end, and a chance that picks what befalls them."""
+class FaultRun:
+    """Workers that are replaced when they end, and random faults."""
 
     def __init__(self, at: Deployment, seed: int) -> None:
         self.at = at
@@ -108,8 +110,8 @@ class Storm:
         self.frozen: dict[int, float] = {}
         self.campaigns: dict[str, int] = {}
 
-    def rage(self, seconds: float) -> None:
-        """Let one thing happen about each second, to the end of the time."""
+    def inject_faults(self, seconds: float) -> None:
+        """Perform about one random action per second."""
         ends = time.monotonic() + seconds
         acts: Sequence[tuple[Callable[[], None], int]] = (
             (self.kill_worker, 6),
@@ -160,7 +162,7 @@ class Storm:
     def submit(self) -> None:
         """A new campaign, unless enough is left to do."""
         if len(self._open()) < 2:
-            name = f"storm-{len(self.campaigns)}"
+            name = f"run-{len(self.campaigns)}"
             self.campaigns[name] = 2
             self._submit(name)
 
@@ -296,29 +298,29 @@ def _send(pid: int, number: signal.Signals) -> bool:
     return True
 
 
-def weather(seed: int, seconds: float) -> list[str]:
-    """One storm with everything that was wrong after it."""
+def run_seed(seed: int, seconds: float) -> list[str]:
+    """Run one seed and return the violations."""
     with (
-        tempfile.TemporaryDirectory(prefix="storm-") as folder,
+        tempfile.TemporaryDirectory(prefix="run-") as folder,
         deployment(Path(folder), on_postgres=seed % 2 == 1) as at,
     ):
         at.settings["STORM_HOME"] = str(at.home)
         started = time.monotonic()
         if at.postgres is None:
             print(at.command("db", "upgrade").stderr, end="", flush=True)
-        storm = Storm(at, seed)
+        run = FaultRun(at, seed)
         try:
-            storm.rage(seconds)
-            storm.finish()
+            run.inject_faults(seconds)
+            run.finish()
             wrong = [*violations(at), *(f"still running: {line}" for line in left_over(at))]
         finally:
-            for worker in storm.workers:
+            for worker in run.workers:
                 worker.kill()
         made = at.rows("SELECT count(*) FROM image")[0][0]
         backend = "PostgreSQL" if at.postgres else "SQLite"
         print(f"seed {seed} on {backend}: {made} pictures in {time.monotonic() - started:.0f} s; {dict(at.acts)}")
         if wrong:
-            (kept := Path(tempfile.mkdtemp(prefix="storm-log-")) / "workers.log").write_bytes(
+            (kept := Path(tempfile.mkdtemp(prefix="run-log-")) / "workers.log").write_bytes(
                 (at.home / "workers.log").read_bytes()
             )
             print(f"  {len(wrong)} violations, workers' log in {kept}:", *wrong[:20], sep="\n  ")
@@ -326,13 +328,13 @@ def weather(seed: int, seconds: float) -> list[str]:
 
 
 def main() -> None:
-    """Storms of all seeds; exits 1 if anything was wrong after any of them."""
+    """Run all seeds; exit with 1 if any of them found a violation."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--first", type=int, default=0)
     parser.add_argument("--seconds", type=float, default=60.0)
     chosen = parser.parse_args()
-    wrong = [weather(seed, chosen.seconds) for seed in range(chosen.first, chosen.first + chosen.seeds)]
+    wrong = [run_seed(seed, chosen.seconds) for seed in range(chosen.first, chosen.first + chosen.seeds)]
     print(f"{chosen.seeds} seeds, {sum(map(len, wrong))} violations")
     sys.exit(any(wrong))
 

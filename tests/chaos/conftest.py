@@ -52,6 +52,6 @@ def bucket(object_server: str, s3_credentials: None) -> Bucket:  # noqa: F811 --
 
 @pytest.fixture
 def home(tmp_path: Path) -> Path:
-    """Where the crew of one test lives."""
+    """Home folder of one test's workers."""
     (tmp_path / "home").mkdir()
     return tmp_path / "home"

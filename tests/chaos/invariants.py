@@ -15,7 +15,7 @@ from sdpipeline.db.reconcile import open_attempts
 from sdpipeline.db.tables import image, job
 from sdpipeline.domain import TERMINAL
 from sdpipeline.storage import ObjectStore
-from tests.chaos.crew import MAX_ATTEMPTS
+from tests.chaos.local_workers import MAX_ATTEMPTS
 from tests.factories import events
 
 

@@ -24,11 +24,11 @@ from sdpipeline.db.audit import AuditLog
 from sdpipeline.db.connection import open_database
 from sdpipeline.db.migrate import upgrade
 from sdpipeline.storage import LocalStore, ObjectStore
-from tests.chaos.crew import Crew
 from tests.chaos.disk import Disk, small_disk
+from tests.chaos.faults import operator_actions, random_faults, reopen_all, repeatedly, s3_settings, submit_more
 from tests.chaos.invariants import orphans, violations
+from tests.chaos.local_workers import ChaosWorkers
 from tests.chaos.postgres import PostgresServer
-from tests.chaos.weather import at_random, people, recurring, reopen_all, s3_settings, supply
 from tests.factories import statuses
 from tests.integration.commands import FAKE_ENGINE
 from tests.integration.conftest import Bucket
@@ -37,7 +37,7 @@ from tests.integration.fault_proxy import FaultProxy
 pytestmark = [pytest.mark.chaos, pytest.mark.timeout(0)]
 
 SOAK_S = float(os.environ.get("SDP_TEST_SOAK_S", "60"))
-SEEDS = range(5)
+SEEDS = range(int(os.environ.get("SDP_TEST_SOAK_SEEDS", "5")))
 WORKERS = 3
 KILL_SHARE = 0.75
 LEAST_KILLS_A_MINUTE = 10
@@ -47,7 +47,7 @@ PEOPLE_PAUSE_S = (0.3, 1.5)
 OUTAGE_PAUSE_S = (8.0, 12.0)
 SLOWER = {FAKE_ENGINE: "0.2"}
 """So that many die in the middle of a batch."""
-TABLE = Path(__file__).with_name("SOAK.md")
+TABLE = Path(os.environ.get("SDP_TEST_SOAK_TABLE", Path(__file__).with_name("SOAK.md")))
 
 Outage = tuple[Callable[[], None], tuple[float, float]]
 """Something that goes away and comes back, and the seconds between two times."""
@@ -63,7 +63,7 @@ class Soaked:
     seed: int
     seconds: int
     jobs: int
-    done_in_the_storm: int
+    done_under_faults: int
     kills: int
     freezes: int
     delivery_kills: int
@@ -94,7 +94,7 @@ def test_sqlite_and_a_directory(home: Path, table: list[Soaked], seed: int) -> N
         full = partial(_full_for, disk, 1.0)
         store = LocalStore(home / "storage")
         soak = Soak(url=url, store=store, home=home, seed=seed, outages=[(full, OUTAGE_PAUSE_S)])
-        soak.run(partial(Crew, home, url, seed, settings=SLOWER))
+        soak.run(partial(ChaosWorkers, home, url, seed, settings=SLOWER))
         soak.write(table, "SQLite + directory", full_disks=soak.outage_counts[0])
         soak.check()
 
@@ -104,11 +104,11 @@ def test_postgresql_and_s3(
     crashing_postgres: PostgresServer, bucket: Bucket, home: Path, table: list[Soaked], seed: int
 ) -> None:
     url, chance = crashing_postgres.new_database(f"soak_{seed}"), random.Random(seed)
-    with FaultProxy(bucket.endpoint_url, at_random(chance, FAULT_SHARE)) as proxy:
-        crew = partial(Crew, home, url, seed, settings=s3_settings(bucket, proxy) | SLOWER)
+    with FaultProxy(bucket.endpoint_url, random_faults(chance, FAULT_SHARE)) as proxy:
+        chaos = partial(ChaosWorkers, home, url, seed, settings=s3_settings(bucket, proxy) | SLOWER)
         crash = partial(crashing_postgres.crash_for, 0.5)
         soak = Soak(url=url, store=bucket.store(), home=home, seed=seed, outages=[(crash, OUTAGE_PAUSE_S)])
-        soak.run(crew, calm=lambda: setattr(proxy, "choose", lambda _method, _path: None))
+        soak.run(chaos, calm=lambda: setattr(proxy, "choose", lambda _method, _path: None))
         faults = sum(fault is not None for _, fault in proxy.seen)
     soak.write(table, "PostgreSQL + S3", database_restarts=soak.outage_counts[0], s3_faults=faults)
     soak.check()
@@ -127,30 +127,30 @@ class Soak:
         self.seconds = 0.0
         self.done = 0
 
-    def run(self, crew: Callable[..., Crew], calm: Callable[[], object] = lambda: None) -> None:
-        """Torment the crew, then ``calm`` whatever else fails and let it finish."""
+    def run(self, chaos: Callable[..., ChaosWorkers], calm: Callable[[], object] = lambda: None) -> None:
+        """Inject faults, call ``calm`` to end all other faults, and let the workers finish."""
         audit, chance = AuditLog(self.database, actor="user:soak"), random.Random(self.seed)
-        submit = supply(audit, chains_at_once=CHAINS_AT_ONCE)
-        meddle = people(AuditLog(self.database, actor="user:people"), chance, chains_at_once=CHAINS_AT_ONCE)
+        submit = submit_more(audit, chains_at_once=CHAINS_AT_ONCE)
+        operate = operator_actions(AuditLog(self.database, actor="user:people"), chance, chains_at_once=CHAINS_AT_ONCE)
         submit()
         started = time.monotonic()
-        self.crew = crew(workers=WORKERS, outages=True, delivery=True)
+        self.chaos = chaos(workers=WORKERS, outages=True, delivery=True)
         try:
             with ExitStack() as stack:
-                stack.enter_context(recurring(submit, random.Random(self.seed), (0.5, 0.5)))
-                by_people = stack.enter_context(recurring(meddle, chance, PEOPLE_PAUSE_S))
+                stack.enter_context(repeatedly(submit, random.Random(self.seed), (0.5, 0.5)))
+                by_people = stack.enter_context(repeatedly(operate, chance, PEOPLE_PAUSE_S))
                 counts = [
-                    stack.enter_context(recurring(act, random.Random(self.seed + number), pause_s))
+                    stack.enter_context(repeatedly(act, random.Random(self.seed + number), pause_s))
                     for number, (act, pause_s) in enumerate(self.outages, 1)
                 ]
-                self.crew.torment(SOAK_S, kill_share=KILL_SHARE)
+                self.chaos.inject_faults(SOAK_S, kill_share=KILL_SHARE)
             self.done = statuses(self.database).count("succeeded")
             calm()
             reopen_all(audit)
-            self.crew.finish(self.database)
+            self.chaos.finish(self.database)
         finally:
-            self.crew.stop()
-        self.left = self.crew.left()
+            self.chaos.stop()
+        self.left = self.chaos.surviving_delivery_processes()
         self.by_people = by_people[0]
         self.outage_counts = [count[0] for count in counts]
         self.seconds = time.monotonic() - started
@@ -166,13 +166,13 @@ class Soak:
             seed=self.seed,
             seconds=round(self.seconds),
             jobs=len(statuses(self.database)),
-            done_in_the_storm=self.done,
-            kills=self.crew.kills,
-            freezes=self.crew.freezes,
-            delivery_kills=self.crew.delivery_kills,
-            delivery_freezes=self.crew.delivery_freezes,
+            done_under_faults=self.done,
+            kills=self.chaos.kills,
+            freezes=self.chaos.freezes,
+            delivery_kills=self.chaos.delivery_kills,
+            delivery_freezes=self.chaos.delivery_freezes,
             by_people=self.by_people,
-            fenced=self.crew.fenced,
+            fenced=self.chaos.fenced,
             wasted_pictures=left.pictures,
             orphans=left.pictures + left.sidecars,
             violations=len(self.violations),
@@ -185,11 +185,11 @@ class Soak:
         """Nothing was violated, nobody crashed for a reason of its own, and there was enough of everything."""
         self.database.close()
         assert self.violations == []
-        assert (self.crew.crashes, self.left) == ([], [])
-        assert self.crew.kills + self.crew.delivery_kills >= LEAST_KILLS_A_MINUTE * SOAK_S / 60
-        assert self.crew.delivery_freezes
+        assert (self.chaos.crashes, self.left) == ([], [])
+        assert self.chaos.kills + self.chaos.delivery_kills >= LEAST_KILLS_A_MINUTE * SOAK_S / 60
+        assert self.chaos.delivery_freezes
         assert all(self.outage_counts)
-        assert self.done, "the storm left no time to make a picture"
+        assert self.done, "the faults left no time to make a picture"
 
 
 def _full_for(disk: Disk, seconds: float) -> None:

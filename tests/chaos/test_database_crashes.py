@@ -11,8 +11,8 @@ from sdpipeline.audit import load_key
 from sdpipeline.db.audit import AuditLog
 from sdpipeline.db.connection import open_database
 from sdpipeline.storage import LocalStore
-from tests.chaos.crew import MAX_ATTEMPTS, Crew
 from tests.chaos.invariants import violations
+from tests.chaos.local_workers import MAX_ATTEMPTS, ChaosWorkers
 from tests.chaos.postgres import PostgresServer
 from tests.factories import chains, published, statuses
 
@@ -27,18 +27,18 @@ def test_workers_outlive_the_database(crashing_postgres: PostgresServer, home: P
     url = crashing_postgres.new_database("crashes")
     database = open_database(url)
     published(AuditLog(database, actor="user:test"), chains(CHAINS, "draft", "scene"), max_attempts=MAX_ATTEMPTS)
-    crew = Crew(home, url, seed=0)
-    first = [worker.pid for worker in crew.workers]
+    chaos = ChaosWorkers(home, url, seed=0)
+    first = [worker.pid for worker in chaos.workers]
     try:
         for crash in range(CRASHES):
             while statuses(database).count("succeeded") <= crash * CHAINS / 2:
                 time.sleep(0.05)
             crashing_postgres.crash_for(AWAY_S)
         assert set(statuses(database)) - {"succeeded"}, "the crashes came too late to tell"
-        crew.finish(database)
+        chaos.finish(database)
     finally:
-        crew.stop()
-    assert crew.crashes == []
-    assert [worker.pid for worker in crew.workers] == first
+        chaos.stop()
+    assert chaos.crashes == []
+    assert [worker.pid for worker in chaos.workers] == first
     assert violations(database, LocalStore(home / "storage"), load_key(home / "seal.pem", create=True)) == []
     database.close()

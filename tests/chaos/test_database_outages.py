@@ -16,8 +16,8 @@ from sdpipeline.audit import load_key
 from sdpipeline.db.audit import AuditLog
 from sdpipeline.db.connection import Database, open_database
 from sdpipeline.storage import LocalStore
-from tests.chaos.crew import Crew
 from tests.chaos.invariants import violations
+from tests.chaos.local_workers import ChaosWorkers
 from tests.chaos.postgres import PostgresServer
 from tests.factories import chains, published, statuses
 
@@ -63,9 +63,9 @@ def wait_until(condition: Callable[[], object], what: str) -> None:
         time.sleep(0.05)
 
 
-def all_say(crew: Crew, text: str) -> bool:
+def all_say(chaos: ChaosWorkers, text: str) -> bool:
     """True once the log of every worker holds that text."""
-    logs = [crew.home / f"worker-{worker.pid}.log" for worker in crew.workers]
+    logs = [chaos.home / f"worker-{worker.pid}.log" for worker in chaos.workers]
     return all(log.exists() and text in log.read_text() for log in logs)
 
 
@@ -97,12 +97,14 @@ def test_workers_wait_for_the_end_of_an_outage(  # noqa: PLR0917 -- fixtures and
     home: Path,
 ) -> None:
     published(AuditLog(database, actor="user:test"), chains(40, "draft", "scene"))
-    crew = Crew(home, crashing_postgres.url(name, WORKER), seed=0, workers=2, settings={"SDP_LEASE_TTL_S": "5"})
-    pids = [worker.pid for worker in crew.workers]
+    chaos = ChaosWorkers(
+        home, crashing_postgres.url(name, WORKER), seed=0, workers=2, settings={"SDP_LEASE_TTL_S": "5"}
+    )
+    pids = [worker.pid for worker in chaos.workers]
     try:
         wait_until(lambda: "succeeded" in statuses(database), "no job was done")
         administer(crashing_postgres, begin.format(name=name))
-        wait_until(lambda: all_say(crew, said), f"no worker said {said!r}")
+        wait_until(lambda: all_say(chaos, said), f"no worker said {said!r}")
         left = statuses(database).count("succeeded")
         # Sessions that began during the outage stay open: a worker must not keep what it got then.
         engine = sqlalchemy.create_engine(crashing_postgres.url("postgres"), isolation_level="AUTOCOMMIT")
@@ -110,10 +112,10 @@ def test_workers_wait_for_the_end_of_an_outage(  # noqa: PLR0917 -- fixtures and
             connection.exec_driver_sql(end.format(name=name))
         engine.dispose()
         assert left < 80, "the outage came too late to tell"
-        crew.finish(database)
+        chaos.finish(database)
     finally:
-        crew.stop()
-    assert (crew.crashes, [worker.pid for worker in crew.workers]) == ([], pids)
+        chaos.stop()
+    assert (chaos.crashes, [worker.pid for worker in chaos.workers]) == ([], pids)
     store, key = LocalStore(home / "storage"), load_key(home / "seal.pem", create=True)
     assert violations(database, store, key) == []
 
@@ -123,24 +125,24 @@ def test_a_worker_that_starts_while_the_database_restarts_waits_for_it(
 ) -> None:
     published(AuditLog(database, actor="user:test"), chains(4))
     crashing_postgres.crash()
-    crew = Crew(home, crashing_postgres.url(name, WORKER), seed=0, workers=2)
-    pids = [worker.pid for worker in crew.workers]
+    chaos = ChaosWorkers(home, crashing_postgres.url(name, WORKER), seed=0, workers=2)
+    pids = [worker.pid for worker in chaos.workers]
     try:
-        wait_until(lambda: all_say(crew, "database_unavailable"), "no worker waits")
+        wait_until(lambda: all_say(chaos, "database_unavailable"), "no worker waits")
     finally:
         crashing_postgres.start()
     try:
-        crew.finish(database)
+        chaos.finish(database)
     finally:
-        crew.stop()
-    assert (crew.crashes, [worker.pid for worker in crew.workers]) == ([], pids)
+        chaos.stop()
+    assert (chaos.crashes, [worker.pid for worker in chaos.workers]) == ([], pids)
 
 
 def test_a_worker_with_a_wrong_database_name_does_not_wait(
     crashing_postgres: PostgresServer, home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    crew = Crew(home, crashing_postgres.url("no_such_database"), seed=0, workers=0)
-    for setting, value in crew.environment.items():
+    chaos = ChaosWorkers(home, crashing_postgres.url("no_such_database"), seed=0, workers=0)
+    for setting, value in chaos.environment.items():
         monkeypatch.setenv(setting, value)
     monkeypatch.chdir(home)
     (error,) = ran(capsys, "worker", exit_code=2)["errors"]
@@ -162,8 +164,8 @@ def test_a_standby_is_found_by_doctor_and_named_by_whatever_writes(  # noqa: PLR
     file.write_text("name: autumn\ncheckpoint: shapes\nstages: [{id: a, task: text-to-image, prompt: a red circle}]\n")
     load_key(home / "seal.pem", create=True)
     with crashing_postgres.standby() as standby:
-        crew = Crew(home, standby.url(name), seed=0, workers=0)
-        for setting, value in (crew.environment | {"SDP_SIGNING__SEAL_KEY_FILE": str(home / "seal.pem")}).items():
+        chaos = ChaosWorkers(home, standby.url(name), seed=0, workers=0)
+        for setting, value in (chaos.environment | {"SDP_SIGNING__SEAL_KEY_FILE": str(home / "seal.pem")}).items():
             monkeypatch.setenv(setting, value)
         monkeypatch.chdir(home)
         checks = {check["name"]: check for check in ran(capsys, "doctor", exit_code=3)["checks"]}

@@ -11,9 +11,10 @@ from pathlib import Path
 import psutil
 import pytest
 
-from sdpipeline.app import services
+from sdpipeline.app import keys, services
 from sdpipeline.db import queries
 from tests.chaos.invariants import violations
+from tests.conftest import copied_into
 from tests.factories import statuses
 from tests.integration.commands import FAKE_ENGINE, kill_tree, start
 
@@ -30,13 +31,14 @@ stages:
 """
 
 
-def test_a_run_outlives_its_prefect_server(home: Path) -> None:
+def test_a_run_outlives_its_prefect_server(home: Path, prefect_database: Path) -> None:
+    copied_into(home / "prefect", prefect_database)
     (home / "campaign.yaml").write_text(CAMPAIGN)
     fake = {FAKE_ENGINE: "0.3", "SDP_ENGINE__MAX_BATCH": "4"}
     running = start("run", home / "campaign.yaml", "--home", home, **fake)
     try:
         settings = services.load_settings(home)
-        with services.services(settings) as have:
+        with services.open_services(settings) as have:
             while not _succeeded(have):
                 assert running.poll() is None, "it ended before there was anything to lose"
                 time.sleep(0.1)
@@ -47,18 +49,19 @@ def test_a_run_outlives_its_prefect_server(home: Path) -> None:
                 assert running.poll() is None, "it gave up with work to do"
                 time.sleep(0.1)
             # It still tries for a minute or two to tell the server, which is not waited for here.
-            assert violations(have.database, have.store, services.seal_key(settings)) == []
+            assert violations(have.database, have.store, keys.seal_key(settings)) == []
     finally:
         if running.poll() is None:
             kill_tree(running)
 
 
-def test_a_killed_run_leaves_no_process_behind(home: Path) -> None:
+def test_a_killed_run_leaves_no_process_behind(home: Path, prefect_database: Path) -> None:
+    copied_into(home / "prefect", prefect_database)
     (home / "campaign.yaml").write_text(CAMPAIGN)
     running = start("run", home / "campaign.yaml", "--home", home, **{FAKE_ENGINE: "5"})
     family = [psutil.Process(running.pid)]
     try:
-        with services.services(services.load_settings(home)) as have:
+        with services.open_services(services.load_settings(home)) as have:
             while "leased" not in statuses(have.database):
                 assert running.poll() is None, "it ended before there was anything to lose"
                 time.sleep(0.1)

@@ -14,10 +14,10 @@ from sdpipeline.db.audit import AuditLog
 from sdpipeline.db.connection import Database
 from sdpipeline.db.tables import worker
 from sdpipeline.storage import LocalStore
-from tests.chaos.crew import MAX_ATTEMPTS, Crew
 from tests.chaos.disk import small_disk
+from tests.chaos.faults import random_faults, s3_settings
 from tests.chaos.invariants import violations
-from tests.chaos.weather import at_random, s3_settings
+from tests.chaos.local_workers import MAX_ATTEMPTS, ChaosWorkers
 from tests.factories import chains, published, statuses
 from tests.integration.conftest import Bucket
 from tests.integration.databases import on_postgresql, on_sqlite
@@ -34,21 +34,21 @@ def test_a_bucket_that_fails_and_goes_away_costs_time_alone(
     audit: AuditLog, database: Database, database_url: str, bucket: Bucket, home: Path
 ) -> None:
     published(audit, chains(CHAINS, "draft", "scene"), max_attempts=MAX_ATTEMPTS)
-    unsteady = at_random(random.Random(0), FAULT_SHARE)
+    unsteady = random_faults(random.Random(0), FAULT_SHARE)
     with FaultProxy(bucket.endpoint_url, unsteady) as proxy:
-        crew = Crew(home, database_url, seed=0, outages=True, settings=s3_settings(bucket, proxy))
+        chaos = ChaosWorkers(home, database_url, seed=0, outages=True, settings=s3_settings(bucket, proxy))
         try:
             while not statuses(database).count("succeeded"):
                 time.sleep(0.05)
             proxy.choose = lambda _method, _path: Fault.RESET
             time.sleep(0.5)
             proxy.choose = unsteady
-            crew.finish(database)
+            chaos.finish(database)
         finally:
-            crew.stop()
+            chaos.stop()
         struck = {fault for _, fault in proxy.seen if fault is not None}
     assert len(struck) >= 3
-    assert crew.crashes == []
+    assert chaos.crashes == []
     assert violations(database, bucket.store(), load_key(home / "seal.pem", create=True)) == []
 
 
@@ -58,7 +58,7 @@ def test_a_disk_that_is_full_stops_the_work_until_there_is_room(
 ) -> None:
     published(audit, chains(CHAINS, "draft", "scene"), max_attempts=MAX_ATTEMPTS)
     with small_disk(home / "storage", size_mib=16) as disk:
-        crew = Crew(home, database_url, seed=0)
+        chaos = ChaosWorkers(home, database_url, seed=0)
         try:
             while not statuses(database).count("succeeded"):
                 time.sleep(0.05)
@@ -68,10 +68,10 @@ def test_a_disk_that_is_full_stops_the_work_until_there_is_room(
             assert all("No space left on device" in note for note in _notes(database))
             assert set(statuses(database)) - {"succeeded"}
             disk.free()
-            crew.finish(database)
+            chaos.finish(database)
         finally:
-            crew.stop()
-        assert crew.crashes == []
+            chaos.stop()
+        assert chaos.crashes == []
         assert violations(database, LocalStore(home / "storage"), load_key(home / "seal.pem", create=True)) == []
 
 

@@ -13,7 +13,7 @@ from sdpipeline.db import audit_queries
 from sdpipeline.db.audit import AuditLog
 from sdpipeline.db.connection import open_database
 from tests.factories import chains, published, statuses
-from tests.integration.databases import processes
+from tests.integration.processes import processes
 
 pytestmark = pytest.mark.chaos
 

@@ -12,9 +12,9 @@ from sdpipeline.audit import load_key
 from sdpipeline.db.audit import AuditLog
 from sdpipeline.db.connection import Database
 from sdpipeline.storage import LocalStore
-from tests.chaos.crew import MAX_ATTEMPTS, TICK_S, Crew
+from tests.chaos.faults import operator_actions, reopen_all, repeatedly
 from tests.chaos.invariants import violations
-from tests.chaos.weather import people, recurring, reopen_all
+from tests.chaos.local_workers import MAX_ATTEMPTS, TICK_S, ChaosWorkers
 from tests.factories import chains, published, statuses
 from tests.integration.databases import on_postgresql
 
@@ -25,31 +25,31 @@ CHAOS_S = 3.0
 
 def run_campaign(
     audit: AuditLog, database_url: str, home: Path, *, seed: int, fencing: bool = True
-) -> tuple[Crew, list[str]]:
-    """Torment a crew in the middle of a campaign, then let it finish; returns what was violated."""
+) -> tuple[ChaosWorkers, list[str]]:
+    """Inject faults in the middle of a campaign, let the workers finish, and return the violated invariants."""
     # The second campaign asks for the pictures of the first: some are copied, some are made twice, all are there.
     for name in ("spring", "autumn"):
         published(audit, chains(int(30 * CHAOS_S), "draft", "scene"), name=f"{name}-{seed}", max_attempts=MAX_ATTEMPTS)
     # One picture at a time leaves more of a lease unfinished when its worker freezes: the mutant is met sooner.
-    crew = Crew(home, database_url, seed, fencing=fencing, settings={} if fencing else {"SDP_DELIVERERS": "1"})
+    chaos = ChaosWorkers(home, database_url, seed, fencing=fencing, settings={} if fencing else {"SDP_DELIVERERS": "1"})
     try:
         # A kill hides what a worker would have done after its lease was lost; a freeze shows it.
-        crew.torment(CHAOS_S, kill_share=0.5 if fencing else 0.0)
-        crew.finish(audit.database)
+        chaos.inject_faults(CHAOS_S, kill_share=0.5 if fencing else 0.0)
+        chaos.finish(audit.database)
     finally:
-        crew.stop()
+        chaos.stop()
     key = load_key(home / "seal.pem", create=True)
-    return crew, violations(audit.database, LocalStore(home / "storage"), key)
+    return chaos, violations(audit.database, LocalStore(home / "storage"), key)
 
 
 def test_nothing_is_lost_and_nothing_made_twice(
     audit: AuditLog, database: Database, database_url: str, home: Path
 ) -> None:
-    crew, found = run_campaign(audit, database_url, home, seed=0)
-    print(f"{database.writer.dialect.name}: {crew.kills} kills, {crew.freezes} freezes in {CHAOS_S} s")
+    chaos, found = run_campaign(audit, database_url, home, seed=0)
+    print(f"{database.writer.dialect.name}: {chaos.kills} kills, {chaos.freezes} freezes in {CHAOS_S} s")
     assert found == []
-    assert crew.crashes == []
-    assert crew.kills + crew.freezes >= CHAOS_S / 2
+    assert chaos.crashes == []
+    assert chaos.kills + chaos.freezes >= CHAOS_S / 2
 
 
 @on_postgresql
@@ -58,31 +58,31 @@ def test_nothing_is_lost_while_delivery_dies_alone_and_people_change_their_minds
 ) -> None:
     for name in ("spring", "autumn"):
         published(audit, chains(20, "draft", "scene"), name=name, max_attempts=MAX_ATTEMPTS)
-    crew = Crew(home, database_url, 0, workers=2, delivery=True, settings={"SDP_ENGINE__MAX_BATCH": "4"})
+    chaos = ChaosWorkers(home, database_url, 0, workers=2, delivery=True, settings={"SDP_ENGINE__MAX_BATCH": "4"})
     chance = random.Random(0)
     try:
         while "succeeded" not in statuses(database):  # a delivery process takes a while to start
             time.sleep(0.05)
-        with recurring(people(audit, chance, chains_at_once=20), chance, (0.1, 0.5)):
-            crew.torment(2 * CHAOS_S, tick_s=TICK_S)
+        with repeatedly(operator_actions(audit, chance, chains_at_once=20), chance, (0.1, 0.5)):
+            chaos.inject_faults(2 * CHAOS_S, tick_s=TICK_S)
         reopen_all(audit)
-        crew.finish(database)
+        chaos.finish(database)
     finally:
-        crew.stop()
-    print(f"{crew.delivery_kills} kills and {crew.delivery_freezes} freezes of delivery alone")
+        chaos.stop()
+    print(f"{chaos.delivery_kills} kills and {chaos.delivery_freezes} freezes of delivery alone")
     key = load_key(home / "seal.pem", create=True)
     assert violations(database, LocalStore(home / "storage"), key) == []
-    assert (crew.crashes, crew.left()) == ([], [])
-    assert crew.delivery_kills + crew.delivery_freezes
+    assert (chaos.crashes, chaos.surviving_delivery_processes()) == ([], [])
+    assert chaos.delivery_kills + chaos.delivery_freezes
 
 
 @on_postgresql
 def test_the_suite_catches_a_queue_without_fencing(audit: AuditLog, database_url: str, home: Path) -> None:
     freezes = 0
     for seed in (1, 2, 3):  # whether a frozen worker held something that another had made by then is chance
-        crew, found = run_campaign(audit, database_url, home, seed=seed, fencing=False)
-        print("without fencing:", *(found + crew.crashes)[:5], sep="\n  ")
-        freezes += crew.freezes
-        if found + crew.crashes:
+        chaos, found = run_campaign(audit, database_url, home, seed=seed, fencing=False)
+        print("without fencing:", *(found + chaos.crashes)[:5], sep="\n  ")
+        freezes += chaos.freezes
+        if found + chaos.crashes:
             return
     pytest.fail(f"nobody noticed after {freezes} freezes")

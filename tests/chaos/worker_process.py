@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING, Any
 from sqlalchemy import insert
 from sqlalchemy.dialects import postgresql, sqlite
 
-from sdpipeline.app import services
+from sdpipeline.app import factories, keys, services, workers
 from sdpipeline.db import queue
 from sdpipeline.db.tables import image, job
 from sdpipeline.errors import DatabaseUnavailableError, DeliveryUnavailableError, SettingsError
 from sdpipeline.settings import Settings
-from tests.integration.databases import processes
+from tests.integration.processes import processes
 
 if TYPE_CHECKING:
     from sqlalchemy import Table
@@ -52,7 +52,7 @@ def _work(environment: dict[str, str], fencing: bool, delivery: bool) -> None:
         if delivery:
             _run_with_delivery(settings)
         else:
-            services.run_worker(settings, campaign=None, until_idle=True, device="cpu")
+            workers.run_worker(settings, campaign=None, until_idle=True, device="cpu")
     except (DatabaseUnavailableError, DeliveryUnavailableError, SettingsError):
         # The database or the bucket was away when it began or ended: as an operator's supervisor would be told.
         traceback.print_exc()
@@ -62,16 +62,16 @@ def _work(environment: dict[str, str], fencing: bool, delivery: bool) -> None:
 
 def _run_with_delivery(settings: Settings) -> None:
     """As ``run_worker``, which starts no delivery process beside the double of the engine."""
-    engine, key = services.build_engine(settings, "cpu", None), services.picture_key(settings)
+    engine, key = factories.build_engine(settings, "cpu", None), keys.picture_key(settings)
     real = settings.model_copy(update={"engine": settings.engine.model_copy(update={"fake_seconds_per_batch": None})})
     with (
-        services.services(settings) as have,
-        services.delivery_process(real, key, have.database, settings.storage) as (worker_id, deliverer),
+        services.open_services(settings) as have,
+        factories.delivery_process(real, key, have.database, settings.storage) as (worker_id, deliverer),
     ):
-        worker = services.make_worker(
+        worker = factories.make_worker(
             settings, have.database, have.store, engine, key, worker_id=worker_id, deliverer=deliverer
         )
-        with services.registered(settings, worker, "cpu"):
+        with workers.registered(settings, worker, "cpu"):
             worker.run()
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -171,27 +170,6 @@ def test_a_lora_is_put_on_text_encoders_that_wait_in_host_memory() -> None:
     dressed = [request(loras=(adapter(name),), reproducibility="strict") for name in ("lora-sd1", "lora-sd1-other")]
     for asked in (*dressed, *dressed):
         assert equal(*(images(prepared(asked), on=each)[0] for each in (own, new_engine(device="cuda"))))
-
-
-def test_a_prompt_that_is_encoded_beside_a_pass_has_the_same_bits(on: DiffusersEngine) -> None:
-    own = new_engine(device="cuda", text_encoders=TextEncoders(ahead=True))
-    busy = [mixed("sdxl", n, num_inference_steps=20) for n in range(4)]
-    coming = [prepared(request("sdxl", prompt=f"a dog {n}", seed=n)) for n in range(8)]
-    images(busy[0], on=own)
-    begun = threading.Event()
-    handle = own.residency.get(ref("sdxl")).parts["unet"].register_forward_pre_hook(lambda *_: begun.set())
-
-    def prepare() -> None:
-        begun.wait()
-        own.prepare([each.request for each in coming])
-
-    other = threading.Thread(target=prepare)
-    other.start()
-    made = images(*busy, on=own)
-    other.join()
-    handle.remove()
-    made += images(*coming, on=own)
-    assert all(equal(one, same) for one, same in zip(made, images(*busy, on=on) + images(*coming, on=on), strict=True))
 
 
 @pytest.mark.parametrize(("name", "task", "controlnets"), CELLS)

@@ -1,4 +1,4 @@
-"""Running the real command line in a process of its own."""
+"""Run the real command line in a process of its own."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import httpx
 import psutil
 
 from sdpipeline.orchestration.local_server import ServerHandle
+from tests.integration.processes import run_command
 
 SDPIPELINE = [sys.executable, "-m", "sdpipeline"]
 FAKE_ENGINE = "SDP_ENGINE__FAKE_SECONDS_PER_BATCH"
@@ -28,7 +30,16 @@ def environment(**settings: str) -> dict[str, str]:
 
 
 def sdpipeline(*arguments: object, **settings: str) -> subprocess.CompletedProcess[str]:
-    """One command, waited for."""
+    """Run one command to its end, in a process that need not import the libraries again."""
+    words = [*map(str, arguments)]
+    with tempfile.TemporaryDirectory() as folder:
+        output, errors = Path(folder, "stdout"), Path(folder, "stderr")
+        exit_code = run_command(words, environment(**settings), output, errors, timeout_s=600)
+        return subprocess.CompletedProcess(words, exit_code, output.read_text(), errors.read_text())
+
+
+def installed(*arguments: object, **settings: str) -> subprocess.CompletedProcess[str]:
+    """Run one command to its end in an interpreter of its own, as a user does."""
     words = [*SDPIPELINE, *map(str, arguments)]
     return subprocess.run(words, capture_output=True, text=True, env=environment(**settings), timeout=600, check=False)
 

@@ -22,7 +22,7 @@ import pytest
 from filelock import FileLock
 
 from sdpipeline.storage import S3Options, S3Store
-from tests.integration.commands import sdpipeline
+from tests.integration.commands import installed
 from tests.integration.databases import (  # noqa: F401 -- fixtures
     audit,
     database,
@@ -115,10 +115,21 @@ def postgres_server() -> Iterator[str]:
     # which the next pytest that starts on this machine closes again.
     with tempfile.TemporaryDirectory(prefix="sdp-postgres-") as folder:
         server = get_server(Path(folder) / "data", cleanup_mode="stop")
+        _write_lazily(server.get_uri())
         try:
             yield server.get_uri()
         finally:
             server.cleanup()
+
+
+def _write_lazily(server_url: str) -> None:
+    """Let a server forget what it wrote when its machine loses power: nothing here outlives the tests."""
+    import psycopg
+
+    with psycopg.connect(server_url, autocommit=True) as connection:
+        for name in ("fsync", "full_page_writes"):
+            connection.execute(f"ALTER SYSTEM SET {name} = off".encode())
+        connection.execute("SELECT pg_reload_conf()")
 
 
 @pytest.fixture
@@ -156,7 +167,7 @@ def demo_home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     home = shared / "demo" / "home"
     with FileLock(shared / "demo.lock"):
         if not (home / "demo-contact-sheet.jpg").exists():
-            done = sdpipeline("demo", "--home", home)
+            done = installed("demo", "--home", home)
             assert done.returncode == 0, done.stderr + done.stdout
             assert "24 pictures in" in done.stdout
             assert "signed by a development key, which nobody trusts" in done.stdout

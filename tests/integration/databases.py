@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,12 +13,6 @@ from sdpipeline.db.audit import AuditLog
 from sdpipeline.db.connection import Database, open_database
 from sdpipeline.db.migrate import upgrade
 from sdpipeline.db.tables import metadata
-
-processes = multiprocessing.get_context("forkserver")
-"""Real processes, forked from one that has imported what they need: a fresh interpreter takes seconds."""
-processes.set_forkserver_preload(
-    ["boto3", "psycopg", "sdpipeline.app.services", "sdpipeline.engine.fake", "tests.factories"]
-)
 
 BACKENDS = ("sqlite", "postgresql")
 

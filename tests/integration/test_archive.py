@@ -251,7 +251,7 @@ def test_an_audit_finds_a_private_part_that_tells_another_story(place: Editions)
         archives.change(connection, row, **contents.store_private(place.store, row | {"team": "t", "name": "n"}, lines))
     assert [fault.split(",")[0] for fault in place.faults()] == [
         "job-altered its request does not hash to its fingerprint",
-        "job-altered it commits to another request than its archive says",
+        "job-altered its commitment is not to the request in its archive",
     ]
 
 

@@ -18,7 +18,7 @@ import pytest
 from sqlalchemy import select
 
 from sdpipeline import audit, cli
-from sdpipeline.app import services
+from sdpipeline.app import keys, sealing, services
 from sdpipeline.db.audit import AuditLog
 from sdpipeline.db.connection import Database, open_database
 from sdpipeline.db.settings_events import declare
@@ -36,7 +36,7 @@ def home(migrated_sqlite: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     path = tmp_path / "home"
     path.mkdir()
     shutil.copy(migrated_sqlite, path / "sdpipeline.db")
-    with services.services(services.load_settings(path)) as have:
+    with services.open_services(services.load_settings(path)) as have:
         published(have.audit, [replace(job_spec(f"row-{n}"), subject="carol") for n in range(2)])
         completed(have.audit, leased(have.audit), have.store)
     return path
@@ -127,7 +127,7 @@ def test_a_proof_is_written_for_a_job_a_file_a_key_or_an_address_and_seals_what_
         assert told(capsys) == first, picture
     proof, other = tmp_path / "proof.json", tmp_path / "other.png"
     ran("audit", "prove", file, "--home", home, "--out", proof)
-    key = services.seal_key(services.load_settings(home)).public_hex
+    key = keys.seal_key(services.load_settings(home)).public_hex
     words = ("audit", "verify", "--proof", proof, "--key", key, "--image")
     code, found = alone(tmp_path / "empty", *words, file)
     assert (code, found["ok"], found["images"]) == (0, True, 1)
@@ -145,7 +145,7 @@ def test_a_picture_that_the_log_does_not_know_is_bad_input(
 
 
 def test_a_public_key_may_come_as_a_pem_file(home: Path, tmp_path: Path) -> None:
-    key = services.seal_key(services.load_settings(home))
+    key = keys.seal_key(services.load_settings(home))
     pem = tmp_path / "seal.pub"
     command = ["openssl", "pkey", "-in", str(home / "keys" / "development-seal.pem"), "-pubout", "-out", str(pem)]
     subprocess.run(command, check=True)
@@ -163,7 +163,7 @@ def eventually(holds: Callable[[], bool]) -> None:
 
 
 def test_a_sealer_seals_on_time_at_once_when_there_is_much_and_at_its_end(home: Path) -> None:
-    s, stop, sealed = services.load_settings(home), threading.Event(), list[int]()
+    stop, sealed = threading.Event(), list[int]()
     database = opened(home)
     log = AuditLog(database, actor="user:test")
     for every_s, most in ((0.2, 10**6), (3600.0, 3)):
@@ -171,14 +171,15 @@ def test_a_sealer_seals_on_time_at_once_when_there_is_much_and_at_its_end(home: 
         sealed.clear()
         published(log, [job_spec(f"{every_s}-{n}") for n in range(4)], name=f"campaign-{most}")
         options = {"every_s": every_s, "events": most, "on_seal": sealed.append}
-        sealer = threading.Thread(target=services.keep_sealing, args=(s, stop), kwargs=options, daemon=True)
-        sealer.start()
-        for _ in range(3):
+        with services.open_services(services.load_settings(home)) as have:
+            sealer = threading.Thread(target=sealing.keep_sealing, args=(have, stop), kwargs=options, daemon=True)
+            sealer.start()
+            for _ in range(3):
+                leased(log, limit=1)
+            eventually(lambda: bool(sealed) and audit.unsealed(database) == 0)
             leased(log, limit=1)
-        eventually(lambda: bool(sealed) and audit.unsealed(database) == 0)
-        leased(log, limit=1)
-        stop.set()
-        sealer.join()
+            stop.set()
+            sealer.join()
         assert audit.unsealed(database) == 0
 
 
@@ -193,12 +194,13 @@ def test_a_sealer_that_is_told_to_end_seals_and_leaves_with_143(home: Path) -> N
 def test_a_large_backlog_becomes_several_seals(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sdpipeline.audit.seals.MOST_EVENTS", 2)
     settings = services.load_settings(home)
-    count = services.seal(settings)
+    with services.open_services(settings) as have:
+        count = sealing.seal(have)
     with opened(home).read() as connection:
         bodies = [json.loads(body) for body in connection.execute(select(audit_seal.c.body)).scalars()]
     assert (sum(body["events"] for body in bodies), {body["events"] for body in bodies[:-1]}) == (count, {2})
-    with services.services(settings) as have:
-        assert audit.verify(have.database, have.store, services.seal_key(settings)).faults == []
+    with services.open_services(settings) as have:
+        assert audit.verify(have.database, have.store, keys.seal_key(settings)).faults == []
 
 
 # Who did it, and under which settings.
@@ -224,11 +226,12 @@ def test_settings_that_decide_over_seals_are_told_when_they_change_and_only_then
     home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def declared() -> list[Json]:
-        services.seal(services.load_settings(home))
+        with services.open_services(services.load_settings(home)) as have:
+            sealing.seal(have)
         told = [event for event in events(opened(home)) if event["event"] == "settings.changed"]
         return [event["values"] for event in sorted(told, key=lambda event: int(event["at_us"]))]
 
-    key = services.seal_key(services.load_settings(home)).public_hex
+    key = keys.seal_key(services.load_settings(home)).public_hex
     assert declared() == declared() == [{"keys": [key], "lock": None}]
     monkeypatch.setenv("SDP_SIGNING__RETIRED_SEAL_KEYS", json.dumps(["ab" * 32]))
     assert declared()[1:] == [{"keys": [key, "ab" * 32], "lock": None}]
@@ -283,10 +286,10 @@ def sealing_elsewhere(home: Path, key: Path) -> Iterator[None]:
 def test_a_process_without_the_key_waits_for_the_one_that_seals_and_verifies_its_seals(
     home: Path, elsewhere: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    settings = services.load_settings(home)
-    assert services.seal_here(settings) is None
-    with sealing_elsewhere(home, elsewhere):
-        assert services.seal_or_wait(settings) > 0
+    with services.open_services(services.load_settings(home)) as have:
+        assert sealing.seal_here(have) is None
+        with sealing_elsewhere(home, elsewhere):
+            assert sealing.seal_or_wait(have) > 0
     assert audit.unsealed(opened(home)) == 0
     ran("audit", "verify", "--home", home)
     capsys.readouterr()
@@ -297,7 +300,7 @@ def test_a_process_without_the_key_waits_for_the_one_that_seals_and_verifies_its
 def test_a_process_without_the_key_does_not_wait_for_ever(
     home: Path, elsewhere: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(services, "SEAL_TIMEOUT_S", 0.1)
+    monkeypatch.setattr(sealing, "SEAL_TIMEOUT_S", 0.1)
     ran("audit", "prove", 2, "--home", home, exit_code=1)
     assert "is `sdpipeline audit seal --watch` running?" in capsys.readouterr().err
     assert audit.unsealed(opened(home)) > 0

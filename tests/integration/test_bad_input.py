@@ -16,7 +16,7 @@ from PIL import Image
 
 from sdpipeline import cli
 from tests.hostile import DEEP_RECORD
-from tests.integration.commands import sdpipeline
+from tests.integration.commands import installed
 
 GOOD = """\
 name: spring
@@ -189,7 +189,7 @@ def test_mistakes_that_only_rows_show_name_the_table_and_its_line(desk: Desk) ->
     assert desk.refused(text.replace("width: 64", 'width: "{{ width }}"')) == [
         "products.csv:3: has 2 cells where the first line has 3",
         "5:12: defaults.width: 'wide' is not a whole number from 8 to 8192, in products.csv:4",
-        "products.csv:5: the key 'A' was there before; keys must be unique",
+        "products.csv:5: the key 'A' is used twice; keys must be unique",
         "products.csv:6: holds the character U+0000",
     ]
     assert not desk.home.exists()
@@ -231,6 +231,11 @@ def test_a_file_that_is_not_there_is_said_so(desk: Desk) -> None:
     [
         (".env", "SDP_TEEM=x\n", ".env:1: SDP_TEEM: no such setting (did you mean SDP_TEAM?)"),
         ("sdpipeline.toml", "\nteem = 1\n", "sdpipeline.toml:2: teem: no such setting (did you mean team?)"),
+        (
+            ".env",
+            "SDP_ENGINE__ENCODE_AHEAD=true\n",
+            ".env:1: SDP_ENGINE__ENCODE_AHEAD: no such setting (remove it: it saved no time)",
+        ),
         ("sdpipeline.toml", "team = \n", "sdpipeline.toml:1:8: is not TOML: Invalid value"),
     ],
 )
@@ -245,12 +250,12 @@ def test_a_misspelt_setting_is_refused_before_the_campaign_is_read(
 
 def test_the_installed_command_leaves_with_2_and_no_traceback(desk: Desk) -> None:
     path = desk.write(GOOD.replace("width: 64", "width: .nan").replace("draft", "Draft"))
-    done = sdpipeline("submit", path, "--home", desk.home)
+    done = installed("submit", path, "--home", desk.home)
     assert (done.returncode, done.stdout) == (2, "")
     first, second = done.stderr.splitlines()
     assert first == f"{path}:5:19: defaults.width: .nan is not a finite number (write a number)"
     assert second.startswith(f"{path}:7:5: stages[0].id: found 'Draft', expected a name of a-z, 0-9 and -")
-    misspelt = sdpipeline("plan", path, "--home", desk.home, SDP_LEASE_TTL="5")
+    misspelt = installed("plan", path, "--home", desk.home, SDP_LEASE_TTL="5")
     assert (misspelt.returncode, misspelt.stderr) == (
         2,
         "the environment: SDP_LEASE_TTL: no such setting (did you mean SDP_LEASE_TTL_S?)\n",

@@ -169,14 +169,14 @@ def test_the_scratch_prefix_is_emptied_also_where_the_measurement_fails(moto_buc
 @pytest.mark.parametrize(
     ("words", "told"),
     [
-        (["engine", "--batch", "3"], "--batch 3 is no size that batches have"),
+        (["engine", "--batch", "3"], "--batch 3 is not a batch size"),
         (["engine", "--checkpoint", "shape"], "did you mean 'shapes'?"),
-        (["engine", "--checkpoint", "shapes-upscale"], "makes no pictures from text"),
+        (["engine", "--checkpoint", "shapes-upscale"], "is not a text-to-image checkpoint"),
         (["engine", "--device", "cuda:99"], "--device cuda:99 is not on this machine"),
-        (["engine", "--width", "65"], "--width 65 is no multiple of 8"),
+        (["engine", "--width", "65"], "--width 65 is not a multiple of 8"),
         (["engine", "--scheduler", "dpmpp"], "--scheduler"),
         (["storage", "--plot", "figures.gif"], "ends in neither .png nor .svg"),
-        (["queue", "--plot", "nowhere/figures.png"], "nowhere is no folder"),
+        (["queue", "--plot", "nowhere/figures.png"], "nowhere is not a folder"),
         (["queue", "--jobs", "0"], "--jobs"),
     ],
 )

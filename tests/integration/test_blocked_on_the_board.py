@@ -12,7 +12,7 @@ from prefect.client.orchestration import get_client
 from prefect.client.schemas import filters
 
 from sdpipeline import orchestration
-from sdpipeline.app import services
+from sdpipeline.app import queries, services
 from sdpipeline.orchestration.artifacts import RunArtifacts
 from sdpipeline.orchestration.local_server import own_server
 from tests.integration.commands import document
@@ -34,7 +34,8 @@ def test_blocked_jobs_are_listed_with_their_rule(prefect_home: Path, tmp_path: P
 
     @flow
     def shows() -> None:
-        RunArtifacts(settings, "parlour").show(services.campaign_progress(settings, "parlour"))
+        with services.open_services(settings) as have:
+            RunArtifacts(have, "parlour").show(queries.campaign_progress(have, "parlour"))
 
     with own_server(prefect_home), orchestration.prefect_server(services.load_settings(prefect_home), always_own=True):
         shows()
@@ -47,6 +48,7 @@ def test_blocked_jobs_are_listed_with_their_rule(prefect_home: Path, tmp_path: P
     assert [unescape(blocked[name]) for name in ("status", "error", "variables")] == [
         "blocked", "policy.deny: 'widow'", "widow ![x](http://a.b/c)",
     ]  # fmt: skip
-    told = services.finish_report(settings, "parlour")
+    with services.open_services(settings) as have:
+        told = queries.finish_report(have, "parlour")
     assert "0 jobs failed, 1 blocked:" in told
     assert "| 1 | blocked | only |  | 0 | policy.deny: 'widow' |" in unescape(told)

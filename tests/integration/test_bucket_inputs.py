@@ -16,8 +16,7 @@ import pytest
 import yaml
 from PIL import Image
 
-from sdpipeline.app import services
-from sdpipeline.app.submit import submit
+from sdpipeline.app import campaign_files, services, submit, workers
 from sdpipeline.db import queries
 from sdpipeline.domain import Json
 from sdpipeline.errors import CampaignError
@@ -69,13 +68,15 @@ class Place:
         return services.load_settings(self.home)
 
     def submit(self, *stages: dict[str, Any], **keys: Any) -> int:
-        return submit(self.settings(), self.file(*stages, **keys))[1].added
+        file = self.file(*stages, **keys)
+        with submit.open_to_submit(self.settings(), file) as have:
+            return submit.submit(have, file)[1].added
 
     def work(self) -> list[Json]:
         s = self.settings()
-        services.run_worker(s, campaign="c", until_idle=True, device="cpu")
-        with services.services(s) as have:
-            campaign_id = services.known_campaign(have.database, s.team, "c")
+        workers.run_worker(s, campaign="c", until_idle=True, device="cpu")
+        with services.open_services(s) as have:
+            campaign_id = have.campaign_id("c")
             with have.database.read() as connection:
                 return list(queries.jobs(connection, campaign_id, limit=100))
 
@@ -216,8 +217,10 @@ def test_a_table_in_a_bucket_is_fetched_once_and_names_pictures_there(
     place.put(f"in/t.{suffix}", data or parquet(sku=["A", "B"], picture=["a.png", "b.png"]))
     rows = {"file": place.url(f"in/t.{suffix}"), "key": "sku"}
     s = place.settings()
-    with services.services(s) as have:
-        services.load_campaign(s, place.file(SOFT | {"image": {"file": "x{{ picture }}"}}, variables={"rows": rows}))
+    with services.open_services(s) as have:
+        campaign_files.load_campaign(
+            s, place.file(SOFT | {"image": {"file": "x{{ picture }}"}}, variables={"rows": rows})
+        )
         assert [method for method, _ in proxy.seen] == ["GET"]
         assert have.store is not None
     place.submit(SOFT | {"image": {"url": place.url("in/{{ picture }}")}}, variables={"rows": rows})
@@ -262,7 +265,7 @@ def test_a_picture_that_only_a_row_names_is_looked_for_in_the_bucket(plain: Plac
     [
         ("in/none.csv", "does not exist"),
         ("secret.csv", "lies outside the allowed buckets: see SDP_INPUTS__ALLOWED"),
-        ("in/t.xlsx", "is no table (give a .csv, .tsv, .jsonl or .parquet file)"),
+        ("in/t.xlsx", "is not a table (give a .csv, .tsv, .jsonl or .parquet file)"),
     ],
 )
 def test_a_table_that_cannot_be_had_from_a_bucket_is_one_mistake(plain: Place, file: str, why: str) -> None:

@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from sdpipeline.app import services
+from sdpipeline.app import checkpoints
 from sdpipeline.demo.manifest import read_manifest
 from sdpipeline.domain import digest
 from sdpipeline.engine import hash_cache
@@ -254,5 +254,5 @@ def test_a_cached_hash_is_not_believed_of_a_file_whose_times_were_set_back(
 
 @pytest.mark.parametrize("name", ["shapes", "shapes-canny", "shapes-upscale"])
 def test_shipped_checkpoints_keep_the_digests_of_earlier_releases(name: str) -> None:
-    found = inspect(name, services.BUILTIN_CHECKPOINTS / name)
+    found = inspect(name, checkpoints.BUILTIN_CHECKPOINTS / name)
     assert found.digest == digest(dict(read_manifest()[name]))

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from sdpipeline.app import services
+from sdpipeline.app import checkpoints, services
 from sdpipeline.db import registry
 from tests.factories import events
 from tests.integration.commands import FAKE_ENGINE, SDPIPELINE, document, environment, pictures, sdpipeline
@@ -37,7 +37,7 @@ def home(tmp_path: Path) -> Path:
 @pytest.fixture
 def weights(tmp_path: Path) -> Path:
     """A checkpoint of one's own: the shipped one, with one letter of a configuration changed."""
-    folder = Path(shutil.copytree(services.BUILTIN_CHECKPOINTS / "shapes", tmp_path / "weights"))
+    folder = Path(shutil.copytree(checkpoints.BUILTIN_CHECKPOINTS / "shapes", tmp_path / "weights"))
     index = folder / "model_index.json"
     index.write_text(index.read_text() + " ")
     return folder
@@ -164,19 +164,19 @@ def test_a_link_in_the_folder_stands_for_the_directory_that_it_named_first(
     link.symlink_to(weights)
     document("submit", _campaign(tmp_path, "mine"), "--home", home)
     link.unlink()
-    link.symlink_to(services.BUILTIN_CHECKPOINTS / "shapes")
+    link.symlink_to(checkpoints.BUILTIN_CHECKPOINTS / "shapes")
     settings = services.load_settings(home)
-    with services.services(settings) as have:
-        assert services.catalog(settings, have.database)["mine"].directory == weights
+    with services.open_services(settings) as have:
+        assert checkpoints.catalog(settings, have.database)["mine"].directory == weights
 
 
 def test_a_file_added_to_shipped_weights_is_found(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    shipped = Path(shutil.copytree(services.BUILTIN_CHECKPOINTS, tmp_path / "shipped"))
+    shipped = Path(shutil.copytree(checkpoints.BUILTIN_CHECKPOINTS, tmp_path / "shipped"))
     (shipped / "shapes" / "unet" / "more.json").write_text("{}")
     monkeypatch.setattr(services, "BUILTIN_CHECKPOINTS", shipped)
     settings = services.load_settings(home)
-    assert "unet/more.json is not as shipped" in str(services.refused_checkpoints(settings)["shapes"])
-    assert {"shapes-canny", "shapes-upscale"} == services.catalog(settings).keys()
+    assert "unet/more.json is not as shipped" in str(checkpoints.refused_checkpoints(settings)["shapes"])
+    assert {"shapes-canny", "shapes-upscale"} == checkpoints.catalog(settings).keys()
 
 
 def test_revoking_blocks_what_is_not_made_lists_what_was_and_refuses_new_campaigns(tmp_path: Path, home: Path) -> None:
@@ -204,7 +204,7 @@ def test_blocked_jobs_run_once_their_checkpoint_is_approved_again(tmp_path: Path
     assert document("retry", "two-bases", "--status", "blocked", "--home", home)["retried"] == 3
     counts = document("status", "--home", home)["campaigns"][0]["jobs"]
     assert counts["blocked"] == 3
-    shipped = services.BUILTIN_CHECKPOINTS / "shapes-canny"
+    shipped = checkpoints.BUILTIN_CHECKPOINTS / "shapes-canny"
     document("checkpoints", "add", "shapes-canny", shipped, "--home", home)
     document("retry", "two-bases", "--status", "blocked", "--home", home)
     document("worker", "--until-idle", "--home", home, given={FAKE_ENGINE: "0"})
@@ -215,7 +215,7 @@ def test_blocked_jobs_run_once_their_checkpoint_is_approved_again(tmp_path: Path
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["Big Name", "."], "is no alias"),
+        (["Big Name", "."], "is not an alias"),
         (["mine", "nowhere/here"], "needs --revision"),
         (["mine", "nowhere/here", "--revision", "main"], "is not a full commit hash"),
         (["mine", "nowhere/here", "--revision", "0" * 40], "cannot be fetched"),
@@ -235,12 +235,12 @@ def test_what_cannot_be_added_is_refused_with_its_reason(
 
 def test_shipped_weights_keep_their_licence_and_may_be_approved_for_a_purpose(home: Path) -> None:
     settings = services.load_settings(home)
-    with services.services(settings) as have:
-        shipped = services.catalog(settings, have.database)["shapes"]
+    with services.open_services(settings) as have:
+        shipped = checkpoints.catalog(settings, have.database)["shapes"]
         assert (shipped.licence, shipped.purposes) == ("Apache-2.0", ())
         with have.audit.transaction() as tx:
             registry.add(tx, shipped, registry.Approval(approved_by="legal", purposes=("advertising",)))
-        approved = services.catalog(settings, have.database)["shapes"]
+        approved = checkpoints.catalog(settings, have.database)["shapes"]
         (told,) = [event for event in events(have.database) if event["event"] == "checkpoint.added"]
     assert (approved.licence, approved.purposes) == ("Apache-2.0", ("advertising",))
     assert (told["licence"], told["purposes"]) == (None, ["advertising"])

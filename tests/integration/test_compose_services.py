@@ -26,12 +26,13 @@ import pytest
 
 from sdpipeline.audit import load_key
 from tests.chaos.postgres import postgres_server
+from tests.conftest import copied_into
 from tests.integration.certificates import signing_settings
 from tests.integration.commands import FAKE_ENGINE
 from tests.integration.compose_file import DEPLOY, composed, services, variables
 from tests.integration.conftest import free_port, served
 
-pytestmark = pytest.mark.timeout(300)
+pytestmark = [pytest.mark.long, pytest.mark.timeout(300)]
 
 ONCE = ("bucket", "migrate", "roles", "deploy")
 STARTED = ("prefect-server", "prefect-gateway", "sealer", "cpu-worker", "gpu-worker")
@@ -101,9 +102,9 @@ class Stack:
 
 
 @pytest.fixture(scope="module")
-def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
+def stack(tmp_path_factory: pytest.TempPathFactory, prefect_database: Path) -> Iterator[Stack]:
     """All services, started in the order of their dependencies."""
-    folder = tmp_path_factory.mktemp("stack")
+    folder = copied_into(tmp_path_factory.mktemp("stack"), prefect_database)
     load_key(folder / "seal.pem", create=True)
     _public_half(folder)
     signing_settings(folder)

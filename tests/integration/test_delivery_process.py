@@ -23,7 +23,7 @@ import pytest
 from sqlalchemy import select
 
 from sdpipeline import provenance
-from sdpipeline.app import services
+from sdpipeline.app import factories, keys, services, workers
 from sdpipeline.app.services import Services
 from sdpipeline.db import queries, tables
 from sdpipeline.db.connection import now_s, sqlite_path
@@ -49,14 +49,14 @@ pytestmark = pytest.mark.timeout(120)
 
 @pytest.fixture
 def have(tmp_path: Path) -> Iterator[Services]:
-    with services.services(services.load_settings(tmp_path / "home")) as found:
+    with services.open_services(services.load_settings(tmp_path / "home")) as found:
         yield found
 
 
 def destination(have: Services, **changes: Any) -> Destination:
     s = have.settings
     known: dict[str, Any] = {"settings": s, "storage_url": s.storage, "database_url": s.database}
-    certificate = services.picture_key(s).fingerprint
+    certificate = keys.picture_key(s).fingerprint
     return Destination(**{"actor": "worker:test", "certificate": certificate} | known | changes)
 
 
@@ -68,12 +68,12 @@ def process(have: Services) -> Iterator[DeliveryProcess]:
 
 
 def work(have: Services, engine: FakeEngine) -> WorkerSummary:
-    s, key = have.settings, services.picture_key(have.settings)
-    with services.delivery_process(s, key, have.database, s.storage) as (worker_id, deliverer):
-        worker = services.make_worker(
+    s, key = have.settings, keys.picture_key(have.settings)
+    with factories.delivery_process(s, key, have.database, s.storage) as (worker_id, deliverer):
+        worker = factories.make_worker(
             s, have.database, have.store, engine, key, worker_id=worker_id, deliverer=deliverer
         )
-        with services.registered(s, worker, "cpu"):
+        with workers.registered(s, worker, "cpu"):
             return worker.run()
 
 
@@ -108,7 +108,7 @@ def test_every_picture_is_marked_stored_and_recorded_by_it_and_it_ends_with_the_
     done = work(have, Watched())
     assert (done.succeeded, len(seen)) == (40, 1)
     assert not beside()
-    assert violations(have.database, have.store, services.seal_key(have.settings)) == []
+    assert violations(have.database, have.store, keys.seal_key(have.settings)) == []
     for key in [key for key in have.store.list() if key.endswith(".png")]:
         assert provenance.verify(have.store.get(key)).ok
     # Not in this process: its own chain of events has nothing of them.
@@ -135,15 +135,15 @@ def test_one_that_is_killed_is_replaced_and_no_picture_is_lost(have: Services) -
     assert len(set(killed)) >= 2
     assert statuses(have.database) == ["succeeded"] * 64
     assert (done.succeeded, done.failed) == (64, 0)
-    assert violations(have.database, have.store, services.seal_key(have.settings)) == []
+    assert violations(have.database, have.store, keys.seal_key(have.settings)) == []
 
 
 OWNER = (
-    "import sys, time; from pathlib import Path; from sdpipeline.app import services;"
+    "import sys, time; from pathlib import Path; from sdpipeline.app import factories, keys, services;"
     "from sdpipeline.worker.delivery_process import Bounds;"
-    "s = services.load_settings(Path(sys.argv[1])); key = services.picture_key(s);"
-    "database = services.existing_database(s);"
-    "made = services.delivery_process(s, key, database, s.storage); _, process = made.__enter__();"
+    "s = services.load_settings(Path(sys.argv[1])); key = keys.picture_key(s);"
+    "opened = services.open_services(s); database = opened.__enter__().database;"
+    "made = factories.delivery_process(s, key, database, s.storage); _, process = made.__enter__();"
     "process.bounds = Bounds(silence_s=3.0);"
     "process.check(); print('ready', flush=True); time.sleep(60)"
 )
@@ -358,7 +358,7 @@ def is_locked(path: Path | None) -> bool:
 
 def test_leases_are_not_extended_while_the_delivery_process_is_silent_and_status_says_so(have: Services) -> None:
     published(have.audit, chains(16), max_attempts=9)
-    s, key = have.settings, services.picture_key(have.settings)
+    s, key = have.settings, keys.picture_key(have.settings)
     stopped: list[psutil.Process] = []
 
     class Freezing(FakeEngine):
@@ -375,7 +375,7 @@ def test_leases_are_not_extended_while_the_delivery_process_is_silent_and_status
             "worker-1", have.audit, have.store, Freezing(seconds_per_batch=0.3), limits, key, deliverer=process
         )
         process.check()
-        with services.registered(s, worker, "cpu"), ThreadPoolExecutor(1) as pool:
+        with workers.registered(s, worker, "cpu"), ThreadPoolExecutor(1) as pool:
             running = pool.submit(worker.run)
             wait_for(lambda: _expired(have) and "does not answer" in (_note(have) or ""))
             assert "succeeded" not in statuses(have.database)
@@ -383,7 +383,7 @@ def test_leases_are_not_extended_while_the_delivery_process_is_silent_and_status
             wait_for(lambda: _note(have) is None)
             running.result()
     assert set(statuses(have.database)) == {"succeeded"}
-    assert violations(have.database, have.store, services.seal_key(s)) == []
+    assert violations(have.database, have.store, keys.seal_key(s)) == []
 
 
 def _expired(have: Services) -> bool:

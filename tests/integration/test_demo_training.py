@@ -16,6 +16,8 @@ from sdpipeline.demo.train.loop import Run  # noqa: E402
 from sdpipeline.demo.train.recipe import CPU_RECIPE, STAGES  # noqa: E402
 from sdpipeline.demo.train.training import Training  # noqa: E402
 
+pytestmark = pytest.mark.long
+
 STEPS = 40
 
 TINY = replace(

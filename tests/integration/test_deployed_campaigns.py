@@ -8,6 +8,7 @@ import subprocess
 from collections import Counter
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -15,10 +16,11 @@ import pytest
 
 from sdpipeline.audit import load_key
 from tests.chaos.invariants import violations
+from tests.conftest import copied_into
 from tests.integration.conftest import new_postgres_database
 from tests.integration.deployed import FAKE, SILENCE_S, Site, site
 
-pytestmark = pytest.mark.timeout(400)
+pytestmark = [pytest.mark.long, pytest.mark.timeout(400)]
 
 JOBS = 96
 MANY = 192
@@ -39,10 +41,13 @@ stages:
 
 
 @pytest.fixture(scope="module")
-def here(postgres_server: str, moto_url: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
+def here(
+    postgres_server: str, moto_url: str, prefect_database: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Site]:
     """A site with everything deployed, a worker for the pool `cpu`, and a schedule that is due in a minute or two."""
     folder = tmp_path_factory.mktemp("site")
     load_key(folder / "seal.pem", create=True)
+    copied_into(folder / "prefect", prefect_database)
     with (
         new_postgres_database(postgres_server) as url,
         site(folder, url, moto_url, folder / "seal.pem") as here,
@@ -107,7 +112,7 @@ def test_two_workers_of_a_pool_make_each_picture_once(here: Site, together: dict
 
 
 def test_each_worker_loaded_its_checkpoint_once(here: Site, together: dict[str, Any]) -> None:
-    assert [here.output(name).count("checkpoint.loaded") for name in ("left", "right")] == [1, 1]
+    assert [here.output(name).count("checkpoint_loaded") for name in ("left", "right")] == [1, 1]
 
 
 @pytest.fixture(scope="module")

@@ -41,7 +41,10 @@ def test_a_server_that_stays_has_to_be_named(
     ("text", "why"),
     [
         (CAMPAIGN, "spring.yaml has no schedule"),
-        (NIGHTLY.replace("red circle", "{{ colour }} circle") + TABLE, "spring.yaml: at night the file is alone"),
+        (
+            NIGHTLY.replace("red circle", "{{ colour }} circle") + TABLE,
+            "spring.yaml: a scheduled run reads only this file",
+        ),
         (NIGHTLY.replace("shapes", "shaped"), "spring.yaml:2:1: checkpoint"),
     ],
 )

@@ -91,7 +91,7 @@ def test_an_edition_due_while_the_last_one_is_made_is_left_out_and_said_so(
     nights.submit("2027-03-27T02:00")
     late = nights.submit("2027-03-28T02:00")
     assert late.added == 0
-    assert late.left_out == "edition 2027-03-28 is left out: 2027-03-27 is still being made"
+    assert late.left_out == "edition 2027-03-28 is skipped: 2027-03-27 is still being made"
     assert len(statuses(database)) == 2
     assert nights.submit("2027-03-27T02:00").unchanged == 2
 
@@ -130,7 +130,7 @@ def test_editions_keep_their_pictures_when_the_file_changes(
 @pytest.mark.parametrize(
     ("schedule", "expected"),
     [
-        ('{cron: "0 25 * * *"}', "schedule.cron: '0 25 * * *' is no cron expression"),
+        ('{cron: "0 25 * * *"}', "schedule.cron: '0 25 * * *' is not a cron expression"),
         ("{cron: nightly}", "schedule.cron: 'nightly' is not five fields"),
         ('{cron: "0 3 * * *", timezone: Europe/Berln}', "schedule.timezone: no time zone 'Europe/Berln' (did you mean"),
         ('{cron: "0 3 * * *", mode: nightly}', "schedule.mode: found 'nightly'"),

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from sdpipeline.app.services import build_engine
+from sdpipeline.app.factories import build_engine
 from sdpipeline.engine import GeneratedImage
 from sdpipeline.engine.diffusers.engine import DiffusersEngine
 from sdpipeline.engine.diffusers.model_cache import Loaded, TextEncoders
@@ -188,9 +188,9 @@ def test_where_they_do_not_fit_back_the_request_fails_alone_and_says_so() -> Non
 
 
 def test_the_settings_reach_the_engine(tmp_path: Path) -> None:
-    given = EngineSettings(offload_text_encoders="never", encode_ahead=True)
+    given = EngineSettings(offload_text_encoders="never")
     on = build_engine(Settings(home=tmp_path, engine=given), "cpu", None)
-    assert on.describe()["text_encoders"] == {"offload": "never", "ahead": True}
+    assert on.describe()["text_encoders"] == {"offload": "never"}
 
 
 def test_on_a_cpu_there_is_nowhere_to_go() -> None:

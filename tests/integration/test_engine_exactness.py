@@ -37,7 +37,7 @@ def about(image: GeneratedImage) -> tuple[Any, ...]:
     return tuple(image.ran[name] for name in ("reproducibility", "dtype", "bucket", "slot", "fallbacks"))
 
 
-def test_a_request_of_before_there_were_profiles_that_says_fast_is_still_made_as_it_was() -> None:
+def test_a_stored_request_that_says_fast_is_still_made_as_it_was() -> None:
     made = images(prepared(request(reproducibility="fast")))[0]
     assert (made.ran["reproducibility"], made.ran["profile"]) == ("tolerant", {"name": "exact"})
     assert equal(made, images(prepared(request()))[0])

@@ -174,7 +174,7 @@ def test_people_are_told_of_a_fault_on_stderr(damaged: Desk) -> None:
         (["--name", "{{ sku }}", "--stage", "draft", "--stage", "scene"], "would both be 'C-001.png' (add {{ stage }}"),
         (["--name", "{{ seed }}"], "would both be '1.png' (add {{ sku }} or {{ colour }})"),
         (["--name", "{{ sku }}{{ color }}"], "has no variable 'color' (did you mean 'colour'?)"),
-        (["--name", "../{{ sku }}"], "'../C-001' is no path inside the folder"),
+        (["--name", "../{{ sku }}"], "'../C-001' is not a path inside the folder"),
         (["--name", "{{ sku }}: {{ seed }}"], "holds the character :"),
         (["--name", "{{ sku.x }}"], "--name: reaching into a value with a dot is not allowed"),
         (["--stage", "finals"], "--stage: no stage 'finals' (did you mean 'final'?)"),
@@ -219,7 +219,7 @@ def test_a_table_of_someone_elses_is_not_overwritten(desk: Desk) -> None:
 
 def test_a_file_in_the_folders_place_is_refused(desk: Desk) -> None:
     desk.to.write_text("mine")
-    assert "is no folder" in desk.refused()[0]
+    assert "is not a folder" in desk.refused()[0]
 
 
 def test_a_refusal_is_one_line_on_stderr(desk: Desk) -> None:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from sdpipeline.app import services
+from sdpipeline.app import queries, services
 from tests.integration.commands import FAKE_ENGINE, document, pictures, sdpipeline
 
 FAKE = {FAKE_ENGINE: "0"}
@@ -55,10 +55,10 @@ def test_a_damaged_input_fails_its_own_job_skips_what_needs_it_and_leaves_exit_c
     ran = sdpipeline("run", home.parent / "campaign.yaml", "--home", home, **FAKE)
     assert ran.returncode == 1  # storage holds other bytes under the input's digest, and is not overwritten
     assert "holds other bytes" in ran.stderr
-    failed = services.failures(services.load_settings(home), "two")
+    with services.open_services(services.load_settings(home)) as have:
+        failed, told = queries.failures(have, "two"), queries.finish_report(have, "two")
     assert [(each["stage"], each["attempts"], each["kind"]) for each in failed] == [("first", 1, "InputImage")]
     assert "was altered in storage" in failed[0]["error"]
-    told = services.finish_report(services.load_settings(home), "two")
     assert "was altered in storage" in told
     assert "signed by a development key, which nobody trusts" in told
     assert document("audit", "verify", "--home", home)["ok"] is True

@@ -19,7 +19,8 @@ from sdpipeline.app import services
 from sdpipeline.flows.gpu_worker import gpu_worker
 from sdpipeline.orchestration import prefect_workers
 from sdpipeline.orchestration.local_server import own_server
-from sdpipeline.orchestration.prefect_workers import MAX_RESTARTS, WORKER_DEPLOYMENT, Bounds, PrefectWorkers
+from sdpipeline.orchestration.prefect_workers import WORKER_DEPLOYMENT, Bounds, PrefectWorkers
+from sdpipeline.orchestration.supervision import MAX_RESTARTS
 from tests.factories import progress
 
 if TYPE_CHECKING:
@@ -76,7 +77,7 @@ def test_nobody_is_dispatched_to_a_paused_campaign_whose_last_batch_is_on_a_devi
     assert len(dispatched.runs()) == 2
     dispatched.fleet.supervise(BUSY)  # it goes on, and who ended meanwhile did not die
     assert len(dispatched.runs()) == 4
-    assert dispatched.fleet._deaths == 0
+    assert dispatched.fleet._restarts.deaths == 0
 
 
 def test_a_run_that_somebody_deleted_is_replaced(dispatched: Dispatched) -> None:

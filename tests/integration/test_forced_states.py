@@ -17,11 +17,14 @@ from uuid import UUID
 
 import httpx
 import pytest
+from prefect import __version__ as prefect_version
 
 from sdpipeline import orchestration
+from sdpipeline.app.services import open_services
 from sdpipeline.errors import ForeignResultError, RunForcedError
 from sdpipeline.orchestration.local_server import own_server
 from sdpipeline.settings import Settings
+from tests.conftest import copied_into
 from tests.integration.commands import document, environment, prefect
 from tests.integration.conftest import free_port, served
 
@@ -74,7 +77,11 @@ class Server:
 
     def force(self, run: str, trace: Path, *, state: str = "COMPLETED") -> None:
         """What an attacker does: the run is done, and its result lies in this file."""
-        data = {"storage_key": str(planted(trace)), "serializer": {"type": "pickle"}, "prefect_version": "3.8.8"}
+        data = {
+            "storage_key": str(planted(trace)),
+            "serializer": {"type": "pickle"},
+            "prefect_version": prefect_version,
+        }
         self.ask(f"flow_runs/{run}/set_state", force=True, state={"type": state, "data": data})
 
 
@@ -88,14 +95,17 @@ def planted(trace: Path) -> Path:
 
 @pytest.fixture(scope="module", params=["own", "named"])
 def server(
-    request: pytest.FixtureRequest, prefect_home: Path, tmp_path_factory: pytest.TempPathFactory
+    request: pytest.FixtureRequest,
+    prefect_home: Path,
+    prefect_database: Path,
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> Iterator[Server]:
     """Our own server, or one of somebody else's that PREFECT_API_URL names and that wants no password."""
     if request.param == "own":
         with own_server(prefect_home) as handle:
             yield Server(told=dict(handle.environment))
         return
-    port, folder = free_port(), tmp_path_factory.mktemp("named")
+    port, folder = free_port(), copied_into(tmp_path_factory.mktemp("named"), prefect_database)
     command = [sys.executable, "-m", "prefect", "server", "start", "--host", "127.0.0.1", "--port", str(port)]
     with served(command, port, folder, environment=environment(PREFECT_HOME=str(folder))):
         yield Server(told={"PREFECT_API_URL": f"http://127.0.0.1:{port}/api", "PREFECT_HOME": str(folder)})
@@ -176,8 +186,11 @@ def test_run_says_that_its_run_was_ended_from_outside(
             return original(flow, flow_run=flow_run, parameters=parameters)
 
         monkeypatch.setattr(flow_engine, "run_flow", forced_first)
-        with pytest.raises(RunForcedError, match="ended from outside with 2 jobs to do"):
-            orchestration.run_campaign(Settings(home=tmp_path / "home"), "spring")
+        with (
+            open_services(Settings(home=tmp_path / "home")) as have,
+            pytest.raises(RunForcedError, match="ended from outside with 2 jobs to do"),
+        ):
+            orchestration.run_campaign(have, "spring")
 
 
 def test_a_flow_run_that_prefect_executes_reads_no_result(server: Server, tmp_path: Path) -> None:

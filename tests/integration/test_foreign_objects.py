@@ -49,7 +49,7 @@ def test_another_object_under_the_name_is_a_conflict(moto_bucket: Bucket) -> Non
     objects, url = reader(moto_bucket.endpoint_url), put(moto_bucket, "a.png")
     found = objects.read(url, most_bytes=10**6)
     put(moto_bucket, "a.png", b"other")
-    with pytest.raises(ObjectConflictError, match=r"a\.png is not what it was"):
+    with pytest.raises(ObjectConflictError, match=r"a\.png has changed since it was submitted"):
         objects.read(url, most_bytes=10**6, version=found.version)
 
 

@@ -364,24 +364,24 @@ def test_an_audit_finds_what_came_back_and_what_went_without_a_word(place: Place
     key = next(row["key"] for row in place.rows(image) if row["job_id"] == 1)
     place.erase()
     place.store.put(key, b"back again", content_type="image/png")
-    assert place.faults() == ["object-not-deleted the audit log says that it was deleted, and storage has it"]
+    assert place.faults() == ["object-not-deleted the audit log says that it was deleted, but it is still in storage"]
     place.store.delete(key)
     erased = place.rows(job)[0]
     back = {name: before[name] for name in ("request", "salt", "erased_at", "row_key")}
     place.edit(job, job.c.id == 1, **back)
-    assert "job-altered its request was erased, and is here" in place.faults()
+    assert "job-altered its request was erased, but is still stored" in place.faults()
     place.edit(job, job.c.id == 1, **{name: erased[name] for name in back})
     place.edit(job, job.c.id == 1, request={"erased": "0" * 64})
-    assert "job-altered it commits to another request than the one that was erased" in place.faults()
+    assert "job-altered its commitment is not to the request that was erased" in place.faults()
     place.edit(job, job.c.id == 1, request=erased["request"])
     place.edit(image, image.c.job_id == 1, deleted_at=None)
     assert "image-altered it was deleted, its row says nothing of it" in place.faults()
     place.edit(image, image.c.job_id == 1, deleted_at=1.0)
     place.edit(image, image.c.job_id == 2, deleted_at=1.0)
-    assert "image-altered it is gone, and no deletion is known" in place.faults()
+    assert "image-altered it is missing, and no deletion is recorded" in place.faults()
     place.edit(image, image.c.job_id == 2, deleted_at=None)
     place.edit(job, job.c.id == 3, erased_at=1.0, salt="")
-    assert "job-altered its request is gone, and no erasure is known" in place.faults()
+    assert "job-altered its request is missing, and no erasure is recorded" in place.faults()
 
 
 def test_a_picture_under_a_key_that_another_job_has_too_is_left(place: Place) -> None:

@@ -16,7 +16,8 @@ from PIL import Image
 
 from sdpipeline.demo import measure
 from sdpipeline.engine.quality import edge_recall, edges
-from tests.integration.commands import FAKE_ENGINE, document, kill_tree, pictures, sdpipeline, start
+from tests.conftest import copied_into
+from tests.integration.commands import FAKE_ENGINE, document, installed, kill_tree, pictures, start
 
 JOBS, PER_STAGE = 24, 8
 
@@ -103,7 +104,7 @@ def test_the_pictures_show_what_was_asked_for(demo_home: Path) -> None:
 
 
 def test_a_second_demo_adds_nothing_and_says_so(demo_home: Path) -> None:
-    done = sdpipeline("demo", "--home", demo_home)
+    done = installed("demo", "--home", demo_home)
     assert done.returncode == 0, done.stderr
     assert "Nothing to do: all 24 pictures are there already." in done.stdout
     assert "0 jobs added, 24 unchanged" in done.stderr
@@ -157,13 +158,16 @@ def test_show_tells_everything_about_one_job(demo_home: Path) -> None:
     assert shown["history"][0]["outcome"] == "succeeded"
 
 
-def test_a_run_whose_whole_process_tree_is_killed_is_finished_by_the_next(tmp_path: Path, long_campaign: Path) -> None:
+def test_a_run_whose_whole_process_tree_is_killed_is_finished_by_the_next(
+    tmp_path: Path, long_campaign: Path, prefect_database: Path
+) -> None:
     home = tmp_path / "home"
+    copied_into(home / "prefect", prefect_database)
     settings = {FAKE_ENGINE: "0.4", "SDP_LEASE_TTL_S": "3"}
     first = start("run", long_campaign, "--home", home, **settings)
     _wait_for_pictures(home, 8)
     assert kill_tree(first) >= 3
-    done = sdpipeline("run", long_campaign, "--home", home, **settings)
+    done = installed("run", long_campaign, "--home", home, **settings)
     assert done.returncode == 0, done.stderr
     jobs = pictures(home, "long")
     assert {job["status"] for job in jobs} == {"succeeded"}

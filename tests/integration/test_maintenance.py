@@ -11,7 +11,7 @@ import httpx
 import pytest
 
 from sdpipeline import orchestration
-from sdpipeline.app import services, submit
+from sdpipeline.app import services, submit, workers
 from sdpipeline.flows import maintenance
 from sdpipeline.orchestration.local_server import ServerHandle, own_server
 from sdpipeline.settings import Settings
@@ -48,7 +48,8 @@ def spring(server: ServerHandle, tmp_path: Path) -> Settings:
     """A submitted campaign."""
     (tmp_path / "spring.yaml").write_text(CAMPAIGN)
     settings = services.load_settings()
-    submit.submit(settings, tmp_path / "spring.yaml")
+    with submit.open_to_submit(settings, tmp_path / "spring.yaml") as have:
+        submit.submit(have, tmp_path / "spring.yaml")
     return settings
 
 
@@ -59,7 +60,7 @@ def ended(flow: Any, **parameters: Any) -> tuple[str, str]:
 
 
 def test_reclaiming_makes_ready_what_dead_workers_held(spring: Settings) -> None:
-    with services.services(spring) as have:
+    with services.open_services(spring) as have:
         lease = leased(have.audit)
         with have.audit.transaction() as tx:
             tx.connection.exec_driver_sql("UPDATE lease SET expires_at = 0")
@@ -73,7 +74,7 @@ def test_reclaiming_makes_ready_what_dead_workers_held(spring: Settings) -> None
 def test_maintenance_fails_where_a_picture_is_missing_until_it_is_repaired(
     spring: Settings, server: ServerHandle
 ) -> None:
-    services.run_worker(spring, campaign="spring", until_idle=True, device="cpu")
+    workers.run_worker(spring, campaign="spring", until_idle=True, device="cpu")
     assert ended(maintenance.seal)[0] == "COMPLETED"
     assert ended(maintenance.audit_verify, sample=2)[0] == "COMPLETED"
     assert ended(maintenance.reconcile) == ("COMPLETED", "0 findings, nothing left to do")

@@ -17,7 +17,7 @@ from PIL import Image
 from sqlalchemy import select, update
 
 from sdpipeline import provenance
-from sdpipeline.app import services
+from sdpipeline.app import factories, keys, services
 from sdpipeline.db.audit import AuditLog
 from sdpipeline.db.tables import image, job
 from sdpipeline.domain import ControlNetInput, ImageSource, JobSpec, Json, OutputFormat, Task, hashed
@@ -290,8 +290,8 @@ def test_what_an_older_key_signed_is_made_again_where_it_is_not_trusted(
                 monkeypatch.setenv(setting, value)
         published(place.audit, [job_spec("a")], name=name)
         settings = services.load_settings(tmp_path)
-        key = services.picture_key(settings)
-        services.make_worker(settings, place.audit.database, place.store, place.engine, key).run()
+        key = keys.picture_key(settings)
+        factories.make_worker(settings, place.audit.database, place.store, place.engine, key).run()
         return place.pictures()[-1]
 
     place.work(job_spec("a"), name="by-a-development-key")
@@ -327,7 +327,7 @@ def test_what_keeps_its_prompt_back_is_made_again_from_its_sidecar_and_not_from_
     done = reproduce.reproduce(record, FakeEngine(), lambda _: b"", original=None, pixels_sha256=final["pixels_sha256"])
     assert done.bit_equal
     assert SECRET.encode() not in done.data
-    with pytest.raises(BadInputError, match=r"keeps the prompt back \(give its job's number"):
+    with pytest.raises(BadInputError, match=r"omits the prompt \(give its job's number"):
         reproduce.checked_record(provenance.read_record(place.store.get(final["key"])), "a.png")
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from sqlalchemy import func, select
 
-from sdpipeline.app import services
+from sdpipeline.app import services, workers
 from sdpipeline.audit import load_key, seal, verify
 from sdpipeline.db import migrate
 from sdpipeline.db.connection import Database, open_database
@@ -23,7 +23,7 @@ from tests.factories import events
 from tests.integration.certificates import signing_settings
 from tests.integration.previous_release import PreviousRelease, previous_release
 
-pytestmark = pytest.mark.timeout(0)
+pytestmark = [pytest.mark.long, pytest.mark.timeout(0)]
 
 BULK = int(os.environ.get("SDP_TEST_MIGRATION_JOBS", "5000"))
 """Jobs that lie in the table meanwhile: `SDP_TEST_MIGRATION_JOBS=100000` is the size that was measured."""
@@ -66,7 +66,7 @@ def test_workers_of_the_previous_release_go_on_while_the_database_is_migrated(
         assert left > 0, "nothing was left for a worker of this release"
         for name, value in (previous.settings | signing_settings(tmp_path)).items():
             monkeypatch.setenv(name, value)
-        summary = services.run_worker(services.load_settings(), campaign="spring", until_idle=True, device="cpu")
+        summary = workers.run_worker(services.load_settings(), campaign="spring", until_idle=True, device="cpu")
     assert (summary.succeeded, summary.failed) == (left, 0)
     assert _count(database) == _done(database) == (160 if sqlite else 400)
     told = Counter(event["subject"] for event in events(database) if event["event"] == "job.succeeded")

@@ -103,7 +103,7 @@ def test_a_migration_that_is_the_victim_of_a_deadlock_is_run_again(
             with database.write() as mine:
                 mine.execute(text("DO $$ BEGIN RAISE EXCEPTION 'a circle' USING ERRCODE = '40P01'; END $$"))
 
-    monkeypatch.setattr("sdpipeline.db.migrate.command.upgrade", once_in_a_circle)
+    monkeypatch.setattr("alembic.command.upgrade", once_in_a_circle)
     assert migrate.upgrade(database) == (migrate.newest(), migrate.newest())
     assert tries == [0, 1]
     database.close()

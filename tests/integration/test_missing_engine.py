@@ -12,7 +12,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 from sdpipeline import cli
-from sdpipeline.app import services
+from sdpipeline.app import factories
 
 CAMPAIGN = """\
 name: spring
@@ -39,4 +39,4 @@ def test_every_package_of_the_extra_is_looked_for() -> None:
     project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
     wanted = {canonicalize_name(Requirement(each).name) for each in project["optional-dependencies"]["engine"]}
     known = packages_distributions()
-    assert {canonicalize_name(known[package][0]) for package in services.ENGINE_PACKAGES} == wanted
+    assert {canonicalize_name(known[package][0]) for package in factories.ENGINE_PACKAGES} == wanted

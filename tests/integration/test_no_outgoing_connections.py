@@ -14,7 +14,7 @@ import pytest
 
 from tests.integration.commands import environment
 
-pytestmark = pytest.mark.timeout(300)
+pytestmark = [pytest.mark.long, pytest.mark.timeout(300)]
 
 CONNECT = re.compile(r'connect\(\d+, \{sa_family=AF_INET6?,.*?port=htons\((\d+)\).*?"([0-9a-f.:]+)"')
 SEND = re.compile(r'send(?:msg|mmsg)\(.*sa_family=AF_INET6?,.*?port=htons\((\d+)\).*?"([0-9a-f.:]+)"')

@@ -198,7 +198,7 @@ def test_the_commands_say_what_is_blocked_by_which_rule_and_a_retry_is_refused(
     assert cli.run(["retry", "spiders", "--status", "blocked"]) == 2
     said = capsys.readouterr()
     assert said.out == ""
-    assert said.err.startswith("a policy forbids all 1 blocked jobs of spiders, and a retry does not lift it (")
+    assert said.err.startswith("a policy forbids all 1 blocked jobs of spiders, and a retry does not change that (")
     assert run(capsys, "audit", "verify")["faults"] == []
 
 

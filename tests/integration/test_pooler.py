@@ -19,8 +19,8 @@ from sdpipeline.db.scratch import scratch_database
 from sdpipeline.db.server_checks import find_pooler
 from sdpipeline.errors import DatabaseRefusedError, SettingsError
 from sdpipeline.storage import LocalStore
-from tests.chaos.crew import Crew
 from tests.chaos.invariants import violations
+from tests.chaos.local_workers import ChaosWorkers
 from tests.factories import chains, published, statuses
 from tests.integration.databases import on_postgresql
 from tests.integration.poolers import IGNORING_OPTIONS, pgbouncer, through
@@ -68,12 +68,12 @@ def ran(capsys: pytest.CaptureFixture[str], *words: object, exit_code: int = 0) 
 @on_postgresql
 def test_several_workers_make_a_campaign_behind_a_pooler(pooled: Database, tmp_path: Path) -> None:
     published(AuditLog(pooled, actor="user:test"), chains(100, "draft", "scene"))
-    crew = Crew(tmp_path / "home", address(pooled), seed=0, settings={"SDP_LEASE_TTL_S": "20"})
+    chaos = ChaosWorkers(tmp_path / "home", address(pooled), seed=0, settings={"SDP_LEASE_TTL_S": "20"})
     try:
-        crew.finish(pooled)
+        chaos.finish(pooled)
     finally:
-        crew.stop()
-    assert crew.crashes == []
+        chaos.stop()
+    assert chaos.crashes == []
     assert statuses(pooled) == ["succeeded"] * 200
     store, key = LocalStore(tmp_path / "home/storage"), load_key(tmp_path / "home/seal.pem", create=True)
     assert violations(pooled, store, key) == []
@@ -85,11 +85,11 @@ def test_every_command_works_behind_a_pooler(
 ) -> None:
     home, file = tmp_path / "home", tmp_path / "spring.yaml"
     file.write_text(CAMPAIGN)
-    crew = Crew(home, address(pooled), seed=0, workers=0)
+    chaos = ChaosWorkers(home, address(pooled), seed=0, workers=0)
     load_key(home / "seal.pem", create=True)
     monkeypatch.chdir(tmp_path)
     more = {"SDP_SIGNING__SEAL_KEY_FILE": str(home / "seal.pem"), "SDP_RETENTION__PICTURES_DAYS": "0"}
-    for name, value in (crew.environment | more).items():
+    for name, value in (chaos.environment | more).items():
         monkeypatch.setenv(name, value)
     assert ran(capsys, "plan", file)["jobs"]["new"] == 4
     assert ran(capsys, "submit", file)["added"] == 4

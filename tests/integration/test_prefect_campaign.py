@@ -17,6 +17,7 @@ import httpx
 import pytest
 
 from sdpipeline.app import services
+from sdpipeline.app.queries import campaign_progress
 from sdpipeline.db import queries
 from sdpipeline.orchestration.local_server import ServerHandle, own_server
 from tests.integration.commands import credentials, document
@@ -46,14 +47,15 @@ class Running:
     server: ServerHandle
     process: subprocess.Popen[bytes]
 
-    def progress(self) -> services.Progress:
-        return services.campaign_progress(services.load_settings(self.home), "spring-catalogue")
+    def progress(self) -> queries.Progress:
+        with services.open_services(services.load_settings(self.home)) as have:
+            return campaign_progress(have, "spring-catalogue")
 
     def until(self, ask: Callable[[], T]) -> T:
         """The first true answer while the command runs; the suite's time-out bounds the wait."""
         while not (answer := ask()):
             assert self.process.poll() is None, (self.home / "output").read_text()
-            time.sleep(0.1)
+            time.sleep(0.3)
         return answer
 
     def succeeded(self) -> int:
@@ -63,11 +65,11 @@ class Running:
         """Workers that live and hold work."""
         if not self._submitted():
             return []
-        with services.services(services.load_settings(self.home)) as have, have.database.read() as connection:
+        with services.open_services(services.load_settings(self.home)) as have, have.database.read() as connection:
             return [worker for worker in queries.live_workers(connection) if worker["leases"]]
 
     def _submitted(self) -> bool:
-        with services.services(services.load_settings(self.home)) as have, have.database.read() as connection:
+        with services.open_services(services.load_settings(self.home)) as have, have.database.read() as connection:
             return bool(queries.campaign_names(connection, team="default"))
 
     def ask(self, what: str) -> Any:

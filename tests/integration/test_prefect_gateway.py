@@ -22,6 +22,7 @@ from websockets.exceptions import ConnectionClosed, InvalidStatus
 from websockets.sync.client import connect
 
 from sdpipeline.orchestration.gateway_rules import DISPATCHER, WORKER
+from tests.conftest import copied_into
 from tests.integration.commands import FAKE_ENGINE, document
 from tests.integration.conftest import free_port, served
 from tests.integration.deployed import BUSY
@@ -102,7 +103,7 @@ def worker(site: Site, role: str, pool: str) -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
+def site(tmp_path_factory: pytest.TempPathFactory, prefect_database: Path) -> Iterator[Site]:
     """Everything deployed on a server with a password, and the gateway before it."""
     folder = tmp_path_factory.mktemp("gateway")
     server, gateway = free_port(), free_port()
@@ -113,10 +114,11 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
     with ExitStack() as running:
 
         def start(name: str, port: int, environment: Mapping[str, str], *words: str) -> None:
-            (folder / name).mkdir()
+            (folder / name).mkdir(exist_ok=True)
             command = [sys.executable, "-m", *words]
             running.enter_context(served(command, port, folder / name, environment=environment))
 
+        copied_into(folder / "server", prefect_database)
         start("server", server, own | {"PREFECT_SERVER_API_AUTH_STRING": AUTH["server"]}, *prefect)
         start("gateway", gateway, own | roles, "sdpipeline", "prefect-gateway", "--port", str(gateway))
         here.until(lambda: httpx.get(f"{here.gateway}health"), lambda _: True)

@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, replace
+from datetime import UTC, datetime, timedelta
 from functools import partial
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
@@ -25,9 +26,12 @@ from websockets.sync.client import connect
 from websockets.typing import Subprotocol
 
 from sdpipeline import orchestration
+from sdpipeline.app import services
 from sdpipeline.errors import OrchestratorUnavailableError, SettingsError
+from sdpipeline.flows.maintenance import seal
 from sdpipeline.orchestration.local_server import Process, ServerHandle, answers, own_server, wait_until_unused
 from sdpipeline.settings import Settings
+from tests.conftest import copied_into
 from tests.integration.commands import credentials
 
 HOLDER = """
@@ -39,7 +43,8 @@ with own_server(pathlib.Path(sys.argv[1])) as server:
 """
 
 
-def test_two_commands_share_a_server_and_the_last_one_out_stops_it(tmp_path: Path) -> None:
+def test_two_commands_share_a_server_and_the_last_one_out_stops_it(tmp_path: Path, prefect_database: Path) -> None:
+    copied_into(tmp_path / "prefect", prefect_database)
     with own_server(tmp_path) as server:
         other = subprocess.Popen(
             [sys.executable, "-c", HOLDER, tmp_path], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
@@ -127,6 +132,28 @@ def test_a_server_that_takes_calls_and_says_nothing_is_refused(tmp_path: Path, m
 def server(prefect_home: Path) -> Iterator[ServerHandle]:
     with own_server(prefect_home) as handle:
         yield handle
+
+
+def test_runs_of_a_schedule_are_planned(prefect_home: Path, server: ServerHandle) -> None:
+    from prefect.client.orchestration import get_client
+    from prefect.client.schemas import actions, filters, schedules
+
+    hourly = actions.DeploymentScheduleCreate(schedule=schedules.CronSchedule(cron="0 * * * *"), active=True)
+    with (
+        orchestration.prefect_server(services.load_settings(prefect_home), always_own=True),
+        get_client(sync_client=True) as client,
+    ):
+        deployment = client.create_deployment(client.create_flow(seal), "planned", schedules=[hourly])
+        chosen = filters.DeploymentFilter(id=filters.DeploymentFilterId(any_=[deployment]))
+        try:
+            ends_at = time.monotonic() + 60
+            while not (runs := client.read_flow_runs(deployment_filter=chosen)):
+                assert time.monotonic() < ends_at, "no run was planned"
+                time.sleep(0.2)
+        finally:
+            client.delete_deployment(deployment)
+    first = min(run.expected_start_time for run in runs if run.expected_start_time is not None)
+    assert first - datetime.now(UTC) <= timedelta(hours=1)
 
 
 def test_only_who_has_the_homes_password_is_answered(server: ServerHandle) -> None:
@@ -283,9 +310,10 @@ def planted(folder: Path, module: str) -> Path:
     return trace
 
 
-def test_a_server_whose_only_command_was_killed_ends(tmp_path: Path) -> None:
+def test_a_server_whose_only_command_was_killed_ends(tmp_path: Path, prefect_database: Path) -> None:
     """Also for a user without a home, behind a proxy that leads nowhere, in a folder where others write."""
     trace = planted(tmp_path, "uvicorn")
+    copied_into(tmp_path / "prefect", prefect_database)
     nowhere = dict.fromkeys(("HTTP_PROXY", "http_proxy", "ALL_PROXY"), "http://127.0.0.1:9")
     bare = {name: value for name, value in os.environ.items() if name.lower() != "no_proxy"} | nowhere
     bare.pop("HOME", None)

@@ -17,7 +17,8 @@ from sdpipeline.db.migrate import current, newest, upgrade
 from sdpipeline.db.tables import job
 from sdpipeline.errors import DatabaseUnavailableError, SettingsError
 from tests.factories import chains, completed, leased, published, statuses
-from tests.integration.databases import on_postgresql, on_sqlite, processes
+from tests.integration.databases import on_postgresql, on_sqlite
+from tests.integration.processes import processes
 
 
 def test_an_unreachable_server_is_named_in_time_without_its_password() -> None:

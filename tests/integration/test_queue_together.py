@@ -30,7 +30,8 @@ from tests.factories import (
     statuses,
     try_lease,
 )
-from tests.integration.databases import on_postgresql, processes
+from tests.integration.databases import on_postgresql
+from tests.integration.processes import processes
 from tests.integration.test_worker_life import wait_for
 
 

@@ -11,7 +11,7 @@ import pytest
 import skimage
 from PIL import Image
 
-from sdpipeline.app import services
+from sdpipeline.app import services, workers
 from sdpipeline.engine import Pixels
 from sdpipeline.engine.quality import edge_recall, edges
 from tests.integration.commands import document, pictures
@@ -42,7 +42,7 @@ def test_the_parti_prompts_are_planned_and_submitted_whole_and_twenty_are_made(t
         if len(made) >= 20:
             stop.set()
 
-    services.run_worker(
+    workers.run_worker(
         services.load_settings(home),
         campaign="parti",
         until_idle=True,
@@ -80,7 +80,7 @@ def test_a_photograph_steers_a_controlnet_and_an_image_to_image_stage(tmp_path: 
     home = tmp_path / "home"
     document("submit", file, "--home", home)
     photograph.unlink()  # workers read what was copied into storage
-    services.run_worker(services.load_settings(home), campaign="photo", until_idle=True, device="cpu")
+    workers.run_worker(services.load_settings(home), campaign="photo", until_idle=True, device="cpu")
     made = {job["stage"]: job for job in pictures(home, "photo")}
     assert {job["status"] for job in made.values()} == {"succeeded"}
     shown = {stage: np.asarray(Image.open(job["image"]["url"].removeprefix("file://"))) for stage, job in made.items()}

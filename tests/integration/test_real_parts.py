@@ -73,6 +73,7 @@ def _bash(line: str, settings: dict[str, str], home: Path) -> subprocess.Complet
     )
 
 
+@pytest.mark.long
 def test_the_demo_campaign_makes_the_same_pixels_on_real_parts_set_up_as_the_readme_says(
     real_parts: dict[str, str], moto_bucket: Bucket, demo_home: Path, tmp_path: Path
 ) -> None:

@@ -259,7 +259,7 @@ def test_a_lost_picture_of_an_older_fingerprint_is_forgotten_and_its_job_left_al
     place.work()
     place.file(older).unlink()
     (fault,) = place.reconcile(repair=True).faults
-    assert (fault.kind, fault.action) == ("object-missing", "forgotten: its job asks for another picture now")
+    assert (fault.kind, fault.action) == ("object-missing", "its row is deleted: its job asks for another picture now")
     assert (statuses(database), place.faults()) == (["succeeded"], [])
     # Wanted again it is made again, and not taken for there.
     published(place.audit, [job_spec("row-0")])

@@ -13,7 +13,7 @@ import skimage
 from PIL import Image
 
 from sdpipeline import provenance
-from sdpipeline.app import services
+from sdpipeline.app import factories, services, workers
 from sdpipeline.domain import Json
 from sdpipeline.engine import Engine
 from sdpipeline.errors import BadInputError, InputImageError
@@ -25,7 +25,7 @@ pytestmark = pytest.mark.timeout(300)
 
 @pytest.fixture(scope="module")
 def engine(demo_home: Path) -> Engine:
-    return services.build_engine(services.load_settings(demo_home), "cpu", None)
+    return factories.build_engine(services.load_settings(demo_home), "cpu", None)
 
 
 def _no_input(about: Json) -> bytes:
@@ -43,7 +43,7 @@ def _files(home: Path, stage: str) -> list[Path]:
     return [Path(job["image"]["url"].removeprefix("file://")) for job in jobs]
 
 
-@pytest.mark.parametrize(("stage", "count"), [("draft", 2), ("scene", 2), ("final", 1)])
+@pytest.mark.parametrize(("stage", "count"), [("draft", 1), ("scene", 1), ("final", 1)])
 def test_pictures_of_every_stage_are_made_again_bit_by_bit_from_the_file_alone(
     stage: str, count: int, demo_home: Path, engine: Engine
 ) -> None:
@@ -98,7 +98,7 @@ def test_the_command_takes_outside_inputs_from_a_folder(tmp_path: Path) -> None:
     )
     home = tmp_path / "home"
     document("submit", file, "--home", home)
-    services.run_worker(services.load_settings(home), campaign="photo", until_idle=True, device="cpu")
+    workers.run_worker(services.load_settings(home), campaign="photo", until_idle=True, device="cpu")
     picture = shutil.copy(pictures(home, "photo")[0]["image"]["url"].removeprefix("file://"), tmp_path / "picture.png")
     elsewhere = ["--home", tmp_path / "elsewhere"]
     refused = sdpipeline("reproduce", picture, *elsewhere, "--json")

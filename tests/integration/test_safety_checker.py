@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from sdpipeline.app import services
+from sdpipeline.app import keys, services
 from sdpipeline.audit import verify
 from sdpipeline.domain import CheckpointRef, Json
 from sdpipeline.engine import Pixels
@@ -54,11 +54,11 @@ def test_a_flagged_picture_is_blocked_by_its_rule_and_stored_nowhere(place: Work
         None,
     )
     assert (final["status"], stored(place)) == ("skipped", before)
-    with services.services(place.settings) as have:
+    with services.open_services(place.settings) as have:
         (told,) = [event for event in events(have.database) if event["event"] == "job.failed"]
         assert told["subject"] == f"job:{draft['id']}"
         assert (told["error_kind"], told["rule"]) == ("PictureBlocked", draft["error"])
-        assert verify(have.database, have.store, services.seal_key(place.settings)).faults == []
+        assert verify(have.database, have.store, keys.seal_key(place.settings)).faults == []
 
 
 def test_what_passes_says_in_its_record_who_saw_it(place: Workplace) -> None:

@@ -25,7 +25,7 @@ from cryptography.hazmat.primitives.asymmetric.utils import decode_dss_signature
 from cryptography.x509.oid import ExtendedKeyUsageOID
 from pydantic import SecretStr
 
-from sdpipeline.app import doctor, services
+from sdpipeline.app import doctor, keys, services
 from sdpipeline.domain import OutputFormat
 from sdpipeline.errors import SettingsError, SigningUnavailableError
 from sdpipeline.provenance import encode, sign, verify
@@ -104,7 +104,7 @@ def test_a_key_of_another_certificate_is_refused(tmp_path: Path, authority: Auth
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"days": (-20, -10)}, r"valid from \d{4}-\d\d-\d\d to \d{4}-\d\d-\d\d and not now"),
+        ({"days": (-20, -10)}, r"valid from \d{4}-\d\d-\d\d to \d{4}-\d\d-\d\d, not now"),
         ({"usage": ExtendedKeyUsageOID.CODE_SIGNING}, "lacks the extended key usage emailProtection"),
         ({"usage": None}, "lacks the extended key usage emailProtection"),
         ({"self_signed": True}, "the first certificate signs itself"),
@@ -154,7 +154,7 @@ def test_a_key_in_a_kms_signs(tmp_path: Path, moto_url: str, authority: Authorit
     assert isinstance(public_key, ec.EllipticCurvePublicKey)
     (tmp_path / "chain.pem").write_bytes(authority.pem(authority.chain(public_key)))
     own = {"certificates_file": tmp_path / "chain.pem", "kms_key_id": key_id, "kms_endpoint_url": moto_url}
-    key = services.picture_key(on_postgresql(tmp_path, **own, kms_region="us-east-1"))
+    key = keys.picture_key(on_postgresql(tmp_path, **own, kms_region="us-east-1"))
     assert key.algorithm == algorithm
     assert is_valid(key, authority.root_pem) == "trusted"
 
@@ -223,7 +223,7 @@ def test_a_confirmed_time_keeps_a_picture_trusted_when_its_certificate_has_run_o
     paths = written(tmp_path, authority.chain(private_key.public_key(), days=(-1, 3 / 86400)), private_key)
     own = {"certificates_file": paths[0], "key_file": paths[1]}
     plain, confirmed = (
-        signed_picture(services.picture_key(on_postgresql(tmp_path, **own, tsa_url=tsa_url))) for tsa_url in (None, url)
+        signed_picture(keys.picture_key(on_postgresql(tmp_path, **own, tsa_url=tsa_url))) for tsa_url in (None, url)
     )
     roots = authority.root_pem + time_root
     found = verify(confirmed, trust_anchors=roots)
@@ -250,18 +250,18 @@ def test_the_settings_name_the_keys_and_a_bundle_of_old_and_new_roots(tmp_path: 
         chain = company.chain(private_key.public_key())
         paths = written(tmp_path / year, chain, private_key, password=b"secret")
         own = {"certificates_file": paths[0], "key_file": paths[1], "key_password": "secret"}
-        key = services.picture_key(on_postgresql(tmp_path, **own))
+        key = keys.picture_key(on_postgresql(tmp_path, **own))
         assert key.identity.startswith(f"signer, Acme {year} (es256, until ")
         pictures.append(signed_picture(key))
         roots += company.root_pem.encode()
     (tmp_path / "roots.pem").write_bytes(roots)
-    trusted = services.trust_anchors(on_postgresql(tmp_path, trust_file=tmp_path / "roots.pem"))
+    trusted = keys.trust_anchors(on_postgresql(tmp_path, trust_file=tmp_path / "roots.pem"))
     assert [verify(picture, trust_anchors=trusted).c2pa for picture in pictures] == ["trusted", "trusted"]
-    assert services.trust_anchors(on_postgresql(tmp_path)) == ""
+    assert keys.trust_anchors(on_postgresql(tmp_path)) == ""
 
 
 def test_beside_sqlite_a_development_key_is_made_and_named_as_such(tmp_path: Path) -> None:
-    key = services.picture_key(services.load_settings(tmp_path))
+    key = keys.picture_key(services.load_settings(tmp_path))
     assert (key.development, key.identity) == (True, "a development key, which nobody trusts")
     assert (tmp_path / "keys/pictures/root.pem").is_file()
     told = list(doctor._picture_key(services.load_settings(tmp_path)))
@@ -293,7 +293,7 @@ def test_elsewhere_missing_keys_are_refused_by_the_names_of_their_settings(
     tmp_path: Path, own: dict[str, str], named: str
 ) -> None:
     with pytest.raises(SettingsError, match=re.escape(named)):
-        services.picture_key(on_postgresql(tmp_path, **own))
+        keys.picture_key(on_postgresql(tmp_path, **own))
 
 
 def test_a_worker_without_a_key_leaves_with_2_before_any_work(tmp_path: Path) -> None:

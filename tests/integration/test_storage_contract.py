@@ -78,7 +78,7 @@ def test_the_same_bytes_again_are_success(store: ObjectStore) -> None:
 @pytest.mark.parametrize("other", [b"other", bytes(reversed(PICTURE))], ids=["other-size", "same-size"])
 def test_other_bytes_are_a_conflict_and_change_nothing(store: ObjectStore, other: bytes) -> None:
     store.put("a", PICTURE, content_type="image/png")
-    with pytest.raises(ObjectConflictError, match="already holds other bytes"):
+    with pytest.raises(ObjectConflictError, match="already holds different bytes"):
         store.put("a", other, content_type="image/png")
     assert store.get("a") == PICTURE
 

@@ -181,7 +181,7 @@ def test_a_put_that_the_endpoint_garbles_is_not_done(moto_bucket: Bucket) -> Non
             moto_bucket.client.put_object(Bucket=moto_bucket.name, Key="a", Body=b"garbled")
         return None
 
-    with behind(moto_bucket, garble) as (store, proxy), unavailable("reads back other bytes"):
+    with behind(moto_bucket, garble) as (store, proxy), unavailable("returned different bytes"):
         store.put("a", PICTURE, content_type="image/png")
 
 
@@ -206,10 +206,10 @@ def test_a_probe_says_what_the_endpoint_can_do(locked_bucket: Bucket, weak_bucke
 
 def test_what_an_endpoint_cannot_do_is_said_with_its_meaning(moto_bucket: Bucket, weak_bucket: Bucket) -> None:
     missing = {found.name: found.detail for found in moto_bucket.store().probe() if not found.ok}
-    assert missing["versions"] == "not enabled: a seal replaced by hand is found by its digest alone"
-    assert missing["object lock"].startswith("ObjectLockConfigurationNotFoundError: whoever may write here")
+    assert missing["versions"] == "not enabled: a replaced seal is detected only by its digest"
+    assert missing["object lock"].startswith("ObjectLockConfigurationNotFoundError: users with write access")
     missing = {found.name: found.detail for found in weak_bucket.store().probe() if not found.ok}
-    assert missing["conditional put"].startswith("the endpoint overwrites: two writers of one key")
+    assert missing["conditional put"].startswith("the endpoint overwrites: two simultaneous writers of one key")
 
 
 @pytest.mark.parametrize(

@@ -286,9 +286,9 @@ def test_tampering_is_found_by_its_name_or_known_to_be_undetectable(log: Log, na
     ("change", "detail"),
     [
         (swap_two_pictures, "it holds the bytes of "),
-        (edit_pixels, "its pixels are not those that were recorded"),
-        (strip_metadata, "its metadata was changed, its pixels are those that were recorded"),
-        (strip_and_add_metadata, "its metadata was changed, its pixels are those that were recorded"),
+        (edit_pixels, "its pixels differ from the recorded ones"),
+        (strip_metadata, "its metadata was changed; its pixels are the recorded ones"),
+        (strip_and_add_metadata, "its metadata was changed; its pixels are the recorded ones"),
     ],
 )
 def test_what_was_done_to_a_picture_is_told(log: Log, change: Callable[[Log], None], detail: str) -> None:
@@ -354,7 +354,7 @@ def proof_of(log: Log, job_id: int) -> Json:
 def test_a_proof_holds_by_itself_and_for_its_picture_alone(log: Log) -> None:
     document = json.loads(json.dumps(proof_of(log, 1)))
     with log.database.read() as connection:
-        sha256 = success_of_job(connection, 1, team="default").told["image"]["sha256"]
+        sha256 = success_of_job(connection, 1, team="default").event["image"]["sha256"]
     own = next(path.read_bytes() for path in log.pictures() if path.stem == sha256)
     other = next(path.read_bytes() for path in log.pictures() if path.stem != sha256)
     assert verify_proof(document, trusted=log.key.public, picture=own).faults == []
@@ -380,7 +380,7 @@ def test_every_part_of_a_proof_counts(log: Log) -> None:
 @pytest.mark.parametrize("body", ["[" * 200_000, '{"number": Infinity, "events": 1, "merkle_root": "00"}'])
 def test_a_proof_that_cannot_be_read_is_none(log: Log, body: str) -> None:
     document = proof_of(log, 2)
-    with pytest.raises(BadInputError, match="this is no sdpipeline/audit-proof/1"):
+    with pytest.raises(BadInputError, match="this is not a sdpipeline/audit-proof/1"):
         verify_proof(document | {"seal": document["seal"] | {"body": body}})
 
 

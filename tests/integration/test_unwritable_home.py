@@ -36,7 +36,7 @@ def home(migrated_sqlite: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     made = tmp_path / "home"
     made.mkdir()
     shutil.copy(migrated_sqlite, made / "sdpipeline.db")
-    with services.services(services.load_settings(made)) as have:
+    with services.open_services(services.load_settings(made)) as have:
         published(have.audit, chains(2))
     return made
 

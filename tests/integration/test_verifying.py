@@ -280,7 +280,7 @@ def test_what_cannot_be_verified_is_refused(tmp_path: Path) -> None:
     for what, why in (
         (tmp_path / "a.txt", "not a png, jpeg or webp"),
         (missing, "cannot be read: No such file"),
-        (tmp_path, "holds no pictures"),
+        (tmp_path, "has no pictures"),
     ):
         done = sdpipeline("verify", what, "--home", tmp_path / "none")
         assert done.returncode == 2

@@ -85,7 +85,7 @@ def test_another_autoencoder_is_felt_and_recorded(place: Workplace, plain: str) 
         ({"clip_skip": 1}, {"clip_skip": 1}),
         ({"prompt": "dog " * 100}, {"prompt_tokens": 154}),
         ({"reproducibility": "strict"}, {"reproducibility": "strict", "bucket": 1, "dtype": "float32"}),
-        ({"reproducibility": "fast"}, {"profile": {"name": "fast", "guidance_every": 2}}),
+        ({"profile": "fast"}, {"profile": {"name": "fast", "guidance_every": 2}}),
         ({"reproducibility": "tolerant"}, {"reproducibility": "tolerant"}),
     ],
     ids=["clip-skip", "long", "strict", "fast", "tolerant"],
@@ -195,7 +195,7 @@ def folder_place(tmp_path: Path) -> Iterator[Workplace]:
 def test_every_checkpoint_a_campaign_uses_is_registered_and_revoking_any_blocks_it(folder_place: Workplace) -> None:
     asked = campaign("blocked", "sd1", DRAFT | EVERYTHING)
     folder_place.submit(asked)
-    with services.services(folder_place.settings) as have:
+    with services.open_services(folder_place.settings) as have:
         with have.database.read() as connection:
             assert {row["alias"] for row in registry.documents(connection)} == set(USED)
         for name in USED:

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from sdpipeline import audit, provenance
-from sdpipeline.app import services
+from sdpipeline.app import keys, services
 from sdpipeline.domain import Json, request_from_document
 from sdpipeline.engine import Batch, PreparedRequest
 from sdpipeline.engine.annotators import annotate
@@ -121,6 +121,6 @@ def test_a_control_map_is_kept_beside_its_picture_and_a_change_to_it_is_found(tm
 
 
 def _faults(place: Workplace) -> list[tuple[str, str]]:
-    with services.services(place.settings) as have:
-        found = audit.verify(have.database, have.store, services.seal_key(place.settings))
+    with services.open_services(place.settings) as have:
+        found = audit.verify(have.database, have.store, keys.seal_key(place.settings))
     return [(fault.kind, fault.subject) for fault in found.faults]

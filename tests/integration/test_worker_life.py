@@ -31,7 +31,8 @@ from sdpipeline.worker.watchdog import HUNG_EXIT_CODE, BatchTimings
 from sdpipeline.worker.worker import Worker, WorkerLimits
 from tests.factories import chains, events, published, signing_key, statuses
 from tests.integration.commands import FAKE_ENGINE, document, start
-from tests.integration.databases import on_sqlite, processes
+from tests.integration.databases import on_sqlite
+from tests.integration.processes import processes
 
 PATIENCE_S = 60.0
 FOR_EVER = 10**9
@@ -169,7 +170,7 @@ def _workers(home: Path) -> list[Json]:
     found = services.load_settings(home)
     if not services.database_exists(found):
         return []
-    with services.services(found) as have, have.database.read() as connection:
+    with services.open_services(found) as have, have.database.read() as connection:
         return queries.live_workers(connection, lost_after_s=2.0)
 
 

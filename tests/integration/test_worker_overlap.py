@@ -15,7 +15,7 @@ from sqlalchemy import func, select, update
 from sdpipeline.db.audit import AuditLog
 from sdpipeline.db.connection import Database, now_s
 from sdpipeline.db.tables import lease
-from sdpipeline.domain import CheckpointRef, GenerationRequest
+from sdpipeline.domain import CheckpointRef
 from sdpipeline.engine import Batch, GeneratedImage, GenerationFailure
 from sdpipeline.engine.fake import FakeEngine
 from sdpipeline.storage import LocalStore
@@ -116,20 +116,6 @@ def test_weights_that_the_next_lease_needs_are_foreseen_while_the_device_is_busy
     ).run()
     assert {ref.digest for _, ref in foreseen} == {CHECKPOINT.digest, OTHER.digest}
     assert foreseen[-1][0] < engine.begun[1]
-
-
-def test_the_engine_is_told_what_comes_next_before_its_turn_comes(audit: AuditLog, tmp_path: Path) -> None:
-    told: list[tuple[float, int]] = []
-
-    class Told(Paced):
-        def prepare(self, requests: Sequence[GenerationRequest]) -> None:
-            told.append((time.perf_counter(), len(requests)))
-
-    published(audit, chains(16))
-    engine = Told(0.5)
-    worker(audit, LocalStore(tmp_path), engine).run()
-    assert [count for _, count in told] == [8, 8]
-    assert all(at < begun for (at, _), begun in zip(told, engine.begun, strict=True))
 
 
 def test_the_device_waits_for_nobody_who_writes_to_the_database(

@@ -13,7 +13,7 @@ from typing import Any
 import yaml
 from PIL import Image
 
-from sdpipeline.app import services
+from sdpipeline.app import campaign_files, services, workers
 from sdpipeline.campaigns import submission
 from sdpipeline.db import queries, registry
 from sdpipeline.db.registry import Approval
@@ -34,7 +34,7 @@ class Workplace:
 
     settings: Settings
     folder: Path
-    worker: services.OpenWorker
+    worker: workers.OpenWorker
     _known: set[str] = field(default_factory=set)
 
     @property
@@ -50,7 +50,7 @@ class Workplace:
                 self.add(tiny_checkpoints().files(name))
 
     def add(self, files: CheckpointFiles) -> None:
-        with services.services(self.settings) as have, have.audit.transaction() as tx:
+        with services.open_services(self.settings) as have, have.audit.transaction() as tx:
             registry.add(tx, files, Approval(approved_by="a test"))
         self._known.add(files.alias)
 
@@ -61,14 +61,14 @@ class Workplace:
     def submit(self, campaign: Mapping[str, Any]) -> int:
         """Submit a campaign; returns how many jobs are new."""
         file = self._written(campaign)
-        with services.services(self.settings) as have:
-            checked, inputs = services.load_campaign(self.settings, file, have.database)
+        with services.open_services(self.settings) as have:
+            checked, inputs = campaign_files.load_campaign(self.settings, file, have.database)
             team, attempts = self.settings.team, self.settings.max_attempts
             return submission.submit(checked, inputs, have.audit, have.store, team=team, max_attempts=attempts).added
 
     def plan(self, campaign: Mapping[str, Any], *, max_batch: int) -> submission.Plan:
-        with services.services(self.settings) as have:
-            checked, inputs = services.load_campaign(self.settings, self._written(campaign), have.database)
+        with services.open_services(self.settings) as have:
+            checked, inputs = campaign_files.load_campaign(self.settings, self._written(campaign), have.database)
         planning = submission.Planning(team=self.settings.team, max_batch=max_batch)
         return submission.plan(checked, inputs, None, planning)
 
@@ -90,8 +90,8 @@ class Workplace:
         return jobs
 
     def jobs(self, campaign: str) -> list[Json]:
-        with services.services(self.settings) as have:
-            campaign_id = services.known_campaign(have.database, self.settings.team, campaign)
+        with services.open_services(self.settings) as have:
+            campaign_id = have.campaign_id(campaign)
             with have.database.read() as connection:
                 return list(queries.jobs(connection, campaign_id, limit=10_000))
 
@@ -111,9 +111,9 @@ class Workplace:
 def workplace(folder: Path) -> Iterator[Workplace]:
     """A new home in that folder, with one worker on the CPU while the block lasts."""
     settings = services.load_settings(folder / "home")
-    with services.services(settings):
+    with services.open_services(settings):
         pass
-    with services.open_worker(settings, device="cpu") as worker:
+    with workers.open_worker(settings, device="cpu") as worker:
         place = Workplace(settings, folder, worker)
         place.draw(PICTURE, noise())
         place.draw(MASK, middle_mask())

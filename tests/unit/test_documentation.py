@@ -11,10 +11,9 @@ from pathlib import Path
 
 import pytest
 import typer
-from pydantic import BaseModel
 from typer.core import TyperGroup
 
-from sdpipeline.campaigns import spec
+from sdpipeline.campaigns.spec_part import SpecPart
 from sdpipeline.cli import application
 from sdpipeline.engine import annotators, families
 from sdpipeline.settings import setting_names
@@ -57,13 +56,13 @@ def test_every_setting_stands_in_the_table_with_its_meaning_and_default(name: st
     assert f"| `{name}` | {meaning} | {shown} |" in SETTINGS
 
 
-def _models() -> list[type[BaseModel]]:
-    found = [value for value in vars(spec).values() if isinstance(value, type) and issubclass(value, BaseModel)]
-    return [model for model in found if model.__module__ == spec.__name__]
+def _models() -> list[type[SpecPart]]:
+    direct = SpecPart.__subclasses__()
+    return [*direct, *(below for model in direct for below in model.__subclasses__())]
 
 
 @pytest.mark.parametrize("model", _models())
-def test_every_campaign_key_stands_in_its_reference(model: type[BaseModel]) -> None:
+def test_every_campaign_key_stands_in_its_reference(model: type[SpecPart]) -> None:
     assert [name for name in model.model_fields if f"{name}" not in KEYS] == []
 
 

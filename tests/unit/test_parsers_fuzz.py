@@ -22,7 +22,6 @@ from hypothesis import strategies as st
 from PIL import Image, ImageCms
 
 from sdpipeline import audit, escaping, provenance
-from sdpipeline import settings as own_settings
 from sdpipeline.audit.offline import verify_export
 from sdpipeline.audit.proof import verify_proof
 from sdpipeline.campaigns import yaml_source
@@ -34,8 +33,11 @@ from sdpipeline.maintenance import restore
 from sdpipeline.provenance import signing
 from sdpipeline.provenance.untrusted import UnreadableError, parse_json
 from sdpipeline.reporting import reproduce
+from sdpipeline.settings import sources as settings_sources
 from sdpipeline.storage import LocalStore
 from tests.factories import request, signing_key
+
+pytestmark = pytest.mark.fuzz
 
 EXAMPLES = int(os.environ.get("SDP_TEST_FUZZ_EXAMPLES", "40"))
 REFUSALS = (SdpError, UnreadableError, TemplateRefusedError)
@@ -215,7 +217,7 @@ def test_templates(text: str, value: Any) -> None:
 def test_settings_files(text: str, tmp_path: Path) -> None:
     path = tmp_path / "sdpipeline.toml"
     path.write_bytes(text.encode("utf-8", "surrogatepass"))
-    taken_or_refused(own_settings._in_toml, path)
+    taken_or_refused(settings_sources._in_toml, path)
 
 
 @given(line=documents, more=documents, kind=st.sampled_from(["event", "seal", "end", "export"]))

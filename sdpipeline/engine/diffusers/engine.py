@@ -14,13 +14,12 @@ import torch
 from sdpipeline.domain import AdapterInput, CheckpointRef, ControlNetInput, GenerationRequest, Json, Profile
 from sdpipeline.engine import Batch, GeneratedImage, GenerationFailure, Pixels, PreparedRequest, safety
 from sdpipeline.engine.annotators import known_annotator
-from sdpipeline.engine.checkpoints import CheckpointFiles
-from sdpipeline.engine.diffusers.adapters import AdapterSet, AdapterState, adapter_set, reference, refuse_unused, words
+from sdpipeline.engine.checkpoints import CheckpointFiles, read_ahead
+from sdpipeline.engine.diffusers.adapters import AdapterState, adapter_set, reference, refuse_unused, words
 from sdpipeline.engine.diffusers.decoding import Developed, develop
 from sdpipeline.engine.diffusers.determinism import allow_exactness, exactly
-from sdpipeline.engine.diffusers.encoder_lock import Turns
 from sdpipeline.engine.diffusers.model_cache import Form, Loaded, ModelCache, TextEncoders, release
-from sdpipeline.engine.diffusers.oom_fallback import FAULTS, FallbackLevel, Ladder, Result
+from sdpipeline.engine.diffusers.oom_fallback import FallbackLevel, Ladder, Result
 from sdpipeline.engine.diffusers.pipeline_call import Latents, Member, PassSettings, Weights, denoise, settings_of
 from sdpipeline.engine.diffusers.preprocessing import adapters_of, annotator_parameters, check, given, pictures
 from sdpipeline.engine.diffusers.text import Embedding, EmbeddingCache, PromptEncoder
@@ -43,7 +42,7 @@ ZEROS = "force_zeros_for_empty_prompt"
 
 
 class DiffusersEngine:
-    """:class:`sdpipeline.engine.Engine` on one device. Call it from one thread only, except ``prepare``."""
+    """:class:`sdpipeline.engine.Engine` on one device. Call it from one thread only."""
 
     def __init__(
         self,
@@ -65,7 +64,6 @@ class DiffusersEngine:
         self._libraries = library_versions()
         self._prompts = EmbeddingCache(PROMPT_CACHE_BYTES)
         self._wardrobe = AdapterState()
-        self._turns = Turns()
         self._text_encoders = text_encoders or TextEncoders()
         self.residency = ModelCache(
             device=self._device,
@@ -80,33 +78,6 @@ class DiffusersEngine:
 
     def generate(self, batch: Batch) -> Sequence[Result]:
         """Return one result per request, in order; see :class:`sdpipeline.engine.Engine`."""
-        with self._turns.taken():
-            return self._generated(batch)
-
-    def prepare(self, requests: Sequence[GenerationRequest]) -> None:
-        """Encode prompts during a pass, if both are sure to have the same bits as one after the other."""
-        for request in requests if self._text_encoders.ahead else ():
-            with self._turns.borrowed() as mine, suppress(SdpError, *FAULTS):
-                if not mine:
-                    return
-                if weights := self._at_hand(request):
-                    self._embeddings(request, weights)
-
-    def _at_hand(self, request: GenerationRequest) -> Weights | None:
-        """Return the weights that encode the request's prompts.
-
-        ``None`` if that would need loading, an adapter or a process-wide mode.
-        """
-        base = self.residency.at_hand(request.checkpoint)
-        if request.exact or base is None or any(uses for _, _, uses in adapters_of(request)):
-            return None
-        row = family(base.files.family)
-        cell = row.cell(request.task, controlnets=len(request.controlnets))
-        if cell is None or row.text == "none" or self._wardrobe.applied_to(base) != AdapterSet():
-            return None
-        return Weights(row=row, cell=cell, base=base)
-
-    def _generated(self, batch: Batch) -> Sequence[Result]:
         results: dict[int, Result] = {}
         groups: dict[PassSettings, list[Member]] = defaultdict(list)
         broken: dict[str, SdpError] = {}
@@ -131,6 +102,11 @@ class DiffusersEngine:
                     results[member.index] = result
         return [results[index] for index in range(len(batch.requests))]
 
+    def prefetch_weights(self, ref: CheckpointRef) -> None:
+        """Have the operating system read a checkpoint's files ahead of their load."""
+        with suppress(CheckpointError):  # loading them reports what is wrong
+            read_ahead(self.residency.files(ref))
+
     def flagged(self, checker: CheckpointRef, pictures: Sequence[Pixels]) -> Sequence[bool]:
         """See :class:`sdpipeline.engine.Engine`. The checker runs in float32, for which its thresholds were set."""
         try:
@@ -153,7 +129,7 @@ class DiffusersEngine:
             "device_name": name,
             "dtype": self._dtype or "by family",
             "speedups": self._speedups.document(),
-            "text_encoders": {"offload": self._text_encoders.offload, "ahead": self._text_encoders.ahead},
+            "text_encoders": {"offload": self._text_encoders.offload},
             "libraries": self._libraries | library_of(self._speedups.quantize),
         }
 
@@ -277,7 +253,7 @@ class DiffusersEngine:
             self._wardrobe.dress(weights)
             self.residency.recall_encoders(weights.base, keep=self._forms(request))
             held = encoder.encode(text, length=length, clip_skip=request.clip_skip)
-            self._prompts.put(key, held)
+            self._prompts[key] = held
         return held
 
     def _forward(self, settings: PassSettings, members: Sequence[Member], rung: FallbackLevel) -> list[Result]:
@@ -285,11 +261,9 @@ class DiffusersEngine:
         weights = self._weights(members[0].request)
         self._wardrobe.dress(weights)
         decoded_at_once = rung.bucket
-        undisturbed = settings.exact or rung.offload or (settings.stepwise and self._speedups.touch_all)
         with (
             self._means(weights, rung) as offload_to,
             self._workshop.applied(weights, wanted=settings.stepwise),
-            self._turns.lent(wanted=not undisturbed),
         ):
             if settings.stepwise:
                 denoised = denoise_stepwise(weights, members, self._profiles[settings.profile], offload_to=offload_to)

@@ -49,11 +49,9 @@ class TextEncoders:
 
     ``offload``: when they move from the device to ``host`` after their prompts are encoded. ``auto``: after every batch
     once memory was short. ``always``: after every batch. ``never``: only if a picture does not fit in any other way.
-    ``ahead``: encode the next batch's prompts during a pass.
     """
 
     offload: Literal["auto", "always", "never"] = "auto"
-    ahead: bool = False
     host: torch.device = HOST
 
 
@@ -139,12 +137,6 @@ class ModelCache:
                 f"checkpoint {ref.alias!r} was pinned as {ref.digest[:12]}, but {files.digest[:12]} is registered now"
             )
         return files
-
-    def at_hand(self, ref: CheckpointRef) -> Loaded | None:
-        """Return the checkpoint in any form that ``get`` returns, if all of it is on the device already."""
-        held = next((loaded for (digest, _), loaded in self._held.items() if digest == ref.digest), None)
-        whole = held is not None and held.dtype == self._dtype(held.files) and not _elsewhere(held, self._device)
-        return held if whole else None
 
     def get(
         self,
@@ -272,7 +264,7 @@ def _move(loaded: Loaded, device: torch.device) -> bool:
     for network in elsewhere:
         network.to(device)
     if elsewhere:
-        _log.info("text_encoders.moved", checkpoint=loaded.files.alias, device=str(device))
+        _log.info("text_encoders_moved", checkpoint=loaded.files.alias, device=str(device))
     return bool(elsewhere)
 
 
@@ -317,7 +309,7 @@ def load(
     if quantized:
         quantize(loaded.denoiser, quantized)
         loaded = replace(loaded, quantized=quantized)
-    _log.info("checkpoint.loaded", checkpoint=files.alias, digest=files.digest[:16], device=str(device))
+    _log.info("checkpoint_loaded", checkpoint=files.alias, digest=files.digest[:16], device=str(device))
     return loaded
 
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from cachetools import LRUCache
 
 from sdpipeline.engine.families import TextEncoding
 from sdpipeline.errors import RequestRefusedError
@@ -41,27 +41,11 @@ class Embedding:
         return Embedding(embeds=torch.zeros_like(self.embeds), pooled=pooled)
 
 
-class EmbeddingCache:
+class EmbeddingCache(LRUCache[object, Embedding]):
     """LRU cache of embeddings with a byte budget; a key holds everything that determines an embedding."""
 
     def __init__(self, budget_bytes: int) -> None:
-        self._budget_bytes = budget_bytes
-        self._held: OrderedDict[object, Embedding] = OrderedDict()
-        self._size_bytes = 0
-
-    def get(self, key: object) -> Embedding | None:
-        """Return the embedding and mark it as used now."""
-        if key in self._held:
-            self._held.move_to_end(key)
-        return self._held.get(key)
-
-    def put(self, key: object, embedding: Embedding) -> None:
-        """Store an embedding, and drop the least recently used ones until the budget is met."""
-        self._held[key] = embedding
-        self._size_bytes += embedding.size_bytes
-        while self._size_bytes > self._budget_bytes and len(self._held) > 1:
-            _, dropped = self._held.popitem(last=False)
-            self._size_bytes -= dropped.size_bytes
+        super().__init__(maxsize=budget_bytes, getsizeof=lambda embedding: embedding.size_bytes)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -39,11 +39,6 @@ class Speedups:
     quantize: Quantization | None = None
     decode_batch: int | None = None
 
-    @property
-    def touch_all(self) -> bool:
-        """True if the speedups may affect networks of this process other than those they are applied to."""
-        return self.compile or self.attention is not None
-
     def document(self) -> Json:
         """Return the speedups that may change bits, for the record."""
         used = {

@@ -60,7 +60,7 @@ def _requests(extra: str) -> list[GenerationRequest]:
         ("textual_inversions: [{checkpoint: style}]", "textual_inversions[0].checkpoint: no textual inversion 'style', it is a lora (there is only toy)"),
         ("textual_inversions: [{checkpoint: toy, weight: 1}]", "textual_inversions[0].weight: unknown key (there is only checkpoint)"),
         ("ip_adapters: [{checkpoint: face}]", "ip_adapters[0].image: is missing (add it)"),
-        ("ip_adapters: [{checkpoint: face, image: {}}]", "ip_adapters[0].image: needs stage:, file: or url:, and only one of them"),
+        ("ip_adapters: [{checkpoint: face, image: {}}]", "ip_adapters[0].image: needs exactly one of stage:, file: and url:"),
         ("ip_adapters: [{checkpoint: face, image: {stage: drft}}]", "ip_adapters[0].image.stage: no stage 'drft' (did you mean 'draft'?)"),
         ("ip_adapters: [{checkpoint: face, image: {file: no.png}}]", "ip_adapters[0].image.file: 'no.png' "),
         ("ip_adapters: [{checkpoint: fcae, image: {stage: draft}}]", "ip_adapters[0].checkpoint: no IP-Adapter 'fcae' (did you mean 'face'?)"),

@@ -44,10 +44,10 @@ def test_a_campaigns_own_variable_is_what_its_author_means_by_a_word() -> None:
 @pytest.mark.parametrize(
     ("value", "why"),
     [
-        ("../x", "is no path inside the folder"),
-        ("a/../../x", "is no path inside the folder"),
-        ("/etc/passwd", "is no path inside the folder"),
-        ("a//b", "is no path inside the folder"),
+        ("../x", "is not a path inside the folder"),
+        ("a/../../x", "is not a path inside the folder"),
+        ("/etc/passwd", "is not a path inside the folder"),
+        ("a//b", "is not a path inside the folder"),
         ("", "begins or ends with a dot or a space"),
         (".hidden", "begins or ends with a dot or a space"),
         ("folder /x", "begins or ends with a dot or a space"),
@@ -62,8 +62,8 @@ def test_a_campaigns_own_variable_is_what_its_author_means_by_a_word() -> None:
         ("x" * 252, "is longer than 255 bytes"),
         ("ä" * 126, "is longer than 255 bytes"),
         ("a/" * 600 + "x", "is longer than 255 bytes"),
-        ("a.png/b", "has a folder that is called like a file"),
-        ("Manifest.csv/b", "has a folder that is called like a file"),
+        ("a.png/b", "has a folder with the name of a file"),
+        ("Manifest.csv/b", "has a folder with the name of a file"),
     ],
 )
 def test_a_name_that_leaves_the_folder_or_that_some_machine_cannot_hold_is_refused(value: str, why: str) -> None:

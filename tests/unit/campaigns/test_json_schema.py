@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 from jsonschema import Draft202012Validator
-from pydantic import BaseModel
 
 from sdpipeline.app import scaffold
-from sdpipeline.campaigns import json_schema, spec, yaml_source
+from sdpipeline.campaigns import json_schema, yaml_source
+from sdpipeline.campaigns.spec_part import SpecPart
 from sdpipeline.engine import annotators, families
 from tests.factories import mistakes_of
 
@@ -63,12 +63,12 @@ def test_no_object_takes_keys_that_are_not_named() -> None:
 
 
 def test_every_key_of_a_campaign_has_a_description() -> None:
-    models = [m for m in vars(spec).values() if isinstance(m, type) and issubclass(m, BaseModel)]
+    direct = SpecPart.__subclasses__()
+    models = [*direct, *(below for model in direct for below in model.__subclasses__())]
     shapes = DOCUMENT["$defs"] | {"CampaignSpec": DOCUMENT}
     bare = [
         f"{model.__name__}.{name}"
         for model in models
-        if model.__module__ == spec.__name__ and not model.__name__.startswith("_")
         for name in model.model_fields
         if not described(shapes[model.__name__]["properties"][name])
     ]

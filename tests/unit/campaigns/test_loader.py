@@ -72,7 +72,7 @@ def test_the_file_that_the_mistakes_below_are_made_in_is_right() -> None:
         ("start: 0", "start: -1", "5:9: seeds.start: found -1, expected at least 0"),
         ("{start: 0, count: 2}", "[]", "5:1: seeds: found a list, expected at least one entry"),
         ("{start: 0, count: 2}", "three", "5:1: seeds: found 'three', expected keys with values"),
-        ("{start: 0, count: 2}", "[1, 2, 1]", "5:15: seeds[2]: the seed 1 is there twice (remove one)"),
+        ("{start: 0, count: 2}", "[1, 2, 1]", "5:15: seeds[2]: the seed 1 is listed twice (remove one)"),
         ("[red, blue]", "red", "4:3: variables.colour: found 'red', expected a list of values"),
         ("[red, blue]", "[]", "4:3: variables.colour: found an empty list, expected a list of values"),
         (
@@ -137,14 +137,14 @@ def test_the_file_that_the_mistakes_below_are_made_in_is_right() -> None:
         ("id: final", "id: draft", "11:5: stages[1].id: there are two stages 'draft' (rename one)"),
         ("{stage: draft}", "{stage: drfat}", "13:13: stages[1].image.stage: no stage 'drfat' (did you mean 'draft'?)"),
         ("{stage: draft}", "{stage: final}", "13:13: stages[1].image.stage: 'final' cannot use its own picture"),
-        ("{stage: draft}", "{}", "13:5: stages[1].image: needs stage:, file: or url:, and only one of them"),
+        ("{stage: draft}", "{}", "13:5: stages[1].image: needs exactly one of stage:, file: and url:"),
         (
             "{stage: draft}",
             "{url: 's3://b/{{ color }}'}",
             "13:13: stages[1].image.url: the variable 'color' is not declared (did you mean 'colour'?)",
         ),
         ("{stage: draft}", "{url: 's3://b'}", "13:13: stages[1].image.url: 's3://b' is not s3://bucket/key"),
-        ("{stage: draft}", "{stage: draft, file: x}", "13:5: stages[1].image: needs stage:, file: or url:, and only one of them"),
+        ("{stage: draft}", "{stage: draft, file: x}", "13:5: stages[1].image: needs exactly one of stage:, file: and url:"),
         (
             "    image: {stage: draft}\n",
             "",
@@ -166,14 +166,14 @@ def test_the_file_that_the_mistakes_below_are_made_in_is_right() -> None:
             "12:5: stages[1].task: found 'img2img' (there are image-to-image, inpainting, super-resolution, text-to-image)",
         ),
         ('prompt: "a {{ colour }} circle"\n', 'negative_prompt: "{{ colour }}"\n', "8:5: stages[0].prompt: text-to-image needs"),
-        ("strength: 0.5", "seed: same\n    seeds: [1]", "15:5: stages[1].seed: says the same seed and other seeds"),
+        ("strength: 0.5", "seed: same\n    seeds: [1]", "15:5: stages[1].seed: has both seed: and seeds:"),
         # Checkpoints and what they can do
         ("checkpoint: shapes", "checkpoint: shpaes", "2:1: checkpoint: no checkpoint 'shpaes' (did you mean 'shapes'?)"),
         ("checkpoint: shapes", "checkpoint: ../x", "2:1: checkpoint: no checkpoint '../x' (there are flux, shapes, upscaler)"),
         (
             "checkpoint: shapes",
             "checkpoint: shapes-canny",
-            "2:1: checkpoint: 'shapes-canny' is a controlnet, which makes no pictures by itself (did you mean 'shapes'?)",
+            "2:1: checkpoint: 'shapes-canny' is a controlnet, which cannot make pictures by itself (did you mean 'shapes'?)",
         ),
         ("strength: 0.5", "checkpoint: shape", "15:5: stages[1].checkpoint: no checkpoint 'shape' (did you mean 'shapes'?)"),
         (
@@ -235,7 +235,7 @@ def test_a_mistake_is_one_line_that_says_where_what_and_the_way_out(old: str, ne
         ),
         (
             "{checkpoint: shapes-canny, image: {stage: draft}, annotator: depth-learned}",
-            "15:19: ...annotator_checkpoint: annotator 'depth-learned' needs a checkpoint of its own (there is only depths)",
+            "15:19: ...annotator_checkpoint: annotator 'depth-learned' needs a checkpoint (there is only depths)",
         ),
         (
             "{checkpoint: shapes-canny, image: {stage: draft}, annotator: depth-learned, annotator_checkpoint: shapes}",
@@ -449,7 +449,7 @@ def test_rows_that_are_wrong_are_named_by_their_line(folder: Path) -> None:
         "products.csv:3: has 2 cells where the first line has 3",
         "6:12: defaults.width: 'nan' is not a whole number from 8 to 8192, in products.csv:4",
         "6:12: defaults.width: 130 is not a multiple of 8, in products.csv:5 (write 128)",
-        "products.csv:6: the key 'A' was there before; keys must be unique",
+        "products.csv:6: the key 'A' is used twice; keys must be unique",
     ]
 
 

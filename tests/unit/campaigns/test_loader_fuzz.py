@@ -1,6 +1,6 @@
 """Whatever stands in a campaign file or a table, it is accepted or refused in words: nothing else, and soon.
 
-``SDP_TEST_FUZZ_S`` sets how many seconds each of these goes on (2).
+``SDP_TEST_FUZZ_S`` sets how many seconds each of these goes on (1).
 """
 
 from __future__ import annotations
@@ -20,19 +20,15 @@ from hypothesis import strategies as st
 
 from sdpipeline.campaigns import expand, yaml_source
 from sdpipeline.campaigns.loader import check
-from sdpipeline.campaigns.spec import (
-    Budget,
-    CampaignSpec,
+from sdpipeline.campaigns.parameters import Parameters
+from sdpipeline.campaigns.spec import Budget, CampaignSpec, Policy, Rows, Schedule
+from sdpipeline.campaigns.stage_spec import (
     ControlNetSpec,
     ImageSpec,
     IPAdapterSpec,
     LoraSpec,
     OutputSpec,
-    Parameters,
-    Policy,
     Quality,
-    Rows,
-    Schedule,
     Stage,
 )
 from sdpipeline.campaigns.tables import Table, read_rows
@@ -40,7 +36,7 @@ from sdpipeline.campaigns.templates import TemplateRefusedError, compile_templat
 from sdpipeline.errors import CampaignError
 from tests.factories import CATALOG, input_folder
 
-FUZZ_S = float(os.environ.get("SDP_TEST_FUZZ_S", "2"))
+FUZZ_S = float(os.environ.get("SDP_TEST_FUZZ_S", "1"))
 
 # Enough examples that the time decides; what is slow shows as the test's own time-out.
 fuzzed = settings(
@@ -196,7 +192,7 @@ def fuzz(strategy: st.SearchStrategy[Any], attempt: Callable[[Any], object]) -> 
         one()
 
 
-pytestmark = pytest.mark.timeout(60 + 3 * FUZZ_S)
+pytestmark = [pytest.mark.fuzz, pytest.mark.timeout(60 + 3 * FUZZ_S)]
 
 
 def test_any_text_is_accepted_or_refused_in_words() -> None:

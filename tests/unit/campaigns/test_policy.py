@@ -273,7 +273,7 @@ def refused_terms(policy: str, **terms: Any) -> str | None:
     [
         ("{licences: [apache-2.0]}", {"licence": "apache-2.0"}, None),
         ("{licences: [apache-2.0]}", {"licence": "research-only"}, "'shapes' is under 'research-only', "),
-        ("{licences: [apache-2.0]}", {}, "'shapes' is registered under no licence, "),
+        ("{licences: [apache-2.0]}", {}, "'shapes' is registered without a licence, "),
         ("{licences: []}", {"licence": "apache-2.0"}, "policy.licences allows none"),
         ("{purposes: [web]}", {"purposes": ("web", "print")}, None),
         ("{purposes: [web, print]}", {"purposes": ("web",)}, "'shapes' is not approved for print, "),

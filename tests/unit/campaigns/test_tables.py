@@ -70,7 +70,7 @@ def test_a_ragged_row_is_named_and_the_others_go_on() -> None:
 def test_keys_tell_rows_and_must_be_unique() -> None:
     found, wrong = rows("sku,a\nA,1\nB,1\nA,2\n,3\n", key="sku")
     assert [row.key for row in found] == ["A", "B"]
-    assert wrong == ["t.csv:4: the key 'A' was there before; keys must be unique", "t.csv:5: the key is empty"]
+    assert wrong == ["t.csv:4: the key 'A' is used twice; keys must be unique", "t.csv:5: the key is empty"]
 
 
 def test_without_a_key_a_row_is_known_by_its_content_wherever_it_stands() -> None:
@@ -113,9 +113,9 @@ def test_a_title_becomes_a_variable(title: str, name: str) -> None:
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
-        ('a\n"x" y\n', "t.csv:2: is no table row"),
-        ('a\n"x\n', "t.csv:2: is no table row"),
-        (f"a\n{'x' * 100_001}\n", "t.csv:2: is no table row: field larger than field limit"),
+        ('a\n"x" y\n', "t.csv:2: is not a table row"),
+        ('a\n"x\n', "t.csv:2: is not a table row"),
+        (f"a\n{'x' * 100_001}\n", "t.csv:2: is not a table row: field larger than field limit"),
     ],
 )
 def test_a_file_that_stops_being_a_table_is_refused_at_that_line(text: str, expected: str) -> None:
@@ -125,7 +125,7 @@ def test_a_file_that_stops_being_a_table_is_refused_at_that_line(text: str, expe
 
 
 def test_another_kind_of_file_is_no_table() -> None:
-    with pytest.raises(CampaignError, match=r"t\.xlsx: is no table"):
+    with pytest.raises(CampaignError, match=r"t\.xlsx: is not a table"):
         rows("a\n1\n", name="t.xlsx")
 
 
@@ -155,14 +155,17 @@ def test_a_row_stays_the_same_row_when_its_table_is_saved_as_another_kind() -> N
 @pytest.mark.parametrize(
     ("line", "why"),
     [
-        ('{"a": [1]}', "'a' holds a list, no single value"),
-        ('{"a": {"b": 1}}', "'a' holds an object, no single value"),
+        ('{"a": [1]}', "'a' holds a list, not a single value"),
+        ('{"a": {"b": 1}}', "'a' holds an object, not a single value"),
         ('{"b": 1}', "has no 'a', which the first line has (null is an empty value)"),
-        ('{"a": 1, "b": 1}', "has 'b', which the first line has not; or name the columns you need in columns:"),
+        (
+            '{"a": 1, "b": 1}',
+            "has 'b', which the first line lacks; add it there, or name the columns you need in columns:",
+        ),
         ('{"a": 1, "a": 2}', "has a key twice"),
-        ('{"a": NaN}', "holds NaN, which is no JSON"),
-        ("[1]", "is no JSON object; write one {...} with names and values on each line"),
-        ('{"a": 1', "is no JSON: Expecting ',' delimiter at column 8"),
+        ('{"a": NaN}', "holds NaN, which is not JSON"),
+        ("[1]", "is not a JSON object; write one {...} with names and values on each line"),
+        ('{"a": 1', "is not JSON: Expecting ',' delimiter at column 8"),
         ("[" * 100_000, "is nested too deeply"),
         ('{"a": "\\u0000"}', "holds the character U+0000"),
         ('{"a": "\\ud800"}', "holds the character U+D800"),
@@ -176,7 +179,7 @@ def test_a_json_line_that_is_no_row_is_named_and_the_others_go_on(line: str, why
 
 
 def test_a_first_json_line_that_is_none_refuses_the_table() -> None:
-    with pytest.raises(CampaignError, match=r"t\.jsonl:1: is no JSON"):
+    with pytest.raises(CampaignError, match=r"t\.jsonl:1: is not JSON"):
         rows("a,b\n1,2\n", name="t.jsonl")
 
 
@@ -213,7 +216,7 @@ def test_only_the_columns_asked_for_are_read_from_parquet(tmp_path: Path) -> Non
     table = Table(path=path, name="t.parquet", columns={"tint": "colour"})
     assert table.titles() == ["tags", "colour"]
     assert [row.values for row in read(table)[0]] == [{"tint": "red"}]
-    with pytest.raises(CampaignError, match=r"t\.parquet: the column 'tags' holds list<.*no single values"):
+    with pytest.raises(CampaignError, match=r"t\.parquet: the column 'tags' holds list<.*not single values"):
         read(Table(path=path, name="t.parquet"))
 
 
@@ -221,7 +224,7 @@ def test_keys_of_a_parquet_table_must_be_unique(tmp_path: Path) -> None:
     path = parquet(tmp_path / "t.parquet", sku=["A", "A", "B", None])
     found, wrong = read(Table(path=path, name="t.parquet", key="sku"))
     assert [row.key for row in found] == ["A", "B"]
-    assert wrong == ["t.parquet:2: the key 'A' was there before; keys must be unique"]
+    assert wrong == ["t.parquet:2: the key 'A' is used twice; keys must be unique"]
 
 
 @pytest.mark.parametrize("data", [b"", b"sku\nA\n", b"PAR1" + bytes(40) + b"PAR1"])
@@ -312,6 +315,6 @@ def test_a_row_that_never_ends_is_refused_and_not_held_in_memory() -> None:
     table = Table(path=Path("rows.csv"), name="rows.csv")
     endless = chain(["a,b\n"], ['"x\n'], repeat('","x\n', 4_000_000))
     mistakes: list[Mistake] = []
-    with pytest.raises(CampaignError, match="is no table row: it is longer than 16,777,216 characters"):
+    with pytest.raises(CampaignError, match="is not a table row: it is longer than 16,777,216 characters"):
         list(read_rows(table, endless, mistakes.append))
     assert not mistakes

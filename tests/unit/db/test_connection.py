@@ -27,13 +27,13 @@ def test_the_file_behind_an_address_is_known(url: str, path: str | None) -> None
 @pytest.mark.parametrize(
     ("url", "fault"),
     [
-        ("nonsense", "is no database URL"),
-        ("postgresql://host:port/queue", "is no database URL"),
+        ("nonsense", "is not a database URL"),
+        ("postgresql://host:port/queue", "is not a database URL"),
         ("mysql://user:hunter2@host/queue", "names the database 'mysql'"),
         ("postgresql+asyncpg://user:hunter2@host/queue", "names the driver 'asyncpg'"),
-        ("sqlite://", "names no SQLite file"),
-        ("sqlite:///:memory:", "names no SQLite file"),
-        ("sqlite:///file:queue.db?uri=true", "names no SQLite file"),
+        ("sqlite://", "does not name a SQLite file"),
+        ("sqlite:///:memory:", "does not name a SQLite file"),
+        ("sqlite:///file:queue.db?uri=true", "does not name a SQLite file"),
     ],
 )
 def test_another_address_is_refused_with_the_fix_and_without_its_password(url: str, fault: str) -> None:

@@ -7,6 +7,9 @@ from pathlib import Path
 import pytest
 
 from sdpipeline.app import services
+from sdpipeline.app.services import Services
+from sdpipeline.db.audit import AuditLog
+from sdpipeline.db.connection import open_database
 from sdpipeline.errors import StorageUnavailableError
 from sdpipeline.orchestration.artifacts import REFRESH_EVERY_S, REFRESHING_SHARE, RunArtifacts, best_effort
 
@@ -18,7 +21,9 @@ class Wall:
         self.now_s = 0.0
         self.put_at: list[float] = []
         self._takes_s = takes_s
-        self._board = RunArtifacts(services.load_settings(home), "spring", clock=lambda: self.now_s)
+        settings = services.load_settings(home)
+        log = AuditLog(open_database(settings.database), actor="test")
+        self._board = RunArtifacts(Services(settings, log.database, log), "spring", clock=lambda: self.now_s)
 
     def look(self, count: int, *, now: bool = False) -> None:
         self._board._refresh("failures", count, self._put, now=now)

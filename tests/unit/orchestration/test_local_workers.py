@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from sdpipeline.orchestration.local_workers import slots, visible_gpus
+from sdpipeline.orchestration.local_workers import slots
 from sdpipeline.settings import Settings
 
 
@@ -37,11 +37,3 @@ def test_more_workers_than_gpus_go_around_them() -> None:
 def test_a_named_device_is_used_as_it_is_named() -> None:
     (only,) = slots(Settings(device="cuda:1"), gpus=["0", "1"], cores=8)
     assert (only.device, dict(only.environment)) == ("cuda:1", {})
-
-
-@pytest.mark.parametrize(("named", "found"), [("0,2", ["0", "2"]), ("", []), ("-1", [])])
-def test_the_environment_decides_which_gpus_are_visible(
-    monkeypatch: pytest.MonkeyPatch, named: str, found: list[str]
-) -> None:
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", named)
-    assert visible_gpus() == found

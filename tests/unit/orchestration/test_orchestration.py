@@ -14,11 +14,11 @@ from prefect.exceptions import TerminationSignal
 from prefect.utilities.engine import _prefect_sigterm_handler
 
 from sdpipeline import orchestration
-from sdpipeline.app.services import WorkerSummary
 from sdpipeline.orchestration import campaign_run, worker_process
 from sdpipeline.orchestration.artifacts import describe
 from sdpipeline.orchestration.local_server import no_proxy_for_loopback
 from sdpipeline.shutdown import Stop
+from sdpipeline.worker.worker import WorkerSummary
 from tests.factories import progress
 
 

@@ -81,5 +81,5 @@ def test_json_is_bounded_by_size_and_depth() -> None:
 
 def test_a_record_that_could_not_be_read_back_is_not_written() -> None:
     record = {"prompt": "a" * untrusted.LARGEST_RECORD}
-    with pytest.raises(RequestRefusedError, match="more than is read back"):
+    with pytest.raises(RequestRefusedError, match="too long to be read back"):
         encode(np.zeros((8, 8, 3), np.uint8), output=OutputFormat(), record=record)

@@ -1,4 +1,4 @@
-"""Worker processes that are killed and frozen again and again, and replaced."""
+"""Local worker processes that are killed and frozen at random, and replaced."""
 
 from __future__ import annotations
 
@@ -30,10 +30,12 @@ DELIVERY_TICK_S = (0.5, 3.5)
 TICK_S = (0.2, 0.8)
 
 
-class Crew:
-    """Workers in ``home``; ``settings`` go to each. ``outages`` says that database and storage may be away when one
-    begins or ends: it leaves then, and is replaced. With ``delivery`` each has a real delivery process, which is killed
-    and frozen alone too."""
+class ChaosWorkers:
+    """Worker processes in ``home`` with random faults; ``settings`` are the environment of each.
+
+    With ``outages``, database and storage may be unavailable when a worker starts or stops; it exits then and is
+    replaced. With ``delivery``, each worker has a real delivery process, which is killed and frozen alone too.
+    """
 
     def __init__(
         self,
@@ -71,29 +73,31 @@ class Crew:
 
     @property
     def fenced(self) -> int:
-        """Finished pictures that the database refused, because their lease was lost meanwhile."""
+        """Number of finished pictures that the database refused because their lease was lost meanwhile."""
         return sum(log.read_text().count("lease_lost") for log in self.home.glob("worker-*.log"))
 
-    def torment(self, seconds: float, *, kill_share: float = 0.5, tick_s: tuple[float, float] | None = None) -> None:
-        """Kill or freeze somebody about twice a second, or less often where a delivery process has to start."""
+    def inject_faults(
+        self, seconds: float, *, kill_share: float = 0.5, tick_s: tuple[float, float] | None = None
+    ) -> None:
+        """Kill or freeze a process about twice a second, or less often if delivery processes have to start."""
         tick_s = tick_s or (DELIVERY_TICK_S if self.delivery else TICK_S)
         ends = time.monotonic() + seconds
         while time.monotonic() < ends:
             time.sleep(self.random.uniform(*tick_s))
-            self._thaw()
+            self._resume_frozen()
             self._replace()
-            standing = [worker for worker in self.workers if worker.is_alive() and worker.pid not in self.frozen]
+            running = [worker for worker in self.workers if worker.is_alive() and worker.pid not in self.frozen]
             kill = self.random.random() < kill_share
             if self.delivery and self.random.random() < DELIVERY_SHARE:
-                self._strike_delivery(kill=kill)
-            elif standing:
-                self._strike(self.random.choice(standing), kill=kill)
+                self._hit_delivery(kill=kill)
+            elif running:
+                self._hit_worker(self.random.choice(running), kill=kill)
         while self.frozen:
             time.sleep(0.05)
-            self._thaw()
+            self._resume_frozen()
 
     def finish(self, database: Database) -> None:
-        """Let whoever is left work to the end."""
+        """Replace dead workers until all jobs are finished."""
         ends = time.monotonic() + PATIENCE_S
         while set(statuses(database)) - set(map(str, TERMINAL)):
             assert time.monotonic() < ends, f"{Counter(statuses(database))} {self.crashes}"
@@ -102,7 +106,7 @@ class Crew:
         self.stop()
 
     def stop(self) -> None:
-        """End all, frozen ones too."""
+        """Stop all workers, including frozen ones."""
         for pid in self.frozen:
             _send(pid, signal.SIGCONT)
         for worker in self.workers:
@@ -115,7 +119,7 @@ class Crew:
         return worker_process.start(self.environment, fencing=self.fencing, delivery=self.delivery)
 
     def delivery_processes(self) -> list[psutil.Process]:
-        """Those of this crew that exist, whoever started them and whether that still lives."""
+        """Return the delivery processes of this home, including those that outlived their worker."""
         found = []
         for process in psutil.process_iter(["cmdline", "status"]):
             if SERVER in (process.info["cmdline"] or ()) and process.info["status"] != psutil.STATUS_ZOMBIE:
@@ -123,18 +127,18 @@ class Crew:
                     found += [process] if process.environ().get("SDP_HOME") == str(self.home) else []
         return found
 
-    def left(self) -> list[int]:
-        """Delivery processes that outlived their workers; the last ones get a moment to be gone."""
+    def surviving_delivery_processes(self) -> list[int]:
+        """Return the delivery processes that outlived their workers, after a short wait."""
         ends = time.monotonic() + LAST_WORDS_S + 1.0
         while (found := self.delivery_processes()) and time.monotonic() < ends:
             time.sleep(0.1)
         return [process.pid for process in found]
 
-    def _strike_delivery(self, *, kill: bool) -> None:
-        standing = [process for process in self.delivery_processes() if process.pid not in self.frozen]
-        if not standing:
+    def _hit_delivery(self, *, kill: bool) -> None:
+        running = [process for process in self.delivery_processes() if process.pid not in self.frozen]
+        if not running:
             return
-        victim = self.random.choice(standing).pid
+        victim = self.random.choice(running).pid
         if not _send(victim, signal.SIGKILL if kill else signal.SIGSTOP):
             return
         if kill:
@@ -144,7 +148,7 @@ class Crew:
             # Some are replaced before that, the others go on and are fenced.
             self.frozen[victim] = time.monotonic() + self.random.uniform(1.3 * LEASE_TTL_S, 2 * LEAST_SILENCE_S)
 
-    def _strike(self, victim: ForkServerProcess, *, kill: bool) -> None:
+    def _hit_worker(self, victim: ForkServerProcess, *, kill: bool) -> None:
         assert victim.pid is not None
         if not _send(victim.pid, signal.SIGKILL if kill else signal.SIGSTOP):
             return
@@ -155,17 +159,17 @@ class Crew:
             self.freezes += 1
             self.frozen[victim.pid] = time.monotonic() + LEASE_TTL_S * self.random.uniform(1.3, 2.0)
 
-    def _thaw(self) -> None:
+    def _resume_frozen(self) -> None:
         for pid, until in list(self.frozen.items()):
             if time.monotonic() >= until:
                 _send(pid, signal.SIGCONT)
                 del self.frozen[pid]
 
     def _replace(self) -> None:
-        for place, worker in enumerate(self.workers):
+        for n, worker in enumerate(self.workers):
             if not worker.is_alive():
                 self._note(worker)
-                self.workers[place] = self._start()
+                self.workers[n] = self._start()
 
     def _note(self, worker: ForkServerProcess) -> None:
         if worker.exitcode not in self.good_ends:
@@ -174,7 +178,7 @@ class Crew:
 
 
 def _send(pid: int, sent: signal.Signals) -> bool:
-    """False for a process that has just ended by itself."""
+    """Send a signal; return False if the process has just ended by itself."""
     try:
         os.kill(pid, sent)
     except ProcessLookupError:

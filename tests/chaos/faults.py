@@ -1,5 +1,4 @@
-"""What befalls servers while workers die: requests that fail, outages that come again and again, and work that
-keeps arriving."""
+"""Faults and load while workers die: failing requests, repeated outages, new campaigns and operators' actions."""
 
 from __future__ import annotations
 
@@ -17,13 +16,13 @@ from sdpipeline.db.audit import AuditLog
 from sdpipeline.db.tables import campaign, job
 from sdpipeline.domain import TERMINAL
 from sdpipeline.errors import DatabaseUnavailableError
-from tests.chaos.crew import MAX_ATTEMPTS
+from tests.chaos.local_workers import MAX_ATTEMPTS
 from tests.factories import chains, published
 from tests.integration.conftest import CREDENTIALS, Bucket
 from tests.integration.fault_proxy import Choose, Fault, FaultProxy
 
-UNLUCKY = ("failed", "blocked", "skipped", "cancelled")
-PASSING = (
+UNSUCCESSFUL = ("failed", "blocked", "skipped", "cancelled")
+TRANSIENT = (
     Fault.SLOW_DOWN,
     Fault.INTERNAL_ERROR,
     Fault.CONFLICT,
@@ -31,16 +30,16 @@ PASSING = (
     Fault.LOST_REPLY,
     Fault.CUT_BODY,
 )
-"""Every fault but the endless stall, which would hold a worker up for half a minute."""
+"""All faults except the endless stall, which would block a worker for half a minute."""
 
 
-def at_random(chance: random.Random, share: float) -> Choose:
-    """One of so many requests fails, in any of these ways."""
-    return lambda _method, _path: chance.choice(PASSING) if chance.random() < share else None
+def random_faults(chance: random.Random, share: float) -> Choose:
+    """Let this share of all requests fail with a random transient fault."""
+    return lambda _method, _path: chance.choice(TRANSIENT) if chance.random() < share else None
 
 
 def s3_settings(bucket: Bucket, proxy: FaultProxy) -> dict[str, str]:
-    """What a worker needs to use a bucket through the proxy."""
+    """Return the settings of a worker that uses a bucket through the proxy."""
     nowhere = dict.fromkeys(("AWS_CONFIG_FILE", "AWS_SHARED_CREDENTIALS_FILE"), "/dev/null")
     return {
         "SDP_STORAGE_URL": f"s3://{bucket.name}",
@@ -51,8 +50,8 @@ def s3_settings(bucket: Bucket, proxy: FaultProxy) -> dict[str, str]:
 
 
 @contextmanager
-def recurring(act: Callable[[], None], chance: random.Random, pause_s: tuple[float, float]) -> Iterator[list[int]]:
-    """Do something again and again beside the block, and to its end; yields the count, as a list of one."""
+def repeatedly(act: Callable[[], None], chance: random.Random, pause_s: tuple[float, float]) -> Iterator[list[int]]:
+    """Call ``act`` repeatedly in a thread until the block ends; yields the count, as a list of one."""
     over, count = threading.Event(), [0]
 
     def repeat() -> None:
@@ -69,8 +68,8 @@ def recurring(act: Callable[[], None], chance: random.Random, pause_s: tuple[flo
         running.result()
 
 
-def supply(audit: AuditLog, *, chains_at_once: int) -> Callable[[], None]:
-    """Submit another campaign when little is left to do; each second one asks for the pictures of the one before."""
+def submit_more(audit: AuditLog, *, chains_at_once: int) -> Callable[[], None]:
+    """Submit another campaign if few jobs are left; every second one requests the pictures of the one before."""
     numbers = itertools.count()
 
     def submit() -> None:
@@ -84,7 +83,7 @@ def supply(audit: AuditLog, *, chains_at_once: int) -> Callable[[], None]:
     return submit
 
 
-def people(audit: AuditLog, chance: random.Random, *, chains_at_once: int) -> Callable[[], None]:
+def operator_actions(audit: AuditLog, chance: random.Random, *, chains_at_once: int) -> Callable[[], None]:
     """Cancel, retry, change, prune, pause or resume a campaign, while workers lease its jobs."""
 
     def resubmit(name: str, count: int, *, prune: bool) -> None:
@@ -106,7 +105,7 @@ def people(audit: AuditLog, chance: random.Random, *, chains_at_once: int) -> Ca
                 if what == "cancel":
                     job_control.cancel(tx, campaign_id=campaign_id)
                 elif what == "retry":
-                    job_control.retry(tx, campaign_id=campaign_id, statuses=UNLUCKY)
+                    job_control.retry(tx, campaign_id=campaign_id, statuses=UNSUCCESSFUL)
                 else:
                     status = "paused" if what == "pause" else "active"
                     job_control.set_campaign_status(tx, campaign_id=campaign_id, status=status)
@@ -115,11 +114,11 @@ def people(audit: AuditLog, chance: random.Random, *, chains_at_once: int) -> Ca
 
 
 def reopen_all(audit: AuditLog) -> None:
-    """Resume every campaign, and retry whatever did not succeed: nothing in these campaigns can fail by itself."""
+    """Resume every campaign and retry all unsuccessful jobs: no job of these campaigns can fail by itself."""
     for campaign_id, _ in _campaigns(audit):
         with audit.transaction() as tx:
             job_control.set_campaign_status(tx, campaign_id=campaign_id, status="active")
-            job_control.retry(tx, campaign_id=campaign_id, statuses=UNLUCKY)
+            job_control.retry(tx, campaign_id=campaign_id, statuses=UNSUCCESSFUL)
 
 
 def _campaigns(audit: AuditLog) -> list[tuple[int, str]]:

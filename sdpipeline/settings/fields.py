@@ -1,35 +1,20 @@
-"""Settings with prefix ``SDP_``, nested with ``__``, from the environment, ``.env`` and ``sdpipeline.toml``."""
+"""Settings with their types, defaults and checks."""
 
 from __future__ import annotations
 
-import difflib
-import json
 import os
 import re
-import tomllib
-from dataclasses import dataclass, field
-from io import StringIO
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal
 from urllib.parse import quote, urlsplit
 
-from dotenv import dotenv_values
-from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, ValidationInfo, field_validator
-from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, TomlConfigSettingsSource
-from pydantic_settings.exceptions import SettingsError as UnreadableValueError
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationInfo, field_validator
+from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
 from sdpipeline.errors import PERCENT_ENCODE, Mistake, SettingsError
+from sdpipeline.settings.sources import PREFIX, NearestToml, fields_by_name
 
-if TYPE_CHECKING:
-    from pydantic.fields import FieldInfo
-
-PREFIX = "SDP_"
-TEST_PREFIX = "SDP_TEST_"
-TOML_NAME = "sdpipeline.toml"
 DEFAULT_HOME = Path("sdp-home")
-LARGEST_SETTINGS_FILE = 2**20
-
-
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
@@ -88,9 +73,6 @@ class EngineSettings(_Section):
     offload_text_encoders: Literal["auto", "always", "never"] = Field(
         "auto",
         description="whether text encoders leave the device when prompts are encoded; `auto`: once memory is short",
-    )
-    encode_ahead: bool = Field(
-        default=False, description="encode the next batch's prompts while this one is made, on the same device"
     )
     compile: bool = Field(default=False, description="compile what networks repeat, for `fast` and `turbo` pictures")
     channels_last: bool = Field(
@@ -282,7 +264,7 @@ class Settings(BaseSettings):
         file_secret_settings: PydanticBaseSettingsSource,  # noqa: ARG003 -- the signature is pydantic's
     ) -> tuple[PydanticBaseSettingsSource, ...]:
         """Read the command line, the environment, ``.env``, then the nearest ``sdpipeline.toml``."""
-        return init_settings, env_settings, dotenv_settings, _TomlSource(settings_cls)
+        return init_settings, env_settings, dotenv_settings, NearestToml(settings_cls)
 
     @field_validator("database_url")
     @classmethod
@@ -348,21 +330,6 @@ def embedded_storage(home: Path) -> str:
     return (home.expanduser().resolve() / "storage").as_uri()
 
 
-def load(*, home: Path | None = None) -> Settings:
-    """Read all sources; raises SettingsError naming every wrong or unknown setting at once."""
-    found = _written(Path.cwd())
-    mistakes = _unknown(found)
-    try:
-        settings = Settings() if home is None else Settings(home=home)
-    except ValidationError as error:
-        raise SettingsError(*mistakes, *_mistakes(error, found)) from error
-    except UnreadableValueError as error:
-        raise SettingsError(*mistakes, *(_not_json(found) or [Mistake(message=str(error))])) from error
-    if mistakes:
-        raise SettingsError(*mistakes)
-    return settings.model_copy(update={"home": settings.home.resolve()})
-
-
 def _is_database_url(url: str) -> bool:
     try:
         port = urlsplit(url).port
@@ -374,218 +341,12 @@ def _is_database_url(url: str) -> bool:
     return port != 0 and url.count("@") < 2 and re.match(r"postgresql(\+\w+)?://", url) is not None
 
 
-def find_toml(start: Path) -> Path | None:
-    """Return the nearest ``sdpipeline.toml``, walking up from ``start``."""
-    return next((p / TOML_NAME for p in (start, *start.parents) if (p / TOML_NAME).is_file()), None)
-
-
 def setting_names() -> dict[str, tuple[str, Any]]:
     """Return every ``SDP_`` name with its description and default, for the README, ``init`` and suggestions."""
-    return {name: (info.description or "", default) for name, (info, default) in _fields(Settings, PREFIX).items()}
+    return {name: (info.description or "", default) for name, (info, default) in fields_by_name(Settings).items()}
 
 
-class _TomlSource(TomlConfigSettingsSource):
-    """Settings source of the nearest ``sdpipeline.toml``.
-
-    A path in it is relative to the file, which may lie far above the working folder.
-    """
-
-    def __init__(self, settings_cls: type[BaseSettings]) -> None:
-        self._path = find_toml(Path.cwd())
-        super().__init__(settings_cls, toml_file=self._path)
-
-    def __call__(self) -> dict[str, Any]:
-        document = super().__call__()
-        if self._path is not None:
-            for name, (info, _) in _fields(Settings, PREFIX).items():
-                if Path in (info.annotation, *get_args(info.annotation)):
-                    _rebase(document, name.removeprefix(PREFIX).lower().split("__"), self._path.parent)
-        return document
-
-
-def _rebase(document: dict[str, Any], keys: list[str], folder: Path) -> None:
-    *outer, last = keys
-    for key in outer:
-        inner = document.get(key)
-        if not isinstance(inner, dict):
-            return
-        document = inner
-    if isinstance(document.get(last), str):
-        document[last] = folder / Path(document[last]).expanduser()
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Written:
-    """Setting as a user wrote it: its location, its spelling and the ``SDP_`` name that it stands for."""
-
-    file: str
-    line: int | None
-    written: str
-    name: str
-    value: str | None = field(default=None, repr=False)
-
-
-def _written(cwd: Path) -> list[_Written]:
-    """Return every ``SDP_`` name in force, the strongest source first."""
-    found = [
-        _Written(file="the environment", line=None, written=name, name=name.upper(), value=value)
-        for name, value in os.environ.items()
-    ]
-    found += _in_dotenv(cwd / ".env")
-    found = [each for each in found if each.name.startswith(PREFIX) and not each.name.startswith(TEST_PREFIX)]
-    path = find_toml(cwd)
-    return found + (_in_toml(path) if path else [])
-
-
-def _in_dotenv(path: Path) -> list[_Written]:
-    if not path.is_file():
-        return []
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise SettingsError(Mistake(file=".env", message=f"cannot be read: {error}")) from error
-    lines = {}
-    for n, line in enumerate(text.splitlines(), 1):
-        lines[line.partition("=")[0].strip().removeprefix("export ").strip().strip("'\"")] = n
-    values = dotenv_values(stream=StringIO(text))
-    return [
-        _Written(file=".env", line=lines.get(name), written=name, name=name.upper(), value=value)
-        for name, value in values.items()
-    ]
-
-
-def _in_toml(path: Path) -> list[_Written]:
-    try:
-        text = path.read_text(encoding="utf-8")
-        if len(text) > LARGEST_SETTINGS_FILE:
-            raise SettingsError(Mistake(file=str(path), message="is larger than 1 MiB, which no settings file is"))
-        document = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
-        place = re.search(r" \(at line (\d+), column (\d+)\)", str(error))
-        line, column = (int(place[1]), int(place[2])) if place else (None, None)
-        message = f"is not TOML: {str(error)[: place.start()] if place else error}"
-        raise SettingsError(Mistake(file=str(path), line=line, column=column, message=message)) from error
-    except (RecursionError, MemoryError) as error:
-        raise SettingsError(Mistake(file=str(path), message="is not TOML: it is nested too deeply")) from error
-    except (OSError, UnicodeDecodeError) as error:
-        raise SettingsError(Mistake(file=str(path), message=f"cannot be read: {error}")) from error
-    lines = _toml_lines(text)
-    found = []
-    for key in _toml_keys(document):
-        line = next((lines[key[:n]] for n in range(len(key), 0, -1) if key[:n] in lines), None)
-        name = PREFIX + "__".join(key).upper()
-        found.append(_Written(file=str(path), line=line, written=".".join(key), name=name))
-    return found
-
-
-def _toml_lines(text: str) -> dict[tuple[str, ...], int]:
-    """Return the line of each key of a valid TOML text; a key inside a value has the value's line."""
-    lines: dict[tuple[str, ...], int] = {}
-    table: tuple[str, ...] = ()
-    for n, line in enumerate(text.splitlines(), 1):
-        if heading := re.match(r"\s*\[+\s*([^\]]+?)\s*\]", line):
-            table = _dotted_key(heading[1])
-            lines.setdefault(table, n)
-        elif "=" in line:
-            lines.setdefault((*table, *_dotted_key(line.partition("=")[0])), n)
-    return lines
-
-
-def _dotted_key(text: str) -> tuple[str, ...]:
-    return tuple(part.strip().strip("'\"") for part in text.split("."))
-
-
-def _toml_keys(document: dict[str, Any], prefix: tuple[str, ...] = ()) -> list[tuple[str, ...]]:
-    keys: list[tuple[str, ...]] = []
-    for name, value in document.items():
-        keys += _toml_keys(value, (*prefix, name)) if isinstance(value, dict) and value else [(*prefix, name)]
-    return keys
-
-
-def _unknown(found: list[_Written]) -> list[Mistake]:
-    """Return mistakes for unknown names, with the nearest known name in the same notation."""
-    known = setting_names()
-    tables = {name for name, (_, default) in known.items() if isinstance(default, dict)}
-    mistakes = []
-    for each in found:
-        if each.name in known or each.name in _sections() or any(each.name.startswith(f"{t}__") for t in tables):
-            continue
-        in_toml = not each.written.upper().startswith(PREFIX)
-        names = {name: name.removeprefix(PREFIX).lower().replace("__", ".") if in_toml else name for name in known}
-        fix = _nearest(each.written if in_toml else each.name, list(names.values()))
-        mistakes.append(Mistake(file=each.file, line=each.line, key=each.written, message="no such setting", fix=fix))
-    return mistakes
-
-
-def _fields(model: type[BaseModel], prefix: str) -> dict[str, tuple[FieldInfo, Any]]:
-    """Return every setting's field and default by its ``SDP_`` name."""
-    found: dict[str, tuple[FieldInfo, Any]] = {}
-    for name, info in model.model_fields.items():
-        default = info.get_default(call_default_factory=True)
-        if isinstance(default, BaseModel):
-            found |= _fields(type(default), f"{prefix}{name.upper()}__")
-        else:
-            found[f"{prefix}{name.upper()}"] = (info, default)
-    return found
-
-
-def _sections() -> set[str]:
+def section_names() -> set[str]:
+    """Return the ``SDP_`` names of the sections."""
     fields = Settings.model_fields.items()
     return {PREFIX + n.upper() for n, f in fields if isinstance(f.get_default(call_default_factory=True), BaseModel)}
-
-
-def _nearest(name: str, known: list[str]) -> str:
-    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    return f"did you mean {close[0]}?" if close else "see docs/reference/settings.md"
-
-
-def _not_json(found: list[_Written]) -> list[Mistake]:
-    """Return mistakes for lists and tables that a variable does not hold as JSON."""
-    known = setting_names()
-    examples = {name: '["/data"]' if isinstance(known[name][1], list) else '{"team": "web"}' for name in known}
-    lists = {name for name, (_, default) in known.items() if isinstance(default, list | dict)} | _sections()
-    mistakes = []
-    for each in found:
-        if each.name in lists and each.value is not None:
-            try:
-                json.loads(each.value)
-            except (ValueError, RecursionError):
-                fix = f"write {examples.get(each.name, '{...}')}"
-                mistakes.append(
-                    Mistake(file=each.file, line=each.line, key=each.written, message="is not JSON", fix=fix)
-                )
-    return mistakes
-
-
-def _mistakes(error: ValidationError, found: list[_Written]) -> list[Mistake]:
-    names = {each.name for each in found}
-    faults = [(fault, PREFIX + "__".join(str(part).upper() for part in fault["loc"])) for fault in error.errors()]
-    # Unknown names were reported before; those inside a JSON value were not.
-    return [
-        _mistake(fault, name, found)
-        for fault, name in faults
-        if fault["type"] != "extra_forbidden" or name not in names
-    ]
-
-
-def _mistake(fault: Any, name: str, found: list[_Written]) -> Mistake:
-    """Return the mistake for a wrong value at its location; a secret's value is not shown."""
-    full = name
-    while name not in setting_names() and "__" in name and name not in _sections():
-        name = name.rpartition("__")[0]
-    place = next((each for each in found if each.name == name or name.startswith(f"{each.name}__")), None)
-    known = _fields(Settings, PREFIX).get(name)
-    secret = known is not None and SecretStr in (known[0].annotation, *get_args(known[0].annotation))
-    message = str(fault["msg"]).removeprefix("Value error, ")
-    if fault["type"] == "extra_forbidden":
-        message = f"no such setting: {full}"
-    elif str(fault["type"]).startswith("model_"):
-        message = (
-            f"holds settings, as in {name}__{next(n for n in setting_names() if n.startswith(name)).split('__')[1]}"
-        )
-    elif not secret and isinstance(fault["input"], str | int | float):
-        given = re.sub(r"//.*@", "//", str(fault["input"]), flags=re.DOTALL)
-        message = f"found {given[:60]!r}: {message[0].lower()}{message[1:]}"
-    if place is None:
-        return Mistake(key=name, message=message)
-    return Mistake(file=place.file, line=place.line, key=place.written, message=message)
