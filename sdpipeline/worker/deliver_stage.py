@@ -68,7 +68,7 @@ class DeliverStage:
         """Deliver one picture; repeat the call until no outage interrupts it."""
         deliver = partial(self.deliverer.deliver, request)
         try:
-            self.outages.wait_for_database(partial(self.outages.wait_for_services, work.lease, deliver))
+            self.outages.wait_for_services(work.lease, partial(self.outages.wait_for_database, deliver))
         except LeaseLostError:
             self.outcomes.log_lost(request.leased)
             return Delivery()

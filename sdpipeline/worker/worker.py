@@ -9,10 +9,9 @@ from dataclasses import dataclass, field
 
 import structlog
 
-from sdpipeline.db import leasing
 from sdpipeline.db import queue as jobs
 from sdpipeline.db.audit import AuditLog
-from sdpipeline.db.leasing import AgingPolicy
+from sdpipeline.db.leasing import AgingPolicy, Cursor
 from sdpipeline.domain import CheckpointRef
 from sdpipeline.engine import Engine
 from sdpipeline.errors import DatabaseUnavailableError
@@ -157,26 +156,6 @@ class WorkerRun:
             outcomes=self.outcomes,
         )
         self.deliverers = ThreadPoolExecutor(limits.deliverers, thread_name_prefix="sdp-deliver")
-        self.fetch = FetchStage(
-            audit=worker.audit,
-            worker_id=worker.worker_id,
-            store=worker.store,
-            foreign=worker.foreign,
-            signing=worker.signing,
-            engine=worker.engine,
-            limits=limits,
-            cursor=leasing.Cursor(worker.aging),
-            campaign_id=campaign_id,
-            until_idle=until_idle,
-            prefetch_weights=worker.prefetch_weights,
-            breaker=worker.breaker,
-            heartbeat=self.heartbeat,
-            outages=self.outages,
-            outcomes=self.outcomes,
-            reuse=self.reuse,
-            held=self.held,
-            end=end,
-        )
         self.deliver = DeliverStage(
             deliverer=deliverer,
             pool=self.deliverers,
@@ -185,22 +164,8 @@ class WorkerRun:
             reuse=self.reuse,
             held=self.held,
         )
-        self.generate = GenerateStage(
-            engine=worker.engine,
-            database=database,
-            lease_ttl_s=limits.lease_ttl_s,
-            aging=worker.aging,
-            timings=worker.timings,
-            watchdog=self.watchdog,
-            breaker=worker.breaker,
-            heartbeat=self.heartbeat,
-            outages=self.outages,
-            outcomes=self.outcomes,
-            reuse=self.reuse,
-            deliver=self.deliver,
-            held=self.held,
-            end=end,
-        )
+        self.fetch = self._fetch_stage(campaign_id=campaign_id, until_idle=until_idle)
+        self.generate = self._generate_stage()
 
     def execute(self) -> WorkerSummary:
         """Run all stages to their end; raise the first error of any stage."""
@@ -265,6 +230,48 @@ class WorkerRun:
         if lease is not None:
             allowed_s = self.worker.timings.allowed_s(lease.group_id)
             forced_exit.leave_hung(self.worker.audit, self.worker.worker_id, lease, allowed_s=allowed_s)
+
+    def _fetch_stage(self, *, campaign_id: int | None, until_idle: bool) -> FetchStage:
+        worker = self.worker
+        return FetchStage(
+            audit=worker.audit,
+            worker_id=worker.worker_id,
+            store=worker.store,
+            foreign=worker.foreign,
+            signing=worker.signing,
+            engine=worker.engine,
+            limits=worker.limits,
+            cursor=Cursor(worker.aging),
+            campaign_id=campaign_id,
+            until_idle=until_idle,
+            prefetch_weights=worker.prefetch_weights,
+            breaker=worker.breaker,
+            heartbeat=self.heartbeat,
+            outages=self.outages,
+            outcomes=self.outcomes,
+            reuse=self.reuse,
+            held=self.held,
+            end=self.end,
+        )
+
+    def _generate_stage(self) -> GenerateStage:
+        worker = self.worker
+        return GenerateStage(
+            engine=worker.engine,
+            database=worker.audit.database,
+            lease_ttl_s=worker.limits.lease_ttl_s,
+            aging=worker.aging,
+            timings=worker.timings,
+            watchdog=self.watchdog,
+            breaker=worker.breaker,
+            heartbeat=self.heartbeat,
+            outages=self.outages,
+            outcomes=self.outcomes,
+            reuse=self.reuse,
+            deliver=self.deliver,
+            held=self.held,
+            end=self.end,
+        )
 
 
 def _raise_first_error(*stages: Future[None]) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from sdpipeline.db import queries, workers
 from sdpipeline.db.audit import AuditLog, Transaction
 from sdpipeline.db.connection import Database
 from sdpipeline.engine import Batch, GeneratedImage, PreparedRequest
@@ -20,6 +21,7 @@ from sdpipeline.storage import LocalStore
 from sdpipeline.worker.delivery import LocalDeliverer
 from sdpipeline.worker.finished_picture import Attempt, DeliveryRequest
 from sdpipeline.worker.inputs import Consumed
+from sdpipeline.worker.worker import Worker, WorkerLimits
 from tests.factories import chains, expired, leased, published, signing_key, statuses
 from tests.integration.databases import on_sqlite
 
@@ -125,3 +127,19 @@ def test_only_so_many_interrupted_deliveries_are_kept(audit: AuditLog, tmp_path:
             deliverer.deliver(each)
     first, _, last = (key for key in store.puts if key.endswith(".png"))
     assert first != last  # encoded again
+
+
+def test_a_worker_clears_its_note_after_an_outage_of_storage_that_an_outage_of_the_database_followed(
+    audit: AuditLog, database: Database, tmp_path: Path
+) -> None:
+    published(audit, chains(1))
+    with audit.transaction() as tx:
+        workers.register(tx, worker_id="worker-1", host="here", pid=1, device="cpu", description={})
+    store, limits = FailingStore(tmp_path, failures=1), WorkerLimits(max_batch=1, lease_ttl_s=60.0, max_pixels=10**7)
+    deliverer = LocalDeliverer(store, signing_key(), FailingAudit(database, commits=False))
+    worker = Worker("worker-1", audit, store, FakeEngine(), limits, signing_key(), deliverer=deliverer)
+    assert worker.run().succeeded == 1
+    with database.read() as connection:
+        (described,) = queries.live_workers(connection)
+    assert described["note"] is None
+    assert len(list(store.list())) == 2
