@@ -79,7 +79,7 @@ def test_an_interrupted_delivery_goes_on_with_the_same_bytes(
     audit: AuditLog, database: Database, tmp_path: Path
 ) -> None:
     published(audit, chains(1))
-    store = FailingStore(tmp_path, failures=2)
+    store = FailingStore(tmp_path / "storage", failures=2)
     deliverer, request = LocalDeliverer(store, signing_key(), audit), one_picture(audit)
     for _ in range(2):
         with pytest.raises(StorageUnavailableError):
@@ -94,7 +94,7 @@ def test_a_stored_picture_is_recorded_once_and_not_stored_again_after_an_outage_
     audit: AuditLog, database: Database, tmp_path: Path, *, commits: bool
 ) -> None:
     published(audit, chains(1))
-    store, request = FailingStore(tmp_path, failures=0), one_picture(audit)
+    store, request = FailingStore(tmp_path / "storage", failures=0), one_picture(audit)
     deliverer = LocalDeliverer(store, signing_key(), FailingAudit(database, commits=commits))
     with pytest.raises(DatabaseUnavailableError):
         deliverer.deliver(request)
@@ -106,7 +106,7 @@ def test_a_stored_picture_is_recorded_once_and_not_stored_again_after_an_outage_
 
 def test_a_picture_whose_lease_was_lost_is_not_recorded(audit: AuditLog, database: Database, tmp_path: Path) -> None:
     published(audit, chains(1))
-    deliverer, lease = LocalDeliverer(LocalStore(tmp_path), signing_key(), audit), leased(audit)
+    deliverer, lease = LocalDeliverer(LocalStore(tmp_path / "storage"), signing_key(), audit), leased(audit)
     request = picture_of(lease)
     expired(audit, lease)
     with pytest.raises(LeaseLostError):
@@ -119,7 +119,7 @@ def test_a_picture_whose_lease_was_lost_is_not_recorded(audit: AuditLog, databas
 
 def test_only_so_many_interrupted_deliveries_are_kept(audit: AuditLog, tmp_path: Path) -> None:
     published(audit, chains(1))
-    store, request = FailingStore(tmp_path, failures=3), one_picture(audit)
+    store, request = FailingStore(tmp_path / "storage", failures=3), one_picture(audit)
     deliverer = LocalDeliverer(store, signing_key(), audit, most_kept=1)
     other = replace(request, attempt=replace(request.attempt, lease_id="another lease"))
     for each in (request, other, request):
@@ -135,7 +135,10 @@ def test_a_worker_clears_its_note_after_an_outage_of_storage_that_an_outage_of_t
     published(audit, chains(1))
     with audit.transaction() as tx:
         workers.register(tx, worker_id="worker-1", host="here", pid=1, device="cpu", description={})
-    store, limits = FailingStore(tmp_path, failures=1), WorkerLimits(max_batch=1, lease_ttl_s=60.0, max_pixels=10**7)
+    store, limits = (
+        FailingStore(tmp_path / "storage", failures=1),
+        WorkerLimits(max_batch=1, lease_ttl_s=60.0, max_pixels=10**7),
+    )
     deliverer = LocalDeliverer(store, signing_key(), FailingAudit(database, commits=False))
     worker = Worker("worker-1", audit, store, FakeEngine(), limits, signing_key(), deliverer=deliverer)
     assert worker.run().succeeded == 1
