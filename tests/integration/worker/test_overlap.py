@@ -22,7 +22,7 @@ from sdpipeline.storage import LocalStore
 from sdpipeline.worker.worker import Worker, WorkerLimits
 from tests.factories import CHECKPOINT, chains, published, signing_key, statuses
 from tests.integration.databases import on_sqlite
-from tests.integration.test_worker_life import wait_for
+from tests.integration.worker.test_shutdown import wait_for
 
 pytestmark = [on_sqlite, pytest.mark.timeout(60)]
 """What a worker overlaps does not depend on its database."""

@@ -112,7 +112,11 @@ def test_a_record_without_its_prompts_is_valid_too(audit: AuditLog, store: Local
 def test_a_reproduction_of_a_submitted_pictures_edit_has_a_valid_record(audit: AuditLog, store: LocalStore) -> None:
     photograph = provenance.encode(noise(), output=job_spec("a").request.output, record={}).data
     store.put(input_key(hashed(photograph)), photograph, content_type="image/png")
-    edit: dict[str, Any] = {"task": Task.IMAGE_TO_IMAGE, "image": ImageSource(digest=hashed(photograph)), "strength": 0.5}
+    edit: dict[str, Any] = {
+        "task": Task.IMAGE_TO_IMAGE,
+        "image": ImageSource(digest=hashed(photograph)),
+        "strength": 0.5,
+    }
     (sidecar,) = work(audit, store, job_spec("a", **edit))
     SIDECAR.validate(sidecar)
     again = reproduce.reproduce(
@@ -150,8 +154,8 @@ def test_a_key_that_is_not_published_is_found(audit: AuditLog, store: LocalStore
     assert Draft202012Validator(json_schema.sidecar()).is_valid(sidecar | {"mood": "sunny"})
 
 
-def test_records_and_sidecars_of_the_previous_release_are_valid(tmp_path: Path) -> None:
-    with previous_release(tmp_path, f"sqlite:///{tmp_path / 'queue.db'}") as previous:
+def test_records_and_sidecars_of_the_previous_release_are_valid(database_url: str, tmp_path: Path) -> None:
+    with previous_release(tmp_path, database_url) as previous:
         previous.submit(chains=3, bulk=1)
         previous.start_worker()
         storage = previous.home / "storage"
