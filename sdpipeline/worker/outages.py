@@ -104,7 +104,7 @@ class Outages:
     def _retry_service(self, lease: Lease, call: Callable[[], _T], failed: TransientError) -> _T:
         def wait(error: TransientError, delay_s: float) -> None:
             service = next(name for kind, name in SERVICES.items() if isinstance(error, kind))
-            _log.warning(f"{service}_unavailable", error=str(error), retry_in_s=round(delay_s, 1))
+            _log.warning("service_unavailable", service=service, error=str(error), retry_in_s=round(delay_s, 1))
             self._note(f"waits for {service}: {error}")
             self.record_failure(error)
             self._end.pause(delay_s)
