@@ -65,10 +65,11 @@ class Outages:
             noted = noted or self._note_database_outage(error)
             self._end.pause(delay_s)
 
-        answer = retry(call, on=DatabaseUnavailableError, backoff=DATABASE_BACKOFF, wait=wait)
-        if noted:
-            self._remove_note(noted)
-        return answer
+        try:
+            return retry(call, on=DatabaseUnavailableError, backoff=DATABASE_BACKOFF, wait=wait)
+        finally:  # also if the call fails for another reason, such as a lease that expired during the outage
+            if noted:
+                self._remove_note(noted)
 
     def wait_for_services(self, lease: Lease, call: Callable[[], _T]) -> _T:
         """Call until storage, signing and delivery are available; raises LeaseLostError if the lease is lost first."""
