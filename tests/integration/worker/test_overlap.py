@@ -110,10 +110,13 @@ def test_weights_that_the_next_lease_needs_are_foreseen_while_the_device_is_busy
 ) -> None:
     published(audit, (*chains(8), *chains(8, "other", checkpoint=OTHER)))
     foreseen: list[tuple[float, CheckpointRef]] = []
-    engine = Paced(0.5)
-    worker(
-        audit, LocalStore(tmp_path), engine, prefetch_weights=lambda ref: foreseen.append((time.perf_counter(), ref))
-    ).run()
+
+    class Prefetching(Paced):
+        def prefetch_weights(self, ref: CheckpointRef) -> None:
+            foreseen.append((time.perf_counter(), ref))
+
+    engine = Prefetching(0.5)
+    worker(audit, LocalStore(tmp_path), engine).run()
     assert {ref.digest for _, ref in foreseen} == {CHECKPOINT.digest, OTHER.digest}
     assert foreseen[-1][0] < engine.begun[1]
 
