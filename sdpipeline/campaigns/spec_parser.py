@@ -101,7 +101,7 @@ def _in_words(about: list[Any], path: KeyPath, shape: type[BaseModel]) -> tuple[
         return "is missing", "add it"
     fault = about[0]
     if any(fault["loc"][-1:] == ("[key]",) for fault in about):
-        return "is no name for a variable", "a letter or _ first, then letters, digits and _, at most 63"
+        return "is not a valid variable name", "a letter or _ first, then letters, digits and _, at most 63"
     found, expected = shown(fault["input"]), _expected(fault)
     if {"bool_type", "string_type"} <= set(kinds):
         expected = "a text, a number, true or false"

@@ -97,7 +97,7 @@ class StagePlan:
         self.family = families.family(self.files.family)
         cell = self.family.cell(stage.task, controlnets=len(stage.controlnets))
         if cell is None:
-            raise AssertionError(f"{stage.task} was to be refused at load")
+            raise AssertionError(f"{stage.task} should have been refused when the campaign was loaded")
         self._cell = cell
         self._controlnets = [catalog[use.checkpoint] for use in stage.controlnets]
         self._annotators = [catalog.get(use.annotator_checkpoint or "") for use in stage.controlnets]
@@ -174,7 +174,7 @@ class StagePlan:
         resize = self._value("resize", values)
         for place, size in sized.items():
             if size != (width, height) and resize is None:
-                message = f"the picture is {size[0]}x{size[1]}, the stage works at {width}x{height}"
+                message = f"the picture is {size[0]}x{size[1]}, but the stage uses {width}x{height}"
                 fix = f"add resize: ({', '.join(annotators.RESIZE_MODES)}) or change width and height"
                 raise WrongValueError((*self.path, *place), message, fix)
         steps = self._value("num_inference_steps", values, self.family.num_inference_steps)

@@ -192,11 +192,11 @@ def _matters(alias: str, name: str) -> bool:
         return True
     lower = suffix.lower()
     if lower in CODE:
-        raise CheckpointError(f"checkpoint {alias!r} brings code of its own ({name}), which is never run; remove it")
+        raise CheckpointError(f"checkpoint {alias!r} contains code ({name}), which is never executed; remove it")
     if lower in PICKLES:
         raise CheckpointError(
             f"checkpoint {alias!r} holds {name}, but only {WEIGHTS} is loaded: a pickle can run code; "
-            "convert it first if no safetensors is beside it, and remove it"
+            "convert it first if there is no safetensors file, then remove it"
         )
     if lower in MATTERS:
         raise CheckpointError(f"checkpoint {alias!r}: write the suffix of {name} in lower case, or remove the file")

@@ -41,7 +41,7 @@ class Finding:
 
 @dataclass(slots=True)
 class Reconciliation:
-    """Findings of a reconciliation; ``ok`` is True if nothing is left to do."""
+    """Findings of a reconciliation; ``ok`` is True if no work is left."""
 
     repair: bool
     faults: list[Finding] = field(default_factory=list)

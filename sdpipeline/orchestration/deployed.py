@@ -94,7 +94,7 @@ def _start_everything(services: Services) -> State[Any]:
             flow_run_name=name,
             tags=[f"campaign:{name}", f"team:{team}"],
         )
-    return Completed(message=f"started: {', '.join(idle)}" if idle else "nothing is left to do")
+    return Completed(message=f"started: {', '.join(idle)}" if idle else "no work is left")
 
 
 def _has_run(team: str, name: str) -> bool:

@@ -37,7 +37,7 @@ def reconciled(done: Reconciliation) -> State[Any]:
     """Return Failed while a finding is left to be handled."""
     if done.ok:
         return _completed(f"{len(done.faults)} findings, nothing left to do")
-    return _failed("reconcile", done.document()["faults"], "sdpipeline reconcile says what each asks for")
+    return _failed("reconcile", done.document()["faults"], "run sdpipeline reconcile for the action of each finding")
 
 
 def verified(found: Verification) -> State[Any]:

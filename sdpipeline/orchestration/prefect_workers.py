@@ -98,7 +98,7 @@ class PrefectWorkers:
             if self._restarts.exhausted(workers=wanted):
                 why = f": {self._last_words}" if self._last_words else ""
                 count = self._restarts.deaths
-                raise WorkersLostError(f"{count} workers of {self.campaign} ended with no job finished{why}")
+                raise WorkersLostError(f"{count} workers of {self.campaign} ended without finishing a job{why}")
             # Workers that just ended may have finished the jobs leased a moment ago, so one check alone does not count.
             needed = worker_needed(progress, alone=self._deserted and not living)
             self._deserted = not living
@@ -112,7 +112,7 @@ class PrefectWorkers:
 
     def finish(self, timeout_s: float) -> Sequence[WorkerExit]:  # noqa: ARG002 - remote workers end by themselves
         """Cancel the runs that have not started; the others end by themselves."""
-        self._end(lambda run: run.start_time is None, "nothing is left to do")
+        self._end(lambda run: run.start_time is None, "no work is left")
         return ()
 
     def stop(self) -> Sequence[WorkerExit]:
@@ -166,7 +166,7 @@ class PrefectWorkers:
         mine.sort(key=lambda run: (run.start_time is not None, -oldest_first[run.id]))
         for run in mine[:surplus]:
             if run.start_time is None or not patient:
-                _cancel(client, run.id, "fewer jobs are left than this worker is worth")
+                _cancel(client, run.id, "surplus worker: too few jobs are left")
 
     def _end(self, which: Callable[[FlowRun], bool], why: str) -> None:
         from prefect.client.orchestration import get_client

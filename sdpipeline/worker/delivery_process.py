@@ -190,7 +190,7 @@ class DeliveryProcess:
             for _ in range(TRIES - 1):
                 if (stored := self._try(request)) is not None:
                     return stored
-        raise DeliveryLostError(f"the process that delivers pictures died {TRIES} times at this one")
+        raise DeliveryLostError(f"the delivery process died {TRIES} times on this picture")
 
     def close(self) -> None:
         """End the process if it runs, and start no other."""
@@ -217,7 +217,7 @@ class DeliveryProcess:
             self._request_start()
             starting = self._starting
         if starting is None:
-            raise DeliveryUnavailableError("the process that delivers pictures was ended")
+            raise DeliveryUnavailableError("the delivery process was closed")
         return starting.result()
 
     def _request_start(self) -> None:
@@ -271,7 +271,7 @@ class DeliveryProcess:
             server = _spawn(self.connections)
         except OSError as error:
             self._silent_since = None
-            raise DeliveryUnavailableError(f"the process that delivers pictures does not start: {error}") from error
+            raise DeliveryUnavailableError(f"the delivery process does not start: {error}") from error
         with self._changing:
             self._server = server
             if self._closed:
@@ -284,7 +284,7 @@ class DeliveryProcess:
                 self._silent_since = None  # an answer: callers wait as for any other outage
             ended = isinstance(error, _GoneError) and not isinstance(error, _HungError)
             why = f"it ended with {server.process.returncode}" if ended else str(error)
-            raise DeliveryUnavailableError(f"the process that delivers pictures does not start: {why}") from error
+            raise DeliveryUnavailableError(f"the delivery process does not start: {why}") from error
         return server
 
     def _handshake(self, server: _Server) -> None:

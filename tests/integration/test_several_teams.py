@@ -46,5 +46,5 @@ def test_every_team_gets_a_run_of_its_own_at_night(
             told.append(carry_out(services.load_settings(tmp_path / "home"), EVERYTHING).message)
         runs = client.read_flow_runs(flow_run_filter=tagged)
         client.delete_deployment(made)
-    assert told == ["started: twin", "started: twin", "nothing is left to do"]
+    assert told == ["started: twin", "started: twin", "no work is left"]
     assert sorted(tag for run in runs for tag in run.tags if tag.startswith("team:")) == ["team:east", "team:west"]
