@@ -73,7 +73,7 @@ def _home(settings: Settings) -> Iterator[Check]:
         detail = f"{settings.home} contains other files too, so its permissions were not changed"
         yield Check(name="home", ok=False, detail=detail, fix="set SDP_HOME to a separate folder")
         return
-    found = private_files.mend(settings.home)
+    found = private_files.remove_access(settings.home)
     if found.still_open:
         path, why = found.still_open[0]
         detail = f"{len(found.still_open)} files can be read or changed by other users: {path}: {why}"
@@ -81,11 +81,11 @@ def _home(settings: Settings) -> Iterator[Check]:
         yield Check(name="home", ok=False, detail=detail, fix=fix)
     elif found.closed:
         detail = (
-            f"{found.closed} of {found.looked_at} files and folders in {settings.home} were accessible to other users"
+            f"{found.closed} of {found.inspected} files and folders in {settings.home} were accessible to other users"
         )
         yield Check(name="home", ok=True, detail=f"fixed: {detail}; only their owner can read them now")
     else:
-        detail = f"{settings.home} and its {found.looked_at} files are accessible to their owner only"
+        detail = f"{settings.home} and its {found.inspected} files are accessible to their owner only"
         yield Check(name="home", ok=True, detail=detail)
 
 

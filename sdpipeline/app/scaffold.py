@@ -37,10 +37,10 @@ def files() -> dict[str, bytes]:
 def write(folder: Path, *, force: bool = False) -> list[str]:
     """Write all files or none; raises BadInputError naming each file that exists already."""
     wanted = files()
-    there = [name for name in wanted if (folder / name).exists() or (folder / name).is_symlink()]
-    if there and not force:
+    existing = [name for name in wanted if (folder / name).exists() or (folder / name).is_symlink()]
+    if existing and not force:
         fix = "name another folder, or overwrite with --force"
-        raise BadInputError(*(Mistake(message=f"{folder / name} already exists", fix=fix) for name in there))
+        raise BadInputError(*(Mistake(message=f"{folder / name} already exists", fix=fix) for name in existing))
     for name, data in wanted.items():
         path = folder / name
         try:

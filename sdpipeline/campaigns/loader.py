@@ -29,8 +29,8 @@ from sdpipeline.suggestions import nearest, nearest_name
 
 __all__ = ["Campaign", "Catalog", "load"]
 
-MOST_JOBS = 10_000_000
-MOST_JOBS_OF_A_CHAIN = 10_000
+MAX_JOBS = 10_000_000
+MAX_JOBS_OF_A_CHAIN = 10_000
 MAX_PIXELS = 64_000_000
 EDITION = "edition"
 """Variable that every template of a campaign with editions may use."""
@@ -273,15 +273,15 @@ def _check_count(spec: CampaignSpec, axes: Axes, faults: Faults) -> None:
         return
     chain = sum(jobs_of_a_chain(spec).values())
     place: KeyPath = ("stages",)
-    if chain > MOST_JOBS_OF_A_CHAIN:
-        faults.add(place, f"asks for {chain:,} pictures of one row and seed, at most {MOST_JOBS_OF_A_CHAIN:,}")
+    if chain > MAX_JOBS_OF_A_CHAIN:
+        faults.add(place, f"asks for {chain:,} pictures of one row and seed, at most {MAX_JOBS_OF_A_CHAIN:,}")
     roots = seed_count(spec.seeds)
     combinations = axes.combinations() + len(spec.include)
     total = chain * roots * combinations
     place = ("seeds",) if roots > combinations else ("variables",)
-    if total > MOST_JOBS:
+    if total > MAX_JOBS:
         rows = " for each row of its table" if axes.table else ""
-        faults.add(place, f"asks for {total:,} pictures{rows}, at most {MOST_JOBS:,}", "split the campaign")
+        faults.add(place, f"asks for {total:,} pictures{rows}, at most {MAX_JOBS:,}", "split the campaign")
 
 
 def jobs_of_a_chain(spec: CampaignSpec) -> dict[str, int]:

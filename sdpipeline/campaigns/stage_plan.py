@@ -31,7 +31,7 @@ from sdpipeline.suggestions import nearest
 DEFAULT_SIDE = 512
 """Width and height if neither the stage, nor ``defaults:``, nor an input picture gives one."""
 
-MOST_SHAPES = 10_000
+MAX_SHAPES = 10_000
 
 Catalog = Mapping[str, CheckpointFiles]
 """The checkpoints a campaign may name, by alias."""
@@ -127,7 +127,7 @@ class StagePlan:
         shape = self._shapes.get(key)
         if shape is None:
             shape = self._shape(values, sizes, inputs)
-            if len(self._shapes) >= MOST_SHAPES:
+            if len(self._shapes) >= MAX_SHAPES:
                 self._shapes.clear()
             self._shapes[key] = shape
         prompt = self._filled((*self.path, "prompt"), self._prompt, values)

@@ -9,8 +9,8 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 EDITION_NAME = r"^[a-z0-9][a-z0-9-]{0,62}$"
 CAMPAIGN_NAME = r"^[a-z0-9][a-z0-9-]{0,62}$"
-WHAT = ("campaign", "file", "text")
-OF_ONE = ("reopen", "min_workers", "max_workers")
+SOURCES = ("campaign", "file", "text")
+NEEDS_SOURCE = ("reopen", "min_workers", "max_workers")
 
 
 class Reopen(StrEnum):
@@ -54,14 +54,14 @@ class CampaignRequest(BaseModel):
 
     @model_validator(mode="after")
     def _one_of_three(self) -> CampaignRequest:
-        named = [name for name in WHAT if getattr(self, name) is not None]
+        named = [name for name in SOURCES if getattr(self, name) is not None]
         if len(named) > 1:
             raise ValueError(f"give only one of {' and '.join(named)}")
         if self.prune and self.file is None and self.text is None:
             raise ValueError("prune needs file or text: the name of a submitted campaign changes no jobs")
         if self.edition is not None and self.file is None and self.text is None:
             raise ValueError("edition needs file or text: a submitted campaign already has its editions")
-        if not named and (asked := [name for name in OF_ONE if name in self.document()]):
+        if not named and (asked := [name for name in NEEDS_SOURCE if name in self.document()]):
             raise ValueError(f"{' and '.join(asked)}: needs one of campaign, file and text")
         if self.min_workers is not None and self.max_workers is not None and self.min_workers > self.max_workers:
             raise ValueError("min_workers is more than max_workers")

@@ -43,7 +43,7 @@ def copy_picture(
         raise InputImageError(f"{made.key} has no quality scores, but the campaign requires {', '.join(thresholds)}")
     quality.check(made.scores, thresholds)
     data, original_sidecar = verified(store, made.key, made.sha256), _sidecar_of(store, made)
-    if wrong := _unfit(leased, original_sidecar["record"], engine) or _unmarked(data, signing, trust_anchors):
+    if wrong := _unusable(leased, original_sidecar["record"], engine) or _unmarked(data, signing, trust_anchors):
         raise InputImageError(f"{made.key} {wrong}")
     # Jobs of one stage that ask for the same picture share its folder; each has its own copy.
     folder = keys.copy_folder(picture_folder(leased), leased.identity)
@@ -107,7 +107,7 @@ def _unmarked(data: bytes, signing: SigningKey, trust_anchors: str) -> str | Non
     return None
 
 
-def _unfit(leased: LeasedJob, made: Json, engine: str) -> str | None:
+def _unusable(leased: LeasedJob, made: Json, engine: str) -> str | None:
     """Return the reason why a picture with the same fingerprint cannot be reused, or None.
 
     It comes from a load test, was not safety-checked, was not made strictly, or discloses more of its prompts than
@@ -121,6 +121,6 @@ def _unfit(leased: LeasedJob, made: Json, engine: str) -> str | None:
         return f"was not checked by safety checker {', '.join(unseen)}"
     if leased.request.exact and ran.get("reproducibility") != "strict":
         return "was not generated with reproducibility: strict"
-    if provenance.tells_more(provenance.include_prompt(made), disclosure):
+    if provenance.discloses_more(provenance.include_prompt(made), disclosure):
         return f"discloses more of its prompt than provenance.include_prompt: {disclosure} allows"
     return None

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from sdpipeline.campaigns import yaml_source
-from sdpipeline.campaigns.loader import MOST_JOBS, check
+from sdpipeline.campaigns.loader import MAX_JOBS, check
 from sdpipeline.errors import CampaignError
 from tests.factories import CATALOG, campaign_of, checkpoint_files, input_folder, mistakes_of
 
@@ -342,7 +342,7 @@ def test_a_product_of_many_lists_is_refused_before_it_is_expanded() -> None:
     used = " ".join(f"{{{{ v{n} }}}}" for n in range(5))
     text = f"variables:\n{lists}stages:\n  - {{id: a, task: text-to-image, prompt: '{used}'}}\n"
     (found,) = mistakes_of(text)
-    assert f"asks for 10,000,000,000 pictures, at most {MOST_JOBS:,}" in found
+    assert f"asks for 10,000,000,000 pictures, at most {MAX_JOBS:,}" in found
 
 
 @pytest.mark.parametrize("text", ["", "[]", "just words", "7", "- a\n- b"])
