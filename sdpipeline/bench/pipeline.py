@@ -43,7 +43,7 @@ class Plan:
 
 
 @dataclass(slots=True)
-class _Taken:
+class _RoundTimes:
     """Seconds of each round."""
 
     engine: list[float] = field(default_factory=list)
@@ -80,7 +80,7 @@ def measure(
     plain = open_plain()
     plain.picture(numbers.take(1))
     steps.done()
-    taken, campaigns = _Taken(), []
+    taken, campaigns = _RoundTimes(), []
     for number in range(plan.rounds):
         with taken.counting("engine", plan.pictures):
             alone = _alone(worker.engine, workload, plan, numbers)
@@ -154,7 +154,7 @@ def _host_seconds(worker: Worker, campaigns: list[int]) -> Json:
     return {name: round(sum(each.get(name, 0.0) for each in found) / len(found), 5) for name in names}
 
 
-def _document(plan: Plan, taken: _Taken, host_s: Json) -> Json:
+def _document(plan: Plan, taken: _RoundTimes, host_s: Json) -> Json:
     engine, line, plain = (middle(each) for each in (taken.engine, taken.line, taken.plain))
     shares = [alone / whole for alone, whole in zip(taken.engine, taken.line, strict=True)]
     faster = [slow / whole for slow, whole in zip(taken.plain, taken.line, strict=True)]

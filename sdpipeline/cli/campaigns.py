@@ -97,10 +97,10 @@ def submit(
     as_json: AsJson = False,
 ) -> None:
     """Publish a campaign file as the campaign's newest version; unchanged jobs are left alone."""
-    from sdpipeline.app import submit as intake
+    from sdpipeline.app import submit as app_submit
 
-    with intake.open_to_submit(load_settings(home), file, edition=edition) as services:
-        name, done = intake.submit(services, file, prune=prune, edition=edition)
+    with app_submit.open_to_submit(load_settings(home), file, edition=edition) as services:
+        name, done = app_submit.submit(services, file, prune=prune, edition=edition)
     if as_json:
         counts = {"added": done.added, "unchanged": done.unchanged, "cancelled": done.cancelled}
         about = {"blocked": done.blocked, "left_out": done.left_out}
@@ -119,7 +119,7 @@ def run(
 ) -> None:
     """Submit a campaign and run it to completion on this machine, in the Prefect flow."""
     from sdpipeline import orchestration
-    from sdpipeline.app import submit as intake
+    from sdpipeline.app import submit as app_submit
     from sdpipeline.app.factories import check_engine, check_quantization
     from sdpipeline.app.keys import picture_key, trusted_seal_keys
     from sdpipeline.app.sealing import seal_here
@@ -130,8 +130,8 @@ def run(
         picture_key(settings)
         trusted_seal_keys(settings)
     check_quantization(settings)  # otherwise each of its workers would crash on it
-    with intake.open_to_submit(settings, file, edition=edition) as services:
-        name, done = intake.submit(services, file, edition=edition)
+    with app_submit.open_to_submit(settings, file, edition=edition) as services:
+        name, done = app_submit.submit(services, file, edition=edition)
         if not as_json:
             stderr.print(_submitted(name, done))
         progress = orchestration.run_campaign(services, name, keep_ui=keep_ui, console=None if as_json else stderr)

@@ -12,7 +12,7 @@ from sqlalchemy import ColumnElement, Connection, Select, Text, cast, literal_co
 from sdpipeline.db.tables import LOOKS, campaign, image, job
 from sdpipeline.domain import Json
 
-MOST_BITS = 7
+MAX_BITS = 7
 """Number of 64 bits in which a copy may differ and is still certain to be found.
 
 One of its four quarters then differs in no bit or in one, so a query asks for only 4 x 17 values.
@@ -67,10 +67,10 @@ def of_fingerprint(
 
 
 def alike(connection: Connection, *, team: str, perceptual_hash: str) -> list[RecordedPicture]:
-    """List pictures whose perceptual hash differs from this one in at most ``MOST_BITS``, newest first."""
+    """List pictures whose perceptual hash differs from this one in at most ``MAX_BITS``, newest first."""
     asked = looks({"perceptual_hash": perceptual_hash})
     rows = connection.execute(_alike(asked)).mappings()
-    near = (row for row in rows if sum((row[name] ^ bits).bit_count() for name, bits in asked.items()) <= MOST_BITS)
+    near = (row for row in rows if sum((row[name] ^ bits).bit_count() for name, bits in asked.items()) <= MAX_BITS)
     return _owned(connection, team, near)
 
 

@@ -275,7 +275,7 @@ def _component(alias: str, config: Mapping[str, Any]) -> tuple[str, str, int]:
     if config.get("model_type") in ANNOTATORS:
         return "annotator", ANNOTATORS[config["model_type"]], 1
     raise CheckpointError(
-        f"checkpoint {alias!r}: a {name or config.get('model_type') or 'config.json'} has no use here"
+        f"checkpoint {alias!r}: a {name or config.get('model_type') or 'config.json'} is not supported"
     )
 
 
@@ -303,7 +303,7 @@ def _bare(alias: str, path: Path) -> tuple[str, str, int]:
     if factor:
         return "checkpoint", "gan-upscale", int(factor[1] or factor[2])
     raise CheckpointError(
-        f"checkpoint {alias!r}: {path.name} is no LoRA, IP-Adapter or textual inversion; "
+        f"checkpoint {alias!r}: {path.name} is not a LoRA, IP-Adapter or textual inversion; "
         "an upscaler has its factor in its file name, as in 4x-name.safetensors"
     )
 

@@ -150,7 +150,7 @@ def check_shards(alias: str, name: str, index: Any, manifest: Mapping[str, str] 
     for shard in sorted({str(each) for each in shards.values()}):
         beside = f"{folder}/{shard}" if folder else shard
         if "/" in shard or "\\" in shard or beside not in manifest:
-            raise CheckpointError(f"checkpoint {alias!r}: {name} names {shard}, which is not a file beside it")
+            raise CheckpointError(f"checkpoint {alias!r}: {name} names {shard}, which is not in the same folder")
 
 
 def _items(document: Any) -> Iterator[tuple[str, Any]]:

@@ -33,7 +33,7 @@ def load_upscaler(files: CheckpointFiles, dtype: torch.dtype) -> torch.nn.Module
     try:
         descriptor = spandrel.ModelLoader(device="cpu").load_from_state_dict(tensors)
     except spandrel.UnsupportedModelError as error:
-        raise CheckpointError(f"checkpoint {files.alias!r} is no upscaler that spandrel knows") from error
+        raise CheckpointError(f"checkpoint {files.alias!r} is not an upscaler that spandrel supports") from error
     if descriptor.scale != files.scale:
         raise CheckpointError(
             f"checkpoint {files.alias!r} enlarges by {descriptor.scale}, not by {files.scale} as its file name says"

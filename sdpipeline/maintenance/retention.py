@@ -37,7 +37,7 @@ class Periods:
 
 
 @dataclass(slots=True)
-class Forgotten:
+class Retained:
     """Counts of what was deleted, or would be in a dry run."""
 
     pictures: int = 0
@@ -61,7 +61,7 @@ class Erasure:
     objects: int = 0
     cancelled: int = 0
     sources: int = 0
-    inputs_gone: set[str] = field(default_factory=set)
+    deleted_inputs: set[str] = field(default_factory=set)
     quarantined: dict[str, list[str]] = field(default_factory=dict)
 
     def document(self) -> Json:
@@ -79,13 +79,13 @@ def forget(
     team: str,
     periods: Periods,
     dry_run: bool = False,
-) -> Forgotten:
+) -> Retained:
     """Delete what is older than its period, and archive closed editions.
 
     The order is: pictures, then the prompts of jobs that have no pictures left, then closed editions. An edition leaves
     the tables once its archive is under a seal.
     """
-    done = Forgotten()
+    done = Retained()
     if not dry_run:
         archiver.take_up(audit, store, seal, team=team)
     if periods.pictures_days is not None:
@@ -171,7 +171,7 @@ def erase(
         while jobs := _held(audit, name, campaign_id):
             _erase_jobs(audit, store, jobs, done, archived)
     for each in archived.editions:
-        inputs = each.inputs - archived.inputs_of_others - done.inputs_gone
+        inputs = each.inputs - archived.inputs_of_others - done.deleted_inputs
         with audit.database.read() as connection:
             inputs -= retention.in_use_by_others(connection, inputs, name)
         _delete_folders(audit, store, each.folders, done, archived)
@@ -183,7 +183,7 @@ def erase(
         done.pictures += archiver.erase(audit, store, each, subject, inputs)
         done.jobs += len(each.jobs)
         done.inputs += len(inputs)
-        done.inputs_gone |= inputs
+        done.deleted_inputs |= inputs
     if touched := {*campaigns, *(each.row["campaign_id"] for each in archived.editions)}:
         with audit.transaction() as tx:
             done.sources = retention.drop_sources_naming(tx, subject, touched)
@@ -236,7 +236,7 @@ def _erase_jobs(audit: AuditLog, store: ObjectStore, jobs: Sequence[Held], done:
         pictures = retention.pictures_of(connection, owners)
         own = {picture.fingerprint for picture in pictures} | {job.fingerprint for job in jobs}
         shared = retention.keys_of_others(connection, own, owners) | archived.shared(own)
-        inputs = named - done.inputs_gone - retention.in_use_by_others(connection, named, subject.name)
+        inputs = named - done.deleted_inputs - retention.in_use_by_others(connection, named, subject.name)
     folders: dict[str, set[str]] = {}
     for job in jobs:
         for each in {job.fingerprint, *(picture.fingerprint for picture in pictures if picture.job_id == job.id)}:
@@ -247,7 +247,7 @@ def _erase_jobs(audit: AuditLog, store: ObjectStore, jobs: Sequence[Held], done:
             done.objects += delete_all(store, stem(picture.key))
     for digest in sorted(inputs):
         store.delete(input_key(digest))
-    done.inputs_gone |= inputs
+    done.deleted_inputs |= inputs
     with audit.transaction() as tx:
         done.pictures += retention.mark_deleted(tx, pictures, because="erasure")
         done.jobs += retention.erase_subject(tx, owners, subject)

@@ -150,7 +150,7 @@ def _expect_answer(url: str) -> None:
             client.count_flow_runs()
     except httpx.HTTPStatusError as error:
         if error.response.status_code in {401, 403}:
-            refuse("it wants credentials", "set PREFECT_API_AUTH_STRING or PREFECT_API_KEY")
+            refuse("it requires credentials", "set PREFECT_API_AUTH_STRING or PREFECT_API_KEY")
         refuse(error, "check that the address ends in /api and that the server is a Prefect 3 server")
     except (httpx.HTTPError, httpx.InvalidURL, RuntimeError, ValueError) as error:
         refuse(repr(error), "check the address and that the server runs, or unset PREFECT_API_URL")

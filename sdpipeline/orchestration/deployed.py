@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import structlog
 
-from sdpipeline.app import submit as intake
+from sdpipeline.app import submit as app_submit
 from sdpipeline.app.control import reopen
 from sdpipeline.app.queries import unfinished_campaigns
 from sdpipeline.app.services import Services, open_services
@@ -29,18 +29,19 @@ CAMPAIGN_DEPLOYMENT = "campaign/campaign"
 log = structlog.get_logger(__name__)
 
 
-def carry_out(settings: Settings, request: CampaignRequest) -> State[Any]:
+def run_request(settings: Settings, request: CampaignRequest) -> State[Any]:
     """Run the requested campaign to its end; return the final state of the flow run. Called inside that run."""
     name = _submitted(settings, request)
     with open_services(settings, create=False, until=threading.Event()) as services:
         if name is None:
-            return _start_everything(services)
+            return _start_unfinished_campaigns(services)
         if request.reopen is not Reopen.NOTHING:
             reopened, _ = until_available(partial(reopen, services, name, request.reopen))
             log.info("jobs_reopened", campaign=name, status=str(request.reopen), jobs=reopened)
-        fleet = PrefectWorkers(campaign=name, label=f"fleet:{settings.team}/{name}", bounds=_bounds(settings, request))
+        label = f"fleet:{settings.team}/{name}"
+        workers = PrefectWorkers(campaign=name, label=label, bounds=_bounds(settings, request))
         with worker_process.state_of_the_server():
-            return campaign_run.work_off(services, name, fleet)
+            return campaign_run.run_workers(services, name, workers)
 
 
 def _submitted(settings: Settings, request: CampaignRequest) -> str | None:
@@ -52,7 +53,7 @@ def _submitted(settings: Settings, request: CampaignRequest) -> str | None:
 
     if request.file is None and request.text is None:
         return request.campaign
-    with intake.campaign_file(settings, url=request.file, text=request.text) as file:
+    with app_submit.campaign_file(settings, url=request.file, text=request.text) as file:
         name, done = until_available(partial(_submit, settings, file, request))
     if done.left_out:
         get_run_logger().warning("%s: %s", name, done.left_out)
@@ -61,8 +62,8 @@ def _submitted(settings: Settings, request: CampaignRequest) -> str | None:
 
 def _submit(settings: Settings, file: Path, request: CampaignRequest) -> tuple[str, Submitted]:
     edition, now = request.edition, _fired_at()
-    with intake.open_to_submit(settings, file, edition=edition, now=now) as services:
-        return intake.submit(services, file, prune=request.prune, edition=edition, now=now)
+    with app_submit.open_to_submit(settings, file, edition=edition, now=now) as services:
+        return app_submit.submit(services, file, prune=request.prune, edition=edition, now=now)
 
 
 def _fired_at() -> datetime | None:
@@ -78,7 +79,7 @@ def _bounds(settings: Settings, request: CampaignRequest) -> Bounds:
     return Bounds(min_workers=min(least, most), max_workers=most, jobs_per_worker=settings.dispatch.jobs_per_worker)
 
 
-def _start_everything(services: Services) -> State[Any]:
+def _start_unfinished_campaigns(services: Services) -> State[Any]:
     """Start a run for every campaign with work left and no unfinished run."""
     from prefect.deployments import run_deployment
     from prefect.states import Completed
@@ -94,7 +95,7 @@ def _start_everything(services: Services) -> State[Any]:
             flow_run_name=name,
             tags=[f"campaign:{name}", f"team:{team}"],
         )
-    return Completed(message=f"started: {', '.join(idle)}" if idle else "nothing is left to do")
+    return Completed(message=f"started: {', '.join(idle)}" if idle else "no work is left")
 
 
 def _has_run(team: str, name: str) -> bool:

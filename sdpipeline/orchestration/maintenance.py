@@ -9,13 +9,13 @@ from sdpipeline.app.maintenance import Reclaimed
 from sdpipeline.audit import Verification
 from sdpipeline.domain import Json
 from sdpipeline.maintenance.reconcile import Reconciliation
-from sdpipeline.maintenance.retention import Forgotten
+from sdpipeline.maintenance.retention import Retained
 from sdpipeline.orchestration.artifacts import best_effort, table_cells
 
 if TYPE_CHECKING:
     from prefect.client.schemas.objects import State
 
-MOST_SHOWN = 100
+MAX_SHOWN = 100
 
 
 def reclaimed(done: Reclaimed) -> State[Any]:
@@ -28,7 +28,7 @@ def sealed(events: int) -> State[Any]:
     return _completed(f"{events} events sealed")
 
 
-def forgotten(done: Forgotten) -> State[Any]:
+def retention_applied(done: Retained) -> State[Any]:
     """Return Completed with the counts of deleted and archived data."""
     return _completed(", ".join(f"{count} {what}" for what, count in done.document().items()))
 
@@ -37,7 +37,7 @@ def reconciled(done: Reconciliation) -> State[Any]:
     """Return Failed while a finding is left to be handled."""
     if done.ok:
         return _completed(f"{len(done.faults)} findings, nothing left to do")
-    return _failed("reconcile", done.document()["faults"], "sdpipeline reconcile says what each asks for")
+    return _failed("reconcile", done.document()["faults"], "run sdpipeline reconcile for the action of each finding")
 
 
 def verified(found: Verification) -> State[Any]:
@@ -62,6 +62,6 @@ def _failed(what: str, faults: Sequence[Json], about: str) -> State[Any]:
 
     with best_effort():
         create_table_artifact(
-            table_cells(faults[:MOST_SHOWN]), key=f"{what}-faults", description=f"{len(faults)} faults"
+            table_cells(faults[:MAX_SHOWN]), key=f"{what}-faults", description=f"{len(faults)} faults"
         )
     return Failed(message=f"{len(faults)} faults: {about}")

@@ -9,8 +9,8 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 EDITION_NAME = r"^[a-z0-9][a-z0-9-]{0,62}$"
 CAMPAIGN_NAME = r"^[a-z0-9][a-z0-9-]{0,62}$"
-WHAT = ("campaign", "file", "text")
-OF_ONE = ("reopen", "min_workers", "max_workers")
+SOURCES = ("campaign", "file", "text")
+NEEDS_SOURCE = ("reopen", "min_workers", "max_workers")
 
 
 class Reopen(StrEnum):
@@ -28,41 +28,41 @@ class CampaignRequest(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     campaign: Annotated[str, Field(pattern=CAMPAIGN_NAME)] | None = Field(
-        None, title="Campaign", description="name of a campaign that was submitted before: go on with it"
+        None, title="Campaign", description="name of a submitted campaign: continue it"
     )
     file: Annotated[str, Field(pattern=r"^s3://[^/]+/.+$", max_length=1100)] | None = Field(
-        None, title="Campaign file", description="s3://bucket/key.yaml below SDP_INPUTS__ALLOWED: submit it, then work"
+        None, title="Campaign file", description="s3://bucket/key.yaml within SDP_INPUTS__ALLOWED: submit it and run it"
     )
     text: Annotated[str, Field(max_length=1_000_000)] | None = Field(
-        None, title="Campaign text", description="a campaign file's YAML itself: submit it, then work"
+        None, title="Campaign text", description="YAML of a campaign file: submit it and run it"
     )
     prune: bool = Field(
-        False, title="Prune", description="cancel what the campaign file or text no longer asks for", strict=True
+        False, title="Prune", description="cancel jobs that the campaign file or text no longer asks for", strict=True
     )
     edition: Annotated[str, Field(pattern=EDITION_NAME)] | None = Field(
-        None, title="Edition", description="make all of it as this edition; default what its schedule says"
+        None,
+        title="Edition",
+        description="generate all pictures again under this name; default: the edition of its schedule",
     )
-    reopen: Reopen = Field(
-        Reopen.NOTHING, title="Try again", description="jobs that ended like this are opened again first"
-    )
+    reopen: Reopen = Field(Reopen.NOTHING, title="Try again", description="reopen jobs with this status first")
     min_workers: Annotated[int, Field(ge=1, le=1000)] | None = Field(
-        None, title="Fewest workers", description="default SDP_DISPATCH__MIN_WORKERS"
+        None, title="Minimum workers", description="default SDP_DISPATCH__MIN_WORKERS"
     )
     max_workers: Annotated[int, Field(ge=1, le=1000)] | None = Field(
-        None, title="Most workers", description="default SDP_DISPATCH__MAX_WORKERS"
+        None, title="Maximum workers", description="default SDP_DISPATCH__MAX_WORKERS"
     )
 
     @model_validator(mode="after")
     def _one_of_three(self) -> CampaignRequest:
-        named = [name for name in WHAT if getattr(self, name) is not None]
+        named = [name for name in SOURCES if getattr(self, name) is not None]
         if len(named) > 1:
-            raise ValueError(f"{' and '.join(named)} are given: choose one")
+            raise ValueError(f"give only one of {' and '.join(named)}")
         if self.prune and self.file is None and self.text is None:
-            raise ValueError("prune goes with file or text: a campaign's name asks for nothing else than before")
+            raise ValueError("prune needs file or text: the name of a submitted campaign changes no jobs")
         if self.edition is not None and self.file is None and self.text is None:
-            raise ValueError("edition goes with file or text: a campaign that was submitted has its editions")
-        if not named and (asked := [name for name in OF_ONE if name in self.document()]):
-            raise ValueError(f"{' and '.join(asked)}: goes with campaign, file or text, and none of them is given")
+            raise ValueError("edition needs file or text: a submitted campaign already has its editions")
+        if not named and (asked := [name for name in NEEDS_SOURCE if name in self.document()]):
+            raise ValueError(f"{' and '.join(asked)}: needs one of campaign, file and text")
         if self.min_workers is not None and self.max_workers is not None and self.min_workers > self.max_workers:
             raise ValueError("min_workers is more than max_workers")
         return self

@@ -72,9 +72,9 @@ class Refused:
         time.sleep(_PAUSE_S)
         if isinstance(outcome := _outcome(send, self.now()), bool):
             return outcome
-        return self._learn(send, used, outcome)
+        return self._find_refused_features(send, used, outcome)
 
-    def _learn(self, send: Send, used: Collection[str], refusal: ClientError) -> bool:
+    def _find_refused_features(self, send: Send, used: Collection[str], refusal: ClientError) -> bool:
         with self._learning:
             known = self.now()
             suspected = [name for name in FEATURES if name in used and name not in known]

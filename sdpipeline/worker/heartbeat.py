@@ -18,7 +18,7 @@ from sdpipeline.worker.lease_work import HeldLeases
 from sdpipeline.worker.stages import RunEnd
 
 LONGEST_LOOK_S = 1.0
-SILENCE_NOTE = "waits for delivery: its process does not answer, and is replaced"
+SILENCE_NOTE = "waits for delivery: the delivery process does not answer and is being replaced"
 
 _log = structlog.get_logger(__name__)
 

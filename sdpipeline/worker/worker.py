@@ -170,7 +170,7 @@ class WorkerRun:
             try:
                 self._run_stages()
             finally:
-                self._give_back()
+                self._release_leases()
         counts = self.outcomes.counts
         return WorkerSummary(
             succeeded=counts["succeeded"],
@@ -201,7 +201,7 @@ class WorkerRun:
         finally:
             self.deliverers.shutdown(cancel_futures=True)
 
-    def _give_back(self) -> None:
+    def _release_leases(self) -> None:
         """Release open leases at the end of the run; after a crash, count their attempts."""
         if not self.held:
             return

@@ -118,7 +118,7 @@ class DiffusersEngine:
         except torch.OutOfMemoryError:
             pass
         release(self._device)
-        raise DeviceExhaustedError(f"out of memory while safety checker {checker.alias!r} looked at pictures")
+        raise DeviceExhaustedError(f"out of memory while safety checker {checker.alias!r} checked pictures")
 
     def resident(self) -> frozenset[str]:
         """Return the digests of the checkpoints that are loaded now."""

@@ -84,7 +84,7 @@ def desk(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest
         ("  - id: draft", "  - id: draft\n    promt: x", "8:5: stages[0].promt: unknown key (did you mean 'prompt'?)"),
         ("num_inference_steps: 4", "num_inference_steps: []", "5:35: defaults.num_inference_steps: found a list"),
         ("{{ colour }}", "{{ color }}", "9:5: stages[0].prompt: the variable 'color' is not declared"),
-        ("[red, blue]", "[red, blue]\n  shape: [x]", "5:3: variables.shape: the variable 'shape' is used nowhere"),
+        ("[red, blue]", "[red, blue]\n  shape: [x]", "5:3: variables.shape: the variable 'shape' is never used"),
         ("{{ colour }}", "{{ colour.__class__ }}", "9:5: stages[0].prompt: reaching into a value with a dot"),
         ("{{ colour }}", "{% for c in colour %}{{ c }}{% endfor %}", "9:5: stages[0].prompt: a loop is not allowed"),
         ("checkpoint: shapes", "checkpoint: !!python/name:os.system ''", "2:13: checkpoint: the tag !!python/name:os"),

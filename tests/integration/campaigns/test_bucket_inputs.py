@@ -153,7 +153,9 @@ def test_a_changed_picture_fails_its_job_where_no_versions_are_kept(unversioned:
     unversioned.put("in/a.png", png(shade=91))
     (job,) = unversioned.work()
     assert (job["status"], job["attempts"]) == ("failed", 1)
-    assert job["error"] == f"{url} was changed after the campaign was submitted (put it back, or submit it again)"
+    assert (
+        job["error"] == f"{url} was changed after the campaign was submitted (restore it, or submit the campaign again)"
+    )
 
 
 def test_a_changed_picture_is_read_as_it_was_where_versions_are_kept(versioned: Place) -> None:
@@ -171,7 +173,7 @@ def test_a_picture_that_is_gone_fails_its_job_and_another_one_mends_it(plain: Pl
     (job,) = plain.work()
     assert (job["status"], job["attempts"]) == ("failed", 1)
     assert url in job["error"]
-    assert "put it back, or submit it again" in job["error"]
+    assert "restore it, or submit the campaign again" in job["error"]
     plain.put("in/a.png", png(shade=3))
     plain.submit(SOFT | {"image": {"url": url}})
     assert [job["status"] for job in plain.work()] == ["succeeded"]

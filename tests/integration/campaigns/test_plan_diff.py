@@ -10,7 +10,7 @@ import pytest
 from sdpipeline.db.audit import AuditLog
 from sdpipeline.db.connection import Database
 from sdpipeline.db.cost_history import usual
-from sdpipeline.db.plan_diff import NOT_THERE_BEFORE, compare
+from sdpipeline.db.plan_diff import NEW_IDENTITY, compare
 from tests.factories import chains, completed, job_spec, leased, published
 
 
@@ -41,7 +41,7 @@ def test_the_keys_that_made_jobs_new_are_named(audit: AuditLog, database: Databa
     assert changes["draft", "guidance_scale"] == (2, 4.0, 7.0)
     assert changes["scene", "guidance_scale"] == (2, 4.0, 7.0)
     assert changes["scene", "image (stage draft)"][0] == 2
-    assert changes["draft", NOT_THERE_BEFORE][0] == 1
+    assert changes["draft", NEW_IDENTITY][0] == 1
     assert len(changes) == 4
 
 

@@ -192,7 +192,7 @@ def test_a_sealer_that_is_told_to_end_seals_and_leaves_with_143(home: Path) -> N
 
 
 def test_a_large_backlog_becomes_several_seals(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sdpipeline.audit.seals.MOST_EVENTS", 2)
+    monkeypatch.setattr("sdpipeline.audit.seals.MAX_EVENTS", 2)
     settings = services.load_settings(home)
     with services.open_services(settings) as have:
         count = sealing.seal(have)

@@ -77,8 +77,8 @@ def test_doctor_closes_a_home_that_others_may_read_and_says_so(tampered: Path) -
     (tampered / "sdpipeline.db").chmod(0o644)
     lines = [document("doctor", "--home", tampered)["checks"][0] for _ in range(2)]
     assert [(line["name"], line["ok"]) for line in lines] == [("home", True)] * 2
-    assert lines[0]["detail"].startswith("mended: 3 of ")
-    assert "their owner's alone" in lines[1]["detail"]
+    assert lines[0]["detail"].startswith("fixed: 3 of ")
+    assert "accessible to their owner only" in lines[1]["detail"]
     assert _open_to_others(tampered) == []
 
 

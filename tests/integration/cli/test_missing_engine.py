@@ -31,7 +31,7 @@ def test_a_missing_part_of_the_engine_is_said_before_anything_is_written(
     files = [str(tmp_path / "spring.yaml")] if command == "run" else []
     assert cli.run([command, *files, "--home", str(tmp_path / "home")]) == 2
     told = " ".join(capsys.readouterr().err.split())
-    assert f"this machine cannot make pictures: no {package} (pip install 'sdpipeline[engine]')" in told
+    assert f"this machine cannot generate pictures: no {package} (pip install 'sdpipeline[engine]')" in told
     assert not (tmp_path / "home").exists()
 
 

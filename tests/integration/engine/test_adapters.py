@@ -300,4 +300,4 @@ def test_what_a_family_cannot_wear_is_refused() -> None:
     refused = failure_of(results(prepared(request("upscale", loras=(adapter("lora-sd1"),))))[0])
     assert "Stable Diffusion x4 upscaler has no text-to-image" in refused
     worn = (adapter("ip-adapter-sd1", image=SOURCE),)
-    assert "ip_adapters: Flux takes none" in failure_of(results(prepared(request("flux", ip_adapters=worn)))[0])
+    assert "ip_adapters: Flux does not take it" in failure_of(results(prepared(request("flux", ip_adapters=worn)))[0])

@@ -182,7 +182,7 @@ def test_an_index_may_only_name_approved_files_beside_it(shard: str, folder: Pat
     save_file({"weight": torch.ones(4)}, folder / "unet" / ".other.safetensors")
     index = folder / "unet" / f"{WEIGHTS}.index.json"
     index.write_text(json.dumps({"metadata": {}, "weight_map": {"weight": shard}}))
-    assert f"names {shard}, which is not a file beside it" in unapprovable(folder)
+    assert f"names {shard}, which is not in the same folder" in unapprovable(folder)
 
 
 def _exchanged_and_back(folder: Path) -> None:

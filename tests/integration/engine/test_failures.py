@@ -176,14 +176,14 @@ def test_an_error_that_no_request_can_cause_ends_the_process() -> None:
         ({"width": 100}, "width: 100 is not a multiple of 8; write 96"),
         ({"scheduler": "flow-match-euler"}, "Stable Diffusion 1.x cannot use scheduler 'flow-match-euler'"),
         ({"num_inference_steps": 0}, "num_inference_steps: must be at least 1"),
-        ({"strength": 0.5}, "strength: text-to-image through StableDiffusionPipeline takes none"),
-        ({"task": Task.IMAGE_TO_IMAGE, "strength": 0.1}, "strength: 0.1 of 3 steps is no step"),
+        ({"strength": 0.5}, "strength: text-to-image through StableDiffusionPipeline does not take it"),
+        ({"task": Task.IMAGE_TO_IMAGE, "strength": 0.1}, "strength: 0.1 of 3 steps is less than one step"),
         (
             {"task": Task.SUPER_RESOLUTION},
             "Stable Diffusion 1.x has no super-resolution; nearest: super-resolution with",
         ),
         ({"task": Task.IMAGE_TO_IMAGE}, "image: image-to-image needs this picture"),
-        ({"noise_level": 3}, "noise_level: Stable Diffusion 1.x takes none"),
+        ({"noise_level": 3}, "noise_level: Stable Diffusion 1.x does not take it"),
         ({"clip_skip": 0}, "clip_skip: must be at least 1"),
     ],
 )

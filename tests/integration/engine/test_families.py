@@ -150,11 +150,11 @@ def test_sd3s_inpainting_controlnet_looks_at_the_picture_itself() -> None:
 
     other = replace(given.request, image=ImageSource(digest="f" * 64))
     refused = results(PreparedRequest(request=other, images=given.images))[0]
-    assert "controlnets.0: StableDiffusion3ControlNetInpaintingPipeline looks at the request's own image" in failure_of(
+    assert "controlnets.0: StableDiffusion3ControlNetInpaintingPipeline always uses the request's image" in failure_of(
         refused
     )
 
 
 def test_flux_takes_no_negative_prompt() -> None:
     refused = results(prepared(request("flux", negative_prompt="dog")))[0]
-    assert "negative_prompt: Flux takes none; leave it out" in failure_of(refused)
+    assert "negative_prompt: Flux does not take it; leave it out" in failure_of(refused)

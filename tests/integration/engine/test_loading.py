@@ -155,7 +155,7 @@ def test_a_file_that_is_overwritten_after_loading_does_not_change_pictures(copy:
 
 def test_code_in_the_directory_is_refused(copy: Path) -> None:
     (copy / "pipeline.py").write_text("print('run')")
-    with pytest.raises(CheckpointError, match=r"brings code of its own \(pipeline.py\)"):
+    with pytest.raises(CheckpointError, match=r"contains code \(pipeline.py\)"):
         inspect("clever", copy)
 
 

@@ -67,7 +67,7 @@ def test_a_pose_below_the_confidence_asked_for_is_not_drawn() -> None:
             {"annotator": "depth-learned"},
             "annotator_checkpoint: annotator 'depth-learned' needs a checkpoint for depth",
         ),
-        ({"annotator": "canny", "use": "depth"}, "annotator_checkpoint: annotator 'canny' takes none"),
+        ({"annotator": "canny", "use": "depth"}, "annotator_checkpoint: annotator 'canny' does not take it"),
         ({"annotator": "pose-learned", "use": "depth"}, "'depth' is a annotator for depth, not an annotator for pose"),
     ],
 )

@@ -52,7 +52,7 @@ class Desk:
         return self.run("submit", file)
 
     def work(self, *, exit_code: int = 0) -> list[Json]:
-        """The jobs, once nothing is left to do."""
+        """The jobs, once no work is left."""
         self.run("worker", "--until-idle", exit_code=exit_code)
         return list(self.run("jobs", "measured")["jobs"])
 

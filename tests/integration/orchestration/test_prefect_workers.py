@@ -77,7 +77,7 @@ def test_nobody_is_dispatched_to_a_paused_campaign_whose_last_batch_is_on_a_devi
     assert len(dispatched.runs()) == 2
     dispatched.fleet.supervise(BUSY)  # it goes on, and who ended meanwhile did not die
     assert len(dispatched.runs()) == 4
-    assert dispatched.fleet._restarts.deaths == 0
+    assert dispatched.fleet._restarts.failures == 0
 
 
 def test_a_run_that_somebody_deleted_is_replaced(dispatched: Dispatched) -> None:

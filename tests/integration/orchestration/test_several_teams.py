@@ -12,7 +12,7 @@ from prefect.client.schemas import filters
 from sdpipeline import orchestration
 from sdpipeline.app import services
 from sdpipeline.flows.campaign import campaign
-from sdpipeline.orchestration.deployed import CAMPAIGN_DEPLOYMENT, carry_out
+from sdpipeline.orchestration.deployed import CAMPAIGN_DEPLOYMENT, run_request
 from sdpipeline.orchestration.local_server import own_server
 from sdpipeline.orchestration.request import EVERYTHING
 from tests.integration.commands import document
@@ -43,8 +43,8 @@ def test_every_team_gets_a_run_of_its_own_at_night(
         for team in ("east", "west", "west"):
             monkeypatch.setenv("SDP_TEAM", team)
             document("submit", tmp_path / "twin.yaml", "--home", tmp_path / "home", given={"SDP_TEAM": team})
-            told.append(carry_out(services.load_settings(tmp_path / "home"), EVERYTHING).message)
+            told.append(run_request(services.load_settings(tmp_path / "home"), EVERYTHING).message)
         runs = client.read_flow_runs(flow_run_filter=tagged)
         client.delete_deployment(made)
-    assert told == ["started: twin", "started: twin", "nothing is left to do"]
+    assert told == ["started: twin", "started: twin", "no work is left"]
     assert sorted(tag for run in runs for tag in run.tags if tag.startswith("team:")) == ["team:east", "team:west"]

@@ -214,7 +214,7 @@ def test_a_picture_that_comes_back_without_its_marks_fails_its_job(
         assert place.work(job_spec("a")) == []
     ((status, kind, error),) = statuses(audit.database, "status", "error_kind", "error")
     assert (status, kind) == ("failed", "MarksLost")
-    assert "came back from storage without its marks (c2pa.missing)" in error
+    assert "was returned from storage without its marks (c2pa.missing)" in error
 
 
 def test_a_key_that_is_away_is_waited_for_and_the_picture_is_not_made_again(place: Place) -> None:

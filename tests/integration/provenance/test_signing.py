@@ -265,7 +265,7 @@ def test_beside_sqlite_a_development_key_is_made_and_named_as_such(tmp_path: Pat
     assert (key.development, key.identity) == (True, "a development key, which nobody trusts")
     assert (tmp_path / "keys/pictures/root.pem").is_file()
     told = list(doctor._picture_key(services.load_settings(tmp_path)))
-    expected = "a development key, which nobody trusts; no trusted roots: verify calls no picture trusted"
+    expected = "a development key, which nobody trusts; no trusted roots, so verify reports no picture as trusted"
     assert [(check.ok, check.detail) for check in told] == [(True, expected)]
 
 
@@ -281,10 +281,13 @@ def test_a_process_without_any_picture_key_is_no_fault_and_half_of_one_is(tmp_pa
     [
         ({}, "SDP_SIGNING__CERTIFICATES_FILE: is not set"),
         ({"key_file": "key.pem"}, "SDP_SIGNING__CERTIFICATES_FILE: is not set"),
-        ({"certificates_file": "chain.pem"}, "SDP_SIGNING__KEY_FILE: or SDP_SIGNING__KMS_KEY_ID is needed"),
+        (
+            {"certificates_file": "chain.pem"},
+            "SDP_SIGNING__KEY_FILE: set exactly one of SDP_SIGNING__KEY_FILE and SDP_SIGNING__KMS_KEY_ID",
+        ),
         (
             {"certificates_file": "chain.pem", "key_file": "key.pem", "kms_key_id": "alias/a"},
-            "SDP_SIGNING__KEY_FILE: or SDP_SIGNING__KMS_KEY_ID is needed, and one of them alone",
+            "SDP_SIGNING__KEY_FILE: set exactly one of SDP_SIGNING__KEY_FILE and SDP_SIGNING__KMS_KEY_ID",
         ),
     ],
     ids=["nothing", "no-certificates", "no-key", "two-keys"],

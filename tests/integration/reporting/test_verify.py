@@ -91,7 +91,7 @@ def test_a_picture_and_its_stripped_and_its_smaller_copy_are_found(place: Place)
         assert matched(bare) == ("pixels", 0, picture["job_id"])
         by, distance, job_id = matched(smaller)
         assert (by, job_id) == ("perceptual_hash", picture["job_id"])
-        assert 0 <= distance <= similar_images.MOST_BITS
+        assert 0 <= distance <= similar_images.MAX_BITS
         assert [each.faults for each in (bare, smaller)] == [("c2pa.missing",)] * 2
 
 
@@ -161,7 +161,7 @@ def test_any_seven_bits_of_a_hash_may_be_lost(place: Place) -> None:
     own, random = int(picture["scores"]["perceptual_hash"], 16), np.random.default_rng(0)
     for _ in range(50):
         changed = own
-        for bit in random.choice(64, similar_images.MOST_BITS, replace=False):
+        for bit in random.choice(64, similar_images.MAX_BITS, replace=False):
             changed ^= 1 << int(bit)
         with place.audit.database.read() as connection:
             found = similar_images.alike(connection, team="default", perceptual_hash=f"{changed:016x}")

@@ -45,7 +45,7 @@ def test_work_goes_on_from_chunk_to_chunk_until_it_is_over() -> None:
             if number >= 3:
                 chunks.working.result(10)
 
-        chunks.tell(chunk)
+        chunks.run(chunk)
     assert seen == [1, 2, 3]
 
 
@@ -61,7 +61,7 @@ def test_work_goes_on_while_prefect_is_told_of_it() -> None:
     with worker_process.in_chunks(work, stop) as chunks:
         assert done.wait(10)
         assert not stop.is_set()
-        chunks.tell(lambda _number: chunks.wait())
+        chunks.run(lambda _number: chunks.wait())
 
 
 @pytest.mark.usefixtures("short_chunks")
@@ -77,7 +77,7 @@ def test_work_of_which_prefect_cannot_be_told_ends_in_order() -> None:
         raise ConnectionError("no server")
 
     with pytest.raises(ConnectionError), worker_process.in_chunks(work, stop) as chunks:
-        chunks.tell(chunk)
+        chunks.run(chunk)
     assert seen == ["gave back"]
 
 
@@ -91,7 +91,7 @@ def test_work_that_nobody_watches_any_more_ends(monkeypatch: pytest.MonkeyPatch)
         return WorkerSummary()
 
     with worker_process.in_chunks(work, stop) as chunks:
-        chunks.tell(lambda _number: chunks.wait())
+        chunks.run(lambda _number: chunks.wait())
     assert stop.is_set()
 
 
