@@ -16,10 +16,11 @@ from sdpipeline.audit import Verification
 from sdpipeline.db import leasing, queries, queue, workers
 from sdpipeline.engine.checkpoints import verify as verify_checkpoint
 from sdpipeline.errors import CheckpointError
+from sdpipeline.maintenance import erasure, retention
 from sdpipeline.maintenance import reconcile as reconciliation
-from sdpipeline.maintenance import retention
+from sdpipeline.maintenance.erasure import Erasure
 from sdpipeline.maintenance.reconcile import Reconciliation
-from sdpipeline.maintenance.retention import Erasure, Retained
+from sdpipeline.maintenance.retention import Retained
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,11 +82,11 @@ def reconcile(services: Services, *, repair: bool = False, adopt: bool = False) 
     return done
 
 
-def forget(services: Services, *, dry_run: bool = False) -> Retained:
+def apply_retention(services: Services, *, dry_run: bool = False) -> Retained:
     """Delete and archive what the retention settings say is due, and seal the audit log."""
     services.store.check()
     audit.refuse_restored(services.database, services.store)
-    done = retention.forget(
+    done = retention.delete_expired(
         services.audit,
         services.store,
         lambda: seal_or_wait(services),
@@ -102,7 +103,7 @@ def erase(services: Services, subject: str, *, dry_run: bool = False) -> Erasure
     """Erase one subject's data from the team's jobs, and seal the audit log if any job was affected."""
     services.store.check()
     audit.refuse_restored(services.database, services.store)
-    done = retention.erase(
+    done = erasure.erase(
         services.audit,
         services.store,
         lambda: seal_or_wait(services),
