@@ -8,15 +8,15 @@ from typing import Any
 
 from prefect import State, flow
 
-from sdpipeline.orchestration.request import EVERYTHING, CampaignRequest
+from sdpipeline.orchestration.campaign_request import EVERYTHING, CampaignRequest
 
 
 @flow(name="campaign", flow_run_name="{request}", persist_result=False)
 def campaign(request: CampaignRequest = EVERYTHING) -> State[Any]:
     """Submit the requested campaign, dispatch workers to the pool `gpu` to match its backlog, and show its progress."""
-    from sdpipeline.orchestration import deployed, flow_settings
+    from sdpipeline.orchestration import deployed_campaign, flow_settings
 
-    return deployed.run_request(flow_settings.load(), request)
+    return deployed_campaign.run_request(flow_settings.load(), request)
 
 
 @flow(name="campaign", persist_result=False)

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING
 import psutil
 
 from sdpipeline.bench.engine import Numbers, Steps, make
-from sdpipeline.bench.spread import OnProgress, middle
-from sdpipeline.bench.trace import idle_share
+from sdpipeline.bench.gpu_idle import idle_share
+from sdpipeline.bench.statistics import OnProgress, middle
 from sdpipeline.bench.workload import Workload, publish
 from sdpipeline.db import queries
 from sdpipeline.domain import Json
@@ -23,7 +23,7 @@ from sdpipeline.storage.scratch import Scratch
 from sdpipeline.worker.worker import Worker, WorkerSummary
 
 if TYPE_CHECKING:
-    from sdpipeline.bench.plain import PlainLoop
+    from sdpipeline.bench.baselines import PlainLoop
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -15,13 +15,7 @@ from sdpipeline.campaigns.spec import CampaignSpec
 from sdpipeline.campaigns.stage_spec import ImageSpec, Stage
 from sdpipeline.campaigns.templates import Template, TemplateRefusedError, compile_template
 from sdpipeline.campaigns.yaml_source import KeyPath
-from sdpipeline.domain import (
-    AdapterInput,
-    CheckpointRef,
-    ImageSource,
-    OutputFormat,
-    Task,
-)
+from sdpipeline.domain import AdapterInput, CheckpointRef, ImageSource, OutputFormat, Task
 from sdpipeline.engine import annotators, families
 from sdpipeline.engine.checkpoints import CheckpointFiles, inversion_words
 from sdpipeline.engine.families import Cell, Family

@@ -20,9 +20,9 @@ from sdpipeline.private_files import private_files
 
 _COMMANDS = {
     "demo": ("demo",),
-    "start": ("init", "schema"),
+    "scaffold": ("init", "schema"),
     "campaigns": ("plan", "submit", "run", "status", "jobs", "show", "retry", "cancel", "pause", "resume"),
-    "pictures": ("reproduce",),
+    "reproduce": ("reproduce",),
     "verify": ("verify",),
     "export": ("export",),
     "retention": ("retention", "erase"),

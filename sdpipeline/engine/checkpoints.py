@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from sdpipeline.domain import Task, digest
-from sdpipeline.engine import components, weight_files
+from sdpipeline.engine import allowed_classes, weight_files
 from sdpipeline.engine.families import FAMILIES
 from sdpipeline.engine.hash_cache import HashCache
 from sdpipeline.engine.refusal import Refusal
@@ -130,14 +130,14 @@ def _check_configurations(alias: str, directory: Path, names: frozenset[str]) ->
     for name in sorted(names):
         file = name.rpartition("/")[2]
         if file.endswith(".index.json"):
-            components.check_shards(alias, name, _json(alias, directory / name), names)
+            allowed_classes.check_shards(alias, name, _json(alias, directory / name), names)
         elif file == "adapter_config.json" and f"{name.removesuffix(file)}config.json" in names:
             raise CheckpointError(f"checkpoint {alias!r}: {name} loads an adapter on top of the network; remove it")
         elif file == "model_index.json" or file.endswith("config.json"):
             document = _json(alias, directory / name)
-            components.check_configuration(alias, name, document)
+            allowed_classes.check_configuration(alias, name, document)
             if name == "model_index.json":
-                components.check_index(alias, document)
+                allowed_classes.check_index(alias, document)
 
 
 def read_ahead(files: CheckpointFiles) -> None:

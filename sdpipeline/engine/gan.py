@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from sdpipeline.engine import Pixels
 from sdpipeline.engine.checkpoints import CheckpointFiles
-from sdpipeline.engine.pictures import to_pixels
+from sdpipeline.engine.pixels import to_pixels
 from sdpipeline.errors import CheckpointError, DeviceExhaustedError
 
 TILES = (512, 256, 128)

@@ -22,7 +22,6 @@ BATCH = 200
 """Pictures or jobs in one transaction."""
 
 
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Periods:
     """Retention periods in days; None means forever."""

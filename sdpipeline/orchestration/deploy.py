@@ -16,8 +16,8 @@ from sdpipeline.campaigns.spec import Schedule
 from sdpipeline.domain import Json
 from sdpipeline.errors import Mistake, OrchestratorUnavailableError, SettingsError
 from sdpipeline.orchestration import prefect_server
-from sdpipeline.orchestration.deployed import CAMPAIGN_DEPLOYMENT
-from sdpipeline.orchestration.request import CampaignRequest
+from sdpipeline.orchestration.campaign_request import CampaignRequest
+from sdpipeline.orchestration.deployed_campaign import CAMPAIGN_DEPLOYMENT
 from sdpipeline.settings import Settings
 
 if TYPE_CHECKING:

@@ -18,12 +18,12 @@ from sdpipeline.storage import ForeignObjects, ObjectStore
 from sdpipeline.worker import inputs
 from sdpipeline.worker.circuit_breaker import CircuitBreaker
 from sdpipeline.worker.heartbeat import Heartbeat
-from sdpipeline.worker.lease_work import HeldLeases, LeaseWork
+from sdpipeline.worker.held_leases import HeldLeases, LeaseWork
 from sdpipeline.worker.limits import WorkerLimits
 from sdpipeline.worker.outages import Outages
 from sdpipeline.worker.outcomes import Outcomes
 from sdpipeline.worker.reuse import Reuse
-from sdpipeline.worker.stages import RunEnd, StageQueue
+from sdpipeline.worker.stage_queue import RunEnd, StageQueue
 
 POLLING = Backoff(first_s=0.25, longest_s=2.0, factor=1.5)
 """Delay before the next look for work; its jitter keeps many workers from asking at once."""

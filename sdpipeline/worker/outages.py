@@ -23,8 +23,8 @@ from sdpipeline.errors import (
 )
 from sdpipeline.jobs import Lease
 from sdpipeline.worker.circuit_breaker import CircuitBreaker
-from sdpipeline.worker.lease_work import HeldLeases
-from sdpipeline.worker.stages import RunEnd
+from sdpipeline.worker.held_leases import HeldLeases
+from sdpipeline.worker.stage_queue import RunEnd
 
 SERVICES: Mapping[type[TransientError], str] = {
     StorageUnavailableError: "storage",

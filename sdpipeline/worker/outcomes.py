@@ -17,7 +17,7 @@ from sdpipeline.domain import Status
 from sdpipeline.errors import SdpError
 from sdpipeline.jobs import Lease, LeasedJob, StoredImage
 from sdpipeline.worker.finished_picture import Attempt
-from sdpipeline.worker.lease_work import HeldLeases
+from sdpipeline.worker.held_leases import HeldLeases
 from sdpipeline.worker.outages import Outages
 from sdpipeline.worker.retry import JOB_BACKOFF, next_status
 

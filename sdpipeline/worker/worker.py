@@ -24,12 +24,12 @@ from sdpipeline.worker.delivery import Deliverer, LocalDeliverer
 from sdpipeline.worker.fetch_stage import FetchStage
 from sdpipeline.worker.generate_stage import GenerateStage
 from sdpipeline.worker.heartbeat import Heartbeat
-from sdpipeline.worker.lease_work import HeldLeases
+from sdpipeline.worker.held_leases import HeldLeases
 from sdpipeline.worker.limits import WorkerLimits
 from sdpipeline.worker.outages import Outages
 from sdpipeline.worker.outcomes import Outcomes
 from sdpipeline.worker.reuse import Reuse
-from sdpipeline.worker.stages import RunEnd, StageQueue
+from sdpipeline.worker.stage_queue import RunEnd, StageQueue
 from sdpipeline.worker.watchdog import BatchTimings, Watchdog
 
 __all__ = ["Worker", "WorkerLimits", "WorkerRun", "WorkerSummary"]

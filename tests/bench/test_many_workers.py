@@ -187,7 +187,7 @@ def test_what_each_transition_costs_the_server(server: PostgresServer) -> None:
 
     def heartbeat() -> None:
         with database.write() as connection:
-            leasing.heartbeat(connection, [leases[0].id], ttl_s=LEASE_TTL_S)
+            leasing.renew(connection, [leases[0].id], ttl_s=LEASE_TTL_S)
 
     def look() -> None:
         with database.read() as connection:

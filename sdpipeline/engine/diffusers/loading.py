@@ -17,8 +17,8 @@ import transformers
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
+from sdpipeline.engine.allowed_classes import ANNOTATOR_NETWORKS, check_index, check_network
 from sdpipeline.engine.checkpoints import SAFETY_CHECKER, WEIGHTS, CheckpointFiles, header, unchanged
-from sdpipeline.engine.components import ANNOTATOR_NETWORKS, check_index, check_network
 from sdpipeline.engine.gan import load_upscaler
 from sdpipeline.errors import CheckpointError
 

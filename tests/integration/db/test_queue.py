@@ -205,7 +205,7 @@ def test_a_heartbeat_extends_open_leases_and_names_them(audit: AuditLog, databas
     kept, lost = leased(audit, limit=1, ttl_s=1.0), leased(audit, limit=1, ttl_s=1.0)
     expired(audit, lost)
     with database.write() as connection:
-        assert leasing.heartbeat(connection, [kept.id, lost.id], ttl_s=1000.0) == {kept.id}
+        assert leasing.renew(connection, [kept.id, lost.id], ttl_s=1000.0) == {kept.id}
     with database.read() as connection:
         extended = select(tables.lease.c.expires_at - tables.lease.c.created_at).where(tables.lease.c.id == kept.id)
         assert connection.execute(extended).scalar_one() > 900

@@ -14,7 +14,7 @@ import torch
 
 from sdpipeline.engine import GeneratedImage
 from sdpipeline.engine.checkpoints import inspect
-from sdpipeline.engine.pictures import to_pixels
+from sdpipeline.engine.pixels import to_pixels
 from tests.integration.engine_requests import (
     SOURCE,
     adapter,
@@ -188,7 +188,7 @@ def test_an_ip_adapter_is_the_one_that_diffusers_applies() -> None:
     pipe.load_ip_adapter(str(directory), subfolder="", weight_name="ip-adapter.safetensors", local_files_only=True)
     pipe.set_ip_adapter_scale(0.6)
     asked = request(ip_adapters=(adapter("ip-adapter-sd1", weight=0.6, image=SOURCE),), scheduler="ddim")
-    from sdpipeline.engine.pictures import to_pil
+    from sdpipeline.engine.pixels import to_pil
 
     picture = pipe(
         asked.prompt,

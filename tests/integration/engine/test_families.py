@@ -12,7 +12,7 @@ import torch
 from sdpipeline.domain import GenerationRequest, Task
 from sdpipeline.engine import Pixels, PreparedRequest
 from sdpipeline.engine.families import FAMILIES
-from sdpipeline.engine.pictures import to_pixels
+from sdpipeline.engine.pixels import to_pixels
 from tests.integration.engine_requests import (
     controlnet,
     distance,
@@ -128,7 +128,7 @@ def test_super_resolution_is_the_one_that_diffusers_makes(name: str) -> None:
     one = given.request
     pipe = diffusers.DiffusionPipeline.from_pretrained(tiny_checkpoints().directory(name))
     pipe.set_progress_bar_config(disable=True)
-    from sdpipeline.engine.pictures import to_pil
+    from sdpipeline.engine.pixels import to_pil
 
     picture = pipe(
         one.prompt,

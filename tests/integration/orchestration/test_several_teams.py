@@ -12,9 +12,9 @@ from prefect.client.schemas import filters
 from sdpipeline import orchestration
 from sdpipeline.app import services
 from sdpipeline.flows.campaign import campaign
-from sdpipeline.orchestration.deployed import CAMPAIGN_DEPLOYMENT, run_request
+from sdpipeline.orchestration.campaign_request import EVERYTHING
+from sdpipeline.orchestration.deployed_campaign import CAMPAIGN_DEPLOYMENT, run_request
 from sdpipeline.orchestration.local_server import own_server
-from sdpipeline.orchestration.request import EVERYTHING
 from tests.integration.commands import document
 
 if TYPE_CHECKING:

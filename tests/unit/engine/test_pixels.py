@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from sdpipeline.engine.pictures import fault, paste_back, to_pixels
+from sdpipeline.engine.pixels import fault, paste_back, to_pixels
 
 
 def test_black_and_flat_pictures_are_faults_and_a_faint_gradient_is_not() -> None:

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from sdpipeline.orchestration.request import EVERYTHING, CampaignRequest
+from sdpipeline.orchestration.campaign_request import EVERYTHING, CampaignRequest
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from sdpipeline.worker.lease_work import LeaseWork
+from sdpipeline.worker.held_leases import LeaseWork
 
 QUEUE_POLL_S = 0.25
 

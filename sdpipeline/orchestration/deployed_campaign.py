@@ -17,8 +17,8 @@ from sdpipeline.app.services import Services, open_services
 from sdpipeline.db.submit import Submitted
 from sdpipeline.db.waiting import until_available
 from sdpipeline.orchestration import campaign_run, worker_process
+from sdpipeline.orchestration.campaign_request import CampaignRequest, Reopen
 from sdpipeline.orchestration.prefect_workers import Bounds, PrefectWorkers
-from sdpipeline.orchestration.request import CampaignRequest, Reopen
 from sdpipeline.settings import Settings
 
 if TYPE_CHECKING:

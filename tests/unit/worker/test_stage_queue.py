@@ -5,8 +5,8 @@ import threading
 import pytest
 
 from sdpipeline.jobs import Lease
-from sdpipeline.worker.lease_work import LeaseWork
-from sdpipeline.worker.stages import RunEnd, RunEnded, StageQueue
+from sdpipeline.worker.held_leases import LeaseWork
+from sdpipeline.worker.stage_queue import RunEnd, RunEnded, StageQueue
 
 
 def work() -> LeaseWork:
