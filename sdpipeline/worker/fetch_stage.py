@@ -91,7 +91,8 @@ class FetchStage:
         self.held.add(lease)
         self._next_checkpoint = lease.jobs[0].request.checkpoint
         if lease.checkpoint_digest not in self.engine.resident():
-            self.engine.prefetch_weights(self._next_checkpoint)
+            # An engine looks a checkpoint that is new to it up in the database.
+            self.outages.wait_for_database(partial(self.engine.prefetch_weights, self._next_checkpoint))
         return LeaseWork(lease, is_trial=is_trial)
 
     def _take_lease(self, *, limit: int) -> Lease | None:

@@ -17,6 +17,7 @@ from sdpipeline.errors import (
     DatabaseUnavailableError,
     DeliveryUnavailableError,
     LeaseLostError,
+    SdpError,
     SigningUnavailableError,
     StorageUnavailableError,
     TransientError,
@@ -103,15 +104,23 @@ class Outages:
             self._note(None)
 
     def _retry_service(self, lease: Lease, call: Callable[[], _T], failed: TransientError) -> _T:
+        noted = ""
+
         def wait(error: TransientError, delay_s: float) -> None:
+            nonlocal noted
             service = next(name for kind, name in SERVICES.items() if isinstance(error, kind))
             _log.warning("service_unavailable", service=service, error=str(error), retry_in_s=round(delay_s, 1))
-            self._note(f"waits for {service}: {error}")
+            noted = f"waits for {service}: {error}"
+            self._note(noted)
             self.record_failure(error)
             self._end.pause(delay_s)
             self._check_lease(lease, error)
 
-        answer = retry(call, on=tuple(SERVICES), backoff=SERVICE_BACKOFF, wait=wait, failed=failed)
+        try:
+            answer = retry(call, on=tuple(SERVICES), backoff=SERVICE_BACKOFF, wait=wait, failed=failed)
+        except SdpError:  # such as a lost lease; the next call notes an outage that lasts
+            self._remove_note(noted)
+            raise
         self._note(None)
         self.record_success()
         return answer

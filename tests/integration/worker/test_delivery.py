@@ -13,6 +13,7 @@ import pytest
 from sdpipeline.db import leasing, queries, queue, workers
 from sdpipeline.db.audit import AuditLog, Transaction
 from sdpipeline.db.connection import Database
+from sdpipeline.domain import CheckpointRef
 from sdpipeline.engine import Batch, GeneratedImage, PreparedRequest
 from sdpipeline.engine.fake import FakeEngine
 from sdpipeline.errors import DatabaseUnavailableError, LeaseLostError, StorageUnavailableError
@@ -148,6 +149,12 @@ def test_a_worker_clears_its_note_after_an_outage_of_storage_that_an_outage_of_t
     assert len(list(store.list())) == 2
 
 
+def expire_all(audit: AuditLog) -> None:
+    """Close the worker's leases as if they had expired."""
+    with audit.transaction() as tx:
+        queue.reap(tx, lease_ids=leasing.open_leases(tx.connection, ["worker-1"]))
+
+
 class ExpiringAudit(AuditLog):
     """An audit log whose database reports a full disk at its first transaction, during which all leases expire."""
 
@@ -159,23 +166,60 @@ class ExpiringAudit(AuditLog):
     def transaction(self) -> Iterator[Transaction]:
         if self.is_first:
             self.is_first = False
-            with self.lease_audit.transaction() as tx:
-                queue.reap(tx, lease_ids=leasing.open_leases(tx.connection, ["worker-1"]))
+            expire_all(self.lease_audit)
             raise DatabaseUnavailableError("the disk is full", fix="free space")
         with super().transaction() as tx:
             yield tx
 
 
-def test_a_worker_clears_its_note_after_an_outage_of_the_database_in_which_its_lease_expired(
-    audit: AuditLog, database: Database, tmp_path: Path
+class ExpiringStore(LocalStore):
+    """A directory that refuses its first object; all leases expire during that outage."""
+
+    def __init__(self, root: Path, lease_audit: AuditLog) -> None:
+        super().__init__(root)
+        self.lease_audit, self.is_first = lease_audit, True
+
+    def put(self, key: str, data: bytes, **options: Any) -> Any:
+        if self.is_first:
+            self.is_first = False
+            expire_all(self.lease_audit)
+            raise StorageUnavailableError("no space left")
+        return super().put(key, data, **options)
+
+
+@pytest.mark.parametrize("service", ["database", "storage"])
+def test_a_worker_clears_its_note_after_an_outage_in_which_its_lease_expired(
+    audit: AuditLog, database: Database, tmp_path: Path, service: str
 ) -> None:
     published(audit, chains(1))
     with audit.transaction() as tx:
         workers.register(tx, worker_id="worker-1", host="here", pid=1, device="cpu", description={})
-    store, limits = LocalStore(tmp_path / "storage"), WorkerLimits(max_batch=1, lease_ttl_s=60.0, max_pixels=10**7)
-    deliverer = LocalDeliverer(store, signing_key(), ExpiringAudit(database, audit))
+    folder = tmp_path / "storage"
+    store = ExpiringStore(folder, audit) if service == "storage" else LocalStore(folder)
+    deliverer = LocalDeliverer(store, signing_key(), ExpiringAudit(database, audit) if service == "database" else audit)
+    limits = WorkerLimits(max_batch=1, lease_ttl_s=60.0, max_pixels=10**7)
     worker = Worker("worker-1", audit, store, FakeEngine(), limits, signing_key(), deliverer=deliverer)
     assert worker.run().succeeded == 1
     with database.read() as connection:
         (described,) = queries.live_workers(connection)
     assert described["note"] is None
+
+
+class UnknownCheckpoint(FakeEngine):
+    """An engine that looks its checkpoint up in a database that is away at first."""
+
+    failures = 1
+
+    def prefetch_weights(self, ref: CheckpointRef) -> None:
+        if self.failures:
+            self.failures -= 1
+            raise DatabaseUnavailableError("away")
+
+
+def test_an_outage_of_the_database_while_a_checkpoint_is_looked_up_is_waited_out(
+    audit: AuditLog, tmp_path: Path
+) -> None:
+    published(audit, chains(1))
+    limits = WorkerLimits(max_batch=1, lease_ttl_s=60.0, max_pixels=10**7)
+    worker = Worker("worker-1", audit, LocalStore(tmp_path), UnknownCheckpoint(), limits, signing_key())
+    assert worker.run().succeeded == 1
