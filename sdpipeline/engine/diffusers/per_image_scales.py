@@ -1,4 +1,4 @@
-"""ControlNet scales and distilled guidance for each picture inside one forward pass, by hooks of torch."""
+"""ControlNet scales, distilled guidance and references for each picture inside one forward pass, by hooks of torch."""
 
 from __future__ import annotations
 
@@ -51,6 +51,21 @@ def distilled_guidance(network: torch.nn.Module, guidance_scales: Sequence[float
         given = keywords.get("guidance")
         if given is not None:
             keywords["guidance"] = values.to(device=given.device, dtype=given.dtype)
+        return inputs, keywords
+
+    handle = network.register_forward_pre_hook(replace, with_kwargs=True)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@contextmanager
+def own_references(network: torch.nn.Module, references: Sequence[torch.Tensor]) -> Iterator[None]:
+    """Pass each picture's own IP-Adapter references to a network; its pipelines pass those of one for all pictures."""
+
+    def replace(_module: torch.nn.Module, inputs: Any, keywords: dict[str, Any]) -> Any:
+        keywords["added_cond_kwargs"] = keywords["added_cond_kwargs"] | {"image_embeds": list(references)}
         return inputs, keywords
 
     handle = network.register_forward_pre_hook(replace, with_kwargs=True)

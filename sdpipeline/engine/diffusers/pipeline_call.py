@@ -16,7 +16,7 @@ from sdpipeline.engine import Pixels
 from sdpipeline.engine.diffusers.batch import Denoised, Latents, Member, PassSettings, Weights, padded
 from sdpipeline.engine.diffusers.loading import TEXT_ENCODER
 from sdpipeline.engine.diffusers.patches import PerImageScale, float32_noise, no_global_randomness
-from sdpipeline.engine.diffusers.per_image_scales import controlnet_scales, distilled_guidance
+from sdpipeline.engine.diffusers.per_image_scales import controlnet_scales, distilled_guidance, own_references
 from sdpipeline.engine.diffusers.text import Embedding
 from sdpipeline.engine.families import SCHEDULERS
 from sdpipeline.engine.pixels import to_pil
@@ -136,7 +136,7 @@ def _controlnet(weights: Weights) -> Any:
 
 @contextmanager
 def _per_image(weights: Weights, members: Sequence[Member]) -> Iterator[None]:
-    """Apply each picture's own scales for the length of one call."""
+    """Apply each picture's own scales and references for the length of one call."""
     modules = [loaded.module for loaded in weights.controlnets]
     scales = [
         [member.request.controlnets[n].controlnet_conditioning_scale for member in members] for n in range(len(modules))
@@ -144,6 +144,8 @@ def _per_image(weights: Weights, members: Sequence[Member]) -> Iterator[None]:
     with ExitStack() as active:
         active.enter_context(controlnet_scales(modules, scales))
         active.enter_context(patched(weights))
+        if members[0].references:
+            active.enter_context(own_references(weights.denoiser, _references(members)))
         if weights.row.text == "flux":
             guidance = [member.request.guidance_scale for member in members]
             for network in {weights.denoiser, *modules}:
@@ -174,7 +176,8 @@ def call_arguments(weights: Weights, settings: PassSettings, members: Sequence[M
     if cell.max_controlnets:
         arguments |= _control(weights, settings, members)
     if members[0].references:
-        arguments["ip_adapter_image_embeds"] = _references(members)
+        # The pipelines repeat these for every picture; :func:`_per_image` replaces them by each picture's own.
+        arguments["ip_adapter_image_embeds"] = _references(members[:1])
     return arguments
 
 
@@ -229,10 +232,7 @@ def _control(weights: Weights, settings: PassSettings, members: Sequence[Member]
 
 
 def _references(members: Sequence[Member]) -> list[torch.Tensor]:
-    """Return reference pictures, one batch per IP-Adapter: embeddings without any picture first, if guidance is on.
-
-    The pipelines take embeddings as they are, but would mix the pictures of a batch.
-    """
+    """Return reference pictures, one batch per IP-Adapter: embeddings without any picture first, if guidance is on."""
     batches = []
     for n in range(len(members[0].references)):
         images = [member.references[n].image for member in members]

@@ -125,7 +125,7 @@ def test_what_a_profile_did_to_a_resident_checkpoint_is_gone_when_an_exact_pictu
     images(under("turbo"))
     assert equal(images(under("exact"))[0], before)
     unet = engine().residency.get(request().checkpoint).parts["unet"]
-    assert all(module.forward.__func__ is type(module).forward for module in unet.modules())
+    assert not any("forward" in vars(module) for module in unet.modules())
     assert not any(module._forward_hooks for module in unet.modules())
     assert torch.is_grad_enabled()
 
