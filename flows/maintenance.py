@@ -53,7 +53,7 @@ def retention(*, dry_run: Annotated[bool, Field(description="only count; change 
     from sdpipeline.orchestration import flow_settings, maintenance
 
     with open_services(flow_settings.load(), create=False) as services:
-        return maintenance.retention_applied(app_maintenance.forget(services, dry_run=dry_run))
+        return maintenance.retention_applied(app_maintenance.apply_retention(services, dry_run=dry_run))
 
 
 @flow(name="audit-verify", persist_result=False)

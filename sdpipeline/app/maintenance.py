@@ -19,7 +19,7 @@ from sdpipeline.errors import CheckpointError
 from sdpipeline.maintenance import reconcile as reconciliation
 from sdpipeline.maintenance import retention
 from sdpipeline.maintenance.reconcile import Reconciliation
-from sdpipeline.maintenance.retention import Erasure, Retained
+from sdpipeline.maintenance.retention import Erasure, RetentionResult
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,11 +81,11 @@ def reconcile(services: Services, *, repair: bool = False, adopt: bool = False) 
     return done
 
 
-def forget(services: Services, *, dry_run: bool = False) -> Retained:
+def apply_retention(services: Services, *, dry_run: bool = False) -> RetentionResult:
     """Delete and archive what the retention settings say is due, and seal the audit log."""
     services.store.check()
     audit.refuse_restored(services.database, services.store)
-    done = retention.forget(
+    done = retention.apply(
         services.audit,
         services.store,
         lambda: seal_or_wait(services),

@@ -71,7 +71,7 @@ def _delete_left(audit: AuditLog, store: ObjectStore, row: Json) -> None:
             archives.change(connection, row, private_left=None)
 
 
-def forget(
+def apply_retention(
     audit: AuditLog,
     store: ObjectStore,
     *,

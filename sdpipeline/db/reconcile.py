@@ -154,7 +154,7 @@ def end_attempts(tx: Transaction) -> None:
         tx.connection.execute(update(attempt).where(lost).values(finished_at=now_s(), outcome="abandoned"))
 
 
-def forget(tx: Transaction, lost: Json, *, because: str) -> bool:
+def delete_picture(tx: Transaction, lost: Json, *, because: str) -> bool:
     """Delete the row of a picture that storage lacks or holds altered; False if the row changed meanwhile."""
     mine = and_(image.c.job_id == lost["job_id"], image.c.fingerprint == lost["fingerprint"])
     same = and_(mine, image.c.sidecar_sha256 == lost["sidecar_sha256"])

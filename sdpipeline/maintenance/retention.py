@@ -37,7 +37,7 @@ class Periods:
 
 
 @dataclass(slots=True)
-class Retained:
+class RetentionResult:
     """Counts of what was deleted, or would be in a dry run."""
 
     pictures: int = 0
@@ -71,7 +71,7 @@ class Erasure:
         return {name: getattr(self, name) for name in counts} | {"receipt": receipt}
 
 
-def forget(
+def apply(
     audit: AuditLog,
     store: ObjectStore,
     seal: Callable[[], object],
@@ -79,13 +79,13 @@ def forget(
     team: str,
     periods: Periods,
     dry_run: bool = False,
-) -> Retained:
+) -> RetentionResult:
     """Delete what is older than its period, and archive closed editions.
 
     The order is: pictures, then the prompts of jobs that have no pictures left, then closed editions. An edition leaves
     the tables once its archive is under a seal.
     """
-    done = Retained()
+    done = RetentionResult()
     if not dry_run:
         archiver.take_up(audit, store, seal, team=team)
     if periods.pictures_days is not None:
@@ -98,7 +98,7 @@ def forget(
             with audit.transaction() as tx:
                 done.sources = retention.drop_old_sources(tx, team=team, days=periods.prompts_days)
     days = {"pictures_days": periods.pictures_days, "prompts_days": periods.prompts_days}
-    in_archives = archiver.forget(audit, store, team=team, **days, dry_run=dry_run)
+    in_archives = archiver.apply_retention(audit, store, team=team, **days, dry_run=dry_run)
     done.pictures += in_archives[0]
     done.prompts += in_archives[1]
     if periods.editions_days is not None:

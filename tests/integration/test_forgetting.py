@@ -77,7 +77,7 @@ class Place:
         return Worker("worker-1", self.audit, self.store, self.engine, limits, signing_key()).run().succeeded
 
     def forget(self, *, dry_run: bool = False, **periods: float | None) -> Json:
-        done = retention.forget(
+        done = retention.apply(
             self.audit, self.store, self.seal, team="default", periods=Periods(**periods), dry_run=dry_run
         )
         return done.document()
@@ -186,7 +186,7 @@ def test_a_run_that_is_killed_between_objects_and_rows_is_taken_up_by_the_next(p
     place.age(1, 2, 3)
     dying = DyingStore(place.folder / "s", left=3)
     with pytest.raises(Killed):
-        retention.forget(place.audit, dying, place.seal, team="default", periods=Periods(pictures_days=30))
+        retention.apply(place.audit, dying, place.seal, team="default", periods=Periods(pictures_days=30))
     assert all(row["deleted_at"] is None for row in place.rows(image))
     assert place.forget(pictures_days=30)["pictures"] == 3
     assert place.objects() == set()
