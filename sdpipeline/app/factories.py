@@ -156,7 +156,6 @@ def make_worker(
         breaker=CircuitBreaker(max_failures=settings.worker_max_failures),
         timings=BatchTimings(settings.batch_timeout_s),
         aging=AgingPolicy(settings.fairness_max_wait_s),
-        prefetch_weights=engine.prefetch_weights,
         trust_anchors=trust_anchors(settings),
         deliverer=deliverer,
     )

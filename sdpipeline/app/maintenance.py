@@ -16,10 +16,11 @@ from sdpipeline.audit import Verification
 from sdpipeline.db import leasing, queries, queue, workers
 from sdpipeline.engine.checkpoints import verify as verify_checkpoint
 from sdpipeline.errors import CheckpointError
+from sdpipeline.maintenance import erasure, retention
 from sdpipeline.maintenance import reconcile as reconciliation
-from sdpipeline.maintenance import retention
+from sdpipeline.maintenance.erasure import Erasure
 from sdpipeline.maintenance.reconcile import Reconciliation
-from sdpipeline.maintenance.retention import Erasure, RetentionResult
+from sdpipeline.maintenance.retention import RetentionResult
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,7 +86,7 @@ def apply_retention(services: Services, *, dry_run: bool = False) -> RetentionRe
     """Delete and archive what the retention settings say is due, and seal the audit log."""
     services.store.check()
     audit.refuse_restored(services.database, services.store)
-    done = retention.apply(
+    done = retention.delete_expired(
         services.audit,
         services.store,
         lambda: seal_or_wait(services),
@@ -102,7 +103,7 @@ def erase(services: Services, subject: str, *, dry_run: bool = False) -> Erasure
     """Erase one subject's data from the team's jobs, and seal the audit log if any job was affected."""
     services.store.check()
     audit.refuse_restored(services.database, services.store)
-    done = retention.erase(
+    done = erasure.erase(
         services.audit,
         services.store,
         lambda: seal_or_wait(services),

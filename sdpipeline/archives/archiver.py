@@ -71,7 +71,7 @@ def _delete_left(audit: AuditLog, store: ObjectStore, row: Json) -> None:
             archives.change(connection, row, private_left=None)
 
 
-def apply_retention(
+def delete_expired(
     audit: AuditLog,
     store: ObjectStore,
     *,

@@ -65,10 +65,11 @@ class Outages:
             noted = noted or self._note_database_outage(error)
             self._end.pause(delay_s)
 
-        answer = retry(call, on=DatabaseUnavailableError, backoff=DATABASE_BACKOFF, wait=wait)
-        if noted:
-            self._remove_note(noted)
-        return answer
+        try:
+            return retry(call, on=DatabaseUnavailableError, backoff=DATABASE_BACKOFF, wait=wait)
+        finally:  # also if the call fails for another reason, such as a lease that expired during the outage
+            if noted:
+                self._remove_note(noted)
 
     def wait_for_services(self, lease: Lease, call: Callable[[], _T]) -> _T:
         """Call until storage, signing and delivery are available; raises LeaseLostError if the lease is lost first."""
@@ -104,7 +105,7 @@ class Outages:
     def _retry_service(self, lease: Lease, call: Callable[[], _T], failed: TransientError) -> _T:
         def wait(error: TransientError, delay_s: float) -> None:
             service = next(name for kind, name in SERVICES.items() if isinstance(error, kind))
-            _log.warning(f"{service}_unavailable", error=str(error), retry_in_s=round(delay_s, 1))
+            _log.warning("service_unavailable", service=service, error=str(error), retry_in_s=round(delay_s, 1))
             self._note(f"waits for {service}: {error}")
             self.record_failure(error)
             self._end.pause(delay_s)

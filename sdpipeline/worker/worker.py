@@ -12,7 +12,6 @@ import structlog
 from sdpipeline.db import queue as jobs
 from sdpipeline.db.audit import AuditLog
 from sdpipeline.db.leasing import AgingPolicy, Cursor
-from sdpipeline.domain import CheckpointRef
 from sdpipeline.engine import Engine
 from sdpipeline.errors import DatabaseUnavailableError
 from sdpipeline.provenance.signing import SigningKey
@@ -67,9 +66,8 @@ class Worker:
     """Worker on one device; ``run`` may be called many times and keeps checkpoints loaded.
 
     State that outlives a run: the circuit ``breaker``, the batch ``timings`` and the ``aging`` policy of campaigns.
-    ``prefetch_weights`` is called with the next checkpoint if it is not loaded; it must not touch the device. Without
-    a ``deliverer``, this process encodes, signs, stores and records pictures. With ``trust_anchors`` (roots in PEM),
-    only pictures whose signature chains to one of them are delivered as copies.
+    Without a ``deliverer``, this process encodes, signs, stores and records pictures. With ``trust_anchors`` (roots in
+    PEM), only pictures whose signature chains to one of them are delivered as copies.
     """
 
     worker_id: str
@@ -82,7 +80,6 @@ class Worker:
     breaker: CircuitBreaker = field(default_factory=CircuitBreaker)
     timings: BatchTimings = field(default_factory=BatchTimings)
     aging: AgingPolicy = field(default_factory=AgingPolicy)
-    prefetch_weights: Callable[[CheckpointRef], None] | None = None
     trust_anchors: str = ""
     deliverer: Deliverer | None = None
 
@@ -244,7 +241,6 @@ class WorkerRun:
             cursor=Cursor(worker.aging),
             campaign_id=campaign_id,
             until_idle=until_idle,
-            prefetch_weights=worker.prefetch_weights,
             breaker=worker.breaker,
             heartbeat=self.heartbeat,
             outages=self.outages,

@@ -82,4 +82,6 @@ def _switch_fencing_off() -> None:
     def ignoring(table: Table) -> Any:
         return dialect.insert(table).on_conflict_do_nothing() if table is image else insert(table)
 
-    vars(queue).update(_still_ours=lambda lease_id, job_id: job.c.id == job_id, insert=ignoring)
+    mutant = {"_lease_still_held": lambda lease_id, job_id: job.c.id == job_id, "insert": ignoring}
+    assert mutant.keys() <= vars(queue).keys()  # else this would switch nothing off
+    vars(queue).update(mutant)

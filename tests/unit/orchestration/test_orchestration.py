@@ -13,8 +13,7 @@ import pytest
 from prefect.exceptions import TerminationSignal
 from prefect.utilities.engine import _prefect_sigterm_handler
 
-from sdpipeline import orchestration
-from sdpipeline.orchestration import campaign_run, worker_process
+from sdpipeline.orchestration import campaign_run, local_run, worker_process
 from sdpipeline.orchestration.artifacts import describe
 from sdpipeline.orchestration.local_server import no_proxy_for_loopback
 from sdpipeline.shutdown import Stop
@@ -137,11 +136,11 @@ def test_an_interruption_outlives_a_server_that_cannot_hear_of_it(
     unreachable.__context__ = OSError("refused")
     unreachable.__context__.__context__ = interruption
     with pytest.raises(leaves_as):
-        orchestration._pass_on_interruption(unreachable)
+        local_run._pass_on_interruption(unreachable)
 
 
 def test_a_lost_server_alone_is_no_interruption() -> None:
-    orchestration._pass_on_interruption(ConnectionError("no server"))
+    local_run._pass_on_interruption(ConnectionError("no server"))
 
 
 def test_a_worker_that_is_told_to_end_finishes_its_batch_under_prefects_own_handler() -> None:

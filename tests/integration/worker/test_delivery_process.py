@@ -42,7 +42,7 @@ from sdpipeline.worker.inputs import Consumed
 from sdpipeline.worker.worker import Worker, WorkerLimits, WorkerSummary
 from tests.chaos.invariants import violations
 from tests.factories import chains, leased, published, statuses
-from tests.integration.test_worker_life import wait_for
+from tests.integration.worker.test_shutdown import wait_for
 
 pytestmark = pytest.mark.timeout(120)
 

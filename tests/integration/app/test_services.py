@@ -20,6 +20,7 @@ from sdpipeline.app.services import Services
 from sdpipeline.db.audit import AuditLog
 from sdpipeline.db.connection import open_database
 from sdpipeline.errors import BadInputError
+from sdpipeline.orchestration import local_run
 from sdpipeline.settings import Settings
 from tests.factories import job_spec, published
 from tests.integration.databases import on_postgresql, on_sqlite
@@ -66,7 +67,7 @@ def test_polling_opens_no_database(services: Services) -> None:
 def test_a_progress_bar_opens_no_database(services: Services, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(orchestration, "DRAW_EVERY_S", 0.01)
     console = Console(file=io.StringIO(), force_terminal=True, width=200)
-    with counted_connections() as opened, orchestration._live_progress(services, "spring", console):
+    with counted_connections() as opened, local_run._live_progress(services, "spring", console):
         time.sleep(0.5)
     assert len(opened) <= 2
     assert isinstance(console.file, io.StringIO)

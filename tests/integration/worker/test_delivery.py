@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from sdpipeline.db import queries, workers
+from sdpipeline.db import leasing, queries, queue, workers
 from sdpipeline.db.audit import AuditLog, Transaction
 from sdpipeline.db.connection import Database
 from sdpipeline.engine import Batch, GeneratedImage, PreparedRequest
@@ -146,3 +146,36 @@ def test_a_worker_clears_its_note_after_an_outage_of_storage_that_an_outage_of_t
         (described,) = queries.live_workers(connection)
     assert described["note"] is None
     assert len(list(store.list())) == 2
+
+
+class ExpiringAudit(AuditLog):
+    """An audit log whose database reports a full disk at its first transaction, during which all leases expire."""
+
+    def __init__(self, database: Database, lease_audit: AuditLog) -> None:
+        super().__init__(database, actor="worker:test")
+        self.lease_audit, self.is_first = lease_audit, True
+
+    @contextmanager
+    def transaction(self) -> Iterator[Transaction]:
+        if self.is_first:
+            self.is_first = False
+            with self.lease_audit.transaction() as tx:
+                queue.reap(tx, lease_ids=leasing.open_leases(tx.connection, ["worker-1"]))
+            raise DatabaseUnavailableError("the disk is full", fix="free space")
+        with super().transaction() as tx:
+            yield tx
+
+
+def test_a_worker_clears_its_note_after_an_outage_of_the_database_in_which_its_lease_expired(
+    audit: AuditLog, database: Database, tmp_path: Path
+) -> None:
+    published(audit, chains(1))
+    with audit.transaction() as tx:
+        workers.register(tx, worker_id="worker-1", host="here", pid=1, device="cpu", description={})
+    store, limits = LocalStore(tmp_path / "storage"), WorkerLimits(max_batch=1, lease_ttl_s=60.0, max_pixels=10**7)
+    deliverer = LocalDeliverer(store, signing_key(), ExpiringAudit(database, audit))
+    worker = Worker("worker-1", audit, store, FakeEngine(), limits, signing_key(), deliverer=deliverer)
+    assert worker.run().succeeded == 1
+    with database.read() as connection:
+        (described,) = queries.live_workers(connection)
+    assert described["note"] is None

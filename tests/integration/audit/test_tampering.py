@@ -39,7 +39,7 @@ from sdpipeline.storage.keys import seal_object_key
 from tests.factories import chains, leased, published, stored_image
 from tests.integration.conftest import Bucket
 
-PAGE = (Path(__file__).parents[2] / "docs" / "explanation" / "tampering.md").read_text(encoding="utf-8")
+PAGE = (Path(__file__).parents[3] / "docs" / "explanation" / "tampering.md").read_text(encoding="utf-8")
 NOTHING = set[str]()
 
 

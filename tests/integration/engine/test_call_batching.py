@@ -17,6 +17,8 @@ from sdpipeline.engine.diffusers.engine import DiffusersEngine
 from sdpipeline.engine.stepwise import Shortcuts, Stepwise
 from sdpipeline.engine.stepwise.call_batching import in_lockstep
 from sdpipeline.engine.stepwise.stepwise_denoising import cuts
+from tests.integration.engine.test_families import CELLS
+from tests.integration.engine.test_families import asked as asked_for
 from tests.integration.engine_requests import (
     SOURCE,
     controlnet,
@@ -31,8 +33,6 @@ from tests.integration.engine_requests import (
     results,
 )
 from tests.integration.engine_requests import images as images_of
-from tests.integration.test_engine_families import CELLS
-from tests.integration.test_engine_families import asked as asked_for
 
 STEPS_AND_GUIDANCE = [(2, 4.0), (6, 1.0), (3, 7.5), (4, 2.0)]
 

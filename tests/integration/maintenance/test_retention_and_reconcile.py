@@ -21,9 +21,9 @@ from sdpipeline.worker.inputs import Consumed
 from sdpipeline.worker.picture_storage import store_picture
 from sdpipeline.worker.worker import Worker, WorkerLimits
 from tests.factories import chains, expired, job_spec, leased, published, signing_key, statuses
+from tests.integration.archives.test_archiver import MONDAY, TUESDAY, Editions, edition_of
 from tests.integration.databases import on_sqlite
-from tests.integration.test_archive import MONDAY, TUESDAY, Editions, edition_of
-from tests.integration.test_forgetting import ANNA, of
+from tests.integration.maintenance.test_retention import ANNA, of
 
 pytestmark = on_sqlite
 

@@ -130,7 +130,7 @@ class Show:
 
 def documented_automation() -> dict[str, Any]:
     """The documentation's, without the page that it sends."""
-    page = (Path(__file__).parents[2] / "docs" / "how-to" / "prefect-ui.md").read_text()
+    page = (Path(__file__).parents[3] / "docs" / "how-to" / "prefect-ui.md").read_text()
     text = "name: Page" + page.partition("```yaml\nname: Page")[2].partition("```")[0]
     found: dict[str, Any] = yaml.safe_load(text)
     return found | {"actions": [{"type": "do-nothing"}]}

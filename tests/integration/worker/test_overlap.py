@@ -22,7 +22,7 @@ from sdpipeline.storage import LocalStore
 from sdpipeline.worker.worker import Worker, WorkerLimits
 from tests.factories import CHECKPOINT, chains, published, signing_key, statuses
 from tests.integration.databases import on_sqlite
-from tests.integration.test_worker_life import wait_for
+from tests.integration.worker.test_shutdown import wait_for
 
 pytestmark = [on_sqlite, pytest.mark.timeout(60)]
 """What a worker overlaps does not depend on its database."""
@@ -110,10 +110,13 @@ def test_weights_that_the_next_lease_needs_are_foreseen_while_the_device_is_busy
 ) -> None:
     published(audit, (*chains(8), *chains(8, "other", checkpoint=OTHER)))
     foreseen: list[tuple[float, CheckpointRef]] = []
-    engine = Paced(0.5)
-    worker(
-        audit, LocalStore(tmp_path), engine, prefetch_weights=lambda ref: foreseen.append((time.perf_counter(), ref))
-    ).run()
+
+    class Prefetching(Paced):
+        def prefetch_weights(self, ref: CheckpointRef) -> None:
+            foreseen.append((time.perf_counter(), ref))
+
+    engine = Prefetching(0.5)
+    worker(audit, LocalStore(tmp_path), engine).run()
     assert {ref.digest for _, ref in foreseen} == {CHECKPOINT.digest, OTHER.digest}
     assert foreseen[-1][0] < engine.begun[1]
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-CONFTEST = Path(__file__).parents[1] / "conftest.py"
+CONFTEST = Path(__file__).parents[2] / "conftest.py"
 SKIPS_ONE = "import pytest\n@pytest.mark.skip(reason='no such program')\ndef test_one(): pass\n"
 SKIPS_ALL = "import pytest\npytest.importorskip('no_such_library')\n"
 SKIPS_GPU = "import pytest\n@pytest.mark.gpu\n@pytest.mark.skip(reason='no GPU')\ndef test_one(): pass\n"

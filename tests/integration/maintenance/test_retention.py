@@ -17,13 +17,13 @@ from sqlalchemy import Table, select, update
 from sdpipeline import cli
 from sdpipeline.audit import SealKey, Verification, load_key, seal, verify
 from sdpipeline.db import job_control, queries, reuse
-from sdpipeline.db import retention as forgetting
+from sdpipeline.db import retention as expired
 from sdpipeline.db.audit import AuditLog
 from sdpipeline.db.queue import commitment
 from sdpipeline.db.tables import LOOKS, campaign_version, image, job
 from sdpipeline.domain import ImageSource, JobSpec, Json, Task
 from sdpipeline.engine.fake import FakeEngine
-from sdpipeline.maintenance import retention
+from sdpipeline.maintenance import erasure, retention
 from sdpipeline.maintenance.retention import Periods
 from sdpipeline.reporting import contact_sheet, report
 from sdpipeline.reporting.verify import Register, check
@@ -77,13 +77,13 @@ class Place:
         return Worker("worker-1", self.audit, self.store, self.engine, limits, signing_key()).run().succeeded
 
     def forget(self, *, dry_run: bool = False, **periods: float | None) -> Json:
-        done = retention.apply(
+        done = retention.delete_expired(
             self.audit, self.store, self.seal, team="default", periods=Periods(**periods), dry_run=dry_run
         )
         return done.document()
 
-    def erase(self, name: str = ANNA, store: LocalStore | None = None) -> retention.Erasure:
-        return retention.erase(self.audit, store or self.store, self.seal, name, team="default")
+    def erase(self, name: str = ANNA, store: LocalStore | None = None) -> erasure.Erasure:
+        return erasure.erase(self.audit, store or self.store, self.seal, name, team="default")
 
     def seal(self) -> int:
         return seal(self.audit.database, self.store, self.key)
@@ -186,7 +186,7 @@ def test_a_run_that_is_killed_between_objects_and_rows_is_taken_up_by_the_next(p
     place.age(1, 2, 3)
     dying = DyingStore(place.folder / "s", left=3)
     with pytest.raises(Killed):
-        retention.apply(place.audit, dying, place.seal, team="default", periods=Periods(pictures_days=30))
+        retention.delete_expired(place.audit, dying, place.seal, team="default", periods=Periods(pictures_days=30))
     assert all(row["deleted_at"] is None for row in place.rows(image))
     assert place.forget(pictures_days=30)["pictures"] == 3
     assert place.objects() == set()
@@ -398,6 +398,7 @@ def test_a_picture_under_a_key_that_another_job_has_too_is_left(place: Place) ->
 
 def test_forgetting_works_in_bounded_transactions(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(retention, "BATCH", 2)
+    monkeypatch.setattr(erasure, "BATCH", 2)
     place.made(list(of(ANNA, *chains(5))))
     place.age(1, 2, 3, 4, 5)
     place.forget(pictures_days=30)
@@ -426,7 +427,7 @@ def test_what_prefect_keeps_names_no_subject_and_shows_no_picture_of_one(place: 
 def test_an_erasure_belongs_to_one_team(place: Place) -> None:
     place.made(list(of(ANNA, job_spec("a"))), team="other")
     assert place.erase().jobs == 0
-    assert forgetting.ERASED not in place.show(1, team="other")["request"]
+    assert expired.ERASED not in place.show(1, team="other")["request"]
 
 
 # From the command line.

@@ -36,7 +36,7 @@ def test_a_missing_part_of_the_engine_is_said_before_anything_is_written(
 
 
 def test_every_package_of_the_extra_is_looked_for() -> None:
-    project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
+    project = tomllib.loads((Path(__file__).parents[3] / "pyproject.toml").read_text())["project"]
     wanted = {canonicalize_name(Requirement(each).name) for each in project["optional-dependencies"]["engine"]}
     known = packages_distributions()
     assert {canonicalize_name(known[package][0]) for package in factories.ENGINE_PACKAGES} == wanted

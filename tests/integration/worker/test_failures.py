@@ -15,8 +15,8 @@ from sdpipeline.app import keys, services
 from sdpipeline.domain import Json, request_from_document
 from sdpipeline.engine import Batch, PreparedRequest
 from sdpipeline.engine.annotators import annotate
+from tests.integration.engine.test_failures import before_each_step, marked, too_many
 from tests.integration.engine_requests import engine, image_of, noise
-from tests.integration.test_engine_failures import before_each_step, marked, too_many
 from tests.integration.worker_campaigns import PICTURE, Workplace, campaign, picture_file, workplace
 
 

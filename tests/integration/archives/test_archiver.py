@@ -25,7 +25,7 @@ from tests.factories import chains, events, job_spec
 from tests.integration.commands import FAKE_ENGINE
 from tests.integration.conftest import Bucket
 from tests.integration.databases import on_sqlite
-from tests.integration.test_forgetting import ANNA, DyingStore, Killed, Place, of
+from tests.integration.maintenance.test_retention import ANNA, DyingStore, Killed, Place, of
 
 MONDAY, TUESDAY = "monday", "tuesday"
 

@@ -15,7 +15,7 @@ from sdpipeline.domain import Task
 from sdpipeline.engine.checkpoints import inspect
 from sdpipeline.engine.families import FAMILIES, Cell
 from sdpipeline.errors import CampaignError
-from tests.integration.test_engine_families import CONTROLNETS
+from tests.integration.engine.test_families import CONTROLNETS
 from tests.integration.tiny_checkpoints import tiny_checkpoints
 from tests.integration.worker_campaigns import MASK, PICTURE, Workplace, campaign, picture_size, workplace
 

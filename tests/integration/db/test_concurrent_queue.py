@@ -32,7 +32,7 @@ from tests.factories import (
 )
 from tests.integration.databases import on_postgresql
 from tests.integration.processes import processes
-from tests.integration.test_worker_life import wait_for
+from tests.integration.worker.test_shutdown import wait_for
 
 
 def work(audit: AuditLog, worker_id: str, *, fail_every: int = 0) -> list[int]:

@@ -30,7 +30,7 @@ from tests.integration.certificates import signing_settings
 from tests.integration.commands import FAKE_ENGINE
 from tests.integration.conftest import new_postgres_database
 
-ROLES = Path(__file__).parents[2] / "deploy" / "roles.sql"
+ROLES = Path(__file__).parents[3] / "deploy" / "roles.sql"
 REFUSED = r"audit event refused|a worker's login may|belongs to another login"
 ROLE_NAMES = ("reader", "worker", "dispatcher", "sealer", "maintainer")
 CAMPAIGN = """\

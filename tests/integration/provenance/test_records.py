@@ -154,8 +154,8 @@ def test_a_key_that_is_not_published_is_found(audit: AuditLog, store: LocalStore
     assert Draft202012Validator(json_schema.sidecar()).is_valid(sidecar | {"mood": "sunny"})
 
 
-def test_records_and_sidecars_of_the_previous_release_are_valid(tmp_path: Path) -> None:
-    with previous_release(tmp_path, f"sqlite:///{tmp_path / 'queue.db'}") as previous:
+def test_records_and_sidecars_of_the_previous_release_are_valid(database_url: str, tmp_path: Path) -> None:
+    with previous_release(tmp_path, database_url) as previous:
         previous.submit(chains=3, bulk=1)
         previous.start_worker()
         storage = previous.home / "storage"

@@ -23,7 +23,7 @@ from tests.integration.certificates import signing_settings
 from tests.integration.commands import document, environment, pictures, sdpipeline
 from tests.integration.conftest import Bucket, free_port, served
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 PAGE = ROOT / "docs" / "how-to" / "postgresql-s3-prefect.md"
 
 pytestmark = pytest.mark.timeout(300)

@@ -16,7 +16,7 @@ from sdpipeline.engine import Pixels
 from sdpipeline.engine.quality import edge_recall, edges
 from tests.integration.commands import document, pictures
 
-PARTI_PROMPTS = Path(__file__).parents[1] / "data" / "PartiPrompts.tsv"
+PARTI_PROMPTS = Path(__file__).parents[2] / "data" / "PartiPrompts.tsv"
 SHAPES = "checkpoint: shapes\ndefaults: {width: 128, height: 128, num_inference_steps: 10, guidance_scale: 4.0}\n"
 
 

@@ -21,6 +21,7 @@ from sdpipeline.engine.diffusers.loading import size_bytes
 from sdpipeline.engine.stepwise import Speedups, Stepwise
 from sdpipeline.errors import InputImageError
 from sdpipeline.reporting import reproduce
+from tests.integration.engine.test_profiles import apart, shapes, under
 from tests.integration.engine_requests import (
     SOURCE,
     adapter,
@@ -31,7 +32,6 @@ from tests.integration.engine_requests import (
     prepared,
     ref,
 )
-from tests.integration.test_engine_profiles import apart, shapes, under
 from tests.integration.tiny_checkpoints import tiny_checkpoints
 from tests.integration.worker_campaigns import campaign, picture_file, workplace
 
