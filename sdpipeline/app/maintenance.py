@@ -20,7 +20,7 @@ from sdpipeline.maintenance import erasure, retention
 from sdpipeline.maintenance import reconcile as reconciliation
 from sdpipeline.maintenance.erasure import Erasure
 from sdpipeline.maintenance.reconcile import Reconciliation
-from sdpipeline.maintenance.retention import Retained
+from sdpipeline.maintenance.retention import RetentionResult
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,7 +82,7 @@ def reconcile(services: Services, *, repair: bool = False, adopt: bool = False) 
     return done
 
 
-def apply_retention(services: Services, *, dry_run: bool = False) -> Retained:
+def apply_retention(services: Services, *, dry_run: bool = False) -> RetentionResult:
     """Delete and archive what the retention settings say is due, and seal the audit log."""
     services.store.check()
     audit.refuse_restored(services.database, services.store)

@@ -62,8 +62,8 @@ def note_faults(
         grouped.setdefault(_in_file(tuple(fault["loc"]), data), []).append(fault)
     unknown = {path for path, about in grouped.items() if about[0]["type"] == "extra_forbidden"}
     for path, about in grouped.items():
-        beside = [str(other[-1]) for other in unknown if other[:-1] == path[:-1]]
-        if about[0]["type"] == "missing" and nearest_name(str(path[-1]), beside):
+        misspelt = [str(other[-1]) for other in unknown if other[:-1] == path[:-1]]
+        if about[0]["type"] == "missing" and nearest_name(str(path[-1]), misspelt):
             faults.hide((*at, *path))  # it is there, misspelt
             continue
         faults.add((*at, *path), *_describe(about, (*at, *path), shape or CampaignSpec))

@@ -101,7 +101,7 @@ def subject(settings: Settings, wanted: Wanted) -> Subject:
     settings, files = _checkpoint(settings, wanted.checkpoint, device)
     row = family(files.family)
     if row.cell(Task.TEXT_TO_IMAGE) is None:
-        raise refuse(f"--checkpoint {files.alias} is not a text-to-image checkpoint", "name one that is")
+        raise refuse(f"--checkpoint {files.alias} is not a text-to-image checkpoint", "name a text-to-image checkpoint")
     if refused := scheduler_refusal(row, wanted.scheduler):
         raise refuse(f"--scheduler: {refused.message}", refused.fix)
     usual = _usual(files, device)

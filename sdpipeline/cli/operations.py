@@ -89,6 +89,6 @@ def doctor(*, home: Home = None, as_json: AsJson = False) -> None:
         print_json({"checks": [check.document() for check in checks]})
     else:
         rows = [("ok" if check.ok else "NOT OK", check.name, check.detail, check.fix) for check in checks]
-        print_table("", ("", "what", "found", "what to do"), rows)
+        print_table("", ("", "check", "result", "fix"), rows)
     if not all(check.ok for check in checks):
         raise typer.Exit(FOUND_FAULTS)

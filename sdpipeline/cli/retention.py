@@ -36,7 +36,7 @@ def retention(*, dry_run: DryRun = False, home: Home = None, as_json: AsJson = F
 
 def erase(
     *,
-    subject: Annotated[str, typer.Option(help="Person whose data is erased, as the campaign's `subject` names them.")],
+    subject: Annotated[str, typer.Option(help="Data subject to erase, as written by the campaign's `subject`.")],
     dry_run: DryRun = False,
     home: Home = None,
     as_json: AsJson = False,

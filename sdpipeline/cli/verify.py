@@ -187,5 +187,5 @@ def _match_text(checked: Checked) -> str:
         "pixels": "knows these pixels in another file",
         "perceptual_hash": f"knows a picture that differs in {match.distance} of 64 bits of the perceptual hash",
     }[match.by]
-    gone = ", deleted since" if match.picture.deleted else ""
-    return f"{how}: job {match.picture.job}, stage {match.picture.stage} of {match.picture.campaign}{gone}"
+    deleted = ", deleted since" if match.picture.deleted else ""
+    return f"{how}: job {match.picture.job}, stage {match.picture.stage} of {match.picture.campaign}{deleted}"

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from alembic.config import Config
 
 _ADVISORY_LOCK = 7_305_011_948
-"""Any number that nothing else uses: only one process migrates at a time."""
+"""Key of the advisory lock that lets one process migrate at a time."""
 
 LOCK_TIMEOUT_S = 10
 """A migration that waits longer for a busy table would block everyone behind it, so it gives up."""

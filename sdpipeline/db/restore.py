@@ -159,8 +159,8 @@ def _adopt(tx: Transaction, campaign_id: int, row: Any) -> None:
 def _resolve_adopted(tx: Transaction, campaign_id: int, adopted: Collection[int]) -> None:
     """Mark the adopted jobs as succeeded, and resolve their unfinished descendants again."""
     below = descendants(adopted)
-    unmade = and_(job.c.id.in_(select(below.c.id)), job.c.status.in_(("waiting", "ready", "skipped")))
-    others = and_(unmade, job.c.id.not_in(adopted), job.c.erased_at.is_(None))
+    unfinished = and_(job.c.id.in_(select(below.c.id)), job.c.status.in_(("waiting", "ready", "skipped")))
+    others = and_(unfinished, job.c.id.not_in(adopted), job.c.erased_at.is_(None))
     reopened = list(tx.connection.execute(select(job.c.id).where(others).order_by(job.c.id)).scalars())
     if reopened:
         tx.record(Event.JOBS_REOPENED, f"campaign:{campaign_id}", jobs=reopened)

@@ -24,7 +24,7 @@ _INDEXED: ColumnElement[bool] = literal_column("look_1 IS NOT NULL")
 """The condition of the partial indexes, verbatim."""
 
 _KNOWN = or_(job.c.erased_at.is_(None), cast(job.c.request, Text).contains("checkpoint"))
-"""Excludes jobs of an erased subject, whose whole request is gone."""
+"""Excludes jobs of an erased subject: their requests were deleted."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -93,8 +93,8 @@ def archived(row: Json, lines: Iterator[Json], private: Iterator[Json]) -> Itera
 
 
 def _place(row: Json) -> Json:
-    gone = {"deleted_at": row["pictures_deleted_at"]} if row["pictures_deleted_at"] else {}
-    return {"name": row["name"], "edition": row["edition"]} | gone
+    deleted_at = {"deleted_at": row["pictures_deleted_at"]} if row["pictures_deleted_at"] else {}
+    return {"name": row["name"], "edition": row["edition"]} | deleted_at
 
 
 def _of_pixels(pixels_sha256: str) -> Select[Any]:

@@ -148,8 +148,8 @@ def check_shards(alias: str, name: str, index: Any, manifest: Mapping[str, str] 
         raise CheckpointError(f"checkpoint {alias!r}: {name} has no weight_map; fetch the file again")
     folder = name.rpartition("/")[0]
     for shard in sorted({str(each) for each in shards.values()}):
-        beside = f"{folder}/{shard}" if folder else shard
-        if "/" in shard or "\\" in shard or beside not in manifest:
+        path = f"{folder}/{shard}" if folder else shard
+        if "/" in shard or "\\" in shard or path not in manifest:
             raise CheckpointError(f"checkpoint {alias!r}: {name} names {shard}, which is not in the same folder")
 
 

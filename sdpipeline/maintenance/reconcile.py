@@ -201,7 +201,7 @@ def _give_up(log: AuditLog, store: ObjectStore, picture: Json, *, because: str) 
         used = rows.still_used(connection, keys, picture["fingerprint"], but_of=job_id)
     _quarantine(log, store, job_id, [key for key in keys if key not in used])
     with log.transaction() as tx:
-        if rows.forget(tx, picture, because=because) and picture["present"]:
+        if rows.delete_picture(tx, picture, because=because) and picture["present"]:
             rows.reopen(tx, [job_id])
 
 

@@ -32,7 +32,7 @@ class Periods:
 
 
 @dataclass(slots=True)
-class Retained:
+class RetentionResult:
     """Counts of what was deleted, or would be in a dry run."""
 
     pictures: int = 0
@@ -53,13 +53,13 @@ def delete_expired(
     team: str,
     periods: Periods,
     dry_run: bool = False,
-) -> Retained:
+) -> RetentionResult:
     """Delete what is older than its period, and archive closed editions.
 
     The order is: pictures, then the prompts of jobs that have no pictures left, then closed editions. An edition leaves
     the tables once its archive is under a seal.
     """
-    done = Retained()
+    done = RetentionResult()
     if not dry_run:
         archiver.take_up(audit, store, seal, team=team)
     if periods.pictures_days is not None:

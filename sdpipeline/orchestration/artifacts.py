@@ -171,5 +171,5 @@ def table_cells(rows: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
 def describe(progress: Progress) -> str:
     """Return the job counts in one line."""
     counts = {name: getattr(progress, name) for name in ("failed", "blocked", "skipped", "cancelled")}
-    unlucky = "".join(f", {count} {name}" for name, count in counts.items() if count)
-    return f"{progress.name}: {progress.succeeded} of {progress.total} succeeded{unlucky}"
+    unsuccessful = "".join(f", {count} {name}" for name, count in counts.items() if count)
+    return f"{progress.name}: {progress.succeeded} of {progress.total} succeeded{unsuccessful}"

@@ -9,7 +9,7 @@ from sdpipeline.app.maintenance import Reclaimed
 from sdpipeline.audit import Verification
 from sdpipeline.domain import Json
 from sdpipeline.maintenance.reconcile import Reconciliation
-from sdpipeline.maintenance.retention import Retained
+from sdpipeline.maintenance.retention import RetentionResult
 from sdpipeline.orchestration.artifacts import best_effort, table_cells
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ def sealed(events: int) -> State[Any]:
     return _completed(f"{events} events sealed")
 
 
-def retention_applied(done: Retained) -> State[Any]:
+def retention_applied(done: RetentionResult) -> State[Any]:
     """Return Completed with the counts of deleted and archived data."""
     return _completed(", ".join(f"{count} {what}" for what, count in done.document().items()))
 

@@ -105,8 +105,8 @@ def used_in(target: Mapping[str, Any]) -> frozenset[str]:
 
 def without(parameters: Mapping[str, Any], dropped: Collection[str]) -> dict[str, Any]:
     """Return the parameters without those of the dropped features."""
-    gone = frozenset[str]().union(*(FEATURES[name] for name in dropped))
-    return {name: value for name, value in parameters.items() if name not in gone}
+    removed = frozenset[str]().union(*(FEATURES[name] for name in dropped))
+    return {name: value for name, value in parameters.items() if name not in removed}
 
 
 def _sets(names: list[str]) -> Iterator[frozenset[str]]:

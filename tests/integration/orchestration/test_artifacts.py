@@ -59,7 +59,7 @@ SCREENSHOTS = os.environ.get("SDP_TEST_SCREENSHOTS")
 
 @dataclass(slots=True)
 class Show:
-    """A campaign that runs under a server, and what was on its board meanwhile."""
+    """A campaign that runs under a server, and its artifacts meanwhile."""
 
     server: ServerHandle
     home: Path

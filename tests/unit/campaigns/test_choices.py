@@ -90,7 +90,7 @@ def test_including_one_does_not_bring_back_true() -> None:
         ("include: [{colour: green}]", "include[0]: has no value for ground, size, word"),
         (
             "include: [{colour: green, ground: white, size: 9, word: x, form: y}]",
-            "include[0].form: 'form' is no variable with a list of values",
+            "include[0].form: 'form' is not a variable with a list of values",
         ),
     ],
 )
