@@ -95,10 +95,10 @@ def delete_expired(
             if not dry_run:
                 _delete_pictures(audit, store, row, due)
         if prompts_days is not None and age_days > prompts_days:
-            due = [line for line in archived_editions.private(store, row) if _kept(line) != line]
-            prompts += len(due)
-            if due and not dry_run:
-                _delete_private(audit, store, row, {line["id"] for line in due})
+            lines = [line for line in archived_editions.private(store, row) if _kept(line) != line]
+            prompts += len(lines)
+            if lines and not dry_run:
+                _delete_private(audit, store, row, {line["id"] for line in lines})
     return pictures, prompts
 
 
