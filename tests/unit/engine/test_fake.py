@@ -63,7 +63,7 @@ def test_it_names_the_checkpoints_it_pretends_to_hold() -> None:
 
 
 def test_planning_imports_neither_torch_nor_diffusers() -> None:
-    modules = "annotators, checkpoints, fake, families, pictures, record"
+    modules = "annotators, checkpoints, fake, families, pixels, record"
     program = (
         f"import sys; from sdpipeline.engine import {modules}; print({{'torch', 'diffusers'}} & sys.modules.keys())"
     )
