@@ -401,7 +401,7 @@ def _note(have: Services) -> str | None:
 def test_one_that_cannot_start_is_an_outage_and_says_why(have: Services, monkeypatch: pytest.MonkeyPatch) -> None:
     for wrong, why in (
         ({"storage_url": "ftp://nowhere"}, "ftp"),
-        ({"certificate": "another"}, "start the worker again"),
+        ({"certificate": "another"}, "restart the worker"),
     ):
         with pytest.raises(DeliveryUnavailableError, match=why):
             DeliveryProcess(destination(have, **wrong)).check()
