@@ -82,4 +82,5 @@ def _switch_fencing_off() -> None:
     def ignoring(table: Table) -> Any:
         return dialect.insert(table).on_conflict_do_nothing() if table is image else insert(table)
 
-    vars(queue).update(_still_ours=lambda lease_id, job_id: job.c.id == job_id, insert=ignoring)
+    assert hasattr(queue, "_lease_still_held")  # else the mutant is none
+    vars(queue).update(_lease_still_held=lambda lease_id, job_id: job.c.id == job_id, insert=ignoring)
