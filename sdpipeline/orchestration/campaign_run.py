@@ -9,7 +9,7 @@ from uuid import UUID
 import structlog
 
 from sdpipeline import shutdown
-from sdpipeline.app.maintenance import release_worker_leases
+from sdpipeline.app.maintenance import reclaim, release_worker_leases
 from sdpipeline.app.queries import campaign_progress, checkpoint_aliases
 from sdpipeline.app.sealing import seal_here
 from sdpipeline.app.services import Services
@@ -93,7 +93,7 @@ def _watch(services: Services, campaign: str, workers: Workers, artifacts: RunAr
         workers.start()
         while True:
             try:
-                progress = campaign_progress(services, campaign)
+                progress = current_progress(services, campaign)
             except DatabaseUnavailableError as error:
                 log.warning("database_unavailable", error=str(error))  # the workers also wait for it
                 workers.wait(POLL_S)
@@ -108,6 +108,14 @@ def _watch(services: Services, campaign: str, workers: Workers, artifacts: RunAr
         _close(services, campaign, workers.stop())
         raise
     return _progress(services, campaign)
+
+
+def current_progress(services: Services, campaign: str) -> Progress:
+    """Return the campaign's progress. While it is paused, no worker is started that would release expired leases."""
+    progress = campaign_progress(services, campaign)
+    if progress.status == "paused" and progress.leased:
+        reclaim(services)
+    return progress
 
 
 def _progress(services: Services, campaign: str) -> Progress:

@@ -46,9 +46,10 @@ def left_work(progress: Progress, *, finished_at_start: int) -> bool:
 def worker_needed(progress: Progress, *, alone: bool) -> bool:
     """Return True if a new worker has something to do; ``alone`` means that no other worker runs.
 
-    Without any worker, jobs that wait for a back-off or an expired lease would wait for ever.
+    Without any worker, jobs that wait for a back-off or an expired lease would wait for ever. A paused campaign needs
+    no worker: each one would load its engine, find nothing and end, until the last lease elsewhere ends.
     """
-    return _workable(progress) or (alone and progress.remaining > 0)
+    return _workable(progress) or (alone and progress.remaining > 0 and progress.status != "paused")
 
 
 def _workable(progress: Progress) -> bool:

@@ -78,12 +78,16 @@ def test_a_worker_that_found_nothing_left_stays_ended(start_workers: Start, dead
     assert (pids(), dead) == ([], [])
 
 
-def test_a_paused_campaigns_worker_that_found_nothing_to_do_did_not_die(start_workers: Start) -> None:
-    local_workers = start_workers(time.sleep, 0)
+def test_a_worker_that_found_nothing_to_do_in_a_paused_campaign_is_replaced_once_it_is_resumed(
+    start_workers: Start,
+) -> None:
+    local_workers = start_workers(time.sleep, 0.5)
     for _ in range(MAX_RESTARTS + 2):
         local_workers.wait(10)
         local_workers.supervise(replace(progress(ready=5, leased=1), status="paused"))
-    local_workers.supervise(progress(ready=5, succeeded=1))  # it was not given up
+        assert pids() == []
+    local_workers.supervise(progress(ready=5))
+    assert len(pids()) == 1
 
 
 def test_stopping_ends_the_polite_and_the_stubborn(start_workers: Start) -> None:

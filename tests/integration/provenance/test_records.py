@@ -112,11 +112,8 @@ def test_a_record_without_its_prompts_is_valid_too(audit: AuditLog, store: Local
 def test_a_reproduction_of_a_submitted_pictures_edit_has_a_valid_record(audit: AuditLog, store: LocalStore) -> None:
     photograph = provenance.encode(noise(), output=job_spec("a").request.output, record={}).data
     store.put(input_key(hashed(photograph)), photograph, content_type="image/png")
-    edit: dict[str, Any] = {
-        "task": Task.IMAGE_TO_IMAGE,
-        "image": ImageSource(digest=hashed(photograph)),
-        "strength": 0.5,
-    }
+    source = ImageSource(digest=hashed(photograph))
+    edit: dict[str, Any] = {"task": Task.IMAGE_TO_IMAGE, "image": source, "strength": 0.5}
     (sidecar,) = work(audit, store, job_spec("a", **edit))
     SIDECAR.validate(sidecar)
     again = reproduce.reproduce(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from sdpipeline.db.queries import Progress
@@ -10,10 +12,12 @@ from tests.factories import progress
 
 READY = progress(ready=4, succeeded=2)
 WAITING = progress(waiting=4, succeeded=2)
+PAUSED = replace(progress(ready=4, leased=1, succeeded=2), status="paused")
 
 
 @pytest.mark.parametrize(
-    ("now", "started_at", "died"), [(READY, 2, True), (READY, 1, False), (WAITING, 2, False), (progress(), 0, False)]
+    ("now", "started_at", "died"),
+    [(READY, 2, True), (READY, 1, False), (WAITING, 2, False), (progress(), 0, False), (PAUSED, 2, False)],
 )
 def test_a_worker_that_ended_in_order_died_only_if_it_left_ready_jobs_untouched(
     now: Progress, started_at: int, *, died: bool
@@ -27,6 +31,11 @@ def test_a_worker_that_ended_in_order_died_only_if_it_left_ready_jobs_untouched(
 )
 def test_jobs_that_are_not_ready_need_one_worker_only(now: Progress, *, alone: bool, needed: bool) -> None:
     assert worker_needed(now, alone=alone) is needed
+
+
+@pytest.mark.parametrize("alone", [False, True])
+def test_a_paused_campaign_needs_no_new_worker(*, alone: bool) -> None:
+    assert not worker_needed(PAUSED, alone=alone)
 
 
 def test_restarts_are_bounded_for_each_worker_and_a_reset_allows_them_again() -> None:
