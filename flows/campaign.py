@@ -8,15 +8,15 @@ from typing import Any
 
 from prefect import State, flow
 
-from sdpipeline.orchestration.request import EVERYTHING, CampaignRequest
+from sdpipeline.orchestration.campaign_request import EVERYTHING, CampaignRequest
 
 
 @flow(name="campaign", flow_run_name="{request}", persist_result=False)
 def campaign(request: CampaignRequest = EVERYTHING) -> State[Any]:
     """Submit the requested campaign, dispatch workers to the pool `gpu` to match its backlog, and show its progress."""
-    from sdpipeline.orchestration import deployed, flow_settings
+    from sdpipeline.orchestration import deployed_campaign, flow_settings
 
-    return deployed.carry_out(flow_settings.load(), request)
+    return deployed_campaign.run_request(flow_settings.load(), request)
 
 
 @flow(name="campaign", persist_result=False)
@@ -29,4 +29,6 @@ def campaign_here(name: str, home: str | None = None) -> State[Any]:
 
     settings = load_settings(Path(home) if home else None)
     with open_services(settings, until=threading.Event()) as services:
-        return campaign_run.work_off(services, name, campaign_run.here(services, name, worker_flow=gpu_worker))
+        return campaign_run.run_workers(
+            services, name, campaign_run.create_local_workers(services, name, worker_flow=gpu_worker)
+        )

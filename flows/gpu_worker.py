@@ -31,7 +31,7 @@ def lease_and_work(
             open_worker(settings, device=device, stop=stop) as worker,
             worker_process.in_chunks(partial(worker.run, campaign=campaign, stop=stop), stop) as chunks,
         ):
-            chunks.tell(chunk)
+            chunks.run(chunk)
 
     worker_process.run_until_stopped(work)
 

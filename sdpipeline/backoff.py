@@ -11,7 +11,7 @@ from typing import TypeVar
 _T = TypeVar("_T")
 _E = TypeVar("_E", bound=Exception)
 
-MOST_GROWTHS = 30
+MAX_GROWTHS = 30
 """Later delays grow no further, so that any number of attempts has a delay."""
 
 
@@ -29,7 +29,7 @@ class Backoff:
 
     def delay_s(self, attempt: int) -> float:
         """Return the seconds to wait after attempt number ``attempt`` failed; the first attempt is number 1."""
-        longest_s = min(self.longest_s, self.first_s * self.factor ** min(attempt - 1, MOST_GROWTHS))
+        longest_s = min(self.longest_s, self.first_s * self.factor ** min(attempt - 1, MAX_GROWTHS))
         return random.uniform(longest_s / 2, longest_s)  # noqa: S311 - spreads load, keeps no secret
 
 

@@ -50,17 +50,17 @@ def keep_private() -> None:
 
 
 @dataclass(slots=True)
-class Mended:
-    """Counts of the files and folders that ``mend`` closed to others, and those still open, with the reason."""
+class RemovedAccess:
+    """Counts of files and folders that ``remove_access`` closed to others; those still open, with the reason."""
 
-    looked_at: int = 0
+    inspected: int = 0
     closed: int = 0
     still_open: list[tuple[str, str]] = field(default_factory=list)
 
 
-def mend(home: Path) -> Mended:
+def remove_access(home: Path) -> RemovedAccess:
     """Remove group's and others' rights from a home and everything in it. Never follows a symbolic link."""
-    done = Mended()
+    done = RemovedAccess()
 
     def unreadable(error: OSError) -> None:
         done.still_open.append((str(error.filename), error.strerror or "cannot be read"))
@@ -75,8 +75,8 @@ def mend(home: Path) -> Mended:
     return done
 
 
-def _close(done: Mended, name: str, shown: str, folder: int | None) -> None:
-    done.looked_at += 1
+def _close(done: RemovedAccess, name: str, shown: str, folder: int | None) -> None:
+    done.inspected += 1
     try:
         # A path descriptor refers to the inspected file, even if its name leads elsewhere meanwhile.
         descriptor = os.open(name, os.O_PATH | os.O_NOFOLLOW, dir_fd=folder)

@@ -6,7 +6,7 @@ import difflib
 from collections.abc import Iterable
 
 LONGEST_COMPARED = 100
-MOST_LISTED = 30
+MAX_LISTED = 30
 
 
 def nearest_name(name: str, known: Iterable[str], *, cutoff: float = 0.6) -> str | None:
@@ -21,5 +21,5 @@ def nearest(name: str, known: Iterable[str]) -> str:
     close = nearest_name(name, names)
     if close is not None:
         return f"did you mean {close!r}?"
-    some = ", ".join(names[:MOST_LISTED]) + (", ..." if len(names) > MOST_LISTED else "")
+    some = ", ".join(names[:MAX_LISTED]) + (", ..." if len(names) > MAX_LISTED else "")
     return f"there are {some}" if len(names) > 1 else f"there is only {some}" if names else "there are none"

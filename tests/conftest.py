@@ -33,18 +33,18 @@ hypothesis.settings.register_profile(
 hypothesis.settings.load_profile("sdpipeline")
 
 LONGEST_FIRST = (
-    "integration/test_main_job.py",
+    "integration/cli/test_main_job.py",
     "chaos/test_workers_die.py",
-    "integration/test_prefect_server.py",
-    "integration/test_prefect_campaign.py",
-    "integration/test_checkpoint_files.py",
-    "integration/test_prefect_gateway.py",
+    "integration/orchestration/test_local_server.py",
+    "integration/orchestration/test_prefect_campaign.py",
+    "integration/engine/test_checkpoint_files.py",
+    "integration/orchestration/test_prefect_gateway.py",
     "chaos/test_database_outages.py",
-    "integration/test_bench.py",
-    "integration/test_forced_states.py",
+    "integration/bench/test_bench.py",
+    "integration/orchestration/test_forced_states.py",
     "chaos/test_prefect_server_dies.py",
-    "integration/test_queue.py",
-    "integration/test_delivery_process.py",
+    "integration/db/test_queue.py",
+    "integration/worker/test_delivery_process.py",
     "chaos/test_storage_fails.py",
 )
 """Files that take a minute or more: begun last, one of them would keep one process busy after the others have ended.

@@ -29,7 +29,7 @@ def check_edition(edition: str | None) -> None:
     """Raise BadInputError if this cannot be the name of an edition."""
     if edition is not None and not EDITION_NAME.fullmatch(edition):
         fix = "write at most 63 of a-z, 0-9 and -, as in 2026-11-25"
-        raise BadInputError(Mistake(message=f"--edition {edition!r} is no name", fix=fix))
+        raise BadInputError(Mistake(message=f"--edition {edition!r} is not a valid name", fix=fix))
 
 
 def input_folder(settings: Settings, folder: Path) -> InputFolder:
@@ -69,7 +69,7 @@ def load_campaign(
     _check_weights(campaign, cache)
     if campaign.spec.budget.max_cost is not None and settings.cost_per_gpu_hour is None:
         place = ("budget", "max_cost")
-        raise CampaignError(campaign.source.mistake(place, "has no price to count by", "set SDP_COST_PER_GPU_HOUR"))
+        raise CampaignError(campaign.source.mistake(place, "needs a price per GPU-hour", "set SDP_COST_PER_GPU_HOUR"))
     return campaign, inputs
 
 

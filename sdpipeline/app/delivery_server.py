@@ -75,7 +75,7 @@ def _deliverer(to: Destination, *, most_kept: int) -> LocalDeliverer:
     logs.configure_logging(to.settings)
     key = picture_key(to.settings)
     if key.fingerprint != to.certificate:
-        raise SettingsError("the key that signs pictures was changed since this worker began: start the worker again")
+        raise SettingsError("the signing key changed after this worker started: restart the worker")
     store = open_store(to.storage_url, s3_options(to.settings))
     audit = AuditLog(open_database(to.database_url), actor=to.actor)
     return LocalDeliverer(store, key, audit, most_kept=most_kept)

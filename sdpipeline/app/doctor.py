@@ -64,14 +64,16 @@ def _home(settings: Settings) -> Iterator[Check]:
     """Remove other users' access that an earlier release or another umask left open."""
     if not settings.home.is_dir():
         yield Check(
-            name="home", ok=True, detail=f"{settings.home} is made private (0700) by the first command that writes"
+            name="home",
+            ok=True,
+            detail=f"{settings.home} will be created with mode 0700 by the first command that writes",
         )
         return
     if settings.home in (Path("/"), Path.home().resolve()):
-        detail = f"{settings.home} holds more than this program's files, and is left as it is"
-        yield Check(name="home", ok=False, detail=detail, fix="name a folder of its own in SDP_HOME")
+        detail = f"{settings.home} contains other files too, so its permissions were not changed"
+        yield Check(name="home", ok=False, detail=detail, fix="set SDP_HOME to a separate folder")
         return
-    found = private_files.mend(settings.home)
+    found = private_files.remove_access(settings.home)
     if found.still_open:
         path, why = found.still_open[0]
         detail = f"{len(found.still_open)} files can be read or changed by other users: {path}: {why}"
@@ -79,18 +81,17 @@ def _home(settings: Settings) -> Iterator[Check]:
         yield Check(name="home", ok=False, detail=detail, fix=fix)
     elif found.closed:
         detail = (
-            f"mended: {found.closed} of {found.looked_at} files and folders in {settings.home} were open to other users"
+            f"{found.closed} of {found.inspected} files and folders in {settings.home} were accessible to other users"
         )
-        yield Check(name="home", ok=True, detail=f"{detail}; now only their owner may read them")
+        yield Check(name="home", ok=True, detail=f"fixed: {detail}; only their owner can read them now")
     else:
-        yield Check(
-            name="home", ok=True, detail=f"{settings.home} and its {found.looked_at} files are their owner's alone"
-        )
+        detail = f"{settings.home} and its {found.inspected} files are accessible to their owner only"
+        yield Check(name="home", ok=True, detail=detail)
 
 
 def _database(settings: Settings) -> Iterator[Check]:
     if not database_exists(settings):
-        yield Check(name="database", ok=True, detail="SQLite, made by the first command that writes")
+        yield Check(name="database", ok=True, detail="SQLite, will be created by the first command that writes")
         return
     with closing(open_database(settings.database)) as database:
         yield from _database_checks(database, embedded=settings.embedded)
@@ -121,7 +122,7 @@ def _workers(settings: Settings) -> Iterator[Check]:
         return
     names = ", ".join(f"process {each['pid']} on {each['host']} since {_time(each['lost_since'])}" for each in lost)
     # Other workers take their jobs: the installation is not at fault, but someone may have to restart them.
-    fix = "start them again, unless a supervisor does; their jobs are leased by others"
+    fix = "restart them, unless a supervisor does; other workers lease their jobs"
     yield Check(name="workers", ok=True, detail=f"{detail}: {names}", fix=fix)
 
 
@@ -155,7 +156,7 @@ def _engine(settings: Settings) -> Iterator[Check]:
     try:
         version = importlib.metadata.version("torch")
     except importlib.metadata.PackageNotFoundError:
-        fix = "pip install 'sdpipeline[engine]' on machines that make pictures"
+        fix = "pip install 'sdpipeline[engine]' on machines that generate pictures"
         yield Check(name="engine", ok=False, detail="torch is not installed", fix=fix)
         return
     check_quantization(settings)
@@ -181,19 +182,19 @@ def _checkpoints(settings: Settings) -> Iterator[Check]:
 def _picture_key(settings: Settings) -> Iterator[Check]:
     own = settings.signing
     if not (settings.embedded or own.certificates_file or own.key_file or own.kms_key_id):
-        detail = "none here, which is right where no worker runs: each of them needs SDP_SIGNING__CERTIFICATES_FILE"
+        detail = "none; only machines with workers need one: set SDP_SIGNING__CERTIFICATES_FILE there"
         yield Check(name="picture key", ok=True, detail=detail)
         return
     key = picture_key(settings)
     roots = trust_anchors(settings).count("BEGIN CERTIFICATE")
-    trusted = f"{roots} trusted roots" if roots else "no trusted roots: verify calls no picture trusted"
+    trusted = f"{roots} trusted roots" if roots else "no trusted roots, so verify reports no picture as trusted"
     times = f", times from {key.tsa_url}" if key.tsa_url else ""
     yield Check(name="picture key", ok=True, detail=f"{key.identity}{times}; {trusted}")
 
 
 def _signing(settings: Settings) -> Iterator[Check]:
     if settings.embedded and settings.signing.seal_key_file is None and not development_seal_key(settings).is_file():
-        yield Check(name="signing key", ok=True, detail="a development key is made with the first seal")
+        yield Check(name="signing key", ok=True, detail="a development key will be created with the first seal")
         return
     if settings.signing.seal_public_key_file is not None:
         public = trusted_seal_keys(settings).public[0]
@@ -216,12 +217,12 @@ _CHECKS: dict[str, Callable[[Settings], Iterator[Check]]] = {
     "picture key": _picture_key,
 }
 _FIXES = {
-    "database": "check SDP_DATABASE_URL: does the server run, are host, port and password right (percent-encoded)?",
+    "database": "check SDP_DATABASE_URL: is the server up, and are host, port and password (percent-encoded) correct?",
     "workers": "check SDP_DATABASE_URL",
     "storage": "check SDP_STORAGE_URL, the endpoint, the bucket and its credentials",
     "prefect": "check PREFECT_API_URL",
     "engine": "pip install 'sdpipeline[engine]'",
     "checkpoints": "restore the files, or install the package again",
     "signing key": "check SDP_SIGNING__SEAL_KEY_FILE",
-    "picture key": "check SDP_SIGNING__CERTIFICATES_FILE and the key beside it",
+    "picture key": "check SDP_SIGNING__CERTIFICATES_FILE and its key",
 }

@@ -44,7 +44,7 @@ def check_engine(settings: Settings) -> None:
     """Raise SettingsError if a package of the extra ``engine`` is missing. Imports none: torch alone takes seconds."""
     missing = [name for name in ENGINE_PACKAGES if find_spec(name) is None]
     if missing and settings.engine.fake_seconds_per_batch is None:
-        message = f"this machine cannot make pictures: no {missing[0]}"
+        message = f"this machine cannot generate pictures: no {missing[0]}"
         raise SettingsError(Mistake(message=message, fix="pip install 'sdpipeline[engine]'"))
 
 
@@ -156,7 +156,6 @@ def make_worker(
         breaker=CircuitBreaker(max_failures=settings.worker_max_failures),
         timings=BatchTimings(settings.batch_timeout_s),
         aging=AgingPolicy(settings.fairness_max_wait_s),
-        prefetch_weights=engine.prefetch_weights,
         trust_anchors=trust_anchors(settings),
         deliverer=deliverer,
     )
@@ -197,7 +196,9 @@ def _need_engine() -> None:
         import sdpipeline.engine.diffusers.engine  # noqa: F401
     except ModuleNotFoundError as error:
         fix = "pip install 'sdpipeline[engine]'"
-        raise SettingsError(Mistake(message=f"this machine cannot make pictures: no {error.name}", fix=fix)) from error
+        raise SettingsError(
+            Mistake(message=f"this machine cannot generate pictures: no {error.name}", fix=fix)
+        ) from error
 
 
 def _worker_actor(worker_id: str) -> str:

@@ -22,7 +22,7 @@ def seal_key(settings: Settings) -> audit.SealKey:
         fix = "run this on the machine that seals; SDP_SIGNING__SEAL_PUBLIC_KEY_FILE only checks seals"
         raise SettingsError(Mistake(key="SDP_SIGNING__SEAL_KEY_FILE", message="is not set", fix=fix))
     if path is None and not settings.embedded:
-        fix = "name an Ed25519 key: openssl genpkey -algorithm ed25519 -out seal.pem"
+        fix = "set it to an Ed25519 key: openssl genpkey -algorithm ed25519 -out seal.pem"
         raise SettingsError(Mistake(key="SDP_SIGNING__SEAL_KEY_FILE", message="is not set", fix=fix))
     retired = tuple(settings.signing.retired_seal_keys)
     with _development_keys(settings):
@@ -50,11 +50,13 @@ def picture_key(settings: Settings) -> SigningKey:
         with _development_keys(settings):
             return replace(signing.development_key(development_picture_keys(settings)), tsa_url=own.tsa_url)
     if own.certificates_file is None:
-        fix = "name the PEM file with your signing certificate and its intermediates"
+        fix = "set it to the PEM file with your signing certificate and its intermediates"
         raise SettingsError(Mistake(key="SDP_SIGNING__CERTIFICATES_FILE", message="is not set", fix=fix))
     if (own.key_file is None) == (own.kms_key_id is None):
-        message = "or SDP_SIGNING__KMS_KEY_ID is needed, and one of them alone"
-        raise SettingsError(Mistake(key="SDP_SIGNING__KEY_FILE", message=message, fix="set the one that signs"))
+        message = "set exactly one of SDP_SIGNING__KEY_FILE and SDP_SIGNING__KMS_KEY_ID"
+        raise SettingsError(
+            Mistake(key="SDP_SIGNING__KEY_FILE", message=message, fix="set the one with your private key")
+        )
     if own.key_file is not None:
         password = own.key_password.get_secret_value() if own.key_password else None
         return signing.pem_key(own.certificates_file, own.key_file, password=password, tsa_url=own.tsa_url)
@@ -87,5 +89,5 @@ def _development_keys(settings: Settings) -> Iterator[None]:
         yield
     except OSError as error:
         message = f"cannot make a development key in {settings.home / 'keys'}: {error.strerror}"
-        fix = "name a home on a disk that is writable and has space"
+        fix = "set SDP_HOME to a writable folder on a disk with free space"
         raise SettingsError(Mistake(key="SDP_HOME", message=message, fix=fix)) from error

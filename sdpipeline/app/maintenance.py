@@ -16,10 +16,11 @@ from sdpipeline.audit import Verification
 from sdpipeline.db import leasing, queries, queue, workers
 from sdpipeline.engine.checkpoints import verify as verify_checkpoint
 from sdpipeline.errors import CheckpointError
-from sdpipeline.maintenance import reconcile as reconciling
-from sdpipeline.maintenance import retention as forgetting
+from sdpipeline.maintenance import erasure, retention
+from sdpipeline.maintenance import reconcile as reconciliation
+from sdpipeline.maintenance.erasure import Erasure
 from sdpipeline.maintenance.reconcile import Reconciliation
-from sdpipeline.maintenance.retention import Erasure, Forgotten
+from sdpipeline.maintenance.retention import RetentionResult
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,7 +68,7 @@ def release_worker_leases(services: Services, pid: int) -> int:
 def reconcile(services: Services, *, repair: bool = False, adopt: bool = False) -> Reconciliation:
     """Compare the database with storage; change nothing unless ``repair`` or ``adopt`` is set."""
     services.store.check()
-    done = reconciling.reconcile(
+    done = reconciliation.reconcile(
         services.audit,
         services.store,
         lambda: seal_key(services.settings),
@@ -81,16 +82,16 @@ def reconcile(services: Services, *, repair: bool = False, adopt: bool = False) 
     return done
 
 
-def forget(services: Services, *, dry_run: bool = False) -> Forgotten:
+def apply_retention(services: Services, *, dry_run: bool = False) -> RetentionResult:
     """Delete and archive what the retention settings say is due, and seal the audit log."""
     services.store.check()
     audit.refuse_restored(services.database, services.store)
-    done = forgetting.forget(
+    done = retention.delete_expired(
         services.audit,
         services.store,
         lambda: seal_or_wait(services),
         team=services.settings.team,
-        periods=forgetting.Periods(**services.settings.retention.model_dump()),
+        periods=retention.Periods(**services.settings.retention.model_dump()),
         dry_run=dry_run,
     )
     if not dry_run:
@@ -102,7 +103,7 @@ def erase(services: Services, subject: str, *, dry_run: bool = False) -> Erasure
     """Erase one subject's data from the team's jobs, and seal the audit log if any job was affected."""
     services.store.check()
     audit.refuse_restored(services.database, services.store)
-    done = forgetting.erase(
+    done = erasure.erase(
         services.audit,
         services.store,
         lambda: seal_or_wait(services),

@@ -16,14 +16,14 @@ SCHEMA_NAME = "campaign.schema.json"
 CAMPAIGNS = {
     "catalogue.yaml": "a product catalogue from a table",
     "grid.yaml": "an A/B grid of prompts, guidance scales and schedulers",
-    "scene.yaml": "a scene whose outlines come from two drafts through two ControlNets",
-    "restore.yaml": "pictures of yours, restored and enlarged",
+    "scene.yaml": "a scene with outlines from two drafts, by two ControlNets",
+    "restore.yaml": "your own pictures, restored and upscaled",
 }
 """Runnable examples, with a description of each."""
 
 _HEAD = f"""\
-# Settings of sdpipeline for this folder and those below it; paths are relative to this file. Take away the # of a line
-# to set it. The environment ({PREFIX}TEAM=web) and a .env file win over what stands here.
+# Settings of sdpipeline for this folder and those below it; paths are relative to this file. Uncomment a line to
+# set it. The environment ({PREFIX}TEAM=web) and a .env file override this file.
 """
 
 
@@ -37,10 +37,10 @@ def files() -> dict[str, bytes]:
 def write(folder: Path, *, force: bool = False) -> list[str]:
     """Write all files or none; raises BadInputError naming each file that exists already."""
     wanted = files()
-    there = [name for name in wanted if (folder / name).exists() or (folder / name).is_symlink()]
-    if there and not force:
+    existing = [name for name in wanted if (folder / name).exists() or (folder / name).is_symlink()]
+    if existing and not force:
         fix = "name another folder, or overwrite with --force"
-        raise BadInputError(*(Mistake(message=f"{folder / name} is there already", fix=fix) for name in there))
+        raise BadInputError(*(Mistake(message=f"{folder / name} already exists", fix=fix) for name in existing))
     for name, data in wanted.items():
         path = folder / name
         try:

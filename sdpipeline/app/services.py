@@ -69,7 +69,7 @@ def open_services(
     """
     if not create and not database_exists(settings):
         fix = "sdpipeline demo, or sdpipeline submit FILE; --home names another folder"
-        raise BadInputError(Mistake(message=f"nothing was submitted in {settings.home} yet", fix=fix))
+        raise BadInputError(Mistake(message=f"no campaign was submitted in {settings.home} yet", fix=fix))
     database = open_database(settings.database)
     check = partial(ensure_schema, settings, database)
     try:

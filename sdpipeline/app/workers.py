@@ -114,5 +114,5 @@ def _marking(settings: Settings, key: SigningKey) -> Json:
     """Return every setting that affects marks and signatures; files appear by name only, secrets not at all."""
     fields = settings.signing.model_dump(exclude={"seal_key_file", "seal_public_key_file", "retired_seal_keys"})
     shown = {name: value.name if isinstance(value, Path) else value for name, value in fields.items()}
-    told = {name: value for name, value in shown.items() if isinstance(value, str | int | float | list | None)}
-    return told | {"signer": key.identity, "certificate_sha256": key.fingerprint}
+    known = {name: value for name, value in shown.items() if isinstance(value, str | int | float | list | None)}
+    return known | {"signer": key.identity, "certificate_sha256": key.fingerprint}

@@ -71,7 +71,7 @@ def _delete_left(audit: AuditLog, store: ObjectStore, row: Json) -> None:
             archives.change(connection, row, private_left=None)
 
 
-def forget(
+def delete_expired(
     audit: AuditLog,
     store: ObjectStore,
     *,
@@ -90,15 +90,15 @@ def forget(
     for row in rows:
         age_days = (now - row["newest_at"]) / DAY_S
         if pictures_days is not None and age_days > pictures_days and row["pictures_deleted_at"] is None:
-            gone = [picture for job in archived_editions.jobs(store, row) for picture in _pictures(row, job)]
-            pictures += len(gone)
+            due = [picture for job in archived_editions.jobs(store, row) for picture in _pictures(row, job)]
+            pictures += len(due)
             if not dry_run:
-                _delete_pictures(audit, store, row, gone)
+                _delete_pictures(audit, store, row, due)
         if prompts_days is not None and age_days > prompts_days:
-            due = [line for line in archived_editions.private(store, row) if _kept(line) != line]
-            prompts += len(due)
-            if due and not dry_run:
-                _delete_private(audit, store, row, {line["id"] for line in due})
+            lines = [line for line in archived_editions.private(store, row) if _kept(line) != line]
+            prompts += len(lines)
+            if lines and not dry_run:
+                _delete_private(audit, store, row, {line["id"] for line in lines})
     return pictures, prompts
 
 
@@ -171,13 +171,13 @@ def find_private(audit: AuditLog, store: ObjectStore) -> None:
 def _find_private(audit: AuditLog, store: ObjectStore, row: Json) -> None:
     left = archived_editions.newest_private(store, row) | {"private_left": None}
     here = {line["id"] for line in archived_editions.private(store, row | left)}
-    gone = [job for job in archived_editions.jobs(store, row) if job["id"] not in here and job["erased_at"] is None]
-    pictures = [] if row["pictures_deleted_at"] else [each for job in gone for each in _pictures(row, job)]
+    unlisted = [job for job in archived_editions.jobs(store, row) if job["id"] not in here and job["erased_at"] is None]
+    pictures = [] if row["pictures_deleted_at"] else [each for job in unlisted for each in _pictures(row, job)]
     with audit.transaction() as tx:
         archives.change(tx.connection, row, **left)
         retention.record_deletion(tx, [each for each in pictures if store.head(each.key) is None], because="restore")
-        if gone:
-            commitments = {job["id"]: job["commitment"] for job in gone}
+        if unlisted:
+            commitments = {job["id"]: job["commitment"] for job in unlisted}
             retention.record_erasure(tx, row["campaign_id"], commitments, because="restore")
 
 
@@ -226,10 +226,10 @@ def of_subject(audit: AuditLog, store: ObjectStore, name: str, *, team: str) -> 
                 found.inputs_of_others |= stored_inputs(line["request"])
         jobs, pictures, folders = dict[int, str](), list[Picture](), dict[str, set[str]]()
         for job in archived_editions.jobs(store, row):
-            living = [] if row["pictures_deleted_at"] else _pictures(row, job)
+            existing = [] if row["pictures_deleted_at"] else _pictures(row, job)
             if job["id"] in own:
                 jobs[job["id"]] = job["commitment"]
-                pictures += living
+                pictures += existing
                 for each in {job["fingerprint"], *(picture["fingerprint"] for picture in job["images"])}:
                     folder = (
                         picture_folder(team=row["team"], campaign=row["name"], stage=job["stage"], fingerprint=each)
@@ -237,7 +237,7 @@ def of_subject(audit: AuditLog, store: ObjectStore, name: str, *, team: str) -> 
                     )
                     folders.setdefault(each, set()).add(folder)
             else:
-                for picture in living:
+                for picture in existing:
                     found.keys_of_others.setdefault(picture.fingerprint, set()).add(picture.key)
         if own:
             found.editions.append(ArchivedJobs(row=row, jobs=jobs, pictures=pictures, inputs=inputs, folders=folders))

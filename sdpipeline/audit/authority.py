@@ -31,7 +31,7 @@ WORKER_EVENTS = frozenset(
 )
 """All events that a worker writes. Migration 0004 holds the same list."""
 
-MOST_NAMED = 1000
+MAX_NAMED = 1000
 """Limit of foreign events reported per chain, because their writer chooses their sequence numbers."""
 
 SEALER_EVENTS = frozenset({Event.SETTINGS_CHANGED, Event.CHAIN_TAKEN})
@@ -80,7 +80,7 @@ class Authors:
         """Yield the events that the chain's own author disowned in its next chain."""
         for (writer, author), first in self._taken.items():
             if self._authors.get(writer) == author:
-                events = range(first, self._newest[writer] + 1)[:MOST_NAMED]
+                events = range(first, self._newest[writer] + 1)[:MAX_NAMED]
                 yield from (f"event:{writer}/{seq}" for seq in events)
 
 

@@ -8,7 +8,7 @@ from datetime import UTC, datetime, timedelta
 
 from sdpipeline.audit.authority import Authors
 from sdpipeline.audit.findings import UNREADABLE, Verification
-from sdpipeline.audit.gaps import forgotten
+from sdpipeline.audit.gaps import missing_seals
 from sdpipeline.audit.keys import PublicKeys, SealKey, Succession
 from sdpipeline.audit.replay import EventReplay
 from sdpipeline.audit.seals import covers, digest, ranges, seal_object
@@ -130,7 +130,7 @@ def verify_newest(database: Database, store: ObjectStore, found: Verification) -
     following = seal_object_key(last["number"] + 1 if last else 1)
     if store.head(following) is None and store.versions(following):
         found.fault("seal-missing", following, "a newer seal was deleted from storage")
-    for number in forgotten(database, store):
+    for number in missing_seals(database, store):
         detail = "storage has sealed events that the database lacks; restored a backup? sdpipeline reconcile --adopt"
         found.fault("database-too-old", seal_object_key(number), detail)
         return

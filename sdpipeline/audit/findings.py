@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from sdpipeline.domain import Json
 
-MOST_FAULTS = 1000
+MAX_FAULTS = 1000
 """Limit of listed faults, because a rewritten log has as many faults as events."""
 
 UNREADABLE = (AttributeError, KeyError, TypeError, ValueError, OverflowError, RecursionError, MemoryError)
@@ -31,7 +31,7 @@ class Verification:
 
     ``gaps`` are events that a restored backup lost and ``reconcile --adopt`` recorded. They are always listed and are
     not faults. ``signers`` are the public keys that signed, with the number of their seals. Faults beyond
-    ``MOST_FAULTS`` are only counted.
+    ``MAX_FAULTS`` are only counted.
     """
 
     events: int = 0
@@ -48,7 +48,7 @@ class Verification:
 
     def fault(self, kind: str, subject: str, detail: str) -> None:
         """Add a fault."""
-        if len(self.faults) < MOST_FAULTS:
+        if len(self.faults) < MAX_FAULTS:
             self.faults.append(Fault(kind=kind, subject=subject, detail=detail))
         else:
             self.more_faults += 1

@@ -23,11 +23,11 @@ def refuse_restored(database: Database, store: ObjectStore) -> None:
 
     Such a database was restored from a backup, so its work would be done twice.
     """
-    for number in forgotten(database, store):
+    for number in missing_seals(database, store):
         raise older_than(seal_object_key(number))
 
 
-def forgotten(database: Database, store: ObjectStore) -> Iterator[int]:
+def missing_seals(database: Database, store: ObjectStore) -> Iterator[int]:
     """Yield the numbers of the seals in storage whose events the database lacks.
 
     A seal that only storage has may be on its way into the database. Its events are in the database then.
@@ -70,7 +70,7 @@ def find_gap(database: Database, store: ObjectStore) -> Gap | None:
 
     Raises AuditBrokenError if one of these seals cannot be read.
     """
-    lost = list(forgotten(database, store))
+    lost = list(missing_seals(database, store))
     if not lost:
         return None
     newest: dict[str, int] = {}

@@ -42,8 +42,8 @@ def verify_images(
     keys = audit_queries.image_keys(connection)
     wanted = set(keys if sample is None else random.sample(keys, min(sample, len(keys))))
     objects: list[Expected] = []
-    gone: list[str] = []
-    living: set[str] = set()
+    deleted_keys: list[str] = []
+    existing: set[str] = set()
     for picture in audit_queries.images(connection):
         event = replay.succeeded.get((picture["job_id"], picture["fingerprint"]))
         deleted = picture["deleted_at"] is not None
@@ -51,7 +51,7 @@ def verify_images(
             found.fault("image-altered", f"image:{picture['key']}", "its row differs from the audit log")
         found.deleted += deleted
         if not deleted:
-            living.add(picture["key"])
+            existing.add(picture["key"])
         if deleted != ((picture["job_id"], picture["fingerprint"]) in replay.deleted):
             detail = (
                 "it is missing, and no deletion is recorded"
@@ -63,13 +63,13 @@ def verify_images(
             found.skipped += 1
             continue
         if deleted:
-            gone += [picture["key"], picture["sidecar_key"]]
+            deleted_keys += [picture["key"], picture["sidecar_key"]]
             continue
         found.images += 1
         objects += objects_of(picture)
     for job_id in audit_queries.succeeded_without_image(connection):
         found.fault("image-missing", f"job:{job_id}", "it succeeded, but no picture is recorded")
-    return objects, [key for key in gone if key not in living]
+    return objects, [key for key in deleted_keys if key not in existing]
 
 
 def differs(picture: Json, event: Json, *, deleted: bool) -> bool:

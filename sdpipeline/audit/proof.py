@@ -99,7 +99,7 @@ def prove(connection: Connection, success: Success) -> Json | None:
         "seal": {"body": row["body"], "signature": row["signature"]},
     }
     if found := verify_proof(document).faults:
-        fix = "sdpipeline audit verify names what was changed"
+        fix = "run sdpipeline audit verify to see the difference"
         raise BadInputError(Mistake(message=f"it cannot be proven: {found[0].detail}", fix=fix))
     return document
 

@@ -24,7 +24,7 @@ from sdpipeline.storage.keys import seal_object_key
 Ranges = list[tuple[str, int, int]]
 """(writer, first, last sequence number)."""
 
-MOST_EVENTS = 100_000
+MAX_EVENTS = 100_000
 """Limit of events per seal: a proof reads as many events."""
 EVERY_S = 60.0
 _LOOK_S = 1.0
@@ -41,7 +41,7 @@ def seal(database: Database, store: ObjectStore, key: SealKey) -> int:
     while True:
         count = _seal_next(database, store, key)
         sealed += count
-        if count < MOST_EVENTS:
+        if count < MAX_EVENTS:
             return sealed
 
 
@@ -52,7 +52,7 @@ def watch(
     stop: threading.Event,
     *,
     every_s: float = EVERY_S,
-    events: int = MOST_EVENTS,
+    events: int = MAX_EVENTS,
     on_seal: Callable[[int], None] | None = None,
 ) -> None:
     """Seal new events every ``every_s`` seconds, sooner after ``events`` events, and once more on ``stop``.
@@ -102,7 +102,7 @@ def unsealed(database: Database) -> int:
 
 def _seal_next(database: Database, store: ObjectStore, key: SealKey) -> int:
     with database.read() as connection:
-        open_ranges = _first(rows.unsealed_ranges(connection), MOST_EVENTS)
+        open_ranges = _first(rows.unsealed_ranges(connection), MAX_EVENTS)
         if not open_ranges:
             return 0
         last = rows.last_seal(connection)

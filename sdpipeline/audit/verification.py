@@ -32,7 +32,7 @@ def verify(
         sealed = verify_seals(connection, key, found, replay.lost)
         verify_jobs(connection, found, replay)
         verify_campaigns(connection, found, replay.campaigns)
-        pictures, gone = verify_images(connection, found, replay, sample)
+        pictures, deleted_keys = verify_images(connection, found, replay, sample)
         archived = archives.archives(connection)
     for row in archived:
         of_archive = verify_archive(store, found, replay, row)
@@ -44,7 +44,7 @@ def verify(
     for row in sealed:
         verify_stored_seal(store, found, row)
     verify_newest(database, store, found)
-    for deleted in gone:
+    for deleted in deleted_keys:
         if store.versions(deleted):
             found.fault(
                 "object-not-deleted", deleted, "the audit log says that it was deleted, but it is still in storage"

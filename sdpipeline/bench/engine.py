@@ -9,9 +9,9 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from sdpipeline.bench.plain import PlainLoop, matmul_ceiling, peak_memory_gib
-from sdpipeline.bench.spread import OnProgress, middle
-from sdpipeline.bench.trace import idle_share
+from sdpipeline.bench.baselines import PlainLoop, matmul_ceiling, peak_memory_gib
+from sdpipeline.bench.gpu_idle import idle_share
+from sdpipeline.bench.statistics import OnProgress, middle
 from sdpipeline.bench.workload import Workload
 from sdpipeline.domain import Json
 from sdpipeline.engine import Batch, Engine, GeneratedImage, GenerationFailure

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING
 import psutil
 
 from sdpipeline.bench.engine import Numbers, Steps, make
-from sdpipeline.bench.spread import OnProgress, middle
-from sdpipeline.bench.trace import idle_share
+from sdpipeline.bench.gpu_idle import idle_share
+from sdpipeline.bench.statistics import OnProgress, middle
 from sdpipeline.bench.workload import Workload, publish
 from sdpipeline.db import queries
 from sdpipeline.domain import Json
@@ -23,7 +23,7 @@ from sdpipeline.storage.scratch import Scratch
 from sdpipeline.worker.worker import Worker, WorkerSummary
 
 if TYPE_CHECKING:
-    from sdpipeline.bench.plain import PlainLoop
+    from sdpipeline.bench.baselines import PlainLoop
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,7 +43,7 @@ class Plan:
 
 
 @dataclass(slots=True)
-class _Taken:
+class _RoundTimes:
     """Seconds of each round."""
 
     engine: list[float] = field(default_factory=list)
@@ -80,7 +80,7 @@ def measure(
     plain = open_plain()
     plain.picture(numbers.take(1))
     steps.done()
-    taken, campaigns = _Taken(), []
+    taken, campaigns = _RoundTimes(), []
     for number in range(plan.rounds):
         with taken.counting("engine", plan.pictures):
             alone = _alone(worker.engine, workload, plan, numbers)
@@ -154,7 +154,7 @@ def _host_seconds(worker: Worker, campaigns: list[int]) -> Json:
     return {name: round(sum(each.get(name, 0.0) for each in found) / len(found), 5) for name in names}
 
 
-def _document(plan: Plan, taken: _Taken, host_s: Json) -> Json:
+def _document(plan: Plan, taken: _RoundTimes, host_s: Json) -> Json:
     engine, line, plain = (middle(each) for each in (taken.engine, taken.line, taken.plain))
     shares = [alone / whole for alone, whole in zip(taken.engine, taken.line, strict=True)]
     faster = [slow / whole for slow, whole in zip(taken.plain, taken.line, strict=True)]

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
-from sdpipeline.bench.spread import Clock, OnProgress
+from sdpipeline.bench.statistics import Clock, OnProgress
 from sdpipeline.bench.workload import Workload, publish
 from sdpipeline.db import leasing, queue
 from sdpipeline.db.audit import AuditLog
@@ -76,7 +76,7 @@ class _Workers:
         audit, cursor = AuditLog(self._database, actor=worker_id), Cursor()
         while (lease := self._lease(audit, worker_id, cursor)) is not None:
             with self.clock.timing("heartbeat"), self._database.write() as connection:
-                leasing.heartbeat(connection, (lease.id,), ttl_s=LEASE_TTL_S)
+                leasing.renew(connection, (lease.id,), ttl_s=LEASE_TTL_S)
             for leased in lease.jobs:
                 self._complete(audit, worker_id, lease, leased)
             with self.clock.timing("close"), self._database.write() as connection:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
-from sdpipeline.bench.spread import Clock, OnProgress
+from sdpipeline.bench.statistics import Clock, OnProgress
 from sdpipeline.domain import Json
 from sdpipeline.errors import StorageUnavailableError
 from sdpipeline.storage import ObjectStore

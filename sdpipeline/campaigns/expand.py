@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from sdpipeline.campaigns.inputs import InputFolder
-from sdpipeline.campaigns.loader import EDITION, MOST_JOBS, Campaign, jobs_of_a_chain
+from sdpipeline.campaigns.loader import EDITION, MAX_JOBS, Campaign, jobs_of_a_chain
 from sdpipeline.campaigns.request_form import Resolved, Size
 from sdpipeline.campaigns.seeds import SeedRange, seed_count
 from sdpipeline.campaigns.stage_plan import StagePlan, WrongValueError
@@ -18,7 +18,7 @@ from sdpipeline.campaigns.variables import Axes
 from sdpipeline.domain import JobSpec, canonical, identities, stage_seed
 from sdpipeline.errors import CampaignError, Mistake
 
-MOST_MISTAKES = 20
+MAX_MISTAKES = 20
 LONGEST_SUBJECT = 500
 
 
@@ -52,8 +52,8 @@ def check(campaign: Campaign, inputs: InputFolder) -> int:
     for combination in chains.combinations():
         chains.resolve(combination)
         total += each
-        if total > MOST_JOBS:
-            chains.note(campaign.source.mistake(("variables",), f"asks for more than {MOST_JOBS:,} pictures"))
+        if total > MAX_JOBS:
+            chains.note(campaign.source.mistake(("variables",), f"asks for more than {MAX_JOBS:,} pictures"))
             break
     chains.raise_mistakes()
     return total
@@ -149,7 +149,7 @@ class _Chains:
         """Yield combinations until there are too many mistakes."""
         for combination in combinations(self.campaign, self.note):
             yield combination
-            if len(self.mistakes) >= MOST_MISTAKES:
+            if len(self.mistakes) >= MAX_MISTAKES:
                 return
 
     def note(self, mistake: Mistake) -> None:

@@ -69,7 +69,7 @@ class InputFolder:
         self.found: dict[str, InputFile] = {}
         self._foreign = foreign or ForeignObjects()
         self._pinned: dict[str, InputObject] = {}
-        self._silent: StorageUnavailableError | None = None
+        self._unavailable: StorageUnavailableError | None = None
 
     def open(self, name: str) -> InputFile:
         """Return the picture of that name, relative to the campaign's folder; raises InputImageError."""
@@ -176,14 +176,14 @@ class InputFolder:
     @contextmanager
     def _asking(self, url: str) -> Iterator[None]:
         """Translate a bucket's errors into InputImageError. An unavailable bucket is not asked again."""
-        if self._silent is not None:
-            raise InputImageError(f"{_shown(url)} cannot be read: {self._silent}") from self._silent
+        if self._unavailable is not None:
+            raise InputImageError(f"{_shown(url)} cannot be read: {self._unavailable}") from self._unavailable
         try:
             yield
         except ObjectMissingError as error:
             raise InputImageError(str(error)) from error
         except StorageUnavailableError as error:
-            self._silent = error
+            self._unavailable = error
             raise InputImageError(f"{_shown(url)} cannot be read: {error}") from error
 
 

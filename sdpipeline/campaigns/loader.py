@@ -29,8 +29,8 @@ from sdpipeline.suggestions import nearest, nearest_name
 
 __all__ = ["Campaign", "Catalog", "load"]
 
-MOST_JOBS = 10_000_000
-MOST_JOBS_OF_A_CHAIN = 10_000
+MAX_JOBS = 10_000_000
+MAX_JOBS_OF_A_CHAIN = 10_000
 MAX_PIXELS = 64_000_000
 EDITION = "edition"
 """Variable that every template of a campaign with editions may use."""
@@ -206,10 +206,10 @@ def _check_choices(spec: CampaignSpec, axes: Axes, faults: Faults, *, columns_kn
         for name in choice:
             if name not in lists and not faults.within(("variables",)):
                 fix = "a table's columns come from its rows" if name in known else nearest(name, lists)
-                faults.add(("include", n, name), f"{name!r} is no variable with a list of values", fix)
+                faults.add(("include", n, name), f"{name!r} is not a variable with a list of values", fix)
         missing = sorted(set(lists) - set(choice))
         if missing and not faults.within(("variables",)):
-            faults.add(("include", n), f"says no value for {', '.join(missing)}", "name every variable with a list")
+            faults.add(("include", n), f"has no value for {', '.join(missing)}", "name every variable with a list")
 
 
 def _check_variables(spec: CampaignSpec, axes: Axes, faults: Faults, *, columns_known: bool, edition: str) -> None:
@@ -245,7 +245,7 @@ def _check_variables(spec: CampaignSpec, axes: Axes, faults: Faults, *, columns_
         used |= {name for name, title in (axes.table.columns or {}).items() if title == axes.table.key}
     open_columns = set() if axes.table is None or axes.table.columns is not None else set(axes.columns())
     for name in sorted(declared - used - open_columns):
-        faults.add(declaration(name, axes), f"the variable {name!r} is used nowhere", "use it or remove it")
+        faults.add(declaration(name, axes), f"the variable {name!r} is never used", "use it or remove it")
 
 
 def _check_files(spec: CampaignSpec, faults: Faults, inputs: InputFolder, *, online: bool) -> None:
@@ -273,15 +273,15 @@ def _check_count(spec: CampaignSpec, axes: Axes, faults: Faults) -> None:
         return
     chain = sum(jobs_of_a_chain(spec).values())
     place: KeyPath = ("stages",)
-    if chain > MOST_JOBS_OF_A_CHAIN:
-        faults.add(place, f"asks for {chain:,} pictures of one row and seed, at most {MOST_JOBS_OF_A_CHAIN:,}")
+    if chain > MAX_JOBS_OF_A_CHAIN:
+        faults.add(place, f"asks for {chain:,} pictures of one row and seed, at most {MAX_JOBS_OF_A_CHAIN:,}")
     roots = seed_count(spec.seeds)
     combinations = axes.combinations() + len(spec.include)
     total = chain * roots * combinations
     place = ("seeds",) if roots > combinations else ("variables",)
-    if total > MOST_JOBS:
+    if total > MAX_JOBS:
         rows = " for each row of its table" if axes.table else ""
-        faults.add(place, f"asks for {total:,} pictures{rows}, at most {MOST_JOBS:,}", "split the campaign")
+        faults.add(place, f"asks for {total:,} pictures{rows}, at most {MAX_JOBS:,}", "split the campaign")
 
 
 def jobs_of_a_chain(spec: CampaignSpec) -> dict[str, int]:

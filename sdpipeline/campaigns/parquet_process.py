@@ -19,7 +19,7 @@ MEMORY_BYTES = 2**30
 CPU_S = 3600
 LARGEST_CELL = 100_000
 LARGEST_FOOTER = 16 * 2**20
-MOST_COLUMNS = 16_384
+MAX_COLUMNS = 16_384
 ROWS_AT_ONCE = 512
 LARGEST_LINE = 2**20
 
@@ -70,8 +70,8 @@ def _lines(path: str, wanted: Collection[str] | None) -> Iterator[list[Any]]:
     limits = {"thrift_string_size_limit": LARGEST_FOOTER, "thrift_container_size_limit": 1_000_000}
     with parquet.ParquetFile(path, pre_buffer=False, **limits) as file:
         columns = [column for column in file.schema_arrow if wanted is None or column.name in wanted]
-        if len(columns) > MOST_COLUMNS:
-            raise _RefusedError(f"has {len(columns):,} columns, at most {MOST_COLUMNS:,} are read")
+        if len(columns) > MAX_COLUMNS:
+            raise _RefusedError(f"has {len(columns):,} columns, at most {MAX_COLUMNS:,} are read")
         titles = [column.name for column in columns]
         yield titles
         for column in columns:

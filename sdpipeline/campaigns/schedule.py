@@ -11,7 +11,7 @@ from cronsim import CronSim, CronSimError
 LOOK_BACK_DAYS = (1, 8, 40, 400)
 """How far to look back for the latest firing, in widening steps: from every minute to once a year."""
 
-MOST_CHARACTERS = 200
+MAX_CHARACTERS = 200
 
 
 class WrongScheduleError(ValueError):
@@ -21,7 +21,7 @@ class WrongScheduleError(ValueError):
 def check_cron(cron: str) -> None:
     """Raise WrongScheduleError unless the text is a cron expression of five fields."""
     try:
-        if len(cron) > MOST_CHARACTERS or len(cron.split()) != 5:
+        if len(cron) > MAX_CHARACTERS or len(cron.split()) != 5:
             raise WrongScheduleError("is not five fields: minute, hour, day of month, month, day of week")
         CronSim(cron, datetime.now(UTC))
     except CronSimError as error:

@@ -8,7 +8,7 @@ from pydantic import Discriminator, Field, Tag
 
 from sdpipeline.campaigns.spec_part import SpecPart
 
-MOST_SEEDS = 1_000_000
+MAX_SEEDS = 1_000_000
 LARGEST_SEED = 2**63 - 1
 
 Seed = Annotated[int, Field(ge=0, le=LARGEST_SEED)]
@@ -19,12 +19,12 @@ class SeedRange(SpecPart):
 
     start: Seed = 0
     """The first seed."""
-    count: Annotated[int, Field(ge=1, le=MOST_SEEDS)] = 1
+    count: Annotated[int, Field(ge=1, le=MAX_SEEDS)] = 1
     """Number of seeds; each gives one picture per row and combination."""
 
 
 Seeds = Annotated[
-    Annotated[SeedRange, Tag("range")] | Annotated[list[Seed], Field(min_length=1, max_length=MOST_SEEDS), Tag("list")],
+    Annotated[SeedRange, Tag("range")] | Annotated[list[Seed], Field(min_length=1, max_length=MAX_SEEDS), Tag("list")],
     Discriminator(lambda value: "list" if isinstance(value, list) else "range"),
 ]
 

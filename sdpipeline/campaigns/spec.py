@@ -47,7 +47,7 @@ class Schedule(SpecPart):
     timezone: str = "UTC"
     """Time zone of the cron expression, as in Europe/Berlin."""
     mode: Literal["incremental", "edition"] = "incremental"
-    """`incremental` makes what is new or changed; `edition` makes all of it again, with the date as `{{ edition }}`."""
+    """`incremental` generates new and changed jobs; `edition` generates all again, with the date as `{{ edition }}`."""
     on_overlap: Literal["skip", "queue"] = "skip"
     """`skip` or `queue` an edition that is due while an older one is unfinished."""
 

@@ -62,11 +62,11 @@ def note_faults(
         grouped.setdefault(_in_file(tuple(fault["loc"]), data), []).append(fault)
     unknown = {path for path, about in grouped.items() if about[0]["type"] == "extra_forbidden"}
     for path, about in grouped.items():
-        beside = [str(other[-1]) for other in unknown if other[:-1] == path[:-1]]
-        if about[0]["type"] == "missing" and nearest_name(str(path[-1]), beside):
+        misspelt = [str(other[-1]) for other in unknown if other[:-1] == path[:-1]]
+        if about[0]["type"] == "missing" and nearest_name(str(path[-1]), misspelt):
             faults.hide((*at, *path))  # it is there, misspelt
             continue
-        faults.add((*at, *path), *_in_words(about, (*at, *path), shape or CampaignSpec))
+        faults.add((*at, *path), *_describe(about, (*at, *path), shape or CampaignSpec))
     for path in unknown:
         # Do not report the key it was meant for as missing as well.
         meant = nearest_name(str(path[-1]), _known_keys((*at, *path), shape or CampaignSpec))
@@ -93,7 +93,7 @@ REMOVED_VALUES = {("reproducibility", "fast"): "write profile: fast, and leave r
 """What to write instead of a value that earlier releases had, by key and value."""
 
 
-def _in_words(about: list[Any], path: KeyPath, shape: type[BaseModel]) -> tuple[str, str | None]:
+def _describe(about: list[Any], path: KeyPath, shape: type[BaseModel]) -> tuple[str, str | None]:
     kinds = [fault["type"] for fault in about]
     if "extra_forbidden" in kinds:
         return "unknown key", nearest(str(path[-1]), _known_keys(path, shape))
@@ -101,7 +101,7 @@ def _in_words(about: list[Any], path: KeyPath, shape: type[BaseModel]) -> tuple[
         return "is missing", "add it"
     fault = about[0]
     if any(fault["loc"][-1:] == ("[key]",) for fault in about):
-        return "is no name for a variable", "a letter or _ first, then letters, digits and _, at most 63"
+        return "is not a valid variable name", "a letter or _ first, then letters, digits and _, at most 63"
     found, expected = shown(fault["input"]), _expected(fault)
     if {"bool_type", "string_type"} <= set(kinds):
         expected = "a text, a number, true or false"

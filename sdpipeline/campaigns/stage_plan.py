@@ -15,13 +15,7 @@ from sdpipeline.campaigns.spec import CampaignSpec
 from sdpipeline.campaigns.stage_spec import ImageSpec, Stage
 from sdpipeline.campaigns.templates import Template, TemplateRefusedError, compile_template
 from sdpipeline.campaigns.yaml_source import KeyPath
-from sdpipeline.domain import (
-    AdapterInput,
-    CheckpointRef,
-    ImageSource,
-    OutputFormat,
-    Task,
-)
+from sdpipeline.domain import AdapterInput, CheckpointRef, ImageSource, OutputFormat, Task
 from sdpipeline.engine import annotators, families
 from sdpipeline.engine.checkpoints import CheckpointFiles, inversion_words
 from sdpipeline.engine.families import Cell, Family
@@ -31,7 +25,7 @@ from sdpipeline.suggestions import nearest
 DEFAULT_SIDE = 512
 """Width and height if neither the stage, nor ``defaults:``, nor an input picture gives one."""
 
-MOST_SHAPES = 10_000
+MAX_SHAPES = 10_000
 
 Catalog = Mapping[str, CheckpointFiles]
 """The checkpoints a campaign may name, by alias."""
@@ -97,7 +91,7 @@ class StagePlan:
         self.family = families.family(self.files.family)
         cell = self.family.cell(stage.task, controlnets=len(stage.controlnets))
         if cell is None:
-            raise AssertionError(f"{stage.task} was to be refused at load")
+            raise AssertionError(f"{stage.task} should have been refused when the campaign was loaded")
         self._cell = cell
         self._controlnets = [catalog[use.checkpoint] for use in stage.controlnets]
         self._annotators = [catalog.get(use.annotator_checkpoint or "") for use in stage.controlnets]
@@ -127,7 +121,7 @@ class StagePlan:
         shape = self._shapes.get(key)
         if shape is None:
             shape = self._shape(values, sizes, inputs)
-            if len(self._shapes) >= MOST_SHAPES:
+            if len(self._shapes) >= MAX_SHAPES:
                 self._shapes.clear()
             self._shapes[key] = shape
         prompt = self._filled((*self.path, "prompt"), self._prompt, values)
@@ -174,7 +168,7 @@ class StagePlan:
         resize = self._value("resize", values)
         for place, size in sized.items():
             if size != (width, height) and resize is None:
-                message = f"the picture is {size[0]}x{size[1]}, the stage works at {width}x{height}"
+                message = f"the picture is {size[0]}x{size[1]}, but the stage uses {width}x{height}"
                 fix = f"add resize: ({', '.join(annotators.RESIZE_MODES)}) or change width and height"
                 raise WrongValueError((*self.path, *place), message, fix)
         steps = self._value("num_inference_steps", values, self.family.num_inference_steps)

@@ -146,12 +146,12 @@ class Stage(Parameters):
 
     def adapters(self) -> list[tuple[KeyPath, AdapterSpec]]:
         """Return every adapter of the stage, with its place inside the stage."""
-        worn: dict[str, Sequence[AdapterSpec]] = {
+        adapters: dict[str, Sequence[AdapterSpec]] = {
             "loras": self.loras,
             "textual_inversions": self.textual_inversions,
             "ip_adapters": self.ip_adapters,
         }
-        return [((key, n), use) for key, uses in worn.items() for n, use in enumerate(uses)]
+        return [((key, n), use) for key, uses in adapters.items() for n, use in enumerate(uses)]
 
     def aliases(self) -> list[str]:
         """Return every checkpoint the stage names itself."""

@@ -14,7 +14,7 @@ from sdpipeline.campaigns import expand, policy
 from sdpipeline.campaigns.inputs import InputFile, InputFolder
 from sdpipeline.campaigns.loader import Campaign
 from sdpipeline.db import archives, queries, registry, staging
-from sdpipeline.db import submit as publishing
+from sdpipeline.db import submit as db_submit
 from sdpipeline.db.audit import AuditLog
 from sdpipeline.db.connection import Connection, Database
 from sdpipeline.db.cost_history import usual
@@ -175,7 +175,7 @@ def submit(
                 max_attempts=max_attempts,
                 budget=budget,
             )
-            return publishing.submit(tx, ready, asked, prune=prune)
+            return db_submit.submit(tx, ready, asked, prune=prune)
 
 
 def delivery_rules(campaign: Campaign) -> dict[str, DeliveryRules]:

@@ -15,7 +15,7 @@ from subprocess import DEVNULL, PIPE, Popen
 from typing import IO, Any
 
 from sdpipeline.campaigns import parquet_process
-from sdpipeline.campaigns.parquet_process import LARGEST_CELL, MOST_COLUMNS
+from sdpipeline.campaigns.parquet_process import LARGEST_CELL, MAX_COLUMNS
 from sdpipeline.errors import CampaignError, Mistake
 
 LARGEST_LINE = 16 * 2**20
@@ -101,8 +101,8 @@ def _delimited(lines: Iterable[str], delimiter: str, name: str) -> Iterator[Reco
 
 
 def _check_width(columns: int, name: str) -> None:
-    if columns > MOST_COLUMNS:
-        message = f"has {columns:,} columns, at most {MOST_COLUMNS:,} are read"
+    if columns > MAX_COLUMNS:
+        message = f"has {columns:,} columns, at most {MAX_COLUMNS:,} are read"
         raise CampaignError(Mistake(file=name, line=1, message=message))
 
 
@@ -201,7 +201,7 @@ def _parquet(path: Path, name: str, wanted: Collection[str] | None) -> Iterator[
                 row += 1
                 yield row, [cell or "" for cell in cells], too_long if None in cells else None
         if process.wait() != 0:
-            raise CampaignError(Mistake(file=name, message=_why(process.returncode, errors)))
+            raise CampaignError(Mistake(file=name, message=_failure(process.returncode, errors)))
 
 
 @contextmanager
@@ -214,7 +214,7 @@ def _running(command: Sequence[str], errors: IO[bytes]) -> Iterator[Popen[str]]:
             process.kill()
 
 
-def _why(exit_code: int, errors: IO[bytes]) -> str:
+def _failure(exit_code: int, errors: IO[bytes]) -> str:
     errors.seek(0)
     if exit_code == parquet_process.REFUSED:
         return errors.read(2_000).decode(errors="replace")

@@ -14,7 +14,7 @@ from sdpipeline.campaigns.yaml_source import control_character
 
 LONGEST_TEMPLATE = 20_000
 LONGEST_RESULT = 20_000
-MOST_EXPRESSIONS = 400
+MAX_EXPRESSIONS = 400
 LONGEST_FILTERED = 100_000
 """Maximum characters of a filter's input: a table's longest cell."""
 DEEPEST = 50
@@ -129,8 +129,8 @@ def compile_template(text: str) -> Template:
     """Check and compile a template; raises TemplateRefusedError that names the forbidden part."""
     if len(text) > LONGEST_TEMPLATE:
         raise TemplateRefusedError(f"is longer than {LONGEST_TEMPLATE:,} characters")
-    if text.count("{{") > MOST_EXPRESSIONS:
-        raise TemplateRefusedError(f"holds more than {MOST_EXPRESSIONS} expressions")
+    if text.count("{{") > MAX_EXPRESSIONS:
+        raise TemplateRefusedError(f"holds more than {MAX_EXPRESSIONS} expressions")
     if "{" not in text:
         return Template(text=text, names=frozenset(), _value=lambda _: text)
     try:
@@ -167,8 +167,8 @@ def _check(tree: nodes.Node, *, depth: int) -> None:
 
 def _check_uses(tree: nodes.Template) -> None:
     """Limit the uses of variables, as each may insert a table's longest cell."""
-    if sum(1 for _ in tree.find_all(nodes.Name)) > MOST_EXPRESSIONS:
-        raise TemplateRefusedError(f"uses variables more than {MOST_EXPRESSIONS} times")
+    if sum(1 for _ in tree.find_all(nodes.Name)) > MAX_EXPRESSIONS:
+        raise TemplateRefusedError(f"uses variables more than {MAX_EXPRESSIONS} times")
 
 
 def _joined(tree: nodes.Template) -> Callable[[Mapping[str, Any]], Any] | None:

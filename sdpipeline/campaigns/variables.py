@@ -88,7 +88,7 @@ def _check_repeats(values: Sequence[Any], path: KeyPath, faults: Faults) -> None
         text = canonical(value)
         if text in seen:
             what = " with ".join(shown(each) for each in value) if isinstance(value, tuple) else shown(value)
-            faults.add(path if isinstance(value, tuple) else (*path, n), f"{what} is there twice", "remove one")
+            faults.add(path if isinstance(value, tuple) else (*path, n), f"{what} is listed twice", "remove one")
         seen.add(text)
 
 
@@ -140,7 +140,7 @@ def _check_titles(table: Table, titles: list[str], faults: Faults) -> None:
     asked = [*(table.columns or {}).values(), *([table.key] if table.key else [])]
     used = [title for title in titles if title in asked] if table.columns is not None else titles
     if not titles:
-        faults.mistakes.append(Mistake(file=table.name, line=1, message="is empty", fix="give it a line of titles"))
+        faults.mistakes.append(Mistake(file=table.name, line=1, message="is empty", fix="add a header line"))
     elif len(set(used)) < len(used) or (table.columns is None and len(variables) < len(titles)):
         message, fix = "has two columns of one name", "rename one, or name the columns you need in columns:"
         faults.mistakes.append(Mistake(file=table.name, line=1, message=message, fix=fix))

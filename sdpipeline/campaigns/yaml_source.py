@@ -14,7 +14,7 @@ import yaml
 from sdpipeline.errors import CampaignError, Mistake
 
 LARGEST_FILE_BYTES = 4 * 1024 * 1024
-MOST_NODES = 100_000
+MAX_NODES = 100_000
 DEEPEST = 40
 LARGEST_INTEGER = 2**63 - 1
 
@@ -158,7 +158,7 @@ class _Loader(yaml.SafeLoader):
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
         self._nodes += 1
         self._depth += 1
-        if self._nodes > MOST_NODES or self._depth > DEEPEST:
+        if self._nodes > MAX_NODES or self._depth > DEEPEST:
             line, column = _start(self.peek_event())  # type: ignore[no-untyped-call]
             message = "is nested too deeply" if self._depth > DEEPEST else "has too many values"
             raise CampaignError(
@@ -218,7 +218,7 @@ class _Builder:
     def build(self, node: yaml.Node, path: KeyPath) -> Any:
         self._nodes += 1
         self.places[path] = _start(node)
-        if self._nodes > MOST_NODES or len(path) > DEEPEST:
+        if self._nodes > MAX_NODES or len(path) > DEEPEST:
             # Stop nested aliases (billion laughs attack) long before memory runs out.
             self._refuse(node, path, "expands to too many values", "write fewer aliases")
             raise CampaignError(self.mistakes[-1][1])

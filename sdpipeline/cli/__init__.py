@@ -1,8 +1,7 @@
-"""Command-line application: registration of commands and exit codes of errors."""
+"""Command-line application: registration of commands, and the run of one."""
 
 from __future__ import annotations
 
-import errno
 import os
 import sys
 from collections.abc import Sequence
@@ -13,27 +12,17 @@ import typer
 from typer.exceptions import TyperException
 
 from sdpipeline import __version__
+from sdpipeline.cli.exit_codes import DONE, INTERRUPTED, explained
 from sdpipeline.cli.output import print_mistakes, stdout
 from sdpipeline.cli.streams import READER_GONE, flushed, prepare_streams, reader_is_gone, silence
-from sdpipeline.errors import (
-    AuditBrokenError,
-    BadInputError,
-    DatabaseRefusedError,
-    DatabaseUnavailableError,
-    Mistake,
-    OrchestratorUnavailableError,
-    SdpError,
-    StorageUnavailableError,
-)
+from sdpipeline.errors import SdpError
 from sdpipeline.private_files import private_files
-
-DONE, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
 
 _COMMANDS = {
     "demo": ("demo",),
-    "start": ("init", "schema"),
+    "scaffold": ("init", "schema"),
     "campaigns": ("plan", "submit", "run", "status", "jobs", "show", "retry", "cancel", "pause", "resume"),
-    "pictures": ("reproduce",),
+    "reproduce": ("reproduce",),
     "verify": ("verify",),
     "export": ("export",),
     "retention": ("retention", "erase"),
@@ -78,19 +67,6 @@ def _options(
     del version
 
 
-_DISK_FIXES = {
-    errno.EROFS: "the disk is read-only: name a home or an output folder that is writable",
-    errno.ENOSPC: "free space on that disk",
-    errno.EDQUOT: "free space within the disk quota",
-}
-_DATABASE_FIX = "check that the server runs, and host, port and password (percent-encoded)"
-_UNUSABLE = {
-    AuditBrokenError: ("SDP_DATABASE_URL", "sdpipeline reconcile --adopt"),
-    StorageUnavailableError: ("SDP_STORAGE_URL", "check the endpoint, the bucket and its credentials"),
-    OrchestratorUnavailableError: ("PREFECT_API_URL", "check that the Prefect server runs there"),
-}
-
-
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run one command and exit with its exit code: 0, 1, 2, 3, 130, 141 or 143."""
     _close_stdin()
@@ -124,10 +100,10 @@ def _run(arguments: Sequence[str], *, as_json: bool, stdout_before: TextIO) -> i
     except (typer.Abort, KeyboardInterrupt):
         return INTERRUPTED
     except (TyperException, UnicodeEncodeError, SdpError, OSError) as error:
-        explained = _explained(error)
-        if explained is None:
+        found = explained(error)
+        if found is None:
             raise
-        mistakes, exit_code = explained
+        mistakes, exit_code = found
         print_mistakes(mistakes, as_json=as_json)
         return exit_code
 
@@ -142,34 +118,3 @@ def _after_broken_pipe(ended: SystemExit, stdout_before: TextIO) -> int:
         raise cause from None
     silence()
     return READER_GONE
-
-
-def _explained(error: Exception) -> tuple[Sequence[Mistake], int] | None:
-    """Return the messages and the exit code of an error; None for an error that keeps its traceback."""
-    if isinstance(error, TyperException):
-        return [Mistake(message=error.format_message(), fix="see --help")], BAD_INPUT
-    if isinstance(error, UnicodeEncodeError):
-        if not any("\ud800" <= character <= "\udfff" for character in error.object):
-            return None
-        message = f"{error.object!r} holds characters that are not in this locale's encoding"
-        return [Mistake(message=message, fix="set LC_ALL=C.UTF-8, or PYTHONUTF8=1")], BAD_INPUT
-    if isinstance(error, BadInputError):
-        return error.mistakes, BAD_INPUT
-    if isinstance(error, DatabaseUnavailableError):
-        return _explained_outage(error)
-    if isinstance(error, tuple(_UNUSABLE)):
-        key, fix = next(advice for kind, advice in _UNUSABLE.items() if kind in type(error).mro())
-        return [Mistake(key=key, message=str(error), fix=fix)], BAD_INPUT
-    if isinstance(error, SdpError):
-        return [Mistake(message=str(error))], FAILED
-    if isinstance(error, OSError) and error.errno in _DISK_FIXES:
-        message = f"{error.filename}: {error.strerror}" if error.filename else str(error.strerror)
-        return [Mistake(message=message, fix=_DISK_FIXES[error.errno])], FAILED
-    return None
-
-
-def _explained_outage(error: DatabaseUnavailableError) -> tuple[Sequence[Mistake], int]:
-    if isinstance(error, DatabaseRefusedError) or error.fix is None:
-        return [Mistake(key="SDP_DATABASE_URL", message=str(error), fix=error.fix or _DATABASE_FIX)], BAD_INPUT
-    # The address is right: the database itself said what is wrong with it.
-    return [Mistake(message=str(error), fix=error.fix)], FAILED

@@ -15,11 +15,11 @@ from sdpipeline import audit, shutdown
 from sdpipeline.app import maintenance, sealing
 from sdpipeline.app.keys import seal_key
 from sdpipeline.app.services import open_services
-from sdpipeline.audit import export as exporting
+from sdpipeline.audit import export as audit_export
 from sdpipeline.audit.findings import Verification
 from sdpipeline.audit.offline import LONGEST_LINE, verify_export
 from sdpipeline.audit.proof import Success, prove, success_of_job, success_of_picture, verify_proof
-from sdpipeline.audit.seals import EVERY_S, MOST_EVENTS
+from sdpipeline.audit.seals import EVERY_S, MAX_EVENTS
 from sdpipeline.cli.output import (
     FOUND_FAULTS,
     AsJson,
@@ -105,7 +105,7 @@ def seal(
     every: Annotated[float, typer.Option(min=0.1, help="With --watch: seconds between seals.")] = EVERY_S,
     events: Annotated[
         int, typer.Option(min=1, help="With --watch: seal sooner when this number of events is unsealed.")
-    ] = MOST_EVENTS,
+    ] = MAX_EVENTS,
     home: Home = None,
     as_json: AsJson = False,
 ) -> None:
@@ -148,12 +148,12 @@ def export(
     with open_services(settings, create=False) as services:
         sealing.seal(services)
         if out is None:
-            exporting.write(services.database, seal_key(settings), sys.stdout.buffer)
+            audit_export.write(services.database, seal_key(settings), sys.stdout.buffer)
             return
         # Under another name first, so that an interrupted export leaves no partial file under the final name.
         unfinished = out.with_name(f"{out.name}.part")
         with users_umask(), unfinished.open("wb") as file:
-            done = exporting.write(services.database, seal_key(settings), file)
+            done = audit_export.write(services.database, seal_key(settings), file)
         unfinished.replace(out)
     if as_json:
         print_json(done.document() | {"file": str(out)})

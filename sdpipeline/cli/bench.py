@@ -241,8 +241,8 @@ def _print_pipeline(found: Json) -> None:
         f"{name.removesuffix('_s')} {s * 1e3:.0f} ms" for name, s in found["beside_the_device_s"].items()
     )
     stdout.print(
-        f"the whole line reaches {found['share_of_engine']:.3f} of the engine alone and {found['against_plain']:.2f} "
-        f"times the plain loop; outside the device a picture takes {outside}"
+        f"the pipeline reaches {found['share_of_engine']:.3f} of the engine alone and {found['against_plain']:.2f} "
+        f"times the plain loop; time per picture outside the device: {outside}"
     )
     if found["device_idle_share"] is not None:
         stdout.print(f"the GPU is idle for {found['device_idle_share']:.2%} of the time")

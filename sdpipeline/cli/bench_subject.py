@@ -12,7 +12,7 @@ import typer
 from sdpipeline.app.checkpoints import BUILTIN_CHECKPOINTS, catalog
 from sdpipeline.app.factories import build_engine, random_checkpoint
 from sdpipeline.bench.shapes import NAMES, shape
-from sdpipeline.bench.spread import OnProgress
+from sdpipeline.bench.statistics import OnProgress
 from sdpipeline.bench.workload import Workload
 from sdpipeline.cli.output import refuse, stderr
 from sdpipeline.domain import CheckpointRef, Json, Profile, Task
@@ -24,7 +24,7 @@ from sdpipeline.settings import Settings
 from sdpipeline.suggestions import nearest
 
 if TYPE_CHECKING:
-    from sdpipeline.bench.plain import PlainLoop
+    from sdpipeline.bench.baselines import PlainLoop
 
 Checkpoint = Annotated[
     str, typer.Option(help="An alias, or sd15 or sdxl: random weights in the shapes of these models.")
@@ -72,7 +72,7 @@ class Subject:
 
     def plain(self) -> PlainLoop:
         """Build a plain diffusers loop, as in a script. Call ``engine`` first: it sets up torch's import."""
-        from sdpipeline.bench.plain import PlainLoop
+        from sdpipeline.bench.baselines import PlainLoop
 
         return PlainLoop(self.files.directory, self.workload, device=self.device, dtype=self.dtype)
 
@@ -101,7 +101,7 @@ def subject(settings: Settings, wanted: Wanted) -> Subject:
     settings, files = _checkpoint(settings, wanted.checkpoint, device)
     row = family(files.family)
     if row.cell(Task.TEXT_TO_IMAGE) is None:
-        raise refuse(f"--checkpoint {files.alias} is not a text-to-image checkpoint", "name one that is")
+        raise refuse(f"--checkpoint {files.alias} is not a text-to-image checkpoint", "name a text-to-image checkpoint")
     if refused := scheduler_refusal(row, wanted.scheduler):
         raise refuse(f"--scheduler: {refused.message}", refused.fix)
     usual = _usual(files, device)

@@ -97,10 +97,10 @@ def submit(
     as_json: AsJson = False,
 ) -> None:
     """Publish a campaign file as the campaign's newest version; unchanged jobs are left alone."""
-    from sdpipeline.app import submit as intake
+    from sdpipeline.app import submit as app_submit
 
-    with intake.open_to_submit(load_settings(home), file, edition=edition) as services:
-        name, done = intake.submit(services, file, prune=prune, edition=edition)
+    with app_submit.open_to_submit(load_settings(home), file, edition=edition) as services:
+        name, done = app_submit.submit(services, file, prune=prune, edition=edition)
     if as_json:
         counts = {"added": done.added, "unchanged": done.unchanged, "cancelled": done.cancelled}
         about = {"blocked": done.blocked, "left_out": done.left_out}
@@ -119,7 +119,7 @@ def run(
 ) -> None:
     """Submit a campaign and run it to completion on this machine, in the Prefect flow."""
     from sdpipeline import orchestration
-    from sdpipeline.app import submit as intake
+    from sdpipeline.app import submit as app_submit
     from sdpipeline.app.factories import check_engine, check_quantization
     from sdpipeline.app.keys import picture_key, trusted_seal_keys
     from sdpipeline.app.sealing import seal_here
@@ -130,8 +130,8 @@ def run(
         picture_key(settings)
         trusted_seal_keys(settings)
     check_quantization(settings)  # otherwise each of its workers would crash on it
-    with intake.open_to_submit(settings, file, edition=edition) as services:
-        name, done = intake.submit(services, file, edition=edition)
+    with app_submit.open_to_submit(settings, file, edition=edition) as services:
+        name, done = app_submit.submit(services, file, edition=edition)
         if not as_json:
             stderr.print(_submitted(name, done))
         progress = orchestration.run_campaign(services, name, keep_ui=keep_ui, console=None if as_json else stderr)
@@ -158,9 +158,9 @@ def status(
                 found = [queries.campaign_id(connection, team=settings.team, name=name) for name in names]
                 ids = [each for each in found if each is not None]
             everything = [queries.progress(connection, each) for each in ids]
-            living = queries.live_workers(connection, lost_after_s=settings.lease_ttl_s)
+            live = queries.live_workers(connection, lost_after_s=settings.lease_ttl_s)
         refusal = server_checks.write_refusal(services.database)
-    show_status(everything, as_json=as_json, workers=living, refusal=refusal)
+    show_status(everything, as_json=as_json, workers=live, refusal=refusal)
 
 
 def jobs(
@@ -278,15 +278,13 @@ def show_status(
 
     documents = [progress.document() for progress in campaigns]
     names = ("id", "host", "pid", "device", "status", *_SEEN)
-    living = [
+    live = [
         {name: worker[name] for name in names} | {STORAGE_LOSSES: worker["description"].get(STORAGE_LOSSES, {})}
         for worker in workers or []
     ]
     if as_json:
         database = {"writable": refusal is None, "reason": refusal and refusal.reason}
-        print_json(
-            {"campaigns": documents} | ({"workers": living, "database": database} if workers is not None else {})
-        )
+        print_json({"campaigns": documents} | ({"workers": live, "database": database} if workers is not None else {}))
         return
     columns = ("total", "succeeded", *_statuses_in_use(documents, ("ready", "waiting", "leased", *UNSUCCESSFUL)))
     spent = ("images", "gpu_seconds", *(["cost"] if any(d["cost"] for d in documents) else []))
@@ -301,15 +299,15 @@ def show_status(
             stdout.print(f"{d['name']} is paused: {d['paused_because']}")
     if refusal is not None:
         stdout.print(f"workers wait for the database: {refusal.reason} ({refusal.fix})")
-    if living:
-        for worker in living:
+    if live:
+        for worker in live:
             worker["last seen"] = _time(worker["seen_at"])
             if worker["lost_since"]:
                 worker["note"] = (
                     f"no heartbeat since {worker['last seen']}: its leases expire, its jobs are leased again"
                 )
-        print_records("Workers", ("id", "host", "pid", "device", "status", "leases", "last seen", "note"), living)
-        for feature, loss in sorted({loss for worker in living for loss in worker[STORAGE_LOSSES].items()}):
+        print_records("Workers", ("id", "host", "pid", "device", "status", "leases", "last seen", "note"), live)
+        for feature, loss in sorted({loss for worker in live for loss in worker[STORAGE_LOSSES].items()}):
             stdout.print(f"storage works without {feature}: {loss}")
 
 

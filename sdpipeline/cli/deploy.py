@@ -83,7 +83,7 @@ def schedule(
 ) -> None:
     """Schedule a campaign in the deployed flow by the `schedule:` of its file."""
     from sdpipeline.orchestration import deploy as deployment
-    from sdpipeline.orchestration.request import CampaignRequest
+    from sdpipeline.orchestration.campaign_request import CampaignRequest
 
     settings = load_settings(home)
     if off:

@@ -15,7 +15,7 @@ from sdpipeline.private_files import users_umask
 from sdpipeline.reporting import export
 from sdpipeline.reporting.export import Exported, OnProgress
 
-MOST_SHOWN = 20
+MAX_SHOWN = 20
 
 
 def add_to(app: typer.Typer) -> None:
@@ -55,10 +55,10 @@ def export_pictures(
 def _print(done: Exported) -> None:
     waiting = f"; {done.without_picture} jobs have no picture" if done.without_picture else ""
     stdout.print(f"{done.copied} pictures copied to {done.directory}, {done.unchanged} existed already{waiting}")
-    for fault in done.faults[:MOST_SHOWN]:
+    for fault in done.faults[:MAX_SHOWN]:
         stderr.print(f"{fault['file']}: job {fault['job']}: {fault['url']} {fault['detail']}")
-    if len(done.faults) > MOST_SHOWN:
-        stderr.print(f"... and {len(done.faults) - MOST_SHOWN} more; --json lists all")
+    if len(done.faults) > MAX_SHOWN:
+        stderr.print(f"... and {len(done.faults) - MAX_SHOWN} more; --json lists all")
 
 
 @contextmanager

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from sdpipeline import shutdown
-from sdpipeline.app import doctor as checkup
+from sdpipeline.app import doctor as app_doctor
 from sdpipeline.app.factories import check_engine
 from sdpipeline.app.services import database_exists
 from sdpipeline.app.workers import run_worker
@@ -84,11 +84,11 @@ def current(*, home: Home = None, as_json: AsJson = False) -> None:
 
 def doctor(*, home: Home = None, as_json: AsJson = False) -> None:
     """Check database, storage, Prefect, devices, checkpoints and keys; print the fix for each failed check."""
-    checks = checkup.checks(load_settings(home))
+    checks = app_doctor.checks(load_settings(home))
     if as_json:
         print_json({"checks": [check.document() for check in checks]})
     else:
         rows = [("ok" if check.ok else "NOT OK", check.name, check.detail, check.fix) for check in checks]
-        print_table("", ("", "what", "found", "what to do"), rows)
+        print_table("", ("", "check", "result", "fix"), rows)
     if not all(check.ok for check in checks):
         raise typer.Exit(FOUND_FAULTS)

@@ -79,9 +79,7 @@ for _console in (stdout, stderr):
 
 def load_settings(home: Path | None) -> Settings:
     """Load the command's settings and configure logging by them."""
-    from sdpipeline import (
-        settings as settings_module,  # pydantic takes a tenth of a second that `--version` does not need
-    )
+    from sdpipeline import settings as settings_module
     from sdpipeline.logs import configure_logging
 
     settings = settings_module.load(home=home)

@@ -24,7 +24,7 @@ def retention(*, dry_run: DryRun = False, home: Home = None, as_json: AsJson = F
     """Apply the retention settings: delete old pictures and prompts, archive closed editions."""
     settings = load_settings(home)
     with open_services(settings, create=False) as services:
-        done = maintenance.forget(services, dry_run=dry_run)
+        done = maintenance.apply_retention(services, dry_run=dry_run)
     document = {"dry_run": dry_run} | done.document()
     if as_json:
         print_json(document)
@@ -36,7 +36,7 @@ def retention(*, dry_run: DryRun = False, home: Home = None, as_json: AsJson = F
 
 def erase(
     *,
-    subject: Annotated[str, typer.Option(help="Person whose data is erased, as the campaign's `subject` names them.")],
+    subject: Annotated[str, typer.Option(help="Data subject to erase, as written by the campaign's `subject`.")],
     dry_run: DryRun = False,
     home: Home = None,
     as_json: AsJson = False,

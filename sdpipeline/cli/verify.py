@@ -34,7 +34,7 @@ from sdpipeline.settings import Settings
 from sdpipeline.storage import ForeignObjects, is_bucket_url, open_store
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
-MOST_SHOWN = 20
+MAX_SHOWN = 20
 
 _T = TypeVar("_T")
 _Named = tuple[str, Callable[[], bytes]]
@@ -164,10 +164,10 @@ def _print_summary(checked: list[Checked]) -> None:
     faulty = [each for each in checked if not each.ok]
     known = sum(each.match is not None for each in checked)
     stdout.print(f"{len(checked)} pictures, {len(checked) - len(faulty)} ok; the database knows {known}")
-    for each in faulty[:MOST_SHOWN]:
+    for each in faulty[:MAX_SHOWN]:
         stdout.print(f"{each.name}: {', '.join(each.faults)} (database: {_match_text(each)})")
-    if len(faulty) > MOST_SHOWN:
-        stdout.print(f"... and {len(faulty) - MOST_SHOWN} more; --json lists all")
+    if len(faulty) > MAX_SHOWN:
+        stdout.print(f"... and {len(faulty) - MAX_SHOWN} more; --json lists all")
 
 
 def _signature(marks: VerifiedPicture) -> str:
@@ -187,5 +187,5 @@ def _match_text(checked: Checked) -> str:
         "pixels": "knows these pixels in another file",
         "perceptual_hash": f"knows a picture that differs in {match.distance} of 64 bits of the perceptual hash",
     }[match.by]
-    gone = ", deleted since" if match.picture.deleted else ""
-    return f"{how}: job {match.picture.job}, stage {match.picture.stage} of {match.picture.campaign}{gone}"
+    deleted = ", deleted since" if match.picture.deleted else ""
+    return f"{how}: job {match.picture.job}, stage {match.picture.stage} of {match.picture.campaign}{deleted}"

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeGuard
+from urllib.parse import unquote
 
 from sqlalchemy import URL, Connection, Double, Engine, ExceptionContext, Table, create_engine, event, make_url
 from sqlalchemy.dialects import postgresql, sqlite
@@ -26,6 +27,9 @@ from sdpipeline.errors import PERCENT_ENCODE, DatabaseUnavailableError, Mistake,
 __all__ = ["Connection", "Database", "copy_rows", "insert_ignoring", "now_s", "open_database", "sqlite_path"]
 
 SQLITE_BUSY_TIMEOUT_S = 30
+DECODES_PATHS = make_url("sqlite:///%20").database == " "
+"""True if SQLAlchemy decodes the path of a SQLite URL."""
+
 CHUNK = 5000
 
 _POSTGRES_CONNECTION = {
@@ -110,7 +114,7 @@ class Database:
 def open_database(url: str) -> Database:
     """Connect lazily to SQLite or PostgreSQL; raises SettingsError for any other URL."""
     try:
-        parsed = make_url(url)
+        parsed = _parsed(url)
     except (ArgumentError, ValueError):
         # `from None`: such an error quotes the URL, password included.
         raise SettingsError(_wrong_url("is not a database URL")) from None
@@ -129,8 +133,19 @@ def open_database(url: str) -> Database:
 
 def sqlite_path(url: str) -> Path | None:
     """Return the file of a SQLite URL; None for any other database."""
-    parsed = make_url(url)
+    parsed = _parsed(url)
     return Path(parsed.database or "") if parsed.get_backend_name() == "sqlite" else None
+
+
+def _parsed(url: str) -> URL:
+    """Parse a database URL; raises ArgumentError or ValueError. A SQLite path is percent-decoded once.
+
+    SQLAlchemy 2.1 decodes it, 2.0 does not: the same URL must name the same file in both.
+    """
+    parsed = make_url(url)
+    if DECODES_PATHS or parsed.get_backend_name() != "sqlite" or parsed.database is None:
+        return parsed
+    return parsed.set(database=unquote(parsed.database))
 
 
 def insert_ignoring(connection: Connection, table: Table) -> postgresql.Insert | sqlite.Insert:

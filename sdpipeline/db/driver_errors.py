@@ -14,7 +14,7 @@ SETTING = "SDP_DATABASE_URL"
 
 READ_ONLY_FIX = "name the primary server in SDP_DATABASE_URL, or wait until this one accepts writes again"
 _RESTARTING = "wait until the server runs again; its log says why it ended"
-_TRY_AGAIN = "try again: another transaction held what this one needed"
+_TRY_AGAIN = "try again: another transaction held a lock"
 _PREPARED = "try again: a connection pooler was found, and prepared statements are off from now on"
 _CONNECTIONS = "wait, raise the server's connection limit, or put pgbouncer in front of it"
 _CREDENTIALS = "check the user, the password and the database in SDP_DATABASE_URL"
@@ -30,7 +30,7 @@ _OUTAGES = {
     "26000": _PREPARED,
     "40": _TRY_AGAIN,
     "42P05": _PREPARED,
-    "53": "give the database server more of what it lacks",
+    "53": "add the resource that the database server lacks (disk, memory or connections)",
     "53100": "free space on the database server's disk",
     "53200": "give the database server more memory",
     "53300": _CONNECTIONS,

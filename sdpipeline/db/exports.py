@@ -16,7 +16,7 @@ PAGE = 500
 
 def stages(connection: Connection, campaign_id: int) -> list[str]:
     """List the stages that have jobs, in the chain's order."""
-    stages = select(job.c.stage).where(*_asked_for(campaign_id)).group_by(job.c.stage)
+    stages = select(job.c.stage).where(*_not_cancelled(campaign_id)).group_by(job.c.stage)
     return list(connection.execute(stages.order_by(func.min(job.c.depth), job.c.stage)).scalars())
 
 
@@ -27,7 +27,7 @@ def last_stages(connection: Connection, campaign_id: int) -> list[str]:
         select(job.c.stage)
         .join(job_parent, job_parent.c.parent_id == job.c.id)
         .join(child, child.c.id == job_parent.c.job_id)
-        .where(*_asked_for(campaign_id), child.c.status != "cancelled")
+        .where(*_not_cancelled(campaign_id), child.c.status != "cancelled")
         .distinct()
     )
     inner = set(connection.execute(consumed).scalars())
@@ -36,7 +36,7 @@ def last_stages(connection: Connection, campaign_id: int) -> list[str]:
 
 def editions(connection: Connection, campaign_id: int) -> list[str]:
     """List the campaign's editions by name; the one without a name is the campaign itself."""
-    editions = select(job.c.edition).where(*_asked_for(campaign_id)).distinct().order_by(job.c.edition)
+    editions = select(job.c.edition).where(*_not_cancelled(campaign_id)).distinct().order_by(job.c.edition)
     return list(connection.execute(editions).scalars())
 
 
@@ -94,5 +94,5 @@ def inherited(connection: Connection, job_ids: Sequence[int]) -> dict[int, Json]
     return found
 
 
-def _asked_for(campaign_id: int) -> tuple[Any, ...]:
+def _not_cancelled(campaign_id: int) -> tuple[Any, ...]:
     return (job.c.campaign_id == campaign_id, job.c.status != "cancelled")

@@ -359,7 +359,7 @@ def _parent_images(connection: Connection, job_ids: Collection[int]) -> dict[int
     return found
 
 
-def heartbeat(connection: Connection, lease_ids: Collection[str], *, ttl_s: float) -> frozenset[str]:
+def renew(connection: Connection, lease_ids: Collection[str], *, ttl_s: float) -> frozenset[str]:
     """Extend the leases that are still open, in database time; return their ids. The others are lost."""
     # Every statement that locks several leases uses one order, so that no two of them deadlock.
     mine = select(lease.c.id).where(lease.c.id.in_(lease_ids), lease.c.closed_at.is_(None))

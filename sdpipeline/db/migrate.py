@@ -17,13 +17,13 @@ if TYPE_CHECKING:
     from alembic.config import Config
 
 _ADVISORY_LOCK = 7_305_011_948
-"""Any number that nothing else uses: only one process migrates at a time."""
+"""Key of the advisory lock that lets one process migrate at a time."""
 
 LOCK_TIMEOUT_S = 10
 """A migration that waits longer for a busy table would block everyone behind it, so it gives up."""
 
 
-MOST_TRIES = 5
+MAX_TRIES = 5
 """Limit of tries: a reader with another table order may cause a deadlock once, hardly five times."""
 
 _DEADLOCK = "40P01"
@@ -33,7 +33,7 @@ _VERSION_TABLE = table("alembic_version", column("version_num", String))
 
 def upgrade(database: Database) -> tuple[str | None, str]:
     """Run missing migrations in one process at a time; return the revision before and after."""
-    for _ in range(MOST_TRIES - 1):
+    for _ in range(MAX_TRIES - 1):
         try:
             return _upgrade(database)
         except DatabaseUnavailableError as error:

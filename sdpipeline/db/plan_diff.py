@@ -9,13 +9,13 @@ from typing import Any
 
 from sqlalchemy import Connection, func, select
 
-from sdpipeline.db import reuse as originals
+from sdpipeline.db import reuse as reuse_queries
 from sdpipeline.db.staging import POLICY, chunked
 from sdpipeline.db.tables import campaign, job
 from sdpipeline.domain import JobSpec, Json, changed_keys, to_document
 
 CHUNK = 1000
-NOT_THERE_BEFORE = "identity"
+NEW_IDENTITY = "identity"
 """The key in a difference for a row, combination or seed that was not submitted before."""
 
 
@@ -54,7 +54,7 @@ class Difference:
         """Count a new job under every key that makes it new; ``stored`` is the previous request."""
         if stored is None:
             example = {"row": spec.row_key, "variables": dict(spec.axes), "seed": spec.seed}
-            self._note(spec.stage, NOT_THERE_BEFORE, None, example)
+            self._note(spec.stage, NEW_IDENTITY, None, example)
             return
         for key, (was, now) in changed_keys(stored, to_document(spec.request)).items():
             self._note(spec.stage, key, was, now)
@@ -90,7 +90,7 @@ def compare(
         stored = _stored(connection, campaign_id, [spec.identity for spec in chunk], explain=explain)
         editions |= {spec.edition for spec in chunk}
         fresh = {spec.fingerprint for spec in chunk if reuse and spec.blocked is None}
-        reusable = originals.known(connection, team=team, fingerprints=fresh)
+        reusable = reuse_queries.known(connection, team=team, fingerprints=fresh)
         for spec in chunk:
             row = stored.get(spec.identity)
             _add(found, spec, row, reusable=reusable, explain=explain)

@@ -240,7 +240,7 @@ def failures(connection: Connection, campaign_id: int, limit: int) -> list[Json]
 
     Jobs with a subject are left out, because Prefect keeps everything that it shows.
     """
-    unlucky = (job.c.status.in_(("failed", "blocked")), job.c.subject.is_(None))
+    unsuccessful = (job.c.status.in_(("failed", "blocked")), job.c.subject.is_(None))
     statement = (
         select(
             job.c.id.label("job_id"),
@@ -253,7 +253,7 @@ def failures(connection: Connection, campaign_id: int, limit: int) -> list[Json]
             job.c.error_kind.label("kind"),
             job.c.error,
         )
-        .where(job.c.campaign_id == campaign_id, *unlucky)
+        .where(job.c.campaign_id == campaign_id, *unsuccessful)
         .order_by(job.c.status.desc(), job.c.id)
         .limit(limit)
     )

@@ -154,7 +154,7 @@ def end_attempts(tx: Transaction) -> None:
         tx.connection.execute(update(attempt).where(lost).values(finished_at=now_s(), outcome="abandoned"))
 
 
-def forget(tx: Transaction, lost: Json, *, because: str) -> bool:
+def delete_picture(tx: Transaction, lost: Json, *, because: str) -> bool:
     """Delete the row of a picture that storage lacks or holds altered; False if the row changed meanwhile."""
     mine = and_(image.c.job_id == lost["job_id"], image.c.fingerprint == lost["fingerprint"])
     same = and_(mine, image.c.sidecar_sha256 == lost["sidecar_sha256"])
@@ -180,8 +180,8 @@ def reopen(tx: Transaction, job_ids: Collection[int]) -> list[int]:
         if not ids:
             continue
         below = descendants(ids)
-        unmade = and_(job.c.id.in_(select(below.c.id)), job.c.status.in_(("waiting", "ready", "leased")))
-        ids = _ids(tx.connection, select(job.c.id).where(or_(job.c.id.in_(ids), unmade)))
+        unfinished = and_(job.c.id.in_(select(below.c.id)), job.c.status.in_(("waiting", "ready", "leased")))
+        ids = _ids(tx.connection, select(job.c.id).where(or_(job.c.id.in_(ids), unfinished)))
         job_control.reset(tx.connection, job.c.id.in_(ids), campaign_id=campaign_id)
         tx.record(Event.JOBS_REOPENED, f"campaign:{campaign_id}", jobs=ids)
         job_control.resolve_new_jobs(tx, campaign_id=campaign_id)

@@ -19,7 +19,7 @@ from sdpipeline.db.tables import LEASED, campaign, found_picture, image, job
 from sdpipeline.domain import Json
 from sdpipeline.jobs import StoredImage
 
-MOST_CLAIMED = 1000
+MAX_CLAIMED = 1000
 _STORED = tuple(StoredImage.__dataclass_fields__)
 _HAS_ONE = exists().where(image.c.job_id == job.c.id, image.c.fingerprint == job.c.fingerprint)
 
@@ -86,11 +86,11 @@ def claim(tx: Transaction, *, campaign_id: int) -> int:
         return count
     if tx.connection.execute(_matching(campaign_id).limit(1)).first():
         lock_campaign(tx.connection, campaign_id)
-    while rows := tx.connection.execute(_matching(campaign_id).limit(MOST_CLAIMED)).all():
+    while rows := tx.connection.execute(_matching(campaign_id).limit(MAX_CLAIMED)).all():
         first = {row.job_id: row for row in reversed(rows)}
         for job_id in sorted(first):
             _adopt(tx, campaign_id, first[job_id])
-        _settle(tx, campaign_id, sorted(first))
+        _resolve_adopted(tx, campaign_id, sorted(first))
         keys = [row.sidecar_key for row in rows]
         tx.connection.execute(delete(found_picture).where(found_picture.c.sidecar_key.in_(keys)))
         count += len(first)
@@ -156,11 +156,11 @@ def _adopt(tx: Transaction, campaign_id: int, row: Any) -> None:
     )
 
 
-def _settle(tx: Transaction, campaign_id: int, adopted: Collection[int]) -> None:
+def _resolve_adopted(tx: Transaction, campaign_id: int, adopted: Collection[int]) -> None:
     """Mark the adopted jobs as succeeded, and resolve their unfinished descendants again."""
     below = descendants(adopted)
-    unmade = and_(job.c.id.in_(select(below.c.id)), job.c.status.in_(("waiting", "ready", "skipped")))
-    others = and_(unmade, job.c.id.not_in(adopted), job.c.erased_at.is_(None))
+    unfinished = and_(job.c.id.in_(select(below.c.id)), job.c.status.in_(("waiting", "ready", "skipped")))
+    others = and_(unfinished, job.c.id.not_in(adopted), job.c.erased_at.is_(None))
     reopened = list(tx.connection.execute(select(job.c.id).where(others).order_by(job.c.id)).scalars())
     if reopened:
         tx.record(Event.JOBS_REOPENED, f"campaign:{campaign_id}", jobs=reopened)

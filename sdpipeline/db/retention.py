@@ -33,7 +33,7 @@ from sdpipeline.domain import Json, request_from_document
 from sdpipeline.storage.keys import picture_folder
 
 ERASED = "erased"
-"""The key in an erased request for what is left of it: the commitment in the audit log."""
+"""Key of the commitment in an erased request; the rest of the request was deleted."""
 
 DAY_S = 86_400
 UNFINISHED = ("waiting", "ready", "leased")
@@ -115,8 +115,8 @@ def _read(connection: Connection, statement: Select[Any]) -> list[Picture]:
 
 def keys_of_others(connection: Connection, fingerprints: Collection[str], but: Collection[int]) -> set[str]:
     """Return keys of existing pictures of these fingerprints that other jobs have."""
-    living = select(image.c.key).where(image.c.fingerprint.in_(fingerprints), image.c.deleted_at.is_(None))
-    return set(connection.execute(living.where(image.c.job_id.not_in(but))).scalars())
+    existing = select(image.c.key).where(image.c.fingerprint.in_(fingerprints), image.c.deleted_at.is_(None))
+    return set(connection.execute(existing.where(image.c.job_id.not_in(but))).scalars())
 
 
 def mark_deleted(tx: Transaction, pictures: Collection[Picture], *, because: str) -> int:
@@ -145,8 +145,8 @@ def old_jobs(
 
     ``with_pictures`` includes jobs whose pictures are due to be deleted first.
     """
-    living = exists().where(image.c.job_id == job.c.id, image.c.deleted_at.is_(None))
-    ready = true() if with_pictures else ~living
+    has_picture = exists().where(image.c.job_id == job.c.id, image.c.deleted_at.is_(None))
+    ready = true() if with_pictures else ~has_picture
     old = func.coalesce(job.c.finished_at, job.c.created_at) < now_s() - days * DAY_S
     statement = (
         select(job.c.id)
@@ -211,8 +211,8 @@ def _erase(
     if not rows:
         return 0
     left = {"request": bindparam("left", type_=job.c.request.type)} | ({"subject": null()} if subject else {})
-    gone = {"salt": "", "erased_at": func.coalesce(job.c.erased_at, now_s())}
-    erase = update(job).where(job.c.id == bindparam("row")).values(**left, **gone, **values)
+    erased = {"salt": "", "erased_at": func.coalesce(job.c.erased_at, now_s())}
+    erase = update(job).where(job.c.id == bindparam("row")).values(**left, **erased, **values)
     tx.connection.execute(erase, changed)
     for campaign_id in sorted({row.campaign_id for row in rows}):
         own = {row.id: committed(row.request, row.salt) for row in rows if row.campaign_id == campaign_id}

@@ -12,7 +12,7 @@ from sqlalchemy import ColumnElement, Connection, Select, Text, cast, literal_co
 from sdpipeline.db.tables import LOOKS, campaign, image, job
 from sdpipeline.domain import Json
 
-MOST_BITS = 7
+MAX_BITS = 7
 """Number of 64 bits in which a copy may differ and is still certain to be found.
 
 One of its four quarters then differs in no bit or in one, so a query asks for only 4 x 17 values.
@@ -24,7 +24,7 @@ _INDEXED: ColumnElement[bool] = literal_column("look_1 IS NOT NULL")
 """The condition of the partial indexes, verbatim."""
 
 _KNOWN = or_(job.c.erased_at.is_(None), cast(job.c.request, Text).contains("checkpoint"))
-"""Excludes jobs of an erased subject, whose whole request is gone."""
+"""Excludes jobs of an erased subject: their requests were deleted."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,10 +67,10 @@ def of_fingerprint(
 
 
 def alike(connection: Connection, *, team: str, perceptual_hash: str) -> list[RecordedPicture]:
-    """List pictures whose perceptual hash differs from this one in at most ``MOST_BITS``, newest first."""
+    """List pictures whose perceptual hash differs from this one in at most ``MAX_BITS``, newest first."""
     asked = looks({"perceptual_hash": perceptual_hash})
     rows = connection.execute(_alike(asked)).mappings()
-    near = (row for row in rows if sum((row[name] ^ bits).bit_count() for name, bits in asked.items()) <= MOST_BITS)
+    near = (row for row in rows if sum((row[name] ^ bits).bit_count() for name, bits in asked.items()) <= MAX_BITS)
     return _owned(connection, team, near)
 
 
@@ -93,8 +93,8 @@ def archived(row: Json, lines: Iterator[Json], private: Iterator[Json]) -> Itera
 
 
 def _place(row: Json) -> Json:
-    gone = {"deleted_at": row["pictures_deleted_at"]} if row["pictures_deleted_at"] else {}
-    return {"name": row["name"], "edition": row["edition"]} | gone
+    deleted_at = {"deleted_at": row["pictures_deleted_at"]} if row["pictures_deleted_at"] else {}
+    return {"name": row["name"], "edition": row["edition"]} | deleted_at
 
 
 def _of_pixels(pixels_sha256: str) -> Select[Any]:

@@ -101,7 +101,7 @@ def submit(tx: Transaction, ready: Prepared, asked: Publication, *, prune: bool 
             load(connection, ready, campaign_id, groups)
             match(connection)
             unchanged = _count(connection, select(func.count()).where(known.c.same))
-            present = _asked_before(campaign_id, ready.editions)
+            present = _existing_jobs(campaign_id, ready.editions)
             gone = prune and _any(connection, and_(present, ~exists().where(known.c.id == job.c.id)))
             changes = gone or unchanged < ready.count or (ready.blocked and _any(connection, _to_block()))
             changes = changes or _any(connection, or_(_moved(), _of_others(campaign_id, ready)))
@@ -229,7 +229,7 @@ def _insert_version(tx: Transaction, campaign_id: int, source: str) -> tuple[int
     return int(tx.connection.execute(statement).scalar_one()), int(number)
 
 
-def _asked_before(campaign_id: int, editions: set[str]) -> ColumnElement[bool]:
+def _existing_jobs(campaign_id: int, editions: set[str]) -> ColumnElement[bool]:
     return and_(job.c.campaign_id == campaign_id, job.c.edition.in_(editions), job.c.status != "cancelled")
 
 

@@ -59,7 +59,7 @@ def annotate(name: str, pixels: Pixels, parameters: Mapping[str, Parameter]) -> 
     annotator = known_annotator(name)
     values = annotator.resolve(name, parameters)
     if annotator.function is None:
-        raise RequestRefusedError(f"annotator {name!r} needs a checkpoint of its own; set annotator_checkpoint")
+        raise RequestRefusedError(f"annotator {name!r} needs a checkpoint; set annotator_checkpoint")
     return annotator.function(pixels, **values)
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from sdpipeline.domain import Task, digest
-from sdpipeline.engine import components, weight_files
+from sdpipeline.engine import allowed_classes, weight_files
 from sdpipeline.engine.families import FAMILIES
 from sdpipeline.engine.hash_cache import HashCache
 from sdpipeline.engine.refusal import Refusal
@@ -130,14 +130,14 @@ def _check_configurations(alias: str, directory: Path, names: frozenset[str]) ->
     for name in sorted(names):
         file = name.rpartition("/")[2]
         if file.endswith(".index.json"):
-            components.check_shards(alias, name, _json(alias, directory / name), names)
+            allowed_classes.check_shards(alias, name, _json(alias, directory / name), names)
         elif file == "adapter_config.json" and f"{name.removesuffix(file)}config.json" in names:
             raise CheckpointError(f"checkpoint {alias!r}: {name} loads an adapter on top of the network; remove it")
         elif file == "model_index.json" or file.endswith("config.json"):
             document = _json(alias, directory / name)
-            components.check_configuration(alias, name, document)
+            allowed_classes.check_configuration(alias, name, document)
             if name == "model_index.json":
-                components.check_index(alias, document)
+                allowed_classes.check_index(alias, document)
 
 
 def read_ahead(files: CheckpointFiles) -> None:
@@ -275,7 +275,7 @@ def _component(alias: str, config: Mapping[str, Any]) -> tuple[str, str, int]:
     if config.get("model_type") in ANNOTATORS:
         return "annotator", ANNOTATORS[config["model_type"]], 1
     raise CheckpointError(
-        f"checkpoint {alias!r}: a {name or config.get('model_type') or 'config.json'} has no use here"
+        f"checkpoint {alias!r}: a {name or config.get('model_type') or 'config.json'} is not supported"
     )
 
 
@@ -303,7 +303,7 @@ def _bare(alias: str, path: Path) -> tuple[str, str, int]:
     if factor:
         return "checkpoint", "gan-upscale", int(factor[1] or factor[2])
     raise CheckpointError(
-        f"checkpoint {alias!r}: {path.name} is no LoRA, IP-Adapter or textual inversion; "
+        f"checkpoint {alias!r}: {path.name} is not a LoRA, IP-Adapter or textual inversion; "
         "an upscaler has its factor in its file name, as in 4x-name.safetensors"
     )
 

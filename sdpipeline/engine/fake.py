@@ -62,7 +62,7 @@ class FakeEngine:
         self._resident = frozenset(ref.digest for ref in request.checkpoints())
         if any(word in request.prompt for word in self._poison):
             return GenerationFailure(
-                error=RequestRefusedError("prompt: it holds a word this double was told to fail on")
+                error=RequestRefusedError("prompt: it contains a word that makes the fake engine fail")
             )
         try:
             maps = tuple(

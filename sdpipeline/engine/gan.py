@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from sdpipeline.engine import Pixels
 from sdpipeline.engine.checkpoints import CheckpointFiles
-from sdpipeline.engine.pictures import to_pixels
+from sdpipeline.engine.pixels import to_pixels
 from sdpipeline.errors import CheckpointError, DeviceExhaustedError
 
 TILES = (512, 256, 128)
@@ -33,7 +33,7 @@ def load_upscaler(files: CheckpointFiles, dtype: torch.dtype) -> torch.nn.Module
     try:
         descriptor = spandrel.ModelLoader(device="cpu").load_from_state_dict(tensors)
     except spandrel.UnsupportedModelError as error:
-        raise CheckpointError(f"checkpoint {files.alias!r} is no upscaler that spandrel knows") from error
+        raise CheckpointError(f"checkpoint {files.alias!r} is not an upscaler that spandrel supports") from error
     if descriptor.scale != files.scale:
         raise CheckpointError(
             f"checkpoint {files.alias!r} enlarges by {descriptor.scale}, not by {files.scale} as its file name says"

@@ -10,7 +10,7 @@ from pathlib import Path
 
 SETTLED_S = 2.0
 """A file that changed more recently is not cached: its next change could have the same timestamp."""
-MOST_ENTRIES = 20_000
+MAX_ENTRIES = 20_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +55,7 @@ class HashCache:
         home = self._path.parent
         if not self._changed or not home.is_dir() or not any(home.iterdir()):
             return
-        newest = dict(list(self._known.items())[-MOST_ENTRIES:])
+        newest = dict(list(self._known.items())[-MAX_ENTRIES:])
         part = self._path.with_name(f"{self._path.name}.{os.getpid()}.part")
         try:
             descriptor = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, 0o600)

@@ -13,7 +13,7 @@ import torch
 
 from sdpipeline.engine import Pixels
 from sdpipeline.engine.diffusers.loading import Loaded
-from sdpipeline.engine.pictures import to_pil
+from sdpipeline.engine.pixels import to_pil
 
 ARMS = ((5, 7), (7, 9), (6, 8), (8, 10))
 LEGS = ((11, 13), (13, 15), (12, 14), (14, 16))

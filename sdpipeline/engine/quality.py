@@ -43,8 +43,8 @@ def measure(pixels: Pixels, steered: Iterable[tuple[ControlNetInput, Pixels]] = 
     maps = [control_map for use, control_map in steered if use.annotator in EDGE_ANNOTATORS]
     asked = [each for each in (_asked(control_map, pixels.shape) for control_map in maps) if each.any()]
     if asked:
-        there = edges(pixels)
-        found["edge_agreement"] = round(min(edge_recall(there, each) for each in asked), 4)
+        picture_edges = edges(pixels)
+        found["edge_agreement"] = round(min(edge_recall(picture_edges, each) for each in asked), 4)
     return found
 
 

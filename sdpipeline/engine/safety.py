@@ -8,7 +8,7 @@ import torch
 
 from sdpipeline.engine import Pixels
 from sdpipeline.engine.diffusers.loading import Loaded
-from sdpipeline.engine.pictures import to_pil
+from sdpipeline.engine.pixels import to_pil
 
 
 def flagged(loaded: Loaded, pictures: Sequence[Pixels]) -> list[bool]:

@@ -37,7 +37,7 @@ HARMLESS_NAMES = re.compile(
 _DISTRIBUTED = re.compile(r"shard-\d{5}-model-\d{5}-of-\d{5}\.safetensors", re.IGNORECASE)
 """One such file makes transformers read every safetensors of its folder, hidden ones included."""
 
-MOST_FILES = 5_000
+MAX_FILES = 5_000
 DEEPEST = 8
 SETTLE_S = 0.05
 """Wait before a second listing: file systems take timestamps from a clock that ticks every few milliseconds."""
@@ -162,10 +162,8 @@ def _scan(alias: str, descriptor: int, prefix: str = "") -> dict[str, StatKey]:
         else:
             what = "nested too deeply" if stat.S_ISDIR(about.st_mode) else "not a regular file"
             raise CheckpointError(f"checkpoint {alias!r}: {full} is {what}; remove it")
-        if len(found) > MOST_FILES:
-            raise CheckpointError(
-                f"checkpoint {alias!r}: more than {MOST_FILES} files; name the checkpoint's directory"
-            )
+        if len(found) > MAX_FILES:
+            raise CheckpointError(f"checkpoint {alias!r}: more than {MAX_FILES} files; name the checkpoint's directory")
     return found
 
 
@@ -192,11 +190,11 @@ def _matters(alias: str, name: str) -> bool:
         return True
     lower = suffix.lower()
     if lower in CODE:
-        raise CheckpointError(f"checkpoint {alias!r} brings code of its own ({name}), which is never run; remove it")
+        raise CheckpointError(f"checkpoint {alias!r} contains code ({name}), which is never executed; remove it")
     if lower in PICKLES:
         raise CheckpointError(
             f"checkpoint {alias!r} holds {name}, but only {WEIGHTS} is loaded: a pickle can run code; "
-            "convert it first if no safetensors is beside it, and remove it"
+            "convert it first if there is no safetensors file, then remove it"
         )
     if lower in MATTERS:
         raise CheckpointError(f"checkpoint {alias!r}: write the suffix of {name} in lower case, or remove the file")

@@ -20,7 +20,7 @@ from sdpipeline.db.audit import AuditLog
 from sdpipeline.db.reconcile import Folder
 from sdpipeline.domain import Json
 from sdpipeline.errors import Mistake, ObjectMissingError, SettingsError
-from sdpipeline.maintenance import restore as adopting
+from sdpipeline.maintenance import restore
 from sdpipeline.maintenance.restore import SIDECAR, THREADS, Adoption
 from sdpipeline.provenance.record import control_maps_in
 from sdpipeline.storage import ObjectStore
@@ -41,7 +41,7 @@ class Finding:
 
 @dataclass(slots=True)
 class Reconciliation:
-    """Findings of a reconciliation; ``ok`` is True if nothing is left to do."""
+    """Findings of a reconciliation; ``ok`` is True if no work is left."""
 
     repair: bool
     faults: list[Finding] = field(default_factory=list)
@@ -88,7 +88,7 @@ def reconcile(
     _refuse_another_storage(log, store)
     gap = audit.find_gap(database, store)
     if adopt:
-        done.adoption = adopting.adopt(log, store, key(), gap)
+        done.adoption = restore.adopt(log, store, key(), gap)
         for sidecar, why in done.adoption.refused:
             done.beyond_repair("record-refused", sidecar, why, "it was not adopted")
     elif gap is not None:
@@ -201,7 +201,7 @@ def _give_up(log: AuditLog, store: ObjectStore, picture: Json, *, because: str) 
         used = rows.still_used(connection, keys, picture["fingerprint"], but_of=job_id)
     _quarantine(log, store, job_id, [key for key in keys if key not in used])
     with log.transaction() as tx:
-        if rows.forget(tx, picture, because=because) and picture["present"]:
+        if rows.delete_picture(tx, picture, because=because) and picture["present"]:
             rows.reopen(tx, [job_id])
 
 

@@ -80,7 +80,7 @@ class RunArtifacts:
 
     def show(self, progress: Progress, *, now: bool = False) -> None:
         """Update progress at most every five seconds, the rest at most every fifteen; report a pause at once."""
-        if turned := events.turn(self._status, progress):
+        if turned := events.status_change(self._status, progress):
             events.emit_campaign_event(turned, self._team, progress)
         self._status = progress.status
         self._move(progress, now=now)
@@ -139,7 +139,7 @@ class RunArtifacts:
             each | {"variables": ", ".join(map(str, each["variables"].values()))}
             for each in failures(self._services, self._campaign)
         ]
-        self._put("failures", table_cells(failed), report.unlucky(progress, shown=len(failed)))
+        self._put("failures", table_cells(failed), report.failure_summary(progress, shown=len(failed)))
 
     def _put(self, name: str, data: Any, description: str) -> None:
         """Create an artifact of this run, or update the existing one."""
@@ -171,5 +171,5 @@ def table_cells(rows: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
 def describe(progress: Progress) -> str:
     """Return the job counts in one line."""
     counts = {name: getattr(progress, name) for name in ("failed", "blocked", "skipped", "cancelled")}
-    unlucky = "".join(f", {count} {name}" for name, count in counts.items() if count)
-    return f"{progress.name}: {progress.succeeded} of {progress.total} succeeded{unlucky}"
+    unsuccessful = "".join(f", {count} {name}" for name, count in counts.items() if count)
+    return f"{progress.name}: {progress.succeeded} of {progress.total} succeeded{unsuccessful}"

@@ -53,19 +53,21 @@ class Workers(Protocol):
         """End every worker; return the local processes that had to be ended."""
 
 
-def here(services: Services, campaign: str, *, worker_flow: Flow[..., Any]) -> local_workers.LocalWorkers:
+def create_local_workers(
+    services: Services, campaign: str, *, worker_flow: Flow[..., Any]
+) -> local_workers.LocalWorkers:
     """Return the local workers of a campaign: one process per device of this machine."""
     settings = services.settings
     return local_workers.LocalWorkers(
         slots=local_workers.slots(settings),
         spawn=lambda slot, name: _spawn(settings, campaign, worker_flow, slot, name),
-        on_exit=lambda death: _on_exit(services, campaign, death),
+        on_exit=lambda exited: _on_exit(services, campaign, exited),
         # A worker needs its own shutdown grace, and a moment to close its flow run.
         stop_grace_s=settings.shutdown_grace_s + shutdown.GIVING_BACK_S + local_workers.STOP_GRACE_S,
     )
 
 
-def work_off(services: Services, campaign: str, workers: Workers) -> State[None]:
+def run_workers(services: Services, campaign: str, workers: Workers) -> State[None]:
     """Run a campaign's workers until the database says finished or paused, and publish progress.
 
     Returns the final state of the flow run. Called inside the campaign flow's run.
@@ -73,20 +75,20 @@ def work_off(services: Services, campaign: str, workers: Workers) -> State[None]
     from prefect import tags
 
     progress = _progress(services, campaign)
-    board = RunArtifacts(services, campaign)
+    artifacts = RunArtifacts(services, campaign)
     labels = until_available(lambda: _tags(services, progress))
-    board.open(progress, labels)
+    artifacts.open(progress, labels)
     with tags(*labels):
-        ended = _watch(services, campaign, workers, board)
+        ended = _watch(services, campaign, workers, artifacts)
     try:
         seal_here(services)
     except TransientError as error:
         log.warning("seal_failed", error=str(error))  # the next seal covers these events too
-    board.close(ended)
+    artifacts.close(ended)
     return closing_state(ended, began=progress)
 
 
-def _watch(services: Services, campaign: str, workers: Workers, board: RunArtifacts) -> Progress:
+def _watch(services: Services, campaign: str, workers: Workers, artifacts: RunArtifacts) -> Progress:
     try:
         workers.start()
         while True:
@@ -96,7 +98,7 @@ def _watch(services: Services, campaign: str, workers: Workers, board: RunArtifa
                 log.warning("database_unavailable", error=str(error))  # the workers also wait for it
                 workers.wait(POLL_S)
                 continue
-            board.show(progress)
+            artifacts.show(progress)
             if not progress.remaining or (progress.status == "paused" and not progress.leased):
                 break
             workers.supervise(progress)
@@ -129,8 +131,8 @@ def _finish_grace_s() -> float:
     from prefect.settings import PREFECT_API_URL
 
     url = PREFECT_API_URL.value()
-    there = url is None or any(answers(url, timeout_s=3.0) for _ in range(3))
-    return FINISH_GRACE_S if there else 0.0
+    reachable = url is None or any(answers(url, timeout_s=3.0) for _ in range(3))
+    return FINISH_GRACE_S if reachable else 0.0
 
 
 def _close(services: Services, campaign: str, stopped: Sequence[local_workers.WorkerExit]) -> None:
@@ -166,14 +168,14 @@ def _spawn(
     )
 
 
-def _on_exit(services: Services, campaign: str, death: local_workers.WorkerExit) -> None:
+def _on_exit(services: Services, campaign: str, exited: local_workers.WorkerExit) -> None:
     """Release the leases of a dead worker and mark its run as Crashed."""
     from prefect.states import Crashed
 
-    returned = _release(services, death.pid)
-    log.warning("worker_died", name=death.name, pid=death.pid, exit_code=death.exit_code, leases_returned=returned)
+    returned = _release(services, exited.pid)
+    log.warning("worker_died", name=exited.name, pid=exited.pid, exit_code=exited.exit_code, leases_returned=returned)
     with best_effort():
-        _close_run(f"{campaign} · {death.name}", Crashed(message=str(death)))
+        _close_run(f"{campaign} · {exited.name}", Crashed(message=str(exited)))
 
 
 def _close_run(name: str, state: State[Any]) -> None:

@@ -16,8 +16,8 @@ from sdpipeline.campaigns.spec import Schedule
 from sdpipeline.domain import Json
 from sdpipeline.errors import Mistake, OrchestratorUnavailableError, SettingsError
 from sdpipeline.orchestration import prefect_server
-from sdpipeline.orchestration.deployed import CAMPAIGN_DEPLOYMENT
-from sdpipeline.orchestration.request import CampaignRequest
+from sdpipeline.orchestration.campaign_request import CampaignRequest
+from sdpipeline.orchestration.deployed_campaign import CAMPAIGN_DEPLOYMENT
 from sdpipeline.settings import Settings
 
 if TYPE_CHECKING:
@@ -76,7 +76,7 @@ def schedule(settings: Settings, name: str, when: Schedule, request: CampaignReq
         client.create_deployment(
             flow_id=base.flow_id,
             name=_scheduled(settings, name),
-            description=f"Makes the campaign {name} of the team {settings.team} when its schedule says.",
+            description=f"Runs the campaign {name} of the team {settings.team} on its schedule.",
             entrypoint=base.entrypoint,
             pull_steps=base.pull_steps,
             parameter_openapi_schema=base.parameter_openapi_schema,
@@ -119,7 +119,7 @@ def _server(settings: Settings) -> Iterator[SyncPrefectClient]:
     from prefect.client.orchestration import get_client
 
     if settings.prefect_api_url is None:
-        message = "is not set, and schedules need a Prefect server that stays"
+        message = "is not set; schedules need a permanent Prefect server"
         raise SettingsError(Mistake(key="PREFECT_API_URL", message=message, fix="http://HOST:4200/api"))
     with prefect_server(settings), get_client(sync_client=True) as client:
         yield client

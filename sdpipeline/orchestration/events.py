@@ -45,7 +45,7 @@ def outcome(progress: Progress) -> CampaignEvent | None:
     return CampaignEvent.FAILED if progress.failed or progress.blocked else CampaignEvent.FINISHED
 
 
-def turn(before: str | None, progress: Progress) -> CampaignEvent | None:
+def status_change(before: str | None, progress: Progress) -> CampaignEvent | None:
     """Return the event for a change of campaign status since ``before``, or None."""
     if progress.status == "paused" and before != "paused" and progress.remaining:
         return CampaignEvent.BUDGET_SPENT if progress.paused_because else CampaignEvent.PAUSED

@@ -40,7 +40,7 @@ from sdpipeline.orchestration.gateway_rules import (
 if TYPE_CHECKING:
     from starlette.requests import Request
 
-MOST_BYTES = 4 * 1024 * 1024
+MAX_BYTES = 4 * 1024 * 1024
 """Largest body: an artifact holds a picture of up to 2 MB, and its base64 is longer."""
 TIMEOUT_S = 60.0
 POLICY_VIOLATION = 1008
@@ -161,7 +161,7 @@ class Gateway:
         url = f"{self._api_url.replace('http', 'ws', 1)}/{path}"
         try:
             async with websockets.connect(
-                url, subprotocols=[websockets.Subprotocol("prefect")], proxy=None, max_size=MOST_BYTES
+                url, subprotocols=[websockets.Subprotocol("prefect")], proxy=None, max_size=MAX_BYTES
             ) as server:
                 await server.send(json.dumps({"type": "auth", "token": self._server_auth}))
                 if _parsed(await server.recv()).get("type") == "auth_success":
@@ -192,7 +192,7 @@ def serve(api_url: str, *, server_auth: str | None, auths: Mapping[str, str], ho
     """Serve until SIGTERM or Ctrl-C; ``auths`` maps role names to USER:PASSWORD."""
     credentials = {auths[role.name]: role for role in (WORKER, DISPATCHER)}
     gateway = Gateway(api_url, server_auth=server_auth, credentials=credentials)
-    uvicorn.run(application(gateway), host=host, port=port, log_level="warning", ws_max_size=MOST_BYTES)
+    uvicorn.run(application(gateway), host=host, port=port, log_level="warning", ws_max_size=MAX_BYTES)
 
 
 async def _first_to_end(*ways: Any) -> None:
@@ -216,8 +216,8 @@ async def _json(request: Request) -> Any:
     data = bytearray()
     async for chunk in request.stream():
         data += chunk
-        if len(data) > MOST_BYTES:
-            raise RefusedError(f"the body is larger than {MOST_BYTES} bytes")
+        if len(data) > MAX_BYTES:
+            raise RefusedError(f"the body is larger than {MAX_BYTES} bytes")
     return _parsed(bytes(data)) if data else None
 
 

@@ -134,8 +134,8 @@ def _own_folder(home: Path) -> Path:
     try:
         folder.chmod(0o700)  # an earlier release made it world-readable
     except PermissionError as error:
-        fix = "give each user a home of their own"
-        message = f"{folder} belongs to another user, whose Prefect server is nobody else's"
+        fix = "set SDP_HOME to a separate folder for each user"
+        message = f"{folder} belongs to another user, and a Prefect server is private to its user"
         raise SettingsError(Mistake(key="SDP_HOME", message=message, fix=fix)) from error
     return folder
 

@@ -44,14 +44,14 @@ class WorkerExit:
 
 @dataclass(slots=True, kw_only=True)
 class _Member:
-    """Current process of a slot and its restarts. A slot is one device, so that its deaths count for themselves."""
+    """Current process of a slot and its restarts. A slot is one device: failed exits count per slot."""
 
     slot: Slot
     process: BaseProcess | None = None
     starts: int = 0
     restarts: Restarts = field(default_factory=Restarts)
     finished_at_start: int = 0
-    last_death: WorkerExit | None = None
+    last_exit: WorkerExit | None = None
 
     @property
     def name(self) -> str:
@@ -89,14 +89,14 @@ class LocalWorkers:
             if member.running or member.process is None:
                 continue
             if self._died(member, progress):
-                member.restarts.died()
+                member.restarts.record_exit()
             member.process = None
         for member in self._members:
             needed = worker_needed(progress, alone=not any(each.running for each in self._members))
             if member.process is None and needed and not member.restarts.exhausted():
                 self._start(member, finished=progress.finished)
         if all(member.restarts.exhausted() for member in self._members):
-            raise WorkersLostError("; ".join(str(m.last_death or f"{m.name} found no work") for m in self._members))
+            raise WorkersLostError("; ".join(str(m.last_exit or f"{m.name} found no work") for m in self._members))
 
     def wait(self, timeout_s: float) -> None:
         """Sleep, but wake when a worker ends."""
@@ -142,8 +142,8 @@ class LocalWorkers:
             return False
         if process.exitcode == 0:
             return left_work(progress, finished_at_start=member.finished_at_start)
-        member.last_death = WorkerExit(name=member.name, pid=process.pid, exit_code=process.exitcode)
-        self.on_exit(member.last_death)
+        member.last_exit = WorkerExit(name=member.name, pid=process.pid, exit_code=process.exitcode)
+        self.on_exit(member.last_exit)
         return True
 
 

@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 
 from sdpipeline.errors import ForeignResultError
 
-MESSAGE = "a Prefect server handed over a result to be read; nothing of it was read"
+MESSAGE = "a Prefect server returned a persisted result; it was not read"
 SERIALIZERS = frozenset({"cloudpickle", "pickle", "lzma", "zlib", "gzip", "bz2"})
 """Modules that a result's metadata may name; Prefect imports them while it reads a state."""
 
@@ -114,7 +114,7 @@ def _of_known_modules(original: Callable[[str], str]) -> Callable[[str], str]:
 
     def validate(value: str) -> str:
         if value not in SERIALIZERS:
-            raise ValueError(f"{value!r} is not a module that results are written with here")
+            raise ValueError(f"{value!r} is not an allowed serializer module for results")
         return original(value)
 
     validate.__sdpipeline__ = True  # type: ignore[attr-defined]

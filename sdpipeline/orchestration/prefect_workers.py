@@ -61,11 +61,11 @@ class PrefectWorkers:
     _finished_at_start: dict[UUID, int] = field(default_factory=dict)
     _starts: int = 0
     _restarts: Restarts = field(default_factory=Restarts)
-    _last_words: str = ""
+    _last_message: str = ""
     _finished: int = 0
     _checked_at: float = -math.inf
     _surplus_since: float | None = None
-    _deserted: bool = False
+    _was_empty: bool = False
 
     def start(self) -> None:
         """Raise SettingsError if no worker is deployed; :meth:`supervise` dispatches the workers."""
@@ -90,21 +90,21 @@ class PrefectWorkers:
         wanted = self.bounds.wanted(progress.ready + progress.leased)
         # A retry is cheaper than the traces of half a dispatch; an unreachable server is asked again soon.
         with best_effort(), temporary_settings({PREFECT_CLIENT_MAX_RETRIES: 2}), get_client(sync_client=True) as client:
-            living = _living(client, self.label)
+            active = _active_runs(client, self.label)
             if progress.status == "paused":
-                self._let_end({run.id for run in living})
+                self._forget_ended({run.id for run in active})
                 return
-            self._count_deaths(client, {run.id for run in living}, progress)
+            self._count_failed_runs(client, {run.id for run in active}, progress)
             if self._restarts.exhausted(workers=wanted):
-                why = f": {self._last_words}" if self._last_words else ""
-                count = self._restarts.deaths
-                raise WorkersLostError(f"{count} workers of {self.campaign} ended with no job finished{why}")
+                why = f": {self._last_message}" if self._last_message else ""
+                count = self._restarts.failures
+                raise WorkersLostError(f"{count} workers of {self.campaign} ended without finishing a job{why}")
             # Workers that just ended may have finished the jobs leased a moment ago, so one check alone does not count.
-            needed = worker_needed(progress, alone=self._deserted and not living)
-            self._deserted = not living
-            for _ in range(wanted - len(living) if needed else 0):
+            needed = worker_needed(progress, alone=self._was_empty and not active)
+            self._was_empty = not active
+            for _ in range(wanted - len(active) if needed else 0):
                 self._dispatch(progress)
-            self._stop_surplus(client, living, wanted)
+            self._stop_surplus(client, active, wanted)
 
     def wait(self, timeout_s: float) -> None:
         """Sleep for the whole timeout, because the end of a remote run sends no signal."""
@@ -112,7 +112,7 @@ class PrefectWorkers:
 
     def finish(self, timeout_s: float) -> Sequence[WorkerExit]:  # noqa: ARG002 - remote workers end by themselves
         """Cancel the runs that have not started; the others end by themselves."""
-        self._end(lambda run: run.start_time is None, "nothing is left to do")
+        self._end(lambda run: run.start_time is None, "no work is left")
         return ()
 
     def stop(self) -> Sequence[WorkerExit]:
@@ -135,49 +135,49 @@ class PrefectWorkers:
         self._starts += 1
         self._finished_at_start[run.id] = progress.finished
 
-    def _let_end(self, living: set[UUID]) -> None:
+    def _forget_ended(self, active: set[UUID]) -> None:
         """Forget ended runs without counting deaths: workers of a paused campaign find nothing to do."""
-        for run_id in self._finished_at_start.keys() - living:
+        for run_id in self._finished_at_start.keys() - active:
             del self._finished_at_start[run_id]
 
-    def _count_deaths(self, client: SyncPrefectClient, living: set[UUID], progress: Progress) -> None:
+    def _count_failed_runs(self, client: SyncPrefectClient, active: set[UUID], progress: Progress) -> None:
         """Count the ended runs that died. Runs replace each other, so that one finished job clears the count."""
         if progress.finished > self._finished:
             self._finished = progress.finished
             self._restarts.reset()
-        for run_id in self._finished_at_start.keys() - living:
+        for run_id in self._finished_at_start.keys() - active:
             untouched = left_work(progress, finished_at_start=self._finished_at_start.pop(run_id))
             state = _state(client, run_id)
             if state is not None and (state.is_crashed() or state.is_failed() or (state.is_completed() and untouched)):
                 log.warning("worker_died", flow_run=str(run_id), state=state.name, message=state.message)
-                self._restarts.died()
-                self._last_words = state.message or self._last_words
+                self._restarts.record_exit()
+                self._last_message = state.message or self._last_message
 
-    def _stop_surplus(self, client: SyncPrefectClient, living: Sequence[FlowRun], wanted: int) -> None:
+    def _stop_surplus(self, client: SyncPrefectClient, active: Sequence[FlowRun], wanted: int) -> None:
         """Scale in: cancel pending runs first and at once, running ones only after SURPLUS_S, newest first."""
-        surplus = len(living) - wanted
+        surplus = len(active) - wanted
         if surplus <= 0:
             self._surplus_since = None
             return
         self._surplus_since = self.clock() if self._surplus_since is None else self._surplus_since
-        patient = self.clock() - self._surplus_since < SURPLUS_S
+        waiting = self.clock() - self._surplus_since < SURPLUS_S
         oldest_first = {run_id: n for n, run_id in enumerate(self._finished_at_start)}
-        mine = [run for run in living if run.id in oldest_first]
+        mine = [run for run in active if run.id in oldest_first]
         mine.sort(key=lambda run: (run.start_time is not None, -oldest_first[run.id]))
         for run in mine[:surplus]:
-            if run.start_time is None or not patient:
-                _cancel(client, run.id, "fewer jobs are left than this worker is worth")
+            if run.start_time is None or not waiting:
+                _cancel(client, run.id, "surplus worker: too few jobs are left")
 
     def _end(self, which: Callable[[FlowRun], bool], why: str) -> None:
         from prefect.client.orchestration import get_client
 
         with best_effort(), get_client(sync_client=True) as client:
-            for run in _living(client, self.label):
+            for run in _active_runs(client, self.label):
                 if run.id in self._finished_at_start and which(run):
                     _cancel(client, run.id, why)
 
 
-def _living(client: SyncPrefectClient, label: str) -> list[FlowRun]:
+def _active_runs(client: SyncPrefectClient, label: str) -> list[FlowRun]:
     """Return the unfinished worker runs of a campaign, by any dispatcher."""
     from prefect.client.schemas import filters
     from prefect.client.schemas.objects import TERMINAL_STATES, StateType

@@ -1,4 +1,4 @@
-"""Rules of supervision, for local workers and Prefect workers: death, restart and giving up.
+"""Rules of supervision, for local workers and Prefect workers: failed exits, restarts and their limit.
 
 A worker died if it failed, or if it ended in order and left ready jobs untouched. Dead workers are replaced at the next
 check, without a back-off: loading the checkpoint delays the new worker anyway, and the number of restarts is bounded.
@@ -18,21 +18,21 @@ MAX_RESTARTS = 3
 
 @dataclass(slots=True)
 class Restarts:
-    """Deaths of one worker, or of several that replace each other, and the number of restarts they are allowed."""
+    """Failed exits of one worker, or of several that replace each other, against the limit of restarts."""
 
-    deaths: int = 0
+    failures: int = 0
 
-    def died(self) -> None:
-        """Count a death."""
-        self.deaths += 1
+    def record_exit(self) -> None:
+        """Count a failed exit."""
+        self.failures += 1
 
     def reset(self) -> None:
-        """Forget the deaths: a job has finished since, so that workers of this campaign can work."""
-        self.deaths = 0
+        """Reset the count: a job has finished since, so that workers of this campaign can work."""
+        self.failures = 0
 
     def exhausted(self, *, workers: int = 1) -> bool:
         """Return True if this many workers have died too often to be started again."""
-        return self.deaths > MAX_RESTARTS * workers
+        return self.failures > MAX_RESTARTS * workers
 
 
 def left_work(progress: Progress, *, finished_at_start: int) -> bool:

@@ -46,16 +46,16 @@ def run_until_stopped(work: Callable[[Stop], None]) -> None:
     from prefect.exceptions import TerminationSignal
 
     stop, begin = Stop(), threading.Event()
-    told: TerminationSignal | None = None
+    termination: TerminationSignal | None = None
 
-    def begun() -> None:
+    def work_once_begun() -> None:
         begin.wait()
         work(stop)
 
     with ThreadPoolExecutor(1, thread_name_prefix="gpu-worker") as pool:
         try:
             with deferred(signal.SIGTERM):  # if raised while the thread starts, nothing would wait for the thread
-                working = pool.submit(copy_context().run, begun)
+                working = pool.submit(copy_context().run, work_once_begun)
             begin.set()
             while not working.done():
                 try:
@@ -64,16 +64,16 @@ def run_until_stopped(work: Callable[[Stop], None]) -> None:
                 except TimeoutError:
                     continue
                 except TerminationSignal as received:
-                    told = received
+                    termination = received
                     stop.ask(received.signal)
         except BaseException:  # a signal between two lines: the pool still waits for the work
             stop.ask(signal.SIGTERM)
             begin.set()
             raise
     working.result()
-    if told is not None:
+    if termination is not None:
         with state_of_the_server():
-            raise told
+            raise termination
 
 
 @contextmanager
@@ -119,7 +119,7 @@ class Chunks:
         if self.working.done():
             self.working.result()
 
-    def tell(self, chunk: Callable[[int], object]) -> None:
+    def run(self, chunk: Callable[[int], object]) -> None:
         """Call ``chunk``, which waits, until the work is over or the parent has died."""
         for number in itertools.count(1):
             chunk(number)

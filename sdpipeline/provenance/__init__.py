@@ -1,6 +1,6 @@
 """Provenance of pictures: encoding with an embedded record, C2PA signing, and verification."""
 
-from sdpipeline.provenance.disclosure import disclosed, include_prompt, own_part, tells_more
+from sdpipeline.provenance.disclosure import disclosed, discloses_more, include_prompt, own_part
 from sdpipeline.provenance.encoding import (
     COMPOSITE,
     GENERATED,
@@ -28,6 +28,7 @@ __all__ = [
     "decode",
     "digital_source_type",
     "disclosed",
+    "discloses_more",
     "encode",
     "encoder",
     "include_prompt",
@@ -37,6 +38,5 @@ __all__ = [
     "read_record",
     "rehearse",
     "sign",
-    "tells_more",
     "verify",
 ]

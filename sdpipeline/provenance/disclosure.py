@@ -31,7 +31,7 @@ def include_prompt(record: Json) -> str:
     return str(record.get("include_prompt", "full"))
 
 
-def tells_more(one: str, other: str) -> bool:
+def discloses_more(one: str, other: str) -> bool:
     """Return True if ``one`` discloses what ``other`` withholds."""
     return INCLUDE_PROMPT.index(one) < INCLUDE_PROMPT.index(other)
 

@@ -22,7 +22,7 @@ from sdpipeline.errors import SettingsError, SigningUnavailableError
 
 DEVELOPMENT = "sdpipeline DEVELOPMENT KEY"
 DEVELOPMENT_IDENTITY = "a development key, which nobody trusts"
-"""Organization in every development certificate, so that readers of a signature see what it is worth."""
+"""Organization in every development certificate, so that readers of a signature recognize it."""
 
 _LIFETIME = timedelta(days=3650)
 _PrivateKey = ec.EllipticCurvePrivateKey | rsa.RSAPrivateKey | ed25519.Ed25519PrivateKey

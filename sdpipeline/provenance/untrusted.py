@@ -17,20 +17,20 @@ LARGEST_MANIFEST = 16 * 2**20
 """Characters of a C2PA manifest store as JSON. Each ancestor takes about 17 kB."""
 
 LARGEST_XMP = 5 * 2**20
-MOST_XMP_ELEMENTS = 250_000
+MAX_XMP_ELEMENTS = 250_000
 """Photoshop lists each ancestor of a document: a picture of a few years has tens of thousands."""
 
 DEEPEST_RECORD = 64
 DEEPEST_MANIFEST = 200
 
-MOST_PNG_CHUNKS = 70_000
+MAX_PNG_CHUNKS = 70_000
 """Encoders write pixels in chunks of 8 kB or more: 70,000 of them are larger than any accepted file."""
 
-MOST_WEBP_CHUNKS = 20_000
+MAX_WEBP_CHUNKS = 20_000
 """A still picture has about six, and its signature adds one."""
 
-MOST_JPEG_SEGMENTS = 20_000
-MOST_JPEG_SCANS = 100
+MAX_JPEG_SEGMENTS = 20_000
+MAX_JPEG_SCANS = 100
 """Each scan of a progressive JPEG visits every block; encoders write about ten, bombs write thousands."""
 
 _SAVE_AGAIN = "save it again without its metadata"
@@ -100,8 +100,8 @@ def check_xmp(xmp: bytes) -> None:
     """Refuse XMP that is too large to parse as XML; raises InputImageError."""
     if len(xmp) > LARGEST_XMP:
         raise InputImageError(f"its XMP has {len(xmp):,} bytes, at most {LARGEST_XMP:,} are read ({_SAVE_AGAIN})")
-    if xmp.count(b"<") > MOST_XMP_ELEMENTS:
-        raise InputImageError(f"its XMP has more than {MOST_XMP_ELEMENTS:,} elements ({_SAVE_AGAIN})")
+    if xmp.count(b"<") > MAX_XMP_ELEMENTS:
+        raise InputImageError(f"its XMP has more than {MAX_XMP_ELEMENTS:,} elements ({_SAVE_AGAIN})")
 
 
 def _finite(digits: str) -> float:
@@ -154,8 +154,8 @@ def _check_png(data: bytes) -> None:
     while place + 8 <= len(data):
         place += 12 + int.from_bytes(data[place : place + 4], "big")
         chunks += 1
-        if chunks > MOST_PNG_CHUNKS:
-            raise InputImageError(f"a png of more than {MOST_PNG_CHUNKS:,} chunks")
+        if chunks > MAX_PNG_CHUNKS:
+            raise InputImageError(f"a png of more than {MAX_PNG_CHUNKS:,} chunks")
 
 
 def _check_webp(data: bytes) -> None:
@@ -164,8 +164,8 @@ def _check_webp(data: bytes) -> None:
         size = int.from_bytes(data[place + 4 : place + 8], "little")
         place += 8 + size + size % 2
         chunks += 1
-        if chunks > MOST_WEBP_CHUNKS:
-            raise InputImageError(f"a webp of more than {MOST_WEBP_CHUNKS:,} chunks")
+        if chunks > MAX_WEBP_CHUNKS:
+            raise InputImageError(f"a webp of more than {MAX_WEBP_CHUNKS:,} chunks")
 
 
 def _check_jpeg(data: bytes) -> None:
@@ -185,7 +185,7 @@ def _check_jpeg(data: bytes) -> None:
                 following = _NEXT_MARKER.search(data, place)
                 place = following.start() if following else len(data)
         segments += 1
-        if segments > MOST_JPEG_SEGMENTS:
-            raise InputImageError(f"a jpeg of more than {MOST_JPEG_SEGMENTS:,} segments")
-        if scans > MOST_JPEG_SCANS:
-            raise InputImageError(f"a jpeg of more than {MOST_JPEG_SCANS} scans")
+        if segments > MAX_JPEG_SEGMENTS:
+            raise InputImageError(f"a jpeg of more than {MAX_JPEG_SEGMENTS:,} segments")
+        if scans > MAX_JPEG_SCANS:
+            raise InputImageError(f"a jpeg of more than {MAX_JPEG_SCANS} scans")

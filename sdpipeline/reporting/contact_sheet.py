@@ -24,7 +24,7 @@ LABEL_LINES = 3
 FONT_SIZE = 10
 LONGEST_LABEL = 200
 """Characters of a label that are measured: about 25 are shown, and a cell may have 100,000."""
-MOST_PICTURES = 48
+MAX_PICTURES = 48
 MAX_PIXELS = 2**28
 QUALITIES = (90, 75, 60, 45, 30, 15)
 
@@ -54,7 +54,7 @@ def draw(
     ``kept`` caches thumbnails by key between calls, so that each picture is read once.
     """
     with database.read() as connection:
-        newest = queries.newest_images(connection, campaign_id, MOST_PICTURES, without_subject=True)
+        newest = queries.newest_images(connection, campaign_id, MAX_PICTURES, without_subject=True)
     before = dict(kept or {})
     found = {each["key"]: before.get(each["key"]) or _thumbnail(store, each["key"]) for each in newest}
     thumbnails = {key: thumbnail for key, thumbnail in found.items() if thumbnail is not None}

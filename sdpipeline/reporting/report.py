@@ -16,7 +16,7 @@ from sdpipeline.escaping import markdown
 from sdpipeline.storage import ObjectStore
 
 MARKS_SAMPLE = 8
-MOST_FAILURES = 20
+MAX_FAILURES = 20
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,7 +42,7 @@ def closing_report(database: Database, store: ObjectStore, campaign_id: int, *, 
         progress = queries.progress(connection, campaign_id)
         stages = queries.stages(connection, campaign_id)
         spent = time_spent(queries.timings(connection, campaign_id))
-        failed = queries.failures(connection, campaign_id, limit=MOST_FAILURES)
+        failed = queries.failures(connection, campaign_id, limit=MAX_FAILURES)
         newest = queries.newest_images(connection, campaign_id, MARKS_SAMPLE)
         sealed = _sealed(connection)
     lines = [
@@ -105,7 +105,7 @@ def _sealed(connection: Connection) -> str:
     return f"seal {seal['number']}, SHA-256 `{seal['hash']}`; {after or 'no'} events since"
 
 
-def unlucky(progress: Progress, *, shown: int) -> str:
+def failure_summary(progress: Progress, *, shown: int) -> str:
     """Describe how many jobs failed or were blocked, and how many of them are listed."""
     blocked = f", {progress.blocked} blocked" if progress.blocked else ""
     here = f", {shown} of them here" if progress.failed + progress.blocked > shown else ""
@@ -115,7 +115,7 @@ def unlucky(progress: Progress, *, shown: int) -> str:
 def _failures(failed: Sequence[Json], progress: Progress) -> Iterator[str]:
     if not progress.failed + progress.blocked:
         return
-    yield from ("", f"{unlucky(progress, shown=len(failed))}:", "")
+    yield from ("", f"{failure_summary(progress, shown=len(failed))}:", "")
     yield from ("| job | status | stage | row | attempts | reason |", "|---|---|---|---|---|---|")
     for each in failed:
         cells = (each[name] for name in ("job_id", "status", "stage", "row", "attempts", "error"))

@@ -15,7 +15,7 @@ from sdpipeline.provenance import LARGEST_PICTURE
 from sdpipeline.provenance.record import RECORD_SCHEMAS, Encoder
 from sdpipeline.provenance.untrusted import SHAPE_ERRORS
 
-MOST_STEPS = 10_000
+MAX_STEPS = 10_000
 LARGEST_BUCKET = 1024
 """Limits on what an untrusted record may request from this machine."""
 
@@ -100,7 +100,7 @@ def _request(record: Json) -> GenerationRequest:
     if not (shaped and named and all(type(figure) is int for figure in figures)):
         raise InputImageError("the record was not written by this program")
     width, height, steps, bucket = figures
-    if not (0 < width * height <= LARGEST_PICTURE and steps <= MOST_STEPS and 0 < bucket <= LARGEST_BUCKET):
+    if not (0 < width * height <= LARGEST_PICTURE and steps <= MAX_STEPS and 0 < bucket <= LARGEST_BUCKET):
         raise InputImageError("the record's size, steps or batch exceed what this program makes")
     return request
 

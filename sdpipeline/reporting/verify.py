@@ -13,7 +13,7 @@ from sdpipeline.db import archives, audit, similar_images
 from sdpipeline.db.audit import Event
 from sdpipeline.db.connection import Database
 from sdpipeline.db.event_reader import readable
-from sdpipeline.db.similar_images import MOST_BITS, RecordedPicture
+from sdpipeline.db.similar_images import MAX_BITS, RecordedPicture
 from sdpipeline.domain import Json
 from sdpipeline.engine import Pixels
 from sdpipeline.engine.quality import perceptual_distance, perceptual_hash
@@ -186,7 +186,7 @@ def _closest(near: list[RecordedPicture], looks: str) -> Match | None:
         (perceptual_distance(looks, each.perceptual_hash), each) for each in near if each.perceptual_hash is not None
     ]
     distance, picture = min(measured, key=lambda pair: pair[0], default=(64, None))
-    if picture is None or distance > MOST_BITS:
+    if picture is None or distance > MAX_BITS:
         return None
     return Match(by="perceptual_hash", distance=distance, picture=picture)
 

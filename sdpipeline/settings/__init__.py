@@ -8,7 +8,6 @@ from pydantic import ValidationError
 from pydantic_settings.exceptions import SettingsError as UnreadableValueError
 
 from sdpipeline.errors import Mistake, SettingsError
-from sdpipeline.settings.errors import not_json, unknown_names, wrong_values
 from sdpipeline.settings.fields import (
     DEFAULT_HOME,
     LOOPBACK,
@@ -21,6 +20,7 @@ from sdpipeline.settings.fields import (
     on_loopback,
     setting_names,
 )
+from sdpipeline.settings.mistakes import not_json, unknown_names, wrong_values
 from sdpipeline.settings.sources import PREFIX, TOML_NAME, toml_keys, written_settings
 
 __all__ = [

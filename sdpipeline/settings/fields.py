@@ -39,11 +39,13 @@ class S3Settings(_Section):
     """Access to the S3 endpoint that ``SDP_STORAGE_URL`` names; credentials come from boto3's own chain."""
 
     endpoint_url: str | None = Field(None, description="endpoint of an S3 server that is not AWS")
-    region: str | None = Field(None, description="region, where boto3's own chain names none")
-    addressing_style: Literal["auto", "path", "virtual"] = Field("auto", description="how buckets are addressed")
+    region: str | None = Field(None, description="region, if boto3's own chain sets none")
+    addressing_style: Literal["auto", "path", "virtual"] = Field("auto", description="bucket addressing style")
     sse_kms_key_id: str | None = Field(None, description="encrypt objects with this KMS key")
     tags: dict[str, str] = Field(default_factory=dict, description="tags put on every object, as JSON")
-    object_lock_mode: Literal["GOVERNANCE", "COMPLIANCE"] | None = Field(None, description="lock seals and exports")
+    object_lock_mode: Literal["GOVERNANCE", "COMPLIANCE"] | None = Field(
+        None, description="object lock mode of seals and exports"
+    )
     object_lock_days: int = Field(365, ge=1, description="days a locked seal or export is retained")
 
     @field_validator("endpoint_url")
@@ -57,7 +59,7 @@ class InputSettings(_Section):
 
     allowed: list[str] = Field(
         default_factory=list,
-        description="folders and s3://bucket/prefix inputs may come from, as JSON; default: the campaign file's folder",
+        description="allowed folders and s3://bucket/prefix of inputs, as JSON; default: the campaign file's folder",
     )
     max_pixels: int = Field(64_000_000, ge=1, description="largest input picture, in pixels")
 
@@ -68,24 +70,29 @@ class EngineSettings(_Section):
     dtype: Literal["float32", "float16", "bfloat16"] | None = Field(
         None, description="compute type; default float32 on a CPU and bfloat16 on a GPU"
     )
-    max_batch: int = Field(8, ge=1, le=64, description="largest batch, before memory sets a lower cap")
-    resident_gib: float | None = Field(None, gt=0, description="memory for loaded checkpoints, GiB")
+    max_batch: int = Field(8, ge=1, le=64, description="maximum batch size; memory may set a lower one")
+    resident_gib: float | None = Field(None, gt=0, description="memory limit for loaded checkpoints, in GiB")
     offload_text_encoders: Literal["auto", "always", "never"] = Field(
         "auto",
-        description="whether text encoders leave the device when prompts are encoded; `auto`: once memory is short",
+        description="move text encoders off the device after encoding; `auto`: only once memory is short",
     )
-    compile: bool = Field(default=False, description="compile what networks repeat, for `fast` and `turbo` pictures")
+    compile: bool = Field(
+        default=False, description="compile repeated blocks of the networks, for `fast` and `turbo` pictures"
+    )
     channels_last: bool = Field(
-        default=False, description="lay networks out for tensor cores, for `fast` and `turbo` pictures"
+        default=False, description="channels-last memory format, for `fast` and `turbo` pictures"
     )
     attention: Literal["flash", "efficient", "cudnn", "math"] | None = Field(
-        None, description="attention kernel of `fast` and `turbo` pictures; default as torch chooses"
+        None, description="attention kernel of `fast` and `turbo` pictures; default: torch chooses"
     )
     quantize: Literal["int8", "fp8"] | None = Field(
         None, description="eight-bit matrix products in the denoiser, for `fast` and `turbo` pictures; fp8 needs a GPU"
     )
     decode_batch: int | None = Field(
-        None, ge=1, le=64, description="most `fast` and `turbo` pictures decoded at once; default all of a batch"
+        None,
+        ge=1,
+        le=64,
+        description="maximum number of `fast` and `turbo` pictures decoded at once; default the whole batch",
     )
     fake_seconds_per_batch: float | None = Field(
         None, ge=0, description="use the fake engine with this batch time (load tests only)"
@@ -97,23 +104,23 @@ class SigningSettings(_Section):
 
     seal_key_file: Path | None = Field(None, description="PEM file with the Ed25519 key that seals the audit log")
     seal_public_key_file: Path | None = Field(
-        None, description="PEM file with the seal key's public half, where another process seals"
+        None, description="PEM file with the public half of the seal key, if another process seals"
     )
     retired_seal_keys: list[Annotated[str, Field(pattern="^[0-9a-f]{64}$")]] = Field(
         default_factory=list,
-        description="public keys (64 hexadecimal digits each), as JSON, whose seals from before are still believed",
+        description="public keys (64 hexadecimal digits each), as JSON; seals made with them stay valid",
     )
     certificates_file: Path | None = Field(
-        None, description="PEM file with the chain that signs pictures: its certificate first, the root left out"
+        None, description="PEM file with the certificate chain for signing pictures: leaf first, without the root"
     )
-    key_file: Path | None = Field(None, description="PEM file with that certificate's private key")
+    key_file: Path | None = Field(None, description="PEM file with the private key of that certificate")
     key_password: SecretStr | None = Field(None, description="password of that file")
     kms_key_id: str | None = Field(None, description="key in AWS KMS that signs pictures, instead of a key file")
     kms_endpoint_url: str | None = Field(None, description="endpoint of a KMS that is not AWS")
-    kms_region: str | None = Field(None, description="region of the KMS, where boto3's own chain names none")
+    kms_region: str | None = Field(None, description="region of the KMS, if boto3's own chain sets none")
     tsa_url: str | None = Field(None, description="RFC 3161 authority that confirms when a picture was signed")
     trust_file: Path | None = Field(
-        None, description="PEM file with the roots that are trusted, old ones and the time authority's among them"
+        None, description="PEM file with the trusted roots, including old ones and that of the time authority"
     )
 
     @field_validator("seal_public_key_file")
@@ -127,19 +134,19 @@ class SigningSettings(_Section):
     @classmethod
     def _without_password(cls, url: str | None) -> str | None:
         """Refuse passwords: these addresses are in the audit log and in c2pa's errors."""
-        return _refuse_password(url, "a proxy beside us may add them")
+        return _refuse_password(url, "put a proxy that adds them in front")
 
 
 class DispatchSettings(_Section):
     """Number of workers of a deployed campaign, by its ready and leased jobs."""
 
-    min_workers: int = Field(1, ge=1, le=1000, description="workers of a deployed campaign while it has anything to do")
+    min_workers: int = Field(
+        1, ge=1, le=1000, description="minimum number of workers of a deployed campaign with unfinished jobs"
+    )
     max_workers: int = Field(
-        8, ge=1, le=1000, validate_default=True, description="the most workers of a deployed campaign"
+        8, ge=1, le=1000, validate_default=True, description="maximum number of workers of a deployed campaign"
     )
-    jobs_per_worker: int = Field(
-        64, ge=1, description="ready and leased jobs that are worth a worker of a deployed campaign"
-    )
+    jobs_per_worker: int = Field(64, ge=1, description="ready and leased jobs per worker of a deployed campaign")
 
     @field_validator("max_workers")
     @classmethod
@@ -153,10 +160,10 @@ class GatewaySettings(_Section):
     """Credentials that workers use for the Prefect gateway."""
 
     worker_auth: SecretStr | None = Field(
-        None, description="USER:PASSWORD by which GPU workers reach `prefect-gateway`, as their PREFECT_API_AUTH_STRING"
+        None, description="USER:PASSWORD of GPU workers for `prefect-gateway`; their PREFECT_API_AUTH_STRING"
     )
     dispatcher_auth: SecretStr | None = Field(
-        None, description="USER:PASSWORD by which the worker of the pool `cpu` reaches it"
+        None, description="USER:PASSWORD of the worker of the pool `cpu` for `prefect-gateway`"
     )
 
     @field_validator("worker_auth", "dispatcher_auth")
@@ -175,7 +182,7 @@ class RetentionSettings(_Section):
     )
     pictures_days: float | None = Field(None, ge=0, description="days after which `retention` deletes a picture")
     prompts_days: float | None = Field(
-        None, ge=0, description="days after which `retention` deletes the prompts of ended jobs whose pictures are gone"
+        None, ge=0, description="days after which `retention` deletes the prompts of finished jobs without pictures"
     )
 
     @field_validator("prompts_days")
@@ -184,7 +191,7 @@ class RetentionSettings(_Section):
         pictures = info.data.get("pictures_days")
         if days is not None and (pictures is None or pictures > days):
             # A picture's file contains its prompt, in its record.
-            raise ValueError("pictures carry their prompts: set SDP_RETENTION__PICTURES_DAYS, to no more than this")
+            raise ValueError("pictures contain their prompts: set SDP_RETENTION__PICTURES_DAYS to at most this value")
         return days
 
 
@@ -207,45 +214,45 @@ class Settings(BaseSettings):
     storage_url: str | None = Field(None, description="file:///dir or s3://bucket/prefix; default a folder in SDP_HOME")
     team: str = Field("default", pattern=r"^[a-z0-9][a-z0-9-]{0,62}$", description="owner of campaigns and pictures")
     actor: str | None = Field(
-        None, pattern=r"^[^\x00-\x1f\x7f]{1,120}$", description="who acts, in the audit log; default user@host"
+        None, pattern=r"^[^\x00-\x1f\x7f]{1,120}$", description="actor name in the audit log; default user@host"
     )
     device: str | None = Field(None, description="cpu, cuda or cuda:N; default the first GPU, else cpu")
     workers: int | None = Field(
         None, ge=1, le=256, description="local worker processes; default one per GPU, or one on a CPU"
     )
-    lease_ttl_s: float = Field(60.0, ge=1.0, le=3600.0, description="seconds until a silent worker's jobs are redone")
-    max_attempts: int = Field(3, ge=1, le=20, description="attempts before a job is failed")
+    lease_ttl_s: float = Field(
+        60.0, ge=1.0, le=3600.0, description="seconds without a heartbeat until a worker's jobs are leased again"
+    )
+    max_attempts: int = Field(3, ge=1, le=20, description="attempts until a job fails permanently")
     shutdown_grace_s: float = Field(
-        20.0, ge=0.0, le=3600.0, description="seconds in which a worker that is told to end finishes its batch"
+        20.0, ge=0.0, le=3600.0, description="grace period in seconds for a worker that is stopped to finish its batch"
     )
-    deliverers: int = Field(
-        4, ge=1, le=64, description="pictures of a worker that are encoded, marked and stored at the same time"
-    )
+    deliverers: int = Field(4, ge=1, le=64, description="pictures that a worker encodes, marks and stores concurrently")
     worker_max_failures: int = Field(
-        5, ge=1, le=1000, description="batches in a row that fail through no job's fault before a worker pauses"
+        5, ge=1, le=1000, description="consecutive failed batches, not caused by a job, until a worker pauses"
     )
     batch_timeout_s: float = Field(
         0.0,
         ge=0.0,
-        description="seconds after which a batch hangs; 0: twenty times what such batches took, 600 at least",
+        description="seconds until a batch counts as hung; 0: twenty times the usual duration, at least 600",
     )
     fairness_max_wait_s: float = Field(
-        120.0, gt=0.0, description="seconds after which what has ready jobs and no lease goes first"
+        120.0, gt=0.0, description="seconds that a checkpoint's ready jobs may wait before they override priority"
     )
     reconcile_grace_s: float = Field(
-        3600.0, ge=0.0, description="seconds that an object without a row is left alone by reconcile"
+        3600.0, ge=0.0, description="minimum age in seconds of an unrecorded object before reconcile reports it"
     )
     cost_per_gpu_hour: float | None = Field(
-        None, ge=0.0, description="price of a GPU-hour, in any currency: for plans, budgets and what jobs have cost"
+        None, ge=0.0, description="price of a GPU-hour, in any currency; for plans, budgets and job costs"
     )
     checkpoints_dir: Path | None = Field(
-        None, description="folder whose sub-folders are checkpoints by alias; default checkpoints in SDP_HOME"
+        None, description="folder with one sub-folder per checkpoint alias; default checkpoints in SDP_HOME"
     )
     policy_file: Path | None = Field(
-        None, description="YAML file with a policy that holds for every campaign, beside the campaign's own"
+        None, description="YAML file with a policy for every campaign, in addition to its own"
     )
-    log_format: Literal["console", "json"] = Field("console", description="how logs are written to stderr")
-    log_level: Literal["debug", "info", "warning", "error"] = Field("warning", description="least level logged")
+    log_format: Literal["console", "json"] = Field("console", description="format of the log on stderr")
+    log_level: Literal["debug", "info", "warning", "error"] = Field("warning", description="minimum log level")
     s3: S3Settings = Field(default_factory=S3Settings)
     inputs: InputSettings = Field(default_factory=InputSettings)
     engine: EngineSettings = Field(default_factory=EngineSettings)
@@ -315,7 +322,7 @@ class Settings(BaseSettings):
         password."""
         url = os.environ.get("PREFECT_API_URL") or None
         if url is not None and "@" in url:
-            message, fix = "holds user and password", "write them as PREFECT_API_AUTH_STRING=user:password"
+            message, fix = "contains user and password", "write them as PREFECT_API_AUTH_STRING=user:password"
             raise SettingsError(Mistake(key="PREFECT_API_URL", message=message, fix=fix))
         return url
 

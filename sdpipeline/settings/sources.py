@@ -123,7 +123,7 @@ def _in_toml(path: Path) -> list[WrittenSetting]:
     try:
         text = path.read_text(encoding="utf-8")
         if len(text) > LARGEST_SETTINGS_FILE:
-            raise SettingsError(Mistake(file=str(path), message="is larger than 1 MiB, which no settings file is"))
+            raise SettingsError(Mistake(file=str(path), message="is larger than 1 MiB, the limit for settings files"))
         document = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         place = re.search(r" \(at line (\d+), column (\d+)\)", str(error))

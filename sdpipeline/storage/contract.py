@@ -131,8 +131,8 @@ def check_prefix(prefix: str) -> str:
 
 def delete_all(store: ObjectStore, prefix: str, *, but: Collection[str] = ()) -> int:
     """Delete all objects under a prefix except those under the stems ``but``; return the number deleted."""
-    gone = [key for key in store.list(prefix) if not key.startswith(tuple(but))]
+    extra = [key for key in store.list(prefix) if not key.startswith(tuple(but))]
     # Sidecars last, because they name the other objects.
-    for key in sorted(gone, key=lambda each: each.endswith(".json")):
+    for key in sorted(extra, key=lambda each: each.endswith(".json")):
         store.delete(key)
-    return len(gone)
+    return len(extra)

@@ -87,7 +87,7 @@ class ForeignObjects:
         With ``version``, return exactly the pinned object, and raise ObjectConflictError if another is there now.
         """
         wanted = most_bytes + 1
-        data, answer = self._attempted(url, version, lambda answer: _whole(answer, wanted))
+        data, answer = self._attempted(url, version, lambda answer: _read_body(answer, wanted))
         return ForeignObject(data=data, version=_pin(answer))
 
     def fetch(self, url: str, to: Path) -> None:
@@ -157,7 +157,7 @@ def _pin(answer: Any) -> str:
     return f"version:{version}" if version else f"etag:{answer['ETag']}"
 
 
-def _whole(answer: Any, most_bytes: int) -> bytes | None:
+def _read_body(answer: Any, most_bytes: int) -> bytes | None:
     """Return the body's first bytes; None if the connection was cut."""
     try:
         data: bytes = answer["Body"].read(most_bytes)

@@ -36,7 +36,7 @@ from sdpipeline.storage.s3_errors import (
     translated,
 )
 from sdpipeline.storage.s3_features import Refused, used_in, without
-from sdpipeline.storage.s3_trial import PROBE_LOCK_S, Trial, checksums
+from sdpipeline.storage.s3_probe import PROBE_LOCK_S, Trial, checksums
 
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client

@@ -72,9 +72,9 @@ class Refused:
         time.sleep(_PAUSE_S)
         if isinstance(outcome := _outcome(send, self.now()), bool):
             return outcome
-        return self._learn(send, used, outcome)
+        return self._find_refused_features(send, used, outcome)
 
-    def _learn(self, send: Send, used: Collection[str], refusal: ClientError) -> bool:
+    def _find_refused_features(self, send: Send, used: Collection[str], refusal: ClientError) -> bool:
         with self._learning:
             known = self.now()
             suspected = [name for name in FEATURES if name in used and name not in known]
@@ -105,8 +105,8 @@ def used_in(target: Mapping[str, Any]) -> frozenset[str]:
 
 def without(parameters: Mapping[str, Any], dropped: Collection[str]) -> dict[str, Any]:
     """Return the parameters without those of the dropped features."""
-    gone = frozenset[str]().union(*(FEATURES[name] for name in dropped))
-    return {name: value for name, value in parameters.items() if name not in gone}
+    removed = frozenset[str]().union(*(FEATURES[name] for name in dropped))
+    return {name: value for name, value in parameters.items() if name not in removed}
 
 
 def _sets(names: list[str]) -> Iterator[frozenset[str]]:

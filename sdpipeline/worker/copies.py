@@ -40,10 +40,10 @@ def copy_picture(
     """
     started, made, thresholds = time.perf_counter(), original.stored, leased.rules.quality.to_document()
     if thresholds and not made.scores:
-        raise InputImageError(f"{made.key} was never measured, and the campaign asks for {', '.join(thresholds)}")
+        raise InputImageError(f"{made.key} has no quality scores, but the campaign requires {', '.join(thresholds)}")
     quality.check(made.scores, thresholds)
     data, original_sidecar = verified(store, made.key, made.sha256), _sidecar_of(store, made)
-    if wrong := _unfit(leased, original_sidecar["record"], engine) or _unmarked(data, signing, trust_anchors):
+    if wrong := _unusable(leased, original_sidecar["record"], engine) or _unmarked(data, signing, trust_anchors):
         raise InputImageError(f"{made.key} {wrong}")
     # Jobs of one stage that ask for the same picture share its folder; each has its own copy.
     folder = keys.copy_folder(picture_folder(leased), leased.identity)
@@ -99,15 +99,15 @@ def _unmarked(data: bytes, signing: SigningKey, trust_anchors: str) -> str | Non
     """
     marks = provenance.verify(data, trust_anchors=trust_anchors)
     if not marks.ok:
-        return f"is not marked as it should be: {', '.join(marks.faults)}"
+        return f"has invalid marks: {', '.join(marks.faults)}"
     if marks.development_key and not signing.development:
         return "was signed by a development key"
     if trust_anchors and marks.c2pa != "trusted":
-        return f"was signed by {marks.signed_by}, whom no root of SDP_SIGNING__TRUST_FILE stands behind"
+        return f"was signed by {marks.signed_by}, which no root in SDP_SIGNING__TRUST_FILE certifies"
     return None
 
 
-def _unfit(leased: LeasedJob, made: Json, engine: str) -> str | None:
+def _unusable(leased: LeasedJob, made: Json, engine: str) -> str | None:
     """Return the reason why a picture with the same fingerprint cannot be reused, or None.
 
     It comes from a load test, was not safety-checked, was not made strictly, or discloses more of its prompts than
@@ -118,9 +118,9 @@ def _unfit(leased: LeasedJob, made: Json, engine: str) -> str | None:
         return f"was made by the engine {ran['engine']!r}, which is not {engine!r}"
     seen = {each["digest"] for each in ran.get("safety_checkers", ())}
     if unseen := [each.checker.alias for each in leased.rules.safety if each.checker.digest not in seen]:
-        return f"was not shown to safety checker {', '.join(unseen)}"
+        return f"was not checked by safety checker {', '.join(unseen)}"
     if leased.request.exact and ran.get("reproducibility") != "strict":
-        return "was not made strictly"
-    if provenance.tells_more(provenance.include_prompt(made), disclosure):
-        return f"tells more of its prompt than provenance.include_prompt: {disclosure} allows"
+        return "was not generated with reproducibility: strict"
+    if provenance.discloses_more(provenance.include_prompt(made), disclosure):
+        return f"discloses more of its prompt than provenance.include_prompt: {disclosure} allows"
     return None

@@ -11,12 +11,12 @@ from sdpipeline.errors import LeaseLostError, SdpError, TransientError
 from sdpipeline.jobs import LeasedJob
 from sdpipeline.worker.delivery import Deliverer
 from sdpipeline.worker.finished_picture import DeliveryRequest
+from sdpipeline.worker.held_leases import Delivery, HeldLeases, LeaseWork
 from sdpipeline.worker.inputs import Consumed
-from sdpipeline.worker.lease_work import Delivery, HeldLeases, LeaseWork
 from sdpipeline.worker.outages import Outages
 from sdpipeline.worker.outcomes import Outcomes
 from sdpipeline.worker.reuse import Reuse
-from sdpipeline.worker.stages import StageQueue
+from sdpipeline.worker.stage_queue import StageQueue
 
 
 @dataclass(slots=True, kw_only=True)

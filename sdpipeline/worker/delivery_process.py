@@ -27,16 +27,16 @@ from sdpipeline.errors import DeliveryLostError, DeliveryUnavailableError, SdpEr
 from sdpipeline.jobs import StoredImage
 from sdpipeline.settings import Settings
 from sdpipeline.worker.finished_picture import DeliveryRequest
-from sdpipeline.worker.watchdog import LEAST_TIMEOUT_S
+from sdpipeline.worker.watchdog import MIN_TIMEOUT_S
 
 SERVER = "sdpipeline.app.delivery_server"
 TRIES = 3
-LAST_WORDS_S = 5.0
+EXIT_GRACE_S = 5.0
 BEAT_S = 0.5
 MISSED_BEATS = 4
 """Fewer consecutive missing heartbeats count as late, not missed."""
-LEAST_SILENCE_S = 5.0
-MOST_SILENCE_S = 60.0
+MIN_SILENCE_S = 5.0
+MAX_SILENCE_S = 60.0
 
 _log = structlog.get_logger(__name__)
 
@@ -66,7 +66,7 @@ class Bounds:
 
     silence_s: float = 15.0
     start_s: float = 120.0
-    call_s: float = LEAST_TIMEOUT_S
+    call_s: float = MIN_TIMEOUT_S
 
     @classmethod
     def of(cls, settings: Settings) -> Bounds:
@@ -74,8 +74,8 @@ class Bounds:
 
         A call may take long during an outage, so ``SDP_BATCH_TIMEOUT_S`` can only lengthen the limit of a call.
         """
-        silence_s = min(settings.lease_ttl_s / 4, settings.batch_timeout_s or math.inf, MOST_SILENCE_S)
-        return cls(silence_s=max(silence_s, LEAST_SILENCE_S), call_s=max(settings.batch_timeout_s, LEAST_TIMEOUT_S))
+        silence_s = min(settings.lease_ttl_s / 4, settings.batch_timeout_s or math.inf, MAX_SILENCE_S)
+        return cls(silence_s=max(silence_s, MIN_SILENCE_S), call_s=max(settings.batch_timeout_s, MIN_TIMEOUT_S))
 
 
 class _GoneError(Exception):
@@ -131,11 +131,11 @@ class _Server:
         """End the process; use SIGKILL if ``at_once`` or if it takes too long."""
         self.disconnect()
         try:
-            self.process.wait(0.0 if at_once else LAST_WORDS_S)
+            self.process.wait(0.0 if at_once else EXIT_GRACE_S)
         except subprocess.TimeoutExpired:
             self.process.kill()
             try:
-                self.process.wait(LAST_WORDS_S)
+                self.process.wait(EXIT_GRACE_S)
             except subprocess.TimeoutExpired:  # it waits in the kernel, as for a dead network file system
                 _log.error("delivery_process_unkillable", pid=self.process.pid)
 
@@ -190,7 +190,7 @@ class DeliveryProcess:
             for _ in range(TRIES - 1):
                 if (stored := self._try(request)) is not None:
                     return stored
-        raise DeliveryLostError(f"the process that delivers pictures died {TRIES} times at this one")
+        raise DeliveryLostError(f"the delivery process died {TRIES} times on this picture")
 
     def close(self) -> None:
         """End the process if it runs, and start no other."""
@@ -217,7 +217,7 @@ class DeliveryProcess:
             self._request_start()
             starting = self._starting
         if starting is None:
-            raise DeliveryUnavailableError("the process that delivers pictures was ended")
+            raise DeliveryUnavailableError("the delivery process was closed")
         return starting.result()
 
     def _request_start(self) -> None:
@@ -271,7 +271,7 @@ class DeliveryProcess:
             server = _spawn(self.connections)
         except OSError as error:
             self._silent_since = None
-            raise DeliveryUnavailableError(f"the process that delivers pictures does not start: {error}") from error
+            raise DeliveryUnavailableError(f"the delivery process does not start: {error}") from error
         with self._changing:
             self._server = server
             if self._closed:
@@ -284,7 +284,7 @@ class DeliveryProcess:
                 self._silent_since = None  # an answer: callers wait as for any other outage
             ended = isinstance(error, _GoneError) and not isinstance(error, _HungError)
             why = f"it ended with {server.process.returncode}" if ended else str(error)
-            raise DeliveryUnavailableError(f"the process that delivers pictures does not start: {why}") from error
+            raise DeliveryUnavailableError(f"the delivery process does not start: {why}") from error
         return server
 
     def _handshake(self, server: _Server) -> None:

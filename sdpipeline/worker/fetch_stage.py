@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
@@ -19,12 +18,12 @@ from sdpipeline.storage import ForeignObjects, ObjectStore
 from sdpipeline.worker import inputs
 from sdpipeline.worker.circuit_breaker import CircuitBreaker
 from sdpipeline.worker.heartbeat import Heartbeat
-from sdpipeline.worker.lease_work import HeldLeases, LeaseWork
+from sdpipeline.worker.held_leases import HeldLeases, LeaseWork
 from sdpipeline.worker.limits import WorkerLimits
 from sdpipeline.worker.outages import Outages
 from sdpipeline.worker.outcomes import Outcomes
 from sdpipeline.worker.reuse import Reuse
-from sdpipeline.worker.stages import RunEnd, StageQueue
+from sdpipeline.worker.stage_queue import RunEnd, StageQueue
 
 POLLING = Backoff(first_s=0.25, longest_s=2.0, factor=1.5)
 """Delay before the next look for work; its jitter keeps many workers from asking at once."""
@@ -34,8 +33,7 @@ POLLING = Backoff(first_s=0.25, longest_s=2.0, factor=1.5)
 class FetchStage:
     """Lease jobs and fetch their inputs until nothing is left or the run ends.
 
-    ``prefetch_weights`` is called with the next checkpoint if it is not loaded. ``is_idle`` is True if the stage ended
-    because no work was left.
+    ``is_idle`` is True if the stage ended because no work was left.
     """
 
     audit: AuditLog
@@ -48,7 +46,6 @@ class FetchStage:
     cursor: leasing.Cursor
     campaign_id: int | None
     until_idle: bool
-    prefetch_weights: Callable[[CheckpointRef], None] | None
     breaker: CircuitBreaker
     heartbeat: Heartbeat
     outages: Outages
@@ -93,8 +90,9 @@ class FetchStage:
             return None
         self.held.add(lease)
         self._next_checkpoint = lease.jobs[0].request.checkpoint
-        if self.prefetch_weights and lease.checkpoint_digest not in self.engine.resident():
-            self.prefetch_weights(self._next_checkpoint)
+        if lease.checkpoint_digest not in self.engine.resident():
+            # An engine looks a checkpoint that is new to it up in the database.
+            self.outages.wait_for_database(partial(self.engine.prefetch_weights, self._next_checkpoint))
         return LeaseWork(lease, is_trial=is_trial)
 
     def _take_lease(self, *, limit: int) -> Lease | None:

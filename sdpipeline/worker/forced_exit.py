@@ -21,7 +21,7 @@ _log = structlog.get_logger(__name__)
 def leave_late(audit: AuditLog, worker_id: str, *, exit_code: int, leases: int) -> None:
     """Leave because the shutdown exceeded its grace period; no attempt counts."""
     _log.warning("worker_left", exit_code=exit_code, leases=leases)
-    leave(exit_code, partial(_record_stop, audit, worker_id, "told to end, and left with a batch unfinished"))
+    leave(exit_code, partial(_record_stop, audit, worker_id, "stopped before its batch was finished"))
 
 
 def leave_hung(audit: AuditLog, worker_id: str, lease: Lease, *, allowed_s: float) -> None:

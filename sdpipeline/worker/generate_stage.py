@@ -18,12 +18,12 @@ from sdpipeline.jobs import Lease
 from sdpipeline.worker.circuit_breaker import CircuitBreaker
 from sdpipeline.worker.deliver_stage import DeliverStage
 from sdpipeline.worker.heartbeat import Heartbeat
-from sdpipeline.worker.lease_work import HeldLeases, LeaseWork
+from sdpipeline.worker.held_leases import HeldLeases, LeaseWork
 from sdpipeline.worker.outages import Outages
 from sdpipeline.worker.outcomes import Outcomes
 from sdpipeline.worker.reuse import Reuse
 from sdpipeline.worker.safety_filter import filter_results
-from sdpipeline.worker.stages import RunEnd, StageQueue
+from sdpipeline.worker.stage_queue import RunEnd, StageQueue
 from sdpipeline.worker.watchdog import BatchTimings, Watchdog
 
 _T = TypeVar("_T")

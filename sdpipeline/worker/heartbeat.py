@@ -14,11 +14,11 @@ from sdpipeline.db.connection import Database
 from sdpipeline.errors import DatabaseUnavailableError
 from sdpipeline.worker.circuit_breaker import CircuitBreaker
 from sdpipeline.worker.delivery import Deliverer
-from sdpipeline.worker.lease_work import HeldLeases
-from sdpipeline.worker.stages import RunEnd
+from sdpipeline.worker.held_leases import HeldLeases
+from sdpipeline.worker.stage_queue import RunEnd
 
 LONGEST_LOOK_S = 1.0
-SILENCE_NOTE = "waits for delivery: its process does not answer, and is replaced"
+SILENCE_NOTE = "waits for delivery: the delivery process does not answer and is being replaced"
 
 _log = structlog.get_logger(__name__)
 
@@ -69,7 +69,7 @@ class Heartbeat:
         """Extend the leases that are still open, and return their ids."""
         with self.database.write() as connection:
             workers.seen(connection, self.worker_id)
-            return leasing.heartbeat(connection, lease_ids, ttl_s=self.lease_ttl_s)
+            return leasing.renew(connection, lease_ids, ttl_s=self.lease_ttl_s)
 
     def _note_silence(self) -> None:
         """Note for ``status`` that the delivery process does not answer; clear the note when it does."""

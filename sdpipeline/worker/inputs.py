@@ -75,11 +75,11 @@ def fetch(
 def pinned(foreign: ForeignObjects, about: Mapping[str, Any]) -> bytes:
     """Read the object that a record's ``url``, ``version`` and ``sha256`` name; raises InputImageError if it has
     changed."""
-    url, fix = about["url"], "put it back, or submit it again"
+    url, fix = about["url"], "restore it, or submit the campaign again"
     try:
         found = foreign.read(url, most_bytes=LARGEST_INPUT_BYTES, version=about["version"])
     except ObjectMissingError as error:
-        raise InputImageError(f"{error}, although it was when the campaign was submitted ({fix})") from error
+        raise InputImageError(f"{error}; it existed when the campaign was submitted ({fix})") from error
     except ObjectConflictError as error:
         raise InputImageError(f"{url} was changed after the campaign was submitted ({fix})") from error
     if hashlib.sha256(found.data).hexdigest() != about["sha256"]:

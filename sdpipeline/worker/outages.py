@@ -17,14 +17,15 @@ from sdpipeline.errors import (
     DatabaseUnavailableError,
     DeliveryUnavailableError,
     LeaseLostError,
+    SdpError,
     SigningUnavailableError,
     StorageUnavailableError,
     TransientError,
 )
 from sdpipeline.jobs import Lease
 from sdpipeline.worker.circuit_breaker import CircuitBreaker
-from sdpipeline.worker.lease_work import HeldLeases
-from sdpipeline.worker.stages import RunEnd
+from sdpipeline.worker.held_leases import HeldLeases
+from sdpipeline.worker.stage_queue import RunEnd
 
 SERVICES: Mapping[type[TransientError], str] = {
     StorageUnavailableError: "storage",
@@ -65,10 +66,11 @@ class Outages:
             noted = noted or self._note_database_outage(error)
             self._end.pause(delay_s)
 
-        answer = retry(call, on=DatabaseUnavailableError, backoff=DATABASE_BACKOFF, wait=wait)
-        if noted:
-            self._remove_note(noted)
-        return answer
+        try:
+            return retry(call, on=DatabaseUnavailableError, backoff=DATABASE_BACKOFF, wait=wait)
+        finally:  # also if the call fails for another reason, such as a lease that expired during the outage
+            if noted:
+                self._remove_note(noted)
 
     def wait_for_services(self, lease: Lease, call: Callable[[], _T]) -> _T:
         """Call until storage, signing and delivery are available; raises LeaseLostError if the lease is lost first."""
@@ -102,15 +104,23 @@ class Outages:
             self._note(None)
 
     def _retry_service(self, lease: Lease, call: Callable[[], _T], failed: TransientError) -> _T:
+        noted = ""
+
         def wait(error: TransientError, delay_s: float) -> None:
+            nonlocal noted
             service = next(name for kind, name in SERVICES.items() if isinstance(error, kind))
-            _log.warning(f"{service}_unavailable", error=str(error), retry_in_s=round(delay_s, 1))
-            self._note(f"waits for {service}: {error}")
+            _log.warning("service_unavailable", service=service, error=str(error), retry_in_s=round(delay_s, 1))
+            noted = f"waits for {service}: {error}"
+            self._note(noted)
             self.record_failure(error)
             self._end.pause(delay_s)
             self._check_lease(lease, error)
 
-        answer = retry(call, on=tuple(SERVICES), backoff=SERVICE_BACKOFF, wait=wait, failed=failed)
+        try:
+            answer = retry(call, on=tuple(SERVICES), backoff=SERVICE_BACKOFF, wait=wait, failed=failed)
+        except SdpError:  # such as a lost lease; the next call notes an outage that lasts
+            self._remove_note(noted)
+            raise
         self._note(None)
         self.record_success()
         return answer

@@ -17,9 +17,9 @@ from sdpipeline.domain import Status
 from sdpipeline.errors import SdpError
 from sdpipeline.jobs import Lease, LeasedJob, StoredImage
 from sdpipeline.worker.finished_picture import Attempt
-from sdpipeline.worker.lease_work import HeldLeases
+from sdpipeline.worker.held_leases import HeldLeases
 from sdpipeline.worker.outages import Outages
-from sdpipeline.worker.retry import JOB_BACKOFF, next_status
+from sdpipeline.worker.retry import next_status, retry_delay_s
 
 _log = structlog.get_logger(__name__)
 
@@ -84,7 +84,7 @@ class Outcomes:
     def fail(self, lease: Lease, leased: LeasedJob, error: SdpError, *, gpu_seconds: float = 0.0) -> None:
         """End a job's attempt with an error; the job is tried again if its retry policy allows."""
         status = next_status(error, attempt=leased.attempt, max_attempts=leased.max_attempts)
-        backoff_s = JOB_BACKOFF.delay_s(leased.attempt)
+        backoff_s = retry_delay_s(leased.attempt)
 
         def fail() -> bool:
             with self._audit.transaction() as tx:

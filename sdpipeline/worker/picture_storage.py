@@ -79,7 +79,7 @@ def put_marked(store: ObjectStore, key: str, data: bytes) -> StoredObject:
     # The store has compared the object it read back with these bytes.
     marks = provenance.verify(data)
     if not marks.ok:
-        raise MarksLostError(f"{store.url(key)} is not marked as it should be: {', '.join(marks.faults)}")
+        raise MarksLostError(f"{store.url(key)} has invalid marks: {', '.join(marks.faults)}")
     return stored
 
 
@@ -96,8 +96,8 @@ def _refuse_unmarked(store: ObjectStore, key: str) -> None:
         return
     if not marks.ok:
         raise MarksLostError(
-            f"{store.url(key)} came back from storage without its marks ({', '.join(marks.faults)}): something on the"
-            " way there rewrites pictures; have it pass them on as they are"
+            f"{store.url(key)} was returned from storage without its marks ({', '.join(marks.faults)}): a proxy or the"
+            " server rewrites pictures; turn that off"
         )
 
 

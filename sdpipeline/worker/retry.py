@@ -10,6 +10,11 @@ JOB_BACKOFF = Backoff(first_s=2.0, longest_s=300.0)
 """Delay before the next attempt of a job."""
 
 
+def retry_delay_s(attempt: int) -> float:
+    """Return the seconds that a job waits after this failed attempt, which counts from 1."""
+    return JOB_BACKOFF.delay_s(attempt)
+
+
 def next_status(error: SdpError, *, attempt: int, max_attempts: int) -> Status:
     """Return ``blocked`` if a policy forbids the picture, and ``failed`` for any other permanent error or the last
     attempt.

@@ -16,7 +16,7 @@ from sdpipeline.jobs import Lease, LeasedJob
 from sdpipeline.provenance.signing import SigningKey
 from sdpipeline.storage import ObjectStore
 from sdpipeline.worker.copies import copy_picture
-from sdpipeline.worker.lease_work import LeaseWork
+from sdpipeline.worker.held_leases import LeaseWork
 from sdpipeline.worker.outages import Outages
 from sdpipeline.worker.outcomes import Outcomes
 

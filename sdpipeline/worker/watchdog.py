@@ -13,7 +13,7 @@ from sdpipeline.shutdown import Stop
 HUNG_EXIT_CODE = 75
 """EX_TEMPFAIL of sysexits.h: the supervisor of the process restarts it."""
 
-LEAST_TIMEOUT_S = 600.0
+MIN_TIMEOUT_S = 600.0
 TIMES_AS_LONG = 20.0
 LOOK_S = 0.1
 
@@ -28,7 +28,7 @@ class BatchTimings:
 
     def allowed_s(self, group_id: int) -> float:
         """Return the timeout of a batch of this group; the first batch's timeout includes loading the checkpoint."""
-        return self.timeout_s or max(LEAST_TIMEOUT_S, TIMES_AS_LONG * self._longest_s.get(group_id, 0.0))
+        return self.timeout_s or max(MIN_TIMEOUT_S, TIMES_AS_LONG * self._longest_s.get(group_id, 0.0))
 
     def took(self, group_id: int, seconds: float) -> None:
         """Record the duration of a finished batch."""

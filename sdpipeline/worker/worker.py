@@ -12,7 +12,6 @@ import structlog
 from sdpipeline.db import queue as jobs
 from sdpipeline.db.audit import AuditLog
 from sdpipeline.db.leasing import AgingPolicy, Cursor
-from sdpipeline.domain import CheckpointRef
 from sdpipeline.engine import Engine
 from sdpipeline.errors import DatabaseUnavailableError
 from sdpipeline.provenance.signing import SigningKey
@@ -25,12 +24,12 @@ from sdpipeline.worker.delivery import Deliverer, LocalDeliverer
 from sdpipeline.worker.fetch_stage import FetchStage
 from sdpipeline.worker.generate_stage import GenerateStage
 from sdpipeline.worker.heartbeat import Heartbeat
-from sdpipeline.worker.lease_work import HeldLeases
+from sdpipeline.worker.held_leases import HeldLeases
 from sdpipeline.worker.limits import WorkerLimits
 from sdpipeline.worker.outages import Outages
 from sdpipeline.worker.outcomes import Outcomes
 from sdpipeline.worker.reuse import Reuse
-from sdpipeline.worker.stages import RunEnd, StageQueue
+from sdpipeline.worker.stage_queue import RunEnd, StageQueue
 from sdpipeline.worker.watchdog import BatchTimings, Watchdog
 
 __all__ = ["Worker", "WorkerLimits", "WorkerRun", "WorkerSummary"]
@@ -67,9 +66,8 @@ class Worker:
     """Worker on one device; ``run`` may be called many times and keeps checkpoints loaded.
 
     State that outlives a run: the circuit ``breaker``, the batch ``timings`` and the ``aging`` policy of campaigns.
-    ``prefetch_weights`` is called with the next checkpoint if it is not loaded; it must not touch the device. Without
-    a ``deliverer``, this process encodes, signs, stores and records pictures. With ``trust_anchors`` (roots in PEM),
-    only pictures whose signature chains to one of them are delivered as copies.
+    Without a ``deliverer``, this process encodes, signs, stores and records pictures. With ``trust_anchors`` (roots in
+    PEM), only pictures whose signature chains to one of them are delivered as copies.
     """
 
     worker_id: str
@@ -82,7 +80,6 @@ class Worker:
     breaker: CircuitBreaker = field(default_factory=CircuitBreaker)
     timings: BatchTimings = field(default_factory=BatchTimings)
     aging: AgingPolicy = field(default_factory=AgingPolicy)
-    prefetch_weights: Callable[[CheckpointRef], None] | None = None
     trust_anchors: str = ""
     deliverer: Deliverer | None = None
 
@@ -173,7 +170,7 @@ class WorkerRun:
             try:
                 self._run_stages()
             finally:
-                self._give_back()
+                self._release_leases()
         counts = self.outcomes.counts
         return WorkerSummary(
             succeeded=counts["succeeded"],
@@ -204,7 +201,7 @@ class WorkerRun:
         finally:
             self.deliverers.shutdown(cancel_futures=True)
 
-    def _give_back(self) -> None:
+    def _release_leases(self) -> None:
         """Release open leases at the end of the run; after a crash, count their attempts."""
         if not self.held:
             return
@@ -244,7 +241,6 @@ class WorkerRun:
             cursor=Cursor(worker.aging),
             campaign_id=campaign_id,
             until_idle=until_idle,
-            prefetch_weights=worker.prefetch_weights,
             breaker=worker.breaker,
             heartbeat=self.heartbeat,
             outages=self.outages,

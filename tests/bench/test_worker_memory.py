@@ -18,7 +18,7 @@ pytestmark = [pytest.mark.bench, pytest.mark.timeout(3600)]
 
 JOBS = int(os.environ.get("SDP_TEST_BENCH_JOBS", "5000"))
 FIRST = JOBS // 20
-MOST_GROWTH = 0.05
+MAX_GROWTH = 0.05
 
 
 def _work(answers: Any, home: Path) -> None:
@@ -59,4 +59,4 @@ def test_neither_a_worker_nor_its_delivery_process_needs_more_memory_after_five_
     for name in ("worker", "delivery"):
         print(name, ", ".join(f"{done:,}: {mib[name]:.1f} MiB" for done, mib in resident.items()))
     for name in ("worker", "delivery"):
-        assert resident[JOBS][name] <= (1 + MOST_GROWTH) * resident[FIRST][name], name
+        assert resident[JOBS][name] <= (1 + MAX_GROWTH) * resident[FIRST][name], name

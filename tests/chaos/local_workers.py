@@ -16,7 +16,7 @@ import psutil
 
 from sdpipeline.db.connection import Database
 from sdpipeline.domain import TERMINAL
-from sdpipeline.worker.delivery_process import LAST_WORDS_S, LEAST_SILENCE_S, SERVER
+from sdpipeline.worker.delivery_process import EXIT_GRACE_S, MIN_SILENCE_S, SERVER
 from tests.chaos import worker_process
 from tests.factories import statuses
 from tests.integration.certificates import signing_settings
@@ -129,7 +129,7 @@ class ChaosWorkers:
 
     def surviving_delivery_processes(self) -> list[int]:
         """Return the delivery processes that outlived their workers, after a short wait."""
-        ends = time.monotonic() + LAST_WORDS_S + 1.0
+        ends = time.monotonic() + EXIT_GRACE_S + 1.0
         while (found := self.delivery_processes()) and time.monotonic() < ends:
             time.sleep(0.1)
         return [process.pid for process in found]
@@ -146,7 +146,7 @@ class ChaosWorkers:
         else:
             self.delivery_freezes += 1
             # Some are replaced before that, the others go on and are fenced.
-            self.frozen[victim] = time.monotonic() + self.random.uniform(1.3 * LEASE_TTL_S, 2 * LEAST_SILENCE_S)
+            self.frozen[victim] = time.monotonic() + self.random.uniform(1.3 * LEASE_TTL_S, 2 * MIN_SILENCE_S)
 
     def _hit_worker(self, victim: ForkServerProcess, *, kill: bool) -> None:
         assert victim.pid is not None

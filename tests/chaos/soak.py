@@ -40,7 +40,7 @@ SOAK_S = float(os.environ.get("SDP_TEST_SOAK_S", "60"))
 SEEDS = range(int(os.environ.get("SDP_TEST_SOAK_SEEDS", "5")))
 WORKERS = 3
 KILL_SHARE = 0.75
-LEAST_KILLS_A_MINUTE = 10
+MIN_KILLS_A_MINUTE = 10
 FAULT_SHARE = 0.03
 CHAINS_AT_ONCE = 40
 PEOPLE_PAUSE_S = (0.3, 1.5)
@@ -186,7 +186,7 @@ class Soak:
         self.database.close()
         assert self.violations == []
         assert (self.chaos.crashes, self.left) == ([], [])
-        assert self.chaos.kills + self.chaos.delivery_kills >= LEAST_KILLS_A_MINUTE * SOAK_S / 60
+        assert self.chaos.kills + self.chaos.delivery_kills >= MIN_KILLS_A_MINUTE * SOAK_S / 60
         assert self.chaos.delivery_freezes
         assert all(self.outage_counts)
         assert self.done, "the faults left no time to make a picture"

@@ -18,6 +18,8 @@ from sdpipeline.engine.diffusers.model_cache import TextEncoders
 from sdpipeline.engine.families import FAMILIES
 from sdpipeline.engine.stepwise import Speedups, Stepwise
 from sdpipeline.engine.stepwise.quantization import FP8_CAPABILITY
+from tests.integration.engine.test_families import CELLS
+from tests.integration.engine.test_families import asked as asked_for
 from tests.integration.engine_requests import (
     SOURCE,
     adapter,
@@ -31,8 +33,6 @@ from tests.integration.engine_requests import (
     ref,
     request,
 )
-from tests.integration.test_engine_families import CELLS
-from tests.integration.test_engine_families import asked as asked_for
 from tests.integration.tiny_checkpoints import TinyCheckpoints, tiny_checkpoints
 
 pytestmark = [

@@ -29,9 +29,15 @@ def environment(**settings: str) -> dict[str, str]:
     return kept | settings
 
 
+COMPUTING = frozenset({"bench", "reproduce"})
+"""Commands that compute with torch. Its threads do not survive a fork, so they get an interpreter of their own."""
+
+
 def sdpipeline(*arguments: object, **settings: str) -> subprocess.CompletedProcess[str]:
     """Run one command to its end, in a process that need not import the libraries again."""
     words = [*map(str, arguments)]
+    if words[:1] and words[0] in COMPUTING:
+        return installed(*arguments, **settings)
     with tempfile.TemporaryDirectory() as folder:
         output, errors = Path(folder, "stdout"), Path(folder, "stderr")
         exit_code = run_command(words, environment(**settings), output, errors, timeout_s=600)

@@ -20,10 +20,10 @@ processes.set_forkserver_preload(
         "psycopg",
         "rich.table",
         "sdpipeline.app.services",
+        "sdpipeline.app.workers",
         "sdpipeline.engine.fake",
         "tests.factories",
         "tests.integration.processes",
-        "torch",
         "typer",
     ]
 )

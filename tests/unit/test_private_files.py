@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from sdpipeline.private_files import mend, private_files, users_umask
+from sdpipeline.private_files import private_files, remove_access, users_umask
 
 
 @pytest.fixture(autouse=True)
@@ -50,11 +50,11 @@ def test_mending_closes_everything_and_keeps_the_owners_own_rights(tmp_path: Pat
     for name, was in (("a.png", 0o644), ("run.sh", 0o4755), ("fixed", 0o444), ("keys/key.pem", 0o600)):
         (home / name).touch()
         (home / name).chmod(was)
-    found = mend(home)
-    assert (found.looked_at, found.closed, found.still_open) == (6, 5, [])
+    found = remove_access(home)
+    assert (found.inspected, found.closed, found.still_open) == (6, 5, [])
     names = (".", "a.png", "run.sh", "fixed", "keys", "keys/key.pem")
     assert [mode(home / name) for name in names] == [0o700, 0o600, 0o700, 0o400, 0o700, 0o600]
-    assert mend(home).closed == 0
+    assert remove_access(home).closed == 0
 
 
 def test_mending_never_follows_a_link(tmp_path: Path) -> None:
@@ -65,11 +65,13 @@ def test_mending_never_follows_a_link(tmp_path: Path) -> None:
     (home / "link").symlink_to(elsewhere / "file")
     (home / "linked").symlink_to(elsewhere)
     (home / "broken").symlink_to(home / "nowhere")
-    assert mend(home).still_open == []
+    assert remove_access(home).still_open == []
     assert (mode(elsewhere), mode(elsewhere / "file")) == (0o755, 0o644)
 
 
 def test_a_home_of_another_user_is_said_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     owner = tmp_path.stat().st_uid
     monkeypatch.setattr(os, "geteuid", lambda: owner + 1)
-    assert mend(tmp_path).still_open == [(str(tmp_path), f"it belongs to user {owner}, and this is user {owner + 1}")]
+    assert remove_access(tmp_path).still_open == [
+        (str(tmp_path), f"it belongs to user {owner}, and this is user {owner + 1}")
+    ]

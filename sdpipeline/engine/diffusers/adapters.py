@@ -17,7 +17,7 @@ from sdpipeline.engine.diffusers.batch import Reference, Weights
 from sdpipeline.engine.diffusers.loading import Loaded, copy_mapped, load_copied
 from sdpipeline.engine.diffusers.pipeline_call import assemble, make_scheduler
 from sdpipeline.engine.diffusers.text import Vectors
-from sdpipeline.engine.pictures import to_pil
+from sdpipeline.engine.pixels import to_pil
 from sdpipeline.errors import CheckpointError, RequestRefusedError
 
 MISFITS = (ValueError, RuntimeError, KeyError, TypeError, AttributeError, IndexError)

@@ -11,7 +11,7 @@ import torch
 from sdpipeline.engine import Pixels
 from sdpipeline.engine.diffusers.batch import Weights
 from sdpipeline.engine.diffusers.pipeline_call import decode
-from sdpipeline.engine.pictures import fault, to_pixels
+from sdpipeline.engine.pixels import fault, to_pixels
 
 FLOAT32_DECODE = "float32 decode"
 

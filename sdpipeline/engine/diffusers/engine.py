@@ -31,7 +31,7 @@ from sdpipeline.engine.diffusers.text import Embedding, EmbeddingCache, PromptEn
 from sdpipeline.engine.families import FAMILIES, family
 from sdpipeline.engine.gan import upscale
 from sdpipeline.engine.model_annotators import annotate_with
-from sdpipeline.engine.pictures import paste_back
+from sdpipeline.engine.pixels import paste_back
 from sdpipeline.engine.record import Setting, library_versions, ran
 from sdpipeline.errors import BadPictureError, CheckpointError, DeviceExhaustedError, RequestRefusedError, SdpError
 
@@ -118,7 +118,7 @@ class DiffusersEngine:
         except torch.OutOfMemoryError:
             pass
         release(self._device)
-        raise DeviceExhaustedError(f"out of memory while safety checker {checker.alias!r} looked at pictures")
+        raise DeviceExhaustedError(f"out of memory while safety checker {checker.alias!r} checked pictures")
 
     def resident(self) -> frozenset[str]:
         """Return the digests of the checkpoints that are loaded now."""

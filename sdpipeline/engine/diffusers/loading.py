@@ -17,8 +17,8 @@ import transformers
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
+from sdpipeline.engine.allowed_classes import ANNOTATOR_NETWORKS, check_index, check_network
 from sdpipeline.engine.checkpoints import SAFETY_CHECKER, WEIGHTS, CheckpointFiles, header, unchanged
-from sdpipeline.engine.components import ANNOTATOR_NETWORKS, check_index, check_network
 from sdpipeline.engine.gan import load_upscaler
 from sdpipeline.errors import CheckpointError
 
@@ -143,7 +143,7 @@ def _read(files: CheckpointFiles, dtype: torch.dtype) -> Loaded:
     if files.kind == "ip-adapter":
         return _ip_adapter(files, dtype)
     if files.kind != "checkpoint":
-        raise CheckpointError(f"checkpoint {files.alias!r} is a {files.kind}, which does not stand by itself")
+        raise CheckpointError(f"checkpoint {files.alias!r} is a {files.kind}, which cannot be loaded by itself")
     if files.family == "gan-upscale":
         return Loaded(files=files, dtype=dtype, parts={"upscaler": load_upscaler(files, dtype)})
     return _pipeline(files, dtype)

@@ -19,7 +19,7 @@ from sdpipeline.engine.diffusers.patches import PerImageScale, float32_noise, no
 from sdpipeline.engine.diffusers.per_image_scales import controlnet_scales, distilled_guidance, own_references
 from sdpipeline.engine.diffusers.text import Embedding
 from sdpipeline.engine.families import SCHEDULERS
-from sdpipeline.engine.pictures import to_pil
+from sdpipeline.engine.pixels import to_pil
 
 
 def denoise(

@@ -82,7 +82,7 @@ def _steps(request: GenerationRequest, cell: Cell) -> Refusal | None:
     if request.strength is None:
         return None
     if cell.strength is None:
-        message = f"{request.task} through {cell.pipeline} takes none"
+        message = f"{request.task} through {cell.pipeline} does not take it"
         return Refusal(key="strength", message=message, fix="leave it out")
     return strength_refusal(request.strength, request.num_inference_steps)
 
@@ -100,7 +100,7 @@ def _extras(request: GenerationRequest, row: Family) -> Refusal | None:
     }
     for name, (wanted, possible) in asked.items():
         if wanted and not possible:
-            return Refusal(key=name, message=f"{row.title} takes none", fix="leave it out")
+            return Refusal(key=name, message=f"{row.title} does not take it", fix="leave it out")
     if request.noise_level is not None and not 0 <= request.noise_level <= (row.max_noise_level or 0):
         message = f"must be from 0 to {row.max_noise_level}, not {request.noise_level}"
         return Refusal(key="noise_level", message=message)
@@ -114,8 +114,8 @@ def _own_control_picture(request: GenerationRequest, cell: Cell) -> Refusal | No
     """Refuse a control picture if the cell's ControlNet reads the repainted picture and would ignore another one."""
     use = request.controlnets[0]
     if use.image != request.image or use.annotator != "none":
-        message = f"{cell.pipeline} looks at the request's own image"
-        return Refusal(key="controlnets.0", message=message, fix="give that one, annotator none")
+        message = f"{cell.pipeline} always uses the request's image"
+        return Refusal(key="controlnets.0", message=message, fix="use the request's image with annotator: none")
     return None
 
 
@@ -124,7 +124,7 @@ def _annotator(n: int, use: ControlNetInput, locate: Locate) -> Refusal | None:
     wanted, ref = known_annotator(use.annotator).learned, use.annotator_checkpoint
     field = f"controlnets.{n}.annotator_checkpoint"
     if wanted is None:
-        message = f"annotator {use.annotator!r} takes none"
+        message = f"annotator {use.annotator!r} does not take it"
         return Refusal(key=field, message=message, fix="leave it out") if ref else None
     if ref is None:
         return Refusal(key=field, message=f"annotator {use.annotator!r} needs a checkpoint for {wanted}")

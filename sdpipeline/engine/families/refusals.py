@@ -53,7 +53,7 @@ def strength_refusal(strength: float, num_inference_steps: int) -> Refusal | Non
         return Refusal(key="strength", message=f"{strength:g} is more than 1", fix="write at most 1")
     if strength > 0 and int(num_inference_steps * strength) >= 1:
         return None
-    message = f"{strength:g} of {num_inference_steps} steps is no step"
+    message = f"{strength:g} of {num_inference_steps} steps is less than one step"
     return Refusal(key="strength", message=message, fix="raise strength or num_inference_steps")
 
 

@@ -33,8 +33,8 @@ def check(wanted: Quantization, device: str, dtype: str | None) -> None:
         message = f"fp8 needs a GPU of compute capability {_dotted(FP8_CAPABILITY)} or more, and {lack}"
         raise SettingsError(Mistake(key=SETTING, message=message, fix="set it to int8, or leave it out"))
     if wanted == "fp8" and dtype != FP8_DTYPE:
-        message = f"fp8 goes with {FP8_DTYPE} alone"
-        raise SettingsError(Mistake(key=SETTING, message=message, fix=f"set SDP_ENGINE__DTYPE={FP8_DTYPE} beside it"))
+        message = f"fp8 needs {FP8_DTYPE}"
+        raise SettingsError(Mistake(key=SETTING, message=message, fix=f"set SDP_ENGINE__DTYPE={FP8_DTYPE}"))
 
 
 def library_of(quantized: Quantization | None) -> dict[str, str]:
@@ -51,7 +51,7 @@ def quantize(network: torch.nn.Module, wanted: Quantization) -> None:
 
     weight = next(network.parameters())
     if wanted == "fp8" and weight.dtype != getattr(torch, FP8_DTYPE):
-        raise RequestRefusedError(f"profile: fp8 goes with {FP8_DTYPE} alone, and this would run in {weight.dtype}")
+        raise RequestRefusedError(f"profile: fp8 needs {FP8_DTYPE}, but the weights are {weight.dtype}")
     quantize_(network, _configuration(wanted, weight.device), filter_fn=_is_large)
 
 

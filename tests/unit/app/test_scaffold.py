@@ -63,7 +63,7 @@ def test_a_file_that_is_there_is_named_and_nothing_is_written(folder: Path) -> N
         scaffold.write(folder)
     said = [str(mistake) for mistake in refused.value.mistakes]
     fix = "(name another folder, or overwrite with --force)"
-    assert said == [f"{folder / name} is there already {fix}" for name in ("grid.yaml", "products.tsv")]
+    assert said == [f"{folder / name} already exists {fix}" for name in ("grid.yaml", "products.tsv")]
     assert sorted(path.name for path in folder.iterdir()) == ["grid.yaml", "products.tsv"]
 
 

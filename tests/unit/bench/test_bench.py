@@ -2,8 +2,8 @@ from __future__ import annotations
 
 import pytest
 
-from sdpipeline.bench.spread import Clock, percentile
-from sdpipeline.bench.trace import covered
+from sdpipeline.bench.gpu_idle import covered
+from sdpipeline.bench.statistics import Clock, percentile
 from sdpipeline.bench.workload import PROMPTS
 
 

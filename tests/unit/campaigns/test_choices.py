@@ -87,10 +87,10 @@ def test_including_one_does_not_bring_back_true() -> None:
         ("exclude: [{size: '8'}]", "exclude[0].size: size is never '8' (did you mean '8'?)"),
         ("exclude: [{}]", "exclude[0]: names no variable (write {colour: red})"),
         ("exclude: [{colour: [red]}]", "exclude[0].colour: found a list, expected a text, a number, true or false"),
-        ("include: [{colour: green}]", "include[0]: says no value for ground, size, word"),
+        ("include: [{colour: green}]", "include[0]: has no value for ground, size, word"),
         (
             "include: [{colour: green, ground: white, size: 9, word: x, form: y}]",
-            "include[0].form: 'form' is no variable with a list of values",
+            "include[0].form: 'form' is not a variable with a list of values",
         ),
     ],
 )

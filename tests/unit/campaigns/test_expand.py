@@ -264,10 +264,10 @@ def test_an_upscalers_child_sees_the_enlarged_picture() -> None:
 @pytest.mark.parametrize(
     ("stage", "expected"),
     [
-        ("width: 64, height: 64, image: {stage: a}", "the picture is 128x128, the stage works at 64x64 (add resize:"),
+        ("width: 64, height: 64, image: {stage: a}", "the picture is 128x128, but the stage uses 64x64 (add resize:"),
         (
             "checkpoint: upscaler, task: super-resolution, width: 64, image: {stage: a}",
-            "the picture is 128x128, the stage works at 64x128 (add resize:",
+            "the picture is 128x128, but the stage uses 64x128 (add resize:",
         ),
     ],
 )

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from sdpipeline.campaigns import yaml_source
-from sdpipeline.campaigns.loader import MOST_JOBS, check
+from sdpipeline.campaigns.loader import MAX_JOBS, check
 from sdpipeline.errors import CampaignError
 from tests.factories import CATALOG, campaign_of, checkpoint_files, input_folder, mistakes_of
 
@@ -85,11 +85,11 @@ def test_the_file_that_the_mistakes_below_are_made_in_is_right() -> None:
             "[red, null]",
             "4:17: variables.colour[1]: found nothing, expected a text, a number, true or false",
         ),
-        ("[red, blue]", "[red, red]", "4:17: variables.colour[1]: 'red' is there twice (remove one)"),
+        ("[red, blue]", "[red, red]", "4:17: variables.colour[1]: 'red' is listed twice (remove one)"),
         (
             "  colour: [red, blue]",
             "  colour: [red, blue]\n  2nd: [x]",
-            "5:3: variables.2nd: is no name for a variable (a letter or _ first, then letters, digits and _, at most 63)",
+            "5:3: variables.2nd: is not a valid variable name (a letter or _ first, then letters, digits and _, at most 63)",
         ),
         ("{stage: draft}", "draft", "13:5: stages[1].image: found 'draft', expected keys with values"),
         ("width: 128", "width: true", "6:12: defaults.width: found true, expected a whole number or a template"),
@@ -108,7 +108,7 @@ def test_the_file_that_the_mistakes_below_are_made_in_is_right() -> None:
         (
             "strength: 0.5",
             "strength: 0.01",
-            "15:5: stages[1].strength: 0.01 of 20 steps is no step (raise strength or num_inference_steps)",
+            "15:5: stages[1].strength: 0.01 of 20 steps is less than one step (raise strength or num_inference_steps)",
         ),
         ("strength: 0.5", "guidance_scale: .inf", "15:21: stages[1].guidance_scale: .inf is not a finite number"),
         ("strength: 0.5", "guidance_scale: -1", "15:5: stages[1].guidance_scale: -1 is not from 0 to 100"),
@@ -131,7 +131,7 @@ def test_the_file_that_the_mistakes_below_are_made_in_is_right() -> None:
         (
             "[red, blue]",
             "[red, blue]\n  shape: [circle]",
-            "5:3: variables.shape: the variable 'shape' is used nowhere (use it or remove it)",
+            "5:3: variables.shape: the variable 'shape' is never used (use it or remove it)",
         ),
         # Stages
         ("id: final", "id: draft", "11:5: stages[1].id: there are two stages 'draft' (rename one)"),
@@ -317,7 +317,7 @@ def test_lists_that_advance_together_have_one_length_and_no_pair_twice() -> None
         )
         assert [why in line for line in found] == ([True] if why else [])
     found = mistakes_of(changed(("  colour: [red, blue]", "  zip: {colour: [red, red]}")))
-    assert found == ["4:3: variables.zip: 'red' is there twice (remove one)"]
+    assert found == ["4:3: variables.zip: 'red' is listed twice (remove one)"]
 
 
 def test_a_variable_is_declared_once() -> None:
@@ -342,7 +342,7 @@ def test_a_product_of_many_lists_is_refused_before_it_is_expanded() -> None:
     used = " ".join(f"{{{{ v{n} }}}}" for n in range(5))
     text = f"variables:\n{lists}stages:\n  - {{id: a, task: text-to-image, prompt: '{used}'}}\n"
     (found,) = mistakes_of(text)
-    assert f"asks for 10,000,000,000 pictures, at most {MOST_JOBS:,}" in found
+    assert f"asks for 10,000,000,000 pictures, at most {MAX_JOBS:,}" in found
 
 
 @pytest.mark.parametrize("text", ["", "[]", "just words", "7", "- a\n- b"])
@@ -400,7 +400,7 @@ def with_rows(rows: str) -> str:
         ),
         (
             "{file: products.csv, columns: {shape: Note, colour: Colour}}",
-            "4:40: variables.rows.columns.shape: the variable 'shape' is used nowhere (use it or remove it)",
+            "4:40: variables.rows.columns.shape: the variable 'shape' is never used (use it or remove it)",
         ),
     ],
 )
@@ -423,7 +423,7 @@ def test_a_table_that_may_not_be_read_is_told_together_with_the_other_mistakes(f
             "twins.csv",
             "twins.csv:1: has two columns of one name (rename one, or name the columns you need in columns:)",
         ),
-        ("empty.csv", "empty.csv:1: is empty (give it a line of titles)"),
+        ("empty.csv", "empty.csv:1: is empty (add a header line)"),
         ("latin.csv", "latin.csv: is not UTF-8 text (save it as UTF-8)"),
     ],
 )

@@ -99,7 +99,7 @@ def test_a_bomb_is_refused_long_before_memory_or_time_runs_out(text: str) -> Non
 
 
 def test_a_long_list_ends_while_it_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(yaml_source, "MOST_NODES", 100)
+    monkeypatch.setattr(yaml_source, "MAX_NODES", 100)
     assert refusals(f"a: [{'x, ' * 200}]") == ["f.yaml:1:296: has too many values (put the rows in a table)"]
 
 

@@ -7,7 +7,7 @@ from typing import Any
 from sdpipeline.domain import CheckpointRef, GenerationRequest, Task
 from sdpipeline.engine import Batch, Engine, GeneratedImage, GenerationFailure, PreparedRequest
 from sdpipeline.engine.fake import FakeEngine
-from sdpipeline.engine.pictures import fault
+from sdpipeline.engine.pixels import fault
 
 
 def asked(**changes: Any) -> PreparedRequest:

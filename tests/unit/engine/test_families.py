@@ -79,8 +79,8 @@ def test_a_size_off_the_multiple_is_refused_with_the_nearest_one(pixels: int, fi
     [
         (0.5, 2, None),
         (1.0, 1, None),
-        (0.1, 3, "strength: 0.1 of 3 steps is no step; raise strength or num_inference_steps"),
-        (0.0, 20, "strength: 0 of 20 steps is no step; raise strength or num_inference_steps"),
+        (0.1, 3, "strength: 0.1 of 3 steps is less than one step; raise strength or num_inference_steps"),
+        (0.0, 20, "strength: 0 of 20 steps is less than one step; raise strength or num_inference_steps"),
         (1.5, 20, "strength: 1.5 is more than 1; write at most 1"),
     ],
 )

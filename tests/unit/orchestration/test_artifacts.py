@@ -1,4 +1,4 @@
-"""How often the board is changed, on a clock of the test's own."""
+"""How often run artifacts are updated, with a fake clock."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from sdpipeline.orchestration.artifacts import REFRESH_EVERY_S, REFRESHING_SHARE
 
 
 class Wall:
-    """A board whose clock is set by hand, and when something was put on it."""
+    """Run artifacts with a manual clock, and the times of their updates."""
 
     def __init__(self, home: Path, *, takes_s: float = 0.0) -> None:
         self.now_s = 0.0
@@ -23,10 +23,10 @@ class Wall:
         self._takes_s = takes_s
         settings = services.load_settings(home)
         log = AuditLog(open_database(settings.database), actor="test")
-        self._board = RunArtifacts(Services(settings, log.database, log), "spring", clock=lambda: self.now_s)
+        self._artifacts = RunArtifacts(Services(settings, log.database, log), "spring", clock=lambda: self.now_s)
 
     def look(self, count: int, *, now: bool = False) -> None:
-        self._board._refresh("failures", count, self._put, now=now)
+        self._artifacts._refresh("failures", count, self._put, now=now)
 
     def pass_by(self, seconds: int) -> None:
         """Something new every second."""

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from sdpipeline.db.queries import Progress
-from sdpipeline.orchestration.events import CampaignEvent, outcome, turn
+from sdpipeline.orchestration.events import CampaignEvent, outcome, status_change
 
 
 def progress(status: str = "active", because: str | None = None, **counts: int) -> Progress:
@@ -40,7 +40,7 @@ def progress(status: str = "active", because: str | None = None, **counts: int) 
     ],
 )
 def test_a_pause_is_told_once_and_so_is_its_end(before: str | None, now: Progress, event: CampaignEvent | None) -> None:
-    assert turn(before, now) == event
+    assert status_change(before, now) == event
 
 
 @pytest.mark.parametrize(

@@ -13,8 +13,7 @@ import pytest
 from prefect.exceptions import TerminationSignal
 from prefect.utilities.engine import _prefect_sigterm_handler
 
-from sdpipeline import orchestration
-from sdpipeline.orchestration import campaign_run, worker_process
+from sdpipeline.orchestration import campaign_run, local_run, worker_process
 from sdpipeline.orchestration.artifacts import describe
 from sdpipeline.orchestration.local_server import no_proxy_for_loopback
 from sdpipeline.shutdown import Stop
@@ -45,7 +44,7 @@ def test_work_goes_on_from_chunk_to_chunk_until_it_is_over() -> None:
             if number >= 3:
                 chunks.working.result(10)
 
-        chunks.tell(chunk)
+        chunks.run(chunk)
     assert seen == [1, 2, 3]
 
 
@@ -61,7 +60,7 @@ def test_work_goes_on_while_prefect_is_told_of_it() -> None:
     with worker_process.in_chunks(work, stop) as chunks:
         assert done.wait(10)
         assert not stop.is_set()
-        chunks.tell(lambda _number: chunks.wait())
+        chunks.run(lambda _number: chunks.wait())
 
 
 @pytest.mark.usefixtures("short_chunks")
@@ -77,7 +76,7 @@ def test_work_of_which_prefect_cannot_be_told_ends_in_order() -> None:
         raise ConnectionError("no server")
 
     with pytest.raises(ConnectionError), worker_process.in_chunks(work, stop) as chunks:
-        chunks.tell(chunk)
+        chunks.run(chunk)
     assert seen == ["gave back"]
 
 
@@ -91,7 +90,7 @@ def test_work_that_nobody_watches_any_more_ends(monkeypatch: pytest.MonkeyPatch)
         return WorkerSummary()
 
     with worker_process.in_chunks(work, stop) as chunks:
-        chunks.tell(lambda _number: chunks.wait())
+        chunks.run(lambda _number: chunks.wait())
     assert stop.is_set()
 
 
@@ -137,11 +136,11 @@ def test_an_interruption_outlives_a_server_that_cannot_hear_of_it(
     unreachable.__context__ = OSError("refused")
     unreachable.__context__.__context__ = interruption
     with pytest.raises(leaves_as):
-        orchestration._pass_on_interruption(unreachable)
+        local_run._pass_on_interruption(unreachable)
 
 
 def test_a_lost_server_alone_is_no_interruption() -> None:
-    orchestration._pass_on_interruption(ConnectionError("no server"))
+    local_run._pass_on_interruption(ConnectionError("no server"))
 
 
 def test_a_worker_that_is_told_to_end_finishes_its_batch_under_prefects_own_handler() -> None:

@@ -59,7 +59,7 @@ def test_no_pickle_is_loaded_by_a_serializer_alone() -> None:
 )
 def test_no_module_that_a_state_names_is_imported(serializer: dict[str, str]) -> None:
     data = {"storage_key": "x", "serializer": serializer}
-    with pytest.raises(ValueError, match="is not a module that results are written with here"):
+    with pytest.raises(ValueError, match="is not an allowed serializer module for results"):
         State.model_validate({"type": "COMPLETED", "data": data})
     assert "antigravity" not in sys.modules
 

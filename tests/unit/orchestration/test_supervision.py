@@ -32,9 +32,9 @@ def test_jobs_that_are_not_ready_need_one_worker_only(now: Progress, *, alone: b
 def test_restarts_are_bounded_for_each_worker_and_a_reset_allows_them_again() -> None:
     restarts = Restarts()
     for _ in range(MAX_RESTARTS):
-        restarts.died()
+        restarts.record_exit()
     assert not restarts.exhausted()
-    restarts.died()
+    restarts.record_exit()
     assert restarts.exhausted()
     assert not restarts.exhausted(workers=2)
     restarts.reset()

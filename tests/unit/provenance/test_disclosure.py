@@ -6,7 +6,7 @@ import pytest
 
 from sdpipeline.campaigns.submission import delivery_rules
 from sdpipeline.domain import Json, hashed
-from sdpipeline.provenance import disclosed, own_part, tells_more
+from sdpipeline.provenance import disclosed, discloses_more, own_part
 from tests.factories import campaign_of, jobs_of, mistakes_of
 
 TOLD = """
@@ -54,7 +54,7 @@ def test_what_is_signed_with_a_picture_leaves_its_ancestors_to_their_own_signatu
 
 def test_full_tells_more_than_a_hash_and_that_more_than_nothing() -> None:
     ways = ("full", "hash", "none")
-    assert [(one, other) for one in ways for other in ways if tells_more(one, other)] == [
+    assert [(one, other) for one in ways for other in ways if discloses_more(one, other)] == [
         ("full", "hash"),
         ("full", "none"),
         ("hash", "none"),

@@ -2,20 +2,20 @@ from __future__ import annotations
 
 import threading
 
-from sdpipeline.worker.watchdog import LEAST_TIMEOUT_S, BatchTimings, Watchdog
+from sdpipeline.worker.watchdog import MIN_TIMEOUT_S, BatchTimings, Watchdog
 
 
 def test_a_batch_may_take_twenty_times_what_such_batches_took() -> None:
     pace = BatchTimings()
     for seconds in (40.0, 100.0, 1.0):
         pace.took(1, seconds)
-    assert (pace.allowed_s(1), pace.allowed_s(2)) == (2000.0, LEAST_TIMEOUT_S)
+    assert (pace.allowed_s(1), pace.allowed_s(2)) == (2000.0, MIN_TIMEOUT_S)
 
 
 def test_quick_batches_do_not_make_it_impatient() -> None:
     pace = BatchTimings()
     pace.took(1, 0.01)
-    assert pace.allowed_s(1) == LEAST_TIMEOUT_S
+    assert pace.allowed_s(1) == MIN_TIMEOUT_S
 
 
 def test_what_the_settings_say_holds_for_every_batch() -> None:
