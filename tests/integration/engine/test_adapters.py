@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -170,15 +171,17 @@ def test_taking_adapters_off_restores_the_same_resident_weights_bit_for_bit() ->
     assert all(torch.equal(weights[name], after[name]) for name in weights)
 
 
-@pytest.mark.parametrize("family", ["sd1", "sdxl"])
-def test_each_picture_of_a_batch_has_its_own_reference_picture(family: str) -> None:
+@pytest.mark.parametrize(("family", "guidance_scale"), [("sd1", 4.0), ("sd1", 1.0), ("sdxl", 4.0)])
+def test_each_picture_of_a_batch_has_its_own_reference_picture(family: str, guidance_scale: float) -> None:
     worn = (adapter(f"ip-adapter-{family}", image=SOURCE),)
-    asked = [prepared(request(family, seed=n, ip_adapters=worn), ip_adapters_0=noise(n)) for n in range(3)]
+    given = request(family, ip_adapters=worn, guidance_scale=guidance_scale)
+    asked = [prepared(replace(given, seed=n), ip_adapters_0=noise(n)) for n in range(3)]
     together = images(*asked)
     alone = [images(single, bucket=1)[0] for single in asked]
     assert max(distance(a, b) for a, b in zip(together, alone, strict=True)) <= 1
     other = images(prepared(asked[0].request, ip_adapters_0=noise(9)))[0]
     assert distance(other, alone[0]) > 2
+    assert not engine().residency.get(given.checkpoint).denoiser._forward_pre_hooks
 
 
 def test_an_ip_adapter_is_the_one_that_diffusers_applies() -> None:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import weakref
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from torch._dynamo.utils import counters
 
 from sdpipeline.domain import Profile, Task
 from sdpipeline.engine import GeneratedImage, PreparedRequest
@@ -190,3 +193,19 @@ def test_blocks_are_compiled_for_a_profile_and_run_as_they_are_for_exact_picture
     assert block._compiled_call_impl is not None
     assert stances == ["eager_on_recompile", "force_eager"]
     assert made[0].ran["profile"]["compile"] is True
+
+
+def test_compiled_blocks_change_no_exact_picture_and_are_freed_with_their_checkpoint(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    # This backend traces as the default one does, and needs no C++ compiler.
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    on = new_engine(shortcuts=Stepwise(Speedups(compile=True)))
+    expected = images(under("exact", steps=1))[0]
+    before = counters["frames"]["ok"]
+    images(under("fast", steps=1), on=on)
+    assert counters["frames"]["ok"] > before
+    assert equal(images(under("exact", steps=1), on=on)[0], expected)
+    unet = weakref.ref(on.residency.get(request().checkpoint).denoiser)
+    on.residency.drop(keep=())
+    assert unet() is None
