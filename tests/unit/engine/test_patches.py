@@ -14,7 +14,10 @@ import diffusers
 import diffusers.utils.torch_utils
 import torch
 
+from sdpipeline.domain import CheckpointRef
+from sdpipeline.engine.checkpoints import CheckpointFiles
 from sdpipeline.engine.diffusers import patches
+from sdpipeline.engine.diffusers.engine import DiffusersEngine
 from sdpipeline.engine.diffusers.patches import PATCHES
 from sdpipeline.engine.diffusers.pipeline_call import unpack_latents
 
@@ -36,6 +39,16 @@ def test_another_shape_is_refused_with_what_to_install() -> None:
     changed = replace(PATCHES[0], intact=lambda: False)
     with pytest.raises(SettingsError, match=r"has changed diffusers.*pip install 'diffusers"):
         patches.check([changed])
+
+
+def test_no_engine_starts_with_another_shape(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(patches, "PATCHES", (replace(PATCHES[0], intact=lambda: False),))
+    with pytest.raises(SettingsError, match="has changed"):
+        DiffusersEngine(device="cpu", dtype=None, locate=_locate_nothing)
+
+
+def _locate_nothing(ref: CheckpointRef) -> CheckpointFiles:
+    raise AssertionError(f"{ref} is not needed")
 
 
 def _draw_otherwise(*_: object, **__: object) -> torch.Tensor:
