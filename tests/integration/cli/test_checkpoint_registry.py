@@ -173,7 +173,7 @@ def test_a_link_in_the_folder_stands_for_the_directory_that_it_named_first(
 def test_a_file_added_to_shipped_weights_is_found(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shipped = Path(shutil.copytree(checkpoints.BUILTIN_CHECKPOINTS, tmp_path / "shipped"))
     (shipped / "shapes" / "unet" / "more.json").write_text("{}")
-    monkeypatch.setattr(services, "BUILTIN_CHECKPOINTS", shipped)
+    monkeypatch.setattr(checkpoints, "BUILTIN_CHECKPOINTS", shipped)
     settings = services.load_settings(home)
     assert "unet/more.json is not as shipped" in str(checkpoints.refused_checkpoints(settings)["shapes"])
     assert {"shapes-canny", "shapes-upscale"} == checkpoints.catalog(settings).keys()

@@ -54,7 +54,7 @@ def test_a_damaged_input_fails_its_own_job_skips_what_needs_it_and_leaves_exit_c
     }
     ran = sdpipeline("run", home.parent / "campaign.yaml", "--home", home, **FAKE)
     assert ran.returncode == 1  # storage holds other bytes under the input's digest, and is not overwritten
-    assert "holds other bytes" in ran.stderr
+    assert "already holds different bytes" in ran.stderr
     with services.open_services(services.load_settings(home)) as have:
         failed, told = queries.failures(have, "two"), queries.finish_report(have, "two")
     assert [(each["stage"], each["attempts"], each["kind"]) for each in failed] == [("first", 1, "InputImage")]

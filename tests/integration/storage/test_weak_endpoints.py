@@ -132,7 +132,7 @@ def test_a_304_to_a_conditional_put_says_that_the_key_is_taken(moto_bucket: Buck
     [
         ("403 AccessDenied is not authorized to perform: kms:GenerateDataKey", "SDP_S3__SSE_KMS_KEY_ID"),
         ("400 KMS.DisabledException key is disabled", "SDP_S3__SSE_KMS_KEY_ID"),
-        ("507 XMinioStorageFull Storage backend has reached its minimum free drive threshold", "make room"),
+        ("507 XMinioStorageFull Storage backend has reached its minimum free drive threshold", "free space there"),
         ("403 QuotaExceeded quota", "raise the quota"),
         ("403 RequestTimeTooSkewed too large", "clock of this machine .*NTP"),
         ("400 TokenRefreshRequired refresh", "check the credentials"),
@@ -202,7 +202,7 @@ def test_doctor_makes_the_put_of_a_worker_and_names_what_is_lost(moto_bucket: Bu
     ("refusal", "reason"),
     [
         ("403 AccessDenied not authorized to perform: kms:GenerateDataKey", "SDP_S3__SSE_KMS_KEY_ID"),
-        ("507 XMinioStorageFull full", "make room"),
+        ("507 XMinioStorageFull full", "free space there"),
         ("400 ExpiredToken expired", "read again"),
     ],
 )
