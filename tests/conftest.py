@@ -1,4 +1,4 @@
-"""What every test tier shares: an offline, quiet environment and the rule that nothing skips in CI."""
+"""Settings that all test tiers share: an offline, quiet environment, and failure instead of skips in CI."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ os.environ.update(
     OMP_WAIT_POLICY="PASSIVE",
 )
 
-# A busy machine is slow now and then, which says nothing about the code.
+# A busy machine is slow now and then; that is not a fault of the code.
 hypothesis.settings.register_profile(
     "sdpipeline", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
 )
@@ -56,7 +56,7 @@ REQUIRE_ALL = os.environ.get("SDP_TEST_REQUIRE_ALL") == "1"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Begin with the files that take longest; the suite's processes take one file after another."""
+    """Run the slowest files first; the suite's processes take one file after another."""
     items.sort(key=_turn)
 
 
@@ -67,7 +67,7 @@ def _turn(item: pytest.Item) -> int:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
-    """Under SDP_TEST_REQUIRE_ALL=1 a skipped test has failed; only a GPU may be missing."""
+    """Fail skipped tests under SDP_TEST_REQUIRE_ALL=1, except those that need a GPU."""
     report = yield
     if REQUIRE_ALL and _skipped(report) and item.get_closest_marker("gpu") is None:
         report.outcome = "failed"
@@ -77,7 +77,7 @@ def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestR
 
 @pytest.hookimpl(wrapper=True)
 def pytest_make_collect_report() -> Generator[None, pytest.CollectReport, pytest.CollectReport]:
-    """The same for a module that skips as a whole while it is imported."""
+    """Do the same for a module that skips as a whole when it is imported."""
     report = yield
     if REQUIRE_ALL and _skipped(report):
         report.outcome = "failed"
@@ -87,7 +87,7 @@ def pytest_make_collect_report() -> Generator[None, pytest.CollectReport, pytest
 
 @pytest.fixture(scope="session")
 def prefect_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The empty database of a Prefect server, to copy: a server that has to make one takes twice as long to start.
+    """The empty database of a Prefect server, to copy: a server that has to create one takes twice as long to start.
 
     The suite's processes share it: the first to need it makes it, and the others wait.
     """
@@ -106,7 +106,7 @@ def prefect_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def prefect_home(tmp_path_factory: pytest.TempPathFactory, prefect_database: Path) -> Iterator[Path]:
-    """A home whose own Prefect server runs until the last test; starting one takes ten seconds."""
+    """A home whose own Prefect server runs until the last test, because starting one takes ten seconds."""
     home = tmp_path_factory.mktemp("prefect-home")
     copied_into(home / "prefect", prefect_database)
     with own_server(home, keep=True) as server:
@@ -117,7 +117,7 @@ def prefect_home(tmp_path_factory: pytest.TempPathFactory, prefect_database: Pat
 
 
 def copied_into(folder: Path, file: Path) -> Path:
-    """Copy a file into a folder of its owner's alone; return the folder."""
+    """Copy a file into a folder that only its owner can access; return the folder."""
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     shutil.copy(file, folder)
     return folder

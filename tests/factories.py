@@ -1,4 +1,4 @@
-"""Builders of requests and jobs, and the steps of a job's life, for tests: every argument has a value that fits."""
+"""Builders of requests and jobs, and job transitions, for tests: every argument has a suitable default."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ from sdpipeline.storage import ObjectStore
 
 @cache
 def signing_key() -> SigningKey:
-    """A development key of this process's own."""
+    """A development key of this process."""
     folder = Path(tempfile.mkdtemp(prefix="sdp-test-keys-"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     return development_key(folder)
@@ -61,7 +61,7 @@ CHECKPOINT = CheckpointRef(alias="shapes", digest="c0" * 32)
 def checkpoint_files(
     alias: str, *, kind: str = "checkpoint", family: str = "sd1", scale: int = 1, digest: str = ""
 ) -> CheckpointFiles:
-    """Weights that exist by name only."""
+    """Weights that do not exist as files."""
     return CheckpointFiles(
         alias=alias,
         digest=digest or (alias.encode().hex() * 64)[:64],
@@ -92,34 +92,34 @@ CATALOG = {
 
 
 def progress(**counts: int) -> Progress:
-    """A campaign with so many jobs of each status."""
+    """A campaign's progress with the given number of jobs per status."""
     spent: dict[str, Any] = {"images": 0, "gpu_seconds": 0.0, "cost": 0.0}
     about: dict[str, Any] = {"status": "active", "budget": None, "paused_because": None}
     return Progress(id=1, name="spring", version=3, counts=counts, **spent, **about)
 
 
 def input_folder(folder: Path, *, max_pixels: int = 10_000_000) -> InputFolder:
-    """Where a test's campaign finds its pictures and tables."""
+    """Folder of the pictures and tables of a test's campaign."""
     return InputFolder(folder, max_pixels=max_pixels)
 
 
 def campaign_of(
     text: str, folder: Path = Path("/nowhere"), *, catalog: Catalog = CATALOG, deployment: Rules | None = None
 ) -> Campaign:
-    """A campaign file's text, checked as a file in ``folder`` would be; name and checkpoint are given."""
+    """The campaign file ``text``, validated as a file in ``folder``; name and checkpoint are given."""
     return loader.check(_located(text), catalog, input_folder(folder), deployment=deployment)
 
 
 def jobs_of(
     text: str, folder: Path = Path("/nowhere"), *, catalog: Catalog = CATALOG, deployment: Rules | None = None
 ) -> list[JobSpec]:
-    """Every job such a campaign asks for."""
+    """Every job of such a campaign."""
     found = campaign_of(text, folder, catalog=catalog, deployment=deployment)
     return list(expand.expand(found, input_folder(folder)))
 
 
 def mistakes_of(text: str, folder: Path = Path("/nowhere"), *, deployment: Rules | None = None) -> list[str]:
-    """What is wrong with it, as people read it but for the file's name: ``line:column: key: message (fix)``."""
+    """Mistakes in the campaign file as they are printed, without its name: ``line:column: key: message (fix)``."""
     try:
         found = campaign_of(text, folder, deployment=deployment)
         expand.check(found, input_folder(folder))
@@ -153,7 +153,7 @@ def request(prompt: str = "a red circle", **changes: Any) -> GenerationRequest:
 def job_spec(
     row_key: str = "", *, stage: str = "draft", parents: tuple[JobSpec, ...] = (), seed: int = 0, **changes: Any
 ) -> JobSpec:
-    """One job; ``changes`` go to its request, and its first parent's picture becomes its ``image``."""
+    """One job; ``changes`` go to its request, and the first parent's picture becomes its ``image``."""
     if parents:
         source = ImageSource(stage=parents[0].stage, digest=parents[0].fingerprint)
         changes = {"task": Task.IMAGE_TO_IMAGE, "image": source, "strength": 0.5} | changes
@@ -174,7 +174,7 @@ def job_spec(
 
 
 def chains(count: int, *stages: str, **changes: Any) -> Iterator[JobSpec]:
-    """``count`` chains of one job for each stage; ``changes`` go to every request."""
+    """``count`` chains with one job per stage; ``changes`` go to every request."""
     for number in range(count):
         above: tuple[JobSpec, ...] = ()
         for stage in stages or ("draft",):
@@ -183,7 +183,7 @@ def chains(count: int, *stages: str, **changes: Any) -> Iterator[JobSpec]:
 
 
 def stored_image(leased: LeasedJob, store: ObjectStore | None = None) -> StoredImage:
-    """What a worker would have put into storage for this job, and has if there is a ``store``."""
+    """The stored image that a worker would record for this job; it is really stored if ``store`` is given."""
     folder = f"default/{leased.campaign}/{leased.stage}/{leased.fingerprint}"
     picture, sidecar = f"picture {leased.fingerprint}".encode(), canonical({"of": leased.fingerprint})
     sha256, sidecar_sha256 = hashlib.sha256(picture).hexdigest(), hashlib.sha256(sidecar).hexdigest()
@@ -228,14 +228,14 @@ def published(
 
 
 def leased(audit: AuditLog, *, worker_id: str = "worker-1", limit: int = 8, **options: Any) -> Lease:
-    """A lease, which the test expects to get."""
+    """Take a lease; the test expects to get one."""
     lease = try_lease(audit, worker_id=worker_id, limit=limit, **options)
     assert lease is not None
     return lease
 
 
 def try_lease(audit: AuditLog, *, worker_id: str = "worker-1", limit: int = 8, **options: Any) -> Lease | None:
-    """A lease of a minute, or None where nothing is ready."""
+    """Take a lease of a minute, or return None if no job is ready."""
     with audit.transaction() as tx:
         ttl_s = float(options.pop("ttl_s", 60.0))
         return leasing.take_lease(tx, worker_id=worker_id, limit=limit, ttl_s=ttl_s, **options)
@@ -266,7 +266,7 @@ def failed(audit: AuditLog, lease: Lease, job: LeasedJob, status: Status = Statu
 
 
 def expired(audit: AuditLog, *leases: Lease) -> int:
-    """Let these leases pass their time and reap them."""
+    """Let these leases expire and reap them."""
     with audit.database.write() as connection:
         ids = [lease.id for lease in leases]
         connection.execute(update(tables.lease).where(tables.lease.c.id.in_(ids)).values(expires_at=0.0))
@@ -275,7 +275,7 @@ def expired(audit: AuditLog, *leases: Lease) -> int:
 
 
 def statuses(database: Database, *columns: str, campaign: int | None = None) -> list[Any]:
-    """The jobs' statuses, or other columns of theirs, in order of id."""
+    """The jobs' statuses, or other columns, ordered by id."""
     wanted = [tables.job.c[name] for name in columns or ("status",)]
     statement = select(*wanted).order_by(tables.job.c.id)
     if campaign is not None:
@@ -292,7 +292,7 @@ def events(database: Database) -> list[Json]:
 
 
 def damaged(signed: bytes, *, cut: bool = False) -> bytes:
-    """A signed PNG that is whole for whoever decodes it, but with marks that are cut short or cannot be decoded."""
+    """A signed PNG that decodes, but whose marks are truncated or cannot be decoded."""
     start = signed.index(b"caBX") - 4
     end = start + 8 + int.from_bytes(signed[start : start + 4], "big")
     marks = bytearray(signed[start + 4 : end])

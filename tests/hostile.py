@@ -1,4 +1,4 @@
-"""Small files that are made to cost their reader dearly."""
+"""Small files that are expensive to read."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _PIXELS = np.random.default_rng(1).integers(0, 256, (64, 64, 3), dtype=np.uint8)
 
 
 def png(*chunks: bytes) -> bytes:
-    """A picture of 64 by 64 pixels with these chunks before its pixels."""
+    """A picture of 64 x 64 pixels with these chunks before its pixel data."""
     lines = b"".join(b"\0" + row.tobytes() for row in _PIXELS)
     header = struct.pack(">IIBBBBB", 64, 64, 8, 2, 0, 0, 0)
     body = [png_chunk(b"IHDR", header), *chunks, png_chunk(b"IDAT", zlib.compress(lines)), png_chunk(b"IEND", b"")]
@@ -31,17 +31,17 @@ def text_chunk(keyword: bytes, text: bytes) -> bytes:
 
 
 def with_record(text: bytes) -> bytes:
-    """A png with this text where a record is embedded."""
+    """A PNG with this text in place of the embedded record."""
     return png(text_chunk(b"sdpipeline", text))
 
 
 def with_xmp(xmp: bytes) -> bytes:
-    """A png with these bytes as its XMP."""
+    """A PNG with these bytes as its XMP."""
     return png(text_chunk(b"XML:com.adobe.xmp", xmp))
 
 
 def progressive_jpeg(scans: int) -> bytes:
-    """A jpeg whose second scan comes so often."""
+    """A JPEG whose second scan is repeated this often."""
     file = io.BytesIO()
     Image.fromarray(_PIXELS).save(file, "JPEG", progressive=True)
     data = file.getvalue()
@@ -52,7 +52,7 @@ def progressive_jpeg(scans: int) -> bytes:
 
 
 def many_segments(count: int) -> bytes:
-    """A jpeg with so many empty application segments."""
+    """A JPEG with this many empty application segments."""
     file = io.BytesIO()
     Image.fromarray(_PIXELS).save(file, "JPEG")
     data = file.getvalue()
@@ -60,7 +60,7 @@ def many_segments(count: int) -> bytes:
 
 
 def webp(*chunks: bytes) -> bytes:
-    """A picture of 64 by 64 pixels with these chunks after its pixels."""
+    """A picture of 64 x 64 pixels with these chunks after its pixel data."""
     file = io.BytesIO()
     Image.fromarray(_PIXELS).save(file, "WEBP")
     body = b"WEBP" + file.getvalue()[12:] + b"".join(chunks)

@@ -1,4 +1,4 @@
-"""Benches use the same real servers as the integration tests."""
+"""Fixtures of the benches: the same real servers as in the integration tests."""
 
 from __future__ import annotations
 

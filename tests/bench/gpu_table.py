@@ -1,4 +1,4 @@
-"""The table of figures on a GPU, as markdown: ``python -m tests.bench.gpu_table``; ``--small`` on whatever there is.
+"""Markdown table of GPU benchmark results: ``python -m tests.bench.gpu_table``; ``--small`` runs on any machine.
 
 Each line is a command of ours in a process of its own, so that a start is a start; the commands are printed with it.
 """
@@ -20,7 +20,7 @@ SDPIPELINE = (sys.executable, "-m", "sdpipeline")
 
 @dataclass(frozen=True, slots=True)
 class Line:
-    """A command under some settings, what of its document is told, and what is aimed at."""
+    """A benchmark command with its settings, the figures to report and their target."""
 
     name: str
     words: tuple[str, ...]
@@ -29,12 +29,12 @@ class Line:
 
     @property
     def command(self) -> str:
-        """As one types it."""
+        """The command line as a user types it."""
         given = [f"{name}={value}" for name, value in self.settings.items()]
         return " ".join([*given, "bench", *self.words])
 
     def figures(self, home: str) -> str:
-        """What it found, in words."""
+        """The results of the run, as text."""
         found = _document((*self.words, "--home", home), self.settings)
         return _pipeline(found) if "share_of_engine" in found else _engine(found)
 
@@ -87,7 +87,7 @@ SMALL = (
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Print the table line by line."""
+    """Print the table, one line after each run."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--small", action="store_true", help="the shipped checkpoint, in a minute on a CPU")
     parser.add_argument("--home", help="where checkpoints and the embedded database are; default a temporary folder")

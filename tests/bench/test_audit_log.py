@@ -1,4 +1,4 @@
-"""A million events: written in batches, sealed, exported, and checked from the export alone."""
+"""A million audit events: written in batches, sealed, exported, and verified from the export alone."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ MAX_GROWTH_MIB = 32.0
 
 
 def _fill(log: AuditLog, count: int) -> None:
-    """As large as what a success writes."""
+    """Write events as large as those of a successful job."""
     picture = {"key": f"default/spring/draft/{'f' * 64}/{'a' * 64}.png", "sha256": "a" * 64, "size_bytes": 123456}
     for start in range(0, count, BATCH):
         with log.transaction() as tx:
@@ -40,14 +40,14 @@ def _fill(log: AuditLog, count: int) -> None:
 
 
 def _timed(work: Callable[[], Any]) -> tuple[Any, float, float]:
-    """What it gives, its seconds and its seconds of CPU."""
+    """Return the result, wall seconds and CPU seconds."""
     wall, cpu = time.perf_counter(), time.process_time()
     done = work()
     return done, time.perf_counter() - wall, time.process_time() - cpu
 
 
 def _check(answers: Any, path: Path) -> None:
-    """In a process of its own, whose memory is this check's alone; an export of few events comes first."""
+    """Verify an export in a separate process, so that its memory can be measured; a small export is verified first."""
 
     def read(file: Path) -> Any:
         with file.open("rb") as lines:

@@ -1,5 +1,5 @@
-"""A shuffled backlog of many kinds on a device that holds one checkpoint: how much leasing by plan gains over leasing
-in the order of the file, and how long a checkpoint waits for its turn; prints ratios."""
+"""A shuffled backlog of many kinds on a device that holds one checkpoint. Prints the speedup of planned leasing over
+file order, and how long a checkpoint waits."""
 
 from __future__ import annotations
 
@@ -39,7 +39,8 @@ MAX_WAIT_S = 5.0
 
 @dataclass
 class LoadingEngine(FakeEngine):
-    """Holds one checkpoint, takes time to load another and time for each picture of a batch, and notes what it did."""
+    """Engine that holds one checkpoint, takes time for each load and for each picture of a batch, and logs its
+    calls."""
 
     passes: list[tuple[float, str]] = field(default_factory=list)
     loads: int = 0
@@ -74,8 +75,8 @@ def backlog() -> list[JobSpec]:
 
 
 def first_in_first_out(jobs: Sequence[JobSpec]) -> tuple[float, int]:
-    """Seconds and loads of a queue that hands out the eight oldest jobs; what can share a pass among them does, and
-    nothing else takes time: no database, no pictures to store."""
+    """Seconds and loads of a queue that hands out the eight oldest jobs. Jobs that can share a batch do, and only the
+    engine takes time: the queue uses neither database nor storage."""
     engine, started = LoadingEngine(), time.perf_counter()
     for first in range(0, len(jobs), BATCH):
         for batch in _passes(jobs[first : first + BATCH]):
@@ -91,7 +92,7 @@ def _passes(jobs: Sequence[JobSpec]) -> Iterator[Batch]:
 
 
 def by_plan(database: Database, folder: Path, jobs: Sequence[JobSpec]) -> tuple[float, LoadingEngine]:
-    """The worker, with its database and storage."""
+    """Seconds of the real worker, with its database and storage, and its engine."""
     audit, engine = AuditLog(database, actor="bench"), LoadingEngine()
     published(audit, jobs)
     limits = WorkerLimits(max_batch=BATCH, lease_ttl_s=60.0, max_pixels=10_000_000)
@@ -106,7 +107,7 @@ def by_plan(database: Database, folder: Path, jobs: Sequence[JobSpec]) -> tuple[
 
 
 def longest_wait_s(passes: Sequence[tuple[float, str]], digest: str) -> float:
-    """Between two passes of a checkpoint, or the beginning and its first: until its last it has jobs."""
+    """Longest time between two batches of a checkpoint, or from the start to its first one, while it has jobs."""
     turns = [passes[0][0], *(at for at, used in passes if used == digest)]
     return max(later - earlier for earlier, later in pairwise(turns))
 

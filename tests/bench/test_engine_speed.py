@@ -1,4 +1,4 @@
-"""What the profiles gain on this machine, and what they cost in the picture: ratios of runs that take turns."""
+"""Speed of the profiles on this machine and their loss of quality: ratios of interleaved runs."""
 
 from __future__ import annotations
 
@@ -31,7 +31,8 @@ def asked(n: int, **changes: object) -> PreparedRequest:
 
 
 def in_turn(*works: Callable[[], object]) -> list[float]:
-    """The shortest processor time of each, seconds; taking turns, so that what else runs here meets all alike."""
+    """Shortest processor time of each callable, in seconds. The runs are interleaved, so that other load on the machine
+    affects all alike."""
     best = [float("inf")] * len(works)
     for _ in range(ROUNDS):
         for n, work in enumerate(works):
@@ -94,7 +95,7 @@ def test_int8_against_the_same_profile_and_against_exact(profile: Profile) -> No
 
 
 @pytest.mark.skipif(not shutil.which("g++"), reason="needs a C++ compiler")
-@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")  # torch, about itself
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")  # a warning of torch about itself
 def test_compiled_blocks_make_the_same_pictures() -> None:
     on, plain = new_engine(shortcuts=Stepwise(Speedups(compile=True))), new_engine()
     given = [asked(n, num_inference_steps=4, profile="fast") for n in range(4)]

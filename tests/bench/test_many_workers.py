@@ -1,5 +1,5 @@
-"""Sixty-four workers on one PostgreSQL: how long a lease takes, and what of their time devices wait; and what each
-transition costs the server by itself, from which README.md beside this file reckons on to a thousand GPUs."""
+"""Sixty-four workers on one PostgreSQL: lease latency and device idle time. Also the server's cost of each transition,
+from which the README in this folder extrapolates to a thousand GPUs."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ LEASES = 300
 
 @dataclass(slots=True)
 class Times:
-    """What one worker measured, in seconds; ``device`` are begin and end of each of its batches."""
+    """Measurements of one worker, in seconds; ``device`` holds begin and end of each of its batches."""
 
     leases: list[float] = field(default_factory=list)
     completions: list[float] = field(default_factory=list)
@@ -50,17 +50,17 @@ class Times:
 
     @property
     def span(self) -> float:
-        """From its first batch to the end of its last."""
+        """Seconds from the start of its first batch to the end of its last."""
         return self.device[-1][1] - self.device[0][0] if self.device else 0.0
 
     @property
     def idle(self) -> float:
-        """What the device waited for anything between its batches."""
+        """Seconds that the device was idle between batches."""
         return sum(after[0] - before[1] for before, after in zip(self.device, self.device[1:], strict=False))
 
 
 class TimedLog(AuditLog):
-    """Notes how long each transaction took, its commit and the wait for its turn included."""
+    """Audit log that measures each transaction, including its commit and the wait for a lock."""
 
     def __init__(self, database: Database, times: Times) -> None:
         super().__init__(database, actor="bench")
@@ -80,7 +80,7 @@ class TimedLog(AuditLog):
 
 
 class TimedEngine(FakeEngine):
-    """Notes when the device was busy."""
+    """Engine that records when the device was busy."""
 
     def __init__(self, times: Times) -> None:
         super().__init__(seconds_per_batch=SECONDS_PER_BATCH)
@@ -94,7 +94,7 @@ class TimedEngine(FakeEngine):
 
 
 def _time_device_thread(database: Database, times: Times) -> None:
-    """Add up what this thread, which owns the device, spends with a connection in its hands."""
+    """Sum up how long the device thread holds a database connection."""
     me = threading.get_ident()
 
     @event.listens_for(database.writer, "checkout")
@@ -109,7 +109,7 @@ def _time_device_thread(database: Database, times: Times) -> None:
 
 def _work(url: str, folder: Path, name: str, times: Times) -> None:
     time.sleep(random.uniform(0, STAGGER_S))
-    database = open_database(url)  # connections of its own, as a worker process has
+    database = open_database(url)  # its own connections, as in a worker process
     _time_device_thread(database, times)
     limits = WorkerLimits(max_batch=BATCH, lease_ttl_s=LEASE_TTL_S, max_pixels=10_000_000)
     worker = Worker(name, TimedLog(database, times), LocalStore(folder), TimedEngine(times), limits, signing_key())
@@ -134,7 +134,7 @@ def _work_together(answers: Any, url: str, folder: Path, number: int) -> None:
 
 @pytest.fixture
 def server() -> Iterator[PostgresServer]:
-    """Each worker holds up to three connections: more than a server allows unless it is told."""
+    """A server that allows three connections per worker, which exceeds PostgreSQL's default limit."""
     with postgres_server("-c max_connections=300") as started:
         yield started
 
@@ -220,7 +220,7 @@ def _later(act: Callable[..., None], *arguments: Any) -> Callable[[], None]:
 
 
 def _cost(server: PostgresServer, database: Database, acts: Sequence[Callable[[], None]]) -> tuple[float, float, float]:
-    """Seconds of the server's CPU, seconds in all and bytes of WAL for each."""
+    """CPU seconds of the server, wall seconds and WAL bytes per transition."""
     cpu, wal, started = server.cpu_seconds(), _wal_bytes(database), time.perf_counter()
     for act in acts:
         act()
@@ -241,5 +241,5 @@ def _wal_bytes(database: Database) -> int:
 
 
 def _percentile(seconds: Sequence[float], percent: int) -> float:
-    """In milliseconds."""
+    """A percentile, in milliseconds."""
     return sorted(seconds)[min(len(seconds) - 1, len(seconds) * percent // 100)] * 1e3

@@ -1,4 +1,4 @@
-"""What Prefect costs: what of their time two workers' devices wait, and what the server's CPU spends on pictures."""
+"""Overhead of Prefect: idle time of two workers' devices, and the server's CPU time per picture."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from tests.integration.commands import FAKE_ENGINE, SDPIPELINE, environment
 pytestmark = [pytest.mark.bench, pytest.mark.timeout(600)]
 
 WORKERS, BATCH, SECONDS_PER_BATCH = 2, 8, 1.0
-BATCHES_EACH = 70  # more than a chunk of 45 s, so that Prefect's task between two counts
+BATCHES_EACH = 70  # longer than a chunk of 45 s, so that at least one Prefect task ends between two counts
 MAX_OVERHEAD = 0.01
-SETTLE_S = 15.0  # what the server still writes down belongs to the campaign
+SETTLE_S = 15.0  # events that the server still writes belong to the campaign
 CAMPAIGN = f"""\
 name: overhead
 checkpoint: shapes
@@ -43,7 +43,7 @@ def test_devices_of_a_campaign_under_prefect_hardly_wait(tmp_path: Path) -> None
 
 
 def _under_prefect(folder: Path) -> tuple[float, int]:
-    """Run the campaign; returns the server's CPU seconds and the number of pictures."""
+    """Run the campaign; return the server's CPU seconds and the number of pictures."""
     with own_server(folder / "server") as server:
         assert server.pid is not None
         process = psutil.Process(server.pid)
@@ -56,7 +56,7 @@ def _under_prefect(folder: Path) -> tuple[float, int]:
 
 
 def _without_prefect(folder: Path) -> None:
-    """The same by as many workers outside a flow."""
+    """Run the same campaign with as many workers outside a flow."""
     _finish(_command(folder, "without", "submit", folder / "campaign.yaml"))
     _finish(*(_command(folder, "without", "worker", "--until-idle") for _ in range(WORKERS)))
 
@@ -76,8 +76,8 @@ def _cpu_seconds(process: psutil.Process) -> float:
 
 
 def _outside_the_engine(home: Path) -> float:
-    """From the end of each worker's first batch to that of its last, the share of the time that its engine did not
-    run in: leasing, storing, committing, and Prefect's chunks between."""
+    """Share of the time between the first and the last batch in which a worker's engine was idle: leasing, storing,
+    committing, and the Prefect chunks in between."""
     done = (
         select(
             attempt.c.worker_id,

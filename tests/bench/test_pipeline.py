@@ -1,5 +1,5 @@
-"""The whole line on PostgreSQL and S3 over HTTP, pictures marked, against the engine alone and a plain loop that saves
-to the same storage; prints ratios. What they are on two cores depends on what else runs on them."""
+"""The whole pipeline on PostgreSQL and S3 over HTTP with marked pictures, compared with the engine alone and with a
+plain loop that saves to the same storage. Prints ratios, which on two cores depend on other load."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a lease costs the server, in buffers, at depths up to a million ready jobs; prints ratios."""
+"""Cost of a lease on the server, in buffers, at depths up to a million ready jobs; prints ratios."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ def cost(database: Database, **options: Any) -> tuple[int, float]:
 
 
 class _RolledBackError(Exception):
-    """The lease was only looked at."""
+    """Rolls back the lease after its cost was measured."""
 
 
 def test_a_lease_costs_the_same_at_any_depth(postgres_server: str) -> None:
@@ -101,9 +101,9 @@ def test_a_lease_costs_the_same_at_any_depth(postgres_server: str) -> None:
     found: dict[str, dict[int, tuple[int, float]]] = {"common": {}, "rare": {}}
     for depth in DEPTHS:
         with new_postgres_database(postgres_server) as url, filled(url, depth) as database:
-            for _ in range(3):  # the first reads what the others find in memory
+            for _ in range(3):  # the first round reads into memory what the others find there
                 found["common"][depth] = cost(database)
-                # No other checkpoint is on the device, so the group with one batch goes first.
+                # No other checkpoint is loaded, so the group with one batch has priority.
                 found["rare"][depth] = cost(database, resident=[f"digest-{RARE}"])
     for name, costs in found.items():
         least = min(buffers for buffers, _ in costs.values())
@@ -130,7 +130,7 @@ def test_a_lease_costs_the_same_beside_dead_entries_that_a_snapshot_holds(postgr
                 )
             blind = cost(database)
             cursor = leasing.Cursor()
-            # What five groups' leases would have left behind.
+            # The cursor that leases of five groups would have left.
             with database.read() as connection:
                 firsts = connection.execute(
                     text("SELECT group_id, min(id) - 1 FROM job WHERE status = 'ready' GROUP BY group_id")

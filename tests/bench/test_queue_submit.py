@@ -1,4 +1,4 @@
-"""Submitting 100,000 jobs: on PostgreSQL against a bare COPY of the same rows in the same run; on SQLite the figure.
+"""Submitting 100,000 jobs: on PostgreSQL compared with a bare COPY of the same rows; on SQLite without comparison.
 
 ``SDP_TEST_BENCH_JOBS=1000000`` submits that many.
 """
@@ -51,7 +51,7 @@ def seconds(work: Callable[[], Any]) -> float:
 
 
 def bare_copy(database: Database, *, checked: bool) -> float:
-    """COPY of the very rows a submit wrote into empty twins of its tables; ``checked`` with their foreign keys."""
+    """COPY of the rows that a submit wrote, into empty copies of its tables; ``checked`` keeps their foreign keys."""
     took = 0.0
     for table in (job, job_parent):
         with database.write() as connection:
@@ -70,14 +70,14 @@ def bare_copy(database: Database, *, checked: bool) -> float:
 
 
 def _copy(database: Database, table: Table) -> float:
-    """Seconds of one COPY and its commit, without those of reading the rows."""
+    """Seconds of one COPY and its commit, without reading the rows."""
     took = 0.0
     with database.read() as source:
         chunks = _chunks(source, table)
         started = time.perf_counter()
         with database.write() as connection:
             driver: Any = connection.connection.dbapi_connection
-            # By name: a migration added some columns behind those that stand before them here.
+            # By name: a migration appended columns that are declared further up here.
             names = ", ".join(table.columns.keys())
             with driver.cursor().copy(f"COPY bare_{table.name} ({names}) FROM STDIN") as copy:
                 took += time.perf_counter() - started
@@ -97,8 +97,8 @@ def _chunks(connection: Connection, table: Table) -> Iterator[list[tuple[Any, ..
 
 
 def submits(url: str, tmp_path: Path, source: str, name: str) -> dict[str, float]:
-    """Seconds of the whole submit of a new campaign, of the same again, and of what expanding it takes of each; and
-    what memory a process of its own needed for all of it."""
+    """Seconds of submitting a new campaign and of submitting it again, how much of each is expansion, and the peak
+    memory of a separate process that does both."""
     answers: Any = processes.SimpleQueue()
     child = processes.Process(target=_submits, args=(answers, url, tmp_path, source, name))
     child.start()
@@ -129,7 +129,7 @@ def _submits(answers: Any, url: str, tmp_path: Path, source: str, name: str) -> 
 
 
 def emptied(database: Database) -> None:
-    """No round finds larger indexes than the one before."""
+    """Tables emptied, so that each round starts with indexes of the same size."""
     with database.write() as connection:
         connection.execute(text("TRUNCATE job, job_parent, attempt, image"))
 
@@ -147,7 +147,7 @@ def test_a_submit_takes_at_most_three_bare_copies(postgres_url: str, tmp_path: P
             found["COPY without foreign keys"] = bare_copy(database, checked=False)
         rounds.append(found)
         emptied(database)
-    # Others' work on the machine only ever adds.
+    # The minimum: other load on the machine only adds time.
     least = {name: min(found[name] for found in rounds) for name in rounds[0]}
     about = {name: least.pop(name) for name in ("added again", "peak MiB", "MiB before")}
     for name, took in least.items():

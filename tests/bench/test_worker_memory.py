@@ -1,4 +1,4 @@
-"""Memory of a worker and its delivery process after five thousand pictures, against that after the first of them."""
+"""Memory of a worker and its delivery process after five thousand pictures, compared with that after the first ones."""
 
 from __future__ import annotations
 

@@ -62,18 +62,18 @@ class Deployment:
     acts: Counter[str] = field(default_factory=Counter)
 
     def command(self, *words: object, check: bool = False) -> subprocess.CompletedProcess[str]:
-        """Run one command to its end."""
+        """Run one command and wait for its end."""
         line = [sys.executable, "-m", "sdpipeline", *map(str, words), "--home", str(self.home)]
         return subprocess.run(line, env=self.settings, capture_output=True, text=True, timeout=300, check=check)
 
     def worker(self) -> subprocess.Popen[bytes]:
-        """Start one worker process, its output in a log file."""
+        """Start one worker process that writes its output to a log file."""
         with (self.home / "workers.log").open("ab") as log:
             line = [sys.executable, "-m", "sdpipeline", "worker", "--home", str(self.home)]
             return subprocess.Popen(line, env=self.settings, stdout=log, stderr=log, stdin=subprocess.DEVNULL)
 
     def rows(self, statement: str) -> list[tuple[Any, ...]]:
-        """Read with plain SQL, past the package's own code."""
+        """Read with plain SQL, without the package's own code."""
         if self.postgres is None:
             with sqlite3.connect(self.home / "sdpipeline.db", timeout=60) as reader:
                 return reader.execute(statement).fetchall()
@@ -101,7 +101,7 @@ def deployment(folder: Path, *, on_postgres: bool) -> Iterator[Deployment]:
 
 
 class FaultRun:
-    """Workers that are replaced when they end, and random faults."""
+    """Random faults, and workers that are replaced when they exit."""
 
     def __init__(self, at: Deployment, seed: int) -> None:
         self.at = at
@@ -133,7 +133,7 @@ class FaultRun:
             self.tidy()
 
     def tidy(self) -> None:
-        """Wake what was frozen long enough, replace workers that ended."""
+        """Wake processes that were frozen long enough, and replace workers that exited."""
         for pid, until in list(self.frozen.items()):
             if time.monotonic() >= until:
                 _send(pid, signal.SIGCONT)
@@ -160,20 +160,20 @@ class FaultRun:
             return
 
     def submit(self) -> None:
-        """A new campaign, unless enough is left to do."""
+        """Submit a new campaign, unless enough jobs are left."""
         if len(self._open()) < 2:
             name = f"run-{len(self.campaigns)}"
             self.campaigns[name] = 2
             self._submit(name)
 
     def change(self) -> None:
-        """The same campaign with other steps: its jobs that are not made yet are made otherwise."""
+        """Submit the same campaign with other steps: its unfinished jobs are replaced."""
         for name in self._open()[:1]:
             self.campaigns[name] += 1
             self._submit(name, "--prune")
 
     def cancel(self) -> None:
-        """Cancel what is left of a campaign, and take it up again."""
+        """Cancel what is left of a campaign, then retry it."""
         for name in self._open()[:1]:
             self.at.command("cancel", name)
             self.at.command("retry", name, "--status", "cancelled")
@@ -193,7 +193,7 @@ class FaultRun:
         for pid in self.frozen:
             _send(pid, signal.SIGCONT)
         self.frozen.clear()
-        for name, steps in self.campaigns.items():  # what a crash of the database kept from being said is said again
+        for name, steps in self.campaigns.items():  # repeats what a database crash may have kept from being recorded
             del steps
             self.at.command("resume", name)
             self._submit(name, "--prune")
@@ -241,7 +241,7 @@ class FaultRun:
 
 
 def violations(at: Deployment) -> Iterator[str]:
-    """Everything that is not as it must be once all is quiet."""
+    """Every violated invariant after all processes have ended."""
     for status, count in at.rows("SELECT status, count(*) FROM job GROUP BY status"):
         if status not in {"succeeded", "cancelled"}:
             yield f"{count} jobs are {status}"
@@ -281,7 +281,7 @@ def _objects(at: Deployment) -> Iterator[str]:
 
 
 def left_over(at: Deployment) -> list[str]:
-    """Processes of this home that still run."""
+    """Processes of this home that are still running."""
     found = []
     for process in psutil.process_iter(["cmdline", "environ"]):
         line = " ".join(process.info["cmdline"] or ())

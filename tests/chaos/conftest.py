@@ -30,14 +30,14 @@ from tests.integration.databases import (  # noqa: F401 -- fixtures
 
 @pytest.fixture(scope="session")
 def crashing_postgres() -> Iterator[PostgresServer]:
-    """A server that nobody minds losing."""
+    """A PostgreSQL server that tests may crash."""
     with crashing_server() as server:
         yield server
 
 
 @pytest.fixture(scope="session")
 def object_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """An S3 server that lists a thousand keys at a time, as S3 does."""
+    """An S3 server that lists a thousand keys per page, as S3 does."""
     port = free_port()
     command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
     with served(command, port, tmp_path_factory.mktemp("objects"), environment=os.environ):

@@ -1,4 +1,4 @@
-"""A disk small enough to be filled to its last byte."""
+"""A file system small enough to be filled to its last byte."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Disk:
     folder: Path
 
     def fill(self) -> None:
-        """Leave no room for anything."""
+        """Fill the file system completely."""
         with (self.folder / ".ballast").open("ab", buffering=0) as ballast:
             try:
                 while ballast.write(bytes(CHUNK)):
@@ -29,13 +29,13 @@ class Disk:
                 return
 
     def free(self) -> None:
-        """Make room again."""
+        """Free the space again."""
         (self.folder / ".ballast").unlink()
 
 
 @contextmanager
 def small_disk(folder: Path, *, size_mib: int) -> Iterator[Disk]:
-    """A new file system in ``folder``, in memory; skips the test where this user may mount none."""
+    """A new in-memory file system mounted at ``folder``; skips the test if this user may not mount."""
     folder.mkdir()
     command = ["mount", "-t", "tmpfs", "-o", f"size={size_mib}m", "tmpfs", str(folder)]
     mounted = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -49,7 +49,7 @@ def small_disk(folder: Path, *, size_mib: int) -> Iterator[Disk]:
 
 @contextmanager
 def read_only(folder: Path, at: Path) -> Iterator[Path]:
-    """The folder's contents once more, on a file system that is read-only; skips where this user may mount none."""
+    """A read-only mount of the folder's contents; skips the test if this user may not mount."""
     at.mkdir()
     mounted = subprocess.run(["mount", "--bind", folder, at], capture_output=True, text=True, check=False)
     if mounted.returncode:

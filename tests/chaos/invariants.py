@@ -1,4 +1,4 @@
-"""What must hold once a campaign is over, whatever died on the way: the one check after every kind of chaos."""
+"""Invariants that hold after a campaign has ended, checked after every kind of fault."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from tests.factories import events
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Orphans:
-    """Objects that no row names: pictures that were stored and not recorded, and sidecars."""
+    """Objects without a row: pictures that were stored and not recorded, and sidecars."""
 
     pictures: int
     sidecars: int
 
 
 def violations(database: Database, store: ObjectStore, key: SealKey, *, max_attempts: int = MAX_ATTEMPTS) -> list[str]:
-    """Everything that is not as it must be; the audit log is sealed, so that its seals are looked at too.
+    """Every violated invariant. The audit log is sealed first, so that its seals are checked too.
 
     Every job has succeeded, for nothing in these campaigns can fail by itself. A job that was changed has a picture for
     each fingerprint that it was made with.
@@ -43,13 +43,13 @@ def violations(database: Database, store: ObjectStore, key: SealKey, *, max_atte
     with database.read() as connection:
         left_open = open_attempts(connection)
     found += [f"job {job_id} has an open attempt under lease {lease_id}" for job_id, lease_id in left_open]
-    # Chains without a gap, seals, job rows against events, and the bytes of every picture and sidecar.
+    # Event chains without gaps, seals, job rows against events, and the bytes of every picture and sidecar.
     seal(database, store, key)
     return found + [f"{fault.kind} {fault.subject}: {fault.detail}" for fault in verify(database, store, key).faults]
 
 
 def _jobs(database: Database) -> list[Any]:
-    """Every job with how many pictures it has."""
+    """Every job with its number of pictures."""
     pictures_of_job = select(func.count()).where(image.c.job_id == job.c.id).correlate(job)
     own = pictures_of_job.where(image.c.fingerprint == job.c.fingerprint).scalar_subquery().label("own")
     names = ("id", "status", "attempt", "lease_id", "error", "fingerprint")
@@ -75,7 +75,7 @@ def _wrong(row: Any, told: Counter[str], max_attempts: int) -> Iterator[str]:
 
 
 def orphans(database: Database, store: ObjectStore) -> Orphans:
-    """What crashes left behind in storage; it may only ever be too much, never too little."""
+    """Objects that crashes left in storage. Storage may hold too much, never too little."""
     with database.read() as connection:
         named = {key for row in connection.execute(select(image.c.key, image.c.sidecar_key)) for key in row}
     there = set(store.list("default/"))

@@ -145,7 +145,7 @@ class ChaosWorkers:
             self.delivery_kills += 1
         else:
             self.delivery_freezes += 1
-            # Some are replaced before that, the others go on and are fenced.
+            # Some workers are replaced before that; the others continue and are fenced.
             self.frozen[victim] = time.monotonic() + self.random.uniform(1.3 * LEASE_TTL_S, 2 * MIN_SILENCE_S)
 
     def _hit_worker(self, victim: ForkServerProcess, *, kill: bool) -> None:

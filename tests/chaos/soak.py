@@ -1,6 +1,6 @@
-"""All faults together, by five seeds on each kind of deployment: ``make soak``, which writes SOAK.md beside this file.
+"""Soak test: all faults together, five seeds on each kind of deployment. ``make soak`` writes SOAK.md.
 
-Not named as tests are, so that nothing but its own name runs it: it takes ten times ``SDP_TEST_SOAK_S`` seconds.
+The file does not match pytest's pattern, so that it runs only by name: it takes ten times ``SDP_TEST_SOAK_S`` seconds.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ Outage = tuple[Callable[[], None], tuple[float, float]]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Soaked:
-    """One line of the table; its fields are the columns."""
+    """One row of the table; its fields are the columns."""
 
     date: str
     machine: str
@@ -80,7 +80,7 @@ class Soaked:
 
 @pytest.fixture(scope="module")
 def table() -> list[Soaked]:
-    """The lines of this run."""
+    """The rows of this run."""
     return []
 
 
@@ -115,7 +115,7 @@ def test_postgresql_and_s3(
 
 
 class Soak:
-    """One campaign after another under everything at once, and what was left when it was over."""
+    """One campaign after another under all faults, and a check of what is left at the end."""
 
     def __init__(self, *, url: str, store: ObjectStore, home: Path, seed: int, outages: Sequence[Outage]) -> None:
         self.database = open_database(url)
@@ -157,7 +157,7 @@ class Soak:
         self.violations = violations(self.database, self.store, load_key(self.home / "seal.pem", create=True))
 
     def write(self, table: list[Soaked], backend: str, **counts: int) -> None:
-        """Its line of the table, which is written each time: a run may be cut off."""
+        """Write this run's row. The file is rewritten each time, because a run may be interrupted."""
         left = orphans(self.database, self.store)
         line = Soaked(
             date=datetime.now(UTC).strftime("%Y-%m-%d"),
@@ -182,7 +182,8 @@ class Soak:
         TABLE.write_text(_table(table))
 
     def check(self) -> None:
-        """Nothing was violated, nobody crashed for a reason of its own, and there was enough of everything."""
+        """Check that no invariant was violated, no worker crashed by itself, and every kind of fault occurred often
+        enough."""
         self.database.close()
         assert self.violations == []
         assert (self.chaos.crashes, self.left) == ([], [])

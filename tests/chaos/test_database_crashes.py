@@ -1,4 +1,4 @@
-"""The database stopped in the middle as by a power cut: workers wait for it, and what was committed is there."""
+"""Database crashes as by a power failure: workers wait for the database, and committed data survives."""
 
 from __future__ import annotations
 

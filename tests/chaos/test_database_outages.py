@@ -1,4 +1,4 @@
-"""Outages that the database reports itself: workers wait for their end, and commands say so in one line."""
+"""Outages that the database reports itself: workers wait for their end, and commands report them in one line."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def name(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture
 def database(crashing_postgres: PostgresServer, name: str) -> Iterator[Database]:
-    """A migrated database in which the workers' login may do everything."""
+    """A migrated database in which the workers' login has all privileges."""
     opened = open_database(crashing_postgres.new_database(name))
     with opened.write() as connection:
         exists = connection.exec_driver_sql(f"SELECT 1 FROM pg_roles WHERE rolname = '{WORKER}'").first()
@@ -47,7 +47,7 @@ def database(crashing_postgres: PostgresServer, name: str) -> Iterator[Database]
 
 
 def administer(server: PostgresServer, *statements: str) -> None:
-    """Statements of the server's owner, followed by the end of every worker's connection."""
+    """Run statements as the server's owner, then terminate every worker's connection."""
     engine = sqlalchemy.create_engine(server.url("postgres"), isolation_level="AUTOCOMMIT")
     with engine.connect() as connection:
         for statement in statements:
@@ -64,7 +64,7 @@ def wait_until(condition: Callable[[], object], what: str) -> None:
 
 
 def all_say(chaos: ChaosWorkers, text: str) -> bool:
-    """True once the log of every worker holds that text."""
+    """True once the log of every worker contains that text."""
     logs = [chaos.home / f"worker-{worker.pid}.log" for worker in chaos.workers]
     return all(log.exists() and text in log.read_text() for log in logs)
 
@@ -106,7 +106,7 @@ def test_workers_wait_for_the_end_of_an_outage(  # noqa: PLR0917 -- fixtures and
         administer(crashing_postgres, begin.format(name=name))
         wait_until(lambda: all_say(chaos, said), f"no worker said {said!r}")
         left = statuses(database).count("succeeded")
-        # Sessions that began during the outage stay open: a worker must not keep what it got then.
+        # Sessions that began during the outage stay open, so a worker must not keep its connections from then.
         engine = sqlalchemy.create_engine(crashing_postgres.url("postgres"), isolation_level="AUTOCOMMIT")
         with engine.connect() as connection:
             connection.exec_driver_sql(end.format(name=name))

@@ -1,4 +1,4 @@
-"""The check after chaos sees what chaos could do."""
+"""The invariant check itself: it detects damage that faults could cause."""
 
 from __future__ import annotations
 

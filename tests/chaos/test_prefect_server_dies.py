@@ -1,4 +1,4 @@
-"""The Prefect server killed in the middle of a run: it shows the work, and the work goes on without it."""
+"""The Prefect server killed during a run: it only displays the work, and the work continues without it."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def test_a_run_outlives_its_prefect_server(home: Path, prefect_database: Path) -
             while set(statuses(have.database)) != {"succeeded"}:
                 assert running.poll() is None, "it gave up with work to do"
                 time.sleep(0.1)
-            # It still tries for a minute or two to tell the server, which is not waited for here.
+            # The command keeps trying to report to the server for a minute or two; the test does not wait for that.
             assert violations(have.database, have.store, keys.seal_key(settings)) == []
     finally:
         if running.poll() is None:

@@ -1,4 +1,4 @@
-"""Storage that fails now and then, that is away for a while, or that is full: nothing is done that is not there."""
+"""Storage that fails at random, is unavailable for a while, or is full: no job succeeds without its stored picture."""
 
 from __future__ import annotations
 
@@ -76,6 +76,6 @@ def test_a_disk_that_is_full_stops_the_work_until_there_is_room(
 
 
 def _notes(database: Database) -> list[str]:
-    """Why workers wait, in their own words."""
+    """The notes that give the reason why workers wait."""
     with database.read() as connection:
         return list(connection.execute(select(worker.c.note).where(worker.c.note.is_not(None))).scalars())

@@ -1,4 +1,4 @@
-"""A submit that is killed anywhere leaves all of a version or none of it."""
+"""A submit that is killed at any point leaves all of a version or none of it."""
 
 from __future__ import annotations
 
@@ -54,5 +54,5 @@ def test_a_submit_killed_anywhere_leaves_all_of_a_version_or_none(database_url: 
         assert Counter(statuses(database)) == {"ready": CHAINS, "waiting": CHAINS}
         with database.read() as connection:
             assert len(list(audit_queries.published_roots(connection))) == 1
-    assert seen["none"], seen  # at least one was cut in the middle, else the kills came too late to tell
+    assert seen["none"], seen  # at least one was interrupted midway, else all kills came too late
     database.close()

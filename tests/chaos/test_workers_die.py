@@ -1,4 +1,4 @@
-"""Workers killed and frozen beyond their leases: every job has exactly one recorded picture, whatever dies."""
+"""Workers killed and frozen beyond their leases: every job ends with exactly one recorded picture."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ def run_campaign(
     audit: AuditLog, database_url: str, home: Path, *, seed: int, fencing: bool = True
 ) -> tuple[ChaosWorkers, list[str]]:
     """Inject faults in the middle of a campaign, let the workers finish, and return the violated invariants."""
-    # The second campaign asks for the pictures of the first: some are copied, some are made twice, all are there.
+    # The second campaign requests the pictures of the first: some are copied, some made twice, none is missing.
     for name in ("spring", "autumn"):
         published(audit, chains(int(30 * CHAOS_S), "draft", "scene"), name=f"{name}-{seed}", max_attempts=MAX_ATTEMPTS)
-    # One picture at a time leaves more of a lease unfinished when its worker freezes: the mutant is met sooner.
+    # One picture at a time leaves more of a lease unfinished when its worker freezes, so the mutant is detected sooner.
     chaos = ChaosWorkers(home, database_url, seed, fencing=fencing, settings={} if fencing else {"SDP_DELIVERERS": "1"})
     try:
-        # A kill hides what a worker would have done after its lease was lost; a freeze shows it.
+        # A killed worker cannot write after its lease was lost; a frozen one can.
         chaos.inject_faults(CHAOS_S, kill_share=0.5 if fencing else 0.0)
         chaos.finish(audit.database)
     finally:
@@ -79,7 +79,7 @@ def test_nothing_is_lost_while_delivery_dies_alone_and_people_change_their_minds
 @on_postgresql
 def test_the_suite_catches_a_queue_without_fencing(audit: AuditLog, database_url: str, home: Path) -> None:
     freezes = 0
-    for seed in (1, 2, 3):  # whether a frozen worker held something that another had made by then is chance
+    for seed in (1, 2, 3):  # it is chance whether a frozen worker held a job that another one had finished meanwhile
         chaos, found = run_campaign(audit, database_url, home, seed=seed, fencing=False)
         print("without fencing:", *(found + chaos.crashes)[:5], sep="\n  ")
         freezes += chaos.freezes

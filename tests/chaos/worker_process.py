@@ -1,4 +1,4 @@
-"""A real worker process for tests that kill and freeze it; forked from a server that has imported all it needs."""
+"""A real worker process for tests that kill and freeze it; forked from a server that has its imports loaded."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ PAUSE_S = 0.5
 
 
 def start(environment: Mapping[str, str], *, fencing: bool = True, delivery: bool = False) -> ForkServerProcess:
-    """One worker that works until nothing is left; its output goes to a file in SDP_HOME.
+    """Start one worker that works until no job is left; its output goes to a file in SDP_HOME.
 
     With ``delivery`` a real delivery process works beside the double of the engine.
     """
@@ -54,14 +54,14 @@ def _work(environment: dict[str, str], fencing: bool, delivery: bool) -> None:
         else:
             workers.run_worker(settings, campaign=None, until_idle=True, device="cpu")
     except (DatabaseUnavailableError, DeliveryUnavailableError, SettingsError):
-        # The database or the bucket was away when it began or ended: as an operator's supervisor would be told.
+        # The database or the bucket was unavailable at start or end; a supervisor would get this exit code.
         traceback.print_exc()
         time.sleep(PAUSE_S)
         sys.exit(os.EX_TEMPFAIL)
 
 
 def _run_with_delivery(settings: Settings) -> None:
-    """As ``run_worker``, which starts no delivery process beside the double of the engine."""
+    """Run a worker with a delivery process, which ``run_worker`` does not start with the fake engine."""
     engine, key = factories.build_engine(settings, "cpu", None), keys.picture_key(settings)
     real = settings.model_copy(update={"engine": settings.engine.model_copy(update={"fake_seconds_per_batch": None})})
     with (
@@ -76,12 +76,12 @@ def _run_with_delivery(settings: Settings) -> None:
 
 
 def _switch_fencing_off() -> None:
-    """The mutant: whoever finishes a job has finished it, as in queues that rescue by time alone."""
+    """The mutant: any worker may finish a job, as in queues that rescue jobs by time alone."""
     dialect = sqlite if os.environ["SDP_DATABASE_URL"].startswith("sqlite") else postgresql
 
     def ignoring(table: Table) -> Any:
         return dialect.insert(table).on_conflict_do_nothing() if table is image else insert(table)
 
     mutant = {"_lease_still_held": lambda lease_id, job_id: job.c.id == job_id, "insert": ignoring}
-    assert mutant.keys() <= vars(queue).keys()  # else this would switch nothing off
+    assert mutant.keys() <= vars(queue).keys()  # otherwise the patch would have no effect
     vars(queue).update(mutant)

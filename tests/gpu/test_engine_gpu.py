@@ -1,4 +1,4 @@
-"""What only a CUDA device can show of the engine: half precision, real memory, and which bits repeat."""
+"""The engine on a CUDA device: half precision, real memory limits, and determinism."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ from tests.integration.tiny_checkpoints import TinyCheckpoints, tiny_checkpoints
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
-    pytest.mark.filterwarnings("default"),  # other releases of the libraries than the pinned ones may run here
+    pytest.mark.filterwarnings("default"),  # the installed libraries may differ from the pinned releases
 ]
 
 
