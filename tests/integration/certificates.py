@@ -1,4 +1,4 @@
-"""A certificate authority for tests, with everything about a certificate that can be wrong."""
+"""A certificate authority for tests that can issue every kind of invalid certificate."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Authority:
         usage: x509.ObjectIdentifier | None = ExtendedKeyUsageOID.EMAIL_PROTECTION,
         self_signed: bool = False,
     ) -> list[x509.Certificate]:
-        """A signer's certificate and the intermediate's."""
+        """The certificates of a signer and of the intermediate."""
         issuer = "signer" if self_signed else "intermediate"
         self._keys |= {"signer": own_key} if own_key else {}
         return [self._issue("signer", issuer, public_key, days=days, usage=usage), self._intermediate]
@@ -73,7 +73,7 @@ class Authority:
         signs = {"digital_signature": not authority, "key_cert_sign": authority, "crl_sign": authority}
         builder = builder.add_extension(x509.KeyUsage(**signs, **never), critical=True)
         if usage:
-            # RFC 3161 wants this one to be critical, and alone.
+            # RFC 3161 requires this usage to be critical and the only one.
             critical = usage == ExtendedKeyUsageOID.TIME_STAMPING
             builder = builder.add_extension(x509.ExtendedKeyUsage([usage]), critical=critical)
         return builder.sign(self._keys[issuer], hashes.SHA256())
@@ -84,7 +84,7 @@ class Authority:
 
 
 def signing_settings(folder: Path) -> dict[str, str]:
-    """A company's chain, key and root as files, by the settings that name them."""
+    """Settings for a company's chain, key and root in files."""
     authority, key = Authority("Acme"), ec.generate_private_key(ec.SECP256R1())
     form = serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
     files = {

@@ -1,4 +1,4 @@
-"""The system's Chromium, without a window."""
+"""The system's Chromium, headless."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from playwright.sync_api import Page, sync_playwright
 
 @contextmanager
 def opened_page(*, width: int = 1280, height: int = 860) -> Iterator[Page]:
-    """One page of it; skips where it is not installed."""
+    """A browser page; skips if Chromium is not installed."""
     chromium = shutil.which("chromium")
     if chromium is None:
         pytest.skip("Chromium is not installed (Debian: chromium)")
-    # Its sandbox does not start for root, and a container's /dev/shm is small.
+    # Its sandbox does not start as root, and a container's /dev/shm is small.
     arguments = ["--no-sandbox", "--disable-dev-shm-usage", "--disable-gpu"]
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=chromium, args=arguments)

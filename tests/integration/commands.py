@@ -1,4 +1,4 @@
-"""Run the real command line in a process of its own."""
+"""Run the real command line in a separate process."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ FAKE_ENGINE = "SDP_ENGINE__FAKE_SECONDS_PER_BATCH"
 
 
 def environment(**settings: str) -> dict[str, str]:
-    """This process's environment without its own SDP_ settings, plus the given ones."""
-    # COLUMNS, which some terminals and libraries set, decides on the shape of tables.
+    """The environment of this process without its SDP_ settings, plus the given ones."""
+    # Some terminals and libraries set COLUMNS, which changes the shape of tables.
     own = ("SDP_", "PREFECT_API", "COLUMNS")
     kept = {name: value for name, value in os.environ.items() if not name.startswith(own)}
     return kept | settings
@@ -34,7 +34,7 @@ COMPUTING = frozenset({"bench", "reproduce"})
 
 
 def sdpipeline(*arguments: object, **settings: str) -> subprocess.CompletedProcess[str]:
-    """Run one command to its end, in a process that need not import the libraries again."""
+    """Run one command to its end in a forked process that has the libraries imported."""
     words = [*map(str, arguments)]
     if words[:1] and words[0] in COMPUTING:
         return installed(*arguments, **settings)
@@ -45,20 +45,20 @@ def sdpipeline(*arguments: object, **settings: str) -> subprocess.CompletedProce
 
 
 def installed(*arguments: object, **settings: str) -> subprocess.CompletedProcess[str]:
-    """Run one command to its end in an interpreter of its own, as a user does."""
+    """Run one command to its end in a new interpreter, as a user does."""
     words = [*SDPIPELINE, *map(str, arguments)]
     return subprocess.run(words, capture_output=True, text=True, env=environment(**settings), timeout=600, check=False)
 
 
 def document(*arguments: object, exit_code: int = 0, given: Mapping[str, str] | None = None, **settings: str) -> Any:
-    """The JSON document of a command that must leave with ``exit_code``; settings may come as a mapping too."""
+    """The JSON document of a command that must exit with ``exit_code``; settings may also be given as a mapping."""
     done = sdpipeline(*arguments, "--json", **{**(given or {}), **settings})
     assert done.returncode == exit_code, done.stderr + done.stdout
     return json.loads(done.stdout)
 
 
 def start(*arguments: object, **settings: str) -> subprocess.Popen[str]:
-    """One command, running, in a session of its own."""
+    """Start a command in a session of its own; it is still running."""
     return subprocess.Popen(
         [*SDPIPELINE, *map(str, arguments)],
         env=environment(**settings),
@@ -70,14 +70,14 @@ def start(*arguments: object, **settings: str) -> subprocess.Popen[str]:
 
 
 def prefect(*words: str, cwd: Path | None = None, **settings: str) -> subprocess.CompletedProcess[str]:
-    """One command of Prefect's, waited for, that prints what its flows log."""
+    """Run a Prefect command to its end; it prints the logs of its flows."""
     told = environment(PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL="INFO", **settings)
     command = [sys.executable, "-m", "prefect", *words]
     return subprocess.run(command, capture_output=True, text=True, cwd=cwd, env=told, timeout=300, check=False)
 
 
 def credentials(server: ServerHandle) -> httpx.BasicAuth:
-    """What our own Prefect server wants of every request."""
+    """Basic authentication for our own Prefect server."""
     user, _, password = str(server.password).partition(":")
     return httpx.BasicAuth(user, password)
 

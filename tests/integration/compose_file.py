@@ -1,4 +1,4 @@
-"""deploy/compose.yaml as an engine would read it: anchors merged, variables of deploy/.env.example filled in."""
+"""deploy/compose.yaml as a container engine reads it: anchors merged, variables filled in from deploy/.env.example."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _VARIABLE = re.compile(r"\$\{(?P<name>\w+)(?:(?P<how>:[-?])(?P<rest>[^}]*))?\}")
 
 
 def variables() -> dict[str, str]:
-    """What an operator would copy to deploy/.env."""
+    """The variables that an operator would copy to deploy/.env."""
     return {name: value or "" for name, value in dotenv_values(DEPLOY / ".env.example").items()}
 
 
@@ -26,7 +26,7 @@ def composed() -> Any:
 
 
 def services() -> dict[str, Any]:
-    """Its services by name."""
+    """The services by name."""
     found: dict[str, Any] = composed()["services"]
     return found
 

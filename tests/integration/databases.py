@@ -1,4 +1,4 @@
-"""Migrated databases for the suites that run on SQLite and PostgreSQL alike."""
+"""Migrated databases for test suites that run on both SQLite and PostgreSQL."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ on_sqlite = pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
 
 @pytest.fixture(scope="session")
 def migrated_sqlite(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A migrated file to copy: faster than migrating one for each test."""
+    """A migrated file to copy, which is faster than migrating one for each test."""
     path = tmp_path_factory.mktemp("migrated") / "empty.db"
     database = open_database(f"sqlite:///{path}")
     upgrade(database)
@@ -50,7 +50,7 @@ def migrated_postgres(postgres_server: str) -> Iterator[str]:
 
 @pytest.fixture(params=BACKENDS)
 def database_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    """The address of an empty, migrated database of each kind."""
+    """The URL of an empty, migrated database of each kind."""
     if request.param == "sqlite":
         shutil.copy(request.getfixturevalue("migrated_sqlite"), tmp_path / "queue.db")
         return f"sqlite:///{tmp_path / 'queue.db'}"
@@ -73,5 +73,5 @@ def database(database_url: str) -> Iterator[Database]:
 
 @pytest.fixture
 def audit(database: Database) -> AuditLog:
-    """This process's chain of events in it."""
+    """This process's audit log in it."""
     return AuditLog(database, actor="user:test")

@@ -1,4 +1,4 @@
-"""A deployment as an operator has it: a Prefect server, PostgreSQL, S3, and workers that share nothing else."""
+"""A full deployment: a Prefect server, PostgreSQL, S3, and workers that share nothing else."""
 
 from __future__ import annotations
 
@@ -37,8 +37,8 @@ PATIENCE_S = 150.0
 
 _AWS = CREDENTIALS | {"AWS_CONFIG_FILE": os.devnull, "AWS_EC2_METADATA_DISABLED": "true"}
 
-# What a Prefect server on SQLite fails to write while it writes something else it tries again at its next turn: turns
-# come often here, and there is little else to write.
+# A Prefect server on SQLite retries failed writes in its next loop, if another write was running. Loops are short here,
+# and there are few other writes.
 _SCHEDULER = {"MIN_RUNS": "1", "MAX_RUNS": "2", "LOOP_SECONDS": "5"}
 _QUIET = {f"PREFECT_SERVER_SERVICES_SCHEDULER_{name}": value for name, value in _SCHEDULER.items()}
 _QUIET |= {f"PREFECT_SERVER_SERVICES_{name}_ENABLED": "false" for name in ("FOREMAN", "LATE_RUNS", "REPOSSESSOR")}
@@ -48,7 +48,7 @@ T = TypeVar("T")
 
 @dataclass
 class Site:
-    """What one deployment's commands and workers are told, and how a test looks at it: by Prefect's API and by ours."""
+    """A deployment: the environment of its commands and workers, and queries through Prefect's API and ours."""
 
     folder: Path
     environment: dict[str, str]
@@ -66,22 +66,22 @@ class Site:
         return open_database(self.environment["SDP_DATABASE_URL"])
 
     def command(self, *words: object, exit_code: int = 0) -> Any:
-        """The JSON of one of our commands."""
+        """The JSON document of one of our commands."""
         return document(*words, exit_code=exit_code, given=self._told())
 
     def start_server(self) -> None:
-        """A Prefect server that its own database outlives."""
+        """Start a Prefect server; its database survives it."""
         words = ["server", "start", "--host", "127.0.0.1", "--port", str(self.port)]
         self.server = self._start("server", *words, **_QUIET)
         self.until(lambda: self._healthy(self.server))
 
     def start_worker(self, pool: str, name: str, **settings: str) -> subprocess.Popen[bytes]:
-        """A `prefect worker` with a folder of its own, as on a machine of its own."""
+        """Start a `prefect worker` with a folder of its own, as on a separate machine."""
         limit = ["--limit", "1"] if pool == "gpu" else []
         return self._start(name, "worker", "start", "--pool", pool, "--name", name, *limit, **settings)
 
     def execute(self, run: str, **settings: str) -> subprocess.Popen[bytes]:
-        """What a pod runs."""
+        """Start the command that a pod runs."""
         return self._start(f"pod-{run[:8]}", "flow-run", "execute", run, **settings)
 
     def output(self, name: str) -> str:
@@ -96,7 +96,7 @@ class Site:
         return httpx.get(f"{self.api_url}/{what}", timeout=30).raise_for_status().json()
 
     def run(self, deployment: str = "campaign/campaign", **run: Any) -> str:
-        """Start a deployment's run as the UI does."""
+        """Start a run of a deployment, as the UI does."""
         found = self.look(f"deployments/name/{deployment}")["id"]
         return str(self.ask(f"deployments/{found}/create_flow_run", **run)["id"])
 
@@ -104,18 +104,18 @@ class Site:
         return str(self.look(f"flow_runs/{run}")["state"]["name"])
 
     def workers(self, campaign: str) -> dict[str, Any]:
-        """The gpu-worker runs of a campaign by name."""
+        """The gpu-worker runs of a campaign, by name."""
         every = self.ask("flow_runs/filter", flow_runs={"tags": {"all_": [f"fleet:default/{campaign}"]}})
         return {run["name"]: run for run in every}
 
     def campaign_runs(self, campaign: str) -> list[Any]:
-        """The runs of the campaign flow that worked a campaign, oldest first."""
+        """The campaign flow's runs for this campaign, oldest first."""
         every = self.ask("flow_runs/filter", flow_runs={"tags": {"all_": [f"campaign:{campaign}"]}})
         ours = [run for run in every if f"fleet:default/{campaign}" not in run["tags"]]
         return sorted(ours, key=lambda run: str(run["created"]))
 
     def progress(self, campaign: str) -> Any:
-        """How far it is, or None before it was submitted."""
+        """The campaign's progress, or None before it was submitted."""
         with self.database.read() as connection:
             found = queries.campaign_id(connection, team="default", name=campaign)
             return None if found is None else queries.progress(connection, found)
@@ -133,14 +133,14 @@ class Site:
         return [each for each in found if worker in {None, each.worker_id}]
 
     def at_work(self, campaign: str) -> list[Any]:
-        """Workers that live and took jobs of this campaign."""
+        """Live workers that have leased jobs of this campaign."""
         with self.database.read() as connection:
             living = queries.live_workers(connection)
         took = {each.worker_id for each in self.attempts(campaign)}
         return [worker for worker in living if worker["id"] in took]
 
     def until(self, ask: Callable[[], T]) -> T:
-        """The first true answer."""
+        """Poll until the answer is true, and return it."""
         ends_at = time.monotonic() + PATIENCE_S
         while not (answer := ask()):
             assert time.monotonic() < ends_at, self._everything()
@@ -148,7 +148,7 @@ class Site:
         return answer
 
     def kill_everything(self) -> None:
-        """Whatever this site started, and what that started."""
+        """Kill all processes that this deployment started, with their children."""
         for process in psutil.process_iter():
             try:
                 if process.environ().get("SDP_TEST_SITE") == str(self.folder):
@@ -190,7 +190,7 @@ class Site:
 
 @contextmanager
 def site(folder: Path, database_url: str, moto_url: str, seal_key: Path) -> Iterator[Site]:
-    """A site whose database is migrated and whose server runs."""
+    """A deployment with a migrated database and a running server."""
     with pytest.MonkeyPatch.context() as environment:
         for name, value in _AWS.items():
             environment.setenv(name, value)

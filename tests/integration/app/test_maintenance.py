@@ -1,4 +1,4 @@
-"""The maintenance flows under a real Prefect server: they do what is due, and fail where they find a fault."""
+"""Maintenance flows under a real Prefect server: they do what is due, and fail if they find a fault."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ stages:
 
 @pytest.fixture
 def server(prefect_home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[ServerHandle]:
-    """A Prefect server, and a home that the environment names, as it does where a deployed flow runs."""
+    """A Prefect server, and a home named by the environment, as for a deployed flow."""
     monkeypatch.setenv("SDP_HOME", str(tmp_path / "home"))
     monkeypatch.setenv("SDP_ENGINE__FAKE_SECONDS_PER_BATCH", "0")
     monkeypatch.setenv("PREFECT_LOGGING_TO_API_ENABLED", "false")
@@ -54,7 +54,7 @@ def spring(server: ServerHandle, tmp_path: Path) -> Settings:
 
 
 def ended(flow: Any, **parameters: Any) -> tuple[str, str]:
-    """The state a run of it ends in, and what that says."""
+    """The final state of a run, and its message."""
     state = flow(**parameters, return_state=True)
     return str(state.type.value), str(state.message)
 

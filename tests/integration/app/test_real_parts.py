@@ -1,4 +1,4 @@
-"""PostgreSQL, S3 over HTTP and a Prefect server of one's own, set up as the documentation says."""
+"""PostgreSQL, S3 over HTTP and the user's own Prefect server, set up as the documentation describes."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ pytestmark = pytest.mark.timeout(300)
 
 @pytest.fixture
 def prefect_api_url(tmp_path: Path) -> Iterator[str]:
-    """A Prefect server as one starts it by hand."""
+    """A Prefect server started by hand."""
     port = free_port()
     command = [sys.executable, "-m", "prefect", "server", "start", "--host", "127.0.0.1", "--port", str(port)]
     with served(command, port, tmp_path, environment=environment(PREFECT_HOME=str(tmp_path / "prefect"))):
@@ -40,7 +40,7 @@ def prefect_api_url(tmp_path: Path) -> Iterator[str]:
 
 @pytest.fixture
 def real_parts(postgres_url: str, moto_bucket: Bucket, prefect_api_url: str, tmp_path: Path) -> dict[str, str]:
-    """The settings that the page names, for the servers of this test."""
+    """The settings that the page names, with this test's servers."""
     return {
         "SDP_DATABASE_URL": postgres_url,
         "SDP_STORAGE_URL": f"s3://{moto_bucket.name}/production",
@@ -52,7 +52,7 @@ def real_parts(postgres_url: str, moto_bucket: Bucket, prefect_api_url: str, tmp
 
 
 def _commands(settings: dict[str, str]) -> list[str]:
-    """The page's commands; its exports are checked against the settings at hand and left out."""
+    """The page's commands. Its exports are compared with the test's settings and left out."""
     block = PAGE.read_text(encoding="utf-8").split("```sh\n")[1].split("```")[0]
     lines = [line for line in block.splitlines() if not line.startswith("pip ")]
     exported = [found[1] for line in lines if (found := re.match(r"export (\w+)=", line))]
@@ -103,7 +103,7 @@ def test_the_demo_campaign_makes_the_same_pixels_on_real_parts_set_up_as_the_rea
 
 
 def _differ_by_their_batches(*files: bytes) -> None:
-    """What is leased together is chance on a busy machine, and bits differ a little between batch sizes."""
+    """Batch composition is chance on a busy machine, and bits differ slightly between batch sizes."""
     buckets = {(provenance.read_record(data) or {})["ran"]["bucket"] for data in files}
     assert len(buckets) == 2, "other pixels out of equal batches"
     one, other = (provenance.decode(data, max_pixels=2**24).astype(float) for data in files)
@@ -118,7 +118,7 @@ def test_a_postgresql_database_that_was_not_upgraded_is_refused_naming_the_comma
 
 @pytest.fixture
 def silent_port() -> Iterator[int]:
-    """A port that takes connections and never says a word."""
+    """A port that accepts connections and never answers."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         yield int(server.getsockname()[1])
 
@@ -147,7 +147,7 @@ def test_a_part_that_does_not_answer_is_refused_in_time_naming_its_setting(
     }
     started = time.monotonic()
     done = sdpipeline("run", ROOT / "sdpipeline/demo/campaign.yaml", "--home", tmp_path / "home", "--json", **settings)
-    assert time.monotonic() - started < 25  # 15 seconds by its own clock, and this machine is shared
+    assert time.monotonic() - started < 25  # the command gives up after 15 seconds, and this machine is shared
     assert done.returncode == 2, done.stderr
     errors: list[dict[str, Any]] = json.loads(done.stdout)["errors"]
     assert [error["key"] for error in errors] == [name]

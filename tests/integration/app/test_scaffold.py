@@ -1,4 +1,4 @@
-"""`init` and `schema` at the real command line: what they write is right as it is, and runs."""
+"""`init` and `schema` at the real command line: the files they write are valid, and the example runs."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tests.integration.commands import FAKE_ENGINE, sdpipeline
 
 @pytest.fixture
 def begun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder that `init` has made, to work in."""
+    """A working folder created by `init`."""
     folder = tmp_path / "begun"
     assert cli.run(["init", str(folder)]) == 0
     monkeypatch.chdir(folder)
@@ -85,7 +85,7 @@ def test_every_example_passes_plan_runs_to_its_end_and_is_exported(
     made = {f"{each['name']}.yaml": each["jobs"]["succeeded"] for each in said("status")["campaigns"]}
     assert made == planned
     for name in scaffold.CAMPAIGNS:
-        # The command that the example's own comment says to type.
+        # The command named in the example's own comment.
         (line,) = [line for line in (begun / name).read_text().splitlines() if "sdpipeline export" in line]
         done = said(*shlex.split(line.partition("sdpipeline ")[2]))
         assert done["copied"] > 0

@@ -1,4 +1,4 @@
-"""Services: what is polled uses the database that the command opened."""
+"""Services: polling uses the database that the command opened."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def services(audit: AuditLog, tmp_path: Path) -> Services:
 
 @contextmanager
 def counted_connections() -> Iterator[list[object]]:
-    """Connections that any pool of this process opens."""
+    """Number of connections that any pool of this process opens."""
     opened: list[object] = []
 
     def count(connection: object, _record: object) -> None:

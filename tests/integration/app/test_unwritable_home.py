@@ -1,4 +1,4 @@
-"""The embedded database on a disk that is read-only or full: reading works, and messages are SQLite's."""
+"""The embedded database on a disk that is read-only or full: reading works, and errors carry SQLite's message."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def home(migrated_sqlite: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
 @pytest.fixture(params=["read-only", "full"])
 def unwritable(request: pytest.FixtureRequest, home: Path, tmp_path: Path) -> Iterator[Path]:
-    """That home on a disk that is read-only or full."""
+    """The same home on a disk that is read-only or full."""
     if request.param == "read-only":
         with read_only(home, tmp_path / "disk") as there:
             yield there
@@ -77,7 +77,7 @@ def test_what_writes_names_the_file_and_the_disk_not_host_and_port(
 ) -> None:
     for words in WRITING:
         (error,) = ran(capsys, *words, "--home", unwritable, exit_codes=(1, 2))["errors"]
-        named = unwritable if words[0] == "submit" else unwritable / "sdpipeline.db"  # which looks at storage first
+        named = unwritable if words[0] == "submit" else unwritable / "sdpipeline.db"  # it checks storage first
         assert str(named) in error["message"]
         assert "host" not in error["fix"]
 

@@ -1,4 +1,4 @@
-"""Closed editions: exported, sealed and dropped from the tables, and still there for whoever asks."""
+"""Archived editions: exported, sealed, deleted from the tables, and still readable."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ MONDAY, TUESDAY = "monday", "tuesday"
 
 
 def edition_of(name: str, jobs: Iterable[JobSpec]) -> list[JobSpec]:
-    """The same jobs as one making of a campaign; parents go by the names they have in it."""
+    """The same jobs as an edition of a campaign; parents are renamed to their identities in the edition."""
     found: list[JobSpec] = []
     names: dict[str, str] = {}
     for spec in jobs:
@@ -43,7 +43,7 @@ def edition_of(name: str, jobs: Iterable[JobSpec]) -> list[JobSpec]:
 
 @dataclass(slots=True)
 class Editions(Place):
-    """A campaign made on Monday (two chains of two, one of them of a subject) and on Tuesday."""
+    """A campaign with an edition of Monday (two chains of two, one about a data subject) and one of Tuesday."""
 
     def archive(self, *, days: float = 30, dry_run: bool = False) -> int:
         return archiver.archive(self.audit, self.store, self.seal, team="default", days=days, dry_run=dry_run)

@@ -1,4 +1,4 @@
-"""The audit log: what is written when, and what a verification finds, on SQLite and PostgreSQL."""
+"""The audit log: recorded events, seals, and the faults that verification finds, on SQLite and PostgreSQL."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from tests.integration.databases import on_sqlite
 
 @dataclass(frozen=True, slots=True)
 class Archive:
-    """A database with some finished work, its storage and its seal key."""
+    """A database with finished work, its storage and its seal key."""
 
     database: Database
     audit: AuditLog
@@ -104,7 +104,7 @@ def test_a_sample_says_what_it_left_out(archive: Archive) -> None:
     assert found.skipped == verify(archive.database, archive.store, archive.key).images - 1
 
 
-# What is written.
+# Recorded events.
 
 
 def test_every_transition_is_written_in_its_own_transaction(archive: Archive) -> None:
@@ -205,7 +205,7 @@ def test_a_restored_backup_is_recognised_and_nothing_is_sealed_over_it(archive: 
 
 
 def forget(archive: Archive, *, after_seal: int) -> None:
-    """As if the database were a backup from the time of an older seal."""
+    """Delete all seals after this one and their events, as if an older backup had been restored."""
     later = audit_seal_range.c.number > after_seal
     with archive.database.write() as connection:
         for row in connection.execute(select(audit_seal_range).where(later)).all():
@@ -215,7 +215,7 @@ def forget(archive: Archive, *, after_seal: int) -> None:
         connection.execute(delete(audit_seal).where(audit_seal.c.number > after_seal))
 
 
-# What a verification finds. Each of these changes one thing by hand.
+# Faults that verification finds. Each test changes one thing by hand.
 
 
 def rehashed(body: Json) -> dict[str, str]:
@@ -331,7 +331,7 @@ def test_every_field_of_a_finished_job_that_counts_is_covered(archive: Archive) 
 
 
 def found(archive: Archive, name: str, value: Any) -> bool:
-    """Whether a change of this field of job 1 is found; puts it back."""
+    """Return True if verification finds a change of this field of job 1; the change is undone."""
     with archive.database.read() as connection:
         before = connection.execute(select(job.c[name]).where(job.c.id == 1)).scalar_one()
     archive.edit(job, job.c.id == 1, **{name: value})
@@ -355,7 +355,7 @@ def test_a_status_changed_by_hand_is_found_whatever_it_was(archive: Archive) -> 
     for row in rows:
         for status in {"succeeded", "failed", "ready", "cancelled"} - {row.status}:
             if (row.status, status) == ("waiting", "ready"):
-                continue  # it becomes so by itself
+                continue  # a transition that happens without a user
             archive.edit(job, job.c.id == row.id, status=status)
             assert "job-altered" in archive.kinds(), (row.status, status)
             archive.edit(job, job.c.id == row.id, status=row.status)

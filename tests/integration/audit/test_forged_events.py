@@ -1,4 +1,4 @@
-"""Forged events and changed rows of campaigns, costs and checkpoints: audit verify names each, on both databases."""
+"""Forged events and changed rows of campaigns, costs and checkpoints: `audit verify` names each, on both databases."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ WORKER = "worker:worker-1 sdpipeline/1"
 
 @dataclass(frozen=True, slots=True)
 class Ledger:
-    """A database with two campaigns, one of them of another team, and the logs of a dispatcher and of a worker."""
+    """A database with two campaigns of different teams, and the logs of a dispatcher and of a worker."""
 
     database: Database
     user: AuditLog
@@ -52,7 +52,7 @@ class Ledger:
             connection.execute(statement)
 
     def forge(self, actor: str, event: Event, subject: str, *, into: AuditLog | None = None, **details: Any) -> str:
-        """Insert a well-formed event around the triggers, as the owner of the tables could; returns its name."""
+        """Insert a well-formed event, bypassing the triggers as the tables' owner could; return its name."""
         writer, seq, head = ("f" * 32, 0, GENESIS) if into is None else (into.writer_id, into._seq, into._head)
         told: Json = {"writer": writer, "seq": seq, "prev": head, "actor": actor, "event": str(event)}
         if not self.database.is_sqlite:
@@ -68,7 +68,7 @@ class Ledger:
 
 @pytest.fixture
 def ledger(database: Database, tmp_path: Path) -> Ledger:
-    """Made, failed and tried again: all that costs something."""
+    """Jobs that were made, failed and retried, so that every kind of cost occurs."""
     user, worker = AuditLog(database, actor="user:boss"), AuditLog(database, actor=WORKER)
     key = load_key(tmp_path / "key.pem", create=True)
     kept = Ledger(database, user, worker, LocalStore(tmp_path / "s"), key)
@@ -218,7 +218,7 @@ def test_a_writer_whose_chain_was_continued_goes_on_in_a_new_one_and_names_the_f
 
 
 def test_what_older_releases_did_not_record_is_no_fault(ledger: Ledger) -> None:
-    """Their events hold no terms, no costs and no login."""
+    """Events of older releases have no terms, costs or login."""
     head: dict[str, str] = {}
     with ledger.database.write() as connection:
         for row in connection.execute(audit_event.select().order_by(audit_event.c.writer_id, audit_event.c.seq)).all():

@@ -1,4 +1,4 @@
-"""Events that a login of the database made up: audit verify names each and reads on, and no worker stumbles."""
+"""Invented events of a database login: `audit verify` names each and continues, and no worker fails because of them."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ WORKER = "worker:worker-1 sdpipeline/1"
 
 @pytest.fixture
 def store(database: Database, tmp_path: Path) -> LocalStore:
-    """The storage of a database in which there is something of every kind to compare events with."""
+    """Storage of a database that has rows of every kind for events to be compared with."""
     user, worker, store = AuditLog(database, actor="user:boss"), AuditLog(database, actor=WORKER), LocalStore(tmp_path)
     with worker.transaction() as tx:
         workers.register(tx, worker_id="worker-1", host="h", pid=1, device="cpu", description={})
@@ -78,7 +78,7 @@ HOSTILE: dict[str, tuple[str, Json]] = {
 
 
 def hostile(database: Database, name: str) -> str:
-    """The bytes of that event, as far as possible one that was written here."""
+    """The bytes of that event, based on a real event of the same kind if there is one."""
     kind, other = HOSTILE[name]
     about = {"v": 1, "actor": WORKER, "writer": MADE_UP, "seq": 0, "prev": GENESIS}
     known: Json = next((event for event in events(database) if event["event"] == kind), {"subject": "x"})
@@ -101,7 +101,7 @@ def test_a_made_up_event_does_not_end_the_verification_of_a_database_or_an_expor
 def test_an_event_that_is_nested_without_end_stops_neither_the_verification_nor_a_worker(
     database: Database, store: LocalStore, key: SealKey
 ) -> None:
-    """PostgreSQL takes it, as its triggers parse deeper than Python does."""
+    """PostgreSQL accepts it, because its triggers parse deeper nesting than Python does."""
     head = json.dumps({"v": 1, "actor": WORKER, "event": "settings.changed", "subject": "settings:marks", "at_us": 1})
     nested = "[" * 3000 + "]" * 3000
     body = f'{head[:-1]}, "writer": "{MADE_UP}", "seq": 0, "prev": "{GENESIS}", "values": {nested}}}'

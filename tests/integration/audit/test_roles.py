@@ -1,4 +1,4 @@
-"""The database roles of deploy/roles.sql: each does its own work with a campaign, and nothing else."""
+"""Database roles of deploy/roles.sql: each has the privileges for its own work, and no others."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ stages:
 
 @dataclass(frozen=True, slots=True)
 class Office:
-    """A deployment's database, and a login for each role."""
+    """A deployment's database with one login per role."""
 
     url: sqlalchemy.URL
     folder: Path
@@ -59,7 +59,7 @@ class Office:
         return self.url.set(username=f"test_{role}").render_as_string(hide_password=False)
 
     def run(self, role: str, *words: object, exit_code: int = 0) -> Any:
-        """The JSON document of a command that is typed as this role."""
+        """The JSON document of a command run as this role."""
         self.monkeypatch.setenv("SDP_DATABASE_URL", self.login(role))
         self.capsys.readouterr()
         left_with = cli.run([*map(str, words), "--home", str(self.folder / "home"), "--json"])
@@ -70,13 +70,13 @@ class Office:
 
 @pytest.fixture(scope="module")
 def roles_url(postgres_server: str) -> Iterator[sqlalchemy.URL]:
-    """A migrated database with the roles, twice: running the file again changes nothing."""
+    """A migrated database with the roles. The file is run twice, because a second run must change nothing."""
     with new_postgres_database(postgres_server) as url:
         database = open_database(url)
         upgrade(database)
         database.close()
         found = sqlalchemy.make_url(url)
-        # As psql sends it: many statements at once, and nothing to fill in.
+        # As psql sends it: many statements at once, without parameters.
         with psycopg.connect(found.set(drivername="postgresql").render_as_string(hide_password=False)) as connection:
             for _ in range(2):
                 connection.execute(ROLES.read_bytes())
@@ -170,7 +170,7 @@ def test_no_role_does_more(roles_url: sqlalchemy.URL, role: str, statement: str)
         connection.exec_driver_sql(statement)
 
 
-# Events: whose they are, and whose chain they stand in.
+# Events: their writer, and the chain they belong to.
 
 
 @pytest.fixture
@@ -205,7 +205,7 @@ def try_event(
     row: Json | None = None,
     **told: Any,
 ) -> None:
-    """Insert an event that is well-formed but for ``row``, which replaces columns."""
+    """Insert an event that is well-formed except for ``row``, which replaces columns."""
     chain = {"writer": secrets.token_hex(16), "seq": 0, "prev": GENESIS}
     if into is not None:
         chain = {"writer": into.writer_id, "seq": into._seq, "prev": into._head}
@@ -220,7 +220,7 @@ def try_event(
 def test_a_workers_login_writes_no_event_of_anybody_else(
     roles_url: sqlalchemy.URL, made: dict[str, AuditLog], role: str
 ) -> None:
-    """Two machines of one role are kept apart by their logins."""
+    """Two machines of one role are distinguished by their logins."""
     worker, boss = made["worker"], made["dispatcher"]
     mine = f"worker:of-{role} sdpipeline/1"
     forgeries: dict[str, dict[str, Any]] = {

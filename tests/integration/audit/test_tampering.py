@@ -1,6 +1,6 @@
-"""The tamper matrix: what somebody with the database and the storage in hand may do, and by what name it is found.
+"""The tamper matrix: attacks by someone with write access to database and storage, and the fault that each produces.
 
-The table in docs/explanation/tampering.md says the same, and a test holds the two together.
+The table in docs/explanation/tampering.md lists the same attacks, and a test compares the two.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ NOTHING = set[str]()
 
 @dataclass(frozen=True, slots=True)
 class Log:
-    """A database with finished work, sealed twice, and what happened since; three pictures in a directory."""
+    """A database with finished work, sealed twice, and later events; three pictures in a directory."""
 
     database: Database
     audit: AuditLog
@@ -66,7 +66,7 @@ class Log:
         return {fault.kind for fault in verify_export(lines, trusted=self.key.public).faults}
 
     def events(self) -> list[Any]:
-        """Rows, chain by chain."""
+        """Event rows, chain by chain."""
         with self.database.read() as connection:
             return list(connection.execute(select(audit_event).order_by(audit_event.c.writer_id, audit_event.c.seq)))
 
@@ -101,7 +101,7 @@ def worked(database: Database, audit: AuditLog, store: ObjectStore, key: SealKey
 
 
 def make(log: Log, n: int) -> None:
-    """One picture, as a worker would make it."""
+    """Make one picture as a worker would."""
     lease = leased(log.audit, limit=1)
     pixels = np.random.default_rng(n).integers(0, 256, (16, 16, 3), dtype=np.uint8)
     encoded = provenance.encode(pixels, output=OutputFormat(), record={"schema": "test", "n": n})
@@ -118,7 +118,7 @@ def make(log: Log, n: int) -> None:
 
 @pytest.fixture
 def database_url(migrated_sqlite: Path, tmp_path: Path) -> str:
-    """What Python decides over rows is decided alike on both databases."""
+    """SQLite only: these checks run in Python and are the same on both databases."""
     shutil.copy(migrated_sqlite, tmp_path / "queue.db")
     return f"sqlite:///{tmp_path / 'queue.db'}"
 
@@ -160,7 +160,7 @@ def cut_a_sealed_tail(log: Log) -> None:
 
 
 def cut_an_unsealed_tail(log: Log) -> None:
-    """The event of a lease that has no other trace yet."""
+    """Delete the unsealed last event, which has left no other trace yet."""
     published(log.audit, chains(1), name="other")
     leased(log.audit, limit=1)
     seal(log.database, log.store, log.key)
@@ -174,13 +174,13 @@ def drop_a_seal(log: Log) -> None:
 
 
 def drop_the_newest_seal(log: Log) -> None:
-    """Everywhere: what it covered is open again."""
+    """Delete the newest seal in the database and in storage, so that its events are unsealed again."""
     log.forget_seals(2)
     log.store.delete(seal_object_key(2))
 
 
 def rewrite_all(log: Log, key: SealKey) -> None:
-    """Every event, every hash, every row about them, every seal in the database and in storage."""
+    """Rewrite every event, hash, affected row and seal, in the database and in storage."""
     with log.database.write() as connection:
         connection.execute(update(campaign_version).values(actor="user:none"))
     head = GENESIS
@@ -304,7 +304,7 @@ def test_the_documentation_lists_the_same_matrix() -> None:
     assert told == {name: (kind, of_export) for name, (_, kind, of_export) in MATRIX.items()}
 
 
-# Under Object Lock, what is undetectable in a directory is found.
+# Object Lock makes attacks detectable that are undetectable in a directory.
 
 
 def test_in_a_locked_bucket_a_seal_written_over_with_the_stolen_key_is_found(
@@ -333,7 +333,7 @@ def test_a_lock_that_was_taken_off_or_shortened_is_found(locked: Log, locked_buc
     target: Any = {"Bucket": locked_bucket.name, "Key": seal_object_key(1), "BypassGovernanceRetention": True}
     longer = datetime.now(UTC) + timedelta(days=20)
     locked_bucket.client.put_object_retention(**target, Retention={"Mode": "GOVERNANCE", "RetainUntilDate": longer})
-    assert locked.kinds() == NOTHING  # longer is fine
+    assert locked.kinds() == NOTHING  # a longer lock is valid
     soon = datetime.now(UTC) + timedelta(days=1)
     locked_bucket.client.put_object_retention(**target, Retention={"Mode": "GOVERNANCE", "RetainUntilDate": soon})
     assert locked.kinds() == {"seal-unlocked"}
@@ -402,7 +402,7 @@ def test_an_export_that_was_cut_or_changed_anywhere_is_found(log: Log) -> None:
 
 
 def reworded(line: bytes, part: str, **values: object) -> bytes:
-    """A seal's or the end's line whose body says something else."""
+    """A line of a seal, or the end line, with a changed body."""
     given = json.loads(line)
     body = json.loads(given[part]["body"]) | values
     given[part]["body"] = json.dumps(body)

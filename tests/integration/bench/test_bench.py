@@ -1,4 +1,4 @@
-"""The commands that measure a machine, in small: what they say, what they leave behind and what they refuse."""
+"""The `bench` commands at a small size: their output, clean-up and refusals."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def test_the_engine_is_measured_beside_a_plain_loop_and_the_ceiling(tmp_path: Pa
     found = document("bench", "engine", *asked, "--home", tmp_path)
     assert [(row["what"], row["batch"]) for row in found["rows"]] == [("plain loop", 1), ("engine", 1), ("engine", 2)]
     assert found["rows"][0]["against_plain"] == 1.0
-    # Two guided steps of this network on an 8 x 8 latent, its prompt and its decoding.
+    # Two guided steps of this network on an 8 x 8 latent, text encoding and decoding.
     assert 1e-4 < found["tflop_per_picture"] < 1e-2
     for row in found["rows"]:
         assert row["tflop_per_s"] == pytest.approx(row["pictures_per_s"] * found["tflop_per_picture"], rel=0.01)
@@ -64,7 +64,7 @@ def test_the_whole_line_is_measured_and_leaves_nothing(tmp_path: Path) -> None:
     found = document("bench", "pipeline", "--profile", "fast", "--batch", 2, "--batches", 2, *SMALL, "--home", tmp_path)
     assert [row["what"] for row in found["rows"]] == ["engine alone", "whole line", "plain loop, saved"]
     assert (found["pictures"], found["profile"]) == (4, "fast")
-    # What the shares say is lost is what is lost.
+    # The shares of lost time add up to the total loss.
     lost = sum(row["share"] for row in found["lost"])
     assert 1 - lost == pytest.approx(found["share_of_engine"], abs=0.002)
     assert {"encode_s", "sign_s", "store_s"} <= found["beside_the_device_s"].keys()
@@ -92,11 +92,12 @@ def test_the_scratch_database_shares_nothing_and_is_dropped(postgres_url: str) -
     with scratch_database(postgres_url) as scratch:
         there = AuditLog(scratch, actor="bench")
         campaign_id = published(there, chains(5)).campaign_id
-        assert campaign_id > 1_000_000_000  # no advisory lock of a campaign here is one of a campaign there
+        # Ids of scratch campaigns, and so their advisory locks, are distinct from those of live ones.
+        assert campaign_id > 1_000_000_000
         with there.transaction() as tx:
             assert len(leasing.take_lease(tx, worker_id="bench", limit=8, ttl_s=60.0).jobs) == 5  # type: ignore[union-attr]
         assert statuses(live) == ["ready"] * 2
-        with scratch_database(postgres_url):  # which drops what is abandoned, and this is not
+        with scratch_database(postgres_url):  # drops abandoned schemas; this one is in use
             assert statuses(scratch) == ["leased"] * 5
     assert schemas(postgres_url) == []
     live.close()
@@ -190,7 +191,7 @@ def test_what_cannot_be_measured_is_refused_before_anything_is(
 
 
 def shrunk(name: str) -> Any:
-    """That shape with a sixteenth of the width and few layers."""
+    """The same shape with a sixteenth of the width and few layers."""
     about = shape(name)
     for part, groups in (("unet", 4), ("vae", 4)):
         narrow = [max(32, width // 16) for width in about[part]["block_out_channels"]]

@@ -1,4 +1,4 @@
-"""Bad input at the real command line: exit 2, one line per mistake, and nothing written anywhere."""
+"""Bad input at the real command line: exit code 2, one line per mistake, and nothing written."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ class Desk:
         return path
 
     def refused(self, text: str, command: str = "submit") -> list[str]:
-        """What one command says to a file with that text, which it must refuse, without the file's own path."""
+        """Error output of a command that must refuse a file with that text, without the file's own path."""
         code = cli.run([command, str(self.write(text)), "--home", str(self.home)])
         said = self.capsys.readouterr()
         assert code == 2, said
@@ -63,7 +63,7 @@ class Desk:
         return [line.removeprefix(f"{self.folder}/spring.yaml:") for line in said.err.splitlines()]
 
     def state(self) -> tuple[list[str], list[str]]:
-        """Everything in the database, and every file in the home with its size, but for SQLite's own."""
+        """The contents of the database, and every file in the home with its size, except SQLite's own."""
         with sqlite3.connect(self.home / "sdpipeline.db") as database:
             dump = list(database.iterdump())
         files = [f"{path} {path.stat().st_size}" for path in sorted(self.home.rglob("*")) if path.is_file()]
@@ -264,7 +264,7 @@ def test_the_installed_command_leaves_with_2_and_no_traceback(desk: Desk) -> Non
 
 
 def bomb() -> bytes:
-    """A png of a few hundred bytes that says it has 3.6 thousand million pixels."""
+    """A PNG of a few hundred bytes whose header claims 3.6 billion pixels."""
 
     def chunk(kind: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))

@@ -1,4 +1,4 @@
-"""Tables and pictures of a campaign that lie in a bucket, from the file to the record and back."""
+"""Tables and pictures of a campaign in a bucket, from the campaign file to the record."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ def placed(bucket: Bucket, folder: Path, monkeypatch: pytest.MonkeyPatch, endpoi
 
 @pytest.fixture(params=["moto_bucket", "weak_bucket", "locked_bucket"])
 def place(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Place:
-    """Without versions, of a weak server, and with versions."""
+    """A bucket without versions, one of the weak server, and one with versions."""
     return placed(request.getfixturevalue(request.param), tmp_path, monkeypatch)
 
 
@@ -122,7 +122,7 @@ def versioned(locked_bucket: Bucket, tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 @pytest.fixture
 def watched(moto_bucket: Bucket, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Place, FaultProxy]]:
-    """A bucket behind a proxy that keeps what it was asked for."""
+    """A bucket behind a proxy that records its requests."""
     with FaultProxy(moto_bucket.endpoint_url, lambda method, path: None) as proxy:
         yield placed(moto_bucket, tmp_path, monkeypatch, proxy.url), proxy
 

@@ -1,4 +1,4 @@
-"""Nightly campaigns: incremental ones make what is new, editions make the whole campaign under a new date."""
+"""Nightly campaigns: incremental ones make new rows only, editions make the whole campaign under a new date."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def test_an_edition_makes_the_whole_campaign_under_each_new_date(
     audit: AuditLog, database: Database, tmp_path: Path
 ) -> None:
     nights = Nights(audit, tmp_path, mode="edition", extra=" on {{ edition }}")
-    # The clock goes forward at 02:00 on the 28th of March and back at 03:00 on the 31st of October.
+    # Clocks are set forward at 02:00 on 28 March and back at 03:00 on 31 October.
     times = ["2027-03-27T02:00", "2027-03-28T02:00", "2027-03-29T02:00"]
     times += ["2027-10-30T03:00", "2027-10-31T00:45", "2027-10-31T01:45", "2027-11-01T03:00"]
     added = []

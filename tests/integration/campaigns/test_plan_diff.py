@@ -1,4 +1,4 @@
-"""What `plan` says against a database: new, unchanged and removed jobs, what made them new, estimates."""
+"""`plan` against a database: new, unchanged and removed jobs, reasons why they are new, estimates."""
 
 from __future__ import annotations
 

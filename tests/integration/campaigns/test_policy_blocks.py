@@ -1,4 +1,4 @@
-"""What a policy forbids is blocked, whatever it was before, until a submit that allows it; on SQLite and PostgreSQL."""
+"""Policy blocks: a forbidden job is blocked in any status until a submit that allows it; on SQLite and PostgreSQL."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ DIGEST = checkpoint_files("shapes").digest
 
 
 def judged(*denied: str, rule: str = RULE, count: int = 3) -> list[JobSpec]:
-    """Chains of a draft and a scene, of which the drafts of the given rows are denied."""
+    """Chains of a draft and a scene; the drafts of the given rows are denied."""
     return [
         replace(spec, blocked=rule if spec.row_key in denied and spec.stage == "draft" else None)
         for spec in chains(count, "draft", "scene")
@@ -51,7 +51,7 @@ def submitted(audit: AuditLog, *denied: str, rule: str = RULE, source: str = "th
 
 @pytest.fixture
 def clean(database: Database, tmp_path: Path) -> Iterator[LocalStore]:
-    """A store for pictures; afterwards the audit must agree with everything."""
+    """A store for pictures; afterwards the audit must find no fault."""
     store = LocalStore(tmp_path / "storage")
     yield store
     assert verify(database, store, load_key(tmp_path / "key.pem", create=True)).faults == []
@@ -96,7 +96,7 @@ def test_a_policy_that_is_tightened_blocks_what_has_not_succeeded_though_the_tex
     assert (done.version, done.blocked) == (2, 3)
     assert statuses(database) == ["succeeded", "ready", "blocked", "skipped", "blocked", "skipped"]
     assert statuses(database, "status", "error_kind", "error")[2::2] == [WHY, WHY]
-    assert completed(audit, third, clean) == [False]  # it was being made, and is not recorded
+    assert completed(audit, third, clean) == [False]  # it was leased when it was blocked, so it is not recorded
     again = submitted(audit, "row-0", "row-1", "row-2")
     assert (again.version, again.added, again.blocked) == (2, 0, 3)
 
@@ -137,7 +137,7 @@ def test_no_retry_brings_a_denied_job_to_run(
     assert kept == {"blocked": 3, "cancelled": 2}.get(status, 0)
     ready = try_lease(audit)
     made = [] if ready is None else [job.row_key for job in ready.jobs]
-    assert made == (["row-0"] if status == "cancelled" else [])  # what the last version asks for and allows
+    assert made == (["row-0"] if status == "cancelled" else [])  # requested and allowed by the latest version
 
 
 def test_a_denied_job_whose_weights_were_revoked_too_needs_both_lifted(
@@ -171,7 +171,7 @@ stages:
 
 @pytest.fixture
 def desk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder to work in, with the fake engine."""
+    """A working folder with the fake engine."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv(FAKE_ENGINE, "0")
     (tmp_path / "spiders.yaml").write_text(CAMPAIGN)

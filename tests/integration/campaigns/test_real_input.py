@@ -1,4 +1,4 @@
-"""Input that nobody made for us: a public prompt set as it is, and a photograph."""
+"""Real input: an unmodified public prompt set, and a photograph."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def test_a_photograph_steers_a_controlnet_and_an_image_to_image_stage(tmp_path: 
     )
     home = tmp_path / "home"
     document("submit", file, "--home", home)
-    photograph.unlink()  # workers read what was copied into storage
+    photograph.unlink()  # workers read the copy in storage
     workers.run_worker(services.load_settings(home), campaign="photo", until_idle=True, device="cpu")
     made = {job["stage"]: job for job in pictures(home, "photo")}
     assert {job["status"] for job in made.values()} == {"succeeded"}

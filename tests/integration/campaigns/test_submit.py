@@ -1,4 +1,4 @@
-"""Publishing a campaign's version, on SQLite and PostgreSQL."""
+"""Submitting versions of a campaign, on SQLite and PostgreSQL."""
 
 from __future__ import annotations
 
@@ -167,7 +167,7 @@ def test_workers_see_nothing_of_a_version_until_it_is_published(audit: AuditLog,
     other = AuditLog(database, actor="worker:other")
     with staging.prepared(chains(2)) as ready, audit.transaction() as tx:
         submit(tx, ready, publication(source=""))
-        if not database.is_sqlite:  # where no one else can write meanwhile
+        if not database.is_sqlite:  # on SQLite nothing else can write meanwhile
             assert try_lease(other) is None
         assert statuses(database) == []
     assert len(leased(other).jobs) == 2

@@ -1,4 +1,4 @@
-"""The commands around the audit log: sealing, exports and proofs that are checked by nothing but themselves."""
+"""Audit commands: sealing, exports, and proofs that are verified without a database."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from tests.integration.commands import SDPIPELINE, start
 
 @pytest.fixture
 def home(migrated_sqlite: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A home with two jobs of a subject that were made, and nothing sealed."""
+    """A home with two finished jobs of a data subject, and no seal."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("SDP_ACTOR", "alice@example.com")
     path = tmp_path / "home"
@@ -51,7 +51,7 @@ def ran(*words: object, exit_code: int = 0) -> None:
 
 
 def alone(folder: Path, *words: object) -> tuple[int, Json]:
-    """A command in an empty folder, with no setting, no home and no environment."""
+    """Run a command in an empty folder, without settings, home or environment."""
     folder.mkdir(exist_ok=True)
     command = [*SDPIPELINE, *map(str, words), "--json"]
     done = subprocess.run(command, cwd=folder, env={}, capture_output=True, text=True, timeout=300, check=False)
@@ -152,7 +152,7 @@ def test_a_public_key_may_come_as_a_pem_file(home: Path, tmp_path: Path) -> None
     assert audit.public_key(str(pem)) == key.public_hex
 
 
-# Sealing on and on.
+# Continuous sealing.
 
 
 def eventually(holds: Callable[[], bool]) -> None:
@@ -203,7 +203,7 @@ def test_a_large_backlog_becomes_several_seals(home: Path, monkeypatch: pytest.M
         assert audit.verify(have.database, have.store, keys.seal_key(settings)).faults == []
 
 
-# Who did it, and under which settings.
+# Recorded actors and settings.
 
 
 def test_whoever_submits_seals_and_erases_stands_in_the_event(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -257,12 +257,12 @@ def test_a_folder_is_no_place_to_write_a_file_to(
     assert list(tmp_path.glob("*.part")) == []
 
 
-# Where another process has the key.
+# Sealing by another process that has the key.
 
 
 @pytest.fixture
 def elsewhere(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The seal key's file; commands of this home have its public half alone."""
+    """The file of the seal key; commands of this home have only the public key."""
     key = tmp_path / "seal.pem"
     audit.load_key(key, create=True)
     public = ["openssl", "pkey", "-in", str(key), "-pubout", "-out", str(tmp_path / "seal.pub")]
@@ -273,7 +273,7 @@ def elsewhere(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pa
 
 @contextmanager
 def sealing_elsewhere(home: Path, key: Path) -> Iterator[None]:
-    """Another process, which has the key and seals often."""
+    """A separate process that has the key and seals often."""
     told_so = {"SDP_SIGNING__SEAL_KEY_FILE": str(key)}
     process = start("audit", "seal", "--watch", "--every", "0.2", "--home", home, **told_so)
     try:

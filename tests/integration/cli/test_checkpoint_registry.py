@@ -1,4 +1,4 @@
-"""The registry of checkpoints: approved, verified, pinned by jobs, and withdrawn."""
+"""The checkpoint registry: approved, verified, pinned by jobs, and withdrawn."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def home(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def weights(tmp_path: Path) -> Path:
-    """A checkpoint of one's own: the shipped one, with one letter of a configuration changed."""
+    """A user's own checkpoint: the shipped one with one letter of a configuration changed."""
     folder = Path(shutil.copytree(checkpoints.BUILTIN_CHECKPOINTS / "shapes", tmp_path / "weights"))
     index = folder / "model_index.json"
     index.write_text(index.read_text() + " ")
@@ -94,7 +94,7 @@ def _on_a_terminal(*arguments: object) -> tuple[int, str]:
     ) as process:
         os.close(theirs)
         said = b""
-        with suppress(OSError):  # Linux's end of file of a terminal
+        with suppress(OSError):  # how Linux reports the end of a terminal's output
             while data := os.read(ours, 65536):
                 said += data
     os.close(ours)
@@ -102,7 +102,7 @@ def _on_a_terminal(*arguments: object) -> tuple[int, str]:
 
 
 def _bring_code(weights: Path) -> None:
-    """What made transformers ask at a terminal if it may run the checkpoint's own code."""
+    """Add code to the checkpoint, in the way that made transformers ask at a terminal whether to run it."""
     index = json.loads((weights / "model_index.json").read_text())
     (weights / "model_index.json").write_text(json.dumps(index | {"tokenizer": ["transformers", "AutoTokenizer"]}))
     config = weights / "tokenizer" / "tokenizer_config.json"

@@ -1,4 +1,4 @@
-"""A job that cannot be made: its neighbours are, it is named with its reason, and it can be retried."""
+"""A job that cannot be made: other jobs succeed, the failure is reported with its reason, and a retry works."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ FAKE = {FAKE_ENGINE: "0"}
 
 @pytest.fixture
 def home(tmp_path: Path) -> Path:
-    """A submitted campaign of two chains, one of whose inputs is then damaged in storage."""
+    """A submitted campaign of two chains; the input of one of them is then damaged in storage."""
     for name, value in (("good", 200), ("bad", 100)):
         Image.fromarray(np.full((64, 64, 3), value, dtype=np.uint8)).save(tmp_path / f"{name}.png")
     file = tmp_path / "campaign.yaml"
@@ -53,7 +53,7 @@ def test_a_damaged_input_fails_its_own_job_skips_what_needs_it_and_leaves_exit_c
         ("bad", "second"): "skipped",
     }
     ran = sdpipeline("run", home.parent / "campaign.yaml", "--home", home, **FAKE)
-    assert ran.returncode == 1  # storage holds other bytes under the input's digest, and is not overwritten
+    assert ran.returncode == 1  # storage holds other bytes under the input's digest and does not overwrite them
     assert "already holds different bytes" in ran.stderr
     with services.open_services(services.load_settings(home)) as have:
         failed, told = queries.failures(have, "two"), queries.finish_report(have, "two")

@@ -1,4 +1,4 @@
-"""Commands that are typed often import only what they use."""
+"""Frequently used commands import only the packages they need."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ sys.stderr.write(json.dumps(found))
 
 
 def imported_by(*commands: list[str]) -> dict[str, set[str]]:
-    """Packages that are imported after each of the commands, one after the other in a fresh interpreter."""
+    """Packages imported after each of the commands, run one after the other in a fresh interpreter."""
     ran = subprocess.run(
         [sys.executable, "-c", IMPORTED_BY, json.dumps(commands)], check=True, capture_output=True, text=True
     )

@@ -26,7 +26,7 @@ pytestmark = pytest.mark.timeout(300)
 
 @pytest.fixture
 def tampered(demo_home: Path, tmp_path: Path) -> Path:
-    """A copy of that home to change by hand. The pictures' addresses still name the original."""
+    """A copy of that home for manual changes. The picture URLs still point to the original home."""
     return Path(shutil.copytree(demo_home, tmp_path / "home"))
 
 
@@ -177,7 +177,7 @@ def test_a_run_whose_whole_process_tree_is_killed_is_finished_by_the_next(
 
 @pytest.fixture
 def long_campaign(tmp_path: Path) -> Path:
-    """Three stages over sixteen seeds."""
+    """A campaign of three stages and sixteen seeds."""
     file = tmp_path / "long.yaml"
     file.write_text(
         "name: long\ncheckpoint: shapes\nseeds: {count: 16}\n"

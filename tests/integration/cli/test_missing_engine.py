@@ -1,4 +1,4 @@
-"""The base install has no engine: whoever needs one is told at once, and nothing is written."""
+"""The base install has no engine: commands that need one fail at once, and nothing is written."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def test_a_missing_part_of_the_engine_is_said_before_anything_is_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], command: str, package: str
 ) -> None:
     (tmp_path / "spring.yaml").write_text(CAMPAIGN)
-    monkeypatch.setitem(sys.modules, package, None)  # what Python finds where it is not installed
+    monkeypatch.setitem(sys.modules, package, None)  # the value that Python finds for a package that is not installed
     files = [str(tmp_path / "spring.yaml")] if command == "run" else []
     assert cli.run([command, *files, "--home", str(tmp_path / "home")]) == 2
     told = " ".join(capsys.readouterr().err.split())

@@ -1,4 +1,4 @@
-"""A campaign speaks with nobody but whom its settings name: every connect of every process is watched, as is DNS."""
+"""A campaign connects only to addresses that its settings name: connects of all processes are traced, as is DNS."""
 
 from __future__ import annotations
 
@@ -30,20 +30,20 @@ stages:
 
 @dataclass(frozen=True, slots=True)
 class Watched:
-    """A command's output, and the addresses and ports that it or a child of it spoke with."""
+    """A command's output, and the addresses and ports that it or its children contacted."""
 
     output: str
     spoken_with: frozenset[tuple[str, int]]
 
 
 def watched(command: Sequence[object], folder: Path, variables: Mapping[str, str]) -> Watched:
-    """Run a command under strace, which sees what any library does, in C too."""
+    """Run a command under strace, which also sees the system calls of C libraries."""
     strace = shutil.which("strace")
     if strace is None:
         pytest.skip("strace is not installed (Debian: strace)")
     log = folder / "connects"
     watch = [strace, "--follow-forks", "--seccomp-bpf", "--quiet=all", "--signal=none", f"--output={log}"]
-    calls = "--trace=connect,sendmsg,sendmmsg"  # a bare sendto is how event loops wake themselves
+    calls = "--trace=connect,sendmsg,sendmmsg"  # event loops wake themselves with a bare sendto
     words = [*watch, calls, "--", *map(str, command)]
     done = subprocess.run(words, env=dict(variables), capture_output=True, text=True, timeout=240, check=False)
     assert done.returncode == 0, done.stderr + done.stdout
@@ -55,7 +55,7 @@ def watched(command: Sequence[object], folder: Path, variables: Mapping[str, str
 def test_a_campaign_asks_nobody_else(tmp_path: Path) -> None:
     (tmp_path / "campaign.yaml").write_text(CAMPAIGN)
     run = [sys.executable, "-m", "sdpipeline", "run", tmp_path / "campaign.yaml", "--home", tmp_path / "home"]
-    # As a user types it: nothing here switches analytics off but what the program does itself.
+    # As a user runs it: the test does not switch analytics off; only the program does.
     asking = {name: value for name, value in environment().items() if name not in OFF}
     found = watched(run, tmp_path, asking)
     (port,) = re.findall(r"Prefect UI: http://127\.0\.0\.1:(\d+)", found.output)

@@ -1,4 +1,4 @@
-"""Passwords and prompts stand in no message: not in errors of commands, of the database, nor in tracebacks."""
+"""Messages contain no passwords and no prompts: errors of commands and of the database, and tracebacks."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Look-ups by id, key, picture or campaign: another team's is answered exactly as one that does not exist."""
+"""Look-ups by id, key, picture or campaign: an object of another team is answered like one that does not exist."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ GIVEN_AWAY = ("secret-launch", "hidden", "nobody else", "east")
 
 @dataclass(frozen=True)
 class Teams:
-    """A home in which the team ``east`` made one picture, and the command line in this process as ``west``."""
+    """A home with one picture of the team ``east``, and the command line in this process as ``west``."""
 
     folder: Path
     picture: Path
@@ -47,7 +47,7 @@ def teams(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captur
     made = next((tmp_path / "home" / "storage" / "east").rglob("*.png"))
     key = made.relative_to(tmp_path / "home" / "storage").as_posix()
     assert nothing.said("show", 1)[0] == nothing.said("audit", "prove", key, "--out", tmp_path / "own")[0] == 0
-    # Without its marks, a copy says nothing of itself: only the database could.
+    # A copy without marks does not identify itself: only the database could.
     copy = tmp_path / "copy.png"
     copy.write_bytes(made.read_bytes())
     monkeypatch.setenv("SDP_TEAM", "west")

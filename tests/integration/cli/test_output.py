@@ -1,4 +1,4 @@
-"""Commands' output on any stdout: 8-bit, narrow, closed, full, or read only in part."""
+"""Output of commands on any stdout: 8-bit, narrow, closed, full, or read only in part."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ LATIN = {"LC_ALL": "C", "PYTHONIOENCODING": "latin-1:strict"}
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A home with a campaign of 600 jobs and names outside of every 8-bit character set."""
+    """A home with a campaign of 600 jobs and names outside every 8-bit character set."""
     folder = tmp_path_factory.mktemp("home")
     (folder / "spring.yaml").write_text(CAMPAIGN, encoding="utf-8")
     done = sdpipeline("submit", folder / "spring.yaml", "--home", folder)
@@ -45,7 +45,7 @@ def in_bytes(*words: object, **options: Any) -> subprocess.CompletedProcess[byte
     ("locale", "commands"),
     [
         (ASCII, ["jobs spring", "jobs spring --jsonl", "show 1", "doctor", "--help", "schema"]),
-        (LATIN, ["jobs spring", "jobs spring --jsonl"]),  # has more characters: the others say nothing new
+        (LATIN, ["jobs spring", "jobs spring --jsonl"]),  # other commands would test nothing new
     ],
     ids=["ascii", "latin-1"],
 )

@@ -1,4 +1,4 @@
-"""Budgets: chains are begun as the budget allows, so that it buys finished pictures; then the campaign pauses."""
+"""Budgets: chains are started within the budget so that it pays for finished pictures; then the campaign pauses."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ SECONDS = 0.1
 
 
 def budgeted(audit: AuditLog, count: int, **budget: Any) -> int:
-    """A campaign of chains of three whose chains are numbered; returns its id."""
+    """Submit a campaign of numbered chains of three stages; return its id."""
     jobs = [_numbered(spec, n // len(STAGES)) for n, spec in enumerate(chains(count, *STAGES))]
     return published(audit, jobs, budget=budget).campaign_id
 
@@ -31,7 +31,7 @@ def _numbered(spec: Any, chain: int) -> Any:
 
 
 def worked(audit: AuditLog, *, wave: int = 8, price: float = 0.0) -> list[str]:
-    """Work as one worker does until there is nothing to lease; the stages in the order of their leases."""
+    """Work as one worker until nothing is ready; return the stages in the order of their leases."""
     order: list[str] = []
     while True:
         with audit.transaction() as tx:
@@ -116,7 +116,7 @@ def test_an_unknown_price_is_learned_from_one_wave(audit: AuditLog, database: Da
     completed(audit, leased(audit, limit=8))
     with audit.transaction() as tx:
         budgets.admit(tx, wave=8)
-    # What scenes and finals take is not known yet.
+    # The costs of scenes and finals are not known yet.
     assert [stage for stage, status in statuses(database, "stage", "status") if status == "ready"] == ["scene"] * 8
 
 
@@ -188,7 +188,7 @@ def test_a_job_retried_after_its_budget_was_removed_is_made(audit: AuditLog, dat
     lease = leased(audit)
     for job in lease.jobs:
         failed(audit, lease, job)
-    published(audit, chains(3, *STAGES))  # the fourth row is gone, and was not pruned
+    published(audit, chains(3, *STAGES))  # the fourth row was removed, but not pruned
     with audit.transaction() as tx:
         job_control.retry(tx, campaign_id=campaign_id, statuses=["failed"])
     worked(audit)

@@ -1,4 +1,4 @@
-"""Many workers and people on one queue at once: threads and processes on SQLite and PostgreSQL."""
+"""Many workers and users on one queue at once: threads and processes on SQLite and PostgreSQL."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ from tests.integration.worker.test_shutdown import wait_for
 
 
 def work(audit: AuditLog, worker_id: str, *, fail_every: int = 0) -> list[int]:
-    """Lease and complete until nothing is ready; returns the ids of the completed jobs."""
+    """Lease and complete until nothing is ready; return the ids of the completed jobs."""
     done: list[int] = []
     while (lease := try_lease(audit, worker_id=worker_id, limit=4)) is not None:
         for job in lease.jobs:
@@ -56,11 +56,12 @@ def work_in_process(url: str, worker_id: str) -> list[int]:
 
 
 def diamonds(count: int) -> list[JobSpec]:
-    """Two drafts for each row, each of which has two joins below it."""
+    """Two drafts per row, with two joins that depend on both."""
     jobs = []
     for number in range(count):
         drafts = tuple(job_spec(f"row-{number}", stage=f"draft-{n}") for n in range(2))
-        # Parents in another order each, so that two finishing drafts meet the joins from both sides.
+        # Each join lists its parents in a different order, so that two finishing drafts lock the joins in opposite
+        # orders.
         joins = [job_spec(f"row-{number}", stage=f"join-{n}", parents=drafts[:: 1 - 2 * n]) for n in range(2)]
         jobs += [*drafts, *joins]
     return jobs
@@ -72,7 +73,7 @@ def test_eight_processes_never_finish_one_job_twice(audit: AuditLog, database: D
         done = [pool.submit(work_in_process, database_url, f"worker-{n}") for n in range(8)]
         finished = Counter(job_id for each in done for job_id in each.result())
     assert set(finished.values()) == {1}
-    rest = work(audit, "worker-last")  # what became ready just after the last of them found nothing
+    rest = work(audit, "worker-last")  # jobs that became ready just after the last worker found none
     assert len(rest) + len(finished) == 120
     assert set(statuses(database)) == {"succeeded"}
 
@@ -211,7 +212,7 @@ def test_a_forked_child_opens_its_own_connections_and_begins_its_own_chain(audit
     child = os.fork()
     if child == 0:
         work(audit, "child")
-        os._exit(0)  # no clean-up of what belongs to the parent
+        os._exit(0)  # no clean-up of resources that belong to the parent
     _, status = os.waitpid(child, 0)
     assert status == 0
     assert statuses(database) == ["succeeded"] * 4

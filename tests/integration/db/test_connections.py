@@ -1,4 +1,4 @@
-"""Databases that are away, slow, locked or shared by processes."""
+"""Databases that are unavailable, slow, locked or shared by processes."""
 
 from __future__ import annotations
 

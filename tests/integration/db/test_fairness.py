@@ -1,4 +1,4 @@
-"""Who is leased next among campaigns: no one starves, and checkpoints are rarely changed for it."""
+"""Fairness between campaigns: no campaign starves, and checkpoints are rarely changed for it."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ BATCH_S = 10.0
 
 @dataclass(slots=True)
 class Device:
-    """A worker that holds one checkpoint at a time, and what it was given."""
+    """A worker that holds one checkpoint at a time, and the leases it got."""
 
     cursor: Cursor = field(default_factory=lambda: Cursor(AgingPolicy(MAX_WAIT_S)))
     leases: list[Lease] = field(default_factory=list)
@@ -41,14 +41,14 @@ class Device:
 
 
 def time_passes(database: Database, seconds: float) -> None:
-    """Everything that was published or leased is so much longer ago."""
+    """Move all submits and leases this many seconds into the past."""
     with database.write() as connection:
         for column in (tables.lease.c.created_at, tables.campaign_version.c.created_at):
             connection.execute(update(column.table).values({column: column - seconds}))
 
 
 def rounds(audit: AuditLog, database: Database, devices: list[Device], count: int) -> Iterator[list[str]]:
-    """The campaigns that the devices work for, batch after batch."""
+    """The campaigns of the devices' leases, one list per batch."""
     for _ in range(count):
         leases = [device.work(audit, f"worker-{n}") for n, device in enumerate(devices)]
         for lease in leases:
@@ -136,7 +136,7 @@ def test_one_that_waited_too_long_gets_a_part_of_a_batch_though_full_ones_are_wa
     cursor = Cursor(AgingPolicy(MAX_WAIT_S))
     completed(audit, leased(audit, limit=4, cursor=cursor))
     time_passes(database, MAX_WAIT_S)
-    with database.write() as connection:  # the large one's turn is not over
+    with database.write() as connection:  # the large campaign's turn is not over
         connection.execute(update(tables.lease).values(created_at=tables.lease.c.created_at + MAX_WAIT_S))
     lease = try_lease(audit, limit=4, full_only=True, cursor=cursor)
     assert lease is not None

@@ -1,4 +1,4 @@
-"""Migrating while workers of the previous release go on: nobody waits long, nothing is lost, nothing made twice."""
+"""Migration while workers of the previous release are running: short waits, nothing lost, nothing made twice."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def _done(database: Database) -> int:
 
 
 def _count(database: Database, **values: str) -> int:
-    """Jobs of the campaign that is worked."""
+    """Number of jobs of the running campaign."""
     mine = [campaign.c.name == "spring", *(job.c[name] == value for name, value in values.items())]
     both = job.join(campaign, campaign.c.id == job.c.campaign_id)
     with database.read() as connection:
@@ -100,7 +100,7 @@ def _wait_until(happened: Callable[[], bool], previous: PreviousRelease) -> None
 
 @contextmanager
 def _watched(database: Database) -> Iterator[list[float]]:
-    """How long one who reads a job has to wait, again and again while the block lasts."""
+    """Measure the waits of a client that reads a job repeatedly until the block ends."""
     waits, ended = [0.0], threading.Event()
 
     def look() -> None:

@@ -1,4 +1,4 @@
-"""Bringing a database to this release's schema, on SQLite and PostgreSQL."""
+"""Migrating a database to this release's schema, on SQLite and PostgreSQL."""
 
 from __future__ import annotations
 

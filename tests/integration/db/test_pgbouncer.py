@@ -1,4 +1,4 @@
-"""PostgreSQL behind pgbouncer: all but `db upgrade` and `bench` works, in session and in transaction mode."""
+"""PostgreSQL behind pgbouncer: everything except `db upgrade` and `bench` works, in session and transaction mode."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ stages:
 
 @pytest.fixture(scope="module")
 def poolers(postgres_server: str) -> Iterator[Mapping[str, int]]:
-    """The ports of one pooler for each mode."""
+    """The ports of two poolers, one per mode."""
     with pgbouncer(postgres_server, "session") as session, pgbouncer(postgres_server, "transaction") as transaction:
         yield {"session": session, "transaction": transaction}
 
@@ -48,7 +48,7 @@ def mode(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture
 def pooled(poolers: Mapping[str, int], mode: str, database_url: str) -> Iterator[Database]:
-    """The empty, migrated database through the pooler."""
+    """An empty, migrated database through the pooler."""
     opened = open_database(through(poolers[mode], database_url))
     yield opened
     opened.close()
@@ -121,7 +121,7 @@ def test_the_limit_on_idle_transactions_holds_in_each_transaction_and_stays_in_i
             assert connection.execute(text("SHOW transaction_isolation")).scalar() == "read committed"
     direct.close()
     engine = sqlalchemy.create_engine(address(pooled), poolclass=sqlalchemy.NullPool)
-    with engine.connect() as connection:  # pgbouncer gives the server connection used last
+    with engine.connect() as connection:  # pgbouncer hands out the most recently used server connection
         assert connection.execute(text("SHOW idle_in_transaction_session_timeout")).scalar() == "0"
 
 

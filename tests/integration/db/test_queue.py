@@ -1,4 +1,4 @@
-"""The life of a job in the queue, on SQLite and PostgreSQL."""
+"""Job transitions in the queue, on SQLite and PostgreSQL."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def count(database: Database, name: str) -> int:
         return int(connection.execute(select(func.count()).select_from(tables.metadata.tables[name])).scalar_one())
 
 
-# Choosing what to lease.
+# Selecting jobs to lease.
 
 
 def test_jobs_are_leased_in_the_files_order_up_to_the_limit(audit: AuditLog, database: Database) -> None:
@@ -119,7 +119,7 @@ def test_a_cursor_goes_on_where_it_was_and_looks_back_when_there_is_no_full_batc
         queue.release(tx, lease_id=returned.id)
     assert ids(leased(audit, limit=2, cursor=cursor)) == [3, 4]
     cursor.scanned_at -= leasing.PARTIAL_BATCH_CURSOR_TTL_S
-    cursor.scan_s = 0.0  # it took long on a busy machine
+    cursor.scan_s = 0.0  # a scan may be slow on a busy machine
     assert ids(leased(audit, limit=2, cursor=cursor)) == [1, 2]
     assert ids(try_lease(audit, limit=2, cursor=cursor)) == [5]
 
@@ -134,7 +134,7 @@ def test_a_cursor_is_forgotten_in_time_whatever_it_finds(audit: AuditLog, databa
     assert ids(leased(audit, limit=2, cursor=cursor)) == [1, 2]
 
 
-# Finishing, and the fence.
+# Completing jobs, and fencing.
 
 
 def test_a_completed_job_has_one_picture_and_its_children_become_ready(audit: AuditLog, database: Database) -> None:
@@ -211,7 +211,7 @@ def test_a_heartbeat_extends_open_leases_and_names_them(audit: AuditLog, databas
         assert connection.execute(extended).scalar_one() > 900
 
 
-# Failing.
+# Failures.
 
 
 def test_a_deferred_job_waits_for_its_time_and_is_tried_again(audit: AuditLog, database: Database) -> None:
@@ -241,7 +241,7 @@ def test_a_failed_job_skips_everything_below_it_and_nothing_beside_it(audit: Aud
     assert statuses(database, "error")[1] == "a parent of this job did not succeed; retry the parent"
 
 
-# Leases that are lost or given back.
+# Lost and released leases.
 
 
 def test_a_lost_lease_costs_its_jobs_no_attempt_but_they_are_tried_alone(audit: AuditLog, database: Database) -> None:
@@ -322,7 +322,7 @@ def test_a_worker_that_ends_gives_its_leases_back(audit: AuditLog, database: Dat
     assert statuses(database, "status", "attempt") == [("ready", 0)]
 
 
-# What people do.
+# Actions of users.
 
 
 def test_retrying_reopens_failed_jobs_and_what_was_skipped_below_them(audit: AuditLog, database: Database) -> None:
@@ -410,7 +410,7 @@ def test_a_lease_asks_the_database_through_the_index_of_ready_jobs(audit: AuditL
         if database.is_sqlite:
             plan = connection.exec_driver_sql(f"EXPLAIN QUERY PLAN {sql}").all()
         else:
-            connection.exec_driver_sql("SET LOCAL enable_seqscan = off")  # it is right for 50 rows
+            connection.exec_driver_sql("SET LOCAL enable_seqscan = off")  # a sequential scan is right for 50 rows
             plan = connection.exec_driver_sql(f"EXPLAIN {sql}").all()
     assert "ix_job_ready" in str(plan)
     assert "TEMP B-TREE" not in str(plan)

@@ -1,4 +1,4 @@
-"""The shipped checkpoints do what they are asked, in diffusers' stock pipelines."""
+"""The shipped checkpoints follow their prompts and inputs in diffusers' stock pipelines."""
 
 from collections.abc import Sequence
 from dataclasses import replace

@@ -1,4 +1,4 @@
-"""The recipe: every stage learns within a few steps, and goes on where it was interrupted."""
+"""The training recipe: every stage learns within a few steps, and resumes after an interruption."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -27,7 +27,7 @@ TINY = replace(
         "autoencoder": 2,
         "words": 16,
         "unet": 4,
-        "controlnet": 16,  # fewer differ more from one another than what forty steps learn
+        "controlnet": 16,  # with fewer, their variance exceeds what forty steps learn
         "upscale_autoencoder": 1,
         "upscale": 1,
     },
@@ -36,7 +36,7 @@ TINY = replace(
 
 @pytest.fixture(scope="module")
 def training(tmp_path_factory: pytest.TempPathFactory) -> Training:
-    """Forty steps a stage; pictures a quarter of the true side, which every stage takes as they are."""
+    """Forty steps per stage. Pictures have a quarter of the real side length, which every stage accepts."""
     directory = tmp_path_factory.mktemp("training")
     rng = np.random.default_rng(0)
     np.save(directory / "pictures.npy", np.stack([render(rng, sample_scene(rng), side=128) for _ in range(16)]))
@@ -46,7 +46,7 @@ def training(tmp_path_factory: pytest.TempPathFactory) -> Training:
 
 @pytest.fixture(scope="module", autouse=True)
 def one_thread() -> Iterator[None]:
-    """Two OpenMP threads wait for one another whenever the machine is busy."""
+    """Use one OpenMP thread: two wait for each other whenever the machine is busy."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -55,7 +55,7 @@ def one_thread() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def losses(training: Training) -> Callable[[str], list[float]]:
-    """A stage's losses; what it builds on is trained before, each stage once."""
+    """A stage's losses; the stages it builds on are trained first, each once."""
 
     @cache
     def train(stage: str) -> list[float]:

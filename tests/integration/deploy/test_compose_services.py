@@ -1,9 +1,9 @@
-"""Every service of deploy/compose.yaml as a plain process, with its own command and settings: a campaign goes through.
+"""Every service of deploy/compose.yaml as a plain process with its own command and settings, and a campaign on them.
 
-Stands in for what a container engine would do: names of hosts become ports here, mounted files their places here. The
-S3 server is another one (the image's is no Python package), and so is the engine of pictures, for there is no GPU.
-Prefect's database is SQLite, for the PostgreSQL out of a wheel lacks pg_trgm; SDP_TEST_PREFECT_DATABASE_URL names
-another.
+It replaces a container engine: host names become local ports, and mounted files are replaced by their paths here. The
+S3 server is another one, because the image's has no Python package. The engine is the fake one, because there is no
+GPU. Prefect's database is SQLite, because the PostgreSQL of the wheel lacks pg_trgm; SDP_TEST_PREFECT_DATABASE_URL
+names another.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ stages:
 
 @dataclass(slots=True)
 class Stack:
-    """The services that run, and how their addresses and paths are spelt here."""
+    """The services that run, and their addresses and paths on this machine."""
 
     folder: Path
     bin_path: Path
@@ -77,7 +77,7 @@ class Stack:
         return [*programs[words[0]], *(self.here(word) for word in words[1:])]
 
     def once(self, name: str, *words: object, **more: str) -> str:
-        """Run a service that ends, or another command with its settings."""
+        """Run a service that exits by itself, or another command with its settings."""
         command = self.command([*map(str, words)] or services()[name]["command"])
         environment = self.environment(name, **more)
         done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
@@ -85,7 +85,7 @@ class Stack:
         return done.stdout
 
     def start(self, name: str, **more: str) -> None:
-        """Start a service that stays."""
+        """Start a service that keeps running."""
         with (self.folder / f"{name}.log").open("wb") as log:
             command, environment = self.command(services()[name]["command"]), self.environment(name, **more)
             process = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
@@ -103,7 +103,7 @@ class Stack:
 
 @pytest.fixture(scope="module")
 def stack(tmp_path_factory: pytest.TempPathFactory, prefect_database: Path) -> Iterator[Stack]:
-    """All services, started in the order of their dependencies."""
+    """All services, started in dependency order."""
     folder = copied_into(tmp_path_factory.mktemp("stack"), prefect_database)
     load_key(folder / "seal.pem", create=True)
     _public_half(folder)
@@ -123,7 +123,7 @@ def stack(tmp_path_factory: pytest.TempPathFactory, prefect_database: Path) -> I
     }
     moto = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(s3)]
     with ExitStack() as open_until_the_end:
-        # The last of two `-h` counts.
+        # The last of two `-h` options wins.
         server = open_until_the_end.enter_context(postgres_server(f"-h 127.0.0.1 -p {database}"))
         open_until_the_end.enter_context(served(moto, s3, folder))
         found = Stack(folder, Path(server._package.bin_path), places)
@@ -143,13 +143,13 @@ def stack(tmp_path_factory: pytest.TempPathFactory, prefect_database: Path) -> I
 
 
 def _public_half(folder: Path) -> None:
-    """As .env.example says."""
+    """Extract the public key as .env.example describes."""
     words = ["openssl", "pkey", "-in", str(folder / "seal.pem"), "-pubout", "-out", str(folder / "seal.pub")]
     subprocess.run(words, check=True, capture_output=True)
 
 
 def _initialise(stack: Stack, superuser: str, port: int) -> None:
-    """What the image does with an empty folder: the owner, the database, then the mounted script."""
+    """Initialise an empty data folder as the image does: the owner, the database, then the mounted script."""
     settings = services()["postgres"]["environment"]
     with psycopg.connect(superuser, autocommit=True) as connection:
         connection.execute(f"CREATE ROLE {settings['POSTGRES_USER']} SUPERUSER LOGIN".encode())
@@ -171,7 +171,7 @@ def _wait_for(stack: Stack, ask: Any, patience_s: float = 120) -> None:
 
 
 def _made(stack: Stack, api: httpx.Client, path: str, **body: Any) -> str:
-    """The id of something new; a busy SQLite may refuse, and Prefect's own client would ask again too."""
+    """The id of a new object. A busy SQLite may refuse the request, and it is repeated as Prefect's own client does."""
     answers: list[httpx.Response] = []
 
     def ask() -> bool:
@@ -184,7 +184,7 @@ def _made(stack: Stack, api: httpx.Client, path: str, **body: Any) -> str:
 
 @pytest.fixture(scope="module")
 def api(stack: Stack) -> Iterator[httpx.Client]:
-    """Prefect's API as somebody with the password."""
+    """Prefect's API as a user with the password."""
     user, _, password = variables()["PREFECT_AUTH"].partition(":")
     with httpx.Client(base_url=f"{stack.here('http://prefect-server:4200')}/api/", auth=(user, password)) as client:
         yield client

@@ -1,4 +1,4 @@
-"""What lies in deploy/ is what its readers take it for: compose, Kubernetes, a Dockerfile, policies."""
+"""Files in deploy/ are valid for their readers: compose, Kubernetes, a Dockerfile, policies."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ PREFECT_PASSWORDS = {variables()["PREFECT_AUTH"], "admin:change-me"}
 
 @cache
 def rendered() -> list[Any]:
-    """The kustomize base with its example secrets, as the API server would get it."""
+    """The kustomize base with its example secrets, as the API server would receive it."""
     kubectl = shutil.which("kubectl")
     if kubectl is None:
         pytest.skip("kubectl is not installed (Debian: kubernetes-client)")
@@ -49,7 +49,7 @@ def rendered() -> list[Any]:
 
 
 def pods() -> dict[str, Any]:
-    """Every pod that is described, the GPU job's too."""
+    """Every pod that is defined, including that of the GPU job."""
     found = {
         m["metadata"]["name"]: m["spec"]["template"]["spec"] for m in rendered() if "template" in m.get("spec", {})
     }
@@ -57,7 +57,7 @@ def pods() -> dict[str, Any]:
 
 
 def gpu_job() -> Any:
-    """What Prefect makes of the template, with its defaults, for one run."""
+    """The job that Prefect renders from the template and its defaults for one run."""
     template = json.loads((DEPLOY / "kubernetes" / "gpu-job-template.json").read_text())
     properties = template["variables"]["properties"]
     values = {name: each["default"] for name, each in properties.items() if "default" in each}
@@ -145,7 +145,8 @@ def test_a_gpu_job_asks_for_one_gpu_on_a_node_that_has_one() -> None:
     pod = gpu_job()["spec"]["template"]["spec"]
     assert pod["nodeSelector"] == {"nvidia.com/gpu.present": "true"}
     assert pod["containers"][0]["resources"]["limits"]["nvidia.com/gpu"] == 1
-    assert gpu_job()["spec"]["backoffLimit"] == 0  # the campaign's run starts another, and the lease brings work back
+    # The campaign's run starts a new pod, and expired leases make its jobs ready again.
+    assert gpu_job()["spec"]["backoffLimit"] == 0
 
 
 def test_the_pool_watches_the_namespace_that_its_role_is_for() -> None:
@@ -167,7 +168,7 @@ def test_secrets_and_settings_that_pods_name_are_made() -> None:
 
 
 def environment(pod: Any) -> dict[str, str]:
-    """Every variable that some container of a pod gets, from its settings and secrets too."""
+    """Every variable of a container of the pod, including those from its settings and secrets."""
     found: dict[str, str] = {}
     for container in [*pod.get("initContainers", []), *pod["containers"]]:
         for source in container.get("envFrom", []):
@@ -190,7 +191,7 @@ def _values(manifest: Any) -> dict[str, str]:
 
 
 def everything() -> dict[str, dict[str, str]]:
-    """The environment of every service and pod of ours."""
+    """The environment of each of our services and pods."""
     compose = {name: services()[name].get("environment", {}) for name in services()}
     return compose | {f"pod {name}": environment(pod) for name, pod in pods().items()}
 

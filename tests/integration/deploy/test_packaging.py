@@ -1,4 +1,4 @@
-"""The package as a stranger gets it: sdist to wheel, installed beside folders of the same names."""
+"""The package as a user installs it: sdist to wheel, next to folders of the same names."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The bin folder of a new environment that holds this wheel, and our libraries through a path file.
+    """The bin folder of a new environment with this wheel, and our libraries through a path file.
 
     Downloading torch anew would cost minutes and prove nothing about our own files. A path file does not
     run the path files of the folder it names, so the checkout's editable install stays out.
@@ -43,7 +43,7 @@ def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def project_of_a_user(tmp_path: Path) -> Path:
-    """A working directory whose own folders are called as ours are."""
+    """A working directory whose own folders have the names of our packages."""
     for name in ("flows", "migrations"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "__init__.py").write_text("raise RuntimeError('the package imported a folder of the user')")

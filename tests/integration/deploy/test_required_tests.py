@@ -1,4 +1,4 @@
-"""Under SDP_TEST_REQUIRE_ALL=1 nothing may skip but what needs a GPU."""
+"""Under SDP_TEST_REQUIRE_ALL=1 only tests that need a GPU may skip."""
 
 from __future__ import annotations
 
