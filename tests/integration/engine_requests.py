@@ -1,4 +1,4 @@
-"""Requests, pictures and batches for the engine's tests."""
+"""Requests, pictures and batches for tests of the engine."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ TINY_SIZE = 64
 
 @cache
 def engine() -> DiffusersEngine:
-    """One engine on the CPU for all tests that do not change it: checkpoints load once."""
+    """A shared engine on the CPU for all tests that do not change it: checkpoints load once."""
     return new_engine()
 
 
@@ -35,7 +35,7 @@ def ref(name: str) -> CheckpointRef:
 
 
 def request(checkpoint: str = "sd1", **changes: Any) -> GenerationRequest:
-    """A request of few steps on a tiny checkpoint, with its family's own scheduler."""
+    """A request of few steps on a tiny checkpoint, with its family's default scheduler."""
     family = FAMILIES[tiny_checkpoints().files(checkpoint).family]
     size = 32 if family.name == "upscale" else max(TINY_SIZE, family.size_multiple)
     given: dict[str, Any] = {
@@ -67,7 +67,7 @@ def noise(seed: int = 0, size: int = TINY_SIZE) -> Pixels:
 
 
 def disc(colour: tuple[int, int, int] = (220, 38, 38), ground: tuple[int, int, int] = (245, 245, 245)) -> Pixels:
-    """A drawn circle, 128 x 128."""
+    """A drawn disc, 128 x 128 pixels."""
     canvas = np.full((128, 128, 3), ground, np.uint8)
     return np.asarray(cv2.circle(canvas, (60, 66), 30, colour, -1, cv2.LINE_AA), dtype=np.uint8)
 
@@ -79,7 +79,7 @@ def middle_mask(size: int = TINY_SIZE) -> Pixels:
 
 
 def prepared(asked: GenerationRequest, **images: Pixels) -> PreparedRequest:
-    """With pictures by role; ``controlnets_0`` stands for ``controlnets.0``."""
+    """A request with pictures by role; ``controlnets_0`` stands for ``controlnets.0``."""
     return PreparedRequest(
         request=asked, images={role.replace("_0", ".0").replace("_1", ".1"): p for role, p in images.items()}
     )
@@ -95,7 +95,7 @@ def results(
 def images(
     *asked: PreparedRequest, bucket: int | None = None, on: DiffusersEngine | None = None
 ) -> list[GeneratedImage]:
-    """The pictures; a failure is raised."""
+    """The pictures of these requests; raises if one failed."""
     found = results(*asked, bucket=bucket, on=on)
     return [image_of(result) for result in found]
 
@@ -107,7 +107,7 @@ def image_of(result: GeneratedImage | GenerationFailure) -> GeneratedImage:
 
 
 def failure_of(result: GeneratedImage | GenerationFailure) -> str:
-    """The kind of error and its message."""
+    """The type of the error and its message."""
     assert isinstance(result, GenerationFailure), "a picture came out where a failure was expected"
     return f"{type(result.error).__name__}: {result.error}"
 
@@ -119,5 +119,5 @@ def equal(one: GeneratedImage | Mapping[str, Any], other: GeneratedImage | Mappi
 
 
 def distance(one: GeneratedImage, other: GeneratedImage) -> int:
-    """The largest difference of any channel of any pixel, in 0-255."""
+    """The largest difference in any channel of any pixel, 0-255."""
     return int(np.abs(one.pixels.astype(int) - other.pixels.astype(int)).max())

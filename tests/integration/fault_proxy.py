@@ -1,4 +1,4 @@
-"""An HTTP proxy in front of an S3 server that fails the way networks and busy servers do."""
+"""An HTTP proxy in front of an S3 server that injects faults of networks and busy servers."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ SLOW_S = 0.3
 
 
 class Fault(StrEnum):
-    """What goes wrong with one request; the ones with a status are answers in the server's name."""
+    """A fault of one request; those with a status are answers in the server's name."""
 
     SLOW_DOWN = "503 SlowDown"
     INTERNAL_ERROR = "500 InternalError"
@@ -41,7 +41,7 @@ Refuse = Callable[[str, Mapping[str, str]], str | None]
 
 
 def once(method: str, *faults: Fault) -> Choose:
-    """Each fault strikes one request of this method, in order; everything later passes."""
+    """Inject each fault into one request of this method, in order; later requests pass."""
     left = list(faults)
     lock = threading.Lock()
 
@@ -53,7 +53,7 @@ def once(method: str, *faults: Fault) -> Choose:
 
 
 class FaultProxy:
-    """Listens on ``url`` and passes requests on to ``upstream``; ``seen`` lists methods with their faults.
+    """Proxy that listens on ``url`` and passes requests on to ``upstream``; ``seen`` lists methods with their faults.
 
     ``rewrite`` changes what readers get, as a server does that optimises pictures on their way. ``refuse`` answers a
     request by its method and lower-case headers with "STATUS CODE message", as a server without a feature does.
@@ -90,11 +90,11 @@ class FaultProxy:
 
 class _Server(ThreadingHTTPServer):
     daemon_threads = True
-    block_on_close = False  # a kept-alive connection would hold the test up
+    block_on_close = False  # a kept-alive connection would delay the test
     proxy: FaultProxy
 
     def handle_error(self, request: object, client_address: object) -> None:
-        """Broken connections are this server's business."""
+        """Ignore broken connections: this server causes them."""
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -102,7 +102,7 @@ class _Handler(BaseHTTPRequestHandler):
     server: _Server
 
     def do_GET(self) -> None:
-        """Any method: the fault first, then whatever is left of the exchange."""
+        """Handle any method: the fault first, then the rest of the exchange."""
         proxy = self.server.proxy
         fault = proxy.choose(self.command, self.path)
         proxy.seen.append((self.command, fault))
@@ -131,7 +131,7 @@ class _Handler(BaseHTTPRequestHandler):
     do_PUT = do_POST = do_HEAD = do_DELETE = do_GET  # noqa: N815 - names that http.server looks for
 
     def log_message(self, *_: object) -> None:
-        """Tests read ``seen``."""
+        """Log nothing: tests read ``seen``."""
 
     def _pass_on(self, body: bytes, fault: Fault | None) -> None:
         proxy = self.server.proxy
@@ -176,7 +176,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.wfile.flush()
 
     def _reset(self) -> None:
-        # A linger time of zero makes close() send RST instead of an orderly end.
+        # With a linger time of zero, close() sends RST instead of an orderly end.
         self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         self.close_connection = True
         self.connection.shutdown(socket.SHUT_RD)

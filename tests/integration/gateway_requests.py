@@ -1,4 +1,4 @@
-"""Requests that the Prefect gateway refuses, each beside one that the same credential may send.
+"""Requests that the Prefect gateway refuses, each paired with one that the same credential may send.
 
 GPU and CPU stand for the ids of a run of each pool, DEPLOYED for the deployment of gpu-worker, NIGHTLY for another
 pool's, FLOW for the flow of gpu-worker.
@@ -27,14 +27,14 @@ OTHER_START = "deployments/NIGHTLY/create_flow_run"
 
 @dataclass(frozen=True)
 class Asked:
-    """A request by its method, path below /api and JSON body."""
+    """A request: method, path below /api and JSON body."""
 
     method: str
     path: str
     body: Any = None
 
     def about(self, ids: Mapping[str, str]) -> Asked:
-        """The same with ids in place of the words that stand for them."""
+        """The same request with ids in place of their placeholders."""
         text = re.sub(rf"\b({'|'.join(ids)})\b", lambda word: ids[word[0]], json.dumps([self.path, self.body]))
         path, body = json.loads(text)
         return Asked(self.method, path, body)

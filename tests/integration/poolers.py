@@ -1,4 +1,4 @@
-"""Debian's pgbouncer in front of the test server, with the settings that the package comes with."""
+"""Debian's pgbouncer in front of the test server, with the settings of its package."""
 
 from __future__ import annotations
 
@@ -33,14 +33,14 @@ logfile = {folder}/log
 
 @contextmanager
 def pgbouncer(server_url: str, mode: str, more: str = "") -> Iterator[int]:
-    """The port of a pooler in front of that server; skips the test on a machine without pgbouncer."""
+    """The port of a pooler in front of that server; skips the test if pgbouncer is not installed."""
     from tests.integration.conftest import free_port, served
 
     program = shutil.which("pgbouncer", path=f"{os.environ.get('PATH', '')}:/usr/sbin")
     if program is None:
         pytest.skip("pgbouncer is not installed: apt-get install pgbouncer")
     url, port = sqlalchemy.make_url(server_url), free_port()
-    # Run by root, pgbouncer becomes another user, whom pytest's own folder is closed to.
+    # As root, pgbouncer switches to another user, who may not enter pytest's own folder.
     with tempfile.TemporaryDirectory(prefix="sdp-pgbouncer-") as name:
         folder, settings = Path(name), Path(name) / "pgbouncer.ini"
         (folder / "users.txt").write_text("")
@@ -61,6 +61,6 @@ def pgbouncer(server_url: str, mode: str, more: str = "") -> Iterator[int]:
 
 
 def through(pooler_port: int, url: str) -> str:
-    """The address of the same database through the pooler."""
+    """The URL of the same database through the pooler."""
     given = sqlalchemy.make_url(url)
     return f"postgresql+psycopg://{quote(given.username or 'postgres')}@127.0.0.1:{pooler_port}/{given.database}"

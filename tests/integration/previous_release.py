@@ -1,4 +1,4 @@
-"""The release before this one, unpacked: its workers as processes, and campaigns that its own code submits."""
+"""The previous release, unpacked: its workers as processes, and campaigns submitted by its own code."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ for name, count, *stages in (("spring", int(sys.argv[2]), "draft", "scene"), ("b
 
 @dataclass(slots=True)
 class PreviousRelease:
-    """Its code on one database; ``home`` holds the pictures and what its processes wrote to stderr."""
+    """The previous release on one database; ``home`` holds the pictures and the stderr of its processes."""
 
     code: Path
     home: Path
@@ -67,7 +67,7 @@ class PreviousRelease:
 
     @property
     def settings(self) -> dict[str, str]:
-        """What every process here is told, of this release too."""
+        """The settings of every process here, including those of this release."""
         return {
             "SDP_HOME": str(self.home),
             "SDP_DATABASE_URL": self.database_url,
@@ -76,11 +76,11 @@ class PreviousRelease:
         }
 
     def submit(self, *, chains: int, bulk: int) -> None:
-        """The campaign ``spring`` of chains of two, and the paused campaign ``bulk``; makes the database's tables."""
+        """Submit the campaign ``spring`` of chains of two and the paused campaign ``bulk``; creates the tables."""
         self._run(["-c", SUBMIT, self.database_url, str(chains), str(bulk)]).check_returncode()
 
     def start_worker(self) -> None:
-        """One more worker, which ends when it is told to."""
+        """Start another worker, which runs until it is stopped."""
         log = (self.home / f"previous-{len(self.workers)}.log").open("wb")
         command = [sys.executable, "-m", "sdpipeline", "worker", "--json"]
         with log:
@@ -90,13 +90,13 @@ class PreviousRelease:
         self.workers.append(started)
 
     def stop_workers(self) -> list[int]:
-        """Ask all to end, and wait; their exit codes."""
+        """Stop all workers and wait for them; return their exit codes."""
         for worker in self.workers:
             worker.send_signal(signal.SIGTERM)
         return [worker.wait(60) for worker in self.workers]
 
     def log(self) -> str:
-        """What the workers said."""
+        """The workers' logs."""
         return "".join(path.read_text() for path in sorted(self.home.glob("previous-*.log")))
 
     def _run(self, arguments: Sequence[str]) -> subprocess.CompletedProcess[str]:
@@ -110,7 +110,7 @@ class PreviousRelease:
 
 @contextmanager
 def previous_release(folder: Path, database_url: str) -> Iterator[PreviousRelease]:
-    """Unpacked in ``folder``; no process of it outlives the block."""
+    """The previous release unpacked in ``folder``; none of its processes outlives the block."""
     code, home = folder / "previous", folder / "home"
     home.mkdir()
     with tarfile.open(ARCHIVE) as archive:

@@ -1,4 +1,5 @@
-"""LoRAs, IP-Adapters, textual inversions and other conditioning: felt while they are worn, and gone afterwards."""
+"""LoRAs, IP-Adapters, textual inversions and other conditioning: they change the picture while active, and no later
+one."""
 
 from __future__ import annotations
 
@@ -105,15 +106,15 @@ def test_a_lora_of_another_family_is_refused_and_leaves_no_trace() -> None:
 
 def test_a_refused_lora_takes_the_good_one_beside_it_off_again() -> None:
     before = one()
-    loras = (adapter("lora-sd1"), adapter("lora-sdxl"))  # too small for its header to tell its family
-    for _ in range(2):  # the second time, what is worn must not pass for what was asked
+    loras = (adapter("lora-sd1"), adapter("lora-sdxl"))  # too small for its family to be detected from its header
+    for _ in range(2):  # the second time, active adapters must not be mistaken for the requested ones
         refused = failure_of(results(prepared(request(loras=loras)))[0])
         assert "CheckpointError: adapters 'lora-sd1', 'lora-sdxl' do not fit 'sd1'" in refused
     assert equal(one(), before)
 
 
 def _own_lora(tmp_path: Path) -> Path:
-    """The weights of a LoRA of one's own, known to the engine as lora-<name of the folder>."""
+    """The weights of a LoRA file, known to the engine as lora-<name of the folder>."""
     folder = Path(shutil.copytree(tiny_checkpoints().directory("lora-sd1"), tmp_path / "lora"))
     tiny_checkpoints().add(inspect(f"lora-{tmp_path.name}", folder))
     return next(folder.iterdir())

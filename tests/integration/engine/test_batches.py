@@ -1,4 +1,5 @@
-"""A batch of mixed requests equals its singles, and a bucket's bits do not depend on neighbours."""
+"""A batch of mixed requests equals its single pictures, and within a bucket the bits do not depend on other
+requests."""
 
 from __future__ import annotations
 
@@ -24,7 +25,7 @@ from tests.integration.engine_requests import (
 
 
 def mixed(n: int) -> PreparedRequest:
-    """Every parameter that is free in a batch is another one for each n."""
+    """Requests that differ, for each n, in every parameter that may vary within a batch."""
     control = controlnet("controlnet-sd1", annotator="canny", controlnet_conditioning_scale=0.4 + 0.2 * n)
     asked = request(
         prompt=f"a cat {n}",

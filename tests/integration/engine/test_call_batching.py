@@ -1,4 +1,5 @@
-"""Profiles other than exact: pictures of different steps, strengths and guidance share single network calls."""
+"""Call batching in profiles other than exact: requests of different steps, strengths and guidance share network
+calls."""
 
 from __future__ import annotations
 
@@ -39,7 +40,7 @@ STEPS_AND_GUIDANCE = [(2, 4.0), (6, 1.0), (3, 7.5), (4, 2.0)]
 
 @cache
 def sharing() -> DiffusersEngine:
-    """Under ``fast`` it shares calls and leaves nothing out, so that pictures are those of ``exact``."""
+    """An engine whose ``fast`` profile shares calls and omits nothing, so that its pictures are those of ``exact``."""
     return new_engine(shortcuts=Stepwise(profiles={"fast": Shortcuts()}))
 
 
@@ -80,13 +81,13 @@ def exact(given: PreparedRequest) -> PreparedRequest:
 
 
 def again(given: PreparedRequest, made: GeneratedImage) -> GeneratedImage:
-    """Alone, from what its record says."""
+    """The picture reproduced alone from its record."""
     return images(replace(given, calls=made.ran["calls"]), bucket=made.ran["bucket"])[0]
 
 
 @contextmanager
 def calls_of_the_unet(asked: GenerationRequest) -> Iterator[list[int]]:
-    """The rows of every call that really runs meanwhile."""
+    """The number of rows of every call that runs in the block."""
     images(prepared(replace(asked, num_inference_steps=1)))
     rows = list[int]()
     first_layer = sharing().residency.get(asked.checkpoint).parts["unet"].conv_in

@@ -1,4 +1,4 @@
-"""A checkpoint is the set of files that was approved: nothing is added, linked, exchanged or run."""
+"""A checkpoint is the approved set of files: none may be added, linked, replaced or executed."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ INDEX: dict[str, Any] = {
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """A pipeline that is never loaded: small files where loaders look for them."""
+    """A pipeline that is never loaded: small files at the paths that loaders read."""
     made = tmp_path / "weights"
     for part in ("unet", "vae"):
         (made / part).mkdir(parents=True)

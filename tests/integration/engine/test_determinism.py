@@ -1,4 +1,4 @@
-"""reproducibility: strict means bits that depend on nothing but the request, the machine and the software."""
+"""`reproducibility: strict`: bits depend only on the request, the machine and the software."""
 
 from __future__ import annotations
 

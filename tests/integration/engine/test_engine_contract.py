@@ -1,4 +1,4 @@
-"""What every engine promises, whichever it is."""
+"""Contract of the engines, run on every implementation."""
 
 from __future__ import annotations
 

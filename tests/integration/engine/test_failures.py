@@ -1,4 +1,4 @@
-"""What goes wrong stays with the request it belongs to."""
+"""Failures in a batch affect only the request that caused them."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def before_each_step(on: DiffusersEngine, hook: Any, checkpoint: str = "sd1") ->
 
 
 def marked(on: DiffusersEngine, poison: PreparedRequest) -> Any:
-    """Where a batch's prompts are that poisonous one."""
+    """A function that finds the rows of a batch whose prompt is the poisonous one."""
     seen: list[torch.Tensor] = []
     with before_each_step(on, lambda _, prompts: seen.append(prompts[-1].clone())):
         images(poison, on=on)

@@ -1,4 +1,4 @@
-"""Every cell of the family table makes pictures, and the same ones that diffusers itself makes."""
+"""Every cell of the family table makes pictures, and they equal those of diffusers itself."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ CELLS = [
 
 
 def asked(name: str, task: Task, controlnets: int, n: int = 0) -> PreparedRequest:
-    """A request for that cell, another one for each n."""
+    """A request for that cell, different for each n."""
     row = FAMILIES[name]
     controls = tuple(_control(name, task, 0.5 + n / 4) for _ in range(controlnets))
     changes: dict[str, Any] = {"seed": n, "prompt": f"a cat {n}", "guidance_scale": 3.0 + 2 * n}

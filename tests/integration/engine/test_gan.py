@@ -1,4 +1,4 @@
-"""GAN upscalers: tiles without seams, and a clear refusal where the extra is not installed."""
+"""GAN upscalers: tiles without seams, and a clear refusal if the extra is not installed."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tests.integration.tiny_checkpoints import TinyCheckpoints
 
 
 class Doubling(torch.nn.Module):
-    """Enlarges by 2 and blurs over 3 pixels, so that a tile without surroundings would show its seam."""
+    """Upscaler by 2 that blurs over 3 pixels, so that tiles without overlap would show seams."""
 
     def __init__(self, limit: int = 10_000) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""The shortcuts are an optional room: exact pictures are made without importing it."""
+"""The shortcuts are optional: exact pictures are made without importing that package."""
 
 from __future__ import annotations
 

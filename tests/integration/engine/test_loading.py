@@ -1,4 +1,4 @@
-"""Weights are what they were when they were registered, safe to load, and dropped when memory runs short."""
+"""Weights are verified against the registry, loaded safely, and dropped when memory runs short."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ UNET = "unet/diffusion_pytorch_model.safetensors"
 
 @pytest.fixture
 def copy(tmp_path: Path) -> Path:
-    """An own copy of the sd1 checkpoint, to be damaged."""
+    """A copy of the sd1 checkpoint that the test may damage."""
     return Path(shutil.copytree(tiny_checkpoints().directory("sd1"), tmp_path / "copy"))
 
 
 def failure(files: CheckpointFiles) -> str:
-    """How a request on that checkpoint fails."""
+    """The failure of a request on that checkpoint."""
     own = TinyCheckpoints(files.directory)
     asked = replace(request(), checkpoint=own.add(files))
     return failure_of(results(prepared(asked), on=new_engine(own))[0])

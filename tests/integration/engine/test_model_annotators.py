@@ -1,4 +1,4 @@
-"""Control maps drawn by networks, from checkpoints of kind annotator."""
+"""Model annotators: control maps from networks, in checkpoints of kind annotator."""
 
 from __future__ import annotations
 

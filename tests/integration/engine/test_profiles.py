@@ -1,4 +1,4 @@
-"""What fast and turbo leave out, what that costs in the picture, and that it can be made again."""
+"""The fast and turbo profiles: omitted work, loss of quality, and reproducibility."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def apart(made: list[GeneratedImage], others: list[GeneratedImage]) -> float:
 
 
 def work(profile: Profile) -> tuple[list[int], list[int]]:
-    """Rows of the calls of the U-Net's outermost and innermost part for one picture of four steps."""
+    """Rows of the calls of the U-Net's outermost and innermost part, for one picture of four steps."""
     images(under(profile, steps=1))
     outer, inner = list[int](), list[int]()
     unet = engine().residency.get(request().checkpoint).parts["unet"]
@@ -180,13 +180,13 @@ def test_pictures_decoded_in_parts_say_so_by_bucket_and_slot() -> None:
     assert [(each.ran["bucket"], each.ran["slot"]) for each in made] == [(2, 0), (2, 1), (2, 0)]
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")  # torch, about itself
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")  # a warning of torch about itself
 def test_blocks_are_compiled_for_a_profile_and_run_as_they_are_for_exact_pictures() -> None:
     on, stances = new_engine(shortcuts=Stepwise(Speedups(compile=True))), list[str]()
     unet = on.residency.get(request().checkpoint).parts["unet"]
     block = next(module for module in unet.modules() if type(module).__name__ == "BasicTransformerBlock")
     block.register_forward_pre_hook(lambda *_: stances.append(torch._dynamo.eval_frame._stance.stance))
-    # What compiling itself gives is for tests/bench and tests/gpu to see: it takes most of a minute.
+    # The effect of compiling is tested in tests/bench and tests/gpu: it takes most of a minute.
     with torch.compiler.set_stance("eager_on_recompile"):
         made = images(under("fast", steps=1), under("fast", steps=1), on=on)
         images(under("exact", steps=1), on=on)

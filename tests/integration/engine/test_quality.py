@@ -1,4 +1,4 @@
-"""Scores from the worker to where people look, and thresholds that fail a job without changing what it is."""
+"""Quality metrics from the worker to reports, and thresholds that fail a job without changing its fingerprint."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ stages:
 
 @dataclass(frozen=True, slots=True)
 class Desk:
-    """A folder with a campaign file and the picture it follows, and the command line in this process."""
+    """A folder with a campaign file and its input picture, and the command line in this process."""
 
     folder: Path
     capsys: pytest.CaptureFixture[str]
@@ -46,13 +46,13 @@ class Desk:
         return json.loads(self.capsys.readouterr().out)
 
     def submit(self, quality: str = "", text: str = CAMPAIGN) -> Any:
-        """Publish the campaign with these thresholds."""
+        """Submit the campaign with these thresholds."""
         file = self.folder / "measured.yaml"
         file.write_text(text.replace("QUALITY", quality))
         return self.run("submit", file)
 
     def work(self, *, exit_code: int = 0) -> list[Json]:
-        """The jobs, once no work is left."""
+        """Work until no job is left; return the jobs."""
         self.run("worker", "--until-idle", exit_code=exit_code)
         return list(self.run("jobs", "measured")["jobs"])
 

@@ -1,4 +1,5 @@
-"""Denoisers in eight bits: near the exact picture and made again by the record, and never met by an exact picture."""
+"""Quantized denoisers (int8): close to the exact picture, reproducible from the record, and never used for exact
+pictures."""
 
 from __future__ import annotations
 
@@ -41,7 +42,7 @@ INT8 = Stepwise(Speedups(quantize="int8")).variant
 
 @cache
 def quantizing() -> DiffusersEngine:
-    """One engine in int8 for all tests that do not change it."""
+    """A shared int8 engine for all tests that do not change it."""
     return new_engine(shortcuts=Stepwise(Speedups(quantize="int8")))
 
 
@@ -57,7 +58,7 @@ def test_exact_pictures_are_the_same_before_and_after_quantized_ones(
         made = images(wanted, on=on)[0]
         assert equal(made, expected) is (wanted is exact)
         assert (made.ran == expected.ran) is (wanted is exact)
-    assert inductor.coordinate_descent_tuning is False  # torchao would set the compiler for the whole process
+    assert inductor.coordinate_descent_tuning is False  # torchao would configure the compiler for the whole process
 
 
 def test_a_quantized_picture_is_near_the_exact_one_and_its_record_names_what_quantized() -> None:
@@ -78,7 +79,7 @@ def test_neighbours_change_nothing_that_the_record_does_not_hold(profile: Profil
 
 
 def test_a_row_is_multiplied_the_same_whatever_stands_beside_it() -> None:
-    """Scales of activations over the whole batch would make each picture depend on its neighbours."""
+    """If activations were scaled over the whole batch, each picture would depend on the others."""
     (layer,) = [
         module
         for name, module in _denoiser(quantizing()).named_modules()
@@ -103,13 +104,13 @@ def test_the_two_forms_of_a_checkpoint_share_no_memory_and_are_counted_and_dropp
     on = new_engine(shortcuts=Stepwise(Speedups(quantize="int8")), resident_bytes=int(files.size_bytes * 1.5))
     images(under("fast", steps=1), on=on)
     images(under("exact", steps=1), on=on)
-    assert on.residency.drop(keep=()) == [(files.digest, None)]  # no room for both
+    assert on.residency.drop(keep=()) == [(files.digest, None)]  # memory does not suffice for both
     roomy = new_engine(shortcuts=Stepwise(Speedups(quantize="int8")))
     plain, quantized = roomy.residency.get(ref("sd1")), roomy.residency.get(ref("sd1"), variant=INT8)
     cpu = torch.device("cpu")
     assert quantized.size_bytes(cpu) < plain.size_bytes(cpu)
     weight = quantized.denoiser.mid_block.attentions[0].transformer_blocks[0].attn1.to_q.weight
-    assert weight.numel() < size_bytes(weight) < weight.numel() * 2  # one byte each, and a scale for each row
+    assert weight.numel() < size_bytes(weight) < weight.numel() * 2  # one byte per weight, and a scale per row
     assert roomy.resident() == {files.digest}
     assert {id(part) for part in plain.networks()}.isdisjoint(map(id, quantized.networks()))
 
@@ -132,7 +133,7 @@ def test_what_cannot_be_quantized_here_is_one_clear_error_before_any_work(
 ) -> None:
     monkeypatch.setenv("SDP_ENGINE__QUANTIZE", "int8" if missing else "fp8")
     if missing:
-        monkeypatch.setitem(sys.modules, "torchao", None)  # as where it is not installed
+        monkeypatch.setitem(sys.modules, "torchao", None)  # as if it were not installed
     file = tmp_path / "cats.yaml"
     file.write_text(yaml.safe_dump(campaign("cats", "shapes", {"id": "cat", "task": "text-to-image", "prompt": "cat"})))
     home = ("--home", str(tmp_path / "home"))

@@ -1,4 +1,4 @@
-"""A safety checker out of the registry: what it objects to is blocked by its rule and never stored."""
+"""A safety checker from the registry: flagged pictures are blocked by their rule and never stored."""
 
 from __future__ import annotations
 

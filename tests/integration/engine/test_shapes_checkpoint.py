@@ -1,4 +1,4 @@
-"""Pictures from the shipped checkpoint are of what was asked."""
+"""Pictures of the shipped checkpoint follow their prompts and control maps."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def centre(pixels: Pixels) -> str:
 
 
 def edge_recall(pixels: Pixels, control: Pixels) -> float:
-    """The share of the control map's edges that the picture has within 2 pixels."""
+    """Share of the control map's edges that the picture reproduces within 2 pixels."""
     edges = cv2.dilate(cv2.Canny(pixels, 60, 140), np.ones((5, 5), np.uint8)) > 0
     wanted = control[..., 0] > 0
     return float((wanted & edges).sum() / wanted.sum())

@@ -1,5 +1,5 @@
-"""Text encoders leave the device when prompts are kept. It is a CPU here, and they really leave it: to torch's device
-without memory, from which there is no way back, so that whatever asks for them again is found."""
+"""Offloading of text encoders when prompts are cached. The device is a CPU here, and encoders are offloaded to torch's
+meta device, which loses the weights, so that a later use without reloading is detected."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def lie_on(networks: list[torch.nn.Module]) -> set[str]:
 
 
 def run_out_once(on: DiffusersEngine, *, exact: bool = False) -> list[int]:
-    """Have the next pass run out of memory; gives the sizes of the calls from then on."""
+    """Let the next batch run out of memory; return the batch sizes of the calls from then on."""
     sizes: list[int] = []
 
     def refuse(_module: Any, inputs: Any) -> None:
@@ -148,7 +148,8 @@ def test_the_last_fallback_takes_them_off_whatever_was_told() -> None:
 
 
 def with_room(when: str, *, lacking_bytes: int) -> tuple[DiffusersEngine, Loaded, int]:
-    """An engine that holds sd1 and has too little room for sdxl beside it; the bytes of sd1 that are on its device."""
+    """An engine that holds sd1 and lacks ``lacking_bytes`` to hold sdxl too, the loaded sd1, and its bytes on the
+    device."""
     sd1_bytes = resident(engine()).size_bytes(CPU)
     room = sd1_bytes + tiny_checkpoints().files("sdxl").size_bytes - lacking_bytes
     on = leaving(when, resident_bytes=room)

@@ -1,4 +1,5 @@
-"""What a crash can leave between database and storage: found, explained, put right, on SQLite and PostgreSQL."""
+"""Reconciling database and storage after crashes: differences are found, explained and repaired, on SQLite and
+PostgreSQL."""
 
 from __future__ import annotations
 
@@ -47,7 +48,7 @@ LONG_AGO = 1_700_000_000.0
 
 
 class Listed(LocalStore):
-    """A directory that remembers what was asked to be listed."""
+    """A directory that records the prefixes it was asked to list."""
 
     def __init__(self, root: Path) -> None:
         super().__init__(root)
@@ -60,7 +61,7 @@ class Listed(LocalStore):
 
 @dataclass(slots=True)
 class Place:
-    """A database with its storage, a worker whose engine is the double, and a key for seals."""
+    """A database with its storage, a worker with the fake engine, and a key for seals."""
 
     audit: AuditLog
     folder: Path
@@ -97,7 +98,7 @@ class Place:
         return self.folder / "storage" / key
 
     def left_behind(self, lease: Lease, index: int = 0) -> str:
-        """What a worker has stored of a job when it is killed before the database hears of it: the picture's key."""
+        """Store a job's picture as a worker killed before its commit would; return the picture's key."""
         job = lease.jobs[index]
         (made,) = FakeEngine().generate(Batch(requests=[PreparedRequest(request=job.request)], bucket=1))
         assert isinstance(made, GeneratedImage)
@@ -106,7 +107,7 @@ class Place:
         return store_picture(self.store, finish(request, signing_key())).key
 
     def age(self) -> None:
-        """As if everything in storage had been there for long."""
+        """Make everything in storage look old."""
         for path in (self.folder / "storage").rglob("*"):
             if path.is_file():
                 os.utime(path, (LONG_AGO, LONG_AGO))
@@ -186,7 +187,7 @@ def late(database: Database, *leases: Lease) -> None:
         connection.execute(update(lease).where(lease.c.id.in_([each.id for each in leases])).values(expires_at=0.0))
 
 
-# Pictures that are recorded.
+# Recorded pictures.
 
 
 def _picture(place: Place) -> str:
@@ -261,7 +262,7 @@ def test_a_lost_picture_of_an_older_fingerprint_is_forgotten_and_its_job_left_al
     (fault,) = place.reconcile(repair=True).faults
     assert (fault.kind, fault.action) == ("object-missing", "its row is deleted: its job asks for another picture now")
     assert (statuses(database), place.faults()) == (["succeeded"], [])
-    # Wanted again it is made again, and not taken for there.
+    # Requested again, it is made again and not taken as present.
     published(place.audit, [job_spec("row-0")])
     assert (place.work(), place.faults()) == (1, [])
 
@@ -274,7 +275,7 @@ def test_an_equal_job_keeps_its_copy_when_the_picture_it_was_copied_from_is_lost
     place.file(place.picture(1)["key"]).unlink()
     place.reconcile(repair=True)
     assert place.file(copy["key"]).is_file()
-    # The copy is an original to nobody, so the picture is made.
+    # The copy is not an original for other jobs, so the picture is made again.
     assert (place.work(), place.faults(), place.picture(2)["key"]) == (1, [], copy["key"])
 
 
@@ -299,7 +300,7 @@ def test_a_storage_that_is_not_this_databases_is_refused_and_nothing_reopened(pl
     assert statuses(database) == ["succeeded"]
 
 
-# Objects that no row knows.
+# Objects without a row.
 
 
 def test_what_a_killed_worker_had_stored_is_found_in_its_folder_and_in_no_other_looked_for(place: Place) -> None:

@@ -1,4 +1,4 @@
-"""A backup is restored after more work was done: noticed, and taken up again without making anything twice."""
+"""Restoring a backup that is older than the storage: it is detected, and work resumes without making anything twice."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ MORE = 200
 
 
 class Counting(FakeEngine):
-    """The shipped double, which counts what it makes."""
+    """The fake engine with a count of its pictures."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
@@ -110,7 +110,7 @@ class Deployment:
 
 @pytest.fixture
 def on_sqlite(migrated_sqlite: Path, tmp_path: Path) -> Iterator[Deployment]:
-    """Backed up by a copy of its file."""
+    """Backup by a copy of the file."""
     live, kept = tmp_path / "queue.db", tmp_path / "backup.db"
     shutil.copy(migrated_sqlite, live)
 
@@ -131,7 +131,7 @@ def _copy_file(live: Path, kept: Path) -> None:
 
 @pytest.fixture
 def on_postgresql(postgres_server: str, tmp_path: Path) -> Iterator[Deployment]:
-    """Backed up as a database made from it as a template."""
+    """Backup by a database created from this one as its template."""
     with new_postgres_database(postgres_server) as url:
         database = open_database(url)
         migrate.upgrade(database)
@@ -256,7 +256,7 @@ def test_of_several_pictures_of_a_job_the_one_that_others_were_made_from_is_adop
 
 
 def leave_behind(store: LocalStore, lease: Lease, *, slot: int) -> None:
-    """A picture of the lease's first job that no row knows, made in another slot of its batch than any other."""
+    """Store a picture of the lease's first job without a row, made in another slot of its batch than any other."""
     leased_job = lease.jobs[0]
     (made,) = FakeEngine().generate(Batch(requests=[PreparedRequest(request=leased_job.request)], bucket=8))
     assert isinstance(made, GeneratedImage)
@@ -350,7 +350,7 @@ def test_a_job_that_asks_for_another_picture_by_now_is_made(deployment: Deployme
     assert deployment.adopt().waiting == 1
     published(deployment.log, [job_spec("row-0", prompt="changed")])
     assert (deployment.work(), deployment.engine.made) == (1, 2)
-    # Changed back, it has what was found.
+    # Changed back, it uses the picture that was found.
     published(deployment.log, [job_spec("row-0")])
     assert (deployment.work(), deployment.engine.made, statuses(deployment.database)) == (0, 2, ["succeeded"])
     assert deployment.verify().faults == []
@@ -371,7 +371,7 @@ def test_the_commands_stop_at_a_restored_backup_and_go_on_once_it_was_taken_up(
     )
 
     def command(*words: object, exit_code: int = 0) -> Any:
-        """In this process: a dozen interpreters would take longer than all the rest."""
+        """Run a command in this process: a dozen interpreters would take longer than all other tests here."""
         capsys.readouterr()
         assert run([*map(str, words), "--home", str(home), "--json"]) == exit_code
         return json.loads(capsys.readouterr().out)

@@ -1,4 +1,4 @@
-"""Retention and erasure: what is due goes, tombstone and audit trail stay, and a kill harms nothing."""
+"""Retention and erasure: due data is deleted, tombstone and audit trail stay, and a kill at any point does no harm."""
 
 from __future__ import annotations
 
@@ -40,12 +40,12 @@ ANNA = "anna@example.com"
 
 
 class Killed(BaseException):
-    """The process is gone: nobody handles this."""
+    """Stands for the death of the process: no code handles it."""
 
 
 @dataclass(slots=True)
 class DyingStore(LocalStore):
-    """A directory whose process is killed after so many deletions."""
+    """A directory whose process is killed after this many deletions."""
 
     root: Path
     left: int = 10**9
@@ -62,7 +62,7 @@ class DyingStore(LocalStore):
 
 @dataclass(slots=True)
 class Place:
-    """A database and storage with a worker of the shipped double."""
+    """A database and storage, with a worker that uses the fake engine."""
 
     audit: AuditLog
     store: LocalStore
@@ -71,7 +71,7 @@ class Place:
     engine: FakeEngine = field(default_factory=FakeEngine)
 
     def made(self, jobs: list[JobSpec], **options: Any) -> int:
-        """Publish a campaign and work it to its end; returns how many were made or copied."""
+        """Submit a campaign and work it to its end; return how many pictures were made or copied."""
         published(self.audit, jobs, **options)
         limits = WorkerLimits(max_batch=8, lease_ttl_s=60.0, max_pixels=10**7)
         return Worker("worker-1", self.audit, self.store, self.engine, limits, signing_key()).run().succeeded
@@ -104,7 +104,7 @@ class Place:
             connection.execute(update(table).where(where).values(**values))
 
     def age(self, *job_ids: int, days: float = 31) -> None:
-        """Let these jobs and their pictures be that old."""
+        """Set the age of these jobs and their pictures."""
         for table, of, column in ((image, image.c.job_id, "created_at"), (job, job.c.id, "finished_at")):
             self.edit(table, of.in_(job_ids), **{column: table.c[column] - days * DAY_S})
 
@@ -118,7 +118,7 @@ class Place:
         return set(self.store.list("default/")) | set(self.store.list("inputs/"))
 
     def stored_text(self) -> str:
-        """All that the database and storage hold, but for seals."""
+        """All data in the database and storage, except seals."""
         tables = [self.rows(table) for table in job.metadata.sorted_tables]
         files = [
             path.read_bytes().decode("latin-1") for path in sorted((self.folder / "s").rglob("*")) if path.is_file()
@@ -228,7 +228,7 @@ def test_nobody_can_retry_a_job_whose_prompt_is_gone(place: Place) -> None:
     assert place.faults() == []
 
 
-# One subject's data.
+# Data of one subject.
 
 
 def test_erasing_a_subject_leaves_nothing_of_it_and_all_of_others(place: Place) -> None:
@@ -354,7 +354,7 @@ def test_a_submit_that_only_says_whose_jobs_they_are_makes_nothing_again(place: 
     assert place.erase().jobs == 1
 
 
-# What an audit finds.
+# Findings of an audit.
 
 
 @on_sqlite

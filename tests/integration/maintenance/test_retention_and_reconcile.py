@@ -1,4 +1,4 @@
-"""Where forgetting, reconciling, adopting, budgets and reuse meet."""
+"""Retention combined with reconciling, restoring, budgets and reuse."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def reconciled(place: Editions, **options: Any) -> Any:
 
 
 def left_behind(place: Editions, lease: Lease) -> None:
-    """A picture of the lease's first job that was stored and never recorded."""
+    """Store a picture of the lease's first job that is never recorded."""
     job = lease.jobs[0]
     (made,) = FakeEngine().generate(Batch(requests=[PreparedRequest(request=job.request)], bucket=8))
     assert isinstance(made, GeneratedImage)

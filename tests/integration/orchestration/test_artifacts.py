@@ -1,4 +1,4 @@
-"""What a person sees of a campaign: artifacts and events of a real server, and its pages in a real Chromium."""
+"""Campaign artifacts and events on a real Prefect server, and its pages in a real Chromium."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ SCREENSHOTS = os.environ.get("SDP_TEST_SCREENSHOTS")
 
 @dataclass(slots=True)
 class Show:
-    """A campaign that runs under a server, and its artifacts meanwhile."""
+    """A campaign that runs under a server, and the artifacts seen during the run."""
 
     server: ServerHandle
     home: Path
@@ -82,7 +82,7 @@ class Show:
         return httpx.get(f"{self.url}/api/flow_runs/{self.run_id}", auth=known).raise_for_status().json()
 
     def find_run(self) -> str:
-        """The campaign's run; its workers' runs have parents."""
+        """The id of the campaign's run; its workers' runs have parents."""
         for run in self.ask("flow_runs/filter"):
             if str(self.home) in str(run["parameters"]) and run["parent_task_run_id"] is None:
                 return str(run["id"])
@@ -96,7 +96,7 @@ class Show:
         return f"{self.url}/artifacts/artifact/{self.artifacts()[f'{name}-{NAME}']['id']}"
 
     def events(self, expected: int) -> dict[str, Any]:
-        """The campaign's, by name."""
+        """The campaign's events, by name."""
         wanted = {
             "event": {"prefix": ["sdpipeline."]},
             "resource": {"id": [f"sdpipeline.campaign.default.{NAME}"]},
@@ -104,7 +104,7 @@ class Show:
         return {event["event"]: event for event in self.written_down(wanted, expected)}
 
     def written_down(self, wanted: dict[str, Any], expected: int) -> list[Any]:
-        """Events; the server writes them down some seconds after it was told."""
+        """Events on the server, which stores them some seconds after it received them."""
         deadline = time.monotonic() + 30
         while True:
             found: list[Any] = self.ask("events/filter", filter=wanted)["events"]
@@ -113,7 +113,7 @@ class Show:
             time.sleep(0.5)
 
     def look(self) -> None:
-        """Note every version of every artifact until the command has ended."""
+        """Record every version of every artifact until the command has ended."""
         while self.process.poll() is None:
             self.run_id = self.run_id or self.find_run()
             for key, artifact in self.artifacts().items() if self.run_id else ():
@@ -129,7 +129,7 @@ class Show:
 
 
 def documented_automation() -> dict[str, Any]:
-    """The documentation's, without the page that it sends."""
+    """The automation in the documentation, without its notification."""
     page = (Path(__file__).parents[3] / "docs" / "how-to" / "prefect-ui.md").read_text()
     text = "name: Page" + page.partition("```yaml\nname: Page")[2].partition("```")[0]
     found: dict[str, Any] = yaml.safe_load(text)
@@ -138,7 +138,7 @@ def documented_automation() -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def started(prefect_home: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Show]:
-    """The campaign, on its way: some pictures, and some jobs that fail."""
+    """The campaign during its run: some pictures exist, and some jobs fail."""
     home = tmp_path_factory.mktemp("show")
     file = home / "campaign.yaml"
     file.write_text(CAMPAIGN)
@@ -167,7 +167,7 @@ def started(prefect_home: Path, tmp_path_factory: pytest.TempPathFactory) -> Ite
 
 @pytest.fixture(scope="module")
 def show(started: Show) -> Show:
-    """The same at its end."""
+    """The same campaign after its end."""
     assert started.process.wait(240) == 3, (started.home / "output").read_text()
     assert started.watch is not None
     started.watch.join()
@@ -176,7 +176,7 @@ def show(started: Show) -> Show:
 
 @pytest.fixture(scope="module")
 def page() -> Iterator[Page]:
-    """One page of a real browser, that notes whom it asks."""
+    """A page of a real browser that records the hosts it contacts."""
     with opened_page() as opened:
         yield opened
 
@@ -192,9 +192,9 @@ def test_the_pages_want_the_password_of_the_home(started: Show, page: Page) -> N
 
 
 def photograph(page: Page, name: str) -> None:
-    """Keep what is to be seen, where the documentation's screenshots are wanted."""
+    """Save a screenshot, if the documentation's screenshots are requested."""
     if SCREENSHOTS:
-        page.wait_for_timeout(1500)  # what moves comes to rest
+        page.wait_for_timeout(1500)  # animations come to rest
         page.screenshot(path=Path(SCREENSHOTS) / f"{name}.jpg", type="jpeg", quality=80)
 
 
@@ -212,7 +212,7 @@ def test_a_running_campaign_is_seen_to_move_in_the_browser(started: Show, page: 
 def test_pictures_and_failures_are_shown_while_the_campaign_runs(show: Show) -> None:
     sheets = len(show.meanwhile[f"contact-sheet-{NAME}"])
     took_s = show.run()["total_run_time"]
-    assert 2 <= sheets <= 2 + took_s / REFRESH_EVERY_S  # the first ones, all at the end, and between them now and then
+    assert 2 <= sheets <= 2 + took_s / REFRESH_EVERY_S  # the first ones, all at the end, and some in between
     assert f"failures-{NAME}" in show.meanwhile
     assert show.meanwhile[f"report-{NAME}"][0].endswith("The report is written here when the run ends.")
 
@@ -303,7 +303,7 @@ def test_failures_are_a_table_in_the_browser(show: Show, page: Page) -> None:
 
 
 def asked_for(schema: dict[str, Any]) -> Iterator[str]:
-    """The titles of a form's fields, those of a nested model's too."""
+    """The titles of a form's fields, including those of a nested model."""
     for name, field_schema in schema["properties"].items():
         model = schema.get("definitions", {}).get(str(field_schema.get("$ref")).rpartition("/")[2])
         if model is None or "properties" not in model:

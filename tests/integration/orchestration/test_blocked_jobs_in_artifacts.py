@@ -1,4 +1,4 @@
-"""Jobs that a policy blocks are seen where failed ones are, though nothing failed."""
+"""Jobs that a policy blocks are shown in the artifact of failed jobs, although they did not fail."""
 
 from __future__ import annotations
 

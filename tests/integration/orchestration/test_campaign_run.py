@@ -1,4 +1,4 @@
-"""Supervision of a campaign's run reads the database."""
+"""Supervision of a campaign's run reads its state from the database."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def test_an_expired_lease_does_not_keep_a_paused_campaigns_run_open(audit: Audit
     with audit.transaction() as tx:
         job_control.set_campaign_status(tx, campaign_id=services.campaign_id("spring"), status="paused")
     assert current_progress(services, "spring").leased == 1
-    assert current_progress(services, "spring").leased == 1  # it lives
+    assert current_progress(services, "spring").leased == 1  # the worker is alive
     with audit.database.write() as connection:
         connection.execute(update(tables.lease).where(tables.lease.c.id == lease.id).values(expires_at=0.0))
     current_progress(services, "spring")

@@ -1,4 +1,4 @@
-"""What `deploy` and `schedule` refuse before they ask any server."""
+"""Input that `deploy` and `schedule` refuse before they contact any server."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ TABLE = "variables: {rows: {file: products.csv, key: sku}}\n"
 
 @pytest.fixture(autouse=True)
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The working folder, with a table in it, and no Prefect server named."""
+    """A working folder with a table in it, and no Prefect server configured."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("PREFECT_API_URL", raising=False)
     (tmp_path / "products.csv").write_text("sku,colour\nC-1,red\n")

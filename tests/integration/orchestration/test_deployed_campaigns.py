@@ -1,4 +1,4 @@
-"""Campaigns on Prefect's own engine: deployed, dispatched to a pool, scheduled, killed, cancelled, resumed."""
+"""Campaigns on Prefect: deployed, dispatched to a pool, scheduled, killed, cancelled, resumed."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ stages:
 def here(
     postgres_server: str, moto_url: str, prefect_database: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Site]:
-    """A site with everything deployed, a worker for the pool `cpu`, and a schedule that is due in a minute or two."""
+    """A site with all deployments, a worker for the pool `cpu`, and a schedule that is due in a minute or two."""
     folder = tmp_path_factory.mktemp("site")
     load_key(folder / "seal.pem", create=True)
     copied_into(folder / "prefect", prefect_database)
@@ -59,7 +59,7 @@ def here(
 
 @pytest.fixture(scope="module")
 def due(here: Site) -> datetime:
-    """When the campaign `nightly`, whose file lies in a bucket, is to be made as an edition: once, soon."""
+    """The time at which the scheduled campaign `nightly`, whose file is in a bucket, is made once as an edition."""
     at = datetime.now(UTC).replace(second=0, microsecond=0) + timedelta(minutes=1)
     at += timedelta(minutes=1) if at - datetime.now(UTC) < timedelta(seconds=15) else timedelta()
     schedule = f'schedule: {{cron: "{at:%M %H * * *}", timezone: UTC, mode: edition}}'
@@ -72,7 +72,7 @@ def due(here: Site) -> datetime:
 
 @pytest.fixture(scope="module")
 def together(here: Site, due: datetime) -> dict[str, Any]:
-    """The worker runs of a finished campaign that two real workers, alone in their folders, were dispatched for."""
+    """The worker runs of a finished campaign that was dispatched to two real workers in separate folders."""
     workers = [here.start_worker("gpu", name, SDP_ENGINE__MAX_BATCH="4") for name in ("left", "right")]
     run = here.run(parameters={"request": {"text": campaign("spring"), "min_workers": 2, "max_workers": 2}})
     here.until(lambda: here.state(run) in {"Completed", "Failed", "Crashed"})
@@ -85,7 +85,7 @@ def together(here: Site, due: datetime) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def gpus(together: dict[str, Any], here: Site) -> dict[str, subprocess.Popen[bytes]]:
-    """From here on the two workers of the pool `gpu` have the fake engine, with batches of 0.6 seconds."""
+    """The two workers of the pool `gpu` from here on: they use the fake engine, with batches of 0.6 seconds."""
     return {name: here.start_worker("gpu", name, **FAKE) for name in ("first", "second")}
 
 
@@ -108,7 +108,7 @@ def test_two_workers_of_a_pool_make_each_picture_once(here: Site, together: dict
     )
     made = Counter(each.worker_id for each in here.attempts("spring"))
     assert len(made) == 2, "one of them came too late to take part"
-    assert here.succeeded("spring") == sum(made.values()) == JOBS  # so that no job was attempted twice
+    assert here.succeeded("spring") == sum(made.values()) == JOBS  # so no job was attempted twice
 
 
 def test_each_worker_loaded_its_checkpoint_once(here: Site, together: dict[str, Any]) -> None:
@@ -117,7 +117,8 @@ def test_each_worker_loaded_its_checkpoint_once(here: Site, together: dict[str, 
 
 @pytest.fixture(scope="module")
 def survivor(here: Site, gpus: dict[str, subprocess.Popen[bytes]]) -> dict[str, Any]:
-    """A campaign that was finished although one worker's process was killed, and another with all that watched it."""
+    """A campaign that finished although one worker process was killed, and another together with its supervising
+    processes."""
     run = here.run(parameters={"request": {"text": campaign("summer", jobs=MANY), "min_workers": 2, "max_workers": 2}})
     here.until(lambda: len(here.at_work("summer")) == 2)
     theirs = {each.pid for each in _family(gpus["second"])}
@@ -167,7 +168,7 @@ def test_a_campaign_that_is_cancelled_stops_within_a_batch_and_keeps_its_picture
 def test_a_worker_that_is_told_to_move_gives_its_work_back_and_goes_on_elsewhere(
     here: Site, gpus: dict[str, subprocess.Popen[bytes]], survivor: dict[str, Any]
 ) -> None:
-    # As a pod is started: nobody else may take the run up, until it is rescheduled.
+    # As a pod is started: no other worker may take the run until it is rescheduled.
     run = here.run("gpu-worker/gpu-worker", parameters={"campaign": "autumn"}, state={"type": "PENDING"})
     pod = here.execute(run, PREFECT_FLOW_RUN_EXECUTE_SIGTERM_BEHAVIOR="reschedule", **FAKE)
     (mine,) = here.until(lambda: here.at_work("autumn"))
@@ -203,7 +204,7 @@ def test_a_schedule_made_its_edition_when_it_was_due(here: Site, due: datetime, 
 
 @pytest.mark.chaos
 def test_a_campaign_outlives_the_prefect_server_in_its_middle(here: Site, survivor: dict[str, Any]) -> None:
-    nightly = here.run()  # as at night, for whatever was left
+    nightly = here.run()  # the nightly run, which takes all unfinished campaigns
     here.until(lambda: here.state(nightly) == "Completed")
     assert here.look(f"flow_runs/{nightly}")["state"]["message"] == "started: autumn"
     run = here.campaign_runs("autumn")[-1]["id"]
@@ -220,13 +221,13 @@ def test_a_campaign_outlives_the_prefect_server_in_its_middle(here: Site, surviv
 
 
 def _taken_over(here: Site, dead: str, living: str) -> set[int]:
-    """The jobs that one worker held when its lease ran out, and that the other took up."""
+    """The jobs that one worker held when its lease expired, and that the other worker leased again."""
     held = {each.job_id for each in here.attempts("summer", worker=dead) if each.outcome == "expired"}
     return held & {each.job_id for each in here.attempts("summer", worker=living)}
 
 
 def _kill(process: subprocess.Popen[bytes]) -> None:
-    """SIGKILL it and all that it started, at once."""
+    """SIGKILL the process and all its children, at once."""
     family = _family(process)
     for act in (psutil.Process.suspend, psutil.Process.kill):
         for member in family:

@@ -1,4 +1,4 @@
-"""Somebody forces a run's state and names a result: nothing of it is read, wherever and however a flow starts."""
+"""Forced run states that name a result: nothing of the result is read, however a flow starts."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ BUSY = 503
 
 
 class Execute:
-    """Makes a folder when it is unpickled."""
+    """Creates a folder when it is unpickled."""
 
     def __init__(self, trace: Path) -> None:
         self.trace = trace
@@ -55,7 +55,7 @@ class Execute:
 
 @dataclass(frozen=True)
 class Server:
-    """A Prefect server, with what its users have in their environment."""
+    """A Prefect server, with the environment of its users."""
 
     told: dict[str, str]
 
@@ -67,7 +67,7 @@ class Server:
         return answer.raise_for_status().json()
 
     def pending(self, flow: str, **parameters: str) -> str:
-        """A new run of the flow of that name, by a deployment that `prefect flow-run execute` can take up."""
+        """A new run of the flow of that name, by a deployment that `prefect flow-run execute` can start."""
         flow_id = self.ask("flows/", name=flow)["id"]
         entry = f"sdpipeline.flows.{'gpu_worker.gpu_worker' if flow == 'gpu-worker' else 'maintenance.seal'}"
         deployed = self.ask("deployments/", name=flow, flow_id=flow_id, entrypoint=entry, pull_steps=[])["id"]
@@ -76,7 +76,7 @@ class Server:
         return str(run["id"])
 
     def force(self, run: str, trace: Path, *, state: str = "COMPLETED") -> None:
-        """What an attacker does: the run is done, and its result lies in this file."""
+        """Force the state as an attacker would: the run is completed, and its result is in this file."""
         data = {"storage_key": str(planted(trace)), "serializer": {"type": "pickle"}, "prefect_version": installed}
         self.ask(f"flow_runs/{run}/set_state", force=True, state={"type": state, "data": data})
 
@@ -96,7 +96,7 @@ def server(
     prefect_database: Path,
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Iterator[Server]:
-    """Our own server, or one of somebody else's that PREFECT_API_URL names and that wants no password."""
+    """Our own server, or a foreign one that PREFECT_API_URL names and that requires no password."""
     if request.param == "own":
         with own_server(prefect_home) as handle:
             yield Server(told=dict(handle.environment))
@@ -109,7 +109,7 @@ def server(
 
 @pytest.fixture
 def told(server: Server, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """This process uses that server."""
+    """This process connected to that server."""
     for name, value in server.told.items():
         monkeypatch.setenv(name, value)
     with orchestration.prefect_server(Settings(home=Path("unused"))):

@@ -1,4 +1,4 @@
-"""One local server per home: shared while it is used, gone when nobody uses it."""
+"""One local Prefect server per home: shared while it is in use, stopped when its last user ends."""
 
 from __future__ import annotations
 
@@ -119,7 +119,7 @@ def test_a_server_of_ones_own_that_does_not_answer_is_refused(tmp_path: Path, mo
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.timeout(15)  # the promise of the error message
+@pytest.mark.timeout(15)  # as the error message promises
 def test_a_server_that_takes_calls_and_says_nothing_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with socket.create_server(("127.0.0.1", 0)) as silent:
         monkeypatch.setenv("PREFECT_API_URL", f"http://127.0.0.1:{silent.getsockname()[1]}/api")
@@ -217,7 +217,7 @@ def test_a_websocket_wants_the_password(server: ServerHandle, path: str) -> None
 
 
 def test_a_port_that_another_process_took_is_sent_no_password(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The recorded process lives, and somebody else listens where it did."""
+    """The recorded process is alive, but another process listens on its port."""
     alive = subprocess.Popen(["sleep", "600"], start_new_session=True)
     folder = tmp_path / "prefect"
     folder.mkdir(mode=0o700)
@@ -246,7 +246,7 @@ def test_a_port_that_another_process_took_is_sent_no_password(tmp_path: Path, mo
 
 
 def test_a_server_without_a_password_is_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What `run --keep-ui` of an earlier release left."""
+    """`run --keep-ui` of an earlier release left such servers."""
     older = subprocess.Popen(["sleep", "600"], start_new_session=True)
     process = Process.of(older.pid)
     record = {"url": "http://127.0.0.1:9", "server": asdict(process), "users": [], "keep": True}
@@ -304,14 +304,14 @@ def test_a_worker_imports_nothing_from_the_current_folder(
 
 
 def planted(folder: Path, module: str) -> Path:
-    """A module that somebody else put there; returns the file that it writes when it is imported."""
+    """A module planted by another user; return the file that it writes when it is imported."""
     trace = folder / "trace"
     (folder / f"{module}.py").write_text(f"open({str(trace)!r}, 'w').close()\n")
     return trace
 
 
 def test_a_server_whose_only_command_was_killed_ends(tmp_path: Path, prefect_database: Path) -> None:
-    """Also for a user without a home, behind a proxy that leads nowhere, in a folder where others write."""
+    """Also for a user without a home, behind a proxy that cannot be reached, in a folder that others can write to."""
     trace = planted(tmp_path, "uvicorn")
     copied_into(tmp_path / "prefect", prefect_database)
     nowhere = dict.fromkeys(("HTTP_PROXY", "http_proxy", "ALL_PROXY"), "http://127.0.0.1:9")

@@ -1,4 +1,4 @@
-"""Worker processes are watched, replaced within bounds, and ended together."""
+"""Local worker processes are supervised, replaced within bounds, and stopped together."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ def test_a_worker_that_found_nothing_to_do_in_a_paused_campaign_is_replaced_once
 
 def test_stopping_ends_the_polite_and_the_stubborn(start_workers: Start) -> None:
     polite, stubborn = start_workers(time.sleep, 60, count=2), start_workers(_ignore_sigterm)
-    time.sleep(0.2)  # the stubborn one needs a moment to become it
+    time.sleep(0.2)  # it needs a moment to ignore the signal
     assert [stopped.exit_code for stopped in polite.stop()] == [-signal.SIGTERM] * 2
     stubborn.stop_grace_s = 0.2
     assert [stopped.exit_code for stopped in stubborn.stop()] == [-signal.SIGKILL]
@@ -102,7 +102,7 @@ def test_stopping_ends_the_polite_and_the_stubborn(start_workers: Start) -> None
 def test_a_terminals_ctrl_c_does_not_reach_the_workers(start_workers: Start) -> None:
     start_workers(time.sleep, 60)
     (worker,) = pids()
-    time.sleep(0.2)  # one that barely started could lose the signal and pass by chance
+    time.sleep(0.2)  # one that barely started could miss the signal, and the test pass by chance
     os.kill(worker, signal.SIGINT)
     time.sleep(0.3)
     assert pids() == [worker]

@@ -1,4 +1,4 @@
-"""A campaign under a real Prefect server: what the UI shows, a worker that dies, and a person who interrupts."""
+"""A campaign under a real Prefect server: its display in the UI, a worker that dies, and a user who interrupts."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Running:
-    """A command that works a campaign in a home of its own, and the Prefect server that shows it."""
+    """A command that runs a campaign in a home of its own, and the Prefect server that displays it."""
 
     home: Path
     server: ServerHandle
@@ -53,7 +53,7 @@ class Running:
             return campaign_progress(have, "spring-catalogue")
 
     def until(self, ask: Callable[[], T]) -> T:
-        """The first true answer while the command runs; the suite's time-out bounds the wait."""
+        """Poll until the answer is true while the command runs; the suite's time-out bounds the wait."""
         while not (answer := ask()):
             assert self.process.poll() is None, (self.home / "output").read_text()
             time.sleep(0.3)
@@ -63,7 +63,7 @@ class Running:
         return self.progress().succeeded if self._submitted() else 0
 
     def workers(self) -> list[Any]:
-        """Workers that live and hold work."""
+        """Live workers that hold a lease."""
         if not self._submitted():
             return []
         with services.open_services(services.load_settings(self.home)) as have, have.database.read() as connection:
@@ -78,7 +78,7 @@ class Running:
         return httpx.post(url, json={}, auth=known, timeout=30).raise_for_status().json()
 
     def runs(self) -> list[Any]:
-        """The flow runs of this command: tests share a server, homes are their own."""
+        """The flow runs of this command: tests share a server, but not a home."""
         every = self.ask("flow_runs")
         return [run for run in every if str(self.home) in str(run["parameters"])]
 
@@ -98,7 +98,7 @@ Launch = Callable[[Path, int], Running]
 
 @pytest.fixture(scope="module")
 def launch(prefect_home: Path) -> Iterator[Launch]:
-    """Starts a command that works the campaign with so many workers of the fake engine."""
+    """A function that starts a command with this many workers of the fake engine."""
     started: list[Running] = []
 
     def start(home: Path, workers: int) -> Running:
@@ -113,7 +113,7 @@ def launch(prefect_home: Path) -> Iterator[Launch]:
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
-                # A suite that a shell started in the background ignores Ctrl-C, and so would what it starts.
+                # A suite that a shell started in the background ignores Ctrl-C, and so would its child processes.
                 preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # noqa: PLW1509
             )
         started.append(Running(home=home, server=server, process=process))
@@ -129,7 +129,7 @@ def launch(prefect_home: Path) -> Iterator[Launch]:
 
 @pytest.fixture(scope="module")
 def survivor(launch: Launch, tmp_path_factory: pytest.TempPathFactory) -> tuple[Running, int, set[float]]:
-    """A finished run one of whose workers was killed, that worker's pid, and every progress the UI ever showed."""
+    """A finished run in which one worker was killed, that worker's pid, and every progress value that the UI showed."""
     running = launch(tmp_path_factory.mktemp("survivor"), 2)
     victim = running.until(lambda: running.workers() if running.succeeded() else [])[-1]["pid"]
     os.kill(victim, signal.SIGKILL)
@@ -163,7 +163,7 @@ def test_the_newest_pictures_and_the_report_stay_with_the_run(survivor: tuple[Ru
     assert artifacts["image"]["data"].startswith("data:image/jpeg;base64,")
     assert len(artifacts["image"]["data"]) < 4 / 3 * 200_000 + 100
     assert "spring-catalogue" in artifacts["markdown"]["data"]
-    assert "table" not in artifacts  # nothing failed
+    assert "table" not in artifacts  # no job failed
 
 
 def test_a_killed_worker_shows_as_crashed_and_is_replaced(survivor: tuple[Running, int, set[float]]) -> None:

@@ -1,4 +1,5 @@
-"""Workers behind the Prefect gateway: what they need goes through, and what would make them master is refused."""
+"""Workers behind the Prefect gateway: requests that they need pass, and requests that would give them control are
+refused."""
 
 from __future__ import annotations
 
@@ -47,7 +48,7 @@ stages:
 
 @dataclass(frozen=True)
 class Site:
-    """A Prefect server behind its password, the gateway before it, and a home that workers share."""
+    """A Prefect server behind its password, the gateway in front of it, and a home that workers share."""
 
     folder: Path
     server: str
@@ -59,7 +60,7 @@ class Site:
         return os.environ | own | home | {"PREFECT_WORKER_QUERY_SECONDS": "1"}
 
     def as_(self, role: str) -> httpx.Client:
-        """A client of the API: the server's own password asks the server itself."""
+        """A client of the API with the credentials of this role; only the role `server` bypasses the gateway."""
         url = self.server if role == "server" else self.gateway
         user, _, password = AUTH[role].partition(":")
         return httpx.Client(base_url=url, auth=(user, password), timeout=30)
@@ -70,7 +71,7 @@ class Site:
             return str(self.until(lambda: api.post(f"deployments/{found}/create_flow_run", json=run))["id"])
 
     def until(self, ask: Callable[[], httpx.Response], accept: Callable[[Any], bool] = lambda _: True) -> Any:
-        """The first accepted answer, as long as none is an error; a Prefect server on SQLite may be busy."""
+        """Poll until an answer is accepted and none is an error; a Prefect server on SQLite may be busy."""
         ends_at = time.monotonic() + 120
         while True:
             answer = ask()
@@ -87,7 +88,7 @@ class Site:
 
 @contextmanager
 def worker(site: Site, role: str, pool: str) -> Iterator[None]:
-    """A `prefect worker` that knows the gateway, and neither the server nor its password."""
+    """A `prefect worker` that knows the gateway, but neither the server nor its password."""
     words = ["worker", "start", "--pool", pool, "--type", "process", "--name", f"{pool}-worker"]
     folder, environment = site.folder / f"{pool}-worker", site.environment(role, site.gateway.rstrip("/"))
     folder.mkdir()
@@ -104,7 +105,7 @@ def worker(site: Site, role: str, pool: str) -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory, prefect_database: Path) -> Iterator[Site]:
-    """Everything deployed on a server with a password, and the gateway before it."""
+    """All deployments on a server with a password, and the gateway in front of it."""
     folder = tmp_path_factory.mktemp("gateway")
     server, gateway = free_port(), free_port()
     here = Site(folder, f"http://127.0.0.1:{server}/api/", f"http://127.0.0.1:{gateway}/api/")
@@ -131,7 +132,7 @@ def site(tmp_path_factory: pytest.TempPathFactory, prefect_database: Path) -> It
 
 @pytest.fixture(scope="module")
 def worked(site: Site) -> Iterator[str]:
-    """The run of a campaign that both workers brought to its end through the gateway; they stay."""
+    """The run of a campaign that both workers finished through the gateway; the workers keep running."""
     with worker(site, DISPATCHER.name, "cpu"), worker(site, WORKER.name, "gpu"), site.as_("server") as api:
         run = site.run("campaign/campaign", parameters={"request": {"campaign": "spring"}})
         ended = site.until(lambda: api.get(f"flow_runs/{run}"), lambda found: found["state_type"] in ENDED)
@@ -141,7 +142,7 @@ def worked(site: Site) -> Iterator[str]:
 
 @pytest.fixture(scope="module")
 def ids(worked: str, site: Site) -> dict[str, str]:
-    """What the words of the requests stand for; nobody takes up the runs."""
+    """The ids for the placeholders in the requests; no worker starts these runs."""
     pending = {"state": {"type": "PENDING"}}
     found = {"GPU": site.run("gpu-worker/gpu-worker", **pending), "CPU": site.run("reclaim/reclaim", **pending)}
     with site.as_("server") as api:
@@ -231,7 +232,7 @@ def test_only_events_about_own_runs_reach_the_server(ids: dict[str, str], site: 
 
 def test_a_worker_sees_events_of_its_own_runs_only(ids: dict[str, str], site: Site) -> None:
     def seen(socket: Connection, api: httpx.Client) -> Any:
-        """The first event; a subscription misses what happens while it begins, and so it happens again."""
+        """The first event. A subscription misses events while it begins, so the state changes are repeated."""
         for turn in range(30):
             for short in ("CPU", "GPU"):
                 moved = {"state": STATE | {"name": f"Seen {turn}"}, "force": True}
@@ -241,7 +242,8 @@ def test_a_worker_sees_events_of_its_own_runs_only(ids: dict[str, str], site: Si
         raise AssertionError(site.logs())
 
     with _socket(site, "out", AUTH[WORKER.name]) as socket, site.as_("server") as api:
-        until = {"until": (datetime.now(UTC) + timedelta(hours=1)).isoformat()}  # default now: nothing that comes
+        # The default is now, which excludes later events.
+        until = {"until": (datetime.now(UTC) + timedelta(hours=1)).isoformat()}
         wanted = {"occurred": until, "event": {"prefix": ["prefect.flow-run.Seen"]}}
         socket.send(json.dumps({"type": "filter", "filter": wanted}))
         assert seen(socket, api)["resource"]["prefect.resource.id"] == f"prefect.flow-run.{ids['GPU']}"
@@ -257,7 +259,7 @@ def test_a_socket_asks_for_a_credential_and_the_channel_of_workers_is_closed(sit
 
 @contextmanager
 def _socket(site: Site, way: str, auth: str) -> Iterator[Connection]:
-    """Connected and authenticated as Prefect's clients do."""
+    """A websocket, connected and authenticated as by Prefect's clients."""
     with connect(f"{site.gateway.replace('http', 'ws')}events/{way}", subprotocols=["prefect"]) as socket:  # type: ignore[list-item]
         socket.send(json.dumps({"type": "auth", "token": auth}))
         try:

@@ -1,4 +1,4 @@
-"""A campaign's workers on a real Prefect server: while it is paused, and where somebody deletes their runs."""
+"""A campaign's workers on a real Prefect server: while it is paused, and after a user deleted their runs."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ PAUSED = replace(BUSY, status="paused")
 
 @dataclass
 class Dispatched:
-    """A fleet of two workers, for whose runs nobody works."""
+    """Two dispatched workers whose runs no `prefect worker` starts."""
 
     client: SyncPrefectClient
     fleet: PrefectWorkers
@@ -48,7 +48,7 @@ class Dispatched:
 
 @pytest.fixture(scope="module")
 def client(prefect_home: Path) -> Iterator[SyncPrefectClient]:
-    """Of a server that knows the workers' deployment."""
+    """A client of a server that has the workers' deployment."""
     with (
         own_server(prefect_home),
         orchestration.prefect_server(services.load_settings(prefect_home), always_own=True),
@@ -75,7 +75,7 @@ def test_nobody_is_dispatched_to_a_paused_campaign_whose_last_batch_is_on_a_devi
         dispatched.end_well()
         dispatched.fleet.supervise(PAUSED)
     assert len(dispatched.runs()) == 2
-    dispatched.fleet.supervise(BUSY)  # it goes on, and who ended meanwhile did not die
+    dispatched.fleet.supervise(BUSY)  # it is resumed, and workers that ended meanwhile do not count as dead
     assert len(dispatched.runs()) == 4
     assert dispatched.fleet._restarts.failures == 0
 

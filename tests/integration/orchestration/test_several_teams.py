@@ -1,4 +1,4 @@
-"""Teams that share a Prefect server and have campaigns of the same name."""
+"""Teams that share a Prefect server and use the same campaign name."""
 
 from __future__ import annotations
 
