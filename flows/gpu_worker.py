@@ -21,7 +21,7 @@ def lease_and_work(
         worker_process.redirect_output(Path(log_file))
     settings = flow_settings.load(Path(home) if home else None)
 
-    # One task for many batches: a task run costs the server 30 ms.
+    # One task for many batches: each task run costs the server 30 ms.
     def work(stop: Stop) -> None:
         @task(name="chunk", task_run_name="chunk {number}", cache_policy=NO_CACHE, persist_result=False)
         def chunk(number: int) -> None:  # noqa: ARG001 - names the task run

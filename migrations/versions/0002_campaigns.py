@@ -102,7 +102,7 @@ def upgrade() -> None:
 
 
 def downgrade() -> None:
-    # The previous release does not begin chains.
+    # The previous release does not start chains.
     op.execute(
         "UPDATE job SET status = 'ready' WHERE status = 'waiting' AND chain IS NOT NULL AND parents_left = 0"
         " AND not_before IS NULL"

@@ -204,7 +204,7 @@ def _guard() -> None:
             f"CREATE TRIGGER {table}_guard BEFORE {when} ON {table}"
             f" FOR EACH ROW EXECUTE FUNCTION {schema}.sdp_guard_{table}()"
         )
-    # Under the trigger's lock, so that no chain begins unnoticed in between.
+    # Under the trigger's lock, so that no chain starts unnoticed in between.
     op.get_bind().exec_driver_sql(_CHAINS_SO_FAR.replace("%", "%%"))
 
 

@@ -1,4 +1,4 @@
-"""Random checkpoints of every family in diffusers' layout: a few megabytes, the same bytes every time, made offline."""
+"""Random checkpoints of every family in diffusers' layout: a few megabytes, reproducible, built offline."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ SHIPPED = Path(__file__).parents[2] / "sdpipeline" / "demo" / "checkpoints"
 
 
 class TinyCheckpoints:
-    """Builds a checkpoint when it is first asked for, and finds it for the engine."""
+    """Builds checkpoints on first use, and resolves them for the engine."""
 
     def __init__(self, root: Path) -> None:
         self._root = root
@@ -71,7 +71,7 @@ def _save(pipeline: Any, directory: Path) -> None:
 
 
 def _alphabet() -> list[str]:
-    """CLIP's printable stand-ins for the 256 bytes."""
+    """CLIP's printable replacements for the 256 bytes."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [byte for byte in range(256) if byte not in printable]
     return [chr(byte) for byte in printable] + [chr(256 + n) for n in range(len(others))]
@@ -157,7 +157,7 @@ def _unet(*, in_channels: int = 4, cross: int = 32, **more: Any) -> Any:
         }
         | more
     )
-    with torch.no_grad():  # else a random network hardly hears its prompt
+    with torch.no_grad():  # otherwise a random network barely reacts to its prompt
         for name, parameter in unet.named_parameters():
             if "attn2.to_v" in name or "attn2.to_out" in name:
                 parameter.mul_(20.0)
@@ -326,7 +326,7 @@ def _latent_upscale(directory: Path) -> None:
 
 
 def _effective(controlnet: Any) -> Any:
-    """A new ControlNet does nothing: its zero convolutions, and a map attenuated to 1e-4. Make both felt."""
+    """Give a new ControlNet an effect: its convolutions are zero, and its map is attenuated to 1e-4."""
     for parameter in controlnet.parameters():
         if parameter.abs().sum() == 0:
             fan_in = max(1, parameter[0].numel())
@@ -346,7 +346,7 @@ def _controlnet(tiny: TinyCheckpoints, directory: Path, base: str) -> None:
 
 def _sd3_controlnet(tiny: TinyCheckpoints, directory: Path, *, inpainting: bool) -> None:
     transformer = diffusers.SD3Transformer2DModel.from_pretrained(tiny.directory("sd3") / "transformer")
-    # The last block keeps no context and cannot be copied; one extra channel holds the mask.
+    # The last block has no context attention and cannot be copied; one extra channel holds the mask.
     controlnet = diffusers.SD3ControlNetModel.from_transformer(
         transformer, num_layers=1, num_extra_conditioning_channels=int(inpainting)
     )
@@ -356,7 +356,7 @@ def _sd3_controlnet(tiny: TinyCheckpoints, directory: Path, *, inpainting: bool)
 def _flux_controlnet(tiny: TinyCheckpoints, directory: Path) -> None:
     transformer = diffusers.FluxTransformer2DModel.from_pretrained(tiny.directory("flux") / "transformer")
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # diffusers about an import of its own
+        warnings.simplefilter("ignore", FutureWarning)  # a warning of diffusers about its own import
         controlnet = diffusers.FluxControlNetModel.from_transformer(
             transformer, num_layers=1, num_single_layers=1, attention_head_dim=16, num_attention_heads=2
         )
@@ -364,7 +364,7 @@ def _flux_controlnet(tiny: TinyCheckpoints, directory: Path) -> None:
 
 
 def _lora(tiny: TinyCheckpoints, directory: Path, base: str) -> None:
-    """A LoRA of rank 4 on attention, in the denoiser and where there is one in the first text encoder."""
+    """A LoRA of rank 4 on attention, in the denoiser and, if there is one, in the first text encoder."""
     pipeline: Any = diffusers.DiffusionPipeline.from_pretrained(tiny.directory(base))
     denoiser = "transformer" if hasattr(pipeline, "transformer") else "unet"
     layers = {denoiser: _lora_state(getattr(pipeline, denoiser), ["to_k", "to_v"])}
@@ -389,7 +389,7 @@ def _inversion(directory: Path, tensors: dict[str, torch.Tensor]) -> None:
 
 
 def _ip_adapter(tiny: TinyCheckpoints, directory: Path, base: str) -> None:
-    """A plain IP-Adapter: one picture embedding projected to four tokens, and keys and values for each attention."""
+    """A plain IP-Adapter: one picture embedding projected to four tokens, with keys and values for each attention."""
     unet: Any = diffusers.UNet2DConditionModel.from_pretrained(tiny.directory(base) / "unet")
     cross = unet.config.cross_attention_dim
     tensors = {
@@ -474,7 +474,7 @@ def _pose(directory: Path) -> None:
 
 
 def _safety_checker(directory: Path, *, threshold: float) -> None:
-    """Cosines lie between -1 and 1: a threshold outside lets everything pass, or nothing."""
+    """Cosines are between -1 and 1: a threshold outside that range passes everything, or nothing."""
     vision = {"hidden_size": 32, "intermediate_size": 37, "num_hidden_layers": 2, "num_attention_heads": 2}
     vision |= {"image_size": 32, "patch_size": 8}
     network: Any = StableDiffusionSafetyChecker(transformers.CLIPConfig(vision_config=vision, projection_dim=16))

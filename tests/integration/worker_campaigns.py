@@ -1,4 +1,4 @@
-"""Campaign files on tiny checkpoints, submitted and worked to their end by a real worker in this process."""
+"""Campaign files for tiny checkpoints, submitted and run to their end by a real worker in this process."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ PICTURE, MASK = "picture.png", "mask.png"
 
 @dataclass(frozen=True, slots=True)
 class Workplace:
-    """A home with a worker whose checkpoints stay warm, and a folder for campaign files and their pictures."""
+    """A home with a worker whose checkpoints stay loaded, and a folder for campaign files and their pictures."""
 
     settings: Settings
     folder: Path
@@ -44,7 +44,7 @@ class Workplace:
         return engine
 
     def approve(self, *names: str) -> None:
-        """Put tiny checkpoints into the registry."""
+        """Register tiny checkpoints."""
         for name in names:
             if name not in self._known:
                 self.add(tiny_checkpoints().files(name))
@@ -55,7 +55,7 @@ class Workplace:
         self._known.add(files.alias)
 
     def draw(self, name: str, pixels: Pixels) -> None:
-        """A picture beside the campaign files."""
+        """Draw a picture in the folder of the campaign files."""
         Image.fromarray(pixels).save(self.folder / name)
 
     def submit(self, campaign: Mapping[str, Any]) -> int:
@@ -78,7 +78,7 @@ class Workplace:
         return file
 
     def work(self, campaign: str) -> list[Json]:
-        """Work it until nothing is left; its jobs."""
+        """Work it until no job is left; return its jobs."""
         self.worker.run(campaign=campaign)
         return self.jobs(campaign)
 
@@ -96,20 +96,20 @@ class Workplace:
                 return list(queries.jobs(connection, campaign_id, limit=10_000))
 
     def sidecar(self, job: Json) -> Json:
-        """What is stored beside a job's picture."""
+        """The sidecar of a job's picture."""
         (file,) = picture_file(job).parent.glob(f"{job['image']['sha256']}.*.json")
         found: Json = json.loads(file.read_text())
         return found
 
     def ran(self, job: Json) -> Json:
-        """What the record says was run."""
+        """The ``ran`` part of the job's record."""
         found: Json = self.sidecar(job)["record"]["ran"]
         return found
 
 
 @contextmanager
 def workplace(folder: Path) -> Iterator[Workplace]:
-    """A new home in that folder, with one worker on the CPU while the block lasts."""
+    """A new home in that folder, with one worker on the CPU until the block ends."""
     settings = services.load_settings(folder / "home")
     with services.open_services(settings):
         pass

@@ -22,7 +22,7 @@ def test_any_number_of_attempts_has_a_delay() -> None:
 
 
 class Flaky:
-    """Fails as often as it has errors, then answers."""
+    """Fails once for each of its errors, then returns."""
 
     def __init__(self, *errors: Exception) -> None:
         self.errors = list(errors)

@@ -1,4 +1,4 @@
-"""The documentation is complete: it has every command, option, setting and campaign key, and it builds."""
+"""Completeness of the documentation: every command, option, setting and campaign key, and a successful build."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The hashes that name requests and jobs: stored ones must mean the same for ever."""
+"""Fingerprints of requests and jobs: stored ones must keep their meaning."""
 
 from __future__ import annotations
 

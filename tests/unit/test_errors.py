@@ -1,4 +1,4 @@
-"""Errors cross from the process that delivers pictures to the one that asked it to."""
+"""Errors pass from the delivery process to the process that requested a delivery."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Text from tables and errors means nothing to a terminal, Markdown, a browser or a spreadsheet."""
+"""Text from tables and errors is escaped for terminals, Markdown, browsers and spreadsheets."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class Tags(HTMLParser):
 
 
 def pages(document: str) -> Iterator[Tags]:
-    """The document as two dialects read it."""
+    """The document rendered by two Markdown dialects."""
     for renderer in (MarkdownIt("commonmark"), MarkdownIt("gfm-like", {"linkify": False})):
         yield Tags(renderer.render(document))
 

@@ -1,4 +1,4 @@
-"""Delivery rules and their stored form, which earlier releases read and wrote."""
+"""Delivery rules and their stored form, which earlier releases also read and write."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Every log event has one constant snake_case name and stands with its level and fields in the reference."""
+"""Every log event has one constant snake_case name and is listed with its level and fields in the reference."""
 
 from __future__ import annotations
 

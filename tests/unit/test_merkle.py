@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from sdpipeline.merkle import inclusion_proof, leaf_hash, root, verify_inclusion
 
-# The entries and roots that Certificate Transparency's reference implementations test themselves with.
+# The entries and roots with which the reference implementations of Certificate Transparency test themselves.
 ENTRIES = [
     bytes.fromhex(entry)
     for entry in ("", "00", "10", "2021", "3031", "40414243", "5051525354555657", "606162636465666768696a6b6c6d6e6f")

@@ -1,4 +1,4 @@
-"""What pyproject.toml and constraints.txt promise to whoever installs this."""
+"""Requirements in pyproject.toml and pins in constraints.txt."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whatever bytes come from outside, a parser takes them or refuses them in words, and soon.
+"""Fuzzing parsers of external data: any bytes are parsed, or refused with a message, and in time.
 
 ``SDP_TEST_FUZZ_EXAMPLES`` sets how many examples each parser gets (40).
 """
@@ -56,7 +56,7 @@ documents = st.recursive(
 
 
 def taken_or_refused(parse: Callable[..., Any], *given: Any, **options: Any) -> None:
-    """Anything that is not a refusal of ours fails the test."""
+    """Call the parser. Any exception other than our refusals fails the test."""
     try:
         parse(*given, **options)
     except REFUSALS as refused:
@@ -65,7 +65,7 @@ def taken_or_refused(parse: Callable[..., Any], *given: Any, **options: Any) -> 
 
 @cache
 def picture_seeds() -> tuple[bytes, ...]:
-    """Pictures with everything that one can carry: marks, EXIF, a colour profile, scans, a second picture."""
+    """Pictures with all possible contents: marks, EXIF, a colour profile, scans, a second picture."""
     record = {"asked": to_document(request()), "ran": {"sigmas": [1.5]}}
     encoded = [
         provenance.encode(PIXELS, output=OutputFormat(format=form), record=record) for form in ("png", "jpeg", "webp")
@@ -92,7 +92,7 @@ def _saved(image: Image.Image, form: str, **options: Any) -> bytes:
 
 @st.composite
 def mutated(draw: st.DrawFn, seeds: Callable[[], tuple[bytes, ...]]) -> bytes:
-    """One of the seeds with some bytes changed, cut out, put in or doubled; png checksums are made right again."""
+    """One of the seeds with some bytes changed, deleted, inserted or doubled; PNG checksums are corrected again."""
     data = bytearray(draw(st.sampled_from(seeds())))
     for _ in range(draw(st.integers(0, 6))):
         place = draw(st.integers(0, max(0, min(len(data) - 1, draw(st.sampled_from([60, 600, 10**6]))))))
@@ -180,7 +180,7 @@ def test_tables(suffix: str, text: str, tmp_path: Path) -> None:
 
 @cache
 def parquet_seeds() -> tuple[bytes, ...]:
-    """A table of every plain type, plain and compressed."""
+    """A table with every plain type, plain and compressed."""
     arrow = pytest.importorskip("pyarrow", reason="needs sdpipeline[parquet]")
     found = []
     for compression in ("none", "zstd"):

@@ -1,4 +1,5 @@
-"""Files of a home are their owner's alone; nothing is followed out of it, and what a user asks for keeps its umask."""
+"""Files of a home are private to their owner, and no link is followed out of it. Files that a user requests keep the
+umask."""
 
 from __future__ import annotations
 
@@ -16,7 +17,7 @@ from sdpipeline.private_files import private_files, remove_access, users_umask
 
 @pytest.fixture(autouse=True)
 def umask() -> Iterator[None]:
-    """The usual one, under which everybody may read."""
+    """The usual umask, which lets all users read."""
     before = os.umask(0o022)
     yield
     os.umask(before)

@@ -1,4 +1,4 @@
-"""Signals of this process are deferred, masked and turned into an exit for the length of a block."""
+"""Signals are deferred, masked and turned into an exit code for the length of a block."""
 
 from __future__ import annotations
 

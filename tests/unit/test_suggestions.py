@@ -1,4 +1,4 @@
-"""Suggestions name the most similar known name, or list what there is."""
+"""Suggestions name the most similar known name, or list all known ones."""
 
 from __future__ import annotations
 

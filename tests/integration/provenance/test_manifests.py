@@ -1,4 +1,4 @@
-"""Signed pictures: what the C2PA reader makes of them, whole, chained, changed and stripped."""
+"""Signed pictures as the C2PA reader sees them: intact, chained, changed and stripped."""
 
 from __future__ import annotations
 
@@ -132,7 +132,7 @@ def test_a_chain_is_walked_from_its_last_picture_alone(output: OutputFormat, key
 @every_format
 def test_a_change_anywhere_is_found(output: OutputFormat, key: SigningKey) -> None:
     data = signed(key, output=output).data
-    # Zeros are the padding that signatures leave for a time stamp; nothing vouches for it and nothing reads it.
+    # Signatures leave zero padding for a time stamp. It is not covered by the signature, and no reader uses it.
     for at in [at for at in range(16, len(data) - 16, len(data) // 200) if data[at]]:
         found = verify(data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :])
         assert not found.ok, at

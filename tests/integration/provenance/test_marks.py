@@ -1,4 +1,4 @@
-"""Marks on a picture's whole way: from the worker through storage to whoever reads the file."""
+"""Marks on a picture from the worker through storage to the reader of the file."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ SECRET = "zebrafinch"
 
 
 class Counting(FakeEngine):
-    """The shipped double, which remembers how often it was asked."""
+    """The fake engine with a count of its calls."""
 
     asked = 0
 
@@ -67,7 +67,7 @@ class Place:
     engine: Counting = field(default_factory=Counting)
 
     def work(self, *jobs: JobSpec, **options: Any) -> list[Json]:
-        """Publish, work to the end, and return all pictures in the order of their jobs."""
+        """Submit, work to the end, and return all pictures in the order of their jobs."""
         published(self.audit, jobs, **options)
         limits = WorkerLimits(max_batch=8, lease_ttl_s=60.0, max_pixels=10**7)
         Worker("worker-1", self.audit, self.store, self.engine, limits, self.key).run()
@@ -86,7 +86,7 @@ class Place:
         return verify(self.store.get(picture["key"]))
 
     def outside(self, pixels: Pixels, **options: Any) -> ImageSource:
-        """A photograph that was submitted."""
+        """A submitted photograph."""
         file = io.BytesIO()
         Image.fromarray(pixels).save(file, "JPEG", **options)
         sha256 = hashed(file.getvalue())
@@ -106,7 +106,7 @@ def test_each_format_comes_back_from_a_bucket_valid_and_walks_back_to_its_draft(
     place = Place(audit, moto_bucket.store())
     pictures = place.work(*chain(output=output))
     for picture in pictures:
-        # As anybody would download it.
+        # As any user would download it.
         data = moto_bucket.client.get_object(Bucket=moto_bucket.name, Key=picture["key"])["Body"].read()
         found = verify(data)
         assert found.ok, found.faults
@@ -197,7 +197,7 @@ def made_smaller(data: bytes) -> bytes:
 
 
 def rewritten(data: bytes, form: str, **options: Any) -> bytes:
-    """What a server that optimises pictures makes of one; everything else passes."""
+    """The picture re-encoded as an optimising server does; data of other types passes unchanged."""
     if not data.startswith(b"\x89PNG"):
         return data
     file = io.BytesIO()
@@ -245,7 +245,7 @@ def test_pictures_are_signed_away_from_the_thread_that_owns_the_device(place: Pl
 
 
 class Counted(LocalStore):
-    """A directory that remembers what was read."""
+    """A directory that records which objects were read."""
 
     def __init__(self, root: Path) -> None:
         super().__init__(root)
@@ -316,7 +316,7 @@ def test_prompts_that_are_kept_back_stand_in_no_file_of_the_chain(
         asked = (provenance.read_record(data) or {})["asked"]
         assert asked.get("prompt_sha256") == (hashed(f"a {SECRET}".encode()) if told == "hash" else None)
         assert place.sidecar(picture)["record"]["asked"]["negative_prompt"] == f"no {SECRET}"
-        # A restored backup finds them whole all the same.
+        # After a database restore they are still found intact.
         assert examine(place.store, picture["sidecar_key"])[0].stored.sha256 == picture["sha256"]
 
 
@@ -358,7 +358,7 @@ def test_a_campaign_that_keeps_prompts_back_gets_no_copy_that_tells_them(place: 
 
 
 def chain(**changes: Any) -> list[JobSpec]:
-    """A draft, a scene that keeps its outline, and a final one that is larger."""
+    """A draft, a scene that keeps its outline, and a larger final picture."""
     draft = job_spec("a", **changes)
     source = ImageSource(stage="draft", digest=draft.fingerprint)
     use = ControlNetInput(checkpoint=CHECKPOINT, image=source, annotator="canny")

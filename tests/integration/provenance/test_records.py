@@ -1,4 +1,4 @@
-"""Records and sidecars that releases wrote, against the published JSON Schemas."""
+"""Records and sidecars of all releases, validated against the published JSON Schemas."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ pytestmark = on_sqlite
 
 
 def closed(schema: Json) -> Draft202012Validator:
-    """A validator that also refuses keys that the schema does not name."""
+    """A validator that also rejects keys that the schema does not name."""
     for shape in schema["$defs"].values():
         if "properties" in shape:
             shape["additionalProperties"] = False
@@ -55,7 +55,7 @@ SIDECAR = closed(json_schema.sidecar())
 
 
 def chain(**changes: Any) -> list[JobSpec]:
-    """A draft, and a scene that is made from it and steered by its outline."""
+    """A draft, and a scene made from it with its outline as control map."""
     draft = job_spec("a", **changes)
     source = ImageSource(stage="draft", digest=draft.fingerprint)
     use = ControlNetInput(
@@ -66,7 +66,7 @@ def chain(**changes: Any) -> list[JobSpec]:
 
 
 def work(audit: AuditLog, store: LocalStore, *jobs: JobSpec, **options: Any) -> list[Json]:
-    """Publish and make these jobs; the sidecars of all pictures, in the order of their jobs."""
+    """Submit and make these jobs; return the sidecars of all pictures in the order of their jobs."""
     published(audit, jobs, **options)
     limits = WorkerLimits(max_batch=8, lease_ttl_s=60.0, max_pixels=10**7)
     Worker("worker-1", audit, store, FakeEngine(), limits, signing_key()).run()

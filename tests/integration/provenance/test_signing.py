@@ -1,4 +1,4 @@
-"""Signing keys: made for development, read from files, and kept in a KMS."""
+"""Signing keys: generated for development, read from files, and kept in a KMS."""
 
 from __future__ import annotations
 
@@ -179,7 +179,7 @@ def test_the_file_holds_a_signature_as_cose_wants_it_and_not_in_der(
 
 @pytest.fixture
 def time_authority(tmp_path: Path) -> Iterator[tuple[str, str]]:
-    """An RFC 3161 time authority over HTTP, OpenSSL's own: its address and its root in PEM."""
+    """An RFC 3161 time stamp authority over HTTP that runs OpenSSL: its URL and its root in PEM."""
     if shutil.which("openssl") is None:
         pytest.skip("openssl is not installed")
     folder, authority = tmp_path / "tsa", Authority("Time")
@@ -206,7 +206,7 @@ def time_authority(tmp_path: Path) -> Iterator[tuple[str, str]]:
             self.wfile.write(reply)
 
         def log_message(self, *_: object) -> None:
-            """Nobody reads it."""
+            """Log nothing."""
 
     with HTTPServer(("127.0.0.1", 0), Answer) as server:
         threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
@@ -307,7 +307,7 @@ def test_a_worker_without_a_key_leaves_with_2_before_any_work(tmp_path: Path) ->
 
 
 def on_postgresql(home: Path, **signing: Any) -> Settings:
-    """The settings of a deployment with a database server, which none of these tests asks."""
+    """Settings of a deployment with a database server, which none of these tests contacts."""
     found = services.load_settings(home)
     own = {"database_url": SecretStr("postgresql://nobody@127.0.0.1:9/none"), "signing": SigningSettings(**signing)}
     return found.model_copy(update=own)

@@ -1,4 +1,4 @@
-"""Pictures exported from a finished home, from a bucket and from what is not whole any more."""
+"""Exports from a finished home, from a bucket, and from damaged storage."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Desk:
     capsys: pytest.CaptureFixture[str]
 
     def run(self, *arguments: object, campaign: str = "demo", code: int = 0) -> Any:
-        """The document that one export prints."""
+        """The JSON document of one export."""
         words = ["export", campaign, "--to", self.to, "--home", self.home, "--json", *arguments]
         done = cli.run([str(word) for word in words])
         said = self.capsys.readouterr()
@@ -46,7 +46,7 @@ class Desk:
         return json.loads(said.out)
 
     def refused(self, *arguments: object) -> list[str]:
-        """What is said to an export that must be refused, with nothing written."""
+        """Error output of an export that must be refused, with nothing written."""
         before = list(self.to.rglob("*"))
         errors = self.run(*arguments, code=2)["errors"]
         assert list(self.to.rglob("*")) == before
@@ -67,12 +67,12 @@ def desk(demo_home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
 
 @pytest.fixture
 def damaged(desk: Desk, tmp_path: Path) -> Desk:
-    """A copy of that home, to change by hand."""
+    """A copy of that home for manual changes."""
     return Desk(Path(shutil.copytree(desk.home, tmp_path / "home")), desk.to, desk.capsys)
 
 
 def _stored(desk: Desk, name: str) -> Path:
-    """The object behind an exported name."""
+    """The stored object of an exported name."""
     sha256 = next(row["sha256"] for row in desk.manifest() if row["file"] == name)
     return next((desk.home / "storage").rglob(f"{sha256}.png"))
 
@@ -261,6 +261,6 @@ def test_a_bucket_is_exported_whole_with_editions_apart_and_lost_characters_told
     moto_bucket.client.delete_object(Bucket=moto_bucket.name, Key=f"production/{key}")
     shutil.rmtree(desk.to)
     lost = desk.run(campaign="spring", code=3)
-    # Of two editions that ask for the same, one may be a copy of the other's picture and share its object.
+    # Of two editions that request the same picture, one may be a copy that shares the other's object.
     assert {fault["url"] for fault in lost["faults"]} == {f"{settings['SDP_STORAGE_URL']}/{key}"}
     assert lost["copied"] == 8 - len(lost["faults"])

@@ -1,4 +1,4 @@
-"""Pictures made again: from the file alone, from a job's id, and with what differs explained."""
+"""Reproduced pictures: from the file alone or from a job's id, with explained differences."""
 
 from __future__ import annotations
 

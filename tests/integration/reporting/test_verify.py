@@ -1,4 +1,4 @@
-"""Pictures from anywhere: whose they are, also when their marks are gone, and what the database has against them."""
+"""Verification of pictures of any origin: their source, also without marks, and faults that the database knows."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ PHOTOGRAPHS = [np.asarray(getattr(skimage.data, name)()) for name in ("astronaut
 
 
 class Photographer(FakeEngine):
-    """The shipped double, but with pictures that look like something: one of four for each seed."""
+    """The fake engine with pictures that have content: one of four for each seed."""
 
     def generate(self, batch: Batch) -> Any:
         made = []
@@ -52,7 +52,7 @@ class Photographer(FakeEngine):
 
 @dataclass(slots=True)
 class Place:
-    """A database with four pictures, and all that is needed to look them up."""
+    """A database with four pictures, and everything needed to look them up."""
 
     audit: AuditLog
     store: LocalStore
@@ -141,7 +141,7 @@ def test_a_copy_of_a_file_that_was_lost_and_made_again_is_still_what_was_deliver
 
 
 def archived(place: Place, folder: Path) -> int:
-    """How many closed editions left the tables."""
+    """Archive editions; return how many left the tables."""
     key = load_key(folder / "key.pem", create=True)
 
     def seal_all() -> None:
@@ -171,13 +171,13 @@ def test_any_seven_bits_of_a_hash_may_be_lost(place: Place) -> None:
 def test_looking_pictures_up_asks_the_indexes(place: Place) -> None:
     looks = similar_images.looks({"perceptual_hash": perceptual_hash(PHOTOGRAPHS[0])})
     found = plan(place, similar_images._of_pixels("0" * 64))
-    # With next to no rows PostgreSQL takes any index that covers them.
+    # With almost no rows PostgreSQL uses any index that covers them.
     found += plan(place, similar_images._alike(looks), without="ix_image_pixels_sha256")
     assert [name for name in ("pixels_sha256", *LOOKS) if f"ix_image_{name}" not in found] == [], found
 
 
 def plan(place: Place, statement: Select[Any], *, without: str | None = None) -> str:
-    """How the database would answer it; PostgreSQL ``without`` one of its indexes."""
+    """The database's query plan; on PostgreSQL ``without`` one of its indexes."""
     database = place.audit.database
     with database.read() as connection, connection.begin_nested() as trial:
         if not database.is_sqlite:
@@ -302,7 +302,7 @@ def stripped(data: bytes) -> bytes:
 
 
 def thumbnail(data: bytes) -> bytes:
-    """As a shop shows it: smaller, and as a jpeg."""
+    """A thumbnail as a shop shows it: smaller, and a JPEG."""
     shown = Image.open(io.BytesIO(data)).convert("RGB")
     shown = shown.resize((shown.width * 3 // 5, shown.height * 3 // 5))
     return saved(np.asarray(shown), "JPEG", quality=70)

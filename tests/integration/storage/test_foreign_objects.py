@@ -1,4 +1,4 @@
-"""Objects in other people's buckets: read at the version that was found first, over real HTTP."""
+"""Objects in foreign buckets: read at the version that was found first, over real HTTP."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ DATA = bytes(range(256)) * 2000
 
 @pytest.fixture(params=["moto_bucket", "weak_bucket"])
 def bucket(request: pytest.FixtureRequest) -> Bucket:
-    """One that keeps no versions: of a good server and of a weak one."""
+    """A bucket without versions: on a good server and on a weak one."""
     found: Bucket = request.getfixturevalue(request.param)
     return found
 

@@ -24,7 +24,7 @@ Write = Callable[[str, str, str], None]
 
 @pytest.fixture
 def profile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Write:
-    """Writes the credentials file that boto3 reads."""
+    """A function that writes the credentials file that boto3 reads."""
     for name in CREDENTIALS:
         monkeypatch.delenv(name)
     path = tmp_path / "credentials"
@@ -39,7 +39,7 @@ def profile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Write:
 
 @pytest.fixture
 def process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Write:
-    """Writes what a credential_process prints."""
+    """A function that writes the output of a credential_process."""
     for name in CREDENTIALS:
         monkeypatch.delenv(name)
     document, config = tmp_path / "printed.json", tmp_path / "config"
@@ -68,7 +68,7 @@ def test_rotated_keys_are_seen_by_a_running_store(
     write(KEY, SECRET, "")
     store.put("a", PICTURE, content_type="image/png")
     assert foreign.read(store.url("a"), most_bytes=100).data == PICTURE
-    write(KEY, "another", "")  # what works is not read again
+    write(KEY, "another", "")  # credentials that work are not read again
     assert store.head("a") is not None
 
 

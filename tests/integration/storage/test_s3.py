@@ -1,4 +1,4 @@
-"""S3 itself: what a put carries, what an endpoint can do, and faults on the way."""
+"""The S3 store: headers of a put, features of endpoints, and faults of the connection."""
 
 from __future__ import annotations
 
@@ -177,7 +177,7 @@ def test_attempts_are_counted_in_total(moto_bucket: Bucket) -> None:
 
 def test_a_put_that_the_endpoint_garbles_is_not_done(moto_bucket: Bucket) -> None:
     def garble(method: str, _path: str) -> Fault | None:
-        if len(proxy.seen) == 2 and method == "GET":  # the look before, the put, and now the read-back
+        if len(proxy.seen) == 2 and method == "GET":  # the check before the put, the put, and the read-back
             moto_bucket.client.put_object(Bucket=moto_bucket.name, Key="a", Body=b"garbled")
         return None
 
@@ -199,7 +199,7 @@ def test_a_forked_process_makes_a_client_of_its_own(moto_bucket: Bucket) -> None
 def test_a_probe_says_what_the_endpoint_can_do(locked_bucket: Bucket, weak_bucket: Bucket) -> None:
     strong = {found.name for found in locked_bucket.store(sse_kms_key_id=KMS_KEY).probe() if found.ok}
     weak = {found.name for found in weak_bucket.store(sse_kms_key_id=KMS_KEY).probe() if found.ok}
-    # Both test servers differ from AWS: the strong one takes any checksum, the weak one pretends to encrypt.
+    # Both test servers differ from AWS: the strong one accepts any checksum, the weak one pretends to encrypt.
     assert strong == {"conditional put", "versions", "object lock", "encryption"}
     assert weak == {"checksums", "encryption"}
 
@@ -251,7 +251,7 @@ def test_a_directory_that_cannot_be_made_fails_the_check(tmp_path: Path) -> None
 
 @contextmanager
 def behind(bucket: Bucket, choose: Choose) -> Iterator[tuple[S3Store, FaultProxy]]:
-    """The bucket's store through a proxy, with two attempts in all."""
+    """The bucket's store through a proxy, with at most two attempts."""
     with FaultProxy(bucket.endpoint_url, choose) as proxy:
         yield (
             bucket.store(endpoint_url=proxy.url, total_max_attempts=2, read_timeout_s=1, part_size_bytes=5 * 2**20),

@@ -1,4 +1,4 @@
-"""What every store does, asked of each of them."""
+"""Contract of the object stores, run on every implementation."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def store(request: pytest.FixtureRequest) -> ObjectStore:
 
 @pytest.fixture(params=names(with_weak=False))
 def strong_store(request: pytest.FixtureRequest) -> ObjectStore:
-    """Every store but the one that ignores conditions."""
+    """Every store except the one that ignores conditions."""
     found: ObjectStore = request.getfixturevalue(f"{request.param}_store")
     return found
 
@@ -54,7 +54,7 @@ def rclone_store(weak_bucket: Bucket) -> ObjectStore:
 
 @pytest.fixture
 def endpoint_store() -> ObjectStore:
-    """The reader's own endpoint, e.g. SDP_TEST_S3_URL=s3://bucket/prefix with AWS_ENDPOINT_URL; nothing is removed."""
+    """The user's own endpoint, e.g. SDP_TEST_S3_URL=s3://bucket/prefix with AWS_ENDPOINT_URL; nothing is deleted."""
     return open_store(f"{os.environ['SDP_TEST_S3_URL'].rstrip('/')}/{uuid.uuid4().hex}")
 
 
@@ -101,7 +101,7 @@ def test_a_listing_has_every_key_with_the_prefix(store: ObjectStore) -> None:
 
 
 def test_a_listing_longer_than_a_page_is_whole(store: ObjectStore) -> None:
-    # The strong test server's pages have ten keys.
+    # The strong test server returns ten keys per page.
     for n in range(12):
         store.put(f"many/{n}", b"", content_type="text/plain")
     assert sum(1 for _ in store.list("many/")) == 12

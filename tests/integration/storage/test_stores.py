@@ -1,4 +1,4 @@
-"""What is particular to each store."""
+"""Behaviour that differs between the stores."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def test_a_directory_that_cannot_be_made_is_unavailable(tmp_path: Path) -> None:
 
 @contextmanager
 def _files_of_at_most(size_bytes: int) -> Iterator[None]:
-    # The nearest thing to a full disk that needs no mount: writes beyond the limit fail with EFBIG.
+    # The closest equivalent of a full disk without a mount: writes beyond the limit fail with EFBIG.
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size_bytes, limits[1]))

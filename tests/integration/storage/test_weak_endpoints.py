@@ -1,4 +1,4 @@
-"""S3 endpoints without a feature, proxies that answer in their place, and replies that are cut."""
+"""S3 endpoints that lack a feature, proxies that answer in their place, and truncated responses."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def without(bucket: Bucket, refuse: Refuse, **options: Any) -> Iterator[tuple[S3
 
 
 def lacking(refusal: str, *features: str) -> Refuse:
-    """A server that does not know the headers of these features."""
+    """A server that does not support the headers of these features."""
     unknown = tuple(HEADERS[name] for name in features)
     return lambda _method, headers: refusal if any(name.startswith(unknown) for name in headers) else None
 
@@ -237,7 +237,7 @@ def test_a_lock_on_a_bucket_without_locks_fails_the_probe(moto_bucket: Bucket) -
 
 
 def doctor(bucket: Bucket, proxy: FaultProxy, folder: Path, exit_code: int = 0) -> dict[str, Any]:
-    """The checks of the command by name, on this bucket behind the proxy."""
+    """The checks of `doctor` by name, on this bucket behind the proxy."""
     found = document(
         "doctor",
         "--home",

@@ -1,4 +1,4 @@
-"""What a checkpoint can wear and how exact a picture has to be, from a campaign file to the stored record."""
+"""Adapters of a checkpoint and reproducibility levels, from a campaign file to the stored record."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Workplace]:
 
 @pytest.fixture(scope="module")
 def plain(place: Workplace) -> str:
-    """The digest of a picture's pixels that was made with none of it."""
+    """Digest of the pixels of a picture made without adapters."""
     return _pixels(place, _one(place, "plain"))
 
 
@@ -183,7 +183,7 @@ def test_jobs_keep_the_weights_they_were_pinned_to_when_the_alias_comes_to_mean_
 
 @pytest.fixture
 def folder_place(tmp_path: Path) -> Iterator[Workplace]:
-    """All checkpoints lie in the deployment's folder, and none was ever registered."""
+    """A workplace whose checkpoints are all in the deployment's folder, without a registry."""
     with workplace(tmp_path) as found:
         folder = found.settings.checkpoints
         folder.mkdir(parents=True)

@@ -30,7 +30,7 @@ pytestmark = on_sqlite
 
 
 class FailingStore(LocalStore):
-    """A directory that refuses the first sidecars."""
+    """A directory that rejects the first sidecars."""
 
     def __init__(self, root: Path, *, failures: int) -> None:
         super().__init__(root)
@@ -46,7 +46,7 @@ class FailingStore(LocalStore):
 
 
 class FailingAudit(AuditLog):
-    """An audit log whose database is away for the first transaction: before it begins, or after its commit."""
+    """An audit log whose database is unavailable for the first transaction: before it begins, or after its commit."""
 
     def __init__(self, database: Database, *, commits: bool) -> None:
         super().__init__(database, actor="worker:test")
@@ -173,7 +173,7 @@ class ExpiringAudit(AuditLog):
 
 
 class ExpiringStore(LocalStore):
-    """A directory that refuses its first object; all leases expire during that outage."""
+    """A directory that rejects its first object; all leases expire during that outage."""
 
     def __init__(self, root: Path, lease_audit: AuditLog) -> None:
         super().__init__(root)
@@ -206,7 +206,7 @@ def test_a_worker_clears_its_note_after_an_outage_in_which_its_lease_expired(
 
 
 class UnknownCheckpoint(FakeEngine):
-    """An engine that looks its checkpoint up in a database that is away at first."""
+    """An engine that looks its checkpoint up in a database that is unavailable at first."""
 
     failures = 1
 

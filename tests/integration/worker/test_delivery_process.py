@@ -1,4 +1,4 @@
-"""Pictures delivered by a process beside the one that owns the device."""
+"""Delivery of pictures by a separate process, next to the one that owns the device."""
 
 from __future__ import annotations
 
@@ -78,10 +78,10 @@ def work(have: Services, engine: FakeEngine) -> WorkerSummary:
 
 
 def beside() -> list[psutil.Process]:
-    """The delivery processes of this one that live."""
+    """Live delivery processes of this process."""
     found = []
     for each in psutil.Process().children():
-        with suppress(psutil.NoSuchProcess):  # or it is dead, and not buried yet
+        with suppress(psutil.NoSuchProcess):  # a dead process that was not waited for yet
             found += [each] if SERVER in each.cmdline() else []
     return found
 
@@ -111,7 +111,7 @@ def test_every_picture_is_marked_stored_and_recorded_by_it_and_it_ends_with_the_
     assert violations(have.database, have.store, keys.seal_key(have.settings)) == []
     for key in [key for key in have.store.list() if key.endswith(".png")]:
         assert provenance.verify(have.store.get(key)).ok
-    # Not in this process: its own chain of events has nothing of them.
+    # Another process delivered it: this process's event chain has no event about the job.
     with have.database.read() as connection:
         writers = connection.exec_driver_sql(
             "SELECT count(DISTINCT writer_id) FROM audit_event WHERE body LIKE '%job.succeeded%'"
@@ -151,7 +151,7 @@ OWNER = (
 
 @contextmanager
 def owned(home: Path, folder: Path) -> Iterator[tuple[psutil.Process, psutil.Process]]:
-    """A process with a delivery process, and that."""
+    """A worker process and its delivery process."""
     (folder / "queue.py").write_text("raise ImportError('the folder that one works in is no library')")
     command = [sys.executable, "-P", "-c", OWNER, str(home)]
     with subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, text=True) as owner:
@@ -171,7 +171,7 @@ def gone(process: psutil.Process) -> bool:
 @pytest.mark.parametrize("frozen", [False, True], ids=["running", "frozen"])
 def test_it_ends_with_a_worker_that_was_killed(have: Services, tmp_path: Path, *, frozen: bool) -> None:
     with owned(have.settings.home, tmp_path) as (owner, child):
-        assert os.getpgid(child.pid) != os.getpgid(owner.pid)  # a Ctrl-C in a terminal is not for it
+        assert os.getpgid(child.pid) != os.getpgid(owner.pid)  # a terminal's Ctrl-C must not reach it
         if frozen:
             child.suspend()
         owner.kill()
@@ -182,7 +182,7 @@ def test_a_worker_that_was_frozen_together_with_its_delivery_process_keeps_it(ha
     with owned(have.settings.home, tmp_path) as (owner, child):
         owner.suspend()
         child.suspend()
-        time.sleep(3.1)  # longer than its bound
+        time.sleep(3.1)  # longer than its time limit
         owner.resume()
         time.sleep(0.3)
         child.resume()
@@ -236,7 +236,7 @@ def test_an_error_of_ours_comes_across_with_the_place_it_happened_at(process: De
 
 
 class Evaluated:
-    """What the process that reads it makes of an expression."""
+    """Unpickles as the value of an expression, evaluated in the receiving process."""
 
     def __init__(self, expression: str) -> None:
         self.expression = expression
@@ -281,7 +281,7 @@ def test_one_that_is_frozen_is_killed_and_its_calls_are_answered_by_another(
         assert have.store.get(process.deliver(request).key)
         assert frozen not in beside()
         (frozen,) = beside()
-        frozen.suspend()  # nobody asks it for anything
+        frozen.suspend()  # no process requests anything from it
         wait_for(lambda: set(beside()) - {frozen})
         process.check()
         assert process.silent_s() < 1.0
@@ -424,8 +424,8 @@ def test_a_process_that_dies_in_the_middle_of_an_answer_is_gone() -> None:
 
 
 class Once:
-    """What it stands for, but the first process that reads it evaluates ``does`` before; every one where no file can
-    be made."""
+    """Unpickles as ``what``, but the first receiving process evaluates ``does`` before. Every process does if the
+    marker file cannot be created."""
 
     def __init__(self, what: Any, done: Path, does: str) -> None:
         self.what, self.done, self.does = what, done, does

@@ -1,4 +1,4 @@
-"""What goes wrong among eight jobs that were leased together, and a control map changed by hand, with a real worker."""
+"""Failures among eight jobs of one lease, and a control map changed by hand, with a real worker."""
 
 from __future__ import annotations
 
@@ -34,13 +34,13 @@ def eight(name: str, seed: int) -> dict[str, Any]:
 
 
 def finds_the_fourth(place: Workplace, name: str, seed: int) -> Any:
-    """Which of a batch's prompts are that of the job with n = 3, made once before."""
+    """A function that finds the prompt of the job with n = 3 in a batch; that job is made once before."""
     (job,) = place.made(eight(name, seed) | {"variables": {"n": [3]}})
     return marked(engine(), PreparedRequest(request=request_from_document(_asked(place, job))))
 
 
 def undisturbed(place: Workplace, job: Json) -> bool:
-    """Whether its pixels are those of a run without faults in the bucket that its record names."""
+    """Return True if its pixels are those of a run without faults, in the bucket that its record names."""
     prepared = PreparedRequest(request=request_from_document(_asked(place, job)))
     made = image_of(engine().generate(Batch(requests=[prepared], bucket=place.ran(job)["bucket"]))[0])
     stored = provenance.decode(picture_file(job).read_bytes(), max_pixels=2**24)
@@ -53,7 +53,7 @@ def _asked(place: Workplace, job: Json) -> Json:
 
 
 def the_fourth_alone_failed(place: Workplace, jobs: list[Json]) -> str:
-    """Its reason; every other one has the picture it would have had anyway, made in a bucket of eight."""
+    """The error of the fourth job. Every other job has its usual picture, made in a bucket of eight."""
     others = [job for job in jobs if job["variables"]["n"] != 3]
     assert len(others) == 7
     assert {place.ran(job)["bucket"] for job in others} == {8}
@@ -64,7 +64,7 @@ def the_fourth_alone_failed(place: Workplace, jobs: list[Json]) -> str:
 
 
 def test_out_of_memory_at_eight_fails_nothing_and_the_records_name_the_smaller_bucket(tmp_path: Path) -> None:
-    with workplace(tmp_path) as place:  # whose engine may remember it
+    with workplace(tmp_path) as place:  # the engine may remember the limit
         place.approve("sd1")
         with before_each_step(place.engine, too_many(2)):
             jobs = place.made(eight("exhausted", 1))

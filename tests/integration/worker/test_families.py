@@ -29,7 +29,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Workplace]:
 
 
 def stages_of(name: str) -> Iterator[tuple[Stage, Cell]]:
-    """One stage for each cell of the family, and one more where a cell takes several ControlNets."""
+    """One stage for each cell of the family, and one more for a cell that takes several ControlNets."""
     row = FAMILIES[name]
     for task, cell in row.plain.items():
         yield _stage(name, task, 0), cell
@@ -57,7 +57,7 @@ def _controlnet(name: str, task: Task) -> str:
 
 
 def _gan(place: Workplace, folder: Path) -> None:
-    """A compact upscaler of factor 2, as spandrel knows them."""
+    """A compact upscaler of factor 2 in a layout that spandrel reads."""
     shapes = {"0": (8, 3, 3, 3), "1": (8,), "2": (8, 8, 3, 3), "3": (8,), "4": (12, 8, 3, 3)}
     tensors = {f"body.{n}.weight": torch.randn(shape) * 0.1 for n, shape in shapes.items()}
     tensors |= {f"body.{n}.bias": torch.randn(shapes[n][0]) * 0.1 for n in ("0", "2", "4")}

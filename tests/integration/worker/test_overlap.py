@@ -1,4 +1,4 @@
-"""What of a worker's stages goes on at the same time, and within which bounds."""
+"""Overlap of a worker's fetching, generation and delivery, and its limits."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ OTHER = CheckpointRef(alias="other", digest="0f" * 32)
 
 
 class Narrow(LocalStore):
-    """Notes how many pictures are being put at the same time; each waits until so many are, or for half a second."""
+    """Counts concurrent puts of pictures; each put waits for ``together`` of them, or half a second."""
 
     def __init__(self, root: Path, together: int) -> None:
         super().__init__(root)
@@ -71,7 +71,7 @@ def test_so_many_pictures_are_delivered_at_the_same_time_and_no_more(
 
 
 class Paced(FakeEngine):
-    """Notes when each batch begins."""
+    """Records when each batch begins."""
 
     def __init__(self, seconds_per_batch: float) -> None:
         super().__init__(seconds_per_batch=seconds_per_batch)
@@ -83,7 +83,7 @@ class Paced(FakeEngine):
 
 
 class Slow(LocalStore):
-    """Takes long for each picture."""
+    """Needs half a second for each picture."""
 
     def put(self, key: str, data: bytes, **options: Any) -> Any:
         time.sleep(0.5 * key.endswith(".png"))
@@ -98,10 +98,11 @@ def test_a_slow_storage_holds_the_device_back_after_a_few_batches_and_the_worker
     slow = worker(audit, Slow(tmp_path), engine, deliverers=8)
     done = slow.run()
     gaps = [after - before for before, after in zip(engine.begun, engine.begun[1:], strict=False)]
-    # One lease's pictures take half a second; one is being delivered, two wait, and one is in the device's hands.
+    # Storing one lease's pictures takes half a second. One lease is being delivered, two wait, and one is on the
+    # device.
     assert sum(gaps[:3]) < sum(gaps[3:])
     assert done.waited_for["delivery"] > 0.2
-    assert slow.aging.lead_s > 0.2  # what was leased ahead waited too
+    assert slow.aging.lead_s > 0.2  # jobs leased ahead waited too
     assert done.waited_for.keys() == {"work", "database", "delivery"}
 
 
@@ -138,7 +139,7 @@ def test_the_device_waits_for_nobody_who_writes_to_the_database(
                 wait_for(lambda: statuses(database).count("leased") == 16)
                 threading.Thread(target=write_meanwhile).start()
                 assert writing.wait(10)
-                time.sleep(0.2)  # what was leased is fetched
+                time.sleep(0.2)  # the leased jobs have been fetched
             else:
                 begun.set()
             return super().generate(batch)

@@ -1,4 +1,4 @@
-"""Pictures that are there already: delivered as copies, told to the audit log, and made again when in doubt."""
+"""Reuse of existing pictures: delivered as copies, recorded in the audit log, and made again in case of doubt."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ Generated = Sequence[GeneratedImage | GenerationFailure]
 
 
 class Counting(FakeEngine):
-    """The shipped double, which remembers what it was asked for; ``after`` may change what it answers."""
+    """The fake engine with a list of its requests; ``after`` may change its results."""
 
     def __init__(self, after: Callable[[int, Generated], Generated] = lambda _, made: made) -> None:
         super().__init__()
@@ -63,7 +63,7 @@ class Counting(FakeEngine):
 
 @dataclass(slots=True)
 class Place:
-    """A database and storage, and a worker whose engine counts. ``overwrite`` writes behind the store's back."""
+    """A database and storage, and a worker whose engine counts. ``overwrite`` changes objects without the store."""
 
     audit: AuditLog
     store: ObjectStore
@@ -76,7 +76,7 @@ class Place:
         return Worker("worker-1", self.audit, self.store, engine or self.engine, limits, signing_key()).run()
 
     def made(self, name: str, jobs: Sequence[JobSpec], **options: Any) -> list[Json]:
-        """Publish a campaign, work it to its end, and return its pictures in the order of their jobs."""
+        """Submit a campaign, work it to its end, and return its pictures in the order of their jobs."""
         published(self.audit, jobs, name=name, **options)
         self.work()
         return self.pictures(name)
@@ -123,7 +123,7 @@ def moto_place(audit: AuditLog, moto_bucket: Bucket, tmp_path: Path) -> Place:
 
 @pytest.fixture(params=["directory"])
 def place(request: pytest.FixtureRequest, audit: AuditLog) -> Place:
-    """With each kind of database; with S3 where a test says everywhere."""
+    """On each kind of database; on S3 too for tests marked ``everywhere``."""
     found: Place = request.getfixturevalue(f"{request.param}_place")
     return found
 
@@ -132,7 +132,7 @@ everywhere = pytest.mark.parametrize("place", ["directory", "moto"], indirect=Tr
 
 
 def steered(count: int, **changes: Any) -> list[JobSpec]:
-    """Chains of a draft and a scene that keeps its outline; ``changes`` go to the scenes."""
+    """Chains of a draft and a scene that keeps its outline; ``changes`` apply to the scenes."""
     return list(_steered(count, changes))
 
 
@@ -145,7 +145,7 @@ def _steered(count: int, changes: dict[str, Any]) -> Iterator[JobSpec]:
         yield job_spec(f"row-{number}", stage="scene", parents=(draft,), controlnets=(use,), **changes)
 
 
-# What a copy is.
+# Properties of a copy.
 
 
 @everywhere
@@ -238,7 +238,7 @@ def test_what_is_made_from_a_reused_picture_consumes_the_pixels_of_the_original(
     assert place.faults() == []
 
 
-# What is made all the same.
+# Pictures that are made in spite of an original.
 
 
 def _picture(place: Place, picture: Json) -> str:
@@ -270,7 +270,7 @@ def test_an_original_that_is_missing_or_altered_is_made_anew_and_named(
     assert key in warning["error"]
     assert scene["reused_from"] is None
     assert place.pictures("autumn")[0]["reused_from"] is not None
-    # From now on that is the original.
+    # From now on the new picture is the original.
     assert place.made("winter", steered(1))[1]["reused_from"] == scene["key"]
 
 
@@ -377,7 +377,7 @@ def test_jobs_do_not_wait_for_one_whose_input_could_not_be_fetched(place: Place,
     assert statuses(database) == ["failed"] * 3
 
 
-# Whatever the size.
+# Any number of jobs.
 
 
 @on_sqlite
@@ -390,7 +390,7 @@ def test_looking_pictures_up_begins_at_their_fingerprints_and_not_at_all_jobs_of
     assert "ix_image_fingerprint" in steps[0]
 
 
-# Whatever dies.
+# Crashes.
 
 
 @everywhere

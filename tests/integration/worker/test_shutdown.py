@@ -1,4 +1,4 @@
-"""A worker's own life: told to end, stuck in a batch, or failing at whatever it tries."""
+"""Worker shutdown, hung batches and repeated failures."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ FOR_EVER = 10**9
 
 
 class Native(FakeEngine):
-    """The shipped double, which makes each batch in one native call, as a device that computes does."""
+    """The fake engine with one native call per batch, which blocks signals as a busy device does."""
 
     def __init__(self, rounds: int) -> None:
         super().__init__()
@@ -51,7 +51,7 @@ class Native(FakeEngine):
 
 
 class Sick(FakeEngine):
-    """The shipped double on a device that has no memory for the first ``failures`` batches."""
+    """The fake engine on a device that is out of memory for the first ``failures`` batches."""
 
     def __init__(self, failures: int, before: Callable[[], object] = lambda: None) -> None:
         super().__init__()
@@ -77,7 +77,7 @@ def worker_in(
 
 
 def run_until_told(url: str, folder: Path, rounds: int, grace_s: float, timeout_s: float) -> None:
-    """What a worker process does; its exit code is the worker's."""
+    """Run a worker process until it gets a signal; its exit code is the worker's."""
     audit = AuditLog(open_database(url), actor="worker:test")
     worker = worker_in(audit, folder, Native(rounds), grace_s=grace_s, timings=BatchTimings(timeout_s))
     with shutdown.handle_signals(signal.SIGTERM) as stop:
@@ -99,7 +99,7 @@ def wait_for(answer: Callable[[], object]) -> None:
 
 
 def told_to_end(process: ForkServerProcess, database: Database, *, times: int = 1) -> int | None:
-    """SIGTERM in the middle of a batch; its exit code."""
+    """Send SIGTERM in the middle of a batch; return the exit code."""
     wait_for(lambda: "leased" in statuses(database))
     time.sleep(0.5)
     for _ in range(times):
@@ -120,7 +120,7 @@ def the_worker(database: Database) -> Json:
         return dict(connection.execute(select(tables.worker)).mappings().one())
 
 
-# Told to end.
+# Shutdown by a signal.
 
 
 def test_a_worker_that_is_told_to_end_stores_what_it_began_and_gives_back_the_rest(
@@ -174,7 +174,7 @@ def _workers(home: Path) -> list[Json]:
         return queries.live_workers(connection, lost_after_s=2.0)
 
 
-# Stuck.
+# Hung batches.
 
 
 def test_a_batch_that_hangs_ends_the_process_and_its_jobs_are_tried_alone(
@@ -184,7 +184,7 @@ def test_a_batch_that_hangs_ends_the_process_and_its_jobs_are_tried_alone(
     process = started(database_url, tmp_path, rounds=FOR_EVER, timeout_s=0.5)
     process.join(PATIENCE_S)
     assert process.exitcode == HUNG_EXIT_CODE
-    # Four hung; whatever had been leased ahead of them is not to blame.
+    # Four jobs hung; jobs that were leased ahead of them are not affected.
     assert (
         sorted(statuses(database, "status", "attempt", "alone")) == [("ready", 0, False)] * 4 + [("ready", 0, True)] * 4
     )
@@ -192,7 +192,7 @@ def test_a_batch_that_hangs_ends_the_process_and_its_jobs_are_tried_alone(
     assert the_worker(database)["note"] == "a batch hung: it took longer than 0.5 s"
 
 
-# Failing.
+# Repeated failures.
 
 
 def test_a_worker_whose_batches_all_fail_pauses_says_why_and_tries_one_job_at_a_time(
@@ -214,7 +214,7 @@ def test_a_worker_whose_batches_all_fail_pauses_says_why_and_tries_one_job_at_a_
     assert seen[:4] == [("working", None)] * 2 + [("paused", why.format(2)), ("paused", why.format(3))]
     with database.read() as connection:
         assert [(each["status"], each["note"]) for each in queries.live_workers(connection)] == [("working", None)]
-    # Each failed attempt counted, and none of what was leased ahead and given back.
+    # Each failed attempt was counted, but none of the jobs that were leased ahead and released.
     assert sum(statuses(database, "attempt")) == 16 + sum(engine.sizes[:4])
     assert "lease.released" in {event["event"] for event in events(database)}
 
@@ -244,7 +244,7 @@ def _repair_once_paused(database: Database, storage: Path) -> None:
         storage.unlink()
 
 
-# Paused by people.
+# Paused by users.
 
 
 def test_a_batch_that_was_fetched_is_not_begun_once_its_campaign_is_paused(

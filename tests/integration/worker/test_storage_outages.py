@@ -1,4 +1,4 @@
-"""A worker whose storage fails in the middle: it waits and says why, marks nothing done, and goes on."""
+"""Storage outages during a worker's run: it waits and reports why, completes no job wrongly, and continues."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ LEASE_TTL_S = 2.0
 
 @dataclass(slots=True)
 class Shift:
-    """A worker at work on a thread of its own."""
+    """A worker that runs on its own thread."""
 
     audit: AuditLog
     store: ObjectStore
@@ -53,7 +53,7 @@ class Shift:
 
     @contextmanager
     def at_work(self) -> Iterator[None]:
-        """While the block lasts; afterwards the run has ended."""
+        """Run the worker during the block; afterwards the run has ended."""
         with self.audit.transaction() as tx:
             workers.register(tx, worker_id="worker-1", host="h", pid=1, device="cpu", description={})
         limits = WorkerLimits(max_batch=4, lease_ttl_s=LEASE_TTL_S, max_pixels=10**7)
@@ -72,7 +72,7 @@ class Shift:
         return found
 
     def waits_because(self, reason: str) -> None:
-        """Until the worker has said so for longer than its lease would last without it."""
+        """Wait until the worker has reported the reason for longer than an unrenewed lease lasts."""
         deadline = time.monotonic() + 60
         while reason not in (self.note() or ""):
             assert time.monotonic() < deadline, self.note()
@@ -81,7 +81,7 @@ class Shift:
         assert reason in (self.note() or "")
 
     def is_whole(self, folder: Path) -> None:
-        """Every job has its picture at its first attempt, and storage holds nothing else."""
+        """Every job has its picture on the first attempt, and storage holds nothing else."""
         assert set(statuses(self.audit.database, "status", "attempt")) == {("succeeded", 1)}
         assert self.note() is None
         assert verify(self.audit.database, self.store, load_key(folder / "key.pem", create=True)).faults == []
@@ -91,7 +91,8 @@ class Shift:
 
 
 class Outage:
-    """Begins when ``begins`` says so of a request and lasts until it is ended; faults come in turn."""
+    """An outage that starts with the request for which ``begins`` is true and lasts until ``end``; its faults
+    alternate."""
 
     def __init__(self, begins: Callable[[str, str], bool], *faults: Fault) -> None:
         self._begins = begins
@@ -107,7 +108,7 @@ class Outage:
 
 
 def at_the(number: int, method: str, suffix: str) -> Callable[[str, str], bool]:
-    """The ``number``th request of this method for a key that ends so."""
+    """True from the ``number``th request of this method for a key with this suffix."""
     left = [number]
 
     def begins(asked: str, path: str) -> bool:
@@ -121,7 +122,7 @@ def at_the(number: int, method: str, suffix: str) -> Callable[[str, str], bool]:
     ("outage", "reason"),
     [
         pytest.param(Outage(at_the(2, "PUT", ".json"), Fault.ACCESS_DENIED), "AccessDenied", id="permissions-are-lost"),
-        # A picture's sidecar is looked for, written, and read back: here it is there, and the worker cannot know.
+        # A sidecar is looked up, written, and read back: here it is stored, and the worker cannot know.
         pytest.param(Outage(at_the(4, "GET", ".json"), *EVERY_KIND), "waits for storage", id="everything-goes-wrong"),
     ],
 )
@@ -134,7 +135,7 @@ def test_a_bucket_that_fails_in_the_middle_is_waited_for(
         shift = Shift(audit, store)
         with shift.at_work():
             shift.waits_because(reason)
-            assert statuses(audit.database).count("succeeded") < 6  # several are on their way at the same time
+            assert statuses(audit.database).count("succeeded") < 6  # several requests are in flight
             assert sum(fault is not None for _, fault in proxy.seen) < 30
             outage.end()
         shift.is_whole(tmp_path)
@@ -182,7 +183,7 @@ def test_a_full_disk_is_waited_for(audit: AuditLog, database: Database, tmp_path
 
 
 class FillingUp(LocalStore):
-    """A directory whose disk fills up once so many pictures are on it with their sidecars."""
+    """A directory whose disk is full once it holds this many pictures with their sidecars."""
 
     def __init__(self, root: Path, *, after: int) -> None:
         super().__init__(root)
@@ -201,7 +202,7 @@ class FillingUp(LocalStore):
 
 @contextmanager
 def small_disk(folder: Path) -> Iterator[Path]:
-    """A file system of a megabyte, mounted there while the block lasts."""
+    """A file system of a megabyte, mounted at the folder until the block ends."""
     folder.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(folder)]
     if subprocess.run(mount, capture_output=True, check=False).returncode:

@@ -1,4 +1,4 @@
-"""A worker when things go wrong around it: a job that ends its process, a cancelled batch, a database away."""
+"""Worker faults: a job that kills its process, a cancelled batch, an unavailable database."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tests.integration.databases import on_postgresql
 
 
 class Watched(FakeEngine):
-    """The shipped double, which first tells ``before`` of each batch."""
+    """The fake engine, which first calls ``before`` with each batch."""
 
     def __init__(self, before: Any) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""What ``init`` writes, in a temporary folder."""
+"""``init``: the files it writes in a temporary folder."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-# ruff: noqa: E501 -- a mistake is one line, however long
+# ruff: noqa: E501 -- a mistake is one line, regardless of its length
 
 from __future__ import annotations
 

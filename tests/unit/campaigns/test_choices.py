@@ -1,4 +1,4 @@
-"""`exclude:` and `include:`: combinations left out of the product, and added to it."""
+"""`exclude:` and `include:`: combinations removed from the product, and added to it."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ def test_a_choice_that_chooses_nothing_is_refused(choices: str, expected: str) -
 
 @st.composite
 def chosen(draw: st.DrawFn) -> tuple[dict[str, list[int]], list[dict[str, int]], list[dict[str, int]]]:
-    """Lists of variables, what is excluded of their product, and what is included beside it."""
+    """Lists of variables, combinations excluded from their product, and combinations added to it."""
     lists = {name: list(range(draw(st.integers(1, 4)))) for name in "abc"[: draw(st.integers(1, 3))]}
     one_of_each = st.fixed_dictionaries({name: st.integers(0, 5) for name in lists})
     part = st.fixed_dictionaries({}, optional={name: st.sampled_from(values) for name, values in lists.items()})

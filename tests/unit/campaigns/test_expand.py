@@ -457,7 +457,7 @@ def test_what_is_put_together_from_parts_is_that_of_the_whole_job(text: str) -> 
     for job in jobs_of(text):
         assert job.fingerprint == fingerprint(job.request)
         assert job.batch_key == batch_key(job.request)
-        whole = replace(job)  # makes anew what was put together
+        whole = replace(job)  # rebuilds all that was shared
         assert (whole.identity, whole.document) == (job.identity, job.document)
 
 

@@ -1,4 +1,4 @@
-"""These read small files in a temporary folder: what is tested is which files may be read."""
+"""Which files a campaign may read, tested with small files in a temporary folder."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def png(width: int = 16, height: int = 8) -> bytes:
 
 
 def bomb(width: int, height: int) -> bytes:
-    """A png that says it is huge."""
+    """A PNG whose header claims a huge size."""
 
     def chunk(kind: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))

@@ -1,4 +1,4 @@
-"""The campaign file's schema: what editors refuse is what the loader refuses."""
+"""The campaign file's JSON Schema: editors reject the same mistakes as the loader."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-# ruff: noqa: E501 -- a mistake is one line, however long
+# ruff: noqa: E501 -- a mistake is one line, regardless of its length
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ stages:
 
 
 def changed(*changes: tuple[str, str]) -> str:
-    """The file above with other text in places; each must be there once."""
+    """The file above with replaced texts; each must occur exactly once."""
     text = FILE
     for old, new in changes:
         assert text.count(old) == 1, old
@@ -167,7 +167,7 @@ def test_the_file_that_the_mistakes_below_are_made_in_is_right() -> None:
         ),
         ('prompt: "a {{ colour }} circle"\n', 'negative_prompt: "{{ colour }}"\n', "8:5: stages[0].prompt: text-to-image needs"),
         ("strength: 0.5", "seed: same\n    seeds: [1]", "15:5: stages[1].seed: has both seed: and seeds:"),
-        # Checkpoints and what they can do
+        # Checkpoints and their capabilities
         ("checkpoint: shapes", "checkpoint: shpaes", "2:1: checkpoint: no checkpoint 'shpaes' (did you mean 'shapes'?)"),
         ("checkpoint: shapes", "checkpoint: ../x", "2:1: checkpoint: no checkpoint '../x' (there are flux, shapes, upscaler)"),
         (

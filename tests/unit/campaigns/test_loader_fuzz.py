@@ -1,4 +1,4 @@
-"""Whatever stands in a campaign file or a table, it is accepted or refused in words: nothing else, and soon.
+"""Fuzzing campaign files and tables: any input is accepted, or refused with a message, and in time.
 
 ``SDP_TEST_FUZZ_S`` sets how many seconds each of these goes on (1).
 """
@@ -38,7 +38,7 @@ from tests.factories import CATALOG, input_folder
 
 FUZZ_S = float(os.environ.get("SDP_TEST_FUZZ_S", "1"))
 
-# Enough examples that the time decides; what is slow shows as the test's own time-out.
+# Enough examples that the time limit decides; slow examples fail by the test's own timeout.
 fuzzed = settings(
     max_examples=1_000_000,
     phases=[Phase.generate],
@@ -148,7 +148,7 @@ CAMPAIGN = st.fixed_dictionaries(
 
 
 def as_yaml(value: Any) -> str:
-    """Flow style, with YAML's own words for what JSON has none for."""
+    """YAML flow style, with YAML's own notation for values that JSON lacks."""
     if isinstance(value, float):
         return {"inf": ".inf", "-inf": "-.inf", "nan": ".nan"}.get(repr(value), repr(value))
     if isinstance(value, dict):
@@ -159,7 +159,7 @@ def as_yaml(value: Any) -> str:
 
 
 def refused_or_accepted(text: str) -> list[str]:
-    """The mistakes of a file with that text, each on one line with its place."""
+    """The mistakes of a file with that text, each on one line with its position."""
     inputs = input_folder(Path("/nowhere"))
     try:
         expand.check(check(yaml_source.parse(text, file="f.yaml"), CATALOG, inputs), inputs)
@@ -174,7 +174,7 @@ def refused_or_accepted(text: str) -> list[str]:
 
 
 class _TimeIsUpError(BaseException):
-    """Not an Exception, which hypothesis would take for a failure."""
+    """Not an Exception, which hypothesis would treat as a failure."""
 
 
 def fuzz(strategy: st.SearchStrategy[Any], attempt: Callable[[Any], object]) -> None:

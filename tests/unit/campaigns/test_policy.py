@@ -1,4 +1,4 @@
-"""What a policy forbids: words however written, checkpoints wherever named, sizes wherever they come from."""
+"""Policies: words in any spelling, checkpoints in any place, sizes from any source."""
 
 from __future__ import annotations
 
@@ -251,11 +251,11 @@ def test_a_phrase_without_a_word_is_refused_in_a_campaign_too() -> None:
     assert mistakes_of(text) == ["3:17: policy.deny[0]: there is no word in '!' (write a word or a phrase)"]
 
 
-# The terms that weights were approved under.
+# Terms under which checkpoints were approved.
 
 
 def refused_terms(policy: str, **terms: Any) -> str | None:
-    """What a policy says of a campaign whose checkpoint is registered under these terms."""
+    """The policy's messages for a campaign whose checkpoint is registered under these terms."""
     files = replace(checkpoint_files("shapes"), **terms)
     text = f"policy: {policy}\nstages: [{{id: draft, task: text-to-image, prompt: a cat}}]\n"
     try:

@@ -1,4 +1,4 @@
-"""Which profile a stage's pictures get."""
+"""Selection of a stage's profile."""
 
 from __future__ import annotations
 

@@ -14,7 +14,7 @@ def utc(text: str) -> datetime:
 
 
 def nights(cron: str, timezone: str, start: str, days: int) -> list[str]:
-    """Local times of every firing."""
+    """Local times of all runs."""
     after = utc(start)
     found = schedule.firings(cron, timezone, after=after, until=after + timedelta(days=days))
     return [at.strftime("%m-%d %H:%M") for at in found]
@@ -26,7 +26,7 @@ def test_a_night_whose_hour_is_skipped_by_the_clock_is_not_skipped() -> None:
 
 
 def test_a_night_whose_hour_comes_twice_is_made_once() -> None:
-    # In Berlin 02:00-03:00 comes twice on 2027-10-31.
+    # In Berlin 02:00-03:00 occurs twice on 2027-10-31.
     assert nights("30 2 * * *", BERLIN, "2027-10-29T12:00", 3) == ["10-30 02:30", "10-31 02:30", "11-01 02:30"]
 
 
@@ -43,7 +43,7 @@ def test_every_date_of_a_year_has_one_edition_in_every_zone(cron: str, zone: str
 def test_an_edition_is_the_local_date_of_the_latest_firing() -> None:
     assert schedule.edition("0 3 * * *", BERLIN, utc("2026-11-25T01:59")) == "2026-11-24"
     assert schedule.edition("0 3 * * *", BERLIN, utc("2026-11-25T02:00")) == "2026-11-25"
-    # 23:30 in Berlin is the next day already in UTC in no season, but the day before in Tokyo.
+    # 00:30 on the 25th in Tokyo is 15:30 on the 24th in UTC; the edition is the local date.
     assert schedule.edition("30 0 * * *", "Asia/Tokyo", utc("2026-11-24T16:00")) == "2026-11-25"
 
 

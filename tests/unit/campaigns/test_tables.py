@@ -20,7 +20,7 @@ from sdpipeline.errors import CampaignError, Mistake
 def rows(
     text: str, *, name: str = "t.csv", key: str | None = None, columns: dict[str, str] | None = None
 ) -> tuple[list[Row], list[str]]:
-    """The rows of a table with that text, and what is wrong with others."""
+    """The valid rows of a table with that text, and the mistakes of the others."""
     wrong: list[Mistake] = []
     table = Table(path=Path(name), name=name, key=key, columns=columns)
     return list(read_rows(table, StringIO(text, newline=""), wrong.append)), [str(mistake) for mistake in wrong]
@@ -242,7 +242,7 @@ def test_without_pyarrow_a_parquet_table_names_the_extra(tmp_path: Path, monkeyp
 
 
 def repeated(path: Path, cell: str, rows: int, columns: int = 30) -> Path:
-    """A table of one cell again and again, which takes some kB on the disk."""
+    """A table that repeats one cell, which takes a few kB on disk."""
     arrow = pytest.importorskip("pyarrow", reason="needs sdpipeline[parquet]")
     again = arrow.DictionaryArray.from_arrays(arrow.array([0] * rows, arrow.int32()), arrow.array([cell]))
     table = arrow.table({f"column_{n}": again for n in range(columns)})
@@ -295,7 +295,7 @@ def test_files_are_a_table_of_their_paths_and_names() -> None:
 @pytest.mark.parametrize("name", ["t.csv", "t.jsonl"])
 def test_a_file_without_line_ends_does_not_fill_the_memory(name: str, tmp_path: Path) -> None:
     with (tmp_path / name).open("wb") as file:
-        file.truncate(400 * 2**20)  # of NULs, which take no room on the disk
+        file.truncate(400 * 2**20)  # NULs, which take no space on disk
     tracemalloc.start()
     try:
         with pytest.raises(CampaignError, match=rf"{name}:1: "):

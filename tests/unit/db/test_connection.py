@@ -1,4 +1,4 @@
-"""Database addresses: which are understood, and what is said of the others."""
+"""Database URLs: supported ones, and the errors for all others."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which errors of a database driver are outages, refusals or wrong settings, and which are faults of a statement."""
+"""Classification of database driver errors: outages, refusals, wrong settings, and faulty statements."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ PLACE = "database queue at db.example.com"
 OUTAGES = (
     *("08000", "08003", "08006", "08P01", "25006", "25P03", "25P04", "40001", "40P01", "53000", "53100", "53200"),
     *("53300", "53400", "55006", "55P03", "57014", "57P01", "57P02", "57P03", "57P05", "58000", "58030"),
-    *("26000", "42P05"),  # prepared statements behind a pooler that is not recognised
+    *("26000", "42P05"),  # prepared statements through a pooler that was not detected
 )
 
 

@@ -9,7 +9,7 @@ from sdpipeline.errors import DatabaseRefusedError, DatabaseUnavailableError
 
 
 class Database:
-    """A database that is away at the first ``failures`` calls; ``stop`` is set during the first."""
+    """A database that is unavailable for the first ``failures`` calls; ``stop`` is set during the first."""
 
     def __init__(self, error: Exception, *, failures: int, stop: threading.Event | None = None) -> None:
         self.calls = 0

@@ -1,4 +1,4 @@
-"""Captions: the words say what the scene shows, and the labels what the words say."""
+"""Captions match the scene, and labels match the captions."""
 
 import numpy as np
 

@@ -1,4 +1,4 @@
-"""Designed latents: blocks' colours and edges, exact and standardised."""
+"""Designed latents: colours and edges of blocks, exact and standardised."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""The manifest: it follows the files."""
+"""The manifest is up to date with the files."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Measures: they find in drawn scenes what was drawn."""
+"""Measures detect in drawn scenes the objects that were drawn."""
 
 import cv2
 import numpy as np

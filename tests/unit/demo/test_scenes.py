@@ -1,4 +1,4 @@
-"""Scenes: what is drawn, and what is never trained on."""
+"""Scenes: drawing, and combinations held out from training."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""Devices of a machine, by its environment and by the settings."""
+"""Devices of a machine, from its environment and the settings."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Prompt embeddings are kept up to a number of bytes."""
+"""The cache of prompt embeddings is limited by a number of bytes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Reliance on the inside of diffusers: listed, explained, and refused when it has another shape."""
+"""Reliance on diffusers' internals: listed, explained, and refused if their shape has changed."""
 
 from __future__ import annotations
 

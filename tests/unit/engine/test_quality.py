@@ -1,4 +1,4 @@
-"""What is measured of pictures, on drawn ones, and the thresholds they are held to."""
+"""Quality metrics on drawn pictures, and the thresholds of a campaign."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def by(annotator: str) -> ControlNetInput:
 
 
 def apart(one: Pixels, other: Pixels) -> int:
-    """How many bits of 64 differ."""
+    """Hamming distance of the perceptual hashes, of 64 bits."""
     return (int(scores.perceptual_hash(one), 16) ^ int(scores.perceptual_hash(other), 16)).bit_count()
 
 

@@ -1,4 +1,4 @@
-"""How often run artifacts are updated, with a fake clock."""
+"""Update frequency of run artifacts, with a fake clock."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Wall:
         self._artifacts._refresh("failures", count, self._put, now=now)
 
     def pass_by(self, seconds: int) -> None:
-        """Something new every second."""
+        """Pass the time, with new data every second."""
         for second in range(seconds):
             self.now_s = float(second)
             self.look(second + 1)

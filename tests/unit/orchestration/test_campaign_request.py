@@ -1,4 +1,4 @@
-"""What the form of the deployed campaign flow takes, and what it refuses."""
+"""The campaign flow's request form: accepted and refused values."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The deployments' file names flows that exist, pools that are made and times that come."""
+"""The deployments file names existing flows, created pools and valid schedules."""
 
 from __future__ import annotations
 

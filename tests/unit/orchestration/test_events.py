@@ -1,4 +1,4 @@
-"""Which event an automation hears, and when."""
+"""Events for automations, and when they are emitted."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which worker processes a machine gets."""
+"""Worker processes of a machine: their number and devices."""
 
 from __future__ import annotations
 

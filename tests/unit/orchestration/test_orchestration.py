@@ -1,4 +1,4 @@
-"""What the flows are told by the module that knows Prefect."""
+"""Worker flows: chunks of work, interruptions, and final states of a run, without a Prefect server."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def test_work_goes_on_from_chunk_to_chunk_until_it_is_over() -> None:
 
 @pytest.mark.usefixtures("short_chunks")
 def test_work_goes_on_while_prefect_is_told_of_it() -> None:
-    """A chunk that begins late, as when the server is slow, holds nothing up."""
+    """A chunk that starts late, as with a slow server, does not delay the work."""
     done, stop = threading.Event(), threading.Event()
 
     def work() -> WorkerSummary:
@@ -80,7 +80,7 @@ def test_work_of_which_prefect_cannot_be_told_ends_in_order() -> None:
     assert seen == ["gave back"]
 
 
-@pytest.mark.timeout(30)  # a chunk takes longer, and is not waited for
+@pytest.mark.timeout(30)  # a chunk takes longer, and the test does not wait for it
 def test_work_that_nobody_watches_any_more_ends(monkeypatch: pytest.MonkeyPatch) -> None:
     stop, parents = threading.Event(), chain([1000], repeat(1))
     monkeypatch.setattr(os, "getppid", lambda: next(parents))
@@ -147,7 +147,7 @@ def test_a_worker_that_is_told_to_end_finishes_its_batch_under_prefects_own_hand
     seen: list[object] = []
 
     def work(stop: Stop) -> None:
-        seen.append(signal.getsignal(signal.SIGTERM))  # Prefect kills at once whoever has another one
+        seen.append(signal.getsignal(signal.SIGTERM))  # Prefect kills a worker with another handler at once
         os.kill(os.getpid(), signal.SIGTERM)
         assert stop.wait(10)
         seen.append("finished")

@@ -1,4 +1,4 @@
-"""The patch that keeps Prefect from reading results: what it closes, and that it refuses a Prefect it does not fit."""
+"""The patch that keeps Prefect from reading results: the paths it closes, and its refusal of an unknown Prefect."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Rules by which workers are counted as dead, restarted and given up."""
+"""Rules for counting workers as dead, restarting them and giving up."""
 
 from __future__ import annotations
 

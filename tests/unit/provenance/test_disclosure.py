@@ -1,4 +1,4 @@
-"""How much of a record goes into a picture, and where a campaign says so."""
+"""Disclosure: how much of a record is embedded in a picture, and where a campaign configures it."""
 
 from __future__ import annotations
 

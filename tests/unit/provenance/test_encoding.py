@@ -1,4 +1,4 @@
-"""Encoding, the embedded record and mark, and decoding what strangers wrote."""
+"""Encoding, the embedded record and mark, and decoding untrusted pictures."""
 
 from __future__ import annotations
 
@@ -185,7 +185,7 @@ def test_a_telephones_jpeg_with_a_second_picture_is_its_first() -> None:
 def test_a_photograph_taken_sideways_stands_upright() -> None:
     image = Image.fromarray(noise())
     exif = image.getexif()
-    exif[0x0112] = 6  # turn clockwise to show
+    exif[0x0112] = 6  # rotate clockwise for display
     decoded = decode(saved(noise(), "PNG", exif=exif), max_pixels=10_000)
     assert np.array_equal(decoded, np.rot90(noise(), k=-1))
 

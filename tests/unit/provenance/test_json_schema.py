@@ -1,4 +1,4 @@
-"""JSON Schemas of records and sidecars: valid, described, and the same in the documentation."""
+"""JSON Schemas of records and sidecars: valid, described, and identical in the documentation."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Documents and pictures made to stop a reader are refused in a moment, each with one sentence."""
+"""Malicious documents and pictures are refused quickly, each with a one-sentence error."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The contact sheet: small enough, labelled, and read from storage once."""
+"""The contact sheet: small, labelled, and read from storage only once."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def noise(seed: int) -> Image.Image:
 
 
 def beneath(sheet: Image.Image, column: int) -> np.ndarray[tuple[int, ...], np.dtype[np.uint8]]:
-    """The space for the words under a picture of the first line."""
+    """The area for the caption under a picture in the first row."""
     left = column * (THUMBNAIL + MARGIN)
     return np.asarray(sheet)[THUMBNAIL : THUMBNAIL + LABEL_LINES * LINE, left : left + THUMBNAIL]
 

@@ -1,4 +1,4 @@
-"""Settings are read from small files in a temporary folder and a changed environment; that is what is tested."""
+"""Settings, read from small files in a temporary folder and from a changed environment."""
 
 from __future__ import annotations
 

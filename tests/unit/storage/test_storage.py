@@ -1,4 +1,4 @@
-"""Which keys and addresses storage accepts."""
+"""Keys and URLs that storage accepts."""
 
 from __future__ import annotations
 

@@ -43,6 +43,6 @@ def test_a_full_queue_takes_nothing_more_and_an_empty_one_gives_nothing_once_the
     threading.Timer(0.05, end.ended.set).start()
     with pytest.raises(RunEnded):
         queue.put(work())
-    assert queue.take() is first  # what was handed over before is not lost
+    assert queue.take() is first  # items that were handed over before are not lost
     with pytest.raises(RunEnded):
         queue.take()
