@@ -47,9 +47,9 @@ LONGEST_FIRST = (
     "integration/worker/test_delivery_process.py",
     "chaos/test_storage_fails.py",
 )
-"""Files that take a minute or more: begun last, one of them would keep one process busy after the others have ended.
+"""Files that take a minute or more. Started last, one of them would keep one process busy after the others have ended.
 
-Shorter ones stand between them, so that those with many processes do not all run at the same time.
+Shorter ones are listed between them, so that files with many processes do not all run at the same time.
 """
 
 REQUIRE_ALL = os.environ.get("SDP_TEST_REQUIRE_ALL") == "1"

@@ -88,7 +88,7 @@ CATALOG = {
         checkpoint_files("sharp", kind="vae"),
     )
 }
-"""What the campaigns of tests may name."""
+"""Checkpoints that the campaigns of tests may name."""
 
 
 def progress(**counts: int) -> Progress:

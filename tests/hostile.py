@@ -87,4 +87,4 @@ MANY_SEGMENTS = many_segments(30_000)
 MANY_SCANS = progressive_jpeg(300)
 
 BOMBS = {name.lower(): value for name, value in list(globals().items()) if name.isupper() and isinstance(value, bytes)}
-"""Each by its name; every one of them is refused by whoever reads all of a picture."""
+"""The files above by name. Readers that decode the whole picture refuse each of them."""

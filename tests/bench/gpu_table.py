@@ -1,6 +1,6 @@
 """Markdown table of GPU benchmark results: ``python -m tests.bench.gpu_table``; ``--small`` runs on any machine.
 
-Each line is a command of ours in a process of its own, so that a start is a start; the commands are printed with it.
+Each row is a command that runs in a new process, so that cold starts are cold; the commands are printed too.
 """
 
 from __future__ import annotations

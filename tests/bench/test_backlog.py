@@ -32,9 +32,9 @@ OF_A_KIND = 20
 BATCH = 8
 PICTURE_S = 0.025
 LOAD_S = 0.4
-"""As two batches: what an SDXL checkpoint takes from a fast disk beside a batch of eight."""
+"""Loading takes as long as two batches: the ratio of an SDXL checkpoint on a fast disk to a batch of eight."""
 MAX_WAIT_S = 5.0
-"""Twelve loads, as 120 s are to ten."""
+"""Twelve loads, the same ratio as 120 s to ten seconds."""
 
 
 @dataclass

@@ -28,7 +28,7 @@ ROUNDS = 15
 DEPTH = 12
 OUTPUTS = [OutputFormat(), OutputFormat(format="jpeg"), OutputFormat(format="webp")]
 MAX_KB = 20
-"""Of a manifest, and of what each ancestor adds: 14 and 17 are aimed at, with a record of 3 KB."""
+"""Limit for a manifest, and for the size that each ancestor adds. Targets are 14 and 17, with a record of 3 KB."""
 
 
 def test_marking_a_picture_costs_little() -> None:

@@ -21,7 +21,7 @@ GROUPS = 24
 BATCH = 8
 DEPTHS = (1_000, 100_000, 1_000_000)
 RARE = GROUPS
-"""The last group holds one batch, all others share the rest."""
+"""The last group has one batch; all others share the remaining jobs."""
 
 FILL = """
 INSERT INTO campaign (team, name, created_at) VALUES ('default', 'bench', 0);

@@ -46,11 +46,11 @@ CHAINS_AT_ONCE = 40
 PEOPLE_PAUSE_S = (0.3, 1.5)
 OUTAGE_PAUSE_S = (8.0, 12.0)
 SLOWER = {FAKE_ENGINE: "0.2"}
-"""So that many die in the middle of a batch."""
+"""A slow engine, so that many workers die in the middle of a batch."""
 TABLE = Path(os.environ.get("SDP_TEST_SOAK_TABLE", Path(__file__).with_name("SOAK.md")))
 
 Outage = tuple[Callable[[], None], tuple[float, float]]
-"""Something that goes away and comes back, and the seconds between two times."""
+"""A fault that begins and ends, and the range of seconds between two occurrences."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

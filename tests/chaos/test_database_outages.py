@@ -25,7 +25,7 @@ pytestmark = [pytest.mark.chaos, pytest.mark.timeout(300)]
 
 PATIENCE_S = 100.0
 WORKER = "w1"
-"""A login that is no superuser: limits of connections hold for it."""
+"""A login that is not a superuser, so that connection limits apply to it."""
 
 
 @pytest.fixture

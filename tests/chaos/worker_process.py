@@ -25,13 +25,13 @@ if TYPE_CHECKING:
     from sqlalchemy import Table
 
 PAUSE_S = 0.5
-"""Before one that found nothing to work with is replaced, as by any supervisor."""
+"""Pause before a worker that could not work is replaced, as by any supervisor."""
 
 
 def start(environment: Mapping[str, str], *, fencing: bool = True, delivery: bool = False) -> ForkServerProcess:
     """Start one worker that works until no job is left; its output goes to a file in SDP_HOME.
 
-    With ``delivery`` a real delivery process works beside the double of the engine.
+    With ``delivery``, the fake engine works with a real delivery process.
     """
     process = processes.Process(target=_work, args=(dict(environment), fencing, delivery), daemon=True)
     process.start()

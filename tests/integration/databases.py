@@ -17,10 +17,10 @@ from sdpipeline.db.tables import metadata
 BACKENDS = ("sqlite", "postgresql")
 
 on_postgresql = pytest.mark.parametrize("database_url", ["postgresql"], indirect=True)
-"""For what cannot happen where there is one writer at a time."""
+"""For tests of concurrency that cannot occur with a single writer."""
 
 on_sqlite = pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
-"""For what Python decides over rows that the other tests show to be the same."""
+"""For rules that run in Python on rows that other tests show to be the same on both databases."""
 
 
 @pytest.fixture(scope="session")

@@ -27,11 +27,11 @@ from tests.integration.commands import FAKE_ENGINE, document
 from tests.integration.conftest import CREDENTIALS, Bucket, free_port, new_bucket
 
 HEARTBEAT_S = 30
-"""Prefect's shortest."""
+"""The shortest interval that Prefect allows."""
 SILENCE_S = 40
 LEASE_S = 4
 BUSY = 503
-"""What a Prefect server on SQLite answers while it writes something else; Prefect's own client asks again."""
+"""The answer of a Prefect server whose SQLite database is locked; Prefect's own client retries."""
 FAKE = {FAKE_ENGINE: "0.6", "SDP_ENGINE__MAX_BATCH": "4"}
 PATIENCE_S = 150.0
 

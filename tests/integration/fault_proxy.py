@@ -34,10 +34,10 @@ class Fault(StrEnum):
 
 
 Choose = Callable[[str, str], Fault | None]
-"""Method and path of a request to what shall go wrong with it."""
+"""Function from method and path of a request to its fault."""
 
 Refuse = Callable[[str, Mapping[str, str]], str | None]
-"""Method and headers of a request to the refusal of a server that does not know one of them."""
+"""Function from method and headers of a request to the refusal of a server without that feature."""
 
 
 def once(method: str, *faults: Fault) -> Choose:

@@ -155,4 +155,4 @@ TWINS = [
     *(("dispatcher", may, *twin) for may, twin in DISPATCHER_MAY.items()),
     *(("worker", may, *twin) for may, twin in WORKER_MAY.items()),
 ]
-"""(role, what it may and may not, the refused request, the allowed one)."""
+"""(role, what it may and may not do, the refused request, the allowed one)."""

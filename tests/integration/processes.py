@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 processes = multiprocessing.get_context("forkserver")
-"""Starts real processes. Nothing that reads its settings from the environment when it is imported is preloaded."""
+"""Context for real processes. Modules that read settings from the environment on import are not preloaded."""
 processes.set_forkserver_preload(
     [
         "alembic.command",

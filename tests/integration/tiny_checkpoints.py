@@ -521,4 +521,4 @@ BUILDERS: dict[str, Callable[[TinyCheckpoints, Path], None]] = {
     "ip-adapter-sd1-other": lambda tiny, to: _ip_adapter(tiny, to, "sd1"),
     "ip-adapter-sdxl": lambda tiny, to: _ip_adapter(tiny, to, "sdxl"),
 }
-"""How each is made, by name. ControlNets copy a part of their base first."""
+"""Builders by checkpoint name. ControlNets copy a part of their base first."""

@@ -267,7 +267,7 @@ MATRIX: dict[str, tuple[Callable[[Log], None], str, str]] = {
     "strip a picture's metadata": (strip_metadata, "object-altered", UNDETECTABLE),
     "strip metadata and add other": (strip_and_add_metadata, "object-altered", UNDETECTABLE),
 }
-"""By name: what is done, and the fault that database and storage, and an export alone, show of it."""
+"""By name: the attack, and the faults that it causes in database and storage, and in an export alone."""
 
 
 def test_nothing_is_found_where_nothing_was_done(log: Log) -> None:

@@ -16,7 +16,7 @@ from tests.integration.databases import on_postgresql
 
 STAGES = ("draft", "scene", "final")
 SECONDS = 0.1
-"""What each picture of these tests takes."""
+"""GPU seconds of each picture in these tests."""
 
 
 def budgeted(audit: AuditLog, count: int, **budget: Any) -> int:

@@ -26,7 +26,7 @@ from tests.integration.previous_release import PreviousRelease, previous_release
 pytestmark = [pytest.mark.long, pytest.mark.timeout(0)]
 
 BULK = int(os.environ.get("SDP_TEST_MIGRATION_JOBS", "5000"))
-"""Jobs that lie in the table meanwhile: `SDP_TEST_MIGRATION_JOBS=100000` is the size that was measured."""
+"""Number of jobs in the table during the migration: it was measured with `SDP_TEST_MIGRATION_JOBS=100000`."""
 
 LONGEST_WAIT_S = 5.0
 PATIENCE_S = 120.0

@@ -49,7 +49,7 @@ def images(*asked: PreparedRequest, bucket: int | None = None) -> list[Generated
 
 
 OTHERS = {"sdxl": 1, "sd3": 1, "flux": 1, "sd-inpaint": 0, "upscale": 0}
-"""Families beside SD 1.x, whose every cell is looked at, and with how many ControlNets."""
+"""Families besides SD 1.x; of each, the cells with this number of ControlNets are tested."""
 
 
 def mixed(checkpoint: str = "sd1", **changes: Any) -> list[PreparedRequest]:

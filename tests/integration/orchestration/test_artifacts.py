@@ -54,7 +54,7 @@ stages:
 
 
 SCREENSHOTS = os.environ.get("SDP_TEST_SCREENSHOTS")
-"""A folder to write the documentation's screenshots to; the pictures on them are real ones."""
+"""A folder for the documentation's screenshots, which show real pictures."""
 
 
 @dataclass(slots=True)

@@ -24,7 +24,7 @@ pytestmark = [pytest.mark.long, pytest.mark.timeout(400)]
 
 JOBS = 96
 MANY = 192
-"""Half a minute for one worker of the fake engine: long enough for another to begin, on a busy machine too."""
+"""Half a minute for one worker of the fake engine: long enough for a second one to start on a busy machine."""
 BATCH = 4
 
 

@@ -40,7 +40,7 @@ from tests.integration.databases import on_sqlite
 from tests.integration.fault_proxy import FaultProxy
 
 pytestmark = on_sqlite
-"""What a picture is marked with does not depend on the database."""
+"""Marks do not depend on the database."""
 
 FORMATS = [OutputFormat(format="png"), OutputFormat(format="jpeg"), OutputFormat(format="webp")]
 every_format = pytest.mark.parametrize("output", FORMATS, ids=lambda output: output.format)

@@ -25,7 +25,7 @@ from tests.integration.databases import on_sqlite
 from tests.integration.worker.test_shutdown import wait_for
 
 pytestmark = [on_sqlite, pytest.mark.timeout(60)]
-"""What a worker overlaps does not depend on its database."""
+"""Overlap does not depend on the database."""
 
 OTHER = CheckpointRef(alias="other", digest="0f" * 32)
 

@@ -29,7 +29,7 @@ from tests.integration.databases import on_sqlite
 from tests.integration.fault_proxy import Fault, FaultProxy
 
 pytestmark = on_sqlite
-"""What a worker does about storage does not depend on its database."""
+"""Handling of storage outages does not depend on the database."""
 
 EVERY_KIND = (
     Fault.SLOW_DOWN,

@@ -1,4 +1,4 @@
-"""Which files a campaign may read, tested with small files in a temporary folder."""
+"""Access rules for files that a campaign reads, tested with small files in a temporary folder."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The deployments file names existing flows, created pools and valid schedules."""
+"""The file of deployments names existing flows, pools that are created, and valid schedules."""
 
 from __future__ import annotations
 

@@ -21,7 +21,7 @@ OF_THE_REQUEST = {
     "ImageSource",
     "OutputFormat",
 }
-"""Shapes of the request, whose keys the campaign file's reference describes."""
+"""Parts of the request, whose keys the campaign file's reference describes."""
 
 
 @pytest.mark.parametrize("kind", ["record", "sidecar"])
