@@ -13,7 +13,6 @@ from rich.console import Console
 from sqlalchemy import event, text
 from sqlalchemy.pool import Pool
 
-from sdpipeline import orchestration
 from sdpipeline.app.maintenance import release_worker_leases
 from sdpipeline.app.queries import campaign_progress, checkpoint_aliases, failures, finish_report, newest_pictures
 from sdpipeline.app.services import Services
@@ -65,7 +64,7 @@ def test_polling_opens_no_database(services: Services) -> None:
 
 @on_sqlite
 def test_a_progress_bar_opens_no_database(services: Services, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(orchestration, "DRAW_EVERY_S", 0.01)
+    monkeypatch.setattr(local_run, "DRAW_EVERY_S", 0.01)
     console = Console(file=io.StringIO(), force_terminal=True, width=200)
     with counted_connections() as opened, local_run._live_progress(services, "spring", console):
         time.sleep(0.5)

@@ -144,6 +144,7 @@ def test_a_lora_that_is_overwritten_while_it_is_worn_does_not_change_pictures(tm
     assert equal(images(prepared(asked), on=fresh)[0], before)
 
 
+@pytest.mark.long
 def test_fifty_switches_leave_memory_and_base_weights_as_they_were() -> None:
     on = new_engine(resident_bytes=tiny_checkpoints().files("sdxl").size_bytes + 10)
     worn = [request(loras=(adapter(name),), num_inference_steps=1) for name in ("lora-sd1", "lora-sd1-other")]

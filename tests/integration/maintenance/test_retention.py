@@ -478,6 +478,6 @@ def test_prompts_are_not_forgotten_before_pictures_that_carry_them(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("SDP_RETENTION__PROMPTS_DAYS", "30")
     assert cli.run(["retention"]) == 2
-    assert "SDP_RETENTION__PROMPTS_DAYS: found '30': pictures carry their prompts" in capsys.readouterr().err
+    assert "SDP_RETENTION__PROMPTS_DAYS: found '30': pictures contain their prompts" in capsys.readouterr().err
     monkeypatch.setenv("SDP_RETENTION__PICTURES_DAYS", "31")
     assert cli.run(["retention"]) == 2

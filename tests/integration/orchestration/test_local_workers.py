@@ -82,8 +82,8 @@ def test_a_worker_that_found_nothing_to_do_in_a_paused_campaign_is_replaced_once
     start_workers: Start,
 ) -> None:
     local_workers = start_workers(time.sleep, 0.5)
+    local_workers.wait(10)
     for _ in range(MAX_RESTARTS + 2):
-        local_workers.wait(10)
         local_workers.supervise(replace(progress(ready=5, leased=1), status="paused"))
         assert pids() == []
     local_workers.supervise(progress(ready=5))
