@@ -18,7 +18,7 @@ from tests.conftest import copied_into
 from tests.factories import statuses
 from tests.integration.commands import FAKE_ENGINE, kill_tree, start
 
-pytestmark = [pytest.mark.chaos, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.chaos, pytest.mark.long, pytest.mark.timeout(300)]
 
 JOBS = 48
 CAMPAIGN = f"""\

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
 
 import httpx
 import psutil
 
+from sdpipeline import cli
 from sdpipeline.orchestration.local_server import ServerHandle
 from tests.integration.processes import run_command
 
@@ -30,18 +33,35 @@ def environment(**settings: str) -> dict[str, str]:
 
 
 COMPUTING = frozenset({"bench", "reproduce"})
-"""Commands that compute with torch. Its threads do not survive a fork, so they get an interpreter of their own."""
+"""Commands that compute with torch, whose threads do not survive a fork."""
 
 
 def sdpipeline(*arguments: object, **settings: str) -> subprocess.CompletedProcess[str]:
-    """Run one command to its end in a forked process that has the libraries imported."""
+    """Run one command to its end without importing the libraries again.
+
+    The command gets a forked process, or runs in this one, which has imported torch, if it computes.
+    """
     words = [*map(str, arguments)]
     if words[:1] and words[0] in COMPUTING:
-        return installed(*arguments, **settings)
+        return in_this_process(words, environment(**settings))
     with tempfile.TemporaryDirectory() as folder:
         output, errors = Path(folder, "stdout"), Path(folder, "stderr")
         exit_code = run_command(words, environment(**settings), output, errors, timeout_s=600)
         return subprocess.CompletedProcess(words, exit_code, output.read_text(), errors.read_text())
+
+
+def in_this_process(words: list[str], variables: Mapping[str, str]) -> subprocess.CompletedProcess[str]:
+    """Run one command in this process, with these environment variables."""
+    before, output, errors = dict(os.environ), io.StringIO(), io.StringIO()
+    os.environ.clear()
+    os.environ.update(variables)
+    try:
+        with redirect_stdout(output), redirect_stderr(errors):
+            exit_code = cli.run(words)
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+    return subprocess.CompletedProcess(words, exit_code, output.getvalue(), errors.getvalue())
 
 
 def installed(*arguments: object, **settings: str) -> subprocess.CompletedProcess[str]:

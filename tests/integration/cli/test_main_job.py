@@ -158,6 +158,7 @@ def test_show_tells_everything_about_one_job(demo_home: Path) -> None:
     assert shown["history"][0]["outcome"] == "succeeded"
 
 
+@pytest.mark.long
 def test_a_run_whose_whole_process_tree_is_killed_is_finished_by_the_next(
     tmp_path: Path, long_campaign: Path, prefect_database: Path
 ) -> None:

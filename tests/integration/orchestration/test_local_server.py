@@ -43,6 +43,7 @@ with own_server(pathlib.Path(sys.argv[1])) as server:
 """
 
 
+@pytest.mark.long
 def test_two_commands_share_a_server_and_the_last_one_out_stops_it(tmp_path: Path, prefect_database: Path) -> None:
     copied_into(tmp_path / "prefect", prefect_database)
     with own_server(tmp_path) as server:
