@@ -90,7 +90,7 @@ def _in_file(loc: KeyPath, data: Any) -> KeyPath:
 
 
 REMOVED_VALUES = {("reproducibility", "fast"): "write profile: fast, and leave reproducibility out"}
-"""What to write instead of a value that earlier releases had, by key and value."""
+"""Replacement of each removed value of earlier releases, by key and value."""
 
 
 def _describe(about: list[Any], path: KeyPath, shape: type[BaseModel]) -> tuple[str, str | None]:

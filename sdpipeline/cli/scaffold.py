@@ -61,7 +61,7 @@ def schema(
     *,
     kind: Annotated[
         Literal["campaign", "record", "sidecar"],
-        typer.Option("--kind", help="The document: a campaign file, a picture's record, or the sidecar beside it."),
+        typer.Option("--kind", help="The document: a campaign file, a picture's record, or the sidecar next to it."),
     ] = "campaign",
     home: Home = None,
 ) -> None:

@@ -168,7 +168,7 @@ class ReusedFrom:
 @with_config(_DOCUMENTED)
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sidecar:
-    """JSON object beside each picture: its record, and what is known only after encoding."""
+    """JSON object stored next to each picture: its record, and what is known only after encoding."""
 
     schema: SidecarSchema
     """Version of this document."""

@@ -18,7 +18,7 @@ CUTOFF = 0.5
 """Similarity of a suggested name; settings share a prefix and are long."""
 
 REMOVED = {"SDP_ENGINE__ENCODE_AHEAD": "remove it: it saved no time"}
-"""What to do about each setting that earlier releases had."""
+"""Advice for each removed setting of earlier releases."""
 
 
 def unknown_names(found: Sequence[WrittenSetting]) -> list[Mistake]:

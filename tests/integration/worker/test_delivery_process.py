@@ -77,7 +77,7 @@ def work(have: Services, engine: FakeEngine) -> WorkerSummary:
             return worker.run()
 
 
-def beside() -> list[psutil.Process]:
+def delivery_processes() -> list[psutil.Process]:
     """Live delivery processes of this process."""
     found = []
     for each in psutil.Process().children():
@@ -102,12 +102,12 @@ def test_every_picture_is_marked_stored_and_recorded_by_it_and_it_ends_with_the_
 
     class Watched(FakeEngine):
         def generate(self, batch: Batch) -> Sequence[GeneratedImage | GenerationFailure]:
-            seen.update(each.pid for each in beside())
+            seen.update(each.pid for each in delivery_processes())
             return super().generate(batch)
 
     done = work(have, Watched())
     assert (done.succeeded, len(seen)) == (40, 1)
-    assert not beside()
+    assert not delivery_processes()
     assert violations(have.database, have.store, keys.seal_key(have.settings)) == []
     for key in [key for key in have.store.list() if key.endswith(".png")]:
         assert provenance.verify(have.store.get(key)).ok
@@ -126,8 +126,8 @@ def test_one_that_is_killed_is_replaced_and_no_picture_is_lost(have: Services) -
     class Killing(FakeEngine):
         def generate(self, batch: Batch) -> Sequence[GeneratedImage | GenerationFailure]:
             if len(killed) < 3 and "succeeded" in statuses(have.database):
-                killed.extend(each.pid for each in beside())
-                for each in beside():
+                killed.extend(each.pid for each in delivery_processes())
+                for each in delivery_processes():
                     each.send_signal(signal.SIGKILL)
             return super().generate(batch)
 
@@ -196,11 +196,11 @@ def test_one_that_is_told_to_end_with_its_worker_goes_on_until_that_ends(
 ) -> None:
     request = one_picture(have)
     process.check()
-    (before,) = beside()
+    (before,) = delivery_processes()
     before.terminate()
     before.send_signal(signal.SIGINT)
     assert have.store.get(process.deliver(request).key)
-    assert beside() == [before]
+    assert delivery_processes() == [before]
 
 
 def test_an_outage_of_storage_or_of_the_database_comes_across_as_what_it_is(have: Services, tmp_path: Path) -> None:
@@ -215,10 +215,10 @@ def test_an_outage_of_storage_or_of_the_database_comes_across_as_what_it_is(have
         assert len([key for key in have.store.list() if key.endswith(".png")]) == 1  # the same bytes twice
         with pytest.raises(StorageUnavailableError):
             no_storage.deliver(request)
-        before = beside()
+        before = delivery_processes()
         place.unlink()
         assert (place / no_storage.deliver(request).key).exists()
-        assert beside() == before
+        assert delivery_processes() == before
     finally:
         no_storage.close()
         no_database.close()
@@ -232,7 +232,7 @@ def test_an_error_of_ours_comes_across_with_the_place_it_happened_at(process: De
         process.deliver(Evaluated("__import__('no_such_module')"))  # type: ignore[arg-type]
     with pytest.raises(RuntimeError, match="Odd"):
         process.deliver(Evaluated("(_ for _ in ()).throw(type('Odd', (Exception,), {})('made up'))"))  # type: ignore[arg-type]
-    assert len(beside()) == 1
+    assert len(delivery_processes()) == 1
 
 
 class Evaluated:
@@ -276,13 +276,13 @@ def test_one_that_is_frozen_is_killed_and_its_calls_are_answered_by_another(
     request = one_picture(have)
     with closing(DeliveryProcess(destination(have), bounds=Bounds(silence_s=2.0))) as process:
         process.check()
-        (frozen,) = beside()
+        (frozen,) = delivery_processes()
         frozen.suspend()
         assert have.store.get(process.deliver(request).key)
-        assert frozen not in beside()
-        (frozen,) = beside()
+        assert frozen not in delivery_processes()
+        (frozen,) = delivery_processes()
         frozen.suspend()  # no process requests anything from it
-        wait_for(lambda: set(beside()) - {frozen})
+        wait_for(lambda: set(delivery_processes()) - {frozen})
         process.check()
         assert process.silent_s() < 1.0
     assert "".join(capfd.readouterr()).count("delivery_process_silent") == 2
@@ -295,21 +295,21 @@ def test_one_that_is_frozen_for_less_than_its_bound_answers_itself(have: Service
         ThreadPoolExecutor(1) as pool,
     ):
         process.check()
-        (frozen,) = beside()
+        (frozen,) = delivery_processes()
         frozen.suspend()
         delivered = pool.submit(process.deliver, request)
         wait_for(process.silent_s)
         frozen.resume()
         assert have.store.get(delivered.result().key)
-        assert beside() == [frozen]
+        assert delivery_processes() == [frozen]
         wait_for(lambda: not process.silent_s())
 
 
 def test_one_that_is_frozen_while_it_starts_is_an_outage_and_the_next_one_answers(have: Services) -> None:
     with closing(DeliveryProcess(destination(have), bounds=Bounds(start_s=1.0))) as process:
         process.begin()
-        wait_for(beside)
-        (frozen,) = beside()
+        wait_for(delivery_processes)
+        (frozen,) = delivery_processes()
         frozen.suspend()
         with pytest.raises(DeliveryUnavailableError, match="no heartbeat for 1 s"):
             process.check()
@@ -337,7 +337,7 @@ def test_one_that_is_frozen_in_a_write_to_sqlite_holds_others_up_no_longer_than_
         ThreadPoolExecutor(1) as pool,
     ):
         process.check()
-        (frozen,) = beside()
+        (frozen,) = delivery_processes()
         delivered = pool.submit(process.deliver, Once("no picture", locked, hold))  # type: ignore[arg-type]
         wait_for(locked.exists)
         wait_for(lambda: is_locked(path))
@@ -364,7 +364,7 @@ def test_leases_are_not_extended_while_the_delivery_process_is_silent_and_status
     class Freezing(FakeEngine):
         def generate(self, batch: Batch) -> Sequence[GeneratedImage | GenerationFailure]:
             if not stopped:
-                stopped.extend(beside())
+                stopped.extend(delivery_processes())
                 stopped[0].suspend()
             return super().generate(batch)
 
