@@ -16,7 +16,10 @@ from typing import Any, Literal
 Reproducibility = Literal["strict", "tolerant"]
 """How exactly a picture must be reproducible. ``strict``: alone in its batch, in float32, by deterministic algorithms,
 and failed rather than made by a fallback. ``tolerant``: in the deployment's dtype and batches; fallbacks are taken and
-recorded. Requests that earlier releases stored may hold ``fast``, which runs as ``tolerant``."""
+recorded."""
+
+StoredReproducibility = Literal["strict", "tolerant", "fast"]
+"""Reproducibility of a stored request. Earlier releases stored ``fast``, which runs as ``tolerant``."""
 
 Profile = Literal["exact", "fast", "turbo"]
 """Trade-off for speed. ``exact``: none. The others compute the steps of several pictures together and skip some of the
@@ -137,7 +140,7 @@ class GenerationRequest:
     clip_skip: int | None = None
     noise_level: int | None = None
     resize: str | None = None
-    reproducibility: Reproducibility = "tolerant"
+    reproducibility: StoredReproducibility = "tolerant"
     profile: Profile = "exact"
     output: OutputFormat = OutputFormat()
 

@@ -151,6 +151,15 @@ def test_a_key_that_is_not_published_is_found(audit: AuditLog, store: LocalStore
     assert Draft202012Validator(json_schema.sidecar()).is_valid(sidecar | {"mood": "sunny"})
 
 
+def test_a_record_with_the_removed_word_for_reproducibility_is_valid(audit: AuditLog, store: LocalStore) -> None:
+    (sidecar,) = work(audit, store, job_spec("a"))
+    record = sidecar["record"]
+    older = record | {"asked": record["asked"] | {"reproducibility": "fast"}}
+    RECORD.validate(older)
+    assert Record.from_document(older).to_document() == older
+    assert not RECORD.is_valid(record | {"asked": record["asked"] | {"reproducibility": "quick"}})
+
+
 def test_records_and_sidecars_of_the_previous_release_are_valid(database_url: str, tmp_path: Path) -> None:
     with previous_release(tmp_path, database_url) as previous:
         previous.submit(chains=3, bulk=1)
