@@ -97,6 +97,7 @@ class FetchStage:
 
     def _take_lease(self, *, limit: int) -> Lease | None:
         limits = self.limits
+        self.heartbeat.catch_up()
         with self.audit.transaction() as tx:
             jobs.reap(tx)
             jobs.promote(tx.connection)

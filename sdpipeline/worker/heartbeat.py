@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Collection
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import structlog
 
@@ -37,6 +37,7 @@ class Heartbeat:
     deliverer: Deliverer
     breaker: CircuitBreaker
     _is_silence_noted: bool = False
+    _renewed_at: float = field(default_factory=time.monotonic)
 
     @property
     def is_delivery_silent(self) -> bool:
@@ -46,24 +47,35 @@ class Heartbeat:
     def run(self, end: RunEnd) -> None:
         """Renew the held leases until the run has ended; a lease that no longer exists is lost."""
         every_s = self.lease_ttl_s / 4
-        renewed_at = time.monotonic()
+        self._renewed_at = time.monotonic()
         while not end.ended.wait(min(every_s, LONGEST_LOOK_S)):
-            held = () if self.is_delivery_silent else tuple(self.held)
             try:
                 self._note_silence()
-                if time.monotonic() - renewed_at < 0.9 * every_s:  # the wait may end a little early
-                    continue
-                renewed_at = time.monotonic()
-                alive = self.renew(held)
+                if time.monotonic() - self._renewed_at >= 0.9 * every_s:  # the wait may end a little early
+                    self._renew_held()
             except DatabaseUnavailableError as error:
                 _log.warning("heartbeat_failed", error=str(error))
-                continue
-            # A lease that was closed normally in the meantime is not lost.
-            self.held.mark_lost(lease_id for lease_id in held if lease_id not in alive and lease_id in self.held)
         # A run may end before the next look: the note would stay.
         if self._is_silence_noted:
             with suppress(DatabaseUnavailableError):
                 self._note_silence()
+
+    def catch_up(self) -> None:
+        """Renew the held leases if that is overdue.
+
+        A thread of an overloaded machine may run late. The worker would take its own leases for those of a lost worker
+        when it next looks for expired ones. Raises DatabaseUnavailableError.
+        """
+        if time.monotonic() - self._renewed_at >= self.lease_ttl_s / 2:
+            self._renew_held()
+
+    def _renew_held(self) -> None:
+        """Renew the held leases; those that were closed by another are lost."""
+        self._renewed_at = time.monotonic()
+        held = () if self.is_delivery_silent else tuple(self.held)
+        alive = self.renew(held)
+        # A lease that was closed normally in the meantime is not lost.
+        self.held.mark_lost(lease_id for lease_id in held if lease_id not in alive and lease_id in self.held)
 
     def renew(self, lease_ids: Collection[str]) -> frozenset[str]:
         """Extend the leases that are still open, and return their ids."""

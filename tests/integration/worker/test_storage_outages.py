@@ -40,7 +40,8 @@ EVERY_KIND = (
     Fault.CUT_CHUNKS,
     Fault.STALL,
 )
-LEASE_TTL_S = 2.0
+LEASE_TTL_S = 3.0
+"""A heartbeat of a busy machine may be late by a second; a lost lease would be made again."""
 
 
 @dataclass(slots=True)
