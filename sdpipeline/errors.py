@@ -52,6 +52,10 @@ class Mistake:
     key: str | None = None
     fix: str | None = None
 
+    def document(self) -> dict[str, str | int | None]:
+        """Return the JSON form of ``--json``."""
+        return {name: getattr(self, name) for name in ("file", "line", "column", "key", "message", "fix")}
+
     def __str__(self) -> str:
         """Return one line in a compiler's format: ``file:line:column: key: message (fix)``."""
         place = ":".join(str(part) for part in (self.file, self.line, self.column) if part is not None)

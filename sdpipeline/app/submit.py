@@ -40,23 +40,31 @@ def campaign_file(settings: Settings, *, url: str | None = None, text: str | Non
 
 @contextmanager
 def open_to_submit(
-    settings: Settings, file: Path, *, edition: str | None = None, now: datetime | None = None
+    settings: Settings, file: Path, *, edition: str | None = None, now: datetime | None = None, strict: bool = False
 ) -> Iterator[Services]:
     """Open services to submit a campaign file; a new embedded database is made only after a complete check."""
     check_edition(edition)
     if not database_exists(settings):
-        expand.check(*load_campaign(settings, file, edition=edition, now=now))
+        campaign, inputs = load_campaign(settings, file, edition=edition, now=now)
+        expand.check(campaign, inputs)
+        campaign.warnings.raise_if_strict(strict=strict)
     open_storage(settings).check()
     with open_services(settings) as services:
         yield services
 
 
 def submit(
-    services: Services, file: Path, *, prune: bool = False, edition: str | None = None, now: datetime | None = None
+    services: Services,
+    file: Path,
+    *,
+    prune: bool = False,
+    edition: str | None = None,
+    now: datetime | None = None,
+    strict: bool = False,
 ) -> tuple[str, Submitted]:
     """Submit a campaign file; return the campaign's name and the counts of its jobs.
 
-    ``now`` is the time its schedule fired, which names its edition.
+    ``now`` is the time its schedule fired, which names its edition. With ``strict``, warnings are errors.
     """
     check_edition(edition)
     settings = services.settings
@@ -70,5 +78,6 @@ def submit(
         team=settings.team,
         max_attempts=settings.max_attempts,
         prune=prune,
+        strict=strict,
     )
     return campaign.spec.name, done

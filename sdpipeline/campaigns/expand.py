@@ -139,9 +139,11 @@ class _Chains:
     _branches: list[_Branch] = field(init=False, default_factory=list)
 
     def __post_init__(self) -> None:
-        spec = self.campaign.spec
-        catalog, policies = self.campaign.catalog, self.campaign.policies
-        self._plans = [StagePlan(spec, stage, catalog, policies) for stage in self.campaign.stage_order()]
+        campaign = self.campaign
+        self._plans = [
+            StagePlan(campaign.spec, stage, campaign.catalog, campaign.policies, campaign.warnings)
+            for stage in campaign.stage_order()
+        ]
         for plan in self._plans:
             self._branches += list(_branches(plan, self._branches))
 

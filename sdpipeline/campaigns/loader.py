@@ -21,6 +21,7 @@ from sdpipeline.campaigns.stage_plan import Catalog
 from sdpipeline.campaigns.stage_spec import Stage
 from sdpipeline.campaigns.templates import TemplateRefusedError, compile_template
 from sdpipeline.campaigns.variables import Axes, declaration, parse_variables
+from sdpipeline.campaigns.warnings import Warnings
 from sdpipeline.campaigns.yaml_source import Faults, KeyPath, Located, shown
 from sdpipeline.domain import canonical
 from sdpipeline.errors import CampaignError, InputImageError
@@ -51,6 +52,8 @@ class Campaign:
     """Name of the edition; empty if the campaign is made once and kept up to date."""
     policies: Sequence[Rules] = ()
     """The campaign's own policy and the deployment's."""
+    warnings: Warnings
+    """Warnings found so far; those about values of a table are found while it is expanded."""
 
     @property
     def text(self) -> str:
@@ -124,6 +127,7 @@ def _checked(
     _check_schedule(spec, faults)
     faults.next_phase()
     policies = [Rules(spec.policy), *([deployment] if deployment else [])]
+    warnings = Warnings(source)
     validation.check(spec, faults, catalog, policies)
     due = edition if edition is not None else _due(spec, faults, now)
     _check_variables(spec, axes, faults, columns_known=columns_known, edition=due)
@@ -140,6 +144,7 @@ def _checked(
         catalog=catalog,
         edition=due,
         policies=policies,
+        warnings=warnings,
     )
 
 

@@ -14,6 +14,7 @@ from sdpipeline.campaigns.request_form import Resolved, Shape, Size
 from sdpipeline.campaigns.spec import CampaignSpec
 from sdpipeline.campaigns.stage_spec import ImageSpec, Stage
 from sdpipeline.campaigns.templates import Template, TemplateRefusedError, compile_template
+from sdpipeline.campaigns.warnings import Warnings
 from sdpipeline.campaigns.yaml_source import KeyPath
 from sdpipeline.domain import AdapterInput, CheckpointRef, ImageSource, OutputFormat, Task
 from sdpipeline.engine import annotators, families
@@ -82,9 +83,12 @@ def checked(name: str, value: Any, family: Family) -> Any:
 class StagePlan:
     """A validated stage, with its checkpoints looked up and its templates compiled."""
 
-    def __init__(self, spec: CampaignSpec, stage: Stage, catalog: Catalog, policies: Sequence[Rules] = ()) -> None:
+    def __init__(
+        self, spec: CampaignSpec, stage: Stage, catalog: Catalog, policies: Sequence[Rules], warnings: Warnings
+    ) -> None:
         self.stage = stage
         self.policies = policies
+        self.warnings = warnings
         self.parents = stage.parents()
         self.path: KeyPath = ("stages", spec.stages.index(stage))
         self.files = catalog[stage.checkpoint or spec.checkpoint]

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from sdpipeline.batching import split
@@ -56,6 +56,7 @@ class Plan:
     batches: int
     difference: Difference
     estimate: Estimate
+    warnings: Sequence[Mistake] = ()
 
     def document(self) -> Json:
         """Return the JSON form of ``plan --json``."""
@@ -78,6 +79,7 @@ class Plan:
             "batches": self.batches,
             "estimate": self.estimate.document(),
             "diff": [change.document() for change in d.changes.values()],
+            "warnings": [warning.document() for warning in self.warnings],
         }
 
 
@@ -109,6 +111,7 @@ def plan(
         batches=batches,
         difference=difference,
         estimate=estimate,
+        warnings=campaign.warnings.in_order(),
     )
 
 
@@ -151,8 +154,12 @@ def submit(
     team: str,
     max_attempts: int,
     prune: bool = False,
+    strict: bool = False,
 ) -> Submitted:
-    """Check everything, copy the inputs, then publish in one transaction: workers see all jobs or none."""
+    """Check everything, copy the inputs, then publish in one transaction: workers see all jobs or none.
+
+    With ``strict``, a warning about the file is an error, and nothing is published.
+    """
     _refuse_archived(campaign, audit.database, team)
     if waiting := _overlap(campaign, audit.database, team):
         return waiting
@@ -161,6 +168,7 @@ def submit(
     with staging.prepared(jobs, rules=delivery_rules(campaign), held=budget is not None) as ready:
         if not ready.count:
             raise CampaignError(Mistake(file=campaign.source.file, message="asks for no picture", fix="give it rows"))
+        campaign.warnings.raise_if_strict(strict=strict)
         copy_inputs(inputs.found.values(), store)
         used = {alias for stage in campaign.spec.stages for alias in stage.aliases()}
         used |= {campaign.spec.checkpoint for stage in campaign.spec.stages if not stage.checkpoint}
@@ -175,7 +183,8 @@ def submit(
                 max_attempts=max_attempts,
                 budget=budget,
             )
-            return db_submit.submit(tx, ready, asked, prune=prune)
+            done = db_submit.submit(tx, ready, asked, prune=prune)
+        return replace(done, warnings=campaign.warnings.in_order())
 
 
 def delivery_rules(campaign: Campaign) -> dict[str, DeliveryRules]:

@@ -23,6 +23,7 @@ from sdpipeline.cli.output import (
     print_json_line,
     print_records,
     print_table,
+    print_warnings,
     refuse,
     stderr,
     stdout,
@@ -45,6 +46,7 @@ RETRYABLE = ("failed", "blocked", "cancelled")
 Edition = Annotated[
     str | None, typer.Option(help="Make the whole campaign again as this edition; default: as its schedule says.")
 ]
+Strict = Annotated[bool, typer.Option("--strict", help="Refuse a campaign file with warnings.")]
 
 
 def add_to(app: typer.Typer) -> None:
@@ -58,6 +60,7 @@ def plan(
     *,
     diff: Annotated[bool, typer.Option("--diff", help="Name the keys that made jobs new.")] = False,
     edition: Edition = None,
+    strict: Strict = False,
     home: Home = None,
     as_json: AsJson = False,
 ) -> None:
@@ -72,9 +75,11 @@ def plan(
     with existing_database(settings) as database:
         campaign, inputs = load_campaign(settings, file, database, edition=edition)
         planned = submission.plan(campaign, inputs, database, planning, explain=diff).document()
+    campaign.warnings.raise_if_strict(strict=strict)
     if as_json:
         print_json(planned)
         return
+    print_warnings(campaign.warnings.in_order())
     named = f"{planned['campaign']}, edition {planned['edition']}" if planned["edition"] else planned["campaign"]
     rows = [(stage, planned["stages"].get(stage, 0), *counts.values()) for stage, counts in planned["by_stage"].items()]
     print_table(f"Plan of {named}", ("stage", "jobs", "new", "reused", "blocked", "unchanged", "removed"), rows)
@@ -93,19 +98,22 @@ def submit(
     *,
     prune: Annotated[bool, typer.Option("--prune", help="Cancel jobs that the file no longer asks for.")] = False,
     edition: Edition = None,
+    strict: Strict = False,
     home: Home = None,
     as_json: AsJson = False,
 ) -> None:
     """Publish a campaign file as the campaign's newest version; unchanged jobs are left alone."""
     from sdpipeline.app import submit as app_submit
 
-    with app_submit.open_to_submit(load_settings(home), file, edition=edition) as services:
-        name, done = app_submit.submit(services, file, prune=prune, edition=edition)
+    with app_submit.open_to_submit(load_settings(home), file, edition=edition, strict=strict) as services:
+        name, done = app_submit.submit(services, file, prune=prune, edition=edition, strict=strict)
     if as_json:
         counts = {"added": done.added, "unchanged": done.unchanged, "cancelled": done.cancelled}
-        about = {"blocked": done.blocked, "left_out": done.left_out}
+        about: dict[str, Any] = {"blocked": done.blocked, "left_out": done.left_out}
+        about["warnings"] = [warning.document() for warning in done.warnings]
         print_json({"campaign": name, "version": done.version} | counts | about)
         return
+    print_warnings(done.warnings)
     stdout.print(_submitted(name, done))
 
 
@@ -114,6 +122,7 @@ def run(
     *,
     edition: Edition = None,
     keep_ui: Annotated[bool, typer.Option("--keep-ui", help="Leave the local Prefect server running.")] = False,
+    strict: Strict = False,
     home: Home = None,
     as_json: AsJson = False,
 ) -> None:
@@ -130,9 +139,10 @@ def run(
         picture_key(settings)
         trusted_seal_keys(settings)
     check_quantization(settings)  # otherwise each of its workers would crash on it
-    with app_submit.open_to_submit(settings, file, edition=edition) as services:
-        name, done = app_submit.submit(services, file, edition=edition)
+    with app_submit.open_to_submit(settings, file, edition=edition, strict=strict) as services:
+        name, done = app_submit.submit(services, file, edition=edition, strict=strict)
         if not as_json:
+            print_warnings(done.warnings)
             stderr.print(_submitted(name, done))
         progress = orchestration.run_campaign(services, name, keep_ui=keep_ui, console=None if as_json else stderr)
         seal_here(services)

@@ -123,11 +123,20 @@ def print_records(title: str, columns: Sequence[str], records: Iterable[Mapping[
 def print_mistakes(mistakes: Iterable[Mistake], *, as_json: bool) -> None:
     """Print one line per mistake on stderr, or the JSON form on stdout."""
     if as_json:
-        print_json({"errors": [_mistake_document(mistake) for mistake in mistakes]})
+        print_json({"errors": [mistake.document() for mistake in mistakes]})
         return
+    _print_lines(str(mistake) for mistake in mistakes)
+
+
+def print_warnings(warnings: Iterable[Mistake]) -> None:
+    """Print one line per warning on stderr."""
+    _print_lines(f"warning: {warning}" for warning in warnings)
+
+
+def _print_lines(lines: Iterable[str]) -> None:
     with suppress(OSError):  # stderr may be closed
-        for mistake in mistakes:
-            sys.stderr.write(f"{mistake}\n".replace("\n\n", "\n"))
+        for line in lines:
+            sys.stderr.write(f"{line}\n".replace("\n\n", "\n"))
 
 
 def refuse(message: str, fix: str | None = None) -> BadInputError:
@@ -141,8 +150,3 @@ def refuse_place(out: Path | None) -> None:
         raise refuse(f"--out {out}: no folder {out.parent}", "make it first")
     if out is not None and out.is_dir():
         raise refuse(f"--out {out} is a folder", "name a file in it")
-
-
-def _mistake_document(mistake: Mistake) -> Mapping[str, Any]:
-    names = ("file", "line", "column", "key", "message", "fix")
-    return {name: getattr(mistake, name) for name in names}

@@ -127,11 +127,11 @@ def _revoked_groups() -> Select[int]:
 
 
 def _insert(tx: Transaction, files: CheckpointFiles, approval: Approval) -> None:
-    row: dict[str, Any] = {
-        name: getattr(files, name) for name in ("digest", "alias", "kind", "family", "scale", "size_bytes")
-    }
+    names = ("digest", "alias", "kind", "family", "scale", "size_bytes", "native_size", "origin_sha256")
+    row: dict[str, Any] = {name: getattr(files, name) for name in names}
     row |= {name: getattr(approval, name) for name in ("approved_by", "source", "licence", "expires_at")}
     row |= {"location": str(files.directory), "manifest": dict(files.manifest), "purposes": list(approval.purposes)}
+    row["defaults"] = dict(files.defaults)
     statement = insert_ignoring(tx.connection, checkpoint).values(created_at=now_s(), **row)
     if tx.connection.execute(statement.returning(checkpoint.c.digest)).first() is None:
         return  # another submit was first
@@ -150,6 +150,9 @@ def _files(row: Any) -> CheckpointFiles:
         scale=row.scale,
         manifest=row.manifest,
         size_bytes=row.size_bytes,
+        native_size=row.native_size,
+        defaults=row.defaults or {},
+        origin_sha256=row.origin_sha256,
         licence=row.licence,
         purposes=tuple(row.purposes),
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,6 +46,7 @@ from sdpipeline.db.staging import (
 )
 from sdpipeline.db.tables import campaign, campaign_version, group_checkpoint, job, job_parent, work_group
 from sdpipeline.domain import Json
+from sdpipeline.errors import Mistake
 from sdpipeline.merkle import root
 
 CHUNK = 1000
@@ -55,7 +57,8 @@ class Submitted:
     """Result of a submit.
 
     ``added`` counts new, changed and revived jobs, ``changed`` those of them that existed before. ``blocked`` counts
-    all requested jobs that a policy forbids; ``left_out`` says why nothing was done.
+    all requested jobs that a policy forbids; ``left_out`` says why nothing was done. ``warnings`` are those
+    about the campaign file.
     """
 
     campaign_id: int
@@ -66,6 +69,7 @@ class Submitted:
     changed: int = 0
     blocked: int = 0
     left_out: str | None = None
+    warnings: Sequence[Mistake] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -144,12 +148,23 @@ def submit(tx: Transaction, ready: Prepared, asked: Publication, *, prune: bool 
         budget=asked.budget,
         priority=asked.priority,
     )
-    counts = {"added": added, "changed": changed, "unchanged": unchanged, "cancelled": cancelled}
-    return _submitted(ready, campaign_id, number, **counts)
+    return _submitted(
+        ready, campaign_id, number, added=added, changed=changed, unchanged=unchanged, cancelled=cancelled
+    )
 
 
-def _submitted(ready: Prepared, campaign_id: int, version: int, **counts: int) -> Submitted:
-    return Submitted(campaign_id=campaign_id, version=version, blocked=ready.blocked, left_out=None, **counts)
+def _submitted(
+    ready: Prepared, campaign_id: int, version: int, *, added: int, unchanged: int, cancelled: int, changed: int = 0
+) -> Submitted:
+    return Submitted(
+        campaign_id=campaign_id,
+        version=version,
+        added=added,
+        changed=changed,
+        unchanged=unchanged,
+        cancelled=cancelled,
+        blocked=ready.blocked,
+    )
 
 
 def _campaign_id(connection: Connection, team: str, name: str, priority: int) -> int:

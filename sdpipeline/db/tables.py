@@ -311,6 +311,10 @@ checkpoint = Table(
     Column("scale", SmallInteger, nullable=False, server_default="1"),
     Column("size_bytes", BigInteger, nullable=False),
     Column("manifest", JSON, nullable=False),
+    # NULL in rows of releases before migration 0005: the weights keep the defaults of their family.
+    Column("native_size", Integer),
+    Column("defaults", JSON),
+    Column("origin_sha256", _Hash),
     Column("source", Text),
     Column("licence", Text),
     Column("purposes", JSON, nullable=False),

@@ -6,7 +6,7 @@ import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +41,10 @@ UNNAMED = frozenset({"emb_params", "clip_l", "clip_g"})
 class CheckpointFiles:
     """A checkpoint directory: its kind, its family and the SHA-256 of each relevant file.
 
-    ``licence`` and ``purposes`` are those of its approval.
+    ``native_size`` is the side in pixels of the square pictures that it was trained on, None if unknown. ``defaults``
+    are generation parameters by diffusers' names that replace those of the family, such as the steps of a distilled
+    checkpoint. ``origin_sha256`` is the SHA-256 of the single file that the directory was converted from. ``licence``
+    and ``purposes`` are those of its approval.
     """
 
     alias: str
@@ -52,6 +55,9 @@ class CheckpointFiles:
     scale: int
     manifest: Mapping[str, str]
     size_bytes: int
+    native_size: int | None = None
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+    origin_sha256: str | None = None
     licence: str | None = None
     purposes: Sequence[str] = ()
 
