@@ -12,6 +12,7 @@ from typing import Any
 
 from sdpipeline.domain import Task, digest
 from sdpipeline.engine import allowed_classes, weight_files
+from sdpipeline.engine.distilled import detected_defaults
 from sdpipeline.engine.families import FAMILIES
 from sdpipeline.engine.hash_cache import HashCache
 from sdpipeline.engine.refusal import Refusal
@@ -84,6 +85,7 @@ def inspect(alias: str, directory: Path, *, cache: HashCache | None = None) -> C
             scale=scale,
             manifest=manifest,
             size_bytes=sum(found.keys[name].size for name in manifest),
+            defaults=detected_defaults(found.path, kind, family),
         )
 
 
