@@ -17,7 +17,8 @@ import transformers
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from sdpipeline.engine.allowed_classes import ANNOTATOR_NETWORKS, check_index, check_network
+from sdpipeline.engine import part_files
+from sdpipeline.engine.allowed_classes import ANNOTATOR_NETWORKS, UNUSED_PARTS, check_index, check_network
 from sdpipeline.engine.checkpoints import SAFETY_CHECKER, WEIGHTS, CheckpointFiles, header, unchanged
 from sdpipeline.engine.gan import load_upscaler
 from sdpipeline.errors import CheckpointError
@@ -34,10 +35,6 @@ TEXT_ENCODER = "text_encoder"
 
 PALETTE = "palette.json"
 """Optional file of an annotator: the colours its ControlNet was trained on, as a list of [red, green, blue]."""
-
-
-IGNORED = frozenset({"safety_checker", "feature_extractor", "image_encoder", "watermarker"})
-"""Parts of old checkpoints that no pipeline here uses."""
 
 
 Form = tuple[str, str | None]
@@ -198,7 +195,7 @@ def _pipeline(files: CheckpointFiles, dtype: torch.dtype) -> Loaded:
     parts: dict[str, Any] = {}
     schedulers: dict[str, Mapping[str, Any]] = {}
     for name, entry in index.items():
-        if not isinstance(entry, list) or entry[0] is None or name in IGNORED:
+        if not isinstance(entry, list) or entry[0] is None or name in UNUSED_PARTS:
             continue
         directory = files.directory / name
         if name.endswith("scheduler"):
@@ -227,8 +224,11 @@ def _network(files: CheckpointFiles, directory: Path, network_class: Any, dtype:
     # diffusers' own networks have no way to run code of a checkpoint, and no argument to forbid it.
     ours = issubclass(network_class, diffusers.ModelMixin)
     more: dict[str, Any] = {"torch_dtype": dtype} if ours else {"dtype": dtype, "trust_remote_code": False}
+    names = part_files.in_folder(files.manifest, directory.relative_to(files.directory).as_posix().removeprefix("."))
+    form = part_files.chosen_form(names, part_files.DIFFUSERS if ours else part_files.TRANSFORMERS)
     network, info = network_class.from_pretrained(
         directory,
+        variant=form.variant if form else None,
         local_files_only=True,
         use_safetensors=True,
         output_loading_info=True,
