@@ -14,12 +14,12 @@ import diffusers
 import structlog
 import torch
 import transformers
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from sdpipeline.engine import part_files
 from sdpipeline.engine.allowed_classes import ANNOTATOR_NETWORKS, UNUSED_PARTS, check_index, check_network
 from sdpipeline.engine.checkpoints import SAFETY_CHECKER, WEIGHTS, CheckpointFiles, header, unchanged
+from sdpipeline.engine.diffusers.foreign_errors import checkpoint_errors
 from sdpipeline.engine.gan import load_upscaler
 from sdpipeline.errors import CheckpointError
 
@@ -94,6 +94,7 @@ def load(files: CheckpointFiles, *, device: torch.device, dtype: torch.dtype, va
     The files are compared again after reading, so that the loaded bytes are the hashed ones.
     """
     transformers.utils.logging.disable_progress_bar()
+    diffusers.utils.logging.disable_progress_bar()
     with unchanged(files) as directory:
         loaded = replace(_read_at(directory, files, dtype), files=files)
         for network in loaded.networks():
@@ -102,7 +103,8 @@ def load(files: CheckpointFiles, *, device: torch.device, dtype: torch.dtype, va
             copy_mapped(network.named_parameters())
             copy_mapped(network.named_buffers())
     if variant:
-        variant.change(loaded.denoiser)
+        with checkpoint_errors(f"checkpoint {files.alias!r} cannot run as {variant.name}"):
+            variant.change(loaded.denoiser)
         loaded = replace(loaded, variant=variant.name)
     _log.info("checkpoint_loaded", checkpoint=files.alias, digest=files.digest[:16], device=str(device))
     return loaded
@@ -116,13 +118,14 @@ def copy_mapped(tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
 
 
 def _read_at(directory: Path, files: CheckpointFiles, dtype: torch.dtype) -> Loaded:
-    try:
-        with _LOADING, warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # raised by diffusers' own imports
-            return _read(replace(files, directory=directory), dtype)
-    except (OSError, SafetensorError, ValueError, KeyError, TypeError, AttributeError) as error:
-        why = str(error).replace(str(directory), str(files.directory))
-        raise CheckpointError(f"checkpoint {files.alias!r} does not load: {why}") from error
+    failure = f"checkpoint {files.alias!r} does not load"
+    with (
+        checkpoint_errors(failure, path=str(directory), shown_path=str(files.directory)),
+        _LOADING,
+        warnings.catch_warnings(),
+    ):
+        warnings.simplefilter("ignore", FutureWarning)  # raised by diffusers' own imports
+        return _read(replace(files, directory=directory), dtype)
 
 
 def _read(files: CheckpointFiles, dtype: torch.dtype) -> Loaded:
