@@ -10,10 +10,21 @@ from typing import Annotated
 
 import typer
 
-from sdpipeline.app.checkpoints import catalog, refused_checkpoints
+from sdpipeline.app.checkpoints import catalog, catalog_and_refused, place_of, shipped_card
+from sdpipeline.app.model_card import read_model_card
 from sdpipeline.app.services import existing_database, open_services
 from sdpipeline.campaigns.spec_part import NAME
-from sdpipeline.cli.output import FOUND_FAULTS, AsJson, Home, load_settings, print_json, print_records, refuse, stdout
+from sdpipeline.cli.output import (
+    FOUND_FAULTS,
+    AsJson,
+    Home,
+    load_settings,
+    print_json,
+    print_records,
+    print_text,
+    refuse,
+    stdout,
+)
 from sdpipeline.db import registry
 from sdpipeline.domain import Json
 from sdpipeline.engine.checkpoints import CheckpointFiles, inspect, verify
@@ -35,17 +46,20 @@ def add_to(app: typer.Typer) -> None:
 
 
 def list_all(*, home: Home = None, as_json: AsJson = False) -> None:
-    """List every checkpoint, allowed or revoked."""
+    """List every checkpoint, allowed, revoked or refused with the reason."""
     settings = load_settings(home)
     rows = _documents(settings)
     if as_json:
         print_json({"checkpoints": rows})
         return
     for row in rows:
-        row["MB"] = round(row["size_bytes"] / 1e6, 1)
-        row["digest"] = row["digest"][:16]
+        row["MB"] = None if row["size_bytes"] is None else round(row["size_bytes"] / 1e6, 1)
+        row["digest"] = row["digest"] and row["digest"][:16]
     columns = ("alias", "kind", "family", "MB", "digest", "status", "licence", "approved_by", "location")
     print_records("", columns, rows)
+    for row in rows:
+        if row["refused"]:  # not a column: it would break a sentence over many lines
+            print_text(f"{row['alias']} is refused: {row['refused']}\n")
 
 
 def add(
@@ -53,7 +67,9 @@ def add(
     source: Annotated[str, typer.Argument(metavar="DIR_OR_REPO", help="A directory, or a hub repository.")],
     *,
     revision: Annotated[str | None, typer.Option(help="The repository's commit, 40 digits.")] = None,
-    licence: Annotated[str | None, typer.Option(help="Licence of the weights.")] = None,
+    licence: Annotated[
+        str | None, typer.Option(help="Licence of the weights; default: that of the folder's model card.")
+    ] = None,
     purpose: Annotated[list[str] | None, typer.Option(help="Approved purpose; may be repeated.")] = None,
     expires: Annotated[datetime | None, typer.Option(formats=["%Y-%m-%d"], help="Last day of the approval.")] = None,
     approved_by: Annotated[str | None, typer.Option(help="Approver; default: the current user.")] = None,
@@ -76,20 +92,23 @@ def add(
         raise refuse(str(error)) from error
     with open_services(settings) as services, services.audit.transaction() as tx:
         day_after = expires.replace(tzinfo=UTC).timestamp() + 86400 if expires else None
-        origin = f"{source}@{revision}" if revision else str(directory)
+        card = read_model_card(directory)
+        origin = f"{source}@{revision}" if revision else card.source or str(directory)
         approval = registry.Approval(
             approved_by=approved_by or services.audit.actor,
             source=origin,
-            licence=licence,
+            licence=licence or card.licence,
             purposes=tuple(purpose or ()),
             expires_at=day_after,
         )
         registry.add(tx, files, approval)
     document = {"alias": alias, "digest": files.digest, "kind": files.kind, "family": files.family}
+    document |= {"licence": approval.licence, "source": approval.source}
     if as_json:
         print_json(document)
     else:
-        stdout.print(f"{alias}: {files.kind}, {files.family}, digest {files.digest[:16]}")
+        terms = f"licence {approval.licence}" if approval.licence else "no licence known: give --licence"
+        stdout.print(f"{alias}: {files.kind}, {files.family}, digest {files.digest[:16]}, {terms}")
 
 
 def verify_all(
@@ -101,7 +120,7 @@ def verify_all(
     """Hash every file of the weights again, and compare the files with the approved ones."""
     settings = load_settings(home)
     with existing_database(settings) as database:
-        known, refused = catalog(settings, database), refused_checkpoints(settings, database)
+        known, refused = catalog_and_refused(settings, database)
     if alias is not None and alias not in known.keys() | refused.keys():
         raise refuse(f"no checkpoint {alias!r}", nearest(alias, known))
     checked = [_verified(files) for name, files in sorted(known.items()) if alias in (None, name)]
@@ -140,25 +159,47 @@ def revoke(
 
 
 def _documents(settings: Settings) -> list[Json]:
-    """Return the registry's rows, and the allowed checkpoints that were never used."""
+    """Return the registry's rows, the allowed checkpoints that were never used, and the refused ones."""
     rows: list[Json] = []
     with existing_database(settings) as database:
         if database is not None:
             with database.read() as connection:
                 rows = registry.documents(connection)
-        known = catalog(settings, database)
-    running = {(files.digest, alias) for alias, files in known.items()}
-    seen = {(row["digest"], row["alias"]) for row in rows}
+        known, refused = catalog_and_refused(settings, database)
+    running = {(files.digest, alias): files for alias, files in known.items()}
     for row in rows:
-        row["status"] = "revoked" if row["revoked_at"] else "ok" if (row["digest"], row["alias"]) in running else "old"
-    return rows + [_unused(files) for alias, files in known.items() if (files.digest, alias) not in seen]
+        files = running.get((row["digest"], row["alias"]))
+        row["status"] = "revoked" if row["revoked_at"] else "ok" if files else "old"
+        row["defaults"] = row["defaults"] or {}
+        row["refused"] = None
+        _fill_terms(row)
+    seen = {(row["digest"], row["alias"]) for row in rows}
+    rows += [_unused(files) for key, files in running.items() if key not in seen]
+    return rows + [_unusable(settings, alias, why) for alias, why in sorted(refused.items())]
+
+
+_OWN = ("alias", "digest", "kind", "family", "scale", "size_bytes", "native_size", "origin_sha256")
+_TERMS = ("approved_by", "source", "expires_at", "revoked_at", "revoked_because")
 
 
 def _unused(files: CheckpointFiles) -> Json:
-    names = ("alias", "digest", "kind", "family", "scale", "size_bytes")
-    terms = dict.fromkeys(("approved_by", "source", "expires_at", "revoked_at", "revoked_because"))
-    own = {name: getattr(files, name) for name in names}
-    return own | terms | {"licence": files.licence, "location": str(files.directory), "purposes": [], "status": "ok"}
+    own = {name: getattr(files, name) for name in _OWN} | dict.fromkeys(_TERMS)
+    own |= {"defaults": dict(files.defaults), "licence": files.licence, "location": str(files.directory)}
+    return _fill_terms(own | {"purposes": [], "status": "ok", "refused": None})
+
+
+def _unusable(settings: Settings, alias: str, why: CheckpointError) -> Json:
+    own: Json = dict.fromkeys((*_OWN, *_TERMS, "licence")) | {"alias": alias, "defaults": {}, "purposes": []}
+    return own | {"location": str(place_of(settings, alias)), "status": "refused", "refused": str(why)}
+
+
+def _fill_terms(row: Json) -> Json:
+    """Add the licence and source that the folder itself states, if the approval names none."""
+    directory = Path(row["location"])
+    card = shipped_card(directory) or read_model_card(directory)
+    row["licence"] = row["licence"] or card.licence
+    row["source"] = row["source"] or card.source
+    return row
 
 
 def _refused(alias: str, why: CheckpointError) -> Json:

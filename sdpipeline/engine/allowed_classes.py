@@ -50,6 +50,9 @@ COMPONENTS: Mapping[str, tuple[frozenset[str], frozenset[str]]] = {
 }
 """Libraries and classes by the component's name in model_index.json."""
 
+UNUSED_PARTS = frozenset({"safety_checker", "feature_extractor", "image_encoder", "watermarker"})
+"""Parts of a pipeline that this engine never loads: no loader is ever given their folders."""
+
 NETWORKS = frozenset({"ControlNetModel", "SD3ControlNetModel", "FluxControlNetModel", "AutoencoderKL"})
 """diffusers classes of checkpoints that are one network."""
 
@@ -95,8 +98,16 @@ def _check_component(alias: str, name: str, entry: Any) -> None:
     if entry == [None, None]:
         return
     library, class_name = entry
+    if name == "controlnet":
+        raise CheckpointError(
+            f"{where} is an approved checkpoint of its own here: register its folder with `sdpipeline checkpoints add "
+            f"{alias}-controlnet DIR/controlnet`, and remove controlnet from model_index.json, with _class_name "
+            "changed to that of the plain pipeline"
+        )
     if library not in ("diffusers", "transformers", "stable_diffusion", "stable_diffusion_xl"):
-        raise CheckpointError(f"{where} asks for code from {library!r}, which is never run")
+        raise CheckpointError(
+            f"{where} asks for code from {library!r}, which is never run; use a checkpoint of diffusers' own classes"
+        )
     libraries, classes = COMPONENTS.get(name, (frozenset(), frozenset()))
     if library not in libraries or class_name not in classes:
         allowed = ", ".join(sorted(classes)) or "none: the engine has no such component"
@@ -140,7 +151,9 @@ def check_shards(alias: str, name: str, index: Any, manifest: Mapping[str, str] 
     for shard in sorted({str(each) for each in shards.values()}):
         path = f"{folder}/{shard}" if folder else shard
         if "/" in shard or "\\" in shard or path not in manifest:
-            raise CheckpointError(f"checkpoint {alias!r}: {name} names {shard}, which is not in the same folder")
+            raise CheckpointError(
+                f"checkpoint {alias!r}: {name} names {shard}, which is not in the same folder; download {path}"
+            )
 
 
 def _items(document: Any) -> Iterator[tuple[str, Any]]:

@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from sdpipeline.domain import Task, digest
-from sdpipeline.engine import allowed_classes, weight_files
-from sdpipeline.engine.classification import SAFETY_CHECKER, classify, header, read_json
+from sdpipeline.engine import allowed_classes, completeness, part_files, weight_files
+from sdpipeline.engine.classification import SAFETY_CHECKER, Classification, classify, header, read_json
 from sdpipeline.engine.families import FAMILIES
 from sdpipeline.engine.hash_cache import HashCache
 from sdpipeline.engine.refusal import Refusal
 from sdpipeline.engine.weight_files import MATTERS, WEIGHTS, WeightFiles
-from sdpipeline.errors import CheckpointError
+from sdpipeline.errors import CheckpointError, SdpError
 
 __all__ = ["MATTERS", "SAFETY_CHECKER", "WEIGHTS", "header"]
 
@@ -30,7 +30,8 @@ class CheckpointFiles:
     ``native_size`` is the side in pixels of the square pictures that it was trained on, None if unknown. ``defaults``
     are generation parameters by diffusers' names that replace those of the family, such as the steps of a distilled
     checkpoint. ``origin_sha256`` is the SHA-256 of the single file that the directory was converted from. ``licence``
-    and ``purposes`` are those of its approval.
+    and ``purposes`` are those of its approval. ``ignored`` are the names of files that lay beside the approved ones and
+    that no loader opens, such as the same weights in another precision.
     """
 
     alias: str
@@ -46,32 +47,64 @@ class CheckpointFiles:
     origin_sha256: str | None = None
     licence: str | None = None
     purposes: Sequence[str] = ()
+    ignored: Sequence[str] = ()
 
 
 def inspect(alias: str, directory: Path, *, cache: HashCache | None = None) -> CheckpointFiles:
     """Classify and hash a directory without loading it; CheckpointError if it may not or cannot run.
 
+    Every part that its pipelines need has to be there, whole. Of the same weights in several forms, one is chosen.
     ``cache`` avoids reading files that were hashed before and have not changed since.
     """
-    with weight_files.opened(alias, directory) as found:
-        names = found.approvable()
-        if not any(name.endswith(WEIGHTS) for name in names):
-            raise CheckpointError(f"checkpoint {alias!r} holds no {WEIGHTS} file")
+    with _errors_of(alias, directory), weight_files.opened(alias, directory) as found:
+        ignored = part_files.unused(found.names)
+        names = found.approvable(ignored)
+        if part_files.INDEX not in names and not any(name.endswith(WEIGHTS) for name in names):
+            raise CheckpointError(f"checkpoint {alias!r} holds no {WEIGHTS} file; name the folder that holds one")
+        completeness.check_contents(alias, found.path, names)
         _check_configurations(alias, found.path, frozenset(names))
-        what = classify(alias, found.path, names)
+        about = _classify_complete(alias, found.path, names)
         manifest = {name: found.sha256(name, cache) for name in names}
         found.check_unchanged()
         return CheckpointFiles(
             alias=alias,
             digest=digest(manifest),
-            kind=what.kind,
-            family=what.family,
+            kind=about.kind,
+            family=about.family,
             directory=directory,
-            scale=what.scale,
+            scale=about.scale,
+            native_size=about.native_size,
             manifest=manifest,
+            ignored=tuple(sorted(ignored)),
             size_bytes=sum(found.keys[name].size for name in manifest),
-            native_size=what.native_size,
         )
+
+
+def _classify_complete(alias: str, directory: Path, names: list[str]) -> Classification:
+    """Classify a directory, and check that it has every part of its kind."""
+    if part_files.INDEX in names:
+        completeness.check_named_parts(alias, directory, names)
+        about = classify(alias, directory, names)
+        completeness.check_needed_parts(alias, directory, about.family)
+        return about
+    about = classify(alias, directory, names)
+    if "config.json" in names:
+        completeness.check_single_network(alias, directory, names)
+    return about
+
+
+@contextmanager
+def _errors_of(alias: str, directory: Path) -> Iterator[None]:
+    """Make any unexpected error the checkpoint's own: a directory is written by others, and must not stop a command."""
+    try:
+        yield
+    except (SdpError, MemoryError):
+        raise
+    except Exception as error:
+        why = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+        raise CheckpointError(
+            f"checkpoint {alias!r}: {directory} cannot be read as a checkpoint ({why}); remove it, or download it again"
+        ) from error
 
 
 def verify(files: CheckpointFiles, *, cache: HashCache | None = None) -> None:
@@ -79,7 +112,7 @@ def verify(files: CheckpointFiles, *, cache: HashCache | None = None) -> None:
 
     Every file is hashed again, unless it is in ``cache``. An added file is a difference too.
     """
-    with _verified(files, cache):
+    with _errors_of(files.alias, files.directory), _verified(files, cache):
         pass
 
 
@@ -101,28 +134,35 @@ def _verified(files: CheckpointFiles, cache: HashCache | None = None) -> Iterato
     if digest(dict(files.manifest)) != files.digest:
         raise CheckpointError(f"{where}: its manifest does not hash to its digest")
     with weight_files.opened(files.alias, files.directory) as found:
-        for name in sorted(files.manifest.keys() - set(found.names)):
-            raise CheckpointError(f"{where}: {name} is missing from {files.directory}")
-        for name in sorted(set(found.approvable()) - files.manifest.keys()):
-            raise CheckpointError(
-                f"{where}: {name} was added after approval, and a loader could prefer it; "
-                f"remove it from {files.directory}, or approve the directory with `sdpipeline checkpoints add`"
-            )
-        for name, expected in files.manifest.items():
-            if found.sha256(name, cache) != expected:
-                raise CheckpointError(
-                    f"{where}: {name} does not have the bytes that were registered; "
-                    "restore the file, or register the directory again under a new alias"
-                )
-        _check_configurations(files.alias, found.path, frozenset(files.manifest))
+        with _errors_of(files.alias, files.directory):
+            _compare(found, files, cache)
+            _check_configurations(files.alias, found.path, frozenset(files.manifest))
         yield found
+
+
+def _compare(found: WeightFiles, files: CheckpointFiles, cache: HashCache | None) -> None:
+    """Raise CheckpointError for the first file that is missing, added or changed since the approval."""
+    where = f"checkpoint {files.alias!r}"
+    for name in sorted(files.manifest.keys() - set(found.names)):
+        raise CheckpointError(f"{where}: {name} is missing from {files.directory}")
+    for name in sorted(set(found.approvable(files.ignored)) - files.manifest.keys()):
+        raise CheckpointError(
+            f"{where}: {name} was added after approval, and a loader could prefer it; "
+            f"remove it from {files.directory}, or approve the directory with `sdpipeline checkpoints add`"
+        )
+    for name, expected in files.manifest.items():
+        if found.sha256(name, cache) != expected:
+            raise CheckpointError(
+                f"{where}: {name} does not have the bytes that were registered; "
+                "restore the file, or register the directory again under a new alias"
+            )
 
 
 def _check_configurations(alias: str, directory: Path, names: frozenset[str]) -> None:
     """Raise CheckpointError for classes and keys outside the allow-list, and for an index that names other files."""
     for name in sorted(names):
         file = name.rpartition("/")[2]
-        if file.endswith(".index.json"):
+        if part_files.is_index(name):
             allowed_classes.check_shards(alias, name, read_json(alias, directory / name), names)
         elif file == "adapter_config.json" and f"{name.removesuffix(file)}config.json" in names:
             raise CheckpointError(f"checkpoint {alias!r}: {name} loads an adapter on top of the network; remove it")
@@ -177,21 +217,25 @@ def vae_refusal(base: CheckpointFiles, vae: CheckpointFiles) -> Refusal | None:
 
 
 def _latents(config: Path) -> tuple[Any, ...] | None:
-    """Return the latent settings that have to be equal; ``None`` if the file is not on this machine.
+    """Return the latent settings that have to be equal; ``None`` if the file cannot be read on this machine.
 
     Other latents would decode without an error, but to a wrong picture.
     """
-    if not config.is_file():
+    try:
+        given = read_json(str(config.parent), config)
+    except (CheckpointError, OSError):  # it is on another machine, or verification reports it
         return None
-    given = read_json(str(config.parent), config)
     return given.get("latent_channels", 4), given.get("scaling_factor", 0.18215), given.get("shift_factor")
 
 
 def inversion_words(files: CheckpointFiles) -> list[str] | None:
-    """Return the tokens of a textual inversion in prompts; ``None`` if its file is on another machine."""
+    """Return the tokens of a textual inversion in prompts; ``None`` if its file cannot be read on this machine."""
     for name in files.manifest:
-        if (path := files.directory / name).suffix == WEIGHTS and path.is_file():
-            return words_of(files.alias, header(files.alias, path))
+        if (path := files.directory / name).suffix == WEIGHTS:
+            try:
+                return words_of(files.alias, header(files.alias, path))
+            except (CheckpointError, OSError):  # verification reports it
+                return None
     return None
 
 

@@ -14,14 +14,12 @@ import transformers
 from sdpipeline.engine import Pixels
 from sdpipeline.engine.checkpoints import CheckpointFiles, unchanged, words_of
 from sdpipeline.engine.diffusers.batch import Reference, Weights
+from sdpipeline.engine.diffusers.foreign_errors import poisons_process
 from sdpipeline.engine.diffusers.loading import Loaded, copy_mapped, load_copied
 from sdpipeline.engine.diffusers.pipeline_call import assemble, make_scheduler
 from sdpipeline.engine.diffusers.text import Vectors
 from sdpipeline.engine.pixels import to_pil
 from sdpipeline.errors import CheckpointError, RequestRefusedError
-
-MISFITS = (ValueError, RuntimeError, KeyError, TypeError, AttributeError, IndexError)
-"""Exceptions that diffusers and peft raise for an adapter that does not fit."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +56,9 @@ class AdapterState:
         except (torch.OutOfMemoryError, CheckpointError):
             self._unload(pipe, weights.base)
             raise
-        except MISFITS as error:
+        except Exception as error:  # diffusers and peft raise any type for an adapter that does not fit
+            if isinstance(error, MemoryError) or poisons_process(error):
+                raise
             self._unload(pipe, weights.base)
             names = ", ".join(repr(files.alias) for files, _ in (*weights.loras, *_files(weights.ip_adapters)))
             raise CheckpointError(f"adapters {names} do not fit {weights.base.files.alias!r}: {error}") from error

@@ -17,9 +17,10 @@ from sdpipeline.engine.annotators import known_annotator
 from sdpipeline.engine.checkpoints import CheckpointFiles, read_ahead
 from sdpipeline.engine.diffusers import patches
 from sdpipeline.engine.diffusers.adapters import AdapterState, adapter_set, reference, refuse_unused, words
-from sdpipeline.engine.diffusers.batch import Member, PassSettings, Weights, settings_of
+from sdpipeline.engine.diffusers.batch import Member, PassSettings, Reference, Weights, settings_of
 from sdpipeline.engine.diffusers.decoding import Decoded, decode_checked
 from sdpipeline.engine.diffusers.determinism import allow_exactness, exactly
+from sdpipeline.engine.diffusers.foreign_errors import checkpoint_errors
 from sdpipeline.engine.diffusers.loading import Form, Loaded, Variant
 from sdpipeline.engine.diffusers.model_cache import ModelCache, TextEncoders, release
 from sdpipeline.engine.diffusers.oom_fallback import FallbackLevel, OomFallback, Result
@@ -114,7 +115,8 @@ class DiffusersEngine:
     def flagged(self, checker: CheckpointRef, pictures: Sequence[Pixels]) -> Sequence[bool]:
         """See :class:`sdpipeline.engine.Engine`. The checker runs in float32, for which its thresholds were set."""
         try:
-            return safety.flagged(self.residency.get(checker, exact=True), pictures)
+            with checkpoint_errors(f"safety checker {checker.alias!r} does not check the picture"):
+                return safety.flagged(self.residency.get(checker, exact=True), pictures)
         except torch.OutOfMemoryError:
             pass
         release(self._device)
@@ -165,9 +167,10 @@ class DiffusersEngine:
         """Prepare a request to run, or raise the error of its pictures or prompts."""
         request = prepared.request
         seen = pictures(prepared, weights.cell, lambda use, pixels: self._control_map(request, use, pixels))
-        prompt, negative = self._embeddings(request, weights)
+        with checkpoint_errors(f"checkpoint {request.checkpoint.alias!r} does not encode the prompt"):
+            prompt, negative = self._embeddings(request, weights)
         references = tuple(
-            reference(loaded, given(prepared, f"ip_adapters.{n}")) for n, (loaded, _) in enumerate(weights.ip_adapters)
+            _reference(loaded, given(prepared, f"ip_adapters.{n}")) for n, (loaded, _) in enumerate(weights.ip_adapters)
         )
         return Member(
             index=index,
@@ -186,7 +189,8 @@ class DiffusersEngine:
         assert image is not None
         network = weights.base.parts["upscaler"]
         free = partial(release, self._device)
-        pixels, fallbacks = upscale(network, image, files.scale, free=free, exact=request.exact)
+        with checkpoint_errors(f"checkpoint {files.alias!r} does not enlarge the picture"):
+            pixels, fallbacks = upscale(network, image, files.scale, free=free, exact=request.exact)
         dtype = next(network.parameters()).dtype
         setting = self._setting(weights, {"name": "none"}, dtype, bucket=1)
         record = ran(request, setting, slot=0, fallbacks=fallbacks, details={"prompt": "not used"})
@@ -237,7 +241,8 @@ class DiffusersEngine:
         assert learned is not None
         assert use.annotator_checkpoint is not None
         loaded = self.residency.get(use.annotator_checkpoint, keep=self._forms(request), exact=request.exact)
-        return annotate_with(loaded, learned, pixels, annotator_parameters(use))
+        with checkpoint_errors(f"annotator {use.annotator_checkpoint.alias!r} draws no control map"):
+            return annotate_with(loaded, learned, pixels, annotator_parameters(use))
 
     def _embeddings(self, request: GenerationRequest, weights: Weights) -> tuple[Embedding, Embedding | None]:
         """Return the embeddings of prompt and negative prompt, of equal length; the second only if guidance is on."""
@@ -358,6 +363,11 @@ class DiffusersEngine:
             shortcuts=shortcuts.document(profile) if shortcuts else {},
             libraries=self._libraries | dict(shortcuts.libraries() if shortcuts else {}),
         )
+
+
+def _reference(loaded: Loaded, pixels: Pixels) -> Reference:
+    with checkpoint_errors(f"IP-Adapter {loaded.files.alias!r} does not encode its picture"):
+        return reference(loaded, pixels)
 
 
 def _no_annotator(use: ControlNetInput, _: Pixels) -> Pixels:

@@ -62,6 +62,8 @@ class PromptEncoder:
 
     def length(self, *texts: str) -> int:
         """Return the length that all prompts of a pass have to share: CLIP chunks or T5 tokens."""
+        if self.kind == "sd3" and "text_encoder_3" not in self.parts:
+            return self._length_without_t5(*texts)
         if self.kind in T5_LENGTHS:
             return self._t5_length(max(len(self._t5_ids(text)) for text in texts))
         return max(1, *(-(-len(self._tokens("tokenizer", text)) // CHUNK) for text in texts))
@@ -105,10 +107,23 @@ class PromptEncoder:
         outputs = [self._clip(name, text, 1) for name in ("text_encoder", "text_encoder_2")]
         layer = -(2 + (clip_skip or 0))
         clip = torch.cat([output.hidden_states[layer] for output in outputs], dim=-1)
-        t5 = self._t5("text_encoder_3", text, length)
+        t5 = self._t5("text_encoder_3", text, length) if "text_encoder_3" in self.parts else self._no_t5(clip, length)
         clip = torch.nn.functional.pad(clip, (0, t5.shape[-1] - clip.shape[-1]))
         pooled = torch.cat([output.text_embeds for output in outputs], dim=-1)
         return Embedding(embeds=torch.cat([clip, t5], dim=1), pooled=pooled)
+
+    def _no_t5(self, clip: torch.Tensor, length: int) -> torch.Tensor:
+        """Return zeros, as StableDiffusion3Pipeline has them in place of T5's embedding if it has no T5."""
+        return clip.new_zeros((1, length, self.parts["transformer"].config.joint_attention_dim))
+
+    def _length_without_t5(self, *texts: str) -> int:
+        for text in texts:
+            if (tokens := len(self._tokens("tokenizer", text))) > CHUNK:
+                raise RequestRefusedError(
+                    f"prompt: it has {tokens} tokens, but this checkpoint has no T5, and its CLIPs read {CHUNK}; "
+                    "shorten it, or use a checkpoint with text_encoder_3"
+                )
+        return T5_LENGTHS["sd3"][0]
 
     def _clip(self, encoder: str, text: str, chunks: int) -> Any:
         """Return the output of one CLIP, one row per chunk."""
