@@ -18,8 +18,9 @@ from sdpipeline.campaigns.warnings import Warnings
 from sdpipeline.campaigns.yaml_source import KeyPath
 from sdpipeline.domain import AdapterInput, CheckpointRef, ImageSource, OutputFormat, Task
 from sdpipeline.engine import annotators, families
+from sdpipeline.engine.checkpoint_config import own_scheduler
 from sdpipeline.engine.checkpoints import CheckpointFiles, inversion_words
-from sdpipeline.engine.families import Cell, Family
+from sdpipeline.engine.families import Cell, Family, scheduler_config
 from sdpipeline.errors import InputImageError
 from sdpipeline.suggestions import nearest
 
@@ -97,6 +98,7 @@ class StagePlan:
         if cell is None:
             raise AssertionError(f"{stage.task} should have been refused when the campaign was loaded")
         self._cell = cell
+        self._own_scheduler = own_scheduler(self.files.directory)
         self._controlnets = [catalog[use.checkpoint] for use in stage.controlnets]
         self._annotators = [catalog.get(use.annotator_checkpoint or "") for use in stage.controlnets]
         self._adapters = {place: catalog[use.checkpoint] for place, use in stage.adapters()}
@@ -150,6 +152,19 @@ class StagePlan:
                 path: KeyPath = (*self.path, "textual_inversions", n)
                 raise WrongValueError(path, "no prompt mentions it", f"write {words[0]} where it is meant")
 
+    def _check_config(self, scheduler: str, steps: int) -> None:
+        """Refuse what the checkpoint's own configuration does not allow, if it is on this machine."""
+        controlnets = len(self._controlnets)
+        refused = scheduler_config.refusal(self.family, self._own_scheduler, scheduler, steps, controlnets=controlnets)
+        if refused:
+            raise WrongValueError(self._place(refused.key), refused.message, refused.fix)
+
+    def _place(self, key: str) -> KeyPath:
+        """Return the place in the campaign file that gives the stage this value."""
+        if key == "checkpoint" and self.stage.checkpoint is None:
+            return ("checkpoint",)
+        return self._parameters[key][0] if key in self._parameters else (*self.path, key)
+
     def _parameter(self, spec: CampaignSpec, name: str) -> tuple[KeyPath, Any]:
         """Return the stage's own value, else the default if the stage takes it, with its place in the file."""
         own, default = getattr(self.stage, name), getattr(spec.defaults, name)
@@ -176,6 +191,8 @@ class StagePlan:
                 fix = f"add resize: ({', '.join(annotators.RESIZE_MODES)}) or change width and height"
                 raise WrongValueError((*self.path, *place), message, fix)
         steps = self._value("num_inference_steps", values, self.family.num_inference_steps)
+        scheduler = self._value("scheduler", values, self.family.scheduler)
+        self._check_config(scheduler, steps)
         fixed = {
             "task": stage.task,
             "checkpoint": _ref(self.files),
@@ -183,7 +200,7 @@ class StagePlan:
             "height": height,
             "num_inference_steps": steps,
             "guidance_scale": self._value("guidance_scale", values, self.family.guidance_scale),
-            "scheduler": self._value("scheduler", values, self.family.scheduler),
+            "scheduler": scheduler,
             "strength": self._strength(values, steps),
             "clip_skip": self._value("clip_skip", values),
             "noise_level": self._value("noise_level", values),

@@ -24,10 +24,11 @@ from sdpipeline.engine.diffusers.foreign_errors import checkpoint_errors
 from sdpipeline.engine.diffusers.loading import Form, Loaded, Variant
 from sdpipeline.engine.diffusers.model_cache import ModelCache, TextEncoders, release
 from sdpipeline.engine.diffusers.oom_fallback import FallbackLevel, OomFallback, Result
-from sdpipeline.engine.diffusers.pipeline_call import denoise
+from sdpipeline.engine.diffusers.pipeline_call import denoise, make_scheduler
 from sdpipeline.engine.diffusers.preprocessing import annotator_parameters, given, pictures
 from sdpipeline.engine.diffusers.record_details import details
 from sdpipeline.engine.diffusers.request_validation import check
+from sdpipeline.engine.diffusers.schedulers import recorded_scheduler
 from sdpipeline.engine.diffusers.text import Embedding, EmbeddingCache, PromptEncoder
 from sdpipeline.engine.families import FAMILIES, family
 from sdpipeline.engine.gan import upscale
@@ -88,15 +89,16 @@ class DiffusersEngine:
         for index, prepared in enumerate(batch.requests):
             try:
                 with exactly(wanted=prepared.request.exact):
-                    weights = self._checked_weights(prepared.request, broken)
+                    weights = self._checked_weights(prepared, broken)
                     if weights.row.text == "none":
                         results[index] = self._upscaled(prepared, weights)
                         continue
                     member = self._member(index, prepared, weights)
+                    settings = settings_of(member, weights)
+                    make_scheduler(settings, weights)  # raises if it cannot be created; each pass creates its own
             except SdpError as error:
                 results[index] = GenerationFailure(error=error)
             else:
-                settings = settings_of(member, weights)
                 shortcuts = self._shortcuts_of(settings.profile)
                 groups[shortcuts.shared(settings) if shortcuts else settings].append(member)
         self.residency.prompts_encoded()
@@ -155,12 +157,13 @@ class DiffusersEngine:
         row = FAMILIES.get(files.family)
         return getattr(torch, row.cuda_dtype if row and self._device.type == "cuda" else "float32")  # type: ignore[no-any-return]
 
-    def _checked_weights(self, request: GenerationRequest, broken: dict[str, SdpError]) -> Weights:
+    def _checked_weights(self, prepared: PreparedRequest, broken: dict[str, SdpError]) -> Weights:
         """Return the request's weights, or raise the error of the request or of a checkpoint.
 
         ``broken`` holds errors of bad checkpoints, so that none is loaded twice.
         """
-        check(request, self.residency.files)
+        request = prepared.request
+        check(request, self.residency.files, recorded=prepared.recorded is not None)
         return self._weights(request, broken)
 
     def _member(self, index: int, prepared: PreparedRequest, weights: Weights) -> Member:
@@ -180,6 +183,7 @@ class DiffusersEngine:
             negative=negative,
             references=references,
             calls=prepared.calls,
+            scheduler_config=recorded_scheduler(prepared.recorded),
         )
 
     def _upscaled(self, prepared: PreparedRequest, weights: Weights) -> Result:

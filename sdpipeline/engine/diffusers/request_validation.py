@@ -6,12 +6,14 @@ from collections.abc import Callable, Iterator
 
 from sdpipeline.domain import AdapterInput, CheckpointRef, ControlNetInput, GenerationRequest
 from sdpipeline.engine.annotators import known_annotator
+from sdpipeline.engine.checkpoint_config import own_scheduler
 from sdpipeline.engine.checkpoints import CheckpointFiles, adapter_refusal, controlnet_refusal, vae_refusal
 from sdpipeline.engine.families import (
     Cell,
     Family,
     family,
     profile_refusal,
+    scheduler_config,
     scheduler_refusal,
     size_refusal,
     strength_refusal,
@@ -23,14 +25,17 @@ from sdpipeline.errors import RequestRefusedError
 Locate = Callable[[CheckpointRef], CheckpointFiles]
 
 
-def check(request: GenerationRequest, locate: Locate) -> None:
-    """Raise RequestRefusedError, with the field and the fix, if this family cannot run the request."""
-    for refused in _refusals(request, locate):
+def check(request: GenerationRequest, locate: Locate, *, recorded: bool = False) -> None:
+    """Raise RequestRefusedError, with the field and the fix, if this family cannot run the request.
+
+    A reproduced picture is ``recorded``: its scheduler's configuration is that of the record, which has run before.
+    """
+    for refused in _refusals(request, locate, recorded=recorded):
         if refused is not None:
             raise RequestRefusedError(str(refused))
 
 
-def _refusals(request: GenerationRequest, locate: Locate) -> Iterator[Refusal | None]:
+def _refusals(request: GenerationRequest, locate: Locate, *, recorded: bool) -> Iterator[Refusal | None]:
     """Check one rule after the other; the later ones rely on those before."""
     base = locate(request.checkpoint)
     controlnets = [locate(use.checkpoint) for use in request.controlnets]
@@ -42,6 +47,9 @@ def _refusals(request: GenerationRequest, locate: Locate) -> Iterator[Refusal | 
     cell = row.cell(request.task, controlnets=len(controlnets))
     assert cell is not None
     yield scheduler_refusal(row, request.scheduler)
+    if not recorded:
+        own, steps = own_scheduler(base.directory), request.num_inference_steps
+        yield scheduler_config.refusal(row, own, request.scheduler, steps, controlnets=len(controlnets))
     yield _profile(request, row)
     yield size_refusal(row, "width", request.width)
     yield size_refusal(row, "height", request.height)
