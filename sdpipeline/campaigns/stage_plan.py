@@ -8,6 +8,8 @@ from typing import Any
 
 from sdpipeline.campaigns import profiles
 from sdpipeline.campaigns.inputs import InputFolder
+from sdpipeline.campaigns.learned_defaults import learned_defaults
+from sdpipeline.campaigns.parameter_warnings import Oddity, negative_prompt_oddity, parameter_oddities
 from sdpipeline.campaigns.parameters import LIMITS, Parameters, number
 from sdpipeline.campaigns.policy import Rules
 from sdpipeline.campaigns.request_form import Resolved, Shape, Size
@@ -25,7 +27,7 @@ from sdpipeline.errors import InputImageError
 from sdpipeline.suggestions import nearest
 
 DEFAULT_SIDE = 512
-"""Width and height if neither the stage, nor ``defaults:``, nor an input picture gives one."""
+"""Width and height if neither the stage, nor ``defaults:``, nor an input picture, nor the checkpoint gives one."""
 
 MAX_SHAPES = 10_000
 
@@ -102,6 +104,7 @@ class StagePlan:
         self._controlnets = [catalog[use.checkpoint] for use in stage.controlnets]
         self._annotators = [catalog.get(use.annotator_checkpoint or "") for use in stage.controlnets]
         self._adapters = {place: catalog[use.checkpoint] for place, use in stage.adapters()}
+        self._learned = learned_defaults(self.family, self.files, [catalog[use.checkpoint] for use in stage.loras])
         self._vae = catalog.get(stage.vae or "")
         self._reproducibility, self._profile = profiles.chosen(spec, stage, self.family)
         self._words = [inversion_words(catalog[use.checkpoint]) for use in stage.textual_inversions]
@@ -109,7 +112,7 @@ class StagePlan:
         self._output = OutputFormat(format=output.format, quality=output.quality)
         self._parameters = {name: self._parameter(spec, name) for name in Parameters.model_fields}
         self._prompt = compile_template(stage.prompt)
-        negative = self._parameters.pop("negative_prompt")[1]
+        self._negative_place, negative = self._parameters.pop("negative_prompt")
         self._negative = negative if isinstance(negative, Template) else compile_template("")
         scales: dict[KeyPath, Any] = {place: getattr(use, "weight", 1.0) for place, use in stage.adapters()}
         scales |= {("controlnets", n): use.controlnet_conditioning_scale for n, use in enumerate(stage.controlnets)}
@@ -135,6 +138,8 @@ class StagePlan:
             raise WrongValueError((*self.path, "prompt"), "is empty with these values")
         negative = self._filled((*self.path, "negative_prompt"), self._negative, values)
         self._check_words(prompt, negative)
+        if negative and (odd := negative_prompt_oddity(shape.fixed["guidance_scale"], self._learned)):
+            self._warn(self._negative_place, odd)
         return Resolved(
             shape=shape,
             form=shape.form(negative=bool(negative)),
@@ -190,8 +195,8 @@ class StagePlan:
                 message = f"the picture is {size[0]}x{size[1]}, but the stage uses {width}x{height}"
                 fix = f"add resize: ({', '.join(annotators.RESIZE_MODES)}) or change width and height"
                 raise WrongValueError((*self.path, *place), message, fix)
-        steps = self._value("num_inference_steps", values, self.family.num_inference_steps)
-        scheduler = self._value("scheduler", values, self.family.scheduler)
+        steps = self._value("num_inference_steps", values, self._learned.get("num_inference_steps"))
+        scheduler = self._value("scheduler", values, self._learned.get("scheduler"))
         self._check_config(scheduler, steps)
         fixed = {
             "task": stage.task,
@@ -199,10 +204,10 @@ class StagePlan:
             "width": width,
             "height": height,
             "num_inference_steps": steps,
-            "guidance_scale": self._value("guidance_scale", values, self.family.guidance_scale),
+            "guidance_scale": self._value("guidance_scale", values, self._learned.get("guidance_scale")),
             "scheduler": scheduler,
             "strength": self._strength(values, steps),
-            "clip_skip": self._value("clip_skip", values),
+            "clip_skip": self._value("clip_skip", values, self._learned.get("clip_skip")),
             "noise_level": self._value("noise_level", values),
             "resize": resize,
             "loras": tuple(self._adapter(("loras", n), values) for n in range(len(stage.loras))),
@@ -222,8 +227,15 @@ class StagePlan:
             self._adapter(("ip_adapters", n), values, sources["ip_adapters", n, "image"])
             for n in range(len(stage.ip_adapters))
         )
+        for odd in parameter_oddities(stage.task, fixed, self._learned):
+            self._warn(self._parameters[odd.name][0], odd)
         result = self._result((width, height), inputs.max_pixels)
         return Shape(fixed=fixed, images=images, controlnets=controlnets, ip_adapters=ip_adapters, result=result)
+
+    def _warn(self, path: KeyPath, odd: Oddity) -> None:
+        """Warn once of this parameter of this stage, at its own place or at that of the campaign's default."""
+        stage = f" (stage {self.stage.id!r})" if path[0] == "defaults" else ""
+        self.warnings.add(path, (self.stage.id, odd.name), f"{odd.message}{stage}", odd.fix)
 
     def _value(self, name: str, values: Mapping[str, Any], otherwise: Any = None) -> Any:
         path, value = self._parameters[name]
@@ -255,8 +267,8 @@ class StagePlan:
         return strength
 
     def _size(self, values: Mapping[str, Any], given: Size | None) -> Size:
-        """Return the size by the stage, else by the defaults, else of the first input picture."""
-        fallback = given or (DEFAULT_SIDE, DEFAULT_SIDE)
+        """Return the size by the stage, else by the defaults, else of the first input picture, else the native one."""
+        fallback = given or self._learned.size(DEFAULT_SIDE)
         size = self._value("width", values, fallback[0]), self._value("height", values, fallback[1])
         multiple = self.family.size_multiple
         if any(families.size_refusal(self.family, "width", side) for side in size):

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from sdpipeline.campaigns import adapter_validation, policy, profiles
+from sdpipeline.campaigns.learned_defaults import LearnedDefaults, learned_defaults
 from sdpipeline.campaigns.parameters import LIMITS, Parameters, number
 from sdpipeline.campaigns.policy import Rules
 from sdpipeline.campaigns.seeds import Seeds
@@ -16,7 +17,6 @@ from sdpipeline.campaigns.yaml_source import Faults, KeyPath
 from sdpipeline.domain import Task
 from sdpipeline.engine import annotators, families
 from sdpipeline.engine.checkpoints import CheckpointFiles, controlnet_refusal
-from sdpipeline.engine.families import Family
 from sdpipeline.engine.quality import EDGE_ANNOTATORS
 from sdpipeline.suggestions import nearest
 
@@ -194,7 +194,8 @@ def _check_checkpoint(
     elif refused := families.task_refusal(base.family, stage.task, controlnets=len(stage.controlnets)):
         faults.add((*path, "task"), refused.message, refused.fix)
     else:
-        _check_parameters(spec, stage, path, faults, row)
+        loras = [catalog[use.checkpoint] for use in stage.loras if use.checkpoint in catalog]
+        _check_parameters(spec, stage, path, faults, learned_defaults(row, base, loras))
         _check_size(spec, stage, path, faults, scale=base.scale, policies=policies)
         for n in range(len(stage.controlnets)):
             _check_fit(stage, n, path, faults, files=(base, catalog.get(stage.controlnets[n].checkpoint)))
@@ -202,7 +203,10 @@ def _check_checkpoint(
         profiles.check_fit(stage, path, faults, row)
 
 
-def _check_parameters(spec: CampaignSpec, stage: Stage, path: KeyPath, faults: Faults, row: Family) -> None:
+def _check_parameters(
+    spec: CampaignSpec, stage: Stage, path: KeyPath, faults: Faults, learned: LearnedDefaults
+) -> None:
+    row = learned.row
     cell = row.cell(stage.task, controlnets=len(stage.controlnets))
     assert cell is not None
     if row.text == "none" and stage.prompt:
@@ -222,7 +226,7 @@ def _check_parameters(spec: CampaignSpec, stage: Stage, path: KeyPath, faults: F
         except WrongValueError as wrong:
             faults.add(place, str(wrong), wrong.fix)
     if cell.strength is not None:
-        _check_steps(spec, stage, path, faults, row)
+        _check_steps(spec, stage, path, faults, learned.get("num_inference_steps"))
 
 
 def _check_size(
@@ -244,8 +248,8 @@ def _spared(name: str, stage: Stage) -> bool:
     return name == "scheduler" or (stage.task is Task.SUPER_RESOLUTION and name in ("width", "height"))
 
 
-def _check_steps(spec: CampaignSpec, stage: Stage, path: KeyPath, faults: Faults, row: Family) -> None:
-    steps: Any = row.num_inference_steps
+def _check_steps(spec: CampaignSpec, stage: Stage, path: KeyPath, faults: Faults, default: int) -> None:
+    steps: Any = default
     strength: Any = None
     for part in (spec.defaults, stage):
         steps = part.num_inference_steps if part.num_inference_steps is not None else steps

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from contextlib import nullcontext
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated
@@ -13,6 +14,7 @@ import typer
 from sdpipeline.app.checkpoints import catalog, catalog_and_refused, place_of, shipped_card
 from sdpipeline.app.model_card import read_model_card
 from sdpipeline.app.services import existing_database, open_services
+from sdpipeline.campaigns.checkpoint_defaults import AUTO, parsed_defaults
 from sdpipeline.campaigns.spec_part import NAME
 from sdpipeline.cli.output import (
     FOUND_FAULTS,
@@ -28,6 +30,7 @@ from sdpipeline.cli.output import (
 from sdpipeline.db import registry
 from sdpipeline.domain import Json
 from sdpipeline.engine.checkpoints import CheckpointFiles, inspect, verify
+from sdpipeline.engine.distilled import shown
 from sdpipeline.engine.hub import REPOSITORY, fetch
 from sdpipeline.errors import CheckpointError
 from sdpipeline.private_files import users_umask
@@ -55,7 +58,8 @@ def list_all(*, home: Home = None, as_json: AsJson = False) -> None:
     for row in rows:
         row["MB"] = None if row["size_bytes"] is None else round(row["size_bytes"] / 1e6, 1)
         row["digest"] = row["digest"] and row["digest"][:16]
-    columns = ("alias", "kind", "family", "MB", "digest", "status", "licence", "approved_by", "location")
+        row["defaults"] = shown(row["defaults"] or {})
+    columns = ("alias", "kind", "family", "MB", "digest", "status", "defaults", "licence", "approved_by", "location")
     print_records("", columns, rows)
     for row in rows:
         if row["refused"]:  # not a column: it would break a sentence over many lines
@@ -73,6 +77,10 @@ def add(
     purpose: Annotated[list[str] | None, typer.Option(help="Approved purpose; may be repeated.")] = None,
     expires: Annotated[datetime | None, typer.Option(formats=["%Y-%m-%d"], help="Last day of the approval.")] = None,
     approved_by: Annotated[str | None, typer.Option(help="Approver; default: the current user.")] = None,
+    defaults: Annotated[
+        list[str] | None,
+        typer.Option(metavar="KEY=VALUE", help="Default parameter, or turbo, lightning-4, lcm, ...; may be repeated."),
+    ] = None,
     home: Home = None,
     as_json: AsJson = False,
 ) -> None:
@@ -90,7 +98,12 @@ def add(
         files = inspect(alias, directory)
     except CheckpointError as error:
         raise refuse(str(error)) from error
+    detected = files.defaults
+    if defaults:
+        files = replace(files, defaults=parsed_defaults(defaults, files))
     with open_services(settings) as services, services.audit.transaction() as tx:
+        if not defaults:
+            files = registry.with_registered_defaults(tx, files)
         day_after = expires.replace(tzinfo=UTC).timestamp() + 86400 if expires else None
         card = read_model_card(directory)
         origin = f"{source}@{revision}" if revision else card.source or str(directory)
@@ -104,11 +117,16 @@ def add(
         registry.add(tx, files, approval)
     document = {"alias": alias, "digest": files.digest, "kind": files.kind, "family": files.family}
     document |= {"licence": approval.licence, "source": approval.source}
+    document |= {"native_size": files.native_size, "defaults": dict(files.defaults)}
     if as_json:
         print_json(document)
-    else:
-        terms = f"licence {approval.licence}" if approval.licence else "no licence known: give --licence"
-        stdout.print(f"{alias}: {files.kind}, {files.family}, digest {files.digest[:16]}, {terms}")
+        return
+    terms = f"licence {approval.licence}" if approval.licence else "no licence known: give --licence"
+    stdout.print(f"{alias}: {files.kind}, {files.family}, digest {files.digest[:16]}, {terms}")
+    if files.defaults:
+        stdout.print(f"defaults: {shown(files.defaults)}")
+    elif detected and not defaults:
+        stdout.print(f"keeps its earlier defaults; --defaults {AUTO} sets {shown(detected)}")
 
 
 def verify_all(

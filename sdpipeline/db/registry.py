@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +79,16 @@ def add(tx: Transaction, files: CheckpointFiles, approval: Approval) -> None:
     _insert(tx, files, approval)
 
 
+def with_registered_defaults(tx: Transaction, files: CheckpointFiles) -> CheckpointFiles:
+    """Return weights with the native size and defaults of their earlier registration under this alias, if there is one.
+
+    So a renewed approval makes no picture anew. Rows of releases that kept neither have None and no defaults.
+    """
+    same = (checkpoint.c.digest == files.digest, checkpoint.c.alias == files.alias)
+    row = tx.connection.execute(select(checkpoint.c.native_size, checkpoint.c.defaults).where(*same)).first()
+    return files if row is None else replace(files, native_size=row.native_size, defaults=row.defaults or {})
+
+
 def revoke(tx: Transaction, digest: str, *, because: str) -> int:
     """Revoke weights everywhere, so that no job with them is leased any more; return the number of blocked jobs."""
     rows = update(checkpoint).where(checkpoint.c.digest == digest)
@@ -136,7 +146,8 @@ def _insert(tx: Transaction, files: CheckpointFiles, approval: Approval) -> None
     if tx.connection.execute(statement.returning(checkpoint.c.digest)).first() is None:
         return  # another submit was first
     terms = {"licence": approval.licence, "purposes": list(approval.purposes), "expires_at": approval.expires_at}
-    about = {"alias": files.alias, "digest": files.digest} | terms
+    learned = {"native_size": files.native_size, "defaults": dict(files.defaults)}
+    about = {"alias": files.alias, "digest": files.digest} | terms | {k: v for k, v in learned.items() if v}
     tx.record(Event.CHECKPOINT_ADDED, f"checkpoint:{files.digest[:16]}", **about)
 
 

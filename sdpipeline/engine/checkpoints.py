@@ -11,6 +11,7 @@ from typing import Any
 from sdpipeline.domain import Task, digest
 from sdpipeline.engine import allowed_classes, completeness, part_files, weight_files
 from sdpipeline.engine.classification import SAFETY_CHECKER, Classification, classify, header, read_json
+from sdpipeline.engine.distilled import detected_defaults
 from sdpipeline.engine.families import FAMILIES
 from sdpipeline.engine.hash_cache import HashCache
 from sdpipeline.engine.refusal import Refusal
@@ -77,6 +78,7 @@ def inspect(alias: str, directory: Path, *, cache: HashCache | None = None) -> C
             manifest=manifest,
             ignored=tuple(sorted(ignored)),
             size_bytes=sum(found.keys[name].size for name in manifest),
+            defaults=detected_defaults(found.path, about.kind, about.family),
         )
 
 

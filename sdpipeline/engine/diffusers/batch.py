@@ -106,6 +106,14 @@ class Weights:
         """The network that runs once per step."""
         return self.base.denoiser
 
+    @property
+    def guidance_embedding_dim(self) -> int | None:
+        """Width of the embedding by which a distilled U-Net takes its guidance scale; None if it takes none."""
+        if not self.row.guidance_embedding:
+            return None
+        width: int | None = getattr(self.denoiser.config, "time_cond_proj_dim", None)
+        return width
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Latents:

@@ -258,7 +258,8 @@ class DiffusersEngine:
         encoder = PromptEncoder(
             kind=weights.row.text, parts=weights.base.parts, words=words(inversions, weights.base.parts)
         )
-        guided = weights.row.negative_prompt and request.guidance_scale > 1
+        embedded = weights.guidance_embedding_dim is not None
+        guided = weights.row.negative_prompt and request.guidance_scale > 1 and not embedded
         length = encoder.length(request.prompt, *[request.negative_prompt] * guided)
         prompt = self._embedding(encoder, request, weights, request.prompt, length)
         if not guided:

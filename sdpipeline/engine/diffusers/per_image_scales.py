@@ -8,6 +8,7 @@ from contextlib import ExitStack, contextmanager
 from itertools import cycle
 from typing import Any
 
+import diffusers
 import torch
 
 from sdpipeline.engine.diffusers.patches import broadcast
@@ -51,6 +52,36 @@ def distilled_guidance(network: torch.nn.Module, guidance_scales: Sequence[float
         given = keywords.get("guidance")
         if given is not None:
             keywords["guidance"] = values.to(device=given.device, dtype=given.dtype)
+        return inputs, keywords
+
+    handle = network.register_forward_pre_hook(replace, with_kwargs=True)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def guidance_embeddings(guidance_scales: Sequence[float], width: int) -> torch.Tensor:
+    """Return the embedding of each guidance scale, float32, pictures x ``width``, as latent consistency models take it.
+
+    From equation 11 of Luo et al., Latent Consistency Models (arXiv 2310.04378), by the function of the pipelines.
+    """
+    scales = torch.tensor([scale - 1 for scale in guidance_scales], dtype=torch.float32)
+    embed: Any = diffusers.StableDiffusionPipeline.get_guidance_scale_embedding
+    result: torch.Tensor = embed(None, scales, embedding_dim=width)
+    return result
+
+
+@contextmanager
+def embedded_guidance(network: torch.nn.Module, embeddings: torch.Tensor) -> Iterator[None]:
+    """Pass each picture's own guidance embedding to a distilled U-Net.
+
+    Most pipelines pass one for all pictures. Those for image-to-image and inpainting with ControlNets pass none, and
+    would guide such a U-Net by a second row.
+    """
+
+    def replace(_module: torch.nn.Module, inputs: Any, keywords: dict[str, Any]) -> Any:
+        keywords["timestep_cond"] = embeddings.to(device=inputs[0].device, dtype=inputs[0].dtype)
         return inputs, keywords
 
     handle = network.register_forward_pre_hook(replace, with_kwargs=True)

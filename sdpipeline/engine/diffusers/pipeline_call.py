@@ -12,13 +12,21 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from sdpipeline.domain import Json
 from sdpipeline.engine import Pixels
 from sdpipeline.engine.diffusers import schedulers
 from sdpipeline.engine.diffusers.batch import Denoised, Latents, Member, PassSettings, Weights, padded
 from sdpipeline.engine.diffusers.loading import TEXT_ENCODER
 from sdpipeline.engine.diffusers.patches import PerImageScale, float32_noise, no_global_randomness
-from sdpipeline.engine.diffusers.per_image_scales import controlnet_scales, distilled_guidance, own_references
+from sdpipeline.engine.diffusers.per_image_scales import (
+    controlnet_scales,
+    distilled_guidance,
+    embedded_guidance,
+    guidance_embeddings,
+    own_references,
+)
 from sdpipeline.engine.diffusers.text import Embedding
+from sdpipeline.engine.families import ETA
 from sdpipeline.engine.pixels import to_pil
 
 
@@ -56,7 +64,10 @@ def latents_of(pipe: Any, values: torch.Tensor, weights: Weights, settings: Pass
         values = unpack_latents(values, settings.height, settings.width, pipe.vae_scale_factor)
     name = type(pipe.scheduler).__name__
     config = {key: value for key, value in pipe.scheduler.config.items() if not key.startswith("_")}
-    return Latents(values=values, scheduler={"name": settings.scheduler, "class": name, "config": config})
+    scheduler: Json = {"name": settings.scheduler, "class": name, "config": config}
+    if settings.scheduler in ETA:
+        scheduler["eta"] = ETA[settings.scheduler]
+    return Latents(values=values, scheduler=scheduler)
 
 
 def unpack_latents(latents: torch.Tensor, height: int, width: int, scale: int) -> torch.Tensor:
@@ -145,8 +156,10 @@ def _per_image(weights: Weights, members: Sequence[Member]) -> Iterator[None]:
         active.enter_context(patched(weights))
         if members[0].references:
             active.enter_context(own_references(weights.denoiser, _references(members)))
+        guidance = [member.request.guidance_scale for member in members]
+        if (width := weights.guidance_embedding_dim) is not None:
+            active.enter_context(embedded_guidance(weights.denoiser, guidance_embeddings(guidance, width)))
         if weights.row.text == "flux":
-            guidance = [member.request.guidance_scale for member in members]
             for network in {weights.denoiser, *modules}:
                 active.enter_context(distilled_guidance(network, guidance))
         yield
@@ -168,6 +181,8 @@ def call_arguments(weights: Weights, settings: PassSettings, members: Sequence[M
         arguments["strength"] = settings.strength
     if settings.noise_level is not None:
         arguments["noise_level"] = settings.noise_level
+    if settings.scheduler in ETA:
+        arguments["eta"] = ETA[settings.scheduler]
     if cell.image:
         arguments[cell.image] = [to_pil(_required(member.pictures.image)) for member in members]
     if cell.mask_image:

@@ -9,10 +9,12 @@ from sdpipeline.engine.families.refusals import (
     task_refusal,
 )
 from sdpipeline.engine.families.registry import FAMILIES, family, table
-from sdpipeline.engine.families.schedulers import SCHEDULERS
+from sdpipeline.engine.families.schedulers import ETA, FEW_STEPS, SCHEDULERS
 
 __all__ = [
+    "ETA",
     "FAMILIES",
+    "FEW_STEPS",
     "SCHEDULERS",
     "Cell",
     "Family",

@@ -42,6 +42,7 @@ class Family:
     ``latents_of``: the family of the autoencoders that read its latents.
     ``float32_decode``: its autoencoder overflows in float16 if its configuration says so.
     ``profiles``: the supported profiles, the fastest last; ``turbo`` needs a U-Net.
+    ``guidance_embedding``: if its U-Net has a ``time_cond_proj_dim``, that is for an embedding of the guidance scale.
     ``scheduler_config``: options that its pipelines set in every scheduler, with a deprecation warning in each call.
     """
 
@@ -54,6 +55,7 @@ class Family:
     scheduler_config: Mapping[str, Any] = field(default_factory=dict)
     num_inference_steps: int = 25
     guidance_scale: float = 7.5
+    guidance_embedding: bool = True
     cuda_dtype: str = "float16"
     negative_prompt: bool = True
     clip_skip: bool = False

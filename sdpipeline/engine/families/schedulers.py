@@ -26,9 +26,11 @@ SCHEDULERS: Mapping[str, Row] = {
     "euler": ("EulerDiscreteScheduler", _PLAIN),
     "euler-ancestral": ("EulerAncestralDiscreteScheduler", {}),
     "euler-karras": ("EulerDiscreteScheduler", _KARRAS),
+    "euler-trailing": ("EulerDiscreteScheduler", _PLAIN | {"timestep_spacing": "trailing"}),
     "flow-match-euler": ("FlowMatchEulerDiscreteScheduler", {}),
     "heun": ("HeunDiscreteScheduler", _PLAIN),
     "lcm": ("LCMScheduler", {}),
+    "tcd": ("TCDScheduler", {}),
     "unipc": ("UniPCMultistepScheduler", _PLAIN),
 }
 """Schedulers by their common names: diffusers class, and the options that the name sets, which always win."""
@@ -46,6 +48,13 @@ checkpoint's own unless the name sets it."""
 
 FLOW_SCHEDULERS = frozenset({"flow-match-euler"})
 NOISE_SCHEDULERS = frozenset(SCHEDULERS) - FLOW_SCHEDULERS
+
+FEW_STEPS = frozenset({"euler-trailing", "lcm", "tcd"})
+"""Schedulers for distilled weights, which need a few steps only."""
+
+ETA: Mapping[str, float] = {"tcd": 0.3}
+"""Stochasticity that pipelines pass to a scheduler. They would pass 0, where TCD's authors and its scheduler use 0.3
+(Zheng et al., Trajectory Consistency Distillation, arXiv 2402.19159; there it is called gamma)."""
 
 NOISE_SCHEDULE = frozenset(
     {"num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "prediction_type"}
