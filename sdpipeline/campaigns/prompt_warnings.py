@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from sdpipeline.campaigns.templates import Template
@@ -241,9 +241,8 @@ class PromptWarnings:
         for found in _NETWORK.finditer(prompt):
             kind = found[1].lower()
             if kind not in self._found:
-                self._add(
-                    path, kind, f"{_quoted(found[0])} is read as text; it loads nothing", self._network_fix(found)
-                )
+                message = f"{_quoted(found[0])} is read as text; it loads nothing"
+                self._add(path, kind, message, self._network_fix(found))
         for found in _ANGLE.finditer(prompt):
             if found[1] in self.inversions:
                 fix = f"write textual_inversions: [{{checkpoint: {found[1]}}}] in the stage"

@@ -73,9 +73,9 @@ def parse(text: str) -> WeightedPrompt:
 
     ``(word:1.3)`` multiplies the weight by 1.3, ``(word)`` by 1.1, ``[word]`` by 1 / 1.1; brackets nest. ``BREAK``
     starts another section. ``\(``, ``\)``, ``\[``, ``\]`` and ``\\`` are the characters themselves. A bracket that
-    is not closed ends with the prompt. The grammar is that of ``parse_prompt_attention`` in ``modules/prompt_parser.py``
-    of AUTOMATIC1111/stable-diffusion-webui, with two differences: ``BREAK`` also works inside brackets (there it
-    becomes a word), and what cannot be a sensible weight is refused (there it is read as text).
+    is not closed ends with the prompt. The grammar is that of ``parse_prompt_attention`` in
+    ``modules/prompt_parser.py`` of AUTOMATIC1111/stable-diffusion-webui, with two differences: ``BREAK`` also works
+    inside brackets (there it becomes a word), and what cannot be a sensible weight is refused (there it is text).
 
     Raises WeightRefusedError for a weight that is not a number from 0 to ``MAX_WEIGHT``, and for more than
     ``MAX_DEPTH`` open brackets or ``MAX_BREAKS`` breaks.
@@ -116,23 +116,23 @@ class _Parser:
         return WeightedPrompt(sections=sections, doubts=tuple(sorted(self.doubts, key=lambda doubt: doubt.position)))
 
     def _take(self, found: re.Match[str]) -> int:
-        """Process one token; return the position after it."""
-        token, start, end = found[0], found.start(), found.end()
-        if token in self.open:
-            self._open(token, start)
-        elif token == ")" and self.open["("]:
+        """Process one mark or text; return the position after it."""
+        mark, start, end = found[0], found.start(), found.end()
+        if mark in self.open:
+            self._open(mark, start)
+        elif mark == ")" and self.open["("]:
             self._close("(", ROUND)
-        elif token == "]" and self.open["["]:
+        elif mark == "]" and self.open["["]:
             self._close("[", SQUARE)
         elif found["weight"] is not None and self.open["("] and (weight := self._weight(found)) is not None:
             self._close("(", weight)
             end = found.end("weight") + 1
-        elif token.startswith("\\"):
-            self.pieces.append(_Piece(token[1:], start))
+        elif mark.startswith("\\"):
+            self.pieces.append(_Piece(mark[1:], start))
         else:
-            if token in (")", "]"):
+            if mark in (")", "]"):
                 self.doubts.append(Doubt(kind="unbalanced", position=start))
-            self._add(token, start)
+            self._add(mark, start)
         return end
 
     def _open(self, bracket: str, position: int) -> None:
