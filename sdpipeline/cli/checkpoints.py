@@ -115,7 +115,7 @@ def add(
             expires_at=day_after,
         )
         registry.add(tx, files, approval)
-    document = {"alias": alias, "digest": files.digest, "kind": files.kind, "family": files.family}
+    document: Json = {"alias": alias, "digest": files.digest, "kind": files.kind, "family": files.family}
     document |= {"licence": approval.licence, "source": approval.source}
     document |= {"native_size": files.native_size, "defaults": dict(files.defaults)}
     if as_json:

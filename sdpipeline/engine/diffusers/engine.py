@@ -256,7 +256,10 @@ class DiffusersEngine:
         ]
         refuse_unused(inversions, request.prompt, request.negative_prompt)
         encoder = PromptEncoder(
-            kind=weights.row.text, parts=weights.base.parts, words=words(inversions, weights.base.parts)
+            kind=weights.row.text,
+            parts=weights.base.parts,
+            words=words(inversions, weights.base.parts),
+            syntax=request.prompt_syntax,
         )
         embedded = weights.guidance_embedding_dim is not None
         guided = weights.row.negative_prompt and request.guidance_scale > 1 and not embedded
@@ -274,7 +277,16 @@ class DiffusersEngine:
         inversions = tuple(use.checkpoint for use in request.textual_inversions)
         loras = adapter_set(weights).loras
         dtype = weights.base.dtype
-        key = (request.checkpoint.digest, dtype, loras, inversions, text, length, request.clip_skip)
+        key = (
+            request.checkpoint.digest,
+            dtype,
+            loras,
+            inversions,
+            text,
+            request.prompt_syntax,
+            length,
+            request.clip_skip,
+        )
         held = self._prompts.get(key)
         if held is None:
             self._adapters.apply(weights)

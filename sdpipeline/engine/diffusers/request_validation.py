@@ -13,6 +13,7 @@ from sdpipeline.engine.families import (
     Family,
     family,
     profile_refusal,
+    prompt_syntax_refusal,
     scheduler_config,
     scheduler_refusal,
     size_refusal,
@@ -20,6 +21,7 @@ from sdpipeline.engine.families import (
     task_refusal,
 )
 from sdpipeline.engine.refusal import Refusal
+from sdpipeline.engine.weighted_prompts import WeightRefusedError, parse
 from sdpipeline.errors import RequestRefusedError
 
 Locate = Callable[[CheckpointRef], CheckpointFiles]
@@ -55,6 +57,8 @@ def _refusals(request: GenerationRequest, locate: Locate, *, recorded: bool) -> 
     yield size_refusal(row, "height", request.height)
     yield _steps(request, cell)
     yield _extras(request, row)
+    yield prompt_syntax_refusal(row, request.prompt_syntax)
+    yield _weights(request)
     if controlnets and not cell.control_image:
         yield _own_control_picture(request, cell)
     for controlnet in controlnets:
@@ -115,6 +119,18 @@ def _extras(request: GenerationRequest, row: Family) -> Refusal | None:
     if request.clip_skip is not None and request.clip_skip < 1:
         message = f"must be at least 1, not {request.clip_skip}"
         return Refusal(key="clip_skip", message=message, fix="leave it out to skip nothing")
+    return None
+
+
+def _weights(request: GenerationRequest) -> Refusal | None:
+    """Refuse a prompt with a weight that is not valid."""
+    if request.prompt_syntax == "plain":
+        return None
+    for key in ("prompt", "negative_prompt"):
+        try:
+            parse(getattr(request, key))
+        except WeightRefusedError as error:
+            return Refusal(key=key, message=str(error))
     return None
 
 
