@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from contextlib import nullcontext
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated
@@ -14,6 +15,7 @@ from sdpipeline.app.checkpoints import catalog, refused_checkpoints
 from sdpipeline.app.services import existing_database, open_services
 from sdpipeline.campaigns.spec_part import NAME
 from sdpipeline.cli.output import FOUND_FAULTS, AsJson, Home, load_settings, print_json, print_records, refuse, stdout
+from sdpipeline.cli.single_files import add_folder, add_single_file, approve
 from sdpipeline.db import registry
 from sdpipeline.domain import Json
 from sdpipeline.engine.checkpoints import CheckpointFiles, inspect, verify
@@ -24,7 +26,6 @@ from sdpipeline.settings import Settings
 from sdpipeline.suggestions import nearest
 
 _GROUP = typer.Typer(help="The registry of checkpoints allowed to run.", no_args_is_help=True)
-Alias = Annotated[str, typer.Argument(metavar="ALIAS", help="Name of the checkpoint in campaign files.")]
 
 
 def add_to(app: typer.Typer) -> None:
@@ -49,10 +50,26 @@ def list_all(*, home: Home = None, as_json: AsJson = False) -> None:
 
 
 def add(
-    alias: Alias,
-    source: Annotated[str, typer.Argument(metavar="DIR_OR_REPO", help="A directory, or a hub repository.")],
+    alias: Annotated[str | None, typer.Argument(metavar="ALIAS", help="Name of the checkpoint in campaigns.")] = None,
+    source: Annotated[
+        str | None,
+        typer.Argument(metavar="FILE_OR_DIR_OR_REPO", help="A safetensors file, a directory, or a hub repository."),
+    ] = None,
     *,
+    all_of: Annotated[
+        Path | None, typer.Option("--all", metavar="DIR", help="Add every adapter below a folder, named by its file.")
+    ] = None,
     revision: Annotated[str | None, typer.Option(help="The repository's commit, 40 digits.")] = None,
+    tokenizer: Annotated[
+        str | None, typer.Option(metavar="DIR_OR_ALIAS", help="Tokenizers and configurations for a single file.")
+    ] = None,
+    parts: Annotated[
+        str | None, typer.Option(metavar="DIR_OR_ALIAS", help="Folder with the parts that a single file lacks.")
+    ] = None,
+    family: Annotated[str | None, typer.Option(help="Family of an autoencoder in a single file.")] = None,
+    prediction_type: Annotated[
+        str | None, typer.Option(help="Prediction type of a single file: epsilon or v_prediction.")
+    ] = None,
     licence: Annotated[str | None, typer.Option(help="Licence of the weights.")] = None,
     purpose: Annotated[list[str] | None, typer.Option(help="Approved purpose; may be repeated.")] = None,
     expires: Annotated[datetime | None, typer.Option(formats=["%Y-%m-%d"], help="Last day of the approval.")] = None,
@@ -62,34 +79,54 @@ def add(
 ) -> None:
     """Approve weights under an alias, which refers to them from now on. Existing jobs keep their pinned weights."""
     settings = load_settings(home)
+    approval = registry.Approval(
+        approved_by=approved_by or "",
+        licence=licence,
+        purposes=tuple(purpose or ()),
+        expires_at=expires.replace(tzinfo=UTC).timestamp() + 86400 if expires else None,
+    )
+    named = {"--tokenizer": tokenizer, "--parts": parts, "--family": family, "--prediction-type": prediction_type}
+    if all_of is not None:
+        if alias or source or revision or any(named.values()):
+            raise refuse("--all DIR takes no ALIAS and no other source", "checkpoints add --all DIR [--licence L]")
+        add_folder(settings, all_of, approval, as_json=as_json)
+        return
+    if alias is None or source is None:
+        raise refuse("checkpoints add needs an alias and a source", "checkpoints add ALIAS FILE_OR_DIR_OR_REPO")
     if not re.fullmatch(NAME, alias):
         raise refuse(f"{alias!r} is not an alias", "lower-case letters, digits and -")
+    if Path(source).expanduser().is_file():
+        if revision is not None:
+            raise refuse(f"{source} is a file, and --revision is for hub repositories", "omit --revision")
+        document = add_single_file(settings, alias, Path(source), named, approval)
+    else:
+        if option := next((option for option, value in named.items() if value is not None), None):
+            raise refuse(f"{option} is for a single file, and {source} is not one", f"omit {option}")
+        document = _add_directory(settings, alias, source, revision, approval)
+    if as_json:
+        print_json(document)
+        return
+    stdout.print(f"{alias}: {document['kind']}, {document['family']}, digest {document['digest'][:16]}")
+    for note in document.get("notes", ()):
+        stdout.print(f"note: {note}")
+
+
+def _add_directory(
+    settings: Settings, alias: str, source: str, revision: str | None, approval: registry.Approval
+) -> Json:
     directory = Path(source).expanduser().resolve()
     if not directory.is_dir() and REPOSITORY.fullmatch(source):
         if revision is None:
-            raise refuse(f"{source} is not a directory, and a repository needs --revision", "pin its commit")
+            raise refuse(f"{source} is not a file or directory, and a repository needs --revision", "pin its commit")
         with nullcontext() if settings.checkpoints.is_relative_to(settings.home) else users_umask():
             directory = fetch(source, revision, settings.checkpoints / f".{alias}-{revision[:12]}")
     try:
         files = inspect(alias, directory)
     except CheckpointError as error:
         raise refuse(str(error)) from error
-    with open_services(settings) as services, services.audit.transaction() as tx:
-        day_after = expires.replace(tzinfo=UTC).timestamp() + 86400 if expires else None
+    with open_services(settings) as services:
         origin = f"{source}@{revision}" if revision else str(directory)
-        approval = registry.Approval(
-            approved_by=approved_by or services.audit.actor,
-            source=origin,
-            licence=licence,
-            purposes=tuple(purpose or ()),
-            expires_at=day_after,
-        )
-        registry.add(tx, files, approval)
-    document = {"alias": alias, "digest": files.digest, "kind": files.kind, "family": files.family}
-    if as_json:
-        print_json(document)
-    else:
-        stdout.print(f"{alias}: {files.kind}, {files.family}, digest {files.digest[:16]}")
+        return approve(services, files, replace(approval, source=origin))
 
 
 def verify_all(

@@ -26,13 +26,17 @@ _UNFINISHED = ("waiting", "ready", "leased")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Approval:
-    """Terms under which weights may run; ``expires_at`` is in seconds since 1970."""
+    """Terms under which weights may run; ``expires_at`` is in seconds since 1970.
+
+    ``conversion`` is the record of the conversion of a single file: its name, SHA-256, the converter and its options.
+    """
 
     approved_by: str
     source: str | None = None
     licence: str | None = None
     purposes: Sequence[str] = ()
     expires_at: float | None = None
+    conversion: Json | None = None
 
 
 def known(connection: Connection) -> list[CheckpointFiles]:
@@ -137,6 +141,8 @@ def _insert(tx: Transaction, files: CheckpointFiles, approval: Approval) -> None
         return  # another submit was first
     terms = {"licence": approval.licence, "purposes": list(approval.purposes), "expires_at": approval.expires_at}
     about = {"alias": files.alias, "digest": files.digest} | terms
+    if approval.conversion:
+        about["conversion"] = approval.conversion
     tx.record(Event.CHECKPOINT_ADDED, f"checkpoint:{files.digest[:16]}", **about)
 
 

@@ -210,15 +210,12 @@ def t5(shapes: Shape) -> dict[str, Any]:
 def sd3(shapes: Shape) -> dict[str, Any]:
     """Return an SD3 transformer's configuration as far as its tensors tell it."""
     patch = shapes.size("x_embedder.proj.weight", 2)
-    dual = [
-        n
-        for n in range(shapes.count(r"joint_blocks\.(\d+)\."))
-        if f"joint_blocks.{n}.x_block.attn2.qkv.weight" in shapes
-    ]
+    layers = shapes.count(r"joint_blocks\.(\d+)\.")
+    dual = [n for n in range(layers) if f"joint_blocks.{n}.x_block.attn2.qkv.weight" in shapes]
     found: dict[str, Any] = {
         "in_channels": shapes.size("x_embedder.proj.weight", 1),
         "patch_size": patch,
-        "num_layers": shapes.count(r"joint_blocks\.(\d+)\."),
+        "num_layers": layers,
         "caption_projection_dim": shapes.size("context_embedder.weight"),
         "joint_attention_dim": shapes.size("context_embedder.weight", 1),
         "pooled_projection_dim": shapes.size("y_embedder.mlp.0.weight", 1),

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from sdpipeline.engine.single_files import networks, schedulers, tokenizers
+from sdpipeline.engine.single_files.given import Given
 from sdpipeline.engine.single_files.layout import Layout, Part
 from sdpipeline.engine.single_files.record import RECORD
 from sdpipeline.engine.single_files.source_file import FLOAT8, SourceFile
@@ -21,20 +22,6 @@ REVISION = 1
 """Revision of this converter: another one makes another folder of the same file."""
 
 Report = Callable[[str], None]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Given:
-    """Folders and facts that the user gave beside the file.
-
-    ``tokenizer`` and ``parts`` are folders in diffusers' layout; configurations are read from both, weights of
-    missing parts from ``parts`` alone. ``family`` and ``prediction_type`` decide what no tensor tells.
-    """
-
-    tokenizer: Path | None = None
-    parts: Path | None = None
-    family: str | None = None
-    prediction_type: str | None = None
 
 
 @dataclass(slots=True)
@@ -158,7 +145,10 @@ def _refuse_absent(work: _Conversion, absent: Sequence[str]) -> None:
 
 
 def _vocabularies(work: _Conversion, encoders: Mapping[str, str]) -> dict[str, tuple[Path, bool]]:
-    """Return (folder, whether its padding has to become OpenCLIP's) of each tokenizer; CheckpointError names missing ones."""
+    """Return each tokenizer's folder, with True if its padding has to become OpenCLIP's.
+
+    Raises CheckpointError for missing vocabularies, by their names.
+    """
     family, found, missing = work.layout.family, {}, []
     for name, kind in tokenizers.names(encoders).items():
         folder = tokenizers.find(name, kind, work.folders)
@@ -196,8 +186,8 @@ def _configuration(work: _Conversion, name: str, part: Part) -> dict[str, Any]:
     if name == "vae" and len(families) > 1 and origin.startswith("published"):
         choices = "sd1 or sdxl" if config["latent_channels"] == 4 else "sd3 or flux"
         raise CheckpointError(
-            f"{where}: autoencoders of several families have the same tensors, and differ in the scale of their latents "
-            f"only; say --family {choices}"
+            f"{where}: autoencoders of two families have the same tensors, and differ in the scale of their latents; "
+            f"say --family {choices}"
         )
     work.templates[name] = origin
     return config

@@ -11,14 +11,14 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from sdpipeline.domain import digest
+from sdpipeline.domain import Json, digest
 from sdpipeline.engine.checkpoints import CheckpointFiles, inspect
 from sdpipeline.engine.hash_cache import StatKey
-from sdpipeline.engine.single_files import conversion
-from sdpipeline.engine.single_files.conversion import Given
+from sdpipeline.engine.single_files import conversion, tokenizers
+from sdpipeline.engine.single_files.given import Given
 from sdpipeline.engine.single_files.layout import Layout, recognise
 from sdpipeline.engine.single_files.record import RECORD
 from sdpipeline.engine.single_files.source_file import SourceFile, check_dtypes, read_header
@@ -36,12 +36,16 @@ Progress = Callable[[str, int, int], None]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Imported:
-    """An imported file. ``notes`` say what was decided that the file does not tell."""
+    """An imported file; ``record`` is that of its conversion, and empty for a copy."""
 
     files: CheckpointFiles
     sha256: str
-    converted: bool
-    notes: tuple[str, ...] = ()
+    record: Json = field(default_factory=dict)
+
+    @property
+    def notes(self) -> list[str]:
+        """Return what was decided that the file does not tell."""
+        return [str(note) for note in self.record.get("notes", ())]
 
 
 def import_file(alias: str, path: Path, folder: Path, given: Given, progress: Progress) -> Imported:
@@ -61,7 +65,7 @@ def import_file(alias: str, path: Path, folder: Path, given: Given, progress: Pr
     target = folder / _name(source, layout, given, sha256)
     if not target.is_dir():
         with _unfinished(folder) as temporary:
-            _fill(temporary, source, layout, given, sha256, progress)
+            _fill(temporary, source, layout, given, sha256=sha256, progress=progress)
             if _stat(path) != before:
                 raise CheckpointError(f"{path} changed while it was read; leave it alone and try again")
             inspect(alias, temporary)
@@ -72,19 +76,24 @@ def import_file(alias: str, path: Path, folder: Path, given: Given, progress: Pr
     files = inspect(alias, target)
     if layout is None:
         files = replace(files, origin_sha256=sha256)
-        return Imported(files=files, sha256=sha256, converted=False)
+        return Imported(files=files, sha256=sha256)
     record = json.loads((target / RECORD).read_text(encoding="utf-8"))
-    return Imported(files=files, sha256=sha256, converted=True, notes=tuple(record["notes"]))
+    return Imported(files=files, sha256=sha256, record=record)
 
 
 def _fill(
-    temporary: Path, source: SourceFile, layout: Layout | None, given: Given, sha256: str, progress: Progress
+    temporary: Path, source: SourceFile, layout: Layout | None, given: Given, *, sha256: str, progress: Progress
 ) -> None:
     if layout is None:
-        progress("copying", 0, 0)
+        progress(f"copying {source.path.name}", 0, 0)
         shutil.copyfile(source.path, temporary / source.path.name)
         return
-    conversion.convert(source, layout, given, temporary, sha256=sha256, report=lambda step: progress(step, 0, 0))
+    try:
+        conversion.convert(source, layout, given, temporary, sha256=sha256, report=lambda step: progress(step, 0, 0))
+    except ModuleNotFoundError as error:
+        raise CheckpointError(
+            f"{source.path} has to be converted, and {error.name} is not installed: pip install 'sdpipeline[engine]'"
+        ) from error
 
 
 def _refuse_surplus(path: Path, given: Given) -> None:
@@ -118,33 +127,27 @@ def _name(source: SourceFile, layout: Layout | None, given: Given, sha256: str) 
         return f".{stem}-{digest({'sha256': sha256, 'file': source.path.name})[:16]}"
     options = {"family": given.family, "prediction_type": given.prediction_type}
     folders = {"tokenizer": given.tokenizer, "parts": given.parts, "own": source.path.parent}
-    parts = {key: _fingerprint(folder) for key, folder in folders.items() if folder is not None}
+    parts = {key: _fingerprint(path, weights=key == "parts") for key, path in folders.items() if path is not None}
     about = {"sha256": sha256, "file": source.path.name, "revision": conversion.REVISION, **options, **parts}
     return f".{stem}-{digest(about)[:16]}"
 
 
-_READ = (
-    "model_index.json",
-    "config.json",
-    "*/config.json",
-    "*/*_config.json",
-    "*tokenizer*/*",
-    "tokenizer*",
-    "vocab.json",
+_PARTS = (
+    *("unet", "transformer", "vae", "controlnet", "scheduler", "text_encoder", "text_encoder_2", "text_encoder_3"),
+    *("tokenizer", "tokenizer_2", "tokenizer_3"),
 )
-_READ_TOO = ("merges.txt", "spiece.model", "special_tokens_map.json")
 
 
-def _fingerprint(folder: Path) -> dict[str, str]:
-    """Return the small files of a user's folder that decide a conversion by their hashes, and weights by their sizes."""
-    roots = {"": folder, "parent/": folder.parent} if folder.name.startswith("tokenizer") else {"": folder}
+def _fingerprint(folder: Path, *, weights: bool) -> dict[str, str]:
+    """Return the small files of a user's folder by their hashes, and its weights by their sizes."""
+    (root,) = tokenizers.roots(folder)
     found = {}
-    for prefix, root in roots.items():
-        for path in sorted({path for pattern in (*_READ, *_READ_TOO) for path in root.glob(pattern)}):
-            if path.is_file() and path.suffix in (".json", ".txt", ".model"):
-                found[prefix + str(path.relative_to(root))] = hashlib.sha256(path.read_bytes()).hexdigest()
-        for path in root.glob(f"*/*{WEIGHTS}"):
-            found[prefix + str(path.relative_to(root))] = str(path.stat().st_size)
+    for path in sorted(path for part in ("", *_PARTS) if (root / part).is_dir() for path in (root / part).iterdir()):
+        name = str(path.relative_to(root))
+        if path.is_file() and path.suffix in (".json", ".txt", ".model"):
+            found[name] = hashlib.sha256(path.read_bytes()).hexdigest()
+        elif weights and path.suffix == WEIGHTS and path.parent != root:
+            found[name] = str(path.stat().st_size)
     return found
 
 

@@ -45,8 +45,9 @@ def read_header(path: Path) -> SourceFile:
     """Read the header; CheckpointError for a pickle, GGUF, LFS pointer, page of HTML or incomplete download."""
     if path.suffix.lower() in PICKLES:
         raise CheckpointError(
-            f"{path} is a pickle, which can run code and is never opened; fetch the author's {WEIGHTS} file, or convert "
-            "it on a machine that you can discard: torch.load(…, weights_only=True), then safetensors.torch.save_file"
+            f"{path} is a pickle, which can run code and is never opened; fetch the author's {WEIGHTS} file, or "
+            "convert it on a machine that you can discard: torch.load(…, weights_only=True), then "
+            "safetensors.torch.save_file"
         )
     try:
         with path.open("rb") as file:
@@ -103,7 +104,7 @@ def check_dtypes(source: SourceFile) -> None:
         scaled = name.endswith((".scale_weight", ".scale_input", ".weight_scale", ".input_scale")) or name in _SCALED
         if scaled or ".quant_state." in name or name.endswith((".absmax", ".qweight", ".comfy_quant")):
             raise CheckpointError(
-                f"{source.path} holds quantized weights with scales ({name}); use the fp16 or bf16 file of these weights"
+                f"{source.path} holds quantized weights with scales ({name}); use the fp16 or bf16 file of them"
             )
         if info.dtype not in _READABLE:
             raise CheckpointError(

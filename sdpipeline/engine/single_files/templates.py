@@ -124,7 +124,7 @@ def _clip(template: Mapping[str, Any], inferred: Mapping[str, Any]) -> bool:
     return all(template.get(key) == inferred[key] for key in ("hidden_size", "intermediate_size"))
 
 
-def _t5(template: Mapping[str, Any], inferred: Mapping[str, Any]) -> bool:
+def _t5(template: Mapping[str, Any], _: Mapping[str, Any]) -> bool:
     return template.get("model_type") == "t5"
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from sdpipeline.engine.single_files.conversion import Given
+from sdpipeline.engine.single_files.given import Given
 from sdpipeline.engine.single_files.importer import Imported, import_file
 from tests.integration.single_files import pack
 from tests.integration.tiny_checkpoints import tiny_checkpoints
@@ -32,3 +32,16 @@ def test_every_tensor_of_a_packed_pipeline_comes_back(name: str, tmp_path: Path)
     before, after = tensors(base), tensors(found.files.directory)
     assert before.keys() == after.keys()
     assert all(before[key].equal(after[key]) for key in before)
+
+
+@pytest.mark.parametrize("name", ["controlnet-sd1", "controlnet-sd2", "controlnet-sdxl", "vae", "vae-sdxl"])
+def test_every_tensor_of_a_packed_network_comes_back(name: str, tmp_path: Path) -> None:
+    base = tiny_checkpoints().directory(name)
+    found = imported(pack(base, tmp_path / "in" / "x.safetensors"), tmp_path / "out", parts=base)
+    before, after = tensors(base), tensors(found.files.directory)
+    assert before.keys() == after.keys()
+    assert all(before[key].equal(after[key]) for key in before)
+    assert (found.files.kind, found.files.family) == (
+        tiny_checkpoints().files(name).kind,
+        tiny_checkpoints().files(name).family,
+    )
