@@ -26,13 +26,17 @@ _UNFINISHED = ("waiting", "ready", "leased")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Approval:
-    """Terms under which weights may run; ``expires_at`` is in seconds since 1970."""
+    """Terms under which weights may run; ``expires_at`` is in seconds since 1970.
+
+    ``conversion`` is the record of the conversion of a single file: its name, SHA-256, the converter and its options.
+    """
 
     approved_by: str
     source: str | None = None
     licence: str | None = None
     purposes: Sequence[str] = ()
     expires_at: float | None = None
+    conversion: Json | None = None
 
 
 def known(connection: Connection) -> list[CheckpointFiles]:
@@ -146,7 +150,7 @@ def _insert(tx: Transaction, files: CheckpointFiles, approval: Approval) -> None
     if tx.connection.execute(statement.returning(checkpoint.c.digest)).first() is None:
         return  # another submit was first
     terms = {"licence": approval.licence, "purposes": list(approval.purposes), "expires_at": approval.expires_at}
-    learned = {"native_size": files.native_size, "defaults": dict(files.defaults)}
+    learned = {"native_size": files.native_size, "defaults": dict(files.defaults), "conversion": approval.conversion}
     about = {"alias": files.alias, "digest": files.digest} | terms | {k: v for k, v in learned.items() if v}
     tx.record(Event.CHECKPOINT_ADDED, f"checkpoint:{files.digest[:16]}", **about)
 

@@ -15,6 +15,7 @@ from sdpipeline.engine.distilled import detected_defaults
 from sdpipeline.engine.families import FAMILIES
 from sdpipeline.engine.hash_cache import HashCache
 from sdpipeline.engine.refusal import Refusal
+from sdpipeline.engine.single_files.record import origin_sha256
 from sdpipeline.engine.weight_files import MATTERS, WEIGHTS, WeightFiles
 from sdpipeline.errors import CheckpointError, SdpError
 
@@ -79,6 +80,7 @@ def inspect(alias: str, directory: Path, *, cache: HashCache | None = None) -> C
             ignored=tuple(sorted(ignored)),
             size_bytes=sum(found.keys[name].size for name in manifest),
             defaults=detected_defaults(found.path, about.kind, about.family),
+            origin_sha256=origin_sha256(found.path, names),
         )
 
 
