@@ -25,6 +25,10 @@ Profile = Literal["exact", "fast", "turbo"]
 """Trade-off for speed. ``exact``: none. The others compute the steps of several pictures together and skip some of the
 computation; see ``sdpipeline.engine.stepwise.profiles``. In the order of speed."""
 
+PromptSyntax = Literal["plain", "weighted"]
+"""Syntax of prompts. ``plain``: a prompt is text. ``weighted``: brackets weight words and ``BREAK`` starts a chunk; see
+``sdpipeline.engine.weighted_prompts``."""
+
 # JSON values; recursive aliases need Python 3.12's `type` statement, so this names only the outermost layer.
 Json = dict[str, Any]
 
@@ -143,6 +147,7 @@ class GenerationRequest:
     reproducibility: StoredReproducibility = "tolerant"
     profile: Profile = "exact"
     output: OutputFormat = OutputFormat()
+    prompt_syntax: PromptSyntax = "plain"
 
     @property
     def exact(self) -> bool:

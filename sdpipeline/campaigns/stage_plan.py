@@ -12,6 +12,7 @@ from sdpipeline.campaigns.learned_defaults import learned_defaults
 from sdpipeline.campaigns.parameter_warnings import Oddity, negative_prompt_oddity, parameter_oddities
 from sdpipeline.campaigns.parameters import LIMITS, Parameters, number
 from sdpipeline.campaigns.policy import Rules
+from sdpipeline.campaigns.prompt_syntax import ESCAPE, prompt_check
 from sdpipeline.campaigns.request_form import Resolved, Shape, Size
 from sdpipeline.campaigns.spec import CampaignSpec
 from sdpipeline.campaigns.stage_spec import ImageSpec, Stage
@@ -20,8 +21,10 @@ from sdpipeline.campaigns.warnings import Warnings
 from sdpipeline.campaigns.yaml_source import KeyPath
 from sdpipeline.domain import AdapterInput, CheckpointRef, ImageSource, OutputFormat, Task
 from sdpipeline.engine import annotators, families
+from sdpipeline.engine.checkpoint_config import own_scheduler
 from sdpipeline.engine.checkpoints import CheckpointFiles, inversion_words
-from sdpipeline.engine.families import Cell, Family
+from sdpipeline.engine.families import Cell, Family, scheduler_config
+from sdpipeline.engine.weighted_prompts import WeightedPrompt, WeightRefusedError
 from sdpipeline.errors import InputImageError
 from sdpipeline.suggestions import nearest
 
@@ -99,6 +102,7 @@ class StagePlan:
         if cell is None:
             raise AssertionError(f"{stage.task} should have been refused when the campaign was loaded")
         self._cell = cell
+        self._own_scheduler = own_scheduler(self.files.directory)
         self._controlnets = [catalog[use.checkpoint] for use in stage.controlnets]
         self._annotators = [catalog.get(use.annotator_checkpoint or "") for use in stage.controlnets]
         self._adapters = {place: catalog[use.checkpoint] for place, use in stage.adapters()}
@@ -109,8 +113,9 @@ class StagePlan:
         output = stage.output or spec.output
         self._output = OutputFormat(format=output.format, quality=output.quality)
         self._parameters = {name: self._parameter(spec, name) for name in Parameters.model_fields}
+        self._prompts = prompt_check(spec, stage, self.family, catalog, warnings)
         self._prompt = compile_template(stage.prompt)
-        self._negative_place, negative = self._parameters.pop("negative_prompt")
+        self._negative_path, negative = self._parameters.pop("negative_prompt")
         self._negative = negative if isinstance(negative, Template) else compile_template("")
         scales: dict[KeyPath, Any] = {place: getattr(use, "weight", 1.0) for place, use in stage.adapters()}
         scales |= {("controlnets", n): use.controlnet_conditioning_scale for n, use in enumerate(stage.controlnets)}
@@ -134,10 +139,12 @@ class StagePlan:
         prompt = self._filled((*self.path, "prompt"), self._prompt, values)
         if not prompt and self.stage.task is Task.TEXT_TO_IMAGE:
             raise WrongValueError((*self.path, "prompt"), "is empty with these values")
-        negative = self._filled((*self.path, "negative_prompt"), self._negative, values)
+        negative = self._filled(self._negative_path, self._negative, values)
         self._check_words(prompt, negative)
         if negative and (odd := negative_prompt_oddity(shape.fixed["guidance_scale"], self._learned)):
-            self._warn(self._negative_place, odd)
+            self._warn(self._negative_path, odd)
+        parsed = self._parsed((*self.path, "prompt"), self._prompt, prompt)
+        self._parsed(self._negative_path, self._negative, negative)
         return Resolved(
             shape=shape,
             form=shape.form(negative=bool(negative)),
@@ -145,8 +152,19 @@ class StagePlan:
             negative_prompt=negative,
             used={name: values[name] for name in self._all_names},
             quoted={".prompt": encode_basestring(prompt), ".negative": encode_basestring(negative)},
-            blocked=next(filter(None, (rules.denial(prompt) for rules in self.policies)), None),
+            blocked=self._denial(prompt, parsed),
         )
+
+    def _parsed(self, path: KeyPath, template: Template, prompt: str) -> WeightedPrompt:
+        try:
+            return self._prompts.parsed(path, template, prompt)
+        except WeightRefusedError as error:
+            raise WrongValueError(path, str(error), ESCAPE) from error
+
+    def _denial(self, prompt: str, parsed: WeightedPrompt) -> str | None:
+        """Return the policy rule that forbids the prompt, as it is written or by its words without brackets."""
+        texts = dict.fromkeys([prompt, parsed.text])
+        return next(filter(None, (rules.denial(text) for rules in self.policies for text in texts)), None)
 
     def _check_words(self, *texts: str) -> None:
         """Refuse a textual inversion that no prompt mentions: it would silently have no effect."""
@@ -154,6 +172,19 @@ class StagePlan:
             if words and not any(word in text for word in words for text in texts):
                 path: KeyPath = (*self.path, "textual_inversions", n)
                 raise WrongValueError(path, "no prompt mentions it", f"write {words[0]} where it is meant")
+
+    def _check_config(self, scheduler: str, steps: int) -> None:
+        """Refuse what the checkpoint's own configuration does not allow, if it is on this machine."""
+        controlnets = len(self._controlnets)
+        refused = scheduler_config.refusal(self.family, self._own_scheduler, scheduler, steps, controlnets=controlnets)
+        if refused:
+            raise WrongValueError(self._place(refused.key), refused.message, refused.fix)
+
+    def _place(self, key: str) -> KeyPath:
+        """Return the place in the campaign file that gives the stage this value."""
+        if key == "checkpoint" and self.stage.checkpoint is None:
+            return ("checkpoint",)
+        return self._parameters[key][0] if key in self._parameters else (*self.path, key)
 
     def _parameter(self, spec: CampaignSpec, name: str) -> tuple[KeyPath, Any]:
         """Return the stage's own value, else the default if the stage takes it, with its place in the file."""
@@ -181,6 +212,8 @@ class StagePlan:
                 fix = f"add resize: ({', '.join(annotators.RESIZE_MODES)}) or change width and height"
                 raise WrongValueError((*self.path, *place), message, fix)
         steps = self._value("num_inference_steps", values, self._learned.get("num_inference_steps"))
+        scheduler = self._value("scheduler", values, self._learned.get("scheduler"))
+        self._check_config(scheduler, steps)
         fixed = {
             "task": stage.task,
             "checkpoint": _ref(self.files),
@@ -188,7 +221,7 @@ class StagePlan:
             "height": height,
             "num_inference_steps": steps,
             "guidance_scale": self._value("guidance_scale", values, self._learned.get("guidance_scale")),
-            "scheduler": self._value("scheduler", values, self._learned.get("scheduler")),
+            "scheduler": scheduler,
             "strength": self._strength(values, steps),
             "clip_skip": self._value("clip_skip", values, self._learned.get("clip_skip")),
             "noise_level": self._value("noise_level", values),
@@ -200,6 +233,7 @@ class StagePlan:
             "vae": _ref(self._vae) if self._vae else None,
             "reproducibility": self._reproducibility,
             "profile": self._profile,
+            "prompt_syntax": self._prompts.syntax,
             "output": self._output,
         }
         images = {str(place[0]): source for place, source in sources.items() if len(place) == 1}

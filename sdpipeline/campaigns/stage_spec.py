@@ -11,7 +11,7 @@ from sdpipeline.campaigns.parameters import Parameters
 from sdpipeline.campaigns.seeds import Seeds
 from sdpipeline.campaigns.spec_part import Name, Number, Scalar, SpecPart
 from sdpipeline.campaigns.yaml_source import KeyPath
-from sdpipeline.domain import Profile, Reproducibility, Task
+from sdpipeline.domain import Profile, PromptSyntax, Reproducibility, Task
 
 
 class ImageSpec(SpecPart):
@@ -128,6 +128,8 @@ class Stage(Parameters):
     """How exactly this stage's pictures must be reproducible; default the campaign's."""
     profile: Profile | None = None
     """Speed profile of this stage; default the campaign's."""
+    prompt_syntax: PromptSyntax | None = None
+    """Syntax of this stage's prompts; default the campaign's."""
     output: OutputSpec | None = None
     """Encoding of this stage's pictures; default the campaign's."""
     quality: Quality | None = None

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from sdpipeline.campaigns import adapter_validation, policy, profiles
+from sdpipeline.campaigns import adapter_validation, policy, profiles, prompt_syntax
 from sdpipeline.campaigns.learned_defaults import LearnedDefaults, learned_defaults
 from sdpipeline.campaigns.parameters import LIMITS, Parameters, number
 from sdpipeline.campaigns.policy import Rules
@@ -201,6 +201,7 @@ def _check_checkpoint(
             _check_fit(stage, n, path, faults, files=(base, catalog.get(stage.controlnets[n].checkpoint)))
         adapter_validation.check_fit(stage, path, faults, catalog, base=base, row=row)
         profiles.check_fit(stage, path, faults, row)
+        prompt_syntax.check_fit(spec, stage, path, faults, row)
 
 
 def _check_parameters(

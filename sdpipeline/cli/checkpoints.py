@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -11,11 +12,23 @@ from typing import Annotated
 
 import typer
 
-from sdpipeline.app.checkpoints import catalog, refused_checkpoints
+from sdpipeline.app.checkpoint_approval import approve
+from sdpipeline.app.checkpoints import catalog, catalog_and_refused, place_of, shipped_card
+from sdpipeline.app.model_card import read_model_card
 from sdpipeline.app.services import existing_database, open_services
-from sdpipeline.campaigns.checkpoint_defaults import AUTO, parsed_defaults
 from sdpipeline.campaigns.spec_part import NAME
-from sdpipeline.cli.output import FOUND_FAULTS, AsJson, Home, load_settings, print_json, print_records, refuse, stdout
+from sdpipeline.cli.output import (
+    FOUND_FAULTS,
+    AsJson,
+    Home,
+    load_settings,
+    print_json,
+    print_records,
+    print_text,
+    refuse,
+    stdout,
+)
+from sdpipeline.cli.single_files import add_folder, add_single_file
 from sdpipeline.db import registry
 from sdpipeline.domain import Json
 from sdpipeline.engine.checkpoints import CheckpointFiles, inspect, verify
@@ -27,7 +40,6 @@ from sdpipeline.settings import Settings
 from sdpipeline.suggestions import nearest
 
 _GROUP = typer.Typer(help="The registry of checkpoints allowed to run.", no_args_is_help=True)
-Alias = Annotated[str, typer.Argument(metavar="ALIAS", help="Name of the checkpoint in campaign files.")]
 
 
 def add_to(app: typer.Typer) -> None:
@@ -38,26 +50,47 @@ def add_to(app: typer.Typer) -> None:
 
 
 def list_all(*, home: Home = None, as_json: AsJson = False) -> None:
-    """List every checkpoint, allowed or revoked."""
+    """List every checkpoint, allowed, revoked or refused with the reason."""
     settings = load_settings(home)
     rows = _documents(settings)
     if as_json:
         print_json({"checkpoints": rows})
         return
     for row in rows:
-        row["MB"] = round(row["size_bytes"] / 1e6, 1)
-        row["digest"] = row["digest"][:16]
+        row["MB"] = None if row["size_bytes"] is None else round(row["size_bytes"] / 1e6, 1)
+        row["digest"] = row["digest"] and row["digest"][:16]
         row["defaults"] = shown(row["defaults"] or {})
     columns = ("alias", "kind", "family", "MB", "digest", "status", "defaults", "licence", "approved_by", "location")
     print_records("", columns, rows)
+    for row in rows:
+        if row["refused"]:  # not a column: it would break a sentence over many lines
+            print_text(f"{row['alias']} is refused: {row['refused']}\n")
 
 
 def add(
-    alias: Alias,
-    source: Annotated[str, typer.Argument(metavar="DIR_OR_REPO", help="A directory, or a hub repository.")],
+    alias: Annotated[str | None, typer.Argument(metavar="ALIAS", help="Name of the checkpoint in campaigns.")] = None,
+    source: Annotated[
+        str | None,
+        typer.Argument(metavar="FILE_OR_DIR_OR_REPO", help="A safetensors file, a directory, or a hub repository."),
+    ] = None,
     *,
+    all_of: Annotated[
+        Path | None, typer.Option("--all", metavar="DIR", help="Add every adapter below a folder, named by its file.")
+    ] = None,
     revision: Annotated[str | None, typer.Option(help="The repository's commit, 40 digits.")] = None,
-    licence: Annotated[str | None, typer.Option(help="Licence of the weights.")] = None,
+    tokenizer: Annotated[
+        str | None, typer.Option(metavar="DIR_OR_ALIAS", help="Tokenizers and configurations for a single file.")
+    ] = None,
+    parts: Annotated[
+        str | None, typer.Option(metavar="DIR_OR_ALIAS", help="Folder with the parts that a single file lacks.")
+    ] = None,
+    family: Annotated[str | None, typer.Option(help="Family of an autoencoder in a single file.")] = None,
+    prediction_type: Annotated[
+        str | None, typer.Option(help="Prediction type of a single file: epsilon or v_prediction.")
+    ] = None,
+    licence: Annotated[
+        str | None, typer.Option(help="Licence of the weights; default: that of the folder's model card.")
+    ] = None,
     purpose: Annotated[list[str] | None, typer.Option(help="Approved purpose; may be repeated.")] = None,
     expires: Annotated[datetime | None, typer.Option(formats=["%Y-%m-%d"], help="Last day of the approval.")] = None,
     approved_by: Annotated[str | None, typer.Option(help="Approver; default: the current user.")] = None,
@@ -70,44 +103,67 @@ def add(
 ) -> None:
     """Approve weights under an alias, which refers to them from now on. Existing jobs keep their pinned weights."""
     settings = load_settings(home)
+    approval = registry.Approval(
+        approved_by=approved_by or "",
+        licence=licence,
+        purposes=tuple(purpose or ()),
+        expires_at=expires.replace(tzinfo=UTC).timestamp() + 86400 if expires else None,
+    )
+    named = {"--tokenizer": tokenizer, "--parts": parts, "--family": family, "--prediction-type": prediction_type}
+    if all_of is not None:
+        if alias or source or revision or any(named.values()):
+            raise refuse("--all DIR takes no ALIAS and no other source", "checkpoints add --all DIR [--licence L]")
+        add_folder(settings, all_of, approval, defaults or (), as_json=as_json)
+        return
+    if alias is None or source is None:
+        raise refuse("checkpoints add needs an alias and a source", "checkpoints add ALIAS FILE_OR_DIR_OR_REPO")
     if not re.fullmatch(NAME, alias):
         raise refuse(f"{alias!r} is not an alias", "lower-case letters, digits and -")
+    if Path(source).expanduser().is_file():
+        if revision is not None:
+            raise refuse(f"{source} is a file, and --revision is for hub repositories", "omit --revision")
+        document = add_single_file(
+            settings, alias, Path(source), named=named, approval=approval, defaults=defaults or ()
+        )
+    else:
+        if option := next((option for option, value in named.items() if value is not None), None):
+            raise refuse(f"{option} is for a single file, and {source} is not one", f"omit {option}")
+        document = _add_directory(
+            settings, alias, source, revision=revision, approval=approval, defaults=defaults or ()
+        )
+    if as_json:
+        print_json(document)
+        return
+    terms = f"licence {document['licence']}" if document["licence"] else "no licence known: give --licence"
+    stdout.print(f"{alias}: {document['kind']}, {document['family']}, digest {document['digest'][:16]}, {terms}")
+    if document["defaults"]:
+        stdout.print(f"defaults: {shown(document['defaults'])}")
+    for note in document["notes"]:
+        stdout.print(f"note: {note}")
+
+
+def _add_directory(
+    settings: Settings,
+    alias: str,
+    source: str,
+    *,
+    revision: str | None,
+    approval: registry.Approval,
+    defaults: Sequence[str],
+) -> Json:
     directory = Path(source).expanduser().resolve()
     if not directory.is_dir() and REPOSITORY.fullmatch(source):
         if revision is None:
-            raise refuse(f"{source} is not a directory, and a repository needs --revision", "pin its commit")
+            raise refuse(f"{source} is not a file or directory, and a repository needs --revision", "pin its commit")
         with nullcontext() if settings.checkpoints.is_relative_to(settings.home) else users_umask():
             directory = fetch(source, revision, settings.checkpoints / f".{alias}-{revision[:12]}")
     try:
         files = inspect(alias, directory)
     except CheckpointError as error:
         raise refuse(str(error)) from error
-    detected = files.defaults
-    if defaults:
-        files = replace(files, defaults=parsed_defaults(defaults, files))
-    with open_services(settings) as services, services.audit.transaction() as tx:
-        if not defaults:
-            files = registry.with_registered_defaults(tx, files)
-        day_after = expires.replace(tzinfo=UTC).timestamp() + 86400 if expires else None
-        origin = f"{source}@{revision}" if revision else str(directory)
-        approval = registry.Approval(
-            approved_by=approved_by or services.audit.actor,
-            source=origin,
-            licence=licence,
-            purposes=tuple(purpose or ()),
-            expires_at=day_after,
-        )
-        registry.add(tx, files, approval)
-    document = {"alias": alias, "digest": files.digest, "kind": files.kind, "family": files.family}
-    document |= {"native_size": files.native_size, "defaults": dict(files.defaults)}
-    if as_json:
-        print_json(document)
-        return
-    stdout.print(f"{alias}: {files.kind}, {files.family}, digest {files.digest[:16]}")
-    if files.defaults:
-        stdout.print(f"defaults: {shown(files.defaults)}")
-    elif detected and not defaults:
-        stdout.print(f"keeps its earlier defaults; --defaults {AUTO} sets {shown(detected)}")
+    with open_services(settings) as services:
+        origin = f"{source}@{revision}" if revision else None
+        return approve(services, files, replace(approval, source=origin), defaults)
 
 
 def verify_all(
@@ -119,7 +175,7 @@ def verify_all(
     """Hash every file of the weights again, and compare the files with the approved ones."""
     settings = load_settings(home)
     with existing_database(settings) as database:
-        known, refused = catalog(settings, database), refused_checkpoints(settings, database)
+        known, refused = catalog_and_refused(settings, database)
     if alias is not None and alias not in known.keys() | refused.keys():
         raise refuse(f"no checkpoint {alias!r}", nearest(alias, known))
     checked = [_verified(files) for name, files in sorted(known.items()) if alias in (None, name)]
@@ -158,25 +214,47 @@ def revoke(
 
 
 def _documents(settings: Settings) -> list[Json]:
-    """Return the registry's rows, and the allowed checkpoints that were never used."""
+    """Return the registry's rows, the allowed checkpoints that were never used, and the refused ones."""
     rows: list[Json] = []
     with existing_database(settings) as database:
         if database is not None:
             with database.read() as connection:
                 rows = registry.documents(connection)
-        known = catalog(settings, database)
-    running = {(files.digest, alias) for alias, files in known.items()}
-    seen = {(row["digest"], row["alias"]) for row in rows}
+        known, refused = catalog_and_refused(settings, database)
+    running = {(files.digest, alias): files for alias, files in known.items()}
     for row in rows:
-        row["status"] = "revoked" if row["revoked_at"] else "ok" if (row["digest"], row["alias"]) in running else "old"
-    return rows + [_unused(files) for alias, files in known.items() if (files.digest, alias) not in seen]
+        files = running.get((row["digest"], row["alias"]))
+        row["status"] = "revoked" if row["revoked_at"] else "ok" if files else "old"
+        row["defaults"] = row["defaults"] or {}
+        row["refused"] = None
+        _fill_terms(row)
+    seen = {(row["digest"], row["alias"]) for row in rows}
+    rows += [_unused(files) for key, files in running.items() if key not in seen]
+    return rows + [_unusable(settings, alias, why) for alias, why in sorted(refused.items())]
+
+
+_OWN = ("alias", "digest", "kind", "family", "scale", "size_bytes", "native_size", "origin_sha256")
+_TERMS = ("approved_by", "source", "expires_at", "revoked_at", "revoked_because")
 
 
 def _unused(files: CheckpointFiles) -> Json:
-    names = ("alias", "digest", "kind", "family", "scale", "size_bytes", "native_size", "origin_sha256")
-    terms = dict.fromkeys(("approved_by", "source", "expires_at", "revoked_at", "revoked_because"))
-    own = {name: getattr(files, name) for name in names} | {"defaults": dict(files.defaults)}
-    return own | terms | {"licence": files.licence, "location": str(files.directory), "purposes": [], "status": "ok"}
+    own = {name: getattr(files, name) for name in _OWN} | dict.fromkeys(_TERMS)
+    own |= {"defaults": dict(files.defaults), "licence": files.licence, "location": str(files.directory)}
+    return _fill_terms(own | {"purposes": [], "status": "ok", "refused": None})
+
+
+def _unusable(settings: Settings, alias: str, why: CheckpointError) -> Json:
+    own: Json = dict.fromkeys((*_OWN, *_TERMS, "licence")) | {"alias": alias, "defaults": {}, "purposes": []}
+    return own | {"location": str(place_of(settings, alias)), "status": "refused", "refused": str(why)}
+
+
+def _fill_terms(row: Json) -> Json:
+    """Add the licence and source that the folder itself states, if the approval names none."""
+    directory = Path(row["location"])
+    card = shipped_card(directory) or read_model_card(directory)
+    row["licence"] = row["licence"] or card.licence
+    row["source"] = row["source"] or card.source
+    return row
 
 
 def _refused(alias: str, why: CheckpointError) -> Json:

@@ -26,13 +26,17 @@ _UNFINISHED = ("waiting", "ready", "leased")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Approval:
-    """Terms under which weights may run; ``expires_at`` is in seconds since 1970."""
+    """Terms under which weights may run; ``expires_at`` is in seconds since 1970.
+
+    ``conversion`` is the record of the conversion of a single file: its name, SHA-256, the converter and its options.
+    """
 
     approved_by: str
     source: str | None = None
     licence: str | None = None
     purposes: Sequence[str] = ()
     expires_at: float | None = None
+    conversion: Json | None = None
 
 
 def known(connection: Connection) -> list[CheckpointFiles]:
@@ -55,7 +59,7 @@ def withdrawn(connection: Connection) -> tuple[frozenset[str], frozenset[tuple[s
 
 def documents(connection: Connection) -> list[Json]:
     """List every row, as ``checkpoints list --json`` shows it."""
-    columns = [column for column in checkpoint.columns if column.name != "manifest"]
+    columns = [column for column in checkpoint.columns if column.name not in ("manifest", "ignored")]
     rows = connection.execute(select(*columns).order_by(checkpoint.c.alias, checkpoint.c.created_at)).mappings()
     return [dict(row) for row in rows]
 
@@ -67,7 +71,7 @@ def remember(tx: Transaction, used: Iterable[CheckpointFiles]) -> None:
     present = {(row.digest, row.alias) for row in tx.connection.execute(rows.with_for_update(read=True))}
     for files in used:
         if (files.digest, files.alias) not in present:
-            _insert(tx, files, Approval(approved_by=tx.actor))
+            _insert(tx, files, Approval(approved_by=tx.actor, licence=files.licence))
 
 
 def add(tx: Transaction, files: CheckpointFiles, approval: Approval) -> None:
@@ -141,12 +145,12 @@ def _insert(tx: Transaction, files: CheckpointFiles, approval: Approval) -> None
     row: dict[str, Any] = {name: getattr(files, name) for name in names}
     row |= {name: getattr(approval, name) for name in ("approved_by", "source", "licence", "expires_at")}
     row |= {"location": str(files.directory), "manifest": dict(files.manifest), "purposes": list(approval.purposes)}
-    row["defaults"] = dict(files.defaults)
+    row |= {"defaults": dict(files.defaults), "ignored": list(files.ignored)}
     statement = insert_ignoring(tx.connection, checkpoint).values(created_at=now_s(), **row)
     if tx.connection.execute(statement.returning(checkpoint.c.digest)).first() is None:
         return  # another submit was first
     terms = {"licence": approval.licence, "purposes": list(approval.purposes), "expires_at": approval.expires_at}
-    learned = {"native_size": files.native_size, "defaults": dict(files.defaults)}
+    learned = {"native_size": files.native_size, "defaults": dict(files.defaults), "conversion": approval.conversion}
     about = {"alias": files.alias, "digest": files.digest} | terms | {k: v for k, v in learned.items() if v}
     tx.record(Event.CHECKPOINT_ADDED, f"checkpoint:{files.digest[:16]}", **about)
 
@@ -166,4 +170,5 @@ def _files(row: Any) -> CheckpointFiles:
         origin_sha256=row.origin_sha256,
         licence=row.licence,
         purposes=tuple(row.purposes),
+        ignored=tuple(row.ignored or ()),
     )

@@ -76,6 +76,8 @@ class Execution:
     """`not used`, if the checkpoint takes no prompt."""
     prompt_tokens: int | None = None
     """Length of the prompt's embeddings, in tokens."""
+    prompt_weights: Mapping[str, Any] | None = None
+    """Weights of the parts of weighted prompts, and the reference whose emphasis applied them."""
     strength: float | None = None
     """Effective strength, with the family's default."""
     noise_level: int | None = None

@@ -11,6 +11,7 @@ from sdpipeline.engine import Calls
 from sdpipeline.engine.checkpoints import CheckpointFiles
 from sdpipeline.engine.diffusers.loading import Loaded
 from sdpipeline.engine.diffusers.preprocessing import Pictures
+from sdpipeline.engine.diffusers.schedulers import RecordedScheduler
 from sdpipeline.engine.diffusers.text import Embedding
 from sdpipeline.engine.families import Cell, Family
 
@@ -33,6 +34,7 @@ class PassSettings:
     width: int
     height: int
     scheduler: str
+    scheduler_config: RecordedScheduler | None
     num_inference_steps: int
     strength: float | None
     guided: bool
@@ -54,7 +56,8 @@ class Reference:
 class Member:
     """One request of a batch, ready to run; ``index`` is its position in the requested batch.
 
-    ``calls`` are the recorded network calls if the picture is reproduced.
+    ``calls`` are the recorded network calls, and ``scheduler_config`` the recorded scheduler, if the picture is
+    reproduced.
     """
 
     index: int
@@ -64,6 +67,7 @@ class Member:
     negative: Embedding | None
     references: tuple[Reference, ...] = ()
     calls: Calls = ()
+    scheduler_config: RecordedScheduler | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -149,6 +153,7 @@ def settings_of(member: Member, weights: Weights) -> PassSettings:
         width=request.width,
         height=request.height,
         scheduler=request.scheduler,
+        scheduler_config=member.scheduler_config,
         num_inference_steps=request.num_inference_steps,
         strength=strength,
         guided=member.negative is not None,

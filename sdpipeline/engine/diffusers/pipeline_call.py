@@ -14,6 +14,7 @@ import torch
 
 from sdpipeline.domain import Json
 from sdpipeline.engine import Pixels
+from sdpipeline.engine.diffusers import schedulers
 from sdpipeline.engine.diffusers.batch import Denoised, Latents, Member, PassSettings, Weights, padded
 from sdpipeline.engine.diffusers.loading import TEXT_ENCODER
 from sdpipeline.engine.diffusers.patches import PerImageScale, float32_noise, no_global_randomness
@@ -25,7 +26,7 @@ from sdpipeline.engine.diffusers.per_image_scales import (
     own_references,
 )
 from sdpipeline.engine.diffusers.text import Embedding
-from sdpipeline.engine.families import ETA, SCHEDULERS
+from sdpipeline.engine.families import ETA
 from sdpipeline.engine.pixels import to_pil
 
 
@@ -41,7 +42,7 @@ def denoise(
 
     With ``offload_to``, only the running network is on that device.
     """
-    scheduler = make_scheduler(settings.scheduler, weights)
+    scheduler = make_scheduler(settings, weights)
     pipe = assemble(weights, scheduler)
     batch = padded(members, bucket)
     with _per_image(weights, batch), offloaded(pipe, offload_to), torch.no_grad():
@@ -89,13 +90,12 @@ def decode(weights: Weights, latents: torch.Tensor, *, float32: bool = False) ->
     return np.asarray(pictures, dtype=np.float32)
 
 
-def make_scheduler(name: str, weights: Weights) -> Any:
+def make_scheduler(settings: PassSettings, weights: Weights) -> Any:
     """Create a scheduler. Pipelines change theirs while they run, so two calls must not share one."""
-    class_name, overrides = SCHEDULERS[name]
-    scheduler_class = getattr(diffusers, class_name)
-    config = dict(weights.base.scheduler_configs["scheduler"]) | dict(overrides) | dict(weights.row.scheduler_config)
-    known = inspect.signature(scheduler_class.__init__).parameters
-    return scheduler_class.from_config({key: value for key, value in config.items() if key in known})
+    if settings.scheduler_config:
+        return schedulers.recreate(settings.scheduler_config)
+    own = weights.base.scheduler_configs["scheduler"]
+    return schedulers.create(settings.scheduler, weights.row, own, alias=weights.base.files.alias)
 
 
 def assemble(weights: Weights, scheduler: Any, *, with_text_encoders: bool = False) -> Any:

@@ -3,6 +3,7 @@
 from sdpipeline.engine.families.family import Cell, Family, TextEncoding
 from sdpipeline.engine.families.refusals import (
     profile_refusal,
+    prompt_syntax_refusal,
     scheduler_refusal,
     size_refusal,
     strength_refusal,
@@ -21,6 +22,7 @@ __all__ = [
     "TextEncoding",
     "family",
     "profile_refusal",
+    "prompt_syntax_refusal",
     "scheduler_refusal",
     "size_refusal",
     "strength_refusal",

@@ -73,6 +73,11 @@ class Family:
     plain: Mapping[Task, Cell] = field(default_factory=dict)
     controlled: Mapping[Task, Cell] = field(default_factory=dict)
 
+    @property
+    def weighted_prompts(self) -> bool:
+        """True if its prompts can be weighted: only CLIP reads them."""
+        return self.text in ("clip", "clip-hidden", "sdxl")
+
     def cell(self, task: Task, *, controlnets: int = 0) -> Cell | None:
         """Return the combination's cell, or ``None`` if diffusers has no such pipeline."""
         found = (self.controlled if controlnets else self.plain).get(task)

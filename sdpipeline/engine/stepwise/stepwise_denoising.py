@@ -199,7 +199,7 @@ def _begun(weights: Weights, member: Member) -> Denoising:
     return Denoising(
         settings=settings,
         guided=member.negative is not None,
-        scheduler=make_scheduler(settings.scheduler, weights),
+        scheduler=make_scheduler(settings, weights),
         guidance=None if width is None else guidance_embeddings([member.request.guidance_scale], width),
         recorded=chain.from_iterable(repeat(rows, times) for rows, times in member.calls) if member.calls else None,
     )
