@@ -9,7 +9,9 @@ from sdpipeline.engine.families import FAMILIES
 from sdpipeline.errors import CheckpointError
 
 PIPELINES = frozenset(
-    cell.pipeline for row in FAMILIES.values() for cell in (*row.plain.values(), *row.controlled.values())
+    cell.pipeline
+    for row in FAMILIES.values()
+    for cell in (*row.plain.values(), *row.controlled.values(), *row.union.values())
 )
 """Allowed values of ``_class_name`` in model_index.json: pipelines that this engine runs."""
 
@@ -55,7 +57,9 @@ COMPONENTS: Mapping[str, tuple[frozenset[str], frozenset[str]]] = {
 }
 """Libraries and classes by the component's name in model_index.json."""
 
-NETWORKS = frozenset({"ControlNetModel", "SD3ControlNetModel", "FluxControlNetModel", "AutoencoderKL"})
+NETWORKS = frozenset(
+    {"ControlNetModel", "ControlNetUnionModel", "SD3ControlNetModel", "FluxControlNetModel", "AutoencoderKL"}
+)
 """diffusers classes of checkpoints that are one network."""
 
 ANNOTATOR_NETWORKS = frozenset(

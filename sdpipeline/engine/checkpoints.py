@@ -15,6 +15,7 @@ from sdpipeline.engine import allowed_classes, weight_files
 from sdpipeline.engine.families import FAMILIES
 from sdpipeline.engine.hash_cache import HashCache
 from sdpipeline.engine.refusal import Refusal
+from sdpipeline.engine.union_controlnets import tensors_of, union_family
 from sdpipeline.engine.weight_files import MATTERS, WEIGHTS, WeightFiles
 from sdpipeline.errors import CheckpointError
 
@@ -218,7 +219,9 @@ def _classify(alias: str, directory: Path, names: list[str]) -> tuple[str, str, 
     if "model_index.json" in names:
         return _pipeline(alias, directory)
     if "config.json" in names:
-        return _component(alias, _json(alias, directory / "config.json"))
+        kind, family, scale = _component(alias, _json(alias, directory / "config.json"))
+        union = union_family(tensors_of(alias, directory, names)) if kind == "controlnet" else None
+        return kind, union or family, scale
     weights = [name for name in names if name.endswith(WEIGHTS) and "/" not in name]
     if len(weights) != 1:
         raise CheckpointError(
@@ -266,7 +269,7 @@ def _unet_family(alias: str, index: Mapping[str, Any], unet: Mapping[str, Any]) 
 
 def _component(alias: str, config: Mapping[str, Any]) -> tuple[str, str, int]:
     name = str(config.get("_class_name", ""))
-    if name == "ControlNetModel":
+    if name in ("ControlNetModel", "ControlNetUnionModel"):
         if config.get("addition_embed_type") == "text_time":
             return "controlnet", "sdxl", 1
         return "controlnet", "sd2" if config.get("cross_attention_dim") == 1024 else "sd1", 1
