@@ -75,7 +75,8 @@ def stock(family: str, given: PreparedRequest) -> Pixels:
     scales: Any = [use.controlnet_conditioning_scale for use in asked.controlnets]
     if family == "flux" and not several:
         maps, modes, scales = maps[0], modes[0], scales[0]
-    pictures: dict[str, Any] = {name: to_pil(given.images[name]) for name in ("image", "mask_image") if name in given.images}
+    names = [name for name in ("image", "mask_image") if name in given.images]
+    pictures: dict[str, Any] = {name: to_pil(given.images[name]) for name in names}
     if asked.task is not Task.TEXT_TO_IMAGE:
         pictures["strength"] = asked.strength
     made = pipe(
@@ -166,7 +167,8 @@ def test_a_mode_is_needed_by_a_union_and_refused_elsewhere() -> None:
     assert (
         "controlnets.0.control_mode: 'union-sdxl' is a union ControlNet and needs it; write one of pose (0)" in missing
     )
-    assert "8 is not a mode of 'union-sdxl', which has 8; write one of pose (0), " in refused(controlnet("union-sdxl", control_mode=8))
+    unknown = refused(controlnet("union-sdxl", control_mode=8))
+    assert "8 is not a mode of 'union-sdxl', which has 8; write one of pose (0), " in unknown
     ordinary = controlnet("controlnet-sdxl", control_mode=0)
     assert "'controlnet-sdxl' is not a union ControlNet and has no modes; remove it" in refused(ordinary)
     together = refused(controlnet("union-sdxl", control_mode=0), controlnet("controlnet-sdxl"))
