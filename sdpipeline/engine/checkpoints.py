@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -12,27 +10,14 @@ from typing import Any
 
 from sdpipeline.domain import Task, digest
 from sdpipeline.engine import allowed_classes, weight_files
+from sdpipeline.engine.classification import SAFETY_CHECKER, classify, header, read_json
 from sdpipeline.engine.families import FAMILIES
 from sdpipeline.engine.hash_cache import HashCache
 from sdpipeline.engine.refusal import Refusal
-from sdpipeline.engine.union_controlnets import tensors_of, union_family
 from sdpipeline.engine.weight_files import MATTERS, WEIGHTS, WeightFiles
 from sdpipeline.errors import CheckpointError
 
-__all__ = ["MATTERS", "WEIGHTS"]
-
-SAFETY_CHECKER = "safety-checker"
-"""Kind of a checkpoint that checks finished pictures."""
-
-ANNOTATORS = {
-    "depth_anything": "depth",
-    "dpt": "depth",
-    "segformer": "segmentation",
-    "upernet": "segmentation",
-    "vitpose": "pose",
-}
-"""transformers' model_type of the networks that turn a picture into a control map, with the kind of map."""
-
+__all__ = ["MATTERS", "SAFETY_CHECKER", "WEIGHTS", "header"]
 
 UNNAMED = frozenset({"emb_params", "clip_l", "clip_g"})
 """Tensors of textual inversions that do not name their token."""
@@ -73,18 +58,19 @@ def inspect(alias: str, directory: Path, *, cache: HashCache | None = None) -> C
         if not any(name.endswith(WEIGHTS) for name in names):
             raise CheckpointError(f"checkpoint {alias!r} holds no {WEIGHTS} file")
         _check_configurations(alias, found.path, frozenset(names))
-        kind, family, scale = _classify(alias, found.path, names)
+        what = classify(alias, found.path, names)
         manifest = {name: found.sha256(name, cache) for name in names}
         found.check_unchanged()
         return CheckpointFiles(
             alias=alias,
             digest=digest(manifest),
-            kind=kind,
-            family=family,
+            kind=what.kind,
+            family=what.family,
             directory=directory,
-            scale=scale,
+            scale=what.scale,
             manifest=manifest,
             size_bytes=sum(found.keys[name].size for name in manifest),
+            native_size=what.native_size,
         )
 
 
@@ -137,11 +123,11 @@ def _check_configurations(alias: str, directory: Path, names: frozenset[str]) ->
     for name in sorted(names):
         file = name.rpartition("/")[2]
         if file.endswith(".index.json"):
-            allowed_classes.check_shards(alias, name, _json(alias, directory / name), names)
+            allowed_classes.check_shards(alias, name, read_json(alias, directory / name), names)
         elif file == "adapter_config.json" and f"{name.removesuffix(file)}config.json" in names:
             raise CheckpointError(f"checkpoint {alias!r}: {name} loads an adapter on top of the network; remove it")
         elif file == "model_index.json" or file.endswith("config.json"):
-            document = _json(alias, directory / name)
+            document = read_json(alias, directory / name)
             allowed_classes.check_configuration(alias, name, document)
             if name == "model_index.json":
                 allowed_classes.check_index(alias, document)
@@ -197,7 +183,7 @@ def _latents(config: Path) -> tuple[Any, ...] | None:
     """
     if not config.is_file():
         return None
-    given = _json(str(config.parent), config)
+    given = read_json(str(config.parent), config)
     return given.get("latent_channels", 4), given.get("scaling_factor", 0.18215), given.get("shift_factor")
 
 
@@ -212,150 +198,3 @@ def inversion_words(files: CheckpointFiles) -> list[str] | None:
 def words_of(alias: str, tensors: Iterable[str]) -> list[str]:
     """Return ``<alias>``, and the file's own token if it names one."""
     return [f"<{alias}>", *(name for name in tensors if name not in UNNAMED)]
-
-
-def _classify(alias: str, directory: Path, names: list[str]) -> tuple[str, str, int]:
-    """Return (kind, family, scale) from the configurations, else from the tensors' names."""
-    if "model_index.json" in names:
-        return _pipeline(alias, directory)
-    if "config.json" in names:
-        kind, family, scale = _component(alias, _json(alias, directory / "config.json"))
-        union = union_family(tensors_of(alias, directory, names)) if kind == "controlnet" else None
-        return kind, union or family, scale
-    weights = [name for name in names if name.endswith(WEIGHTS) and "/" not in name]
-    if len(weights) != 1:
-        raise CheckpointError(
-            f"checkpoint {alias!r}: expected model_index.json, config.json or exactly one {WEIGHTS} file"
-        )
-    return _bare(alias, directory / weights[0])
-
-
-def _pipeline(alias: str, directory: Path) -> tuple[str, str, int]:
-    index = _json(alias, directory / "model_index.json")
-    name = str(index.get("_class_name", ""))
-    if name == "StableDiffusionUpscalePipeline":
-        vae = _json(alias, directory / "vae" / "config.json")
-        return "checkpoint", "upscale", 2 ** (len(vae["block_out_channels"]) - 1)
-    if name == "StableDiffusionLatentUpscalePipeline":
-        return "checkpoint", "latent-upscale", 2
-    if name.startswith("StableDiffusion3"):
-        return "checkpoint", "sd3", 1
-    if name.startswith("Flux"):
-        return _flux(alias, directory)
-    if name.startswith("StableDiffusion") and "unet" in index:
-        return _unet_family(alias, index, _json(alias, directory / "unet" / "config.json"))
-    raise CheckpointError(f"checkpoint {alias!r}: no family runs a {name or 'pipeline without a name'}")
-
-
-def _flux(alias: str, directory: Path) -> tuple[str, str, int]:
-    channels = _json(alias, directory / "transformer" / "config.json").get("in_channels", 64)
-    if channels != 64:
-        raise CheckpointError(f"checkpoint {alias!r}: a Flux with {channels} input channels is not supported")
-    return "checkpoint", "flux", 1
-
-
-def _unet_family(alias: str, index: Mapping[str, Any], unet: Mapping[str, Any]) -> tuple[str, str, int]:
-    channels = unet.get("in_channels", 4)
-    if channels not in (4, 9):
-        raise CheckpointError(f"checkpoint {alias!r}: a U-Net with {channels} input channels is not supported")
-    if unet.get("addition_embed_type") == "text_time":
-        if (index.get("text_encoder") or [None])[0] is None:
-            raise CheckpointError(f"checkpoint {alias!r}: an SDXL refiner cannot start a picture; use its base")
-        return "checkpoint", "sdxl" if channels == 4 else "sdxl-inpaint", 1
-    if channels == 9:
-        return "checkpoint", "sd-inpaint", 1
-    return "checkpoint", "sd2" if unet.get("cross_attention_dim") == 1024 else "sd1", 1
-
-
-def _component(alias: str, config: Mapping[str, Any]) -> tuple[str, str, int]:
-    name = str(config.get("_class_name", ""))
-    if name in ("ControlNetModel", "ControlNetUnionModel"):
-        if config.get("addition_embed_type") == "text_time":
-            return "controlnet", "sdxl", 1
-        return "controlnet", "sd2" if config.get("cross_attention_dim") == 1024 else "sd1", 1
-    if name == "SD3ControlNetModel":
-        return "controlnet", "sd3-inpaint" if config.get("extra_conditioning_channels") else "sd3", 1
-    if name == "FluxControlNetModel":
-        return "controlnet", "flux", 1
-    if name == "AutoencoderKL":
-        return "vae", _vae_family(config), 1
-    if config.get("architectures") == ["StableDiffusionSafetyChecker"]:
-        return SAFETY_CHECKER, "clip", 1
-    if config.get("model_type") in ANNOTATORS:
-        return "annotator", ANNOTATORS[config["model_type"]], 1
-    raise CheckpointError(
-        f"checkpoint {alias!r}: a {name or config.get('model_type') or 'config.json'} is not supported"
-    )
-
-
-def _vae_family(config: Mapping[str, Any]) -> str:
-    """Return the family by the range of the latents, which has to match between autoencoders."""
-    if config.get("latent_channels") == 16:
-        return "flux" if abs((config.get("shift_factor") or 0) - 0.1159) < 1e-3 else "sd3"
-    scaling = config.get("scaling_factor", 0.18215)
-    known = {0.13025: "sdxl", 0.08333: "upscale"}
-    return next((family for factor, family in known.items() if abs(scaling - factor) < 1e-4), "sd1")
-
-
-def _bare(alias: str, path: Path) -> tuple[str, str, int]:
-    tensors = header(alias, path)
-    if any("lora" in name.lower() for name in tensors):
-        return "lora", _lora_family(tensors), 1
-    if any(name.startswith(("image_proj.", "ip_adapter.")) for name in tensors):
-        return "ip-adapter", _width_family(tensors, "to_k_ip"), 1
-    if {"clip_l", "clip_g"} <= tensors.keys():
-        return "textual-inversion", "sdxl", 1
-    if len(tensors) == 1 and len(next(iter(tensors.values()))) <= 2:
-        width = next(iter(tensors.values()))[-1]
-        return "textual-inversion", "sd2" if width == 1024 else "sd1", 1
-    factor = re.search(r"(?:^|\D)(\d)x(?=[-_ .]|$)|[xX](\d)", path.stem)
-    if factor:
-        return "checkpoint", "gan-upscale", int(factor[1] or factor[2])
-    raise CheckpointError(
-        f"checkpoint {alias!r}: {path.name} is not a LoRA, IP-Adapter or textual inversion; "
-        "an upscaler has its factor in its file name, as in 4x-name.safetensors"
-    )
-
-
-def _lora_family(tensors: Mapping[str, list[int]]) -> str:
-    if any("single_transformer_blocks" in name or "single_blocks" in name for name in tensors):
-        return "flux"
-    if any(name.startswith("transformer.") for name in tensors):
-        return "sd3"
-    return _width_family(tensors, "attn2.to_k", "attn2_to_k")
-
-
-def _width_family(tensors: Mapping[str, list[int]], *parts: str) -> str:
-    """Return the family by the width of the text embedding that cross-attention reads; ``any`` if it changes none."""
-    widths = {shape[-1] for name, shape in tensors.items() if any(p in name for p in parts) and "up" not in name}
-    for width, family in ((2048, "sdxl"), (1024, "sd2"), (768, "sd1")):
-        if width in widths:
-            return family
-    return "any"
-
-
-def header(alias: str, path: Path) -> dict[str, list[int]]:
-    """Return the tensors' names and shapes of a safetensors file, from its header alone."""
-    try:
-        with path.open("rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            if length > 100_000_000:
-                raise CheckpointError(f"checkpoint {alias!r}: {path.name} is not a safetensors file")
-            entries = json.loads(file.read(length))
-        return {name: entry["shape"] for name, entry in entries.items() if name != "__metadata__"}
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise CheckpointError(f"checkpoint {alias!r}: {path.name} is not a safetensors file") from error
-
-
-def _json(alias: str, path: Path) -> dict[str, Any]:
-    try:
-        document = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise CheckpointError(f"checkpoint {alias!r}: {path.parent.name}/{path.name} is missing") from error
-    except ValueError as error:
-        raise CheckpointError(f"checkpoint {alias!r}: {path.name} is not JSON: {error}") from error
-    except RecursionError as error:
-        raise CheckpointError(f"checkpoint {alias!r}: {path.name} is nested too deeply") from error
-    if not isinstance(document, dict):
-        raise CheckpointError(f"checkpoint {alias!r}: {path.name} is not a JSON object")
-    return document

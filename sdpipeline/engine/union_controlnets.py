@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
+from sdpipeline.engine.classification.unions import FLUX_UNION, SDXL_UNION, network_tensors, union_modes
 from sdpipeline.engine.refusal import Refusal
 
 if TYPE_CHECKING:
     from sdpipeline.engine.checkpoints import CheckpointFiles
-
-SDXL_UNION = "sdxl-union"
-FLUX_UNION = "flux-union"
 
 MODES: Mapping[str, Mapping[str, int]] = {
     # Published order of xinsir/controlnet-union-sdxl-1.0 (modes 0-5) and its ProMax edition (0-7).
@@ -51,9 +48,6 @@ OTHER_NAMES: Mapping[str, str] = {
 MOST_MODES = 64
 """Upper bound of a mode's number, for a union whose files are on another machine."""
 
-_MODE_TENSORS = {"task_embedding": SDXL_UNION, "controlnet_mode_embedder.weight": FLUX_UNION}
-"""Tensor with one row per mode, by which a union is recognised. Published configurations name an ordinary class."""
-
 
 def is_union(family: str) -> bool:
     """Return True for the family of a union ControlNet."""
@@ -63,11 +57,6 @@ def is_union(family: str) -> bool:
 def uses_union(controlnets: Iterable[CheckpointFiles | None]) -> bool:
     """Return True if any of these is a union ControlNet."""
     return any(files is not None and is_union(files.family) for files in controlnets)
-
-
-def union_family(tensors: Mapping[str, Sequence[int]]) -> str | None:
-    """Return the family of a union ControlNet by its tensors' shapes, None for an ordinary ControlNet."""
-    return next((family for name, family in _MODE_TENSORS.items() if name in tensors), None)
 
 
 def mode_number(family: str, mode: int | str) -> int:
@@ -135,24 +124,5 @@ def combination_refusal(controlnets: Sequence[CheckpointFiles], modes: Sequence[
 
 def mode_count(files: CheckpointFiles) -> int | None:
     """Return the number of modes of a union ControlNet; None if its files are on another machine."""
-    from sdpipeline.engine.checkpoints import WEIGHTS, header
-
-    for name in files.manifest:
-        path = files.directory / name
-        if path.suffix != WEIGHTS or not path.is_file():
-            continue
-        for tensor, shape in header(files.alias, path).items():
-            if tensor in _MODE_TENSORS and shape:
-                return shape[0]
-    return None
-
-
-def tensors_of(alias: str, directory: Path, names: Iterable[str]) -> dict[str, list[int]]:
-    """Return the tensors' names and shapes of a network's weight files, all shards together."""
-    from sdpipeline.engine.checkpoints import WEIGHTS, header
-
-    tensors: dict[str, list[int]] = {}
-    for name in names:
-        if name.endswith(WEIGHTS) and "/" not in name:
-            tensors |= header(alias, directory / name)
-    return tensors
+    here = [name for name in files.manifest if (files.directory / name).is_file()]
+    return union_modes(network_tensors(files.alias, files.directory, here))

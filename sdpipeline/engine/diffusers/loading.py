@@ -19,8 +19,8 @@ from safetensors.torch import load_file
 
 from sdpipeline.engine.allowed_classes import ANNOTATOR_NETWORKS, check_index, check_network
 from sdpipeline.engine.checkpoints import SAFETY_CHECKER, WEIGHTS, CheckpointFiles, header, unchanged
+from sdpipeline.engine.classification.unions import SDXL_UNION, network_tensors, union_family
 from sdpipeline.engine.gan import load_upscaler
-from sdpipeline.engine.union_controlnets import SDXL_UNION, tensors_of, union_family
 from sdpipeline.errors import CheckpointError
 
 _log = structlog.get_logger(__name__)
@@ -154,7 +154,7 @@ def _read(files: CheckpointFiles, dtype: torch.dtype) -> Loaded:
 
 def _controlnet_class(files: CheckpointFiles, named: Any) -> Any:
     """Return the class of a ControlNet by its tensors: published unions name the class of an ordinary one."""
-    union = union_family(tensors_of(files.alias, files.directory, files.manifest))
+    union = union_family(network_tensors(files.alias, files.directory, files.manifest))
     if union and union != files.family:
         raise CheckpointError(
             f"checkpoint {files.alias!r} is a union ControlNet, but an earlier release registered it as an ordinary "

@@ -13,6 +13,7 @@ import numpy.typing as npt
 import torch
 
 from sdpipeline.engine import Pixels
+from sdpipeline.engine.classification.unions import FLUX_UNION, SDXL_UNION
 from sdpipeline.engine.diffusers.batch import Denoised, Latents, Member, PassSettings, Weights, padded
 from sdpipeline.engine.diffusers.loading import TEXT_ENCODER
 from sdpipeline.engine.diffusers.patches import PerImageScale, float32_noise, no_global_randomness
@@ -26,7 +27,6 @@ from sdpipeline.engine.diffusers.per_image_scales import (
 from sdpipeline.engine.diffusers.text import Embedding
 from sdpipeline.engine.families import SCHEDULERS
 from sdpipeline.engine.pixels import to_pil
-from sdpipeline.engine.union_controlnets import FLUX_UNION, SDXL_UNION
 
 
 def denoise(
