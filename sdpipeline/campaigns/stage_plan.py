@@ -24,6 +24,7 @@ from sdpipeline.engine import annotators, families
 from sdpipeline.engine.checkpoint_config import own_scheduler
 from sdpipeline.engine.checkpoints import CheckpointFiles, inversion_words
 from sdpipeline.engine.families import Cell, Family, scheduler_config
+from sdpipeline.engine.union_controlnets import mode_number, uses_union
 from sdpipeline.engine.weighted_prompts import WeightedPrompt, WeightRefusedError
 from sdpipeline.errors import InputImageError
 from sdpipeline.suggestions import nearest
@@ -98,12 +99,13 @@ class StagePlan:
         self.path: KeyPath = ("stages", spec.stages.index(stage))
         self.files = catalog[stage.checkpoint or spec.checkpoint]
         self.family = families.family(self.files.family)
-        cell = self.family.cell(stage.task, controlnets=len(stage.controlnets))
+        self._controlnets = [catalog[use.checkpoint] for use in stage.controlnets]
+        union = uses_union(self._controlnets)
+        cell = self.family.cell(stage.task, controlnets=len(stage.controlnets), union=union)
         if cell is None:
             raise AssertionError(f"{stage.task} should have been refused when the campaign was loaded")
         self._cell = cell
         self._own_scheduler = own_scheduler(self.files.directory)
-        self._controlnets = [catalog[use.checkpoint] for use in stage.controlnets]
         self._annotators = [catalog.get(use.annotator_checkpoint or "") for use in stage.controlnets]
         self._adapters = {place: catalog[use.checkpoint] for place, use in stage.adapters()}
         self._learned = learned_defaults(self.family, self.files, [catalog[use.checkpoint] for use in stage.loras])
@@ -339,6 +341,7 @@ class StagePlan:
             "controlnet_conditioning_scale": self._scale(("controlnets", n), "controlnet_conditioning_scale", values),
             "control_guidance_start": use.control_guidance_start,
             "control_guidance_end": use.control_guidance_end,
+            "control_mode": None if use.control_mode is None else mode_number(files.family, use.control_mode),
         }
 
     def _adapter(self, place: KeyPath, values: Mapping[str, Any], image: ImageSource | None = None) -> AdapterInput:

@@ -29,6 +29,7 @@ class PassSettings:
     checkpoint: CheckpointRef
     vae: CheckpointRef | None
     controlnets: tuple[tuple[CheckpointRef, float, float], ...]
+    control_modes: tuple[int | None, ...]
     loras: tuple[tuple[CheckpointRef, float], ...]
     ip_adapters: tuple[tuple[CheckpointRef, float], ...]
     width: int
@@ -148,6 +149,7 @@ def settings_of(member: Member, weights: Weights) -> PassSettings:
         controlnets=tuple(
             (use.checkpoint, use.control_guidance_start, use.control_guidance_end) for use in request.controlnets
         ),
+        control_modes=tuple(use.control_mode for use in request.controlnets),
         loras=tuple((use.checkpoint, use.weight) for use in request.loras),
         ip_adapters=tuple((use.checkpoint, use.weight) for use in request.ip_adapters),
         width=request.width,

@@ -35,6 +35,7 @@ from sdpipeline.engine.gan import upscale
 from sdpipeline.engine.model_annotators import annotate_with
 from sdpipeline.engine.pixels import paste_back
 from sdpipeline.engine.record import Setting, library_versions, ran
+from sdpipeline.engine.union_controlnets import uses_union
 from sdpipeline.errors import BadPictureError, CheckpointError, DeviceExhaustedError, RequestRefusedError, SdpError
 
 if TYPE_CHECKING:
@@ -216,7 +217,8 @@ class DiffusersEngine:
 
         base = get(request.checkpoint)
         row = family(base.files.family)
-        cell = row.cell(request.task, controlnets=len(request.controlnets))
+        controlnets = [self.residency.files(use.checkpoint) for use in request.controlnets]
+        cell = row.cell(request.task, controlnets=len(controlnets), union=uses_union(controlnets))
         assert cell is not None  # checked before
         return Weights(
             row=row,

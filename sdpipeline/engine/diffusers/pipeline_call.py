@@ -14,11 +14,14 @@ import torch
 
 from sdpipeline.domain import Json
 from sdpipeline.engine import Pixels
+from sdpipeline.engine.classification.unions import FLUX_UNION, SDXL_UNION
 from sdpipeline.engine.diffusers import schedulers
 from sdpipeline.engine.diffusers.batch import Denoised, Latents, Member, PassSettings, Weights, padded
 from sdpipeline.engine.diffusers.loading import TEXT_ENCODER
 from sdpipeline.engine.diffusers.patches import PerImageScale, float32_noise, no_global_randomness
 from sdpipeline.engine.diffusers.per_image_scales import (
+    control_map_scales,
+    control_mode_per_row,
     controlnet_scales,
     distilled_guidance,
     embedded_guidance,
@@ -141,7 +144,19 @@ def offloaded(pipe: Any, device: torch.device | None) -> Iterator[None]:
 
 def _controlnet(weights: Weights) -> Any:
     modules = [loaded.module for loaded in weights.controlnets]
+    if _several_modes(weights):
+        return modules[0]
     return modules[0] if len(modules) == 1 else modules
+
+
+def _several_modes(weights: Weights) -> bool:
+    """Return True if one SDXL union ControlNet reads several control maps in one call."""
+    digests = {loaded.files.digest for loaded in weights.controlnets}
+    return len(weights.controlnets) > 1 and len(digests) == 1 and _is_sdxl_union(weights)
+
+
+def _is_sdxl_union(weights: Weights) -> bool:
+    return any(loaded.files.family == SDXL_UNION for loaded in weights.controlnets)
 
 
 @contextmanager
@@ -152,7 +167,13 @@ def _per_image(weights: Weights, members: Sequence[Member]) -> Iterator[None]:
         [member.request.controlnets[n].controlnet_conditioning_scale for member in members] for n in range(len(modules))
     ]
     with ExitStack() as active:
-        active.enter_context(controlnet_scales(modules, scales))
+        if _several_modes(weights):
+            active.enter_context(control_map_scales(modules[0], scales))
+        else:
+            active.enter_context(controlnet_scales(modules, scales))
+        for loaded in weights.controlnets:
+            if loaded.files.family == FLUX_UNION:
+                active.enter_context(control_mode_per_row(loaded.module))
         active.enter_context(patched(weights))
         if members[0].references:
             active.enter_context(own_references(weights.denoiser, _references(members)))
@@ -234,8 +255,11 @@ def _control(weights: Weights, settings: PassSettings, members: Sequence[Member]
         "control_guidance_start": starts if several else starts[0],
         "control_guidance_end": ends if several else ends[0],
     }
+    modes = list(settings.control_modes)
     if several and weights.row.text == "flux":
-        arguments["control_mode"] = [None] * len(starts)  # without it, the later ControlNets are silently dropped
+        arguments["control_mode"] = modes  # without it, the later ControlNets are silently dropped
+    elif modes[0] is not None:
+        arguments["control_mode"] = modes if several else modes[0]
     if weights.cell.control_image:
         maps = [
             _stacked([member.pictures.control_maps[n] for member in members], signed=weights.row.signed_control_maps)
