@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from sdpipeline.domain import Task, digest
-from sdpipeline.engine import allowed_classes, weight_files
+from sdpipeline.engine import allowed_classes, config_checks, weight_files
 from sdpipeline.engine.families import FAMILIES
 from sdpipeline.engine.hash_cache import HashCache
 from sdpipeline.engine.refusal import Refusal
@@ -73,6 +73,8 @@ def inspect(alias: str, directory: Path, *, cache: HashCache | None = None) -> C
             raise CheckpointError(f"checkpoint {alias!r} holds no {WEIGHTS} file")
         _check_configurations(alias, found.path, frozenset(names))
         kind, family, scale = _classify(alias, found.path, names)
+        if kind == "checkpoint":
+            config_checks.check(alias, found.path, family)
         manifest = {name: found.sha256(name, cache) for name in names}
         found.check_unchanged()
         return CheckpointFiles(
@@ -197,7 +199,9 @@ def _latents(config: Path) -> tuple[Any, ...] | None:
     if not config.is_file():
         return None
     given = _json(str(config.parent), config)
-    return given.get("latent_channels", 4), given.get("scaling_factor", 0.18215), given.get("shift_factor")
+    statistics = given.get("latents_mean"), given.get("latents_std")
+    scaling = given.get("scaling_factor", 0.18215), given.get("shift_factor")
+    return given.get("latent_channels", 4), *scaling, *statistics
 
 
 def inversion_words(files: CheckpointFiles) -> list[str] | None:
