@@ -45,7 +45,7 @@ def denoise(
 
     With ``offload_to``, only the running network is on that device.
     """
-    scheduler = make_scheduler(settings, weights)
+    scheduler = scheduler_of(settings, weights)
     pipe = assemble(weights, scheduler)
     batch = padded(members, bucket)
     with _per_image(weights, batch), offloaded(pipe, offload_to), torch.no_grad():
@@ -81,24 +81,48 @@ def unpack_latents(latents: torch.Tensor, height: int, width: int, scale: int) -
     return patches.reshape(count, channels // 4, rows * 2, columns * 2)
 
 
-def decode(weights: Weights, latents: torch.Tensor, *, float32: bool = False) -> npt.NDArray[np.float32]:
-    """Decode latents to pictures from 0 to 1, batch x height x width x 3; values that are not finite are kept."""
+def decode(
+    weights: Weights, latents: torch.Tensor, *, statistics: bool = True, float32: bool = False
+) -> npt.NDArray[np.float32]:
+    """Decode latents to pictures from 0 to 1, batch x height x width x 3; values that are not finite are kept.
+
+    ``statistics``: use the latents' mean and standard deviation of the autoencoder's configuration, if it has them.
+    """
     vae = weights.autoencoder
     own = vae.dtype
     upcast = float32 or (weights.row.float32_decode and own == torch.float16 and vae.config.force_upcast)
     with _in_dtype(vae, torch.float32 if upcast else own), torch.no_grad():
-        scaled = latents.to(vae.dtype) / vae.config.scaling_factor + (vae.config.shift_factor or 0.0)
+        scaled = _unscaled(vae, latents.to(vae.dtype), statistics=statistics)
         decoded = vae.decode(scaled, return_dict=False)[0]
     pictures = (decoded.float() / 2 + 0.5).permute(0, 2, 3, 1).cpu().numpy()
     return np.asarray(pictures, dtype=np.float32)
 
 
-def make_scheduler(settings: PassSettings, weights: Weights) -> Any:
-    """Create a scheduler. Pipelines change theirs while they run, so two calls must not share one."""
+def latent_statistics(vae: Any, *, wanted: bool) -> tuple[list[float], list[float]] | None:
+    """Return mean and standard deviation of the latents by channel, from the autoencoder's configuration."""
+    mean, deviation = vae.config.get("latents_mean"), vae.config.get("latents_std")
+    return (list(mean), list(deviation)) if wanted and mean is not None and deviation is not None else None
+
+
+def _unscaled(vae: Any, latents: torch.Tensor, *, statistics: bool) -> torch.Tensor:
+    """Return latents in the autoencoder's own range, by the same operations as the pipelines."""
+    if found := latent_statistics(vae, wanted=statistics):
+        mean, deviation = (torch.tensor(values).view(1, -1, 1, 1).to(latents) for values in found)
+        return latents * deviation / float(vae.config.scaling_factor) + mean
+    return latents / float(vae.config.scaling_factor) + float(vae.config.shift_factor or 0.0)
+
+
+def scheduler_of(settings: PassSettings, weights: Weights) -> Any:
+    """Create the scheduler of a pass: the recorded one if a picture is reproduced."""
     if settings.scheduler_config:
         return schedulers.recreate(settings.scheduler_config)
+    return make_scheduler(settings.scheduler, weights)
+
+
+def make_scheduler(name: str, weights: Weights) -> Any:
+    """Create a scheduler. Pipelines change theirs while they run, so two calls must not share one."""
     own = weights.base.scheduler_configs["scheduler"]
-    return schedulers.create(settings.scheduler, weights.row, own, alias=weights.base.files.alias)
+    return schedulers.create(name, weights.row, own, alias=weights.base.files.alias)
 
 
 def assemble(weights: Weights, scheduler: Any, *, with_text_encoders: bool = False) -> Any:
