@@ -85,7 +85,8 @@ class ImageSource:
 class ControlNetInput:
     """ControlNet with its input picture and the annotator that turns it into a control map.
 
-    ``annotator_checkpoint`` holds the weights of a learned annotator; the others need none.
+    ``annotator_checkpoint`` holds the weights of a learned annotator; the others need none. ``control_mode`` is the
+    number of the kind of control map, for a union ControlNet.
     """
 
     checkpoint: CheckpointRef
@@ -96,6 +97,7 @@ class ControlNetInput:
     control_guidance_start: float = 0.0
     control_guidance_end: float = 1.0
     annotator_checkpoint: CheckpointRef | None = None
+    control_mode: int | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -7,6 +7,7 @@ from json.encoder import encode_basestring
 from typing import Any
 
 from sdpipeline.campaigns import profiles
+from sdpipeline.campaigns.checkpoint_rules import rules_of
 from sdpipeline.campaigns.inputs import InputFolder
 from sdpipeline.campaigns.learned_defaults import learned_defaults
 from sdpipeline.campaigns.parameter_warnings import Oddity, negative_prompt_oddity, parameter_oddities
@@ -21,9 +22,9 @@ from sdpipeline.campaigns.warnings import Warnings
 from sdpipeline.campaigns.yaml_source import KeyPath
 from sdpipeline.domain import AdapterInput, CheckpointRef, ImageSource, OutputFormat, Task
 from sdpipeline.engine import annotators, families
-from sdpipeline.engine.checkpoint_config import own_scheduler
 from sdpipeline.engine.checkpoints import CheckpointFiles, inversion_words
-from sdpipeline.engine.families import Cell, Family, scheduler_config
+from sdpipeline.engine.families import Cell, Family
+from sdpipeline.engine.union_controlnets import mode_number, uses_union
 from sdpipeline.engine.weighted_prompts import WeightedPrompt, WeightRefusedError
 from sdpipeline.errors import InputImageError
 from sdpipeline.suggestions import nearest
@@ -98,16 +99,17 @@ class StagePlan:
         self.path: KeyPath = ("stages", spec.stages.index(stage))
         self.files = catalog[stage.checkpoint or spec.checkpoint]
         self.family = families.family(self.files.family)
-        cell = self.family.cell(stage.task, controlnets=len(stage.controlnets))
+        self._controlnets = [catalog[use.checkpoint] for use in stage.controlnets]
+        union = uses_union(self._controlnets)
+        cell = self.family.cell(stage.task, controlnets=len(stage.controlnets), union=union)
         if cell is None:
             raise AssertionError(f"{stage.task} should have been refused when the campaign was loaded")
         self._cell = cell
-        self._own_scheduler = own_scheduler(self.files.directory)
-        self._controlnets = [catalog[use.checkpoint] for use in stage.controlnets]
         self._annotators = [catalog.get(use.annotator_checkpoint or "") for use in stage.controlnets]
         self._adapters = {place: catalog[use.checkpoint] for place, use in stage.adapters()}
         self._learned = learned_defaults(self.family, self.files, [catalog[use.checkpoint] for use in stage.loras])
         self._vae = catalog.get(stage.vae or "")
+        self._rules = rules_of(self.files, self._vae, self.family, stage.task, len(stage.controlnets))
         self._reproducibility, self._profile = profiles.chosen(spec, stage, self.family)
         self._words = [inversion_words(catalog[use.checkpoint]) for use in stage.textual_inversions]
         output = stage.output or spec.output
@@ -173,13 +175,6 @@ class StagePlan:
                 path: KeyPath = (*self.path, "textual_inversions", n)
                 raise WrongValueError(path, "no prompt mentions it", f"write {words[0]} where it is meant")
 
-    def _check_config(self, scheduler: str, steps: int) -> None:
-        """Refuse what the checkpoint's own configuration does not allow, if it is on this machine."""
-        controlnets = len(self._controlnets)
-        refused = scheduler_config.refusal(self.family, self._own_scheduler, scheduler, steps, controlnets=controlnets)
-        if refused:
-            raise WrongValueError(self._place(refused.key), refused.message, refused.fix)
-
     def _place(self, key: str) -> KeyPath:
         """Return the place in the campaign file that gives the stage this value."""
         if key == "checkpoint" and self.stage.checkpoint is None:
@@ -213,7 +208,8 @@ class StagePlan:
                 raise WrongValueError((*self.path, *place), message, fix)
         steps = self._value("num_inference_steps", values, self._learned.get("num_inference_steps"))
         scheduler = self._value("scheduler", values, self._learned.get("scheduler"))
-        self._check_config(scheduler, steps)
+        if refused := self._rules.refusal(scheduler, steps, width, height):
+            raise WrongValueError(self._place(refused.key), refused.message, refused.fix)
         fixed = {
             "task": stage.task,
             "checkpoint": _ref(self.files),
@@ -339,6 +335,7 @@ class StagePlan:
             "controlnet_conditioning_scale": self._scale(("controlnets", n), "controlnet_conditioning_scale", values),
             "control_guidance_start": use.control_guidance_start,
             "control_guidance_end": use.control_guidance_end,
+            "control_mode": None if use.control_mode is None else mode_number(files.family, use.control_mode),
         }
 
     def _adapter(self, place: KeyPath, values: Mapping[str, Any], image: ImageSource | None = None) -> AdapterInput:

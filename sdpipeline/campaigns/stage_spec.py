@@ -38,6 +38,8 @@ class ControlNetSpec(SpecPart):
     """The annotator's own parameters."""
     annotator_checkpoint: str | None = None
     """Alias of the weights of a learned annotator."""
+    control_mode: int | str | None = None
+    """Kind of the control map, by name or number; needed by a union ControlNet, and refused by others."""
     controlnet_conditioning_scale: Number = 1.0
     """How strongly the ControlNet steers."""
     control_guidance_start: Annotated[float, Field(ge=0, le=1)] = 0.0

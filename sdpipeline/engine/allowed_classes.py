@@ -53,7 +53,9 @@ COMPONENTS: Mapping[str, tuple[frozenset[str], frozenset[str]]] = {
 UNUSED_PARTS = frozenset({"safety_checker", "feature_extractor", "image_encoder", "watermarker"})
 """Parts of a pipeline that this engine never loads: no loader is ever given their folders."""
 
-NETWORKS = frozenset({"ControlNetModel", "SD3ControlNetModel", "FluxControlNetModel", "AutoencoderKL"})
+NETWORKS = frozenset(
+    {"ControlNetModel", "ControlNetUnionModel", "SD3ControlNetModel", "FluxControlNetModel", "AutoencoderKL"}
+)
 """diffusers classes of checkpoints that are one network."""
 
 ANNOTATOR_NETWORKS = frozenset(

@@ -82,6 +82,9 @@ class Execution:
     """Effective strength, with the family's default."""
     noise_level: int | None = None
     """Effective noise level, with the family's default."""
+    latent_statistics: Mapping[str, Sequence[float]] | None = None
+    """Mean and standard deviation of the latents by channel, if the autoencoder's configuration has them; older
+    releases decoded without them."""
     clip_skip: int | None = None
     """Layers of the text encoder that were skipped."""
     resize: str | None = None

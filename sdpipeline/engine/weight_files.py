@@ -213,7 +213,7 @@ def _matters(alias: str, name: str) -> bool:
     if lower in FOREIGN:
         raise CheckpointError(
             f"checkpoint {alias!r} holds {name}, which is for another framework, and only {WEIGHTS} is loaded; "
-            f"download the {WEIGHTS} files of the repository instead"
+            f"download the {WEIGHTS} files of the repository instead, and remove it"
         )
     raise CheckpointError(
         f"checkpoint {alias!r}: {name} is neither weights, configuration nor documentation; remove it"
@@ -225,7 +225,7 @@ def _unpickled(path: PurePosixPath) -> str:
     beside = f"{path.parent}/*.safetensors" if path.parent.name else "*.safetensors"
     return (
         f"download its safetensors instead (hf download REPO --include '{beside}'), or convert it in a sandbox: "
-        "DiffusionPipeline.from_pretrained(OLD).save_pretrained(NEW)"
+        "DiffusionPipeline.from_pretrained(OLD).save_pretrained(NEW); then remove the pickle"
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from sdpipeline.engine.classification.classification import Classification
@@ -11,6 +12,7 @@ from sdpipeline.engine.classification.headers import Header, header, read_header
 from sdpipeline.engine.classification.loras import LoraFormat, lora_format
 from sdpipeline.engine.classification.pipelines import INDEX, check_pipeline_class, classify_pipeline
 from sdpipeline.engine.classification.tensors import classify_single_file, classify_tensors
+from sdpipeline.engine.classification.unions import network_tensors, union_family
 from sdpipeline.errors import CheckpointError
 
 __all__ = [
@@ -36,7 +38,9 @@ def classify(alias: str, directory: Path, names: Sequence[str]) -> Classificatio
     if INDEX in names:
         return classify_pipeline(alias, directory)
     if "config.json" in names:
-        return classify_component(alias, read_json(alias, directory / "config.json"))
+        found = classify_component(alias, read_json(alias, directory / "config.json"))
+        union = union_family(network_tensors(alias, directory, names)) if found.kind == "controlnet" else None
+        return replace(found, family=union) if union else found
     weights = [name for name in names if name.endswith(WEIGHTS) and "/" not in name]
     if len(weights) == 1:
         return classify_tensors(alias, directory / weights[0])

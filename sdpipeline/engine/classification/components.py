@@ -55,7 +55,7 @@ def classify_component(alias: str, config: Mapping[str, Any]) -> Classification:
     """Classify one network by its config.json; CheckpointError if nothing here loads it."""
     where = "config.json"
     name = text(alias, where, config, "_class_name")
-    if name == "ControlNetModel":
+    if name in ("ControlNetModel", "ControlNetUnionModel"):
         return Classification(kind="controlnet", family=_controlnet_family(alias, config))
     if name == "SD3ControlNetModel":
         extra = integer(alias, where, config, "extra_conditioning_channels") if _given(config) else None

@@ -105,7 +105,7 @@ def _saved_as(plain: str) -> str:
 
 
 def _cells(row: Any) -> set[str]:
-    return {cell.pipeline for cell in (*row.plain.values(), *row.controlled.values())}
+    return {cell.pipeline for cell in (*row.plain.values(), *row.controlled.values(), *row.union.values())}
 
 
 def _denoiser(alias: str, directory: Path, index: Mapping[str, Any], part: str, class_name: str) -> dict[str, Any]:

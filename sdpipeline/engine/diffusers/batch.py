@@ -29,6 +29,7 @@ class PassSettings:
     checkpoint: CheckpointRef
     vae: CheckpointRef | None
     controlnets: tuple[tuple[CheckpointRef, float, float], ...]
+    control_modes: tuple[int | None, ...]
     loras: tuple[tuple[CheckpointRef, float], ...]
     ip_adapters: tuple[tuple[CheckpointRef, float], ...]
     width: int
@@ -40,6 +41,7 @@ class PassSettings:
     guided: bool
     noise_level: int | None
     prompt_tokens: int
+    latent_statistics: bool
     exact: bool
     profile: Profile
 
@@ -57,7 +59,7 @@ class Member:
     """One request of a batch, ready to run; ``index`` is its position in the requested batch.
 
     ``calls`` are the recorded network calls, and ``scheduler_config`` the recorded scheduler, if the picture is
-    reproduced.
+    reproduced. ``latent_statistics`` is False for a picture of a release that decoded without them.
     """
 
     index: int
@@ -68,6 +70,7 @@ class Member:
     references: tuple[Reference, ...] = ()
     calls: Calls = ()
     scheduler_config: RecordedScheduler | None = None
+    latent_statistics: bool = True
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -148,6 +151,7 @@ def settings_of(member: Member, weights: Weights) -> PassSettings:
         controlnets=tuple(
             (use.checkpoint, use.control_guidance_start, use.control_guidance_end) for use in request.controlnets
         ),
+        control_modes=tuple(use.control_mode for use in request.controlnets),
         loras=tuple((use.checkpoint, use.weight) for use in request.loras),
         ip_adapters=tuple((use.checkpoint, use.weight) for use in request.ip_adapters),
         width=request.width,
@@ -159,6 +163,7 @@ def settings_of(member: Member, weights: Weights) -> PassSettings:
         guided=member.negative is not None,
         noise_level=noise_level,
         prompt_tokens=member.prompt.embeds.shape[1],
+        latent_statistics=member.latent_statistics,
         exact=request.exact,
         profile=request.profile,
     )

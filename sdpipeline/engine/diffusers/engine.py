@@ -24,7 +24,7 @@ from sdpipeline.engine.diffusers.foreign_errors import checkpoint_errors
 from sdpipeline.engine.diffusers.loading import Form, Loaded, Variant
 from sdpipeline.engine.diffusers.model_cache import ModelCache, TextEncoders, release
 from sdpipeline.engine.diffusers.oom_fallback import FallbackLevel, OomFallback, Result
-from sdpipeline.engine.diffusers.pipeline_call import denoise, make_scheduler
+from sdpipeline.engine.diffusers.pipeline_call import denoise, latent_statistics, scheduler_of
 from sdpipeline.engine.diffusers.preprocessing import annotator_parameters, given, pictures
 from sdpipeline.engine.diffusers.record_details import details
 from sdpipeline.engine.diffusers.request_validation import check
@@ -35,6 +35,7 @@ from sdpipeline.engine.gan import upscale
 from sdpipeline.engine.model_annotators import annotate_with
 from sdpipeline.engine.pixels import paste_back
 from sdpipeline.engine.record import Setting, library_versions, ran
+from sdpipeline.engine.union_controlnets import uses_union
 from sdpipeline.errors import BadPictureError, CheckpointError, DeviceExhaustedError, RequestRefusedError, SdpError
 
 if TYPE_CHECKING:
@@ -95,7 +96,7 @@ class DiffusersEngine:
                         continue
                     member = self._member(index, prepared, weights)
                     settings = settings_of(member, weights)
-                    make_scheduler(settings, weights)  # raises if it cannot be created; each pass creates its own
+                    scheduler_of(settings, weights)  # raises if it cannot be created; each pass creates its own
             except SdpError as error:
                 results[index] = GenerationFailure(error=error)
             else:
@@ -184,6 +185,7 @@ class DiffusersEngine:
             references=references,
             calls=prepared.calls,
             scheduler_config=recorded_scheduler(prepared.recorded),
+            latent_statistics=prepared.recorded is None or "latent_statistics" in prepared.recorded,
         )
 
     def _upscaled(self, prepared: PreparedRequest, weights: Weights) -> Result:
@@ -216,7 +218,8 @@ class DiffusersEngine:
 
         base = get(request.checkpoint)
         row = family(base.files.family)
-        cell = row.cell(request.task, controlnets=len(request.controlnets))
+        controlnets = [self.residency.files(use.checkpoint) for use in request.controlnets]
+        cell = row.cell(request.task, controlnets=len(controlnets), union=uses_union(controlnets))
         assert cell is not None  # checked before
         return Weights(
             row=row,
@@ -304,7 +307,7 @@ class DiffusersEngine:
         with self._saving_memory(weights, level) as offload_to, self._speedups(weights, settings):
             denoised = run(weights, settings, members, level.bucket, offload_to=offload_to)
             weights.autoencoder.to(self._device)
-            decoded = [picture for batch in denoised.batches for picture in decode_checked(weights, batch)]
+            decoded = [picture for batch in denoised.batches for picture in decode_checked(weights, settings, batch)]
         return [
             self._result(
                 member,
@@ -316,7 +319,7 @@ class DiffusersEngine:
                     bucket=denoised.decode_batch,
                     profile=settings.profile,
                 ),
-                details(member, settings_of(member, weights), latents),
+                details(member, settings_of(member, weights), latents) | _latent_statistics(weights, settings),
                 slot=n % denoised.decode_batch,
                 level=level,
             )
@@ -385,6 +388,12 @@ class DiffusersEngine:
 def _reference(loaded: Loaded, pixels: Pixels) -> Reference:
     with checkpoint_errors(f"IP-Adapter {loaded.files.alias!r} does not encode its picture"):
         return reference(loaded, pixels)
+
+
+def _latent_statistics(weights: Weights, settings: PassSettings) -> Json:
+    """Return the record's field for the statistics with which the latents were decoded, if there were any."""
+    statistics = latent_statistics(weights.autoencoder, wanted=settings.latent_statistics)
+    return {"latent_statistics": dict(zip(("mean", "std"), statistics, strict=True))} if statistics else {}
 
 
 def _no_annotator(use: ControlNetInput, _: Pixels) -> Pixels:

@@ -13,6 +13,12 @@ from sdpipeline.errors import DeviceExhaustedError, RequestRefusedError, SdpErro
 Result = GeneratedImage | GenerationFailure
 
 
+FAULTS = (
+    ArithmeticError, AssertionError, AttributeError, ImportError, IndexError, RuntimeError, TypeError, ValueError,
+)  # fmt: skip
+"""Exceptions that torch and diffusers raise for a bad request or an odd checkpoint; any other one ends the process."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FallbackLevel:
     """Settings of a pass that save memory: batch size (``bucket``, to which it is padded), VAE tiling and offload."""
@@ -79,8 +85,8 @@ class OomFallback:
         except SdpError as error:  # weights that every member needs, such as adapters that do not fit
             yield from ((member, GenerationFailure(error=error)) for member in members)
             return
-        except Exception as error:  # libraries raise any type for an odd checkpoint or request
-            if isinstance(error, MemoryError) or poisons_process(error):
+        except FAULTS as error:
+            if poisons_process(error):
                 raise
             # Keep only the text: the traceback holds references to the tensors that have to be freed.
             exhausted, reason = out_of_memory(error), f"{type(error).__name__}: {error}"

@@ -11,7 +11,7 @@ from typing import Any
 import diffusers
 import torch
 
-from sdpipeline.engine.diffusers.patches import broadcast
+from sdpipeline.engine.diffusers.patches import PerImageScale, broadcast
 
 
 @contextmanager
@@ -37,6 +37,41 @@ def _scaled_output(controlnet: torch.nn.Module, turns: list[torch.Tensor]) -> It
         return _scaled(output, next(turn))
 
     handle = controlnet.register_forward_hook(scale)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@contextmanager
+def control_map_scales(union: torch.nn.Module, scales: Sequence[Sequence[float]]) -> Iterator[None]:
+    """Scale each control map that a union ControlNet reads in one call, by each picture's own scale.
+
+    The network scales its maps itself, so its output cannot be scaled afterwards. The pipelines pass 1.0, or 0.0 for a
+    map outside its steps.
+    """
+
+    def replace(_module: torch.nn.Module, inputs: Any, keywords: dict[str, Any]) -> Any:
+        given = keywords["conditioning_scale"]
+        own = [PerImageScale([on * each for each in scale]) for on, scale in zip(given, scales, strict=True)]
+        return inputs, keywords | {"conditioning_scale": own}
+
+    handle = union.register_forward_pre_hook(replace, with_kwargs=True)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@contextmanager
+def control_mode_per_row(union: torch.nn.Module) -> Iterator[None]:
+    """Repeat the control mode for each row of a Flux union; two of its three pipelines pass one row for a batch."""
+
+    def repeat(_module: torch.nn.Module, inputs: Any, keywords: dict[str, Any]) -> Any:
+        rows = keywords["hidden_states"].shape[0]
+        return inputs, keywords | {"controlnet_mode": keywords["controlnet_mode"].expand(rows, -1)}
+
+    handle = union.register_forward_pre_hook(repeat, with_kwargs=True)
     try:
         yield
     finally:

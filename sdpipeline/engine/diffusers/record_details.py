@@ -52,6 +52,8 @@ def _controlnet(use: ControlNetInput) -> Json:
         "control_guidance_start": use.control_guidance_start,
         "control_guidance_end": use.control_guidance_end,
     }
+    if use.control_mode is not None:
+        used["control_mode"] = use.control_mode
     if use.annotator_checkpoint:
         used["annotator_checkpoint"] = use.annotator_checkpoint.digest
     return used

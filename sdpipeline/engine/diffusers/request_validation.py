@@ -21,6 +21,7 @@ from sdpipeline.engine.families import (
     task_refusal,
 )
 from sdpipeline.engine.refusal import Refusal
+from sdpipeline.engine.union_controlnets import combination_refusal, mode_refusal, uses_union
 from sdpipeline.engine.weighted_prompts import WeightRefusedError, parse
 from sdpipeline.errors import RequestRefusedError
 
@@ -46,7 +47,7 @@ def _refusals(request: GenerationRequest, locate: Locate, *, recorded: bool) -> 
         yield Refusal(key="checkpoint", message=message)
     yield task_refusal(base.family, request.task, controlnets=len(controlnets))
     row = family(base.family)
-    cell = row.cell(request.task, controlnets=len(controlnets))
+    cell = row.cell(request.task, controlnets=len(controlnets), union=uses_union(controlnets))
     assert cell is not None
     yield scheduler_refusal(row, request.scheduler)
     if not recorded:
@@ -64,7 +65,9 @@ def _refusals(request: GenerationRequest, locate: Locate, *, recorded: bool) -> 
     for controlnet in controlnets:
         yield controlnet_refusal(request.task, base, controlnet)
     for n, control in enumerate(request.controlnets):
+        yield mode_refusal(n, controlnets[n], control.control_mode)
         yield _annotator(n, control, locate)
+    yield combination_refusal(controlnets, [control.control_mode for control in request.controlnets])
     for field, kind, uses in adapters_of(request):
         for use in uses:
             yield adapter_refusal(field, kind, base, locate(use.checkpoint))

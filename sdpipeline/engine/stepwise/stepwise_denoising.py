@@ -18,9 +18,9 @@ from sdpipeline.engine.diffusers.pipeline_call import (
     assemble,
     call_arguments,
     latents_of,
-    make_scheduler,
     offloaded,
     patched,
+    scheduler_of,
 )
 from sdpipeline.engine.stepwise.call_batching import Call, in_lockstep, join, make_as_one, split
 from sdpipeline.engine.stepwise.deepcache import kept_feature, shallow
@@ -199,7 +199,7 @@ def _begun(weights: Weights, member: Member) -> Denoising:
     return Denoising(
         settings=settings,
         guided=member.negative is not None,
-        scheduler=make_scheduler(settings, weights),
+        scheduler=scheduler_of(settings, weights),
         guidance=None if width is None else guidance_embeddings([member.request.guidance_scale], width),
         recorded=chain.from_iterable(repeat(rows, times) for rows, times in member.calls) if member.calls else None,
     )
