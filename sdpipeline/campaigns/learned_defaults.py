@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from sdpipeline.engine.checkpoints import CheckpointFiles
-from sdpipeline.engine.distilled import detected_defaults, embeds_guidance, fitting
+from sdpipeline.engine.distilled import detected_defaults, embeds_guidance, fitting, trails
 from sdpipeline.engine.families import Family
 
 OF_FAMILY = frozenset({"num_inference_steps", "guidance_scale", "scheduler"})
@@ -20,8 +20,8 @@ class LearnedDefaults:
 
     ``expected`` are the values that parameters are compared with for warnings: the defaults, and those that the
     configurations of a checkpoint show that an earlier release registered without any. ``owners`` names the weights
-    that each of them comes from. ``embedded_guidance`` is True if the U-Net takes its
-    guidance scale as an embedding, so that a negative prompt has no effect.
+    that each of them comes from. ``embedded_guidance`` is True if the U-Net takes its guidance scale as an embedding,
+    so that a negative prompt has no effect, ``trails`` if the checkpoint's own scheduler has trailing timesteps.
     """
 
     row: Family
@@ -30,6 +30,7 @@ class LearnedDefaults:
     expected: Mapping[str, Any]
     owners: Mapping[str, str]
     embedded_guidance: bool
+    trails: bool
 
     def get(self, name: str) -> Any:
         """Return the default of a parameter: of the weights, else of their family; None if neither has one."""
@@ -66,4 +67,5 @@ def learned_defaults(row: Family, files: CheckpointFiles, loras: Sequence[Checkp
         expected=expected | values,
         owners=owners,
         embedded_guidance=embeds_guidance(files.directory, row),
+        trails=trails(files.directory),
     )

@@ -81,6 +81,8 @@ def _guidance(guidance_scale: float, learned: LearnedDefaults) -> Oddity | None:
 def _scheduler(scheduler: str, learned: LearnedDefaults) -> Oddity | None:
     wanted = learned.expected.get("scheduler")
     fits = wanted in (None, scheduler) or {wanted, scheduler} <= FEW_STEPS
+    if wanted == "euler-trailing" and learned.trails:  # the checkpoint's own spacing applies to these, too
+        fits = fits or scheduler in ("euler", "euler-ancestral")
     return None if fits else _far("scheduler", scheduler, learned)
 
 
@@ -104,4 +106,5 @@ def _area(width: int, height: int, learned: LearnedDefaults) -> Oddity | None:
 def _far(name: str, value: Any, learned: LearnedDefaults) -> Oddity:
     given, wanted = (f"{each:g}" if isinstance(each, float) else str(each) for each in (value, learned.expected[name]))
     message = f"{given} is far from {wanted}, for which {learned.owners[name]!r} is made"
-    return Oddity(name, message, f"write {wanted}, or leave it out" if name in learned.values else f"write {wanted}")
+    otherwise = "leave it out" if name in learned.values else "register the weights again with --defaults auto"
+    return Oddity(name, message, f"write {wanted}, or {otherwise}")

@@ -178,3 +178,23 @@ def test_a_negative_prompt_of_an_embedded_guidance_is_warned_of(tmp_path: Path) 
     assert "takes its guidance scale as an embedding" in found
     (found,) = warnings("lcm", "guidance_scale: 1", catalog={"lcm": lcm})
     assert "1 is far from 8" in found
+
+
+def test_euler_is_not_warned_of_where_its_timesteps_are_trailing_anyway(tmp_path: Path) -> None:
+    (tmp_path / "scheduler").mkdir()
+    (tmp_path / "scheduler" / "scheduler_config.json").write_text('{"timestep_spacing": "trailing"}')
+    turbo = replace(CATALOG["turbo"], directory=tmp_path)
+    assert warnings("turbo", "scheduler: euler-ancestral", catalog={"turbo": turbo}) == []
+    (found,) = warnings("turbo", "scheduler: dpmpp-2m", catalog={"turbo": turbo})
+    assert "dpmpp-2m is far from euler-trailing" in found
+
+
+def test_what_an_earlier_release_registered_keeps_its_defaults_and_is_warned_of(tmp_path: Path) -> None:
+    (tmp_path / "unet").mkdir()
+    (tmp_path / "scheduler").mkdir()
+    (tmp_path / "scheduler" / "scheduler_config.json").write_text('{"_class_name": "LCMScheduler"}')
+    lcm = replace(checkpoint_files("lcm"), directory=tmp_path)
+    assert sampling(stage("lcm", catalog={"lcm": lcm})) == (25, 7.5, "dpmpp-2m", 512, 512)
+    found = warnings("lcm", catalog={"lcm": lcm})
+    assert "(write 4, or register the weights again with --defaults auto)" in found[0]
+    assert len(found) == 3
