@@ -51,7 +51,6 @@ PARTS = {
     "attention": "to_k",
     "first attention": "attn1.to_q",
     "feed-forward": "ff.net.0",
-    "text": "add_k_proj",
 }
 
 
