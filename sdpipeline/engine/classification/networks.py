@@ -132,6 +132,7 @@ def transformer(layers: Iterable[Layer], *, native: bool) -> Network | None:
     widths = _widths(own)
     if any(re.match(r"transformer_blocks_\d+_attn1_", layer.name) for layer in own):
         return _alternating(widths)
+    native = native and not any("_ff_" in layer.name for layer in own)  # Qwen-Image has img_mlp instead
     return _joint(widths, last=max(blocks), native=native) or _alternating(widths)
 
 
