@@ -89,7 +89,7 @@ def check_pipeline_class(alias: str, name: Any) -> None:
     starts = [start for start in UNSUPPORTED if plain.startswith(start)]
     if starts:
         what, fix = UNSUPPORTED[max(starts, key=len)]
-        raise unsupported(alias, what, fix)
+        raise unsupported(alias, f"{what}, by its _class_name {plain}", fix)
     if "PAG" in plain:
         raise unsupported(
             alias, f"saved for perturbed-attention guidance ({plain})", _saved_as(plain.replace("PAG", ""))
