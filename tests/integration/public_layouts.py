@@ -219,6 +219,11 @@ REFUSED: Mapping[str, tuple[str, Callable[[Path], None], tuple[str, ...]]] = {
     "no-weights": ("sd1", partial(_without, UNET), (f"{UNET} is missing", "download")),
     "no-scheduler": ("sd1", partial(_without, "scheduler/scheduler_config.json"), ("scheduler is missing", "download")),
     "no-vocabulary": ("sd1", partial(_without, "tokenizer/tokenizer.json"), ("tokenizer/tokenizer.json", "merges.txt")),
+    "empty-vocabulary": (
+        "sd1",
+        partial(_written, "tokenizer/tokenizer.json", b'{"model": {"type": "BPE"}, "added_tokens": []}'),
+        ("tokenizer/tokenizer.json has no vocabulary", "download"),
+    ),
     "renamed": ("sd1", _renamed, ("unet/my-unet.safetensors", "rename it")),
     "other-network": ("sd1", _other_network, ("unet has no tensor conv_in.weight", "download")),
     "null-vae": ("sd1", partial(_null, "vae"), ("vae: [null, null]", "copy vae")),

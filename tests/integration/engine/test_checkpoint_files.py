@@ -51,7 +51,7 @@ def folder(tmp_path: Path) -> Path:
         save_file({f"{name}.weight": torch.zeros(4) for name in tensors}, made / part / weights)
     for name in ("tokenizer/vocab.json", "scheduler/scheduler_config.json"):
         (made / name).parent.mkdir()
-        (made / name).write_text("{}")
+        (made / name).write_text('{"a": 0}')
     (made / "tokenizer" / "merges.txt").write_text("")
     (made / "model_index.json").write_text(json.dumps(INDEX))
     return made
