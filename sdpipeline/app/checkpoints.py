@@ -129,10 +129,19 @@ def _altered_shipped(shipped: Mapping[str, CheckpointFiles]) -> dict[str, Checkp
 
 
 def _on_terms(shipped: CheckpointFiles, approved: CheckpointFiles | None) -> CheckpointFiles:
-    """Return shipped weights with their own licence, and the purposes approved for exactly these bytes."""
+    """Return shipped weights with their own licence, and the purposes and defaults approved for exactly these bytes.
+
+    They have no native size and no detected defaults: releases before there were any used the same weights.
+    """
+    shipped = replace(shipped, licence=BUILTIN_LICENCE, native_size=None, defaults={})
     if approved is None or approved.digest != shipped.digest:
-        return replace(shipped, licence=BUILTIN_LICENCE)
-    return replace(shipped, licence=approved.licence or BUILTIN_LICENCE, purposes=approved.purposes)
+        return shipped
+    return replace(
+        shipped,
+        licence=approved.licence or BUILTIN_LICENCE,
+        purposes=approved.purposes,
+        defaults=approved.defaults,
+    )
 
 
 def _inspected(

@@ -101,7 +101,7 @@ def _licence(front: Mapping[str, Any]) -> str | None:
 def _licence_text(directory: Path) -> str | None:
     for path in _licence_files(directory):
         text = " ".join(_text(path)[:2000].lower().split())
-        places = {text.find(phrase): name for phrase, name in reversed(HEADINGS.items()) if phrase in text}
+        places = {text.find(phrase): name for phrase, name in reversed(list(HEADINGS.items())) if phrase in text}
         if places:
             return places[min(places)]
     return None

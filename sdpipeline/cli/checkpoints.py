@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from sdpipeline.app.checkpoint_approval import approve
 from sdpipeline.app.checkpoints import catalog, catalog_and_refused, place_of, shipped_card
 from sdpipeline.app.model_card import read_model_card
 from sdpipeline.app.services import existing_database, open_services
@@ -25,9 +28,11 @@ from sdpipeline.cli.output import (
     refuse,
     stdout,
 )
+from sdpipeline.cli.single_files import add_folder, add_single_file
 from sdpipeline.db import registry
 from sdpipeline.domain import Json
 from sdpipeline.engine.checkpoints import CheckpointFiles, inspect, verify
+from sdpipeline.engine.distilled import shown
 from sdpipeline.engine.hub import REPOSITORY, fetch
 from sdpipeline.errors import CheckpointError
 from sdpipeline.private_files import users_umask
@@ -35,7 +40,6 @@ from sdpipeline.settings import Settings
 from sdpipeline.suggestions import nearest
 
 _GROUP = typer.Typer(help="The registry of checkpoints allowed to run.", no_args_is_help=True)
-Alias = Annotated[str, typer.Argument(metavar="ALIAS", help="Name of the checkpoint in campaign files.")]
 
 
 def add_to(app: typer.Typer) -> None:
@@ -55,7 +59,8 @@ def list_all(*, home: Home = None, as_json: AsJson = False) -> None:
     for row in rows:
         row["MB"] = None if row["size_bytes"] is None else round(row["size_bytes"] / 1e6, 1)
         row["digest"] = row["digest"] and row["digest"][:16]
-    columns = ("alias", "kind", "family", "MB", "digest", "status", "licence", "approved_by", "location")
+        row["defaults"] = shown(row["defaults"] or {})
+    columns = ("alias", "kind", "family", "MB", "digest", "status", "defaults", "licence", "approved_by", "location")
     print_records("", columns, rows)
     for row in rows:
         if row["refused"]:  # not a column: it would break a sentence over many lines
@@ -63,52 +68,102 @@ def list_all(*, home: Home = None, as_json: AsJson = False) -> None:
 
 
 def add(
-    alias: Alias,
-    source: Annotated[str, typer.Argument(metavar="DIR_OR_REPO", help="A directory, or a hub repository.")],
+    alias: Annotated[str | None, typer.Argument(metavar="ALIAS", help="Name of the checkpoint in campaigns.")] = None,
+    source: Annotated[
+        str | None,
+        typer.Argument(metavar="FILE_OR_DIR_OR_REPO", help="A safetensors file, a directory, or a hub repository."),
+    ] = None,
     *,
+    all_of: Annotated[
+        Path | None, typer.Option("--all", metavar="DIR", help="Add every adapter below a folder, named by its file.")
+    ] = None,
     revision: Annotated[str | None, typer.Option(help="The repository's commit, 40 digits.")] = None,
+    tokenizer: Annotated[
+        str | None, typer.Option(metavar="DIR_OR_ALIAS", help="Tokenizers and configurations for a single file.")
+    ] = None,
+    parts: Annotated[
+        str | None, typer.Option(metavar="DIR_OR_ALIAS", help="Folder with the parts that a single file lacks.")
+    ] = None,
+    family: Annotated[str | None, typer.Option(help="Family of an autoencoder in a single file.")] = None,
+    prediction_type: Annotated[
+        str | None, typer.Option(help="Prediction type of a single file: epsilon or v_prediction.")
+    ] = None,
     licence: Annotated[
         str | None, typer.Option(help="Licence of the weights; default: that of the folder's model card.")
     ] = None,
     purpose: Annotated[list[str] | None, typer.Option(help="Approved purpose; may be repeated.")] = None,
     expires: Annotated[datetime | None, typer.Option(formats=["%Y-%m-%d"], help="Last day of the approval.")] = None,
     approved_by: Annotated[str | None, typer.Option(help="Approver; default: the current user.")] = None,
+    defaults: Annotated[
+        list[str] | None,
+        typer.Option(metavar="KEY=VALUE", help="Default parameter, or turbo, lightning-4, lcm, ...; may be repeated."),
+    ] = None,
     home: Home = None,
     as_json: AsJson = False,
 ) -> None:
     """Approve weights under an alias, which refers to them from now on. Existing jobs keep their pinned weights."""
     settings = load_settings(home)
+    approval = registry.Approval(
+        approved_by=approved_by or "",
+        licence=licence,
+        purposes=tuple(purpose or ()),
+        expires_at=expires.replace(tzinfo=UTC).timestamp() + 86400 if expires else None,
+    )
+    named = {"--tokenizer": tokenizer, "--parts": parts, "--family": family, "--prediction-type": prediction_type}
+    if all_of is not None:
+        if alias or source or revision or any(named.values()):
+            raise refuse("--all DIR takes no ALIAS and no other source", "checkpoints add --all DIR [--licence L]")
+        add_folder(settings, all_of, approval, defaults or (), as_json=as_json)
+        return
+    if alias is None or source is None:
+        raise refuse("checkpoints add needs an alias and a source", "checkpoints add ALIAS FILE_OR_DIR_OR_REPO")
     if not re.fullmatch(NAME, alias):
         raise refuse(f"{alias!r} is not an alias", "lower-case letters, digits and -")
+    if Path(source).expanduser().is_file():
+        if revision is not None:
+            raise refuse(f"{source} is a file, and --revision is for hub repositories", "omit --revision")
+        document = add_single_file(
+            settings, alias, Path(source), named=named, approval=approval, defaults=defaults or ()
+        )
+    else:
+        if option := next((option for option, value in named.items() if value is not None), None):
+            raise refuse(f"{option} is for a single file, and {source} is not one", f"omit {option}")
+        document = _add_directory(
+            settings, alias, source, revision=revision, approval=approval, defaults=defaults or ()
+        )
+    if as_json:
+        print_json(document)
+        return
+    terms = f"licence {document['licence']}" if document["licence"] else "no licence known: give --licence"
+    stdout.print(f"{alias}: {document['kind']}, {document['family']}, digest {document['digest'][:16]}, {terms}")
+    if document["defaults"]:
+        stdout.print(f"defaults: {shown(document['defaults'])}")
+    for note in document["notes"]:
+        stdout.print(f"note: {note}")
+
+
+def _add_directory(
+    settings: Settings,
+    alias: str,
+    source: str,
+    *,
+    revision: str | None,
+    approval: registry.Approval,
+    defaults: Sequence[str],
+) -> Json:
     directory = Path(source).expanduser().resolve()
     if not directory.is_dir() and REPOSITORY.fullmatch(source):
         if revision is None:
-            raise refuse(f"{source} is not a directory, and a repository needs --revision", "pin its commit")
+            raise refuse(f"{source} is not a file or directory, and a repository needs --revision", "pin its commit")
         with nullcontext() if settings.checkpoints.is_relative_to(settings.home) else users_umask():
             directory = fetch(source, revision, settings.checkpoints / f".{alias}-{revision[:12]}")
     try:
         files = inspect(alias, directory)
     except CheckpointError as error:
         raise refuse(str(error)) from error
-    with open_services(settings) as services, services.audit.transaction() as tx:
-        day_after = expires.replace(tzinfo=UTC).timestamp() + 86400 if expires else None
-        card = read_model_card(directory)
-        origin = f"{source}@{revision}" if revision else card.source or str(directory)
-        approval = registry.Approval(
-            approved_by=approved_by or services.audit.actor,
-            source=origin,
-            licence=licence or card.licence,
-            purposes=tuple(purpose or ()),
-            expires_at=day_after,
-        )
-        registry.add(tx, files, approval)
-    document = {"alias": alias, "digest": files.digest, "kind": files.kind, "family": files.family}
-    document |= {"licence": approval.licence, "source": approval.source}
-    if as_json:
-        print_json(document)
-    else:
-        terms = f"licence {approval.licence}" if approval.licence else "no licence known: give --licence"
-        stdout.print(f"{alias}: {files.kind}, {files.family}, digest {files.digest[:16]}, {terms}")
+    with open_services(settings) as services:
+        origin = f"{source}@{revision}" if revision else None
+        return approve(services, files, replace(approval, source=origin), defaults)
 
 
 def verify_all(

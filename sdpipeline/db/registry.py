@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,13 +26,17 @@ _UNFINISHED = ("waiting", "ready", "leased")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Approval:
-    """Terms under which weights may run; ``expires_at`` is in seconds since 1970."""
+    """Terms under which weights may run; ``expires_at`` is in seconds since 1970.
+
+    ``conversion`` is the record of the conversion of a single file: its name, SHA-256, the converter and its options.
+    """
 
     approved_by: str
     source: str | None = None
     licence: str | None = None
     purposes: Sequence[str] = ()
     expires_at: float | None = None
+    conversion: Json | None = None
 
 
 def known(connection: Connection) -> list[CheckpointFiles]:
@@ -77,6 +81,16 @@ def add(tx: Transaction, files: CheckpointFiles, approval: Approval) -> None:
     again = {"revoked_at": null(), "revoked_because": null()}
     tx.connection.execute(update(checkpoint).where(checkpoint.c.digest == files.digest).values(**again))
     _insert(tx, files, approval)
+
+
+def with_registered_defaults(tx: Transaction, files: CheckpointFiles) -> CheckpointFiles:
+    """Return weights with the native size and defaults of their earlier registration under this alias, if there is one.
+
+    So a renewed approval makes no picture anew. Rows of releases that kept neither have None and no defaults.
+    """
+    same = (checkpoint.c.digest == files.digest, checkpoint.c.alias == files.alias)
+    row = tx.connection.execute(select(checkpoint.c.native_size, checkpoint.c.defaults).where(*same)).first()
+    return files if row is None else replace(files, native_size=row.native_size, defaults=row.defaults or {})
 
 
 def revoke(tx: Transaction, digest: str, *, because: str) -> int:
@@ -136,7 +150,8 @@ def _insert(tx: Transaction, files: CheckpointFiles, approval: Approval) -> None
     if tx.connection.execute(statement.returning(checkpoint.c.digest)).first() is None:
         return  # another submit was first
     terms = {"licence": approval.licence, "purposes": list(approval.purposes), "expires_at": approval.expires_at}
-    about = {"alias": files.alias, "digest": files.digest} | terms
+    learned = {"native_size": files.native_size, "defaults": dict(files.defaults), "conversion": approval.conversion}
+    about = {"alias": files.alias, "digest": files.digest} | terms | {k: v for k, v in learned.items() if v}
     tx.record(Event.CHECKPOINT_ADDED, f"checkpoint:{files.digest[:16]}", **about)
 
 

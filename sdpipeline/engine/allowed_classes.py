@@ -5,13 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from sdpipeline.engine.families import FAMILIES
+from sdpipeline.engine.classification.pipelines import check_pipeline_class
 from sdpipeline.errors import CheckpointError
-
-PIPELINES = frozenset(
-    cell.pipeline for row in FAMILIES.values() for cell in (*row.plain.values(), *row.controlled.values())
-)
-"""Allowed values of ``_class_name`` in model_index.json: pipelines that this engine runs."""
 
 _CLIP = frozenset({"CLIPTextModel", "CLIPTextModelWithProjection"})
 _ENCODERS = _CLIP | {"T5EncoderModel"}
@@ -58,7 +53,9 @@ COMPONENTS: Mapping[str, tuple[frozenset[str], frozenset[str]]] = {
 UNUSED_PARTS = frozenset({"safety_checker", "feature_extractor", "image_encoder", "watermarker"})
 """Parts of a pipeline that this engine never loads: no loader is ever given their folders."""
 
-NETWORKS = frozenset({"ControlNetModel", "SD3ControlNetModel", "FluxControlNetModel", "AutoencoderKL"})
+NETWORKS = frozenset(
+    {"ControlNetModel", "ControlNetUnionModel", "SD3ControlNetModel", "FluxControlNetModel", "AutoencoderKL"}
+)
 """diffusers classes of checkpoints that are one network."""
 
 ANNOTATOR_NETWORKS = frozenset(
@@ -90,15 +87,10 @@ _PROCESSORS = frozenset({"image_processor_type", "feature_extractor_type"})
 
 def check_index(alias: str, index: Mapping[str, Any]) -> None:
     """Raise CheckpointError for a pipeline or a component outside the allow-list."""
+    check_pipeline_class(alias, index.get("_class_name"))
     for name, entry in index.items():
         if isinstance(entry, list | dict) and not name.startswith("_"):
             _check_component(alias, name, entry)
-    pipeline = index.get("_class_name")
-    if not isinstance(pipeline, str) or pipeline not in PIPELINES:
-        named = pipeline if isinstance(pipeline, str) and pipeline else f"pipeline of class {pipeline!r}"
-        raise CheckpointError(
-            f"checkpoint {alias!r}: no family runs a {named} (_class_name in model_index.json); use another checkpoint"
-        )
 
 
 def _check_component(alias: str, name: str, entry: Any) -> None:

@@ -9,11 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from sdpipeline.domain import Task, digest
-from sdpipeline.engine import allowed_classes, completeness, part_files, weight_files
+from sdpipeline.engine import allowed_classes, completeness, config_checks, part_files, weight_files
 from sdpipeline.engine.classification import SAFETY_CHECKER, Classification, classify, header, read_json
+from sdpipeline.engine.distilled import detected_defaults
 from sdpipeline.engine.families import FAMILIES
 from sdpipeline.engine.hash_cache import HashCache
 from sdpipeline.engine.refusal import Refusal
+from sdpipeline.engine.single_files.record import origin_sha256
 from sdpipeline.engine.weight_files import MATTERS, WEIGHTS, WeightFiles
 from sdpipeline.errors import CheckpointError, SdpError
 
@@ -64,6 +66,8 @@ def inspect(alias: str, directory: Path, *, cache: HashCache | None = None) -> C
         completeness.check_contents(alias, found.path, names)
         _check_configurations(alias, found.path, frozenset(names))
         about = _classify_complete(alias, found.path, names)
+        if about.kind == "checkpoint":
+            config_checks.check(alias, found.path, about.family)
         manifest = {name: found.sha256(name, cache) for name in names}
         found.check_unchanged()
         return CheckpointFiles(
@@ -77,6 +81,8 @@ def inspect(alias: str, directory: Path, *, cache: HashCache | None = None) -> C
             manifest=manifest,
             ignored=tuple(sorted(ignored)),
             size_bytes=sum(found.keys[name].size for name in manifest),
+            defaults=detected_defaults(found.path, about.kind, about.family),
+            origin_sha256=origin_sha256(found.path, names),
         )
 
 
@@ -225,7 +231,9 @@ def _latents(config: Path) -> tuple[Any, ...] | None:
         given = read_json(str(config.parent), config)
     except (CheckpointError, OSError):  # it is on another machine, or verification reports it
         return None
-    return given.get("latent_channels", 4), given.get("scaling_factor", 0.18215), given.get("shift_factor")
+    statistics = given.get("latents_mean"), given.get("latents_std")
+    scaling = given.get("scaling_factor", 0.18215), given.get("shift_factor")
+    return given.get("latent_channels", 4), *scaling, *statistics
 
 
 def inversion_words(files: CheckpointFiles) -> list[str] | None:

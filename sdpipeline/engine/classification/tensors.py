@@ -2,48 +2,63 @@
 
 from __future__ import annotations
 
-import re
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
 
+from sdpipeline.engine.classification.adapters import ip_adapter, textual_inversion
 from sdpipeline.engine.classification.classification import Classification
-from sdpipeline.engine.classification.headers import header
+from sdpipeline.engine.classification.headers import read_header
+from sdpipeline.engine.classification.lora_families import classify_lora
+from sdpipeline.engine.classification.loras import Shape, lora_format
+from sdpipeline.engine.classification.single_files import classify_checkpoint
+from sdpipeline.engine.classification.upscalers import upscaler
 from sdpipeline.errors import CheckpointError
 
 
 def classify_tensors(alias: str, path: Path) -> Classification:
-    """Classify one safetensors file by its header; CheckpointError if nothing here loads it."""
-    tensors = header(alias, path)
-    if any("lora" in name.lower() for name in tensors):
-        return Classification(kind="lora", family=_lora_family(tensors), scale=1)
-    if any(name.startswith(("image_proj.", "ip_adapter.")) for name in tensors):
-        return Classification(kind="ip-adapter", family=_width_family(tensors, "to_k_ip"), scale=1)
-    if {"clip_l", "clip_g"} <= tensors.keys():
-        return Classification(kind="textual-inversion", family="sdxl", scale=1)
-    if len(tensors) == 1 and len(next(iter(tensors.values()))) <= 2:
-        width = next(iter(tensors.values()))[-1]
-        return Classification(kind="textual-inversion", family="sd2" if width == 1024 else "sd1", scale=1)
-    factor = re.search(r"(?:^|\D)(\d)x(?=[-_ .]|$)|[xX](\d)", path.stem)
-    if factor:
-        return Classification(kind="checkpoint", family="gan-upscale", scale=int(factor[1] or factor[2]))
-    raise CheckpointError(
-        f"checkpoint {alias!r}: {path.name} is not a LoRA, IP-Adapter or textual inversion; "
-        "an upscaler has its factor in its file name, as in 4x-name.safetensors"
+    """Classify a folder's only safetensors file; CheckpointError if nothing here loads it as it is."""
+    header = read_header(alias, path)
+    found = classify_single_file(alias, header.tensors, header.metadata, path=path)
+    if found.layout is not None:
+        names = {
+            "checkpoint": f"a whole {found.family} checkpoint",
+            "controlnet": "a ControlNet",
+            "vae": "an autoencoder",
+        }
+        raise CheckpointError(
+            f"checkpoint {alias!r}: {path.name} is {names[found.kind]} in one file, which has to be converted once; "
+            f"move it out of the folder of checkpoints and type `sdpipeline checkpoints add {alias} {shlex.quote(path.name)}`"
+        )
+    return found
+
+
+def classify_single_file(
+    alias: str, tensors: Mapping[str, Shape], metadata: Mapping[str, str], *, path: Path | None = None
+) -> Classification:
+    """Classify one file by its tensors; CheckpointError if it is damaged, unknown or runs nowhere here.
+
+    ``tensors`` are names with shapes, ``metadata`` is the header's. ``path`` lets spandrel read the small tensors of an
+    upscaler. A result with a ``layout`` has to be converted before it can be registered.
+    """
+    if not tensors:
+        raise CheckpointError(f"checkpoint {alias!r}: its file holds no tensors; fetch it again")
+    adapter = ip_adapter(alias, tensors)
+    if adapter is not None:
+        return adapter
+    whole = "lora_controlnet" in tensors or any(name.startswith("lllite_") for name in tensors)
+    lora = None if whole else lora_format(tensors)
+    if lora is not None:
+        return classify_lora(alias, tensors, lora)
+    found = (
+        textual_inversion(alias, tensors)
+        or classify_checkpoint(alias, tensors, metadata)
+        or upscaler(alias, path, tensors)
     )
-
-
-def _lora_family(tensors: Mapping[str, list[int]]) -> str:
-    if any("single_transformer_blocks" in name or "single_blocks" in name for name in tensors):
-        return "flux"
-    if any(name.startswith("transformer.") for name in tensors):
-        return "sd3"
-    return _width_family(tensors, "attn2.to_k", "attn2_to_k")
-
-
-def _width_family(tensors: Mapping[str, list[int]], *parts: str) -> str:
-    """Return the family by the width of the text embedding that cross-attention reads; ``any`` if it changes none."""
-    widths = {shape[-1] for name, shape in tensors.items() if any(p in name for p in parts) and "up" not in name}
-    for width, family in ((2048, "sdxl"), (1024, "sd2"), (768, "sd1")):
-        if width in widths:
-            return family
-    return "any"
+    if found is None:
+        raise CheckpointError(
+            f"checkpoint {alias!r} is unknown: its tensors (as {min(tensors)!r}) are not those of a LoRA, an "
+            "IP-Adapter, a textual inversion, an upscaler or a checkpoint that runs here; if its publisher has a "
+            "folder with config.json or model_index.json, fetch that whole folder"
+        )
+    return found

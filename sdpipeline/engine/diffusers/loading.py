@@ -20,6 +20,7 @@ from sdpipeline.engine import part_files
 from sdpipeline.engine.allowed_classes import ANNOTATOR_NETWORKS, UNUSED_PARTS, check_index, check_network
 from sdpipeline.engine.checkpoints import SAFETY_CHECKER, WEIGHTS, CheckpointFiles, header, unchanged
 from sdpipeline.engine.completeness import check_needed_parts
+from sdpipeline.engine.classification.unions import SDXL_UNION, network_tensors, union_family
 from sdpipeline.engine.diffusers.foreign_errors import checkpoint_errors
 from sdpipeline.engine.gan import load_upscaler
 from sdpipeline.errors import CheckpointError
@@ -133,6 +134,8 @@ def _read(files: CheckpointFiles, dtype: torch.dtype) -> Loaded:
     if files.kind in ("controlnet", "vae"):
         config = json.loads((files.directory / "config.json").read_text(encoding="utf-8"))
         network_class = getattr(diffusers, check_network(files.alias, config["_class_name"]))
+        if files.kind == "controlnet":
+            network_class = _controlnet_class(files, network_class)
         network = _network(files, files.directory, network_class, dtype)
         return Loaded(files=files, dtype=dtype, parts={files.kind: network})
     if files.kind == "textual-inversion":
@@ -148,6 +151,17 @@ def _read(files: CheckpointFiles, dtype: torch.dtype) -> Loaded:
     if files.family == "gan-upscale":
         return Loaded(files=files, dtype=dtype, parts={"upscaler": load_upscaler(files, dtype)})
     return _pipeline(files, dtype)
+
+
+def _controlnet_class(files: CheckpointFiles, named: Any) -> Any:
+    """Return the class of a ControlNet by its tensors: published unions name the class of an ordinary one."""
+    union = union_family(network_tensors(files.alias, files.directory, files.manifest))
+    if union and union != files.family:
+        raise CheckpointError(
+            f"checkpoint {files.alias!r} is a union ControlNet, but an earlier release registered it as an ordinary "
+            f"one; register it again with `sdpipeline checkpoints add` and give control_mode"
+        )
+    return diffusers.ControlNetUnionModel if union == SDXL_UNION else named
 
 
 def _annotator(files: CheckpointFiles, dtype: torch.dtype) -> Loaded:

@@ -1,0 +1,1 @@
+"""Conversion of weights in one safetensors file into a checkpoint folder, offline."""

@@ -1,0 +1,205 @@
+"""Import of a single file: a folder of its own beside the other checkpoints, made once and complete or not at all."""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from sdpipeline.domain import Json, digest
+from sdpipeline.engine.checkpoints import CheckpointFiles, inspect
+from sdpipeline.engine.hash_cache import StatKey
+from sdpipeline.engine.single_files import conversion, tokenizers
+from sdpipeline.engine.single_files.given import Given
+from sdpipeline.engine.single_files.layout import Layout, recognise
+from sdpipeline.engine.single_files.record import RECORD
+from sdpipeline.engine.single_files.source_file import SourceFile, check_dtypes, read_header
+from sdpipeline.engine.weight_files import WEIGHTS
+from sdpipeline.errors import CheckpointError
+
+_UNFINISHED = ".converting"
+"""Folder of unfinished imports. It is hidden and holds no checkpoint itself, so the catalogue passes it over."""
+
+_CHUNK = 16 << 20
+
+Progress = Callable[[str, int, int], None]
+"""Called with the step, the bytes done and the bytes in all; both are 0 for a step of unknown length."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Imported:
+    """An imported file; ``record`` is that of its conversion, and empty for a copy."""
+
+    files: CheckpointFiles
+    sha256: str
+    record: Json = field(default_factory=dict)
+
+    @property
+    def notes(self) -> list[str]:
+        """Return what was decided that the file does not tell."""
+        return [str(note) for note in self.record.get("notes", ())]
+
+
+def import_file(alias: str, path: Path, folder: Path, given: Given, progress: Progress) -> Imported:
+    """Convert or copy a single file into a folder within ``folder``, and return the folder's inspection.
+
+    A conversion of the same bytes with the same options is used again. Raises CheckpointError if the file is not
+    complete, needs more folders than ``given``, or holds weights that do not run here.
+    """
+    before = _stat(path)
+    source = read_header(path)
+    layout = recognise(source)
+    if layout is None:
+        _refuse_surplus(path, given)
+    else:
+        check_dtypes(source)
+    sha256 = _sha256(path, progress)
+    target = folder / _name(source, layout, given, sha256)
+    if not target.is_dir():
+        with _unfinished(folder) as temporary:
+            _fill(temporary, source, layout, given, sha256=sha256, progress=progress)
+            if _stat(path) != before:
+                raise CheckpointError(f"{path} changed while it was read; leave it alone and try again")
+            inspect(alias, temporary)
+            _sync(temporary)
+            with suppress(FileExistsError):
+                _rename(temporary, target)
+    progress("hashing the checkpoint", 0, 0)
+    files = inspect(alias, target)
+    if layout is None:
+        files = replace(files, origin_sha256=sha256)
+        return Imported(files=files, sha256=sha256)
+    record = json.loads((target / RECORD).read_text(encoding="utf-8"))
+    return Imported(files=files, sha256=sha256, record=record)
+
+
+def _fill(
+    temporary: Path, source: SourceFile, layout: Layout | None, given: Given, *, sha256: str, progress: Progress
+) -> None:
+    if layout is None:
+        progress(f"copying {source.path.name}", 0, 0)
+        shutil.copyfile(source.path, temporary / source.path.name)
+        return
+    try:
+        conversion.convert(source, layout, given, temporary, sha256=sha256, report=lambda step: progress(step, 0, 0))
+    except ModuleNotFoundError as error:
+        raise CheckpointError(
+            f"{source.path} has to be converted, and {error.name} is not installed: pip install 'sdpipeline[engine]'"
+        ) from error
+
+
+def _refuse_surplus(path: Path, given: Given) -> None:
+    named = {"--tokenizer": given.tokenizer, "--parts": given.parts, "--prediction-type": given.prediction_type}
+    for option, value in named.items():
+        if value is not None:
+            raise CheckpointError(f"{path} is not a checkpoint, ControlNet or autoencoder; leave {option} out")
+
+
+def _stat(path: Path) -> StatKey:
+    try:
+        return StatKey.of(path.stat())
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from error
+
+
+def _sha256(path: Path, progress: Progress) -> str:
+    total, done, hashed = path.stat().st_size, 0, hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(_CHUNK):
+            hashed.update(chunk)
+            done += len(chunk)
+            progress(f"hashing {path.name}", done, total)
+    return hashed.hexdigest()
+
+
+def _name(source: SourceFile, layout: Layout | None, given: Given, sha256: str) -> str:
+    """Return the folder's name: of the file, and of everything that decides the conversion."""
+    stem = re.sub(r"[^a-z0-9]+", "-", source.path.stem.lower()).strip("-")[:40] or "file"
+    if layout is None:
+        return f".{stem}-{digest({'sha256': sha256, 'file': source.path.name})[:16]}"
+    options = {"family": given.family, "prediction_type": given.prediction_type}
+    folders = {"tokenizer": given.tokenizer, "parts": given.parts, "own": source.path.parent}
+    parts = {key: _fingerprint(path, weights=key == "parts") for key, path in folders.items() if path is not None}
+    about = {"sha256": sha256, "file": source.path.name, "revision": conversion.REVISION, **options, **parts}
+    return f".{stem}-{digest(about)[:16]}"
+
+
+_PARTS = (
+    *("unet", "transformer", "vae", "controlnet", "scheduler", "text_encoder", "text_encoder_2", "text_encoder_3"),
+    *("tokenizer", "tokenizer_2", "tokenizer_3"),
+)
+
+
+def _fingerprint(folder: Path, *, weights: bool) -> dict[str, str]:
+    """Return the small files of a user's folder by their hashes, and its weights by their sizes."""
+    (root,) = tokenizers.roots(folder)
+    found = {}
+    for path in sorted(path for part in ("", *_PARTS) if (root / part).is_dir() for path in (root / part).iterdir()):
+        name = str(path.relative_to(root))
+        if path.is_file() and path.suffix in (".json", ".txt", ".model"):
+            found[name] = hashlib.sha256(path.read_bytes()).hexdigest()
+        elif weights and path.suffix == WEIGHTS and path.parent != root:
+            found[name] = str(path.stat().st_size)
+    return found
+
+
+@contextmanager
+def _unfinished(folder: Path) -> Iterator[Path]:
+    """Yield an empty folder on the same file system; it is removed at the end, as are those of dead processes."""
+    waiting = folder / _UNFINISHED
+    waiting.mkdir(parents=True, exist_ok=True)
+    for left in waiting.iterdir():
+        _remove_if_abandoned(left)
+    held = Path(tempfile.mkdtemp(dir=waiting))
+    descriptor = os.open(held, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        inner = held / "checkpoint"
+        inner.mkdir()
+        yield inner
+    finally:
+        shutil.rmtree(held, ignore_errors=True)
+        os.close(descriptor)
+
+
+def _remove_if_abandoned(folder: Path) -> None:
+    """Remove the unfinished import of a process that has died: the kernel released its lock."""
+    try:
+        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    except OSError:
+        return
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return
+    else:
+        shutil.rmtree(folder, ignore_errors=True)
+    finally:
+        os.close(descriptor)
+
+
+def _sync(folder: Path) -> None:
+    """Write everything to disk before the rename, so that a power cut cannot leave a complete name on half a file."""
+    for path in (*folder.rglob("*"), folder):
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def _rename(temporary: Path, target: Path) -> None:
+    try:
+        temporary.rename(target)
+    except OSError as error:
+        if target.is_dir():  # another process imported the same file
+            raise FileExistsError(str(target)) from error
+        raise
