@@ -19,8 +19,8 @@ from safetensors.torch import load_file
 from sdpipeline.engine import part_files
 from sdpipeline.engine.allowed_classes import ANNOTATOR_NETWORKS, UNUSED_PARTS, check_index, check_network
 from sdpipeline.engine.checkpoints import SAFETY_CHECKER, WEIGHTS, CheckpointFiles, header, unchanged
-from sdpipeline.engine.completeness import check_needed_parts
 from sdpipeline.engine.classification.unions import SDXL_UNION, network_tensors, union_family
+from sdpipeline.engine.completeness import check_needed_parts
 from sdpipeline.engine.diffusers.foreign_errors import checkpoint_errors
 from sdpipeline.engine.gan import load_upscaler
 from sdpipeline.errors import CheckpointError

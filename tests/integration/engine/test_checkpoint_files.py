@@ -160,7 +160,7 @@ def test_names_that_differ_in_case_only_are_not_approved(folder: Path) -> None:
         ("text_encoder", ["transformers", "pipeline"]),
         ("_class_name", ["my_pipeline", "MyPipeline"]),
         ("_class_name", "StableDiffusionEvilPipeline"),
-        ("_class_name", "FluxKontextPipeline"),
+        ("_class_name", "FluxEvilPipeline"),
     ],
 )
 def test_only_classes_of_the_allow_list_are_approved(part: str, entry: Any, folder: Path) -> None:

@@ -39,7 +39,8 @@ def written(name: str, text: str, folder: Path) -> None:
 
 
 def parts_removed(folder: Path, *parts: str) -> None:
-    edit_json(folder / INDEX, **{part: [None, None] for part in parts})
+    nothing: dict[str, Any] = {part: [None, None] for part in parts}
+    edit_json(folder / INDEX, **nothing)
 
 
 def approved_earlier(alias: str, folder: Path) -> CheckpointFiles:
@@ -107,7 +108,7 @@ def test_parts_that_do_not_fit_each_other_fail_their_jobs_alone(
     change: Callable[[Path], None], place: Workplace, tmp_path: Path
 ) -> None:
     alias = change.__name__.strip("_").replace("_", "-")
-    place.add(inspect(alias, laid_out("sd1", change, tmp_path / alias)))
+    place.add(approved_earlier(alias, laid_out("sd1", change, tmp_path / alias)))
     place.submit(campaign(f"c-{alias}", alias, TEXT))
     (job,) = place.work(f"c-{alias}")
     assert job["status"] == "failed", job["error"]
