@@ -20,6 +20,7 @@ from sdpipeline.engine import part_files
 from sdpipeline.engine.allowed_classes import ANNOTATOR_NETWORKS, UNUSED_PARTS, check_index, check_network
 from sdpipeline.engine.checkpoints import SAFETY_CHECKER, WEIGHTS, CheckpointFiles, header, unchanged
 from sdpipeline.engine.classification.unions import SDXL_UNION, network_tensors, union_family
+from sdpipeline.engine.completeness import check_needed_parts
 from sdpipeline.engine.diffusers.foreign_errors import checkpoint_errors
 from sdpipeline.engine.gan import load_upscaler
 from sdpipeline.errors import CheckpointError
@@ -209,6 +210,8 @@ def load_copied(path: Path) -> dict[str, torch.Tensor]:
 def _pipeline(files: CheckpointFiles, dtype: torch.dtype) -> Loaded:
     index = json.loads((files.directory / "model_index.json").read_text(encoding="utf-8"))
     check_index(files.alias, index)
+    # Earlier releases approved checkpoints without these parts. A request may bring a vae of its own.
+    check_needed_parts(files.alias, files.directory, files.family, but={"vae"})
     parts: dict[str, Any] = {}
     schedulers: dict[str, Mapping[str, Any]] = {}
     for name, entry in index.items():
