@@ -136,12 +136,18 @@ def _borrowed(work: _Conversion, missing: Sequence[str]) -> dict[str, Path]:
 
 
 def _refuse_absent(work: _Conversion, absent: Sequence[str]) -> None:
-    if absent:
-        where = f", which {work.given.parts} lacks too" if work.given.parts else ""
-        raise CheckpointError(
-            f"{work.where} holds no {', no '.join(absent)}{where}; name a diffusers folder of the same family that has "
-            "these parts, or the alias of a registered checkpoint: --parts DIR_OR_ALIAS"
+    if not absent:
+        return
+    tokenizer = work.given.tokenizer
+    if tokenizer is not None and all((tokenizer / name / "config.json").is_file() for name in absent):
+        fix = f"the folder of --tokenizer has them: add --parts {tokenizer}"
+    else:
+        fix = (
+            "name a diffusers folder of the same family that has them and its tokenizers, or the alias of a registered "
+            "checkpoint: --parts DIR_OR_ALIAS"
         )
+    where = f", and {work.given.parts} has none either" if work.given.parts else ""
+    raise CheckpointError(f"{work.where} holds no {', no '.join(absent)}{where}; {fix}")
 
 
 def _vocabularies(work: _Conversion, encoders: Mapping[str, str]) -> dict[str, tuple[Path, bool]]:
