@@ -139,8 +139,8 @@ def _insert(tx: Transaction, files: CheckpointFiles, approval: Approval) -> None
     statement = insert_ignoring(tx.connection, checkpoint).values(created_at=now_s(), **row)
     if tx.connection.execute(statement.returning(checkpoint.c.digest)).first() is None:
         return  # another submit was first
-    terms = {"licence": approval.licence, "purposes": list(approval.purposes), "expires_at": approval.expires_at}
-    about = {"alias": files.alias, "digest": files.digest} | terms
+    terms: Json = {"licence": approval.licence, "purposes": list(approval.purposes), "expires_at": approval.expires_at}
+    about: Json = {"alias": files.alias, "digest": files.digest} | terms
     if approval.conversion:
         about["conversion"] = approval.conversion
     tx.record(Event.CHECKPOINT_ADDED, f"checkpoint:{files.digest[:16]}", **about)

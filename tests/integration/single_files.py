@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -84,7 +85,7 @@ _UNET = {
 }
 
 
-def _unet(tensors: Tensors, config: dict) -> Tensors:
+def _unet(tensors: Tensors, config: dict[str, Any]) -> Tensors:
     layers, found = config["layers_per_block"], {}
     for name, tensor in tensors.items():
         found[_unet_name(name, layers, tensors)] = tensor
@@ -216,7 +217,7 @@ def _swap(tensor: torch.Tensor) -> torch.Tensor:
     return torch.cat([second, first])
 
 
-def _sd3(tensors: Tensors, config: dict) -> Tensors:
+def _sd3(tensors: Tensors, config: dict[str, Any]) -> Tensors:
     last = f"transformer_blocks.{config['num_layers'] - 1}.norm1_context."
     found = {}
     for name, tensor in tensors.items():
@@ -297,7 +298,7 @@ def _flux(tensors: Tensors, _: object) -> Tensors:
     return found
 
 
-_PARTS: dict[str, dict[str, tuple[str, Callable[[Tensors, dict], Tensors]]]] = {
+_PARTS: dict[str, dict[str, tuple[str, Callable[[Tensors, dict[str, Any]], Tensors]]]] = {
     "sd1": {
         "unet": ("model.diffusion_model.", _unet),
         "vae": ("first_stage_model.", _vae),
@@ -329,6 +330,6 @@ _PARTS: dict[str, dict[str, tuple[str, Callable[[Tensors, dict], Tensors]]]] = {
     },
 }
 
-Packer = Callable[[Tensors, dict], Tensors]
+Packer = Callable[[Tensors, dict[str, Any]], Tensors]
 PACKERS: Mapping[str, Packer] = {"sd1": _unet, "sd2": _unet, "sdxl": _unet, "sd3": _sd3, "flux": _flux}
 """Packing of a denoiser alone, by its family."""

@@ -155,13 +155,15 @@ def _vocabularies(work: _Conversion, encoders: Mapping[str, str]) -> dict[str, t
 
     Raises CheckpointError for missing vocabularies, by their names.
     """
-    family, found, missing = work.layout.family, {}, []
+    family = work.layout.family
+    found: dict[str, tuple[Path, bool]] = {}
+    missing: list[str] = []
     for name, kind in tokenizers.names(encoders).items():
         folder = tokenizers.find(name, kind, work.folders)
         open_clip = kind != "T5EncoderModel" and (name == "tokenizer_2" or family == "sd2")
         own = folder is not None and folder.name == name and (folder.parent / "model_index.json").is_file()
         if folder is None and name == "tokenizer_2" and open_clip:
-            folder = found.get("tokenizer", (None,))[0]
+            folder = found["tokenizer"][0] if "tokenizer" in found else None
         if folder is None:
             missing.append(tokenizers.title(family, name, kind))
         else:
@@ -184,7 +186,8 @@ def _network(work: _Conversion) -> None:
 
 def _configuration(work: _Conversion, name: str, part: Part) -> dict[str, Any]:
     own = work.source.path.parent if work.layout.kind != "checkpoint" else None
-    families = [work.layout.family or work.given.family] if work.layout.family or work.given.family else list(FAMILIES)
+    family = work.layout.family or work.given.family
+    families = [family] if family else list(FAMILIES)
     where = work.where
     if name == "controlnet":
         families = [each for each in families if each.startswith("sd") and each != "sd3"]

@@ -141,11 +141,11 @@ def _transformer(source: SourceFile) -> Layout | None:
     names = source.tensors.keys()
     for prefix in (DENOISER, ""):
         if any(name.startswith(f"{prefix}joint_blocks.0.context_block.") for name in names):
-            order = ("clip_l", "clip_g", "t5xxl")
-            return _layout(source, "sd3", {"transformer": _part(source, prefix, "ldm"), **_encoders(source, order)})
+            encoders = _encoders(source, ("clip_l", "clip_g", "t5xxl"))
+            return _layout(source, "sd3", {"transformer": _part(source, prefix, "ldm"), **encoders})
         if any(name.startswith(f"{prefix}double_blocks.0.img_attn.") for name in names):
-            order = ("clip_l", "t5xxl")
-            return _layout(source, "flux", {"transformer": _part(source, prefix, "ldm"), **_encoders(source, order)})
+            encoders = _encoders(source, ("clip_l", "t5xxl"))
+            return _layout(source, "flux", {"transformer": _part(source, prefix, "ldm"), **encoders})
     return None
 
 
@@ -165,9 +165,10 @@ def _diffusers_denoiser(source: SourceFile) -> Layout | None:
         family = "sdxl" if "add_embedding.linear_1.weight" in names else _family_by_context(source, part)
         return _layout(source, family, {"unet": part})
     if "transformer_blocks.0.attn.add_q_proj.weight" in names:
-        family = "sd3" if "pos_embed.proj.weight" in names else "flux" if "x_embedder.weight" in names else None
-        if family is not None:
-            return _layout(source, family, {"transformer": _part(source, "", "diffusers")})
+        families = {"pos_embed.proj.weight": "sd3", "x_embedder.weight": "flux"}
+        for name, family in families.items():
+            if name in names:
+                return _layout(source, family, {"transformer": _part(source, "", "diffusers")})
     return None
 
 
