@@ -18,7 +18,7 @@ from sdpipeline.errors import CheckpointError
 from sdpipeline.private_files import users_umask
 from sdpipeline.settings import Settings
 
-_FILES = (PICKLES - {".npy", ".npz", ".joblib", ".dill", ".pickle", ".pkl"}) | {WEIGHTS, ".gguf"}
+_FILES = (PICKLES - {".npy", ".npz", ".joblib", ".dill", ".pickle", ".pkl"}) | {WEIGHTS, ".sft", ".gguf"}
 """Suffixes of weights in a folder of downloads: those that are refused are reported, not passed over."""
 
 _GENERIC = frozenset(

@@ -32,7 +32,7 @@ def add_single_file(
     settings: Settings, alias: str, path: Path, named: Mapping[str, str | None], approval: registry.Approval
 ) -> Json:
     """Convert or copy one file and approve it; ``named`` are the values of the options for single files."""
-    path = path.expanduser().resolve()
+    path = path.expanduser().absolute()  # a link keeps its name: a hub's cache links to files named by their hashes
     try:
         given = _given(settings, named)
         with _progress(shown=stderr.is_terminal) as progress:

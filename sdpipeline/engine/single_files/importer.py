@@ -86,7 +86,7 @@ def _fill(
 ) -> None:
     if layout is None:
         progress(f"copying {source.path.name}", 0, 0)
-        shutil.copyfile(source.path, temporary / source.path.name)
+        shutil.copyfile(source.path, temporary / f"{source.path.stem}{WEIGHTS}")
         return
     try:
         conversion.convert(source, layout, given, temporary, sha256=sha256, report=lambda step: progress(step, 0, 0))
@@ -97,7 +97,8 @@ def _fill(
 
 
 def _refuse_surplus(path: Path, given: Given) -> None:
-    named = {"--tokenizer": given.tokenizer, "--parts": given.parts, "--prediction-type": given.prediction_type}
+    named = {"--tokenizer": given.tokenizer, "--parts": given.parts}
+    named |= {"--family": given.family, "--prediction-type": given.prediction_type}
     for option, value in named.items():
         if value is not None:
             raise CheckpointError(f"{path} is not a checkpoint, ControlNet or autoencoder; leave {option} out")

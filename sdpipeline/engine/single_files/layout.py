@@ -74,6 +74,13 @@ def _refuse_unsupported(source: SourceFile) -> None:
     for name, title in _UNSUPPORTED.items():
         if name in source.tensors or f"{DENOISER}{name}" in source.tensors:
             raise CheckpointError(f"{source.path} holds {title} weights, and no family here runs them; see `families`")
+    for prefix in (DENOISER, ""):
+        image = source.tensors.get(f"{prefix}img_in.weight")
+        if f"{prefix}double_blocks.0.img_attn.qkv.weight" in source.tensors and image and image.shape[1:] != (64,):
+            what = {(384,): "Flux Fill", (128,): "Flux Control (Canny or Depth)"}.get(image.shape[1:], "an unknown Flux")
+            raise CheckpointError(f"{source.path} is {what}, which reads more than noise; use Flux.1 dev or schnell")
+    if "kontext" in " ".join(source.metadata.get(f"modelspec.{key}", "") for key in ("title", "architecture")).lower():
+        raise CheckpointError(f"{source.path} is Flux Kontext, which edits pictures; use Flux.1 dev or schnell")
     for name in ("edm_mean", "edm_vpred.sigma_max"):
         if name in source.tensors:
             raise CheckpointError(
