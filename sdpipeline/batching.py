@@ -10,7 +10,16 @@ from sdpipeline.domain import GenerationRequest, Json, digest, to_document
 BUCKETS = (1, 2, 4, 8, 16, 32, 64)
 """Batch sizes. Batches are padded to one of them, because only equal shapes give bit-equal pictures."""
 
-FREE_PARAMETERS = ("prompt", "negative_prompt", "seed", "image", "mask_image", "guidance_scale", "output")
+FREE_PARAMETERS = (
+    "prompt",
+    "negative_prompt",
+    "prompt_syntax",
+    "seed",
+    "image",
+    "mask_image",
+    "guidance_scale",
+    "output",
+)
 """Parameters that may differ within a batch: each is a per-image tensor or applies outside the engine."""
 
 STEPWISE_PARAMETERS = ("num_inference_steps", "strength", "scheduler")

@@ -25,6 +25,10 @@ Profile = Literal["exact", "fast", "turbo"]
 """Trade-off for speed. ``exact``: none. The others compute the steps of several pictures together and skip some of the
 computation; see ``sdpipeline.engine.stepwise.profiles``. In the order of speed."""
 
+PromptSyntax = Literal["plain", "weighted"]
+"""Syntax of prompts. ``plain``: a prompt is text. ``weighted``: brackets weight words and ``BREAK`` starts a chunk; see
+``sdpipeline.engine.weighted_prompts``."""
+
 # JSON values; recursive aliases need Python 3.12's `type` statement, so this names only the outermost layer.
 Json = dict[str, Any]
 
@@ -81,7 +85,8 @@ class ImageSource:
 class ControlNetInput:
     """ControlNet with its input picture and the annotator that turns it into a control map.
 
-    ``annotator_checkpoint`` holds the weights of a learned annotator; the others need none.
+    ``annotator_checkpoint`` holds the weights of a learned annotator; the others need none. ``control_mode`` is the
+    number of the kind of control map, for a union ControlNet.
     """
 
     checkpoint: CheckpointRef
@@ -92,6 +97,7 @@ class ControlNetInput:
     control_guidance_start: float = 0.0
     control_guidance_end: float = 1.0
     annotator_checkpoint: CheckpointRef | None = None
+    control_mode: int | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -143,6 +149,7 @@ class GenerationRequest:
     reproducibility: StoredReproducibility = "tolerant"
     profile: Profile = "exact"
     output: OutputFormat = OutputFormat()
+    prompt_syntax: PromptSyntax = "plain"
 
     @property
     def exact(self) -> bool:

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import os
+import shlex
+import stat
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
+from sdpipeline.app.model_card import ModelCard
 from sdpipeline.campaigns.loader import Catalog
 from sdpipeline.db import registry
 from sdpipeline.db.connection import Database
 from sdpipeline.demo.manifest import read_manifest
 from sdpipeline.engine.checkpoints import WEIGHTS, CheckpointFiles, inspect
 from sdpipeline.engine.hash_cache import HashCache
+from sdpipeline.engine.part_files import INDEX
+from sdpipeline.engine.weight_files import FOREIGN, MAX_FILES, PICKLES
 from sdpipeline.errors import CheckpointError
 from sdpipeline.settings import Settings
 
@@ -22,10 +28,32 @@ BUILTIN_LICENCE = "Apache-2.0"
 HASH_CACHE = "checkpoint-hashes.json"
 """Cache of the hashes of unchanged weights, for commands that load no weights."""
 
+_WEIGHT_SUFFIXES = (frozenset({WEIGHTS}) | PICKLES | FOREIGN) - {".xml", ".npy", ".npz"}
+
 
 def catalog(settings: Settings, database: Database | None = None) -> Catalog:
     """Return every checkpoint that a campaign may name: shipped, in the checkpoints folder, or already registered."""
     return inspect_all(settings, database, HashCache(settings.home / HASH_CACHE))[0]
+
+
+def catalog_and_refused(
+    settings: Settings, database: Database | None
+) -> tuple[dict[str, CheckpointFiles], dict[str, CheckpointError]]:
+    """Return :func:`catalog` and :func:`refused_checkpoints`, with every folder read only once."""
+    return inspect_all(settings, database, HashCache(settings.home / HASH_CACHE))
+
+
+def place_of(settings: Settings, alias: str) -> Path:
+    """Return the path of a refused checkpoint."""
+    own = settings.checkpoints / alias
+    return own if os.path.lexists(own) else BUILTIN_CHECKPOINTS / alias
+
+
+def shipped_card(directory: Path) -> ModelCard | None:
+    """Return the licence and the source of a shipped checkpoint; None for any other directory."""
+    if directory.parent != BUILTIN_CHECKPOINTS:
+        return None
+    return ModelCard(licence=BUILTIN_LICENCE, source="shipped with sdpipeline")
 
 
 def refused_checkpoints(settings: Settings, database: Database | None = None) -> dict[str, CheckpointError]:
@@ -38,9 +66,18 @@ def approved_checkpoints(settings: Settings, database: Database) -> list[Checkpo
     with database.read() as connection:
         known = registry.known(connection)
     return [
-        replace(files, directory=files.directory.resolve()) if files.directory.parent == settings.checkpoints else files
+        replace(files, directory=_resolved(files.directory))
+        if files.directory.parent == settings.checkpoints
+        else files
         for files in known
     ]
+
+
+def _resolved(directory: Path) -> Path:
+    try:
+        return directory.resolve()
+    except (OSError, RuntimeError):  # a loop of links: verification reports it
+        return directory
 
 
 def runnable_checkpoints(settings: Settings, database: Database | None) -> dict[str, CheckpointFiles]:
@@ -92,32 +129,80 @@ def _altered_shipped(shipped: Mapping[str, CheckpointFiles]) -> dict[str, Checkp
 
 
 def _on_terms(shipped: CheckpointFiles, approved: CheckpointFiles | None) -> CheckpointFiles:
-    """Return shipped weights with their own licence, and the purposes approved for exactly these bytes."""
+    """Return shipped weights with their own licence, and the purposes and defaults approved for exactly these bytes.
+
+    They have no native size and no detected defaults: releases before there were any used the same weights.
+    """
+    shipped = replace(shipped, licence=BUILTIN_LICENCE, native_size=None, defaults={})
     if approved is None or approved.digest != shipped.digest:
-        return replace(shipped, licence=BUILTIN_LICENCE)
-    return replace(shipped, licence=approved.licence or BUILTIN_LICENCE, purposes=approved.purposes)
+        return shipped
+    return replace(
+        shipped,
+        licence=approved.licence or BUILTIN_LICENCE,
+        purposes=approved.purposes,
+        defaults=approved.defaults,
+    )
 
 
 def _inspected(
     folder: Path, cache: HashCache, *, but: Mapping[str, CheckpointFiles] | None = None
 ) -> tuple[dict[str, CheckpointFiles], dict[str, CheckpointError]]:
-    """Return the checkpoints of a folder by directory name, and the reasons why others are refused.
+    """Return the checkpoints of a folder by directory name, and the reasons why other entries are refused.
 
-    A link to a directory is resolved once, here: the directory itself is registered and loaded.
+    A link to a directory is resolved once, here: the directory itself is registered and loaded. Nothing in the folder
+    stops the others: an entry that cannot be read is refused with the reason. Hidden entries are skipped, because
+    `checkpoints add` downloads into hidden folders.
     """
     known = but or {}
     approved = {files.directory for files in known.values()}
-    found, refused = {}, {}
-    for entry in sorted(folder.iterdir()) if folder.is_dir() else ():
-        if not entry.is_dir() or entry in approved:
-            continue
-        name, directory = entry.name, entry.resolve() if entry.is_symlink() else entry
-        if entry.is_symlink() and name in known and known[name].directory == directory:
+    found: dict[str, CheckpointFiles] = {}
+    refused: dict[str, CheckpointError] = {}
+    try:
+        entries = sorted(folder.iterdir()) if folder.is_dir() else []
+    except OSError as error:
+        return {}, {folder.name: CheckpointError(f"{folder} cannot be read: {error.strerror}; check its permissions")}
+    for entry in entries:
+        if entry.name.startswith(".") or entry in approved:
             continue
         try:
-            found[name] = inspect(name, directory, cache=cache)
+            if (directory := _directory(entry)) and not _is_link_to(directory, known.get(entry.name)):
+                found[entry.name] = inspect(entry.name, directory, cache=cache)
         except CheckpointError as error:
-            # `checkpoints add` downloads into hidden folders.
-            if not name.startswith(".") and any(directory.rglob(f"*{WEIGHTS}")):
-                refused[name] = error
+            if not entry.is_symlink() and entry.is_dir() and not _holds_weights(entry):
+                continue
+            refused[entry.name] = error
     return found, refused
+
+
+def _directory(entry: Path) -> Path | None:
+    """Return the directory that an entry is or names; None for documents; CheckpointError for anything else."""
+    try:
+        if entry.is_symlink():
+            entry = entry.resolve(strict=True)
+        mode = entry.stat().st_mode
+    except (OSError, RuntimeError) as error:
+        why = getattr(error, "strerror", None) or str(error)
+        raise CheckpointError(f"checkpoint {entry.name!r}: {entry} cannot be read: {why}; remove it") from error
+    if stat.S_ISDIR(mode):
+        return entry
+    if stat.S_ISREG(mode):
+        if entry.suffix.lower() not in _WEIGHT_SUFFIXES:
+            return None
+        raise CheckpointError(
+            f"checkpoint {entry.name!r} is a single file; register it with `sdpipeline checkpoints add ALIAS "
+            f"{shlex.quote(str(entry))}`, or put it into a folder of its own"
+        )
+    raise CheckpointError(f"checkpoint {entry.name!r}: {entry} is neither a folder nor a file; remove it")
+
+
+def _is_link_to(directory: Path, known: CheckpointFiles | None) -> bool:
+    return known is not None and known.directory == directory
+
+
+def _holds_weights(directory: Path) -> bool:
+    """Return True for a folder that somebody may take for a checkpoint: with weights of any kind, or unreadable."""
+    unreadable: list[OSError] = []
+    for n, (_, _, files) in enumerate(os.walk(directory, onerror=unreadable.append)):
+        if n > MAX_FILES or any(name == INDEX or Path(name).suffix.lower() in _WEIGHT_SUFFIXES for name in files):
+            return True
+    return bool(unreadable)

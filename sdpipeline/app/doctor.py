@@ -13,7 +13,7 @@ from pathlib import Path
 import httpx
 
 from sdpipeline import private_files
-from sdpipeline.app.checkpoints import catalog, refused_checkpoints
+from sdpipeline.app.checkpoints import catalog_and_refused
 from sdpipeline.app.factories import check_quantization
 from sdpipeline.app.keys import development_seal_key, picture_key, seal_key, trust_anchors, trusted_seal_keys
 from sdpipeline.app.services import database_exists, existing_database
@@ -165,7 +165,7 @@ def _engine(settings: Settings) -> Iterator[Check]:
 
 def _checkpoints(settings: Settings) -> Iterator[Check]:
     with existing_database(settings) as database:
-        known, refused = catalog(settings, database), refused_checkpoints(settings, database)
+        known, refused = catalog_and_refused(settings, database)
     for files in known.values():
         name = f"checkpoint {files.alias}"
         try:
@@ -176,7 +176,7 @@ def _checkpoints(settings: Settings) -> Iterator[Check]:
         detail = f"{files.kind}, {files.family}, {files.size_bytes / 1e6:.1f} MB, digest {files.digest[:16]}"
         yield Check(name=name, ok=True, detail=detail)
     for alias, why in refused.items():
-        yield Check(name=f"checkpoint {alias}", ok=False, detail=str(why), fix=_FIXES["checkpoints"])
+        yield Check(name=f"checkpoint {alias}", ok=False, detail=str(why), fix=_REFUSED_FIX)
 
 
 def _picture_key(settings: Settings) -> Iterator[Check]:
@@ -204,6 +204,8 @@ def _signing(settings: Settings) -> Iterator[Check]:
     kind = "development key" if settings.signing.seal_key_file is None else str(settings.signing.seal_key_file)
     yield Check(name="signing key", ok=True, detail=f"{kind}, Ed25519 {key.public_hex[:16]}")
 
+
+_REFUSED_FIX = "do what the reason says, or move the folder out of SDP_CHECKPOINTS_DIR; other checkpoints run meanwhile"
 
 _CHECKS: dict[str, Callable[[Settings], Iterator[Check]]] = {
     "home": _home,

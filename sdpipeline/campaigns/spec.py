@@ -10,7 +10,7 @@ from sdpipeline.campaigns.parameters import Parameters
 from sdpipeline.campaigns.seeds import SeedRange, Seeds
 from sdpipeline.campaigns.spec_part import LARGEST_SIDE, NAME, Name, Scalar, SpecPart, Variable
 from sdpipeline.campaigns.stage_spec import OutputSpec, Quality, Stage
-from sdpipeline.domain import Profile, Reproducibility
+from sdpipeline.domain import Profile, PromptSyntax, Reproducibility
 
 Choice = Annotated[dict[Variable, Scalar], Field(json_schema_extra={"minProperties": 1})]
 
@@ -115,6 +115,8 @@ class CampaignSpec(SpecPart):
     """How exactly pictures must be reproducible."""
     profile: Profile | None = None
     """Speed profile; default `exact`, which trades nothing for speed."""
+    prompt_syntax: PromptSyntax = "plain"
+    """Syntax of prompts: `weighted` reads `(word:1.3)`, `[word]` and `BREAK`; `plain` reads them as text."""
     quality: Quality = Quality()
     """Minimum quality scores of every picture."""
     output: OutputSpec = OutputSpec()

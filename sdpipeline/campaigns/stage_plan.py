@@ -7,9 +7,13 @@ from json.encoder import encode_basestring
 from typing import Any
 
 from sdpipeline.campaigns import profiles
+from sdpipeline.campaigns.checkpoint_rules import rules_of
 from sdpipeline.campaigns.inputs import InputFolder
+from sdpipeline.campaigns.learned_defaults import learned_defaults
+from sdpipeline.campaigns.parameter_warnings import Oddity, negative_prompt_oddity, parameter_oddities
 from sdpipeline.campaigns.parameters import LIMITS, Parameters, number
 from sdpipeline.campaigns.policy import Rules
+from sdpipeline.campaigns.prompt_syntax import ESCAPE, prompt_check
 from sdpipeline.campaigns.request_form import Resolved, Shape, Size
 from sdpipeline.campaigns.spec import CampaignSpec
 from sdpipeline.campaigns.stage_spec import ImageSpec, Stage
@@ -20,11 +24,13 @@ from sdpipeline.domain import AdapterInput, CheckpointRef, ImageSource, OutputFo
 from sdpipeline.engine import annotators, families
 from sdpipeline.engine.checkpoints import CheckpointFiles, inversion_words
 from sdpipeline.engine.families import Cell, Family
+from sdpipeline.engine.union_controlnets import mode_number, uses_union
+from sdpipeline.engine.weighted_prompts import WeightedPrompt, WeightRefusedError
 from sdpipeline.errors import InputImageError
 from sdpipeline.suggestions import nearest
 
 DEFAULT_SIDE = 512
-"""Width and height if neither the stage, nor ``defaults:``, nor an input picture gives one."""
+"""Width and height if neither the stage, nor ``defaults:``, nor an input picture, nor the checkpoint gives one."""
 
 MAX_SHAPES = 10_000
 
@@ -93,21 +99,25 @@ class StagePlan:
         self.path: KeyPath = ("stages", spec.stages.index(stage))
         self.files = catalog[stage.checkpoint or spec.checkpoint]
         self.family = families.family(self.files.family)
-        cell = self.family.cell(stage.task, controlnets=len(stage.controlnets))
+        self._controlnets = [catalog[use.checkpoint] for use in stage.controlnets]
+        union = uses_union(self._controlnets)
+        cell = self.family.cell(stage.task, controlnets=len(stage.controlnets), union=union)
         if cell is None:
             raise AssertionError(f"{stage.task} should have been refused when the campaign was loaded")
         self._cell = cell
-        self._controlnets = [catalog[use.checkpoint] for use in stage.controlnets]
         self._annotators = [catalog.get(use.annotator_checkpoint or "") for use in stage.controlnets]
         self._adapters = {place: catalog[use.checkpoint] for place, use in stage.adapters()}
+        self._learned = learned_defaults(self.family, self.files, [catalog[use.checkpoint] for use in stage.loras])
         self._vae = catalog.get(stage.vae or "")
+        self._rules = rules_of(self.files, self._vae, self.family, stage.task, len(stage.controlnets))
         self._reproducibility, self._profile = profiles.chosen(spec, stage, self.family)
         self._words = [inversion_words(catalog[use.checkpoint]) for use in stage.textual_inversions]
         output = stage.output or spec.output
         self._output = OutputFormat(format=output.format, quality=output.quality)
         self._parameters = {name: self._parameter(spec, name) for name in Parameters.model_fields}
+        self._prompts = prompt_check(spec, stage, self.family, catalog, warnings)
         self._prompt = compile_template(stage.prompt)
-        negative = self._parameters.pop("negative_prompt")[1]
+        self._negative_path, negative = self._parameters.pop("negative_prompt")
         self._negative = negative if isinstance(negative, Template) else compile_template("")
         scales: dict[KeyPath, Any] = {place: getattr(use, "weight", 1.0) for place, use in stage.adapters()}
         scales |= {("controlnets", n): use.controlnet_conditioning_scale for n, use in enumerate(stage.controlnets)}
@@ -131,8 +141,12 @@ class StagePlan:
         prompt = self._filled((*self.path, "prompt"), self._prompt, values)
         if not prompt and self.stage.task is Task.TEXT_TO_IMAGE:
             raise WrongValueError((*self.path, "prompt"), "is empty with these values")
-        negative = self._filled((*self.path, "negative_prompt"), self._negative, values)
+        negative = self._filled(self._negative_path, self._negative, values)
         self._check_words(prompt, negative)
+        if negative and (odd := negative_prompt_oddity(shape.fixed["guidance_scale"], self._learned)):
+            self._warn(self._negative_path, odd)
+        parsed = self._parsed((*self.path, "prompt"), self._prompt, prompt)
+        self._parsed(self._negative_path, self._negative, negative)
         return Resolved(
             shape=shape,
             form=shape.form(negative=bool(negative)),
@@ -140,8 +154,19 @@ class StagePlan:
             negative_prompt=negative,
             used={name: values[name] for name in self._all_names},
             quoted={".prompt": encode_basestring(prompt), ".negative": encode_basestring(negative)},
-            blocked=next(filter(None, (rules.denial(prompt) for rules in self.policies)), None),
+            blocked=self._denial(prompt, parsed),
         )
+
+    def _parsed(self, path: KeyPath, template: Template, prompt: str) -> WeightedPrompt:
+        try:
+            return self._prompts.parsed(path, template, prompt)
+        except WeightRefusedError as error:
+            raise WrongValueError(path, str(error), ESCAPE) from error
+
+    def _denial(self, prompt: str, parsed: WeightedPrompt) -> str | None:
+        """Return the policy rule that forbids the prompt, as it is written or by its words without brackets."""
+        texts = dict.fromkeys([prompt, parsed.text])
+        return next(filter(None, (rules.denial(text) for rules in self.policies for text in texts)), None)
 
     def _check_words(self, *texts: str) -> None:
         """Refuse a textual inversion that no prompt mentions: it would silently have no effect."""
@@ -149,6 +174,12 @@ class StagePlan:
             if words and not any(word in text for word in words for text in texts):
                 path: KeyPath = (*self.path, "textual_inversions", n)
                 raise WrongValueError(path, "no prompt mentions it", f"write {words[0]} where it is meant")
+
+    def _place(self, key: str) -> KeyPath:
+        """Return the place in the campaign file that gives the stage this value."""
+        if key == "checkpoint" and self.stage.checkpoint is None:
+            return ("checkpoint",)
+        return self._parameters[key][0] if key in self._parameters else (*self.path, key)
 
     def _parameter(self, spec: CampaignSpec, name: str) -> tuple[KeyPath, Any]:
         """Return the stage's own value, else the default if the stage takes it, with its place in the file."""
@@ -175,17 +206,20 @@ class StagePlan:
                 message = f"the picture is {size[0]}x{size[1]}, but the stage uses {width}x{height}"
                 fix = f"add resize: ({', '.join(annotators.RESIZE_MODES)}) or change width and height"
                 raise WrongValueError((*self.path, *place), message, fix)
-        steps = self._value("num_inference_steps", values, self.family.num_inference_steps)
+        steps = self._value("num_inference_steps", values, self._learned.get("num_inference_steps"))
+        scheduler = self._value("scheduler", values, self._learned.get("scheduler"))
+        if refused := self._rules.refusal(scheduler, steps, width, height):
+            raise WrongValueError(self._place(refused.key), refused.message, refused.fix)
         fixed = {
             "task": stage.task,
             "checkpoint": _ref(self.files),
             "width": width,
             "height": height,
             "num_inference_steps": steps,
-            "guidance_scale": self._value("guidance_scale", values, self.family.guidance_scale),
-            "scheduler": self._value("scheduler", values, self.family.scheduler),
+            "guidance_scale": self._value("guidance_scale", values, self._learned.get("guidance_scale")),
+            "scheduler": scheduler,
             "strength": self._strength(values, steps),
-            "clip_skip": self._value("clip_skip", values),
+            "clip_skip": self._value("clip_skip", values, self._learned.get("clip_skip")),
             "noise_level": self._value("noise_level", values),
             "resize": resize,
             "loras": tuple(self._adapter(("loras", n), values) for n in range(len(stage.loras))),
@@ -195,6 +229,7 @@ class StagePlan:
             "vae": _ref(self._vae) if self._vae else None,
             "reproducibility": self._reproducibility,
             "profile": self._profile,
+            "prompt_syntax": self._prompts.syntax,
             "output": self._output,
         }
         images = {str(place[0]): source for place, source in sources.items() if len(place) == 1}
@@ -205,8 +240,15 @@ class StagePlan:
             self._adapter(("ip_adapters", n), values, sources["ip_adapters", n, "image"])
             for n in range(len(stage.ip_adapters))
         )
+        for odd in parameter_oddities(stage.task, fixed, self._learned):
+            self._warn(self._parameters[odd.name][0], odd)
         result = self._result((width, height), inputs.max_pixels)
         return Shape(fixed=fixed, images=images, controlnets=controlnets, ip_adapters=ip_adapters, result=result)
+
+    def _warn(self, path: KeyPath, odd: Oddity) -> None:
+        """Warn once of this parameter of this stage, at its own place or at that of the campaign's default."""
+        stage = f" (stage {self.stage.id!r})" if path[0] == "defaults" else ""
+        self.warnings.add(path, (self.stage.id, odd.name), f"{odd.message}{stage}", odd.fix)
 
     def _value(self, name: str, values: Mapping[str, Any], otherwise: Any = None) -> Any:
         path, value = self._parameters[name]
@@ -238,8 +280,8 @@ class StagePlan:
         return strength
 
     def _size(self, values: Mapping[str, Any], given: Size | None) -> Size:
-        """Return the size by the stage, else by the defaults, else of the first input picture."""
-        fallback = given or (DEFAULT_SIDE, DEFAULT_SIDE)
+        """Return the size by the stage, else by the defaults, else of the first input picture, else the native one."""
+        fallback = given or self._learned.size(DEFAULT_SIDE)
         size = self._value("width", values, fallback[0]), self._value("height", values, fallback[1])
         multiple = self.family.size_multiple
         if any(families.size_refusal(self.family, "width", side) for side in size):
@@ -293,6 +335,7 @@ class StagePlan:
             "controlnet_conditioning_scale": self._scale(("controlnets", n), "controlnet_conditioning_scale", values),
             "control_guidance_start": use.control_guidance_start,
             "control_guidance_end": use.control_guidance_end,
+            "control_mode": None if use.control_mode is None else mode_number(files.family, use.control_mode),
         }
 
     def _adapter(self, place: KeyPath, values: Mapping[str, Any], image: ImageSource | None = None) -> AdapterInput:

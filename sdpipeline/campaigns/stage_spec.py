@@ -11,7 +11,7 @@ from sdpipeline.campaigns.parameters import Parameters
 from sdpipeline.campaigns.seeds import Seeds
 from sdpipeline.campaigns.spec_part import Name, Number, Scalar, SpecPart
 from sdpipeline.campaigns.yaml_source import KeyPath
-from sdpipeline.domain import Profile, Reproducibility, Task
+from sdpipeline.domain import Profile, PromptSyntax, Reproducibility, Task
 
 
 class ImageSpec(SpecPart):
@@ -38,6 +38,8 @@ class ControlNetSpec(SpecPart):
     """The annotator's own parameters."""
     annotator_checkpoint: str | None = None
     """Alias of the weights of a learned annotator."""
+    control_mode: int | str | None = None
+    """Kind of the control map, by name or number; needed by a union ControlNet, and refused by others."""
     controlnet_conditioning_scale: Number = 1.0
     """How strongly the ControlNet steers."""
     control_guidance_start: Annotated[float, Field(ge=0, le=1)] = 0.0
@@ -128,6 +130,8 @@ class Stage(Parameters):
     """How exactly this stage's pictures must be reproducible; default the campaign's."""
     profile: Profile | None = None
     """Speed profile of this stage; default the campaign's."""
+    prompt_syntax: PromptSyntax | None = None
+    """Syntax of this stage's prompts; default the campaign's."""
     output: OutputSpec | None = None
     """Encoding of this stage's pictures; default the campaign's."""
     quality: Quality | None = None

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from sdpipeline.campaigns import adapter_validation, policy, profiles
+from sdpipeline.campaigns import adapter_validation, controlnet_validation, policy, profiles, prompt_syntax
+from sdpipeline.campaigns.learned_defaults import LearnedDefaults, learned_defaults
 from sdpipeline.campaigns.parameters import LIMITS, Parameters, number
 from sdpipeline.campaigns.policy import Rules
 from sdpipeline.campaigns.seeds import Seeds
@@ -15,9 +16,10 @@ from sdpipeline.campaigns.stage_spec import ControlNetSpec, Stage
 from sdpipeline.campaigns.yaml_source import Faults, KeyPath
 from sdpipeline.domain import Task
 from sdpipeline.engine import annotators, families
-from sdpipeline.engine.checkpoints import CheckpointFiles, controlnet_refusal
-from sdpipeline.engine.families import Family
+from sdpipeline.engine.checkpoints import CheckpointFiles
+from sdpipeline.engine.families import Cell
 from sdpipeline.engine.quality import EDGE_ANNOTATORS
+from sdpipeline.engine.union_controlnets import uses_union
 from sdpipeline.suggestions import nearest
 
 Catalog = Mapping[str, CheckpointFiles]
@@ -194,17 +196,22 @@ def _check_checkpoint(
     elif refused := families.task_refusal(base.family, stage.task, controlnets=len(stage.controlnets)):
         faults.add((*path, "task"), refused.message, refused.fix)
     else:
-        _check_parameters(spec, stage, path, faults, row)
+        loras = [catalog[use.checkpoint] for use in stage.loras if use.checkpoint in catalog]
+        union = uses_union(catalog.get(use.checkpoint) for use in stage.controlnets)
+        cell = row.cell(stage.task, controlnets=len(stage.controlnets), union=union)
+        assert cell is not None
+        _check_parameters(spec, stage, path, faults, learned_defaults(row, base, loras), cell=cell)
         _check_size(spec, stage, path, faults, scale=base.scale, policies=policies)
-        for n in range(len(stage.controlnets)):
-            _check_fit(stage, n, path, faults, files=(base, catalog.get(stage.controlnets[n].checkpoint)))
+        controlnet_validation.check_fit(stage, path, faults, catalog, base=base)
         adapter_validation.check_fit(stage, path, faults, catalog, base=base, row=row)
         profiles.check_fit(stage, path, faults, row)
+        prompt_syntax.check_fit(spec, stage, path, faults, row)
 
 
-def _check_parameters(spec: CampaignSpec, stage: Stage, path: KeyPath, faults: Faults, row: Family) -> None:
-    cell = row.cell(stage.task, controlnets=len(stage.controlnets))
-    assert cell is not None
+def _check_parameters(
+    spec: CampaignSpec, stage: Stage, path: KeyPath, faults: Faults, learned: LearnedDefaults, *, cell: Cell
+) -> None:
+    row = learned.row
     if row.text == "none" and stage.prompt:
         faults.add((*path, "prompt"), f"{row.title} does not take it", "remove it")
     for name in Parameters.model_fields:
@@ -222,7 +229,7 @@ def _check_parameters(spec: CampaignSpec, stage: Stage, path: KeyPath, faults: F
         except WrongValueError as wrong:
             faults.add(place, str(wrong), wrong.fix)
     if cell.strength is not None:
-        _check_steps(spec, stage, path, faults, row)
+        _check_steps(spec, stage, path, faults, learned.get("num_inference_steps"))
 
 
 def _check_size(
@@ -244,8 +251,8 @@ def _spared(name: str, stage: Stage) -> bool:
     return name == "scheduler" or (stage.task is Task.SUPER_RESOLUTION and name in ("width", "height"))
 
 
-def _check_steps(spec: CampaignSpec, stage: Stage, path: KeyPath, faults: Faults, row: Family) -> None:
-    steps: Any = row.num_inference_steps
+def _check_steps(spec: CampaignSpec, stage: Stage, path: KeyPath, faults: Faults, default: int) -> None:
+    steps: Any = default
     strength: Any = None
     for part in (spec.defaults, stage):
         steps = part.num_inference_steps if part.num_inference_steps is not None else steps
@@ -255,16 +262,6 @@ def _check_steps(spec: CampaignSpec, stage: Stage, path: KeyPath, faults: Faults
     if literal and 0 <= strength <= 1 and steps > 0 and (refused := families.strength_refusal(strength, steps)):
         place: KeyPath = (*path, "strength") if stage.strength is not None else ("defaults", "strength")
         faults.add(place, refused.message, refused.fix)
-
-
-def _check_fit(
-    stage: Stage, n: int, path: KeyPath, faults: Faults, *, files: tuple[CheckpointFiles, CheckpointFiles | None]
-) -> None:
-    base, controlnet = files
-    if controlnet is None or controlnet.kind != "controlnet":
-        return
-    if refused := controlnet_refusal(stage.task, base, controlnet):
-        faults.add((*path, "controlnets", n, "checkpoint"), refused.message, refused.fix)
 
 
 def _check_controlnet(use: ControlNetSpec, path: KeyPath, faults: Faults, catalog: Catalog) -> None:

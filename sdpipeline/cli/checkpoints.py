@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -11,14 +12,27 @@ from typing import Annotated
 
 import typer
 
-from sdpipeline.app.checkpoints import catalog, refused_checkpoints
+from sdpipeline.app.checkpoint_approval import approve
+from sdpipeline.app.checkpoints import catalog, catalog_and_refused, place_of, shipped_card
+from sdpipeline.app.model_card import read_model_card
 from sdpipeline.app.services import existing_database, open_services
 from sdpipeline.campaigns.spec_part import NAME
-from sdpipeline.cli.output import FOUND_FAULTS, AsJson, Home, load_settings, print_json, print_records, refuse, stdout
-from sdpipeline.cli.single_files import add_folder, add_single_file, approve
+from sdpipeline.cli.output import (
+    FOUND_FAULTS,
+    AsJson,
+    Home,
+    load_settings,
+    print_json,
+    print_records,
+    print_text,
+    refuse,
+    stdout,
+)
+from sdpipeline.cli.single_files import add_folder, add_single_file
 from sdpipeline.db import registry
 from sdpipeline.domain import Json
 from sdpipeline.engine.checkpoints import CheckpointFiles, inspect, verify
+from sdpipeline.engine.distilled import shown
 from sdpipeline.engine.hub import REPOSITORY, fetch
 from sdpipeline.errors import CheckpointError
 from sdpipeline.private_files import users_umask
@@ -36,17 +50,21 @@ def add_to(app: typer.Typer) -> None:
 
 
 def list_all(*, home: Home = None, as_json: AsJson = False) -> None:
-    """List every checkpoint, allowed or revoked."""
+    """List every checkpoint, allowed, revoked or refused with the reason."""
     settings = load_settings(home)
     rows = _documents(settings)
     if as_json:
         print_json({"checkpoints": rows})
         return
     for row in rows:
-        row["MB"] = round(row["size_bytes"] / 1e6, 1)
-        row["digest"] = row["digest"][:16]
-    columns = ("alias", "kind", "family", "MB", "digest", "status", "licence", "approved_by", "location")
+        row["MB"] = None if row["size_bytes"] is None else round(row["size_bytes"] / 1e6, 1)
+        row["digest"] = row["digest"] and row["digest"][:16]
+        row["defaults"] = shown(row["defaults"] or {})
+    columns = ("alias", "kind", "family", "MB", "digest", "status", "defaults", "licence", "approved_by", "location")
     print_records("", columns, rows)
+    for row in rows:
+        if row["refused"]:  # not a column: it would break a sentence over many lines
+            print_text(f"{row['alias']} is refused: {row['refused']}\n")
 
 
 def add(
@@ -70,10 +88,16 @@ def add(
     prediction_type: Annotated[
         str | None, typer.Option(help="Prediction type of a single file: epsilon or v_prediction.")
     ] = None,
-    licence: Annotated[str | None, typer.Option(help="Licence of the weights.")] = None,
+    licence: Annotated[
+        str | None, typer.Option(help="Licence of the weights; default: that of the folder's model card.")
+    ] = None,
     purpose: Annotated[list[str] | None, typer.Option(help="Approved purpose; may be repeated.")] = None,
     expires: Annotated[datetime | None, typer.Option(formats=["%Y-%m-%d"], help="Last day of the approval.")] = None,
     approved_by: Annotated[str | None, typer.Option(help="Approver; default: the current user.")] = None,
+    defaults: Annotated[
+        list[str] | None,
+        typer.Option(metavar="KEY=VALUE", help="Default parameter, or turbo, lightning-4, lcm, ...; may be repeated."),
+    ] = None,
     home: Home = None,
     as_json: AsJson = False,
 ) -> None:
@@ -89,7 +113,7 @@ def add(
     if all_of is not None:
         if alias or source or revision or any(named.values()):
             raise refuse("--all DIR takes no ALIAS and no other source", "checkpoints add --all DIR [--licence L]")
-        add_folder(settings, all_of, approval, as_json=as_json)
+        add_folder(settings, all_of, approval, defaults or (), as_json=as_json)
         return
     if alias is None or source is None:
         raise refuse("checkpoints add needs an alias and a source", "checkpoints add ALIAS FILE_OR_DIR_OR_REPO")
@@ -98,21 +122,34 @@ def add(
     if Path(source).expanduser().is_file():
         if revision is not None:
             raise refuse(f"{source} is a file, and --revision is for hub repositories", "omit --revision")
-        document = add_single_file(settings, alias, Path(source), named, approval)
+        document = add_single_file(
+            settings, alias, Path(source), named=named, approval=approval, defaults=defaults or ()
+        )
     else:
         if option := next((option for option, value in named.items() if value is not None), None):
             raise refuse(f"{option} is for a single file, and {source} is not one", f"omit {option}")
-        document = _add_directory(settings, alias, source, revision, approval)
+        document = _add_directory(
+            settings, alias, source, revision=revision, approval=approval, defaults=defaults or ()
+        )
     if as_json:
         print_json(document)
         return
-    stdout.print(f"{alias}: {document['kind']}, {document['family']}, digest {document['digest'][:16]}")
-    for note in document.get("notes", ()):
+    terms = f"licence {document['licence']}" if document["licence"] else "no licence known: give --licence"
+    stdout.print(f"{alias}: {document['kind']}, {document['family']}, digest {document['digest'][:16]}, {terms}")
+    if document["defaults"]:
+        stdout.print(f"defaults: {shown(document['defaults'])}")
+    for note in document["notes"]:
         stdout.print(f"note: {note}")
 
 
 def _add_directory(
-    settings: Settings, alias: str, source: str, revision: str | None, approval: registry.Approval
+    settings: Settings,
+    alias: str,
+    source: str,
+    *,
+    revision: str | None,
+    approval: registry.Approval,
+    defaults: Sequence[str],
 ) -> Json:
     directory = Path(source).expanduser().resolve()
     if not directory.is_dir() and REPOSITORY.fullmatch(source):
@@ -127,8 +164,8 @@ def _add_directory(
     except CheckpointError as error:
         raise refuse(str(error)) from error
     with open_services(settings) as services:
-        origin = f"{source}@{revision}" if revision else str(directory)
-        return approve(services, files, replace(approval, source=origin))
+        origin = f"{source}@{revision}" if revision else None
+        return approve(services, files, replace(approval, source=origin), defaults)
 
 
 def verify_all(
@@ -140,7 +177,7 @@ def verify_all(
     """Hash every file of the weights again, and compare the files with the approved ones."""
     settings = load_settings(home)
     with existing_database(settings) as database:
-        known, refused = catalog(settings, database), refused_checkpoints(settings, database)
+        known, refused = catalog_and_refused(settings, database)
     if alias is not None and alias not in known.keys() | refused.keys():
         raise refuse(f"no checkpoint {alias!r}", nearest(alias, known))
     checked = [_verified(files) for name, files in sorted(known.items()) if alias in (None, name)]
@@ -179,25 +216,47 @@ def revoke(
 
 
 def _documents(settings: Settings) -> list[Json]:
-    """Return the registry's rows, and the allowed checkpoints that were never used."""
+    """Return the registry's rows, the allowed checkpoints that were never used, and the refused ones."""
     rows: list[Json] = []
     with existing_database(settings) as database:
         if database is not None:
             with database.read() as connection:
                 rows = registry.documents(connection)
-        known = catalog(settings, database)
-    running = {(files.digest, alias) for alias, files in known.items()}
-    seen = {(row["digest"], row["alias"]) for row in rows}
+        known, refused = catalog_and_refused(settings, database)
+    running = {(files.digest, alias): files for alias, files in known.items()}
     for row in rows:
-        row["status"] = "revoked" if row["revoked_at"] else "ok" if (row["digest"], row["alias"]) in running else "old"
-    return rows + [_unused(files) for alias, files in known.items() if (files.digest, alias) not in seen]
+        files = running.get((row["digest"], row["alias"]))
+        row["status"] = "revoked" if row["revoked_at"] else "ok" if files else "old"
+        row["defaults"] = row["defaults"] or {}
+        row["refused"] = None
+        _fill_terms(row)
+    seen = {(row["digest"], row["alias"]) for row in rows}
+    rows += [_unused(files) for key, files in running.items() if key not in seen]
+    return rows + [_unusable(settings, alias, why) for alias, why in sorted(refused.items())]
+
+
+_OWN = ("alias", "digest", "kind", "family", "scale", "size_bytes", "native_size", "origin_sha256")
+_TERMS = ("approved_by", "source", "expires_at", "revoked_at", "revoked_because")
 
 
 def _unused(files: CheckpointFiles) -> Json:
-    names = ("alias", "digest", "kind", "family", "scale", "size_bytes")
-    terms = dict.fromkeys(("approved_by", "source", "expires_at", "revoked_at", "revoked_because"))
-    own = {name: getattr(files, name) for name in names}
-    return own | terms | {"licence": files.licence, "location": str(files.directory), "purposes": [], "status": "ok"}
+    own = {name: getattr(files, name) for name in _OWN} | dict.fromkeys(_TERMS)
+    own |= {"defaults": dict(files.defaults), "licence": files.licence, "location": str(files.directory)}
+    return _fill_terms(own | {"purposes": [], "status": "ok", "refused": None})
+
+
+def _unusable(settings: Settings, alias: str, why: CheckpointError) -> Json:
+    own: Json = dict.fromkeys((*_OWN, *_TERMS, "licence")) | {"alias": alias, "defaults": {}, "purposes": []}
+    return own | {"location": str(place_of(settings, alias)), "status": "refused", "refused": str(why)}
+
+
+def _fill_terms(row: Json) -> Json:
+    """Add the licence and source that the folder itself states, if the approval names none."""
+    directory = Path(row["location"])
+    card = shipped_card(directory) or read_model_card(directory)
+    row["licence"] = row["licence"] or card.licence
+    row["source"] = row["source"] or card.source
+    return row
 
 
 def _refused(alias: str, why: CheckpointError) -> Json:

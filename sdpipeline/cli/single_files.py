@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING
 import typer
 
 from sdpipeline.app import single_files
+from sdpipeline.app.checkpoint_approval import approve
 from sdpipeline.app.checkpoints import catalog
-from sdpipeline.app.services import Services, existing_database, open_services
+from sdpipeline.app.services import existing_database, open_services
 from sdpipeline.cli.output import FOUND_FAULTS, print_json, print_records, refuse, stderr
 from sdpipeline.db import registry
 from sdpipeline.domain import Json
@@ -29,7 +30,13 @@ if TYPE_CHECKING:
 
 
 def add_single_file(
-    settings: Settings, alias: str, path: Path, named: Mapping[str, str | None], approval: registry.Approval
+    settings: Settings,
+    alias: str,
+    path: Path,
+    *,
+    named: Mapping[str, str | None],
+    approval: registry.Approval,
+    defaults: Sequence[str],
 ) -> Json:
     """Convert or copy one file and approve it; ``named`` are the values of the options for single files."""
     path = path.expanduser().absolute()  # a link keeps its name: a hub's cache links to files named by their hashes
@@ -40,8 +47,8 @@ def add_single_file(
     except CheckpointError as error:
         raise refuse(str(error)) from error
     with open_services(settings) as services:
-        document = approve(services, imported.files, _of_file(approval, imported, path))
-    return document | {"origin_sha256": imported.sha256, "notes": imported.notes}
+        document = approve(services, imported.files, _of_file(approval, imported, path), defaults)
+    return document | {"origin_sha256": imported.sha256, "notes": [*imported.notes, *document["notes"]]}
 
 
 def _given(settings: Settings, named: Mapping[str, str | None]) -> Given:
@@ -58,7 +65,9 @@ def _given(settings: Settings, named: Mapping[str, str | None]) -> Given:
     return Given(tokenizer=tokenizer, parts=parts, family=named["--family"], prediction_type=named["--prediction-type"])
 
 
-def add_folder(settings: Settings, folder: Path, approval: registry.Approval, *, as_json: bool) -> None:
+def add_folder(
+    settings: Settings, folder: Path, approval: registry.Approval, defaults: Sequence[str], *, as_json: bool
+) -> None:
     """Approve every adapter below a folder on the same terms; exit 3 if some were refused."""
     folder = folder.expanduser().resolve()
     if not folder.is_dir():
@@ -67,7 +76,7 @@ def add_folder(settings: Settings, folder: Path, approval: registry.Approval, *,
         known = catalog(settings, services.database)
 
         def register(imported: Imported, path: Path) -> Json:
-            return approve(services, imported.files, _of_file(approval, imported, path))
+            return approve(services, imported.files, _of_file(approval, imported, path), defaults)
 
         try:
             with _progress(shown=stderr.is_terminal) as progress:
@@ -96,14 +105,6 @@ def _of_file(approval: registry.Approval, imported: Imported, path: Path) -> reg
     converter = f"diffusers {imported.record['converter']['diffusers']}"
     source = f"{path} (SHA-256 {imported.sha256}, converted with {converter})"
     return replace(approval, source=source, conversion=imported.record)
-
-
-def approve(services: Services, files: CheckpointFiles, approval: registry.Approval) -> Json:
-    """Approve weights, by the current user if no approver is named, and return the row to print."""
-    with services.audit.transaction() as tx:
-        approved_by = approval.approved_by or services.audit.actor
-        registry.add(tx, files, replace(approval, approved_by=approved_by))
-    return {"alias": files.alias, "digest": files.digest, "kind": files.kind, "family": files.family}
 
 
 @contextmanager

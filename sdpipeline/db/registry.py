@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +59,7 @@ def withdrawn(connection: Connection) -> tuple[frozenset[str], frozenset[tuple[s
 
 def documents(connection: Connection) -> list[Json]:
     """List every row, as ``checkpoints list --json`` shows it."""
-    columns = [column for column in checkpoint.columns if column.name != "manifest"]
+    columns = [column for column in checkpoint.columns if column.name not in ("manifest", "ignored")]
     rows = connection.execute(select(*columns).order_by(checkpoint.c.alias, checkpoint.c.created_at)).mappings()
     return [dict(row) for row in rows]
 
@@ -71,7 +71,7 @@ def remember(tx: Transaction, used: Iterable[CheckpointFiles]) -> None:
     present = {(row.digest, row.alias) for row in tx.connection.execute(rows.with_for_update(read=True))}
     for files in used:
         if (files.digest, files.alias) not in present:
-            _insert(tx, files, Approval(approved_by=tx.actor))
+            _insert(tx, files, Approval(approved_by=tx.actor, licence=files.licence))
 
 
 def add(tx: Transaction, files: CheckpointFiles, approval: Approval) -> None:
@@ -81,6 +81,16 @@ def add(tx: Transaction, files: CheckpointFiles, approval: Approval) -> None:
     again = {"revoked_at": null(), "revoked_because": null()}
     tx.connection.execute(update(checkpoint).where(checkpoint.c.digest == files.digest).values(**again))
     _insert(tx, files, approval)
+
+
+def with_registered_defaults(tx: Transaction, files: CheckpointFiles) -> CheckpointFiles:
+    """Return weights with the native size and defaults of their earlier registration under this alias, if there is one.
+
+    So a renewed approval makes no picture anew. Rows of releases that kept neither have None and no defaults.
+    """
+    same = (checkpoint.c.digest == files.digest, checkpoint.c.alias == files.alias)
+    row = tx.connection.execute(select(checkpoint.c.native_size, checkpoint.c.defaults).where(*same)).first()
+    return files if row is None else replace(files, native_size=row.native_size, defaults=row.defaults or {})
 
 
 def revoke(tx: Transaction, digest: str, *, because: str) -> int:
@@ -135,14 +145,13 @@ def _insert(tx: Transaction, files: CheckpointFiles, approval: Approval) -> None
     row: dict[str, Any] = {name: getattr(files, name) for name in names}
     row |= {name: getattr(approval, name) for name in ("approved_by", "source", "licence", "expires_at")}
     row |= {"location": str(files.directory), "manifest": dict(files.manifest), "purposes": list(approval.purposes)}
-    row["defaults"] = dict(files.defaults)
+    row |= {"defaults": dict(files.defaults), "ignored": list(files.ignored)}
     statement = insert_ignoring(tx.connection, checkpoint).values(created_at=now_s(), **row)
     if tx.connection.execute(statement.returning(checkpoint.c.digest)).first() is None:
         return  # another submit was first
-    terms: Json = {"licence": approval.licence, "purposes": list(approval.purposes), "expires_at": approval.expires_at}
-    about: Json = {"alias": files.alias, "digest": files.digest} | terms
-    if approval.conversion:
-        about["conversion"] = approval.conversion
+    terms = {"licence": approval.licence, "purposes": list(approval.purposes), "expires_at": approval.expires_at}
+    learned = {"native_size": files.native_size, "defaults": dict(files.defaults), "conversion": approval.conversion}
+    about = {"alias": files.alias, "digest": files.digest} | terms | {k: v for k, v in learned.items() if v}
     tx.record(Event.CHECKPOINT_ADDED, f"checkpoint:{files.digest[:16]}", **about)
 
 
@@ -161,4 +170,5 @@ def _files(row: Any) -> CheckpointFiles:
         origin_sha256=row.origin_sha256,
         licence=row.licence,
         purposes=tuple(row.purposes),
+        ignored=tuple(row.ignored or ()),
     )

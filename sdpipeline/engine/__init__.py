@@ -35,12 +35,14 @@ the network: the picture's own, another picture's or padding. Bits depend on the
 class PreparedRequest:
     """A request with its decoded input pictures, by the roles of ``GenerationRequest.sources``.
 
-    ``calls`` are given if the picture is reproduced and its record has some.
+    ``calls`` are given if the picture is reproduced and its record has some. ``recorded`` is then the record's ``ran``,
+    whose scheduler configuration is used as it is. It is untrusted.
     """
 
     request: GenerationRequest
     images: Mapping[str, Pixels] = field(default_factory=dict)
     calls: Calls = ()
+    recorded: Json | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -5,13 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from sdpipeline.engine.families import FAMILIES
+from sdpipeline.engine.classification.pipelines import check_pipeline_class
 from sdpipeline.errors import CheckpointError
-
-PIPELINES = frozenset(
-    cell.pipeline for row in FAMILIES.values() for cell in (*row.plain.values(), *row.controlled.values())
-)
-"""Allowed values of ``_class_name`` in model_index.json: pipelines that this engine runs."""
 
 _CLIP = frozenset({"CLIPTextModel", "CLIPTextModelWithProjection"})
 _ENCODERS = _CLIP | {"T5EncoderModel"}
@@ -55,7 +50,12 @@ COMPONENTS: Mapping[str, tuple[frozenset[str], frozenset[str]]] = {
 }
 """Libraries and classes by the component's name in model_index.json."""
 
-NETWORKS = frozenset({"ControlNetModel", "SD3ControlNetModel", "FluxControlNetModel", "AutoencoderKL"})
+UNUSED_PARTS = frozenset({"safety_checker", "feature_extractor", "image_encoder", "watermarker"})
+"""Parts of a pipeline that this engine never loads: no loader is ever given their folders."""
+
+NETWORKS = frozenset(
+    {"ControlNetModel", "ControlNetUnionModel", "SD3ControlNetModel", "FluxControlNetModel", "AutoencoderKL"}
+)
 """diffusers classes of checkpoints that are one network."""
 
 ANNOTATOR_NETWORKS = frozenset(
@@ -87,15 +87,10 @@ _PROCESSORS = frozenset({"image_processor_type", "feature_extractor_type"})
 
 def check_index(alias: str, index: Mapping[str, Any]) -> None:
     """Raise CheckpointError for a pipeline or a component outside the allow-list."""
+    check_pipeline_class(alias, index.get("_class_name"))
     for name, entry in index.items():
         if isinstance(entry, list | dict) and not name.startswith("_"):
             _check_component(alias, name, entry)
-    pipeline = index.get("_class_name")
-    if not isinstance(pipeline, str) or pipeline not in PIPELINES:
-        named = pipeline if isinstance(pipeline, str) and pipeline else f"pipeline of class {pipeline!r}"
-        raise CheckpointError(
-            f"checkpoint {alias!r}: no family runs a {named} (_class_name in model_index.json); use another checkpoint"
-        )
 
 
 def _check_component(alias: str, name: str, entry: Any) -> None:
@@ -105,8 +100,16 @@ def _check_component(alias: str, name: str, entry: Any) -> None:
     if entry == [None, None]:
         return
     library, class_name = entry
+    if name == "controlnet":
+        raise CheckpointError(
+            f"{where} is an approved checkpoint of its own here: register its folder with `sdpipeline checkpoints add "
+            f"{alias}-controlnet DIR/controlnet`, and remove controlnet from model_index.json, with _class_name "
+            "changed to that of the plain pipeline"
+        )
     if library not in ("diffusers", "transformers", "stable_diffusion", "stable_diffusion_xl"):
-        raise CheckpointError(f"{where} asks for code from {library!r}, which is never run")
+        raise CheckpointError(
+            f"{where} asks for code from {library!r}, which is never run; use a checkpoint of diffusers' own classes"
+        )
     libraries, classes = COMPONENTS.get(name, (frozenset(), frozenset()))
     if library not in libraries or class_name not in classes:
         allowed = ", ".join(sorted(classes)) or "none: the engine has no such component"
@@ -150,7 +153,9 @@ def check_shards(alias: str, name: str, index: Any, manifest: Mapping[str, str] 
     for shard in sorted({str(each) for each in shards.values()}):
         path = f"{folder}/{shard}" if folder else shard
         if "/" in shard or "\\" in shard or path not in manifest:
-            raise CheckpointError(f"checkpoint {alias!r}: {name} names {shard}, which is not in the same folder")
+            raise CheckpointError(
+                f"checkpoint {alias!r}: {name} names {shard}, which is not in the same folder; download {path}"
+            )
 
 
 def _items(document: Any) -> Iterator[tuple[str, Any]]:

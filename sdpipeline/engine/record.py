@@ -76,10 +76,15 @@ class Execution:
     """`not used`, if the checkpoint takes no prompt."""
     prompt_tokens: int | None = None
     """Length of the prompt's embeddings, in tokens."""
+    prompt_weights: Mapping[str, Any] | None = None
+    """Weights of the parts of weighted prompts, and the reference whose emphasis applied them."""
     strength: float | None = None
     """Effective strength, with the family's default."""
     noise_level: int | None = None
     """Effective noise level, with the family's default."""
+    latent_statistics: Mapping[str, Sequence[float]] | None = None
+    """Mean and standard deviation of the latents by channel, if the autoencoder's configuration has them; older
+    releases decoded without them."""
     clip_skip: int | None = None
     """Layers of the text encoder that were skipped."""
     resize: str | None = None

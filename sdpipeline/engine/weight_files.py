@@ -8,7 +8,7 @@ import re
 import stat
 import time
 import unicodedata
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -18,6 +18,8 @@ from sdpipeline.errors import CheckpointError
 
 WEIGHTS = ".safetensors"
 PICKLES = frozenset({".bin", ".ckpt", ".pt", ".pth", ".pkl", ".pickle", ".dill", ".joblib", ".npy", ".npz"})
+FOREIGN = frozenset({".gguf", ".h5", ".msgpack", ".onnx", ".onnx_data", ".ot", ".pb", ".tflite", ".xml"})
+"""Weights for other frameworks. No loader here opens them."""
 CODE = frozenset({".py", ".pyc", ".pyd", ".pyx", ".so", ".dll", ".dylib", ".sh"})
 MATTERS = frozenset({WEIGHTS, ".json", ".txt", ".model"})
 """Weights, configurations and tokenizer files: they decide the picture, so the manifest holds them."""
@@ -58,9 +60,12 @@ class WeightFiles:
         """Regular files, sorted, as POSIX paths within the directory."""
         return sorted(name for name in self.keys if not name.endswith("/"))
 
-    def approvable(self) -> list[str]:
-        """Return the files for the manifest; CheckpointError for a file that no checkpoint may hold."""
-        kept = [name for name in self.names if _matters(self.alias, name)]
+    def approvable(self, ignored: Collection[str] = ()) -> list[str]:
+        """Return the files for the manifest; CheckpointError for a file that no checkpoint may hold.
+
+        ``ignored`` are files that no loader opens, such as a pickle beside the safetensors of the same part.
+        """
+        kept = [name for name in self.names if name not in ignored and _matters(self.alias, name)]
         _refuse_twins(self.alias, self.names)
         return kept
 
@@ -177,6 +182,11 @@ def _errors(alias: str, name: str) -> Iterator[None]:
         raise CheckpointError(f"checkpoint {alias!r}: {name} cannot be read: {error.strerror or error}") from error
 
 
+def is_foreign(name: str) -> bool:
+    """Return True for a pickle, and for weights of another framework."""
+    return PurePosixPath(name).suffix.lower() in PICKLES | FOREIGN
+
+
 def _matters(alias: str, name: str) -> bool:
     """Return True if the manifest holds this file; CheckpointError if no checkpoint may hold it."""
     path = PurePosixPath(name)
@@ -194,14 +204,28 @@ def _matters(alias: str, name: str) -> bool:
     if lower in PICKLES:
         raise CheckpointError(
             f"checkpoint {alias!r} holds {name}, but only {WEIGHTS} is loaded: a pickle can run code; "
-            "convert it first if there is no safetensors file, then remove it"
+            f"{_unpickled(path)}"
         )
     if lower in MATTERS:
         raise CheckpointError(f"checkpoint {alias!r}: write the suffix of {name} in lower case, or remove the file")
     if lower in HARMLESS or HARMLESS_NAMES.fullmatch(path.name):
         return False
+    if lower in FOREIGN:
+        raise CheckpointError(
+            f"checkpoint {alias!r} holds {name}, which is for another framework, and only {WEIGHTS} is loaded; "
+            f"download the {WEIGHTS} files of the repository instead, and remove it"
+        )
     raise CheckpointError(
         f"checkpoint {alias!r}: {name} is neither weights, configuration nor documentation; remove it"
+    )
+
+
+def _unpickled(path: PurePosixPath) -> str:
+    """Return how to get safetensors in place of a pickle, or how to go on if the pickle is not needed."""
+    beside = f"{path.parent}/*.safetensors" if path.parent.name else "*.safetensors"
+    return (
+        f"download its safetensors instead (hf download REPO --include '{beside}'), or convert it in a sandbox: "
+        "DiffusionPipeline.from_pretrained(OLD).save_pretrained(NEW); then remove the pickle"
     )
 
 

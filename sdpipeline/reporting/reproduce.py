@@ -115,8 +115,9 @@ def _made_again(
     request = _request(record)
     ancestors = record.get("ancestors", {})
     images = {role: _image(about, ancestors, engine, find_input, made) for role, about in record["inputs"].items()}
-    prepared = PreparedRequest(request=request, images=images, calls=record["ran"].get("calls", ()))
-    (result,) = engine.generate(Batch(requests=(prepared,), bucket=int(record["ran"]["bucket"])))
+    ran = record["ran"]
+    prepared = PreparedRequest(request=request, images=images, calls=ran.get("calls", ()), recorded=ran)
+    (result,) = engine.generate(Batch(requests=(prepared,), bucket=int(ran["bucket"])))
     if isinstance(result, GenerationFailure):
         raise result.error
     own = _own_record(record, request, result.ran)

@@ -9,6 +9,7 @@ import tempfile
 import warnings
 from collections.abc import Callable
 from functools import cache
+from inspect import signature as inspect_signature
 from pathlib import Path
 from typing import Any
 
@@ -363,6 +364,39 @@ def _flux_controlnet(tiny: TinyCheckpoints, directory: Path) -> None:
     _effective(controlnet).save_pretrained(directory)
 
 
+def _sdxl_union(tiny: TinyCheckpoints, directory: Path) -> None:
+    """A union ControlNet of eight modes, whose configuration names an ordinary ControlNet, as published ones do."""
+    unet: Any = diffusers.UNet2DConditionModel.from_pretrained(tiny.directory("sdxl") / "unet")
+    named = set(inspect_signature(diffusers.ControlNetUnionModel.__init__).parameters)
+    config = {name: value for name, value in unet.config.items() if name in named and not name.startswith("_")}
+    width = unet.config.block_out_channels[0]
+    union: Any = diffusers.ControlNetUnionModel(
+        **config | {"conditioning_embedding_out_channels": (8, 8, 16, 16), "num_control_type": 8},
+        num_trans_channel=width,
+        num_trans_head=2,
+        num_proj_channel=width,
+    )
+    with torch.no_grad():
+        union.task_embedding.normal_(std=8.0)
+    _effective(union).save_pretrained(directory)
+    path = directory / "config.json"
+    path.write_text(path.read_text().replace("ControlNetUnionModel", "ControlNetModel"))
+
+
+def _flux_union(tiny: TinyCheckpoints, directory: Path) -> None:
+    """A union ControlNet of ten modes."""
+    transformer: Any = diffusers.FluxTransformer2DModel.from_pretrained(tiny.directory("flux") / "transformer")
+    config = {name: value for name, value in transformer.config.items() if not name.startswith("_")}
+    named = set(inspect_signature(diffusers.FluxControlNetModel.__init__).parameters)
+    config = {name: value for name, value in config.items() if name in named}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # a warning of diffusers about its own import
+        union = diffusers.FluxControlNetModel(**config | {"num_layers": 1, "num_single_layers": 1, "num_mode": 10})
+    with torch.no_grad():
+        union.controlnet_mode_embedder.weight.mul_(8.0)
+    _effective(union).save_pretrained(directory)
+
+
 def _lora(tiny: TinyCheckpoints, directory: Path, base: str) -> None:
     """A LoRA of rank 4 on attention, in the denoiser and, if there is one, in the first text encoder."""
     pipeline: Any = diffusers.DiffusionPipeline.from_pretrained(tiny.directory(base))
@@ -505,6 +539,8 @@ BUILDERS: dict[str, Callable[[TinyCheckpoints, Path], None]] = {
     "controlnet-sd3": lambda tiny, to: _sd3_controlnet(tiny, to, inpainting=False),
     "controlnet-sd3-inpaint": lambda tiny, to: _sd3_controlnet(tiny, to, inpainting=True),
     "controlnet-flux": _flux_controlnet,
+    "union-sdxl": _sdxl_union,
+    "union-flux": _flux_union,
     "vae": lambda _, to: _vae().save_pretrained(to),
     "vae-sdxl": lambda _, to: _vae(scaling=0.13025).save_pretrained(to),
     "lora-sd1": lambda tiny, to: _lora(tiny, to, "sd1"),

@@ -13,15 +13,14 @@ import transformers
 
 from sdpipeline.engine import Pixels
 from sdpipeline.engine.checkpoints import CheckpointFiles, unchanged, words_of
+from sdpipeline.engine.diffusers import schedulers
 from sdpipeline.engine.diffusers.batch import Reference, Weights
+from sdpipeline.engine.diffusers.foreign_errors import poisons_process
 from sdpipeline.engine.diffusers.loading import Loaded, copy_mapped, load_copied
-from sdpipeline.engine.diffusers.pipeline_call import assemble, make_scheduler
+from sdpipeline.engine.diffusers.pipeline_call import assemble
 from sdpipeline.engine.diffusers.text import Vectors
 from sdpipeline.engine.pixels import to_pil
 from sdpipeline.errors import CheckpointError, RequestRefusedError
-
-MISFITS = (ValueError, RuntimeError, KeyError, TypeError, AttributeError, IndexError)
-"""Exceptions that diffusers and peft raise for an adapter that does not fit."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +45,7 @@ class AdapterState:
         wanted = adapter_set(weights)
         if self.applied_to(weights.base) == wanted:
             return
-        pipe = assemble(weights, make_scheduler(weights.row.scheduler, weights), with_text_encoders=True)
+        pipe = assemble(weights, _unused_scheduler(weights), with_text_encoders=True)
         self._unload(pipe, weights.base)
         # An error from here on may leave adapters partly loaded, so the next call has to unload them first.
         self._applied[weights.base] = wanted
@@ -58,7 +57,9 @@ class AdapterState:
         except (torch.OutOfMemoryError, CheckpointError):
             self._unload(pipe, weights.base)
             raise
-        except MISFITS as error:
+        except Exception as error:  # diffusers and peft raise any type for an adapter that does not fit
+            if isinstance(error, MemoryError) or poisons_process(error):
+                raise
             self._unload(pipe, weights.base)
             names = ", ".join(repr(files.alias) for files, _ in (*weights.loras, *_files(weights.ip_adapters)))
             raise CheckpointError(f"adapters {names} do not fit {weights.base.files.alias!r}: {error}") from error
@@ -73,6 +74,12 @@ class AdapterState:
             pipe.unload_ip_adapter()
         if applied.loras:
             pipe.unload_lora_weights()
+
+
+def _unused_scheduler(weights: Weights) -> Any:
+    """Return the scheduler of the pipeline that loads adapters; no step is run with it."""
+    own = weights.base.scheduler_configs["scheduler"]
+    return schedulers.create(weights.row.scheduler, weights.row, own, alias=weights.base.files.alias)
 
 
 def adapter_set(weights: Weights) -> AdapterSet:

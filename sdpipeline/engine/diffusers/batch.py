@@ -11,6 +11,7 @@ from sdpipeline.engine import Calls
 from sdpipeline.engine.checkpoints import CheckpointFiles
 from sdpipeline.engine.diffusers.loading import Loaded
 from sdpipeline.engine.diffusers.preprocessing import Pictures
+from sdpipeline.engine.diffusers.schedulers import RecordedScheduler
 from sdpipeline.engine.diffusers.text import Embedding
 from sdpipeline.engine.families import Cell, Family
 
@@ -28,16 +29,19 @@ class PassSettings:
     checkpoint: CheckpointRef
     vae: CheckpointRef | None
     controlnets: tuple[tuple[CheckpointRef, float, float], ...]
+    control_modes: tuple[int | None, ...]
     loras: tuple[tuple[CheckpointRef, float], ...]
     ip_adapters: tuple[tuple[CheckpointRef, float], ...]
     width: int
     height: int
     scheduler: str
+    scheduler_config: RecordedScheduler | None
     num_inference_steps: int
     strength: float | None
     guided: bool
     noise_level: int | None
     prompt_tokens: int
+    latent_statistics: bool
     exact: bool
     profile: Profile
 
@@ -54,7 +58,8 @@ class Reference:
 class Member:
     """One request of a batch, ready to run; ``index`` is its position in the requested batch.
 
-    ``calls`` are the recorded network calls if the picture is reproduced.
+    ``calls`` are the recorded network calls, and ``scheduler_config`` the recorded scheduler, if the picture is
+    reproduced. ``latent_statistics`` is False for a picture of a release that decoded without them.
     """
 
     index: int
@@ -64,6 +69,8 @@ class Member:
     negative: Embedding | None
     references: tuple[Reference, ...] = ()
     calls: Calls = ()
+    scheduler_config: RecordedScheduler | None = None
+    latent_statistics: bool = True
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -102,6 +109,14 @@ class Weights:
         """The network that runs once per step."""
         return self.base.denoiser
 
+    @property
+    def guidance_embedding_dim(self) -> int | None:
+        """Width of the embedding by which a distilled U-Net takes its guidance scale; None if it takes none."""
+        if not self.row.guidance_embedding:
+            return None
+        width: int | None = getattr(self.denoiser.config, "time_cond_proj_dim", None)
+        return width
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Latents:
@@ -136,16 +151,19 @@ def settings_of(member: Member, weights: Weights) -> PassSettings:
         controlnets=tuple(
             (use.checkpoint, use.control_guidance_start, use.control_guidance_end) for use in request.controlnets
         ),
+        control_modes=tuple(use.control_mode for use in request.controlnets),
         loras=tuple((use.checkpoint, use.weight) for use in request.loras),
         ip_adapters=tuple((use.checkpoint, use.weight) for use in request.ip_adapters),
         width=request.width,
         height=request.height,
         scheduler=request.scheduler,
+        scheduler_config=member.scheduler_config,
         num_inference_steps=request.num_inference_steps,
         strength=strength,
         guided=member.negative is not None,
         noise_level=noise_level,
         prompt_tokens=member.prompt.embeds.shape[1],
+        latent_statistics=member.latent_statistics,
         exact=request.exact,
         profile=request.profile,
     )

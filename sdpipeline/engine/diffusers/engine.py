@@ -17,22 +17,25 @@ from sdpipeline.engine.annotators import known_annotator
 from sdpipeline.engine.checkpoints import CheckpointFiles, read_ahead
 from sdpipeline.engine.diffusers import patches
 from sdpipeline.engine.diffusers.adapters import AdapterState, adapter_set, reference, refuse_unused, words
-from sdpipeline.engine.diffusers.batch import Member, PassSettings, Weights, settings_of
+from sdpipeline.engine.diffusers.batch import Member, PassSettings, Reference, Weights, settings_of
 from sdpipeline.engine.diffusers.decoding import Decoded, decode_checked
 from sdpipeline.engine.diffusers.determinism import allow_exactness, exactly
+from sdpipeline.engine.diffusers.foreign_errors import checkpoint_errors
 from sdpipeline.engine.diffusers.loading import Form, Loaded, Variant
 from sdpipeline.engine.diffusers.model_cache import ModelCache, TextEncoders, release
 from sdpipeline.engine.diffusers.oom_fallback import FallbackLevel, OomFallback, Result
-from sdpipeline.engine.diffusers.pipeline_call import denoise
+from sdpipeline.engine.diffusers.pipeline_call import denoise, latent_statistics, scheduler_of
 from sdpipeline.engine.diffusers.preprocessing import annotator_parameters, given, pictures
 from sdpipeline.engine.diffusers.record_details import details
 from sdpipeline.engine.diffusers.request_validation import check
+from sdpipeline.engine.diffusers.schedulers import recorded_scheduler
 from sdpipeline.engine.diffusers.text import Embedding, EmbeddingCache, PromptEncoder
 from sdpipeline.engine.families import FAMILIES, family
 from sdpipeline.engine.gan import upscale
 from sdpipeline.engine.model_annotators import annotate_with
 from sdpipeline.engine.pixels import paste_back
 from sdpipeline.engine.record import Setting, library_versions, ran
+from sdpipeline.engine.union_controlnets import uses_union
 from sdpipeline.errors import BadPictureError, CheckpointError, DeviceExhaustedError, RequestRefusedError, SdpError
 
 if TYPE_CHECKING:
@@ -87,15 +90,16 @@ class DiffusersEngine:
         for index, prepared in enumerate(batch.requests):
             try:
                 with exactly(wanted=prepared.request.exact):
-                    weights = self._checked_weights(prepared.request, broken)
+                    weights = self._checked_weights(prepared, broken)
                     if weights.row.text == "none":
                         results[index] = self._upscaled(prepared, weights)
                         continue
                     member = self._member(index, prepared, weights)
+                    settings = settings_of(member, weights)
+                    scheduler_of(settings, weights)  # raises if it cannot be created; each pass creates its own
             except SdpError as error:
                 results[index] = GenerationFailure(error=error)
             else:
-                settings = settings_of(member, weights)
                 shortcuts = self._shortcuts_of(settings.profile)
                 groups[shortcuts.shared(settings) if shortcuts else settings].append(member)
         self.residency.prompts_encoded()
@@ -114,7 +118,8 @@ class DiffusersEngine:
     def flagged(self, checker: CheckpointRef, pictures: Sequence[Pixels]) -> Sequence[bool]:
         """See :class:`sdpipeline.engine.Engine`. The checker runs in float32, for which its thresholds were set."""
         try:
-            return safety.flagged(self.residency.get(checker, exact=True), pictures)
+            with checkpoint_errors(f"safety checker {checker.alias!r} does not check the picture"):
+                return safety.flagged(self.residency.get(checker, exact=True), pictures)
         except torch.OutOfMemoryError:
             pass
         release(self._device)
@@ -153,21 +158,23 @@ class DiffusersEngine:
         row = FAMILIES.get(files.family)
         return getattr(torch, row.cuda_dtype if row and self._device.type == "cuda" else "float32")  # type: ignore[no-any-return]
 
-    def _checked_weights(self, request: GenerationRequest, broken: dict[str, SdpError]) -> Weights:
+    def _checked_weights(self, prepared: PreparedRequest, broken: dict[str, SdpError]) -> Weights:
         """Return the request's weights, or raise the error of the request or of a checkpoint.
 
         ``broken`` holds errors of bad checkpoints, so that none is loaded twice.
         """
-        check(request, self.residency.files)
+        request = prepared.request
+        check(request, self.residency.files, recorded=prepared.recorded is not None)
         return self._weights(request, broken)
 
     def _member(self, index: int, prepared: PreparedRequest, weights: Weights) -> Member:
         """Prepare a request to run, or raise the error of its pictures or prompts."""
         request = prepared.request
         seen = pictures(prepared, weights.cell, lambda use, pixels: self._control_map(request, use, pixels))
-        prompt, negative = self._embeddings(request, weights)
+        with checkpoint_errors(f"checkpoint {request.checkpoint.alias!r} does not encode the prompt"):
+            prompt, negative = self._embeddings(request, weights)
         references = tuple(
-            reference(loaded, given(prepared, f"ip_adapters.{n}")) for n, (loaded, _) in enumerate(weights.ip_adapters)
+            _reference(loaded, given(prepared, f"ip_adapters.{n}")) for n, (loaded, _) in enumerate(weights.ip_adapters)
         )
         return Member(
             index=index,
@@ -177,6 +184,8 @@ class DiffusersEngine:
             negative=negative,
             references=references,
             calls=prepared.calls,
+            scheduler_config=recorded_scheduler(prepared.recorded),
+            latent_statistics=prepared.recorded is None or "latent_statistics" in prepared.recorded,
         )
 
     def _upscaled(self, prepared: PreparedRequest, weights: Weights) -> Result:
@@ -186,7 +195,8 @@ class DiffusersEngine:
         assert image is not None
         network = weights.base.parts["upscaler"]
         free = partial(release, self._device)
-        pixels, fallbacks = upscale(network, image, files.scale, free=free, exact=request.exact)
+        with checkpoint_errors(f"checkpoint {files.alias!r} does not enlarge the picture"):
+            pixels, fallbacks = upscale(network, image, files.scale, free=free, exact=request.exact)
         dtype = next(network.parameters()).dtype
         setting = self._setting(weights, {"name": "none"}, dtype, bucket=1)
         record = ran(request, setting, slot=0, fallbacks=fallbacks, details={"prompt": "not used"})
@@ -208,7 +218,8 @@ class DiffusersEngine:
 
         base = get(request.checkpoint)
         row = family(base.files.family)
-        cell = row.cell(request.task, controlnets=len(request.controlnets))
+        controlnets = [self.residency.files(use.checkpoint) for use in request.controlnets]
+        cell = row.cell(request.task, controlnets=len(controlnets), union=uses_union(controlnets))
         assert cell is not None  # checked before
         return Weights(
             row=row,
@@ -237,7 +248,8 @@ class DiffusersEngine:
         assert learned is not None
         assert use.annotator_checkpoint is not None
         loaded = self.residency.get(use.annotator_checkpoint, keep=self._forms(request), exact=request.exact)
-        return annotate_with(loaded, learned, pixels, annotator_parameters(use))
+        with checkpoint_errors(f"annotator {use.annotator_checkpoint.alias!r} draws no control map"):
+            return annotate_with(loaded, learned, pixels, annotator_parameters(use))
 
     def _embeddings(self, request: GenerationRequest, weights: Weights) -> tuple[Embedding, Embedding | None]:
         """Return the embeddings of prompt and negative prompt, of equal length; the second only if guidance is on."""
@@ -247,9 +259,13 @@ class DiffusersEngine:
         ]
         refuse_unused(inversions, request.prompt, request.negative_prompt)
         encoder = PromptEncoder(
-            kind=weights.row.text, parts=weights.base.parts, words=words(inversions, weights.base.parts)
+            kind=weights.row.text,
+            parts=weights.base.parts,
+            words=words(inversions, weights.base.parts),
+            syntax=request.prompt_syntax,
         )
-        guided = weights.row.negative_prompt and request.guidance_scale > 1
+        embedded = weights.guidance_embedding_dim is not None
+        guided = weights.row.negative_prompt and request.guidance_scale > 1 and not embedded
         length = encoder.length(request.prompt, *[request.negative_prompt] * guided)
         prompt = self._embedding(encoder, request, weights, request.prompt, length)
         if not guided:
@@ -264,7 +280,16 @@ class DiffusersEngine:
         inversions = tuple(use.checkpoint for use in request.textual_inversions)
         loras = adapter_set(weights).loras
         dtype = weights.base.dtype
-        key = (request.checkpoint.digest, dtype, loras, inversions, text, length, request.clip_skip)
+        key = (
+            request.checkpoint.digest,
+            dtype,
+            loras,
+            inversions,
+            text,
+            request.prompt_syntax,
+            length,
+            request.clip_skip,
+        )
         held = self._prompts.get(key)
         if held is None:
             self._adapters.apply(weights)
@@ -282,7 +307,7 @@ class DiffusersEngine:
         with self._saving_memory(weights, level) as offload_to, self._speedups(weights, settings):
             denoised = run(weights, settings, members, level.bucket, offload_to=offload_to)
             weights.autoencoder.to(self._device)
-            decoded = [picture for batch in denoised.batches for picture in decode_checked(weights, batch)]
+            decoded = [picture for batch in denoised.batches for picture in decode_checked(weights, settings, batch)]
         return [
             self._result(
                 member,
@@ -294,7 +319,7 @@ class DiffusersEngine:
                     bucket=denoised.decode_batch,
                     profile=settings.profile,
                 ),
-                details(member, settings_of(member, weights), latents),
+                details(member, settings_of(member, weights), latents) | _latent_statistics(weights, settings),
                 slot=n % denoised.decode_batch,
                 level=level,
             )
@@ -358,6 +383,17 @@ class DiffusersEngine:
             shortcuts=shortcuts.document(profile) if shortcuts else {},
             libraries=self._libraries | dict(shortcuts.libraries() if shortcuts else {}),
         )
+
+
+def _reference(loaded: Loaded, pixels: Pixels) -> Reference:
+    with checkpoint_errors(f"IP-Adapter {loaded.files.alias!r} does not encode its picture"):
+        return reference(loaded, pixels)
+
+
+def _latent_statistics(weights: Weights, settings: PassSettings) -> Json:
+    """Return the record's field for the statistics with which the latents were decoded, if there were any."""
+    statistics = latent_statistics(weights.autoencoder, wanted=settings.latent_statistics)
+    return {"latent_statistics": dict(zip(("mean", "std"), statistics, strict=True))} if statistics else {}
 
 
 def _no_annotator(use: ControlNetInput, _: Pixels) -> Pixels:

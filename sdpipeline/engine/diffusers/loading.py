@@ -14,11 +14,13 @@ import diffusers
 import structlog
 import torch
 import transformers
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from sdpipeline.engine.allowed_classes import ANNOTATOR_NETWORKS, check_index, check_network
+from sdpipeline.engine import part_files
+from sdpipeline.engine.allowed_classes import ANNOTATOR_NETWORKS, UNUSED_PARTS, check_index, check_network
 from sdpipeline.engine.checkpoints import SAFETY_CHECKER, WEIGHTS, CheckpointFiles, header, unchanged
+from sdpipeline.engine.classification.unions import SDXL_UNION, network_tensors, union_family
+from sdpipeline.engine.diffusers.foreign_errors import checkpoint_errors
 from sdpipeline.engine.gan import load_upscaler
 from sdpipeline.errors import CheckpointError
 
@@ -34,10 +36,6 @@ TEXT_ENCODER = "text_encoder"
 
 PALETTE = "palette.json"
 """Optional file of an annotator: the colours its ControlNet was trained on, as a list of [red, green, blue]."""
-
-
-IGNORED = frozenset({"safety_checker", "feature_extractor", "image_encoder", "watermarker"})
-"""Parts of old checkpoints that no pipeline here uses."""
 
 
 Form = tuple[str, str | None]
@@ -97,6 +95,7 @@ def load(files: CheckpointFiles, *, device: torch.device, dtype: torch.dtype, va
     The files are compared again after reading, so that the loaded bytes are the hashed ones.
     """
     transformers.utils.logging.disable_progress_bar()
+    diffusers.utils.logging.disable_progress_bar()
     with unchanged(files) as directory:
         loaded = replace(_read_at(directory, files, dtype), files=files)
         for network in loaded.networks():
@@ -105,7 +104,8 @@ def load(files: CheckpointFiles, *, device: torch.device, dtype: torch.dtype, va
             copy_mapped(network.named_parameters())
             copy_mapped(network.named_buffers())
     if variant:
-        variant.change(loaded.denoiser)
+        with checkpoint_errors(f"checkpoint {files.alias!r} cannot run as {variant.name}"):
+            variant.change(loaded.denoiser)
         loaded = replace(loaded, variant=variant.name)
     _log.info("checkpoint_loaded", checkpoint=files.alias, digest=files.digest[:16], device=str(device))
     return loaded
@@ -119,19 +119,22 @@ def copy_mapped(tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
 
 
 def _read_at(directory: Path, files: CheckpointFiles, dtype: torch.dtype) -> Loaded:
-    try:
-        with _LOADING, warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # raised by diffusers' own imports
-            return _read(replace(files, directory=directory), dtype)
-    except (OSError, SafetensorError, ValueError, KeyError, TypeError, AttributeError) as error:
-        why = str(error).replace(str(directory), str(files.directory))
-        raise CheckpointError(f"checkpoint {files.alias!r} does not load: {why}") from error
+    failure = f"checkpoint {files.alias!r} does not load"
+    with (
+        checkpoint_errors(failure, path=str(directory), shown_path=str(files.directory)),
+        _LOADING,
+        warnings.catch_warnings(),
+    ):
+        warnings.simplefilter("ignore", FutureWarning)  # raised by diffusers' own imports
+        return _read(replace(files, directory=directory), dtype)
 
 
 def _read(files: CheckpointFiles, dtype: torch.dtype) -> Loaded:
     if files.kind in ("controlnet", "vae"):
         config = json.loads((files.directory / "config.json").read_text(encoding="utf-8"))
         network_class = getattr(diffusers, check_network(files.alias, config["_class_name"]))
+        if files.kind == "controlnet":
+            network_class = _controlnet_class(files, network_class)
         network = _network(files, files.directory, network_class, dtype)
         return Loaded(files=files, dtype=dtype, parts={files.kind: network})
     if files.kind == "textual-inversion":
@@ -147,6 +150,17 @@ def _read(files: CheckpointFiles, dtype: torch.dtype) -> Loaded:
     if files.family == "gan-upscale":
         return Loaded(files=files, dtype=dtype, parts={"upscaler": load_upscaler(files, dtype)})
     return _pipeline(files, dtype)
+
+
+def _controlnet_class(files: CheckpointFiles, named: Any) -> Any:
+    """Return the class of a ControlNet by its tensors: published unions name the class of an ordinary one."""
+    union = union_family(network_tensors(files.alias, files.directory, files.manifest))
+    if union and union != files.family:
+        raise CheckpointError(
+            f"checkpoint {files.alias!r} is a union ControlNet, but an earlier release registered it as an ordinary "
+            f"one; register it again with `sdpipeline checkpoints add` and give control_mode"
+        )
+    return diffusers.ControlNetUnionModel if union == SDXL_UNION else named
 
 
 def _annotator(files: CheckpointFiles, dtype: torch.dtype) -> Loaded:
@@ -198,7 +212,7 @@ def _pipeline(files: CheckpointFiles, dtype: torch.dtype) -> Loaded:
     parts: dict[str, Any] = {}
     schedulers: dict[str, Mapping[str, Any]] = {}
     for name, entry in index.items():
-        if not isinstance(entry, list) or entry[0] is None or name in IGNORED:
+        if not isinstance(entry, list) or entry[0] is None or name in UNUSED_PARTS:
             continue
         directory = files.directory / name
         if name.endswith("scheduler"):
@@ -227,8 +241,11 @@ def _network(files: CheckpointFiles, directory: Path, network_class: Any, dtype:
     # diffusers' own networks have no way to run code of a checkpoint, and no argument to forbid it.
     ours = issubclass(network_class, diffusers.ModelMixin)
     more: dict[str, Any] = {"torch_dtype": dtype} if ours else {"dtype": dtype, "trust_remote_code": False}
+    names = part_files.in_folder(files.manifest, directory.relative_to(files.directory).as_posix().removeprefix("."))
+    form = part_files.chosen_form(names, part_files.DIFFUSERS if ours else part_files.TRANSFORMERS)
     network, info = network_class.from_pretrained(
         directory,
+        variant=form.variant if form else None,
         local_files_only=True,
         use_safetensors=True,
         output_loading_info=True,

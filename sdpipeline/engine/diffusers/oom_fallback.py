@@ -5,16 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
-import torch
-
 from sdpipeline.engine import GeneratedImage, GenerationFailure
 from sdpipeline.engine.diffusers.batch import Member, PassSettings
-from sdpipeline.errors import DeviceExhaustedError, RequestRefusedError
+from sdpipeline.engine.diffusers.foreign_errors import out_of_memory, poisons_process
+from sdpipeline.errors import DeviceExhaustedError, RequestRefusedError, SdpError
 
 Result = GeneratedImage | GenerationFailure
 
-FAULTS = (ValueError, TypeError, IndexError, RuntimeError)
-"""Exceptions that torch and diffusers raise for a bad request; any other exception ends the process."""
+
+FAULTS = (
+    ArithmeticError, AssertionError, AttributeError, ImportError, IndexError, RuntimeError, TypeError, ValueError,
+)  # fmt: skip
+"""Exceptions that torch and diffusers raise for a bad request or an odd checkpoint; any other one ends the process."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,11 +82,14 @@ class OomFallback:
     ) -> Iterator[tuple[Member, Result]]:
         try:
             results = self._forward(settings, members, level)
+        except SdpError as error:  # weights that every member needs, such as adapters that do not fit
+            yield from ((member, GenerationFailure(error=error)) for member in members)
+            return
         except FAULTS as error:
-            if _poisons_process(error):
+            if poisons_process(error):
                 raise
             # Keep only the text: the traceback holds references to the tensors that have to be freed.
-            exhausted, reason = _out_of_memory(error), f"{type(error).__name__}: {error}"
+            exhausted, reason = out_of_memory(error), f"{type(error).__name__}: {error}"
         else:
             yield from zip(members, results, strict=True)
             return
@@ -122,13 +127,3 @@ class OomFallback:
         half = len(members) // 2
         for part in (members[:half], members[half:]):
             yield from self._attempt(settings, part, level)
-
-
-def _out_of_memory(error: Exception) -> bool:
-    """Return True if the device is out of memory. The CPU's allocator has no exception type of its own."""
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
-
-
-def _poisons_process(error: Exception) -> bool:
-    """Return True for a failed kernel, which leaves the CUDA context unusable for the whole process."""
-    return isinstance(error, torch.AcceleratorError) and not isinstance(error, torch.OutOfMemoryError)

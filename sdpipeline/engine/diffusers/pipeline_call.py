@@ -12,13 +12,24 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from sdpipeline.domain import Json
 from sdpipeline.engine import Pixels
+from sdpipeline.engine.classification.unions import FLUX_UNION, SDXL_UNION
+from sdpipeline.engine.diffusers import schedulers
 from sdpipeline.engine.diffusers.batch import Denoised, Latents, Member, PassSettings, Weights, padded
 from sdpipeline.engine.diffusers.loading import TEXT_ENCODER
 from sdpipeline.engine.diffusers.patches import PerImageScale, float32_noise, no_global_randomness
-from sdpipeline.engine.diffusers.per_image_scales import controlnet_scales, distilled_guidance, own_references
+from sdpipeline.engine.diffusers.per_image_scales import (
+    control_map_scales,
+    control_mode_per_row,
+    controlnet_scales,
+    distilled_guidance,
+    embedded_guidance,
+    guidance_embeddings,
+    own_references,
+)
 from sdpipeline.engine.diffusers.text import Embedding
-from sdpipeline.engine.families import SCHEDULERS
+from sdpipeline.engine.families import ETA
 from sdpipeline.engine.pixels import to_pil
 
 
@@ -34,7 +45,7 @@ def denoise(
 
     With ``offload_to``, only the running network is on that device.
     """
-    scheduler = make_scheduler(settings.scheduler, weights)
+    scheduler = scheduler_of(settings, weights)
     pipe = assemble(weights, scheduler)
     batch = padded(members, bucket)
     with _per_image(weights, batch), offloaded(pipe, offload_to), torch.no_grad():
@@ -56,7 +67,10 @@ def latents_of(pipe: Any, values: torch.Tensor, weights: Weights, settings: Pass
         values = unpack_latents(values, settings.height, settings.width, pipe.vae_scale_factor)
     name = type(pipe.scheduler).__name__
     config = {key: value for key, value in pipe.scheduler.config.items() if not key.startswith("_")}
-    return Latents(values=values, scheduler={"name": settings.scheduler, "class": name, "config": config})
+    scheduler: Json = {"name": settings.scheduler, "class": name, "config": config}
+    if settings.scheduler in ETA:
+        scheduler["eta"] = ETA[settings.scheduler]
+    return Latents(values=values, scheduler=scheduler)
 
 
 def unpack_latents(latents: torch.Tensor, height: int, width: int, scale: int) -> torch.Tensor:
@@ -67,25 +81,48 @@ def unpack_latents(latents: torch.Tensor, height: int, width: int, scale: int) -
     return patches.reshape(count, channels // 4, rows * 2, columns * 2)
 
 
-def decode(weights: Weights, latents: torch.Tensor, *, float32: bool = False) -> npt.NDArray[np.float32]:
-    """Decode latents to pictures from 0 to 1, batch x height x width x 3; values that are not finite are kept."""
+def decode(
+    weights: Weights, latents: torch.Tensor, *, statistics: bool = True, float32: bool = False
+) -> npt.NDArray[np.float32]:
+    """Decode latents to pictures from 0 to 1, batch x height x width x 3; values that are not finite are kept.
+
+    ``statistics``: use the latents' mean and standard deviation of the autoencoder's configuration, if it has them.
+    """
     vae = weights.autoencoder
     own = vae.dtype
     upcast = float32 or (weights.row.float32_decode and own == torch.float16 and vae.config.force_upcast)
     with _in_dtype(vae, torch.float32 if upcast else own), torch.no_grad():
-        scaled = latents.to(vae.dtype) / vae.config.scaling_factor + (vae.config.shift_factor or 0.0)
+        scaled = _unscaled(vae, latents.to(vae.dtype), statistics=statistics)
         decoded = vae.decode(scaled, return_dict=False)[0]
     pictures = (decoded.float() / 2 + 0.5).permute(0, 2, 3, 1).cpu().numpy()
     return np.asarray(pictures, dtype=np.float32)
 
 
+def latent_statistics(vae: Any, *, wanted: bool) -> tuple[list[float], list[float]] | None:
+    """Return mean and standard deviation of the latents by channel, from the autoencoder's configuration."""
+    mean, deviation = vae.config.get("latents_mean"), vae.config.get("latents_std")
+    return (list(mean), list(deviation)) if wanted and mean is not None and deviation is not None else None
+
+
+def _unscaled(vae: Any, latents: torch.Tensor, *, statistics: bool) -> torch.Tensor:
+    """Return latents in the autoencoder's own range, by the same operations as the pipelines."""
+    if found := latent_statistics(vae, wanted=statistics):
+        mean, deviation = (torch.tensor(values).view(1, -1, 1, 1).to(latents) for values in found)
+        return latents * deviation / float(vae.config.scaling_factor) + mean
+    return latents / float(vae.config.scaling_factor) + float(vae.config.shift_factor or 0.0)
+
+
+def scheduler_of(settings: PassSettings, weights: Weights) -> Any:
+    """Create the scheduler of a pass: the recorded one if a picture is reproduced."""
+    if settings.scheduler_config:
+        return schedulers.recreate(settings.scheduler_config)
+    return make_scheduler(settings.scheduler, weights)
+
+
 def make_scheduler(name: str, weights: Weights) -> Any:
     """Create a scheduler. Pipelines change theirs while they run, so two calls must not share one."""
-    class_name, overrides = SCHEDULERS[name]
-    scheduler_class = getattr(diffusers, class_name)
-    config = dict(weights.base.scheduler_configs["scheduler"]) | dict(overrides) | dict(weights.row.scheduler_config)
-    known = inspect.signature(scheduler_class.__init__).parameters
-    return scheduler_class.from_config({key: value for key, value in config.items() if key in known})
+    own = weights.base.scheduler_configs["scheduler"]
+    return schedulers.create(name, weights.row, own, alias=weights.base.files.alias)
 
 
 def assemble(weights: Weights, scheduler: Any, *, with_text_encoders: bool = False) -> Any:
@@ -131,7 +168,19 @@ def offloaded(pipe: Any, device: torch.device | None) -> Iterator[None]:
 
 def _controlnet(weights: Weights) -> Any:
     modules = [loaded.module for loaded in weights.controlnets]
+    if _several_modes(weights):
+        return modules[0]
     return modules[0] if len(modules) == 1 else modules
+
+
+def _several_modes(weights: Weights) -> bool:
+    """Return True if one SDXL union ControlNet reads several control maps in one call."""
+    digests = {loaded.files.digest for loaded in weights.controlnets}
+    return len(weights.controlnets) > 1 and len(digests) == 1 and _is_sdxl_union(weights)
+
+
+def _is_sdxl_union(weights: Weights) -> bool:
+    return any(loaded.files.family == SDXL_UNION for loaded in weights.controlnets)
 
 
 @contextmanager
@@ -142,12 +191,20 @@ def _per_image(weights: Weights, members: Sequence[Member]) -> Iterator[None]:
         [member.request.controlnets[n].controlnet_conditioning_scale for member in members] for n in range(len(modules))
     ]
     with ExitStack() as active:
-        active.enter_context(controlnet_scales(modules, scales))
+        if _several_modes(weights):
+            active.enter_context(control_map_scales(modules[0], scales))
+        else:
+            active.enter_context(controlnet_scales(modules, scales))
+        for loaded in weights.controlnets:
+            if loaded.files.family == FLUX_UNION:
+                active.enter_context(control_mode_per_row(loaded.module))
         active.enter_context(patched(weights))
         if members[0].references:
             active.enter_context(own_references(weights.denoiser, _references(members)))
+        guidance = [member.request.guidance_scale for member in members]
+        if (width := weights.guidance_embedding_dim) is not None:
+            active.enter_context(embedded_guidance(weights.denoiser, guidance_embeddings(guidance, width)))
         if weights.row.text == "flux":
-            guidance = [member.request.guidance_scale for member in members]
             for network in {weights.denoiser, *modules}:
                 active.enter_context(distilled_guidance(network, guidance))
         yield
@@ -169,6 +226,8 @@ def call_arguments(weights: Weights, settings: PassSettings, members: Sequence[M
         arguments["strength"] = settings.strength
     if settings.noise_level is not None:
         arguments["noise_level"] = settings.noise_level
+    if settings.scheduler in ETA:
+        arguments["eta"] = ETA[settings.scheduler]
     if cell.image:
         arguments[cell.image] = [to_pil(_required(member.pictures.image)) for member in members]
     if cell.mask_image:
@@ -220,8 +279,11 @@ def _control(weights: Weights, settings: PassSettings, members: Sequence[Member]
         "control_guidance_start": starts if several else starts[0],
         "control_guidance_end": ends if several else ends[0],
     }
+    modes = list(settings.control_modes)
     if several and weights.row.text == "flux":
-        arguments["control_mode"] = [None] * len(starts)  # without it, the later ControlNets are silently dropped
+        arguments["control_mode"] = modes  # without it, the later ControlNets are silently dropped
+    elif modes[0] is not None:
+        arguments["control_mode"] = modes if several else modes[0]
     if weights.cell.control_image:
         maps = [
             _stacked([member.pictures.control_maps[n] for member in members], signed=weights.row.signed_control_maps)

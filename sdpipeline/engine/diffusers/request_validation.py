@@ -6,31 +6,39 @@ from collections.abc import Callable, Iterator
 
 from sdpipeline.domain import AdapterInput, CheckpointRef, ControlNetInput, GenerationRequest
 from sdpipeline.engine.annotators import known_annotator
+from sdpipeline.engine.checkpoint_config import own_scheduler
 from sdpipeline.engine.checkpoints import CheckpointFiles, adapter_refusal, controlnet_refusal, vae_refusal
 from sdpipeline.engine.families import (
     Cell,
     Family,
     family,
     profile_refusal,
+    prompt_syntax_refusal,
+    scheduler_config,
     scheduler_refusal,
     size_refusal,
     strength_refusal,
     task_refusal,
 )
 from sdpipeline.engine.refusal import Refusal
+from sdpipeline.engine.union_controlnets import combination_refusal, mode_refusal, uses_union
+from sdpipeline.engine.weighted_prompts import WeightRefusedError, parse
 from sdpipeline.errors import RequestRefusedError
 
 Locate = Callable[[CheckpointRef], CheckpointFiles]
 
 
-def check(request: GenerationRequest, locate: Locate) -> None:
-    """Raise RequestRefusedError, with the field and the fix, if this family cannot run the request."""
-    for refused in _refusals(request, locate):
+def check(request: GenerationRequest, locate: Locate, *, recorded: bool = False) -> None:
+    """Raise RequestRefusedError, with the field and the fix, if this family cannot run the request.
+
+    A reproduced picture is ``recorded``: its scheduler's configuration is that of the record, which has run before.
+    """
+    for refused in _refusals(request, locate, recorded=recorded):
         if refused is not None:
             raise RequestRefusedError(str(refused))
 
 
-def _refusals(request: GenerationRequest, locate: Locate) -> Iterator[Refusal | None]:
+def _refusals(request: GenerationRequest, locate: Locate, *, recorded: bool) -> Iterator[Refusal | None]:
     """Check one rule after the other; the later ones rely on those before."""
     base = locate(request.checkpoint)
     controlnets = [locate(use.checkpoint) for use in request.controlnets]
@@ -39,20 +47,27 @@ def _refusals(request: GenerationRequest, locate: Locate) -> Iterator[Refusal | 
         yield Refusal(key="checkpoint", message=message)
     yield task_refusal(base.family, request.task, controlnets=len(controlnets))
     row = family(base.family)
-    cell = row.cell(request.task, controlnets=len(controlnets))
+    cell = row.cell(request.task, controlnets=len(controlnets), union=uses_union(controlnets))
     assert cell is not None
     yield scheduler_refusal(row, request.scheduler)
+    if not recorded:
+        own, steps = own_scheduler(base.directory), request.num_inference_steps
+        yield scheduler_config.refusal(row, own, request.scheduler, steps, controlnets=len(controlnets))
     yield _profile(request, row)
     yield size_refusal(row, "width", request.width)
     yield size_refusal(row, "height", request.height)
     yield _steps(request, cell)
     yield _extras(request, row)
+    yield prompt_syntax_refusal(row, request.prompt_syntax)
+    yield _weights(request)
     if controlnets and not cell.control_image:
         yield _own_control_picture(request, cell)
     for controlnet in controlnets:
         yield controlnet_refusal(request.task, base, controlnet)
     for n, control in enumerate(request.controlnets):
+        yield mode_refusal(n, controlnets[n], control.control_mode)
         yield _annotator(n, control, locate)
+    yield combination_refusal(controlnets, [control.control_mode for control in request.controlnets])
     for field, kind, uses in adapters_of(request):
         for use in uses:
             yield adapter_refusal(field, kind, base, locate(use.checkpoint))
@@ -107,6 +122,18 @@ def _extras(request: GenerationRequest, row: Family) -> Refusal | None:
     if request.clip_skip is not None and request.clip_skip < 1:
         message = f"must be at least 1, not {request.clip_skip}"
         return Refusal(key="clip_skip", message=message, fix="leave it out to skip nothing")
+    return None
+
+
+def _weights(request: GenerationRequest) -> Refusal | None:
+    """Refuse a prompt with a weight that is not valid."""
+    if request.prompt_syntax == "plain":
+        return None
+    for key in ("prompt", "negative_prompt"):
+        try:
+            parse(getattr(request, key))
+        except WeightRefusedError as error:
+            return Refusal(key=key, message=str(error))
     return None
 
 

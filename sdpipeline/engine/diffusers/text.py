@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,7 +11,10 @@ from typing import Any
 import torch
 from cachetools import LRUCache
 
+from sdpipeline.domain import PromptSyntax
+from sdpipeline.engine.diffusers.emphasis import emphasised
 from sdpipeline.engine.families import TextEncoding
+from sdpipeline.engine.weighted_prompts import Part, parse, plain
 from sdpipeline.errors import RequestRefusedError
 
 CHUNK = 75
@@ -49,22 +52,38 @@ class EmbeddingCache(LRUCache[object, Embedding]):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Token:
+    """Token of a prompt: its id, or the word of a textual inversion and the row of its vectors; and its weight."""
+
+    id: int | tuple[str, int]
+    weight: float = 1.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class PromptEncoder:
     """Prompt encoder of one family, with a checkpoint's own tokenizers and text encoders.
 
     ``words`` maps tokens in a prompt to textual inversions. Their vectors replace the output of the encoder's
-    token embedding for the length of one call, so the resident weights do not change.
+    token embedding for the length of one call, so the resident weights do not change. Prompts of the syntax
+    ``weighted`` are cut into chunks and weighted as AUTOMATIC1111/stable-diffusion-webui does it
+    (``modules/sd_hijack_clip.py``, with ``comma_padding_backtrack`` 0).
     """
 
     kind: TextEncoding
     parts: Mapping[str, Any]
     words: Mapping[str, Vectors] = field(default_factory=dict)
+    syntax: PromptSyntax = "plain"
 
     def length(self, *texts: str) -> int:
         """Return the length that all prompts of a pass have to share: CLIP chunks or T5 tokens."""
+        if self.kind == "sd3" and "text_encoder_3" not in self.parts:
+            return self._length_without_t5(*texts)
         if self.kind in T5_LENGTHS:
             return self._t5_length(max(len(self._t5_ids(text)) for text in texts))
-        return max(1, *(-(-len(self._tokens("tokenizer", text)) // CHUNK) for text in texts))
+        tokenizers = [name for name in ("tokenizer", "tokenizer_2") if name in self.parts]
+        if self.syntax == "plain":
+            tokenizers = tokenizers[:1]
+        return max(1, *(len(self._chunks(name, text)) for name in tokenizers for text in texts))
 
     def encode(self, text: str, *, length: int, clip_skip: int | None = None) -> Embedding:
         """Return the prompt's embedding, encoded alone in its batch."""
@@ -75,7 +94,7 @@ class PromptEncoder:
             if self.kind == "sd3":
                 return self._sd3(text, length, clip_skip)
             if self.kind == "flux":
-                pooled = self._clip("text_encoder", text, 1).pooler_output
+                pooled = self._clip("text_encoder", self._rows("text_encoder", text, 1)).pooler_output
                 return Embedding(embeds=self._t5("text_encoder_2", text, length), pooled=pooled)
             return self._single(text, length, clip_skip)
 
@@ -86,56 +105,85 @@ class PromptEncoder:
             raise RequestRefusedError(f"clip_skip: the text encoder has {layers} layers; skip at most {most}")
 
     def _single(self, text: str, chunks: int, clip_skip: int | None) -> Embedding:
-        output = self._clip("text_encoder", text, chunks)
+        rows = self._rows("text_encoder", text, chunks)
+        output = self._clip("text_encoder", rows)
         if self.kind == "clip-hidden":
-            return Embedding(embeds=_joined(output.hidden_states[-1]), pooled=output.pooler_output[:1])
+            return Embedding(embeds=_joined(output.hidden_states[-1], rows), pooled=output.pooler_output[:1])
         if clip_skip is None:
-            return Embedding(embeds=_joined(output.last_hidden_state))
+            return Embedding(embeds=_joined(output.last_hidden_state, rows))
         normalise = _transformer(self.parts["text_encoder"]).final_layer_norm
-        return Embedding(embeds=_joined(normalise(output.hidden_states[-(clip_skip + 1)])))
+        return Embedding(embeds=_joined(normalise(output.hidden_states[-(clip_skip + 1)]), rows))
 
     def _sdxl(self, text: str, chunks: int, clip_skip: int | None) -> Embedding:
-        outputs = [self._clip(name, text, chunks) for name in ("text_encoder", "text_encoder_2")]
+        names = ("text_encoder", "text_encoder_2")
+        rows = [self._rows(name, text, chunks) for name in names]
+        outputs = [self._clip(name, own) for name, own in zip(names, rows, strict=True)]
         layer = -(2 + (clip_skip or 0))
-        hidden = torch.cat([_joined(output.hidden_states[layer]) for output in outputs], dim=-1)
-        return Embedding(embeds=hidden, pooled=outputs[1].text_embeds[:1])
+        hidden = [_joined(output.hidden_states[layer], own) for output, own in zip(outputs, rows, strict=True)]
+        return Embedding(embeds=torch.cat(hidden, dim=-1), pooled=outputs[1].text_embeds[:1])
 
     def _sd3(self, text: str, length: int, clip_skip: int | None) -> Embedding:
         """Encode for SD3: the two CLIPs read the first chunk only, as they were trained; T5 reads the whole prompt."""
-        outputs = [self._clip(name, text, 1) for name in ("text_encoder", "text_encoder_2")]
+        outputs = [self._clip(name, self._rows(name, text, 1)) for name in ("text_encoder", "text_encoder_2")]
         layer = -(2 + (clip_skip or 0))
         clip = torch.cat([output.hidden_states[layer] for output in outputs], dim=-1)
-        t5 = self._t5("text_encoder_3", text, length)
+        t5 = self._t5("text_encoder_3", text, length) if "text_encoder_3" in self.parts else self._no_t5(clip, length)
         clip = torch.nn.functional.pad(clip, (0, t5.shape[-1] - clip.shape[-1]))
         pooled = torch.cat([output.text_embeds for output in outputs], dim=-1)
         return Embedding(embeds=torch.cat([clip, t5], dim=1), pooled=pooled)
 
-    def _clip(self, encoder: str, text: str, chunks: int) -> Any:
+    def _no_t5(self, clip: torch.Tensor, length: int) -> torch.Tensor:
+        """Return zeros, as StableDiffusion3Pipeline has them in place of T5's embedding if it has no T5."""
+        return clip.new_zeros((1, length, self.parts["transformer"].config.joint_attention_dim))
+
+    def _length_without_t5(self, *texts: str) -> int:
+        for text in texts:
+            if (tokens := sum(map(len, self._chunks("tokenizer", text)))) > CHUNK:
+                raise RequestRefusedError(
+                    f"prompt: it has {tokens} tokens, but this checkpoint has no T5, and its CLIPs read {CHUNK}; "
+                    "shorten it, or use a checkpoint with text_encoder_3"
+                )
+        return T5_LENGTHS["sd3"][0]
+
+    def _clip(self, encoder: str, rows: Sequence[Sequence[Token]]) -> Any:
         """Return the output of one CLIP, one row per chunk."""
         network = self.parts[encoder]
-        tokenizer = self.parts[encoder.replace("text_encoder", "tokenizer")]
-        tokens = self._tokens(encoder.replace("text_encoder", "tokenizer"), text)
-        rows = [_row(tokenizer, tokens[n * CHUNK : (n + 1) * CHUNK]) for n in range(chunks)]
         ids = torch.tensor([[_id(token) for token in row] for row in rows], device=network.device)
         with self._vectors_in_place(encoder, rows):
             return network(ids, output_hidden_states=True)
 
-    def _tokens(self, tokenizer: str, text: str) -> list[int | tuple[str, int]]:
-        """Return token ids; a vector of a textual inversion is a pair of its token and its row."""
+    def _rows(self, encoder: str, text: str, count: int) -> list[list[Token]]:
+        """Return that many chunks for one CLIP, with start, end and padding; missing ones are empty."""
+        name = encoder.replace("text_encoder", "tokenizer")
+        chunks = self._chunks(name, text)[:count]
+        return [_row(self.parts[name], chunk) for chunk in [*chunks, *[[]] * (count - len(chunks))]]
+
+    def _chunks(self, tokenizer: str, text: str) -> list[list[Token]]:
+        """Return the tokens of each chunk. A ``BREAK`` ends a chunk; at the end of a prompt it adds none."""
+        parsed = parse(text) if self.syntax == "weighted" else plain(text)
+        sections = [_cut(self._words(tokenizer, section)) for section in parsed.sections]
+        if len(sections) > 1 and sections[-1] == [[]]:
+            sections.pop()
+        return [chunk for section in sections for chunk in section]
+
+    def _words(self, tokenizer: str, section: Sequence[Part]) -> Iterator[list[Token]]:
+        """Yield the tokens of a section. With weights, those of a textual inversion are together, to share a chunk."""
         encoder = tokenizer.replace("tokenizer", "text_encoder")
-        tokens: list[int | tuple[str, int]] = []
-        for piece in _pieces(text, self.words):
-            if piece in self.words:
-                tokens += [(piece, row) for row in range(len(self.words[piece][encoder]))]
-            else:
-                options = {"add_special_tokens": False, "truncation": False, "verbose": False}
-                tokens += self.parts[tokenizer](piece, **options).input_ids
-        return tokens
+        for part in section:
+            for piece in _pieces(part.text, self.words):
+                if piece in self.words:
+                    rows = range(len(self.words[piece][encoder]))
+                    vectors = [Token(id=(piece, row), weight=part.weight) for row in rows]
+                    yield from [vectors] if self.syntax == "weighted" else [[vector] for vector in vectors]
+                else:
+                    options = {"add_special_tokens": False, "truncation": False, "verbose": False}
+                    ids = self.parts[tokenizer](piece, **options).input_ids
+                    yield from ([Token(id=each, weight=part.weight)] for each in ids)
 
     @contextmanager
-    def _vectors_in_place(self, encoder: str, rows: Sequence[Sequence[int | tuple[str, int]]]) -> Iterator[None]:
+    def _vectors_in_place(self, encoder: str, rows: Sequence[Sequence[Token]]) -> Iterator[None]:
         places = [
-            (r, c, token) for r, row in enumerate(rows) for c, token in enumerate(row) if isinstance(token, tuple)
+            (r, c, token.id) for r, row in enumerate(rows) for c, token in enumerate(row) if isinstance(token.id, tuple)
         ]
         if not places:
             yield
@@ -173,18 +221,31 @@ class PromptEncoder:
         return network(torch.tensor([padded], device=network.device))[0]  # type: ignore[no-any-return]
 
 
-def _row(tokenizer: Any, tokens: Sequence[int | tuple[str, int]]) -> list[int | tuple[str, int]]:
+def _cut(words: Iterable[Sequence[Token]]) -> list[list[Token]]:
+    """Cut tokens into chunks. A word that fits into a chunk is not split; there is always one chunk."""
+    chunks: list[list[Token]] = [[]]
+    for word in words:
+        if len(word) <= CHUNK < len(chunks[-1]) + len(word):
+            chunks.append([])
+        for token in word:
+            if len(chunks[-1]) == CHUNK:
+                chunks.append([])
+            chunks[-1].append(token)
+    return chunks
+
+
+def _row(tokenizer: Any, tokens: Sequence[Token]) -> list[Token]:
     """Return start, words, end and padding, as the tokenizer pads a single short prompt."""
-    row = [tokenizer.bos_token_id, *tokens, tokenizer.eos_token_id]
-    return row + [tokenizer.pad_token_id] * (CHUNK + 2 - len(row))
+    row = [Token(id=tokenizer.bos_token_id), *tokens, Token(id=tokenizer.eos_token_id)]
+    return row + [Token(id=tokenizer.pad_token_id)] * (CHUNK + 2 - len(row))
 
 
-def _id(token: int | tuple[str, int]) -> int:
+def _id(token: Token) -> int:
     """Return a token's id, and 0 as the placeholder of a vector.
 
     0 is below the id of the end token, by which encoders find the position to pool.
     """
-    return token if isinstance(token, int) else 0
+    return token.id if isinstance(token.id, int) else 0
 
 
 def _pieces(text: str, words: Mapping[str, object]) -> list[str]:
@@ -195,9 +256,10 @@ def _pieces(text: str, words: Mapping[str, object]) -> list[str]:
     return [piece for piece in re.split("(" + "|".join(map(re.escape, longest_first)) + ")", text) if piece.strip()]
 
 
-def _joined(states: torch.Tensor) -> torch.Tensor:
-    """Concatenate chunks into one prompt."""
-    return states.reshape(1, -1, states.shape[-1])
+def _joined(states: torch.Tensor, rows: Sequence[Sequence[Token]]) -> torch.Tensor:
+    """Weight the tokens of each chunk, and concatenate the chunks into one prompt."""
+    weighted = emphasised(states, [[token.weight for token in row] for row in rows])
+    return weighted.reshape(1, -1, states.shape[-1])
 
 
 def _transformer(encoder: Any) -> Any:

@@ -39,9 +39,11 @@ class Family:
 
     ``signed_control_maps``: its pipelines take control maps from -1 to 1 instead of from 0 to 1.
     ``adapters_of``: the families whose LoRAs, IP-Adapters and textual inversions fit.
+    ``union``: the cells with union ControlNets, empty if those of ``controlled`` take them too.
     ``latents_of``: the family of the autoencoders that read its latents.
     ``float32_decode``: its autoencoder overflows in float16 if its configuration says so.
     ``profiles``: the supported profiles, the fastest last; ``turbo`` needs a U-Net.
+    ``guidance_embedding``: if its U-Net has a ``time_cond_proj_dim``, that is for an embedding of the guidance scale.
     ``scheduler_config``: options that its pipelines set in every scheduler, with a deprecation warning in each call.
     """
 
@@ -54,6 +56,7 @@ class Family:
     scheduler_config: Mapping[str, Any] = field(default_factory=dict)
     num_inference_steps: int = 25
     guidance_scale: float = 7.5
+    guidance_embedding: bool = True
     cuda_dtype: str = "float16"
     negative_prompt: bool = True
     clip_skip: bool = False
@@ -70,10 +73,20 @@ class Family:
     latents_of: str = ""
     plain: Mapping[Task, Cell] = field(default_factory=dict)
     controlled: Mapping[Task, Cell] = field(default_factory=dict)
+    union: Mapping[Task, Cell] = field(default_factory=dict)
 
-    def cell(self, task: Task, *, controlnets: int = 0) -> Cell | None:
-        """Return the combination's cell, or ``None`` if diffusers has no such pipeline."""
-        found = (self.controlled if controlnets else self.plain).get(task)
+    @property
+    def weighted_prompts(self) -> bool:
+        """True if its prompts can be weighted: only CLIP reads them."""
+        return self.text in ("clip", "clip-hidden", "sdxl")
+
+    def cell(self, task: Task, *, controlnets: int = 0, union: bool = False) -> Cell | None:
+        """Return the combination's cell, or ``None`` if diffusers has no such pipeline.
+
+        ``union`` tells that the ControlNets are union ControlNets.
+        """
+        controlled = self.union if union and self.union else self.controlled
+        found = (controlled if controlnets else self.plain).get(task)
         return found if found and controlnets <= found.max_controlnets else None
 
     def accepts_controlnet(self, task: Task, controlnet: str) -> bool:

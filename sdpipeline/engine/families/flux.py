@@ -18,7 +18,7 @@ FAMILY = Family(
     negative_prompt=False,
     signed_control_maps=True,
     profiles=("exact", "fast"),
-    controlnets_of=frozenset({"flux"}),
+    controlnets_of=frozenset({"flux", "flux-union"}),
     adapters_of=frozenset({"flux"}),
     latents_of="flux",
     plain=plain_cells("Flux", strength=0.6),

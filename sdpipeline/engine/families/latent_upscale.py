@@ -14,6 +14,7 @@ FAMILY = Family(
     scheduler="euler",
     num_inference_steps=20,
     guidance_scale=1.0,
+    guidance_embedding=False,
     lora=False,
     profiles=("exact",),
     latents_of="sd1",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from sdpipeline.domain import Profile, Task
+from sdpipeline.domain import Profile, PromptSyntax, Task
 from sdpipeline.engine.families.family import Family
 from sdpipeline.engine.families.registry import FAMILIES
 from sdpipeline.engine.families.schedulers import SCHEDULERS
@@ -36,6 +36,14 @@ def profile_refusal(row: Family, profile: Profile) -> Refusal | None:
         return None
     message = f"{row.title} gains nothing from {profile!r}"
     return Refusal(key="profile", message=message, fix=f"use {' or '.join(row.profiles)}")
+
+
+def prompt_syntax_refusal(row: Family, syntax: PromptSyntax) -> Refusal | None:
+    """Refuse weighted prompts for a family with a text encoder for which we have no reference, or with none."""
+    if syntax == "plain" or row.weighted_prompts:
+        return None
+    message = f"{row.title} does not take weighted prompts"
+    return Refusal(key="prompt_syntax", message=message, fix="write prompt_syntax: plain")
 
 
 def size_refusal(row: Family, side: str, pixels: int) -> Refusal | None:

@@ -14,9 +14,10 @@ FAMILY = Family(
     clip_skip=True,
     ip_adapter=True,
     textual_inversion=True,
-    controlnets_of=frozenset({"sdxl"}),
+    controlnets_of=frozenset({"sdxl", "sdxl-union"}),
     adapters_of=frozenset({"sdxl"}),
     latents_of="sdxl",
     plain=plain_cells("StableDiffusionXL", sized_image_to_image=False),
     controlled=controlled_cells("StableDiffusionXLControlNet", text_image="image", strength=0.8),
+    union=controlled_cells("StableDiffusionXLControlNetUnion", text_image="control_image", strength=0.8),
 )

@@ -74,19 +74,24 @@ def _refuse_unsupported(source: SourceFile) -> None:
     for name, title in _UNSUPPORTED.items():
         if name in source.tensors or f"{DENOISER}{name}" in source.tensors:
             raise CheckpointError(f"{source.path} holds {title} weights, and no family here runs them; see `families`")
-    for prefix in (DENOISER, ""):
-        image = source.tensors.get(f"{prefix}img_in.weight")
-        if f"{prefix}double_blocks.0.img_attn.qkv.weight" in source.tensors and image and image.shape[1:] != (64,):
-            what = {(384,): "Flux Fill", (128,): "Flux Control (Canny or Depth)"}.get(image.shape[1:], "an unknown Flux")
-            raise CheckpointError(f"{source.path} is {what}, which reads more than noise; use Flux.1 dev or schnell")
-    if "kontext" in " ".join(source.metadata.get(f"modelspec.{key}", "") for key in ("title", "architecture")).lower():
-        raise CheckpointError(f"{source.path} is Flux Kontext, which edits pictures; use Flux.1 dev or schnell")
+    _refuse_flux_variants(source)
     for name in ("edm_mean", "edm_vpred.sigma_max"):
         if name in source.tensors:
             raise CheckpointError(
                 f"{source.path} holds {name}: an EDM checkpoint (Playground 2.5, CosXL), whose noise levels are not "
                 "in a single file; register its diffusers folder"
             )
+
+
+def _refuse_flux_variants(source: SourceFile) -> None:
+    for prefix in (DENOISER, ""):
+        shape = source.shapes.get(f"{prefix}img_in.weight", (0, 64))
+        if f"{prefix}double_blocks.0.img_attn.qkv.weight" in source.tensors and shape[1:] != (64,):
+            what = {(384,): "Flux Fill", (128,): "Flux Control (Canny or Depth)"}.get(shape[1:], "an unknown Flux")
+            raise CheckpointError(f"{source.path} is {what}, which reads more than noise; use Flux.1 dev or schnell")
+    titles = [source.metadata.get(f"modelspec.{key}", "") for key in ("title", "architecture")]
+    if "kontext" in " ".join(titles).lower():
+        raise CheckpointError(f"{source.path} is Flux Kontext, which edits pictures; use Flux.1 dev or schnell")
 
 
 def _controlnet(source: SourceFile) -> Layout | None:

@@ -46,6 +46,7 @@ class Stepwise:
             settings,
             controlnets=controlnets,
             scheduler="",
+            scheduler_config=None,
             num_inference_steps=0,
             strength=None,
             guided=False,

@@ -42,8 +42,20 @@ class Call:
 
     def kind(self) -> tuple[Any, ...]:
         """Return a key that has to be equal for calls that are made as one."""
-        own = tuple((name, _kind(value, self.rows)) for name, value in self.arguments.items() if name != SCALE)
+        own = tuple((name, _kind(value, self.rows)) for name, value in self.shared().items())
         return (self.network, own)
+
+    @property
+    def scale(self) -> float | None:
+        """Factor of the whole output; None if there is none, as for a network that scales several control maps."""
+        scale = self.arguments.get(SCALE)
+        if isinstance(scale, list):
+            return scale[0] if len(scale) == 1 else None
+        return scale
+
+    def shared(self) -> Mapping[str, Any]:
+        """Return the arguments without the factor of the output, which each call applies by itself."""
+        return {name: value for name, value in self.arguments.items() if name != SCALE or self.scale is None}
 
 
 def in_lockstep(
@@ -84,13 +96,12 @@ def make_as_one(calls: Sequence[Call], size: int) -> list[Any]:
     rows = [call.rows for call in calls]
     arguments = {
         name: _joined([_rowwise(name, call.arguments[name], call.rows) for call in calls], rows, size)
-        for name in calls[0].arguments
-        if name != SCALE
+        for name in calls[0].shared()
     }
-    scaled = SCALE in calls[0].arguments
+    scaled = calls[0].scale is not None
     output = calls[0].forward(**arguments, **{SCALE: 1.0} if scaled else {})
     parts = split(output, rows, size)
-    return [_times(part, call.arguments[SCALE]) for call, part in zip(calls, parts, strict=True)] if scaled else parts
+    return [_times(part, call.scale or 0.0) for call, part in zip(calls, parts, strict=True)] if scaled else parts
 
 
 def split(output: Any, rows: Sequence[int], size: int) -> list[Any]:

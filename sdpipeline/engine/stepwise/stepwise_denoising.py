@@ -13,17 +13,21 @@ import torch
 
 from sdpipeline.engine import Calls
 from sdpipeline.engine.diffusers.batch import Latents, Member, PassSettings, Weights, settings_of
+from sdpipeline.engine.diffusers.per_image_scales import guidance_embeddings
 from sdpipeline.engine.diffusers.pipeline_call import (
     assemble,
     call_arguments,
     latents_of,
-    make_scheduler,
     offloaded,
     patched,
+    scheduler_of,
 )
 from sdpipeline.engine.stepwise.call_batching import Call, in_lockstep, join, make_as_one, split
 from sdpipeline.engine.stepwise.deepcache import kept_feature, shallow
 from sdpipeline.engine.stepwise.profiles import Shortcuts
+
+GUIDANCE = "timestep_cond"
+"""Argument by which a distilled U-Net takes the embedding of its guidance scale."""
 
 FEWEST_ROWS_CUT = 5
 """A call of fewer rows is padded rather than cut in two: the second call would cost more than the padding."""
@@ -34,12 +38,14 @@ class Denoising:
     """Progress of one picture: number of denoiser calls (``done``), and ``sizes`` in rows of all its calls.
 
     ``recorded`` are the sizes to reproduce, if any. ``feature`` is the last output of the U-Net's deep half,
-    ``difference`` the last change of the output by the prompt.
+    ``difference`` the last change of the output by the prompt. ``guidance`` is the embedding of its guidance scale,
+    1 x width, if the U-Net takes one.
     """
 
     settings: PassSettings
     guided: bool
     scheduler: Any
+    guidance: torch.Tensor | None = None
     recorded: Iterator[int] | None = None
     sizes: list[int] = field(default_factory=list)
     done: int = 0
@@ -92,7 +98,8 @@ class _Answers:
     def __call__(self, halted: Mapping[int, Call]) -> dict[int, Any]:
         """Return the network's output for each call."""
         halved = [n for n in halted if self._unguided(self._pictures[n])]
-        calls = {n: call.later_half() if n in halved else call for n, call in halted.items()}
+        calls = {n: self._with_guidance(n, call) for n, call in halted.items()}
+        calls |= {n: calls[n].later_half() for n in halved}
         alike: dict[Any, list[int]] = defaultdict(list)
         for n, call in calls.items():
             alike[self._leaves_out(n, call), call.kind()].append(n)
@@ -110,6 +117,14 @@ class _Answers:
     def _unguided(self, picture: Denoising) -> bool:
         """Return True if this step leaves out the rows without the prompt."""
         return picture.guided and picture.done % self._shortcuts.guidance_every > 0
+
+    def _with_guidance(self, n: int, call: Call) -> Call:
+        """Add the embedding of the guidance scale, which some pipelines leave out, to a call of the U-Net."""
+        guidance = self._pictures[n].guidance
+        if guidance is None or call.network is not self._denoiser:
+            return call
+        sample = next(iter(call.arguments.values()))
+        return replace(call, arguments={**call.arguments, GUIDANCE: guidance.to(sample.device, sample.dtype)})
 
     def _advanced(self, picture: Denoising, output: Any, network: torch.nn.Module, *, halved: bool) -> Any:
         """Count the step, and return the output as the pipeline expects it, with the rows that were left out."""
@@ -180,10 +195,12 @@ def _own_scales(weights: Weights, settings: PassSettings, member: Member) -> dic
 
 def _begun(weights: Weights, member: Member) -> Denoising:
     settings = settings_of(member, weights)
+    width = weights.guidance_embedding_dim
     return Denoising(
         settings=settings,
         guided=member.negative is not None,
-        scheduler=make_scheduler(settings.scheduler, weights),
+        scheduler=scheduler_of(settings, weights),
+        guidance=None if width is None else guidance_embeddings([member.request.guidance_scale], width),
         recorded=chain.from_iterable(repeat(rows, times) for rows, times in member.calls) if member.calls else None,
     )
 

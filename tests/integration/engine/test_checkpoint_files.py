@@ -30,16 +30,29 @@ INDEX: dict[str, Any] = {
     "unet": ["diffusers", "UNet2DConditionModel"],
     "vae": ["diffusers", "AutoencoderKL"],
 }
+NETWORKS = {
+    "unet": (WEIGHTS, ["conv_in", "conv_out"]),
+    "vae": (WEIGHTS, ["encoder.conv_in", "encoder.conv_out", "decoder.conv_in", "decoder.conv_out"]),
+    "text_encoder": (
+        "model.safetensors",
+        ["embeddings.token_embedding", "embeddings.position_embedding", "final_layer_norm"],
+    ),
+}
+"""Weight file and names of tensors by the folder of the network."""
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     """A pipeline that is never loaded: small files at the paths that loaders read."""
     made = tmp_path / "weights"
-    for part in ("unet", "vae"):
+    for part, (weights, tensors) in NETWORKS.items():
         (made / part).mkdir(parents=True)
         (made / part / "config.json").write_text("{}")
-        save_file({"weight": torch.zeros(4)}, made / part / WEIGHTS)
+        save_file({f"{name}.weight": torch.zeros(4) for name in tensors}, made / part / weights)
+    for name in ("tokenizer/vocab.json", "scheduler/scheduler_config.json"):
+        (made / name).parent.mkdir()
+        (made / name).write_text("{}")
+    (made / "tokenizer" / "merges.txt").write_text("")
     (made / "model_index.json").write_text(json.dumps(INDEX))
     return made
 
@@ -66,7 +79,8 @@ def change_json(path: Path, **keys: Any) -> None:
         f"unet/{WEIGHTS}.index.json", "unet/diffusion_pytorch_model.fp16.safetensors", "vae/shard-00001.safetensors",
         "unet/adapter_config.json", "tokenizer/tokenizer.json", "tokenizer/added_tokens.json",
         "tokenizer/special_tokens_map.json", "tokenizer/chat_template.jinja", "text_encoder/generation_config.json",
-        "preprocessor_config.json", "scheduler/scheduler_config.json", "notes.txt", "spiece.model",
+        "preprocessor_config.json", "scheduler/config.json", "notes.txt", "spiece.model",
+        "unet/diffusion_pytorch_model.safetensors.index.fp16.json", "v1-5-pruned.safetensors",
         "unet/diffusion_pytorch_model.bin", "model.ckpt", "unet/model.PT", "unet/flax_model.msgpack", "vae/model.onnx",
         "unet/openvino_model.xml", "model.gguf", "pipeline.py", "unet/modeling_evil.py", "unet/native.so",
         f"unet/{WEIGHTS.upper()}", "VAE/config.json", "unet/CONFIG.JSON", "model.dduf", "unet/weights",

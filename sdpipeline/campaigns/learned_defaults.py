@@ -1,0 +1,58 @@
+"""Defaults of generation parameters that a stage takes from its checkpoint and LoRAs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from sdpipeline.engine.checkpoints import CheckpointFiles
+from sdpipeline.engine.distilled import embeds_guidance, fitting
+from sdpipeline.engine.families import Family
+
+OF_FAMILY = frozenset({"num_inference_steps", "guidance_scale", "scheduler"})
+"""Parameters for which every family has a default."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LearnedDefaults:
+    """Defaults by diffusers' names: of the first LoRA that has one, else of the checkpoint.
+
+    ``owners`` names the weights that each default comes from. ``embedded_guidance`` is True if the U-Net takes its
+    guidance scale as an embedding, so that a negative prompt has no effect.
+    """
+
+    row: Family
+    files: CheckpointFiles
+    values: Mapping[str, Any]
+    owners: Mapping[str, str]
+    embedded_guidance: bool
+
+    def get(self, name: str) -> Any:
+        """Return the default of a parameter: of the weights, else of their family; None if neither has one."""
+        return self.values[name] if name in self.values else getattr(self.row, name) if name in OF_FAMILY else None
+
+    def size(self, otherwise: int) -> tuple[int, int]:
+        """Return the default width and height, pixels; ``otherwise`` is the side if the weights have none."""
+        side, multiple = self.files.native_size, self.row.size_multiple
+        side = otherwise if side is None else max(multiple, side // multiple * multiple)
+        return self.values.get("width", side), self.values.get("height", side)
+
+    @property
+    def native_area(self) -> int | None:
+        """Area in pixels of the pictures that the checkpoint was made for; None if unknown."""
+        if {"width", "height"} <= self.values.keys():
+            return int(self.values["width"] * self.values["height"])
+        return None if self.files.native_size is None else self.files.native_size**2
+
+
+def learned_defaults(row: Family, files: CheckpointFiles, loras: Sequence[CheckpointFiles] = ()) -> LearnedDefaults:
+    """Collect the defaults of a stage's checkpoint and LoRAs, as far as this family takes them."""
+    values: dict[str, Any] = {}
+    owners: dict[str, str] = {}
+    for each in (files, *reversed(loras)):
+        own = fitting(each.defaults, row)
+        values |= own
+        owners |= dict.fromkeys(own, each.alias)
+    embedded = embeds_guidance(files.directory, row)
+    return LearnedDefaults(row=row, files=files, values=values, owners=owners, embedded_guidance=embedded)
