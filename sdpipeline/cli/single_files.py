@@ -100,6 +100,7 @@ def add_folder(
 
 def _of_file(approval: registry.Approval, imported: Imported, path: Path) -> registry.Approval:
     """Return the approval with the file as its source, and the record of its conversion for the audit log."""
+    approval = replace(approval, licence=approval.licence or imported.licence)
     if not imported.record:
         return replace(approval, source=str(path))
     converter = f"diffusers {imported.record['converter']['diffusers']}"

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from sdpipeline.engine import part_files
 from sdpipeline.engine.single_files import networks, schedulers, tokenizers
 from sdpipeline.engine.single_files.given import Given
 from sdpipeline.engine.single_files.layout import Layout, Part
@@ -82,6 +83,7 @@ def _pipeline(work: _Conversion) -> dict[str, Any]:
     _refuse_absent(work, absent)
     vocabularies = _vocabularies(work, encoders)
     configs = {name: _configuration(work, name, part) for name, part in layout.parts.items()}
+    _size(work, configs[denoiser], denoiser)
     similar = [root for root in work.roots if related(root, denoiser, configs[denoiser])]
     scheduler = schedulers.scheduler(work.source, layout, similar, work.given.prediction_type)
     for name, part in layout.parts.items():
@@ -99,6 +101,17 @@ def _pipeline(work: _Conversion) -> dict[str, Any]:
         tokenizers.check_vocabulary(work.target / name, class_name, size=size, where=work.where)
         index[name] = ["transformers", class_name]
     return index
+
+
+def _size(work: _Conversion, config: dict[str, Any], denoiser: str) -> None:
+    """Set the size of the training pictures that the file states, or that its prediction type implies in SD 2."""
+    if not work.templates[denoiser].startswith("published") or denoiser != "unet":
+        return
+    stated = re.fullmatch(r"(\d+)x\1", work.source.metadata.get("modelspec.resolution", ""))
+    if stated and int(stated[1]) % 64 == 0:
+        config["sample_size"] = int(stated[1]) // 8
+    elif work.layout.family == "sd2" and work.given.prediction_type == "epsilon":
+        config["sample_size"] = 64
 
 
 def _index(
@@ -219,10 +232,13 @@ def _write_part(work: _Conversion, name: str, part: Part, config: dict[str, Any]
 
 def _copy_part(work: _Conversion, name: str, folder: Path) -> None:
     work.report(f"copying {name}")
-    weights = [path for path in folder.iterdir() if path.suffix == ".safetensors" or path.name.endswith(".json")]
+    root = folder.parent
+    names = [str(path.relative_to(root)) for path in root.rglob("*") if path.is_file()]
+    unused = part_files.unused(names)
     (work.target / name).mkdir()
-    for path in weights:
-        shutil.copyfile(path, work.target / name / path.name)
+    for file in part_files.in_folder(set(names) - unused, name):
+        if file.endswith((".safetensors", ".json")):
+            shutil.copyfile(folder / file, work.target / name / file)
     work.templates[name] = "copied from a named folder"
     work.notes.append(f"the {name} is not of the file: it is copied from the folder of --parts")
 

@@ -380,3 +380,43 @@ def test_a_lora_is_copied_and_has_the_digest_of_its_folder(tmp_path: Path) -> No
     assert found.files.digest == tiny_checkpoints().files("lora-sdxl").digest
     assert found.files.directory.parent == tmp_path
     assert found.files.origin_sha256 == found.sha256
+
+
+def test_a_copy_that_cannot_run_here_is_refused_before_it_is_made(tmp_path: Path) -> None:
+    save_file({"lora_controlnet": torch.zeros(0), "input_blocks.0.0.up": torch.zeros(8, 8)}, tmp_path / "x.safetensors")
+    with pytest.raises(CheckpointError, match="Control-LoRA"):
+        imported(tmp_path / "x.safetensors", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_last_of_24_openclip_layers_is_left_out(tmp_path: Path) -> None:
+    """SD 2 reads the penultimate layer: its folders have one layer less than its files."""
+    base, before = tiny_checkpoints().directory("sd2"), load_file(converted_file("sd2"))
+    layer = "cond_stage_model.model.transformer.resblocks."
+    more = {name.replace(f"{layer}2.", f"{layer}3."): t for name, t in before.items() if name.startswith(f"{layer}2.")}
+    save_file(before | {name: tensor + 1 for name, tensor in more.items()}, tmp_path / "x.safetensors")
+    found = imported(tmp_path / "x.safetensors", tmp_path, tokenizer=base).files.directory
+    known = tensors(base)
+    assert all(tensor.equal(known[name]) for name, tensor in tensors(found).items())
+
+
+def test_half_precision_parts_are_borrowed_in_one_form(tmp_path: Path) -> None:
+    base = Path(shutil.copytree(tiny_checkpoints().directory("sd1"), tmp_path / "base"))
+    vae = base / "vae" / "diffusion_pytorch_model.safetensors"
+    half = {name: tensor.half() for name, tensor in load_file(vae).items()}
+    save_file(half, vae.with_suffix(".fp16.safetensors"))
+    file = pack(base, tmp_path / "x" / "no-vae.safetensors", without=("vae",))
+    found = imported(file, tmp_path, parts=base).files.directory
+    assert [path.name for path in (found / "vae").glob("*.safetensors")] == [vae.name]
+
+
+def test_the_metadata_of_a_file_gives_its_licence(tmp_path: Path) -> None:
+    state = load_file(tiny_checkpoints().directory("lora-sdxl") / "pytorch_lora_weights.safetensors")
+    save_file(state, tmp_path / "style.safetensors", metadata={"modelspec.license": "CC-BY-4.0"})
+    assert imported(tmp_path / "style.safetensors", tmp_path).licence == "CC-BY-4.0"
+
+
+def test_a_checkpoints_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    (tmp_path / "out").write_text("a file")
+    with pytest.raises(CheckpointError, match="SDP_CHECKPOINTS_DIR"):
+        imported(converted_file("sd1"), tmp_path / "out", tokenizer=tiny_checkpoints().directory("sd1"))
