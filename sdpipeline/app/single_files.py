@@ -18,7 +18,7 @@ from sdpipeline.errors import CheckpointError
 from sdpipeline.private_files import users_umask
 from sdpipeline.settings import Settings
 
-_FILES = (PICKLES - {".npy", ".npz", ".joblib", ".dill", ".pickle", ".pkl"}) | {WEIGHTS, ".gguf"}
+_FILES = (PICKLES - {".npy", ".npz", ".joblib", ".dill", ".pickle", ".pkl"}) | {WEIGHTS, ".sft", ".gguf"}
 """Suffixes of weights in a folder of downloads: those that are refused are reported, not passed over."""
 
 _GENERIC = frozenset(
@@ -83,7 +83,7 @@ def _weights(folder: Path) -> Iterator[Path]:
     except OSError as error:
         raise CheckpointError(f"{folder} cannot be read: {error.strerror or error}") from error
     for path in entries:
-        if path.name.startswith("."):
+        if path.name.startswith(".") or path.name == "image_encoder":  # an IP-Adapter's encoder goes with the adapter
             continue
         if path.is_file() and path.suffix.lower() in _FILES:
             yield path

@@ -157,6 +157,8 @@ def _add_directory(
             raise refuse(f"{source} is not a file or directory, and a repository needs --revision", "pin its commit")
         with nullcontext() if settings.checkpoints.is_relative_to(settings.home) else users_umask():
             directory = fetch(source, revision, settings.checkpoints / f".{alias}-{revision[:12]}")
+    if not directory.exists():
+        raise refuse(f"{source} is neither a file, a directory nor a hub repository", "check the path")
     try:
         files = inspect(alias, directory)
     except CheckpointError as error:

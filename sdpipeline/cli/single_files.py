@@ -39,7 +39,7 @@ def add_single_file(
     defaults: Sequence[str],
 ) -> Json:
     """Convert or copy one file and approve it; ``named`` are the values of the options for single files."""
-    path = path.expanduser().resolve()
+    path = path.expanduser().absolute()  # a link keeps its name: a hub's cache links to files named by their hashes
     try:
         given = _given(settings, named)
         with _progress(shown=stderr.is_terminal) as progress:
@@ -102,6 +102,7 @@ def add_folder(
 
 def _of_file(approval: registry.Approval, imported: Imported, path: Path) -> registry.Approval:
     """Return the approval with the file as its source, and the record of its conversion for the audit log."""
+    approval = replace(approval, licence=approval.licence or imported.licence)
     if not imported.record:
         return replace(approval, source=str(path))
     converter = f"diffusers {imported.record['converter']['diffusers']}"

@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -84,7 +85,7 @@ _UNET = {
 }
 
 
-def _unet(tensors: Tensors, config: dict) -> Tensors:
+def _unet(tensors: Tensors, config: dict[str, Any]) -> Tensors:
     layers, found = config["layers_per_block"], {}
     for name, tensor in tensors.items():
         found[_unet_name(name, layers, tensors)] = tensor
@@ -189,6 +190,13 @@ _SD3_TOP = {
 _SD3_BLOCK = {
     "attn.to_out.0.": "x_block.attn.proj.",
     "attn.to_add_out.": "context_block.attn.proj.",
+    "attn.norm_q.": "x_block.attn.ln_q.",
+    "attn.norm_k.": "x_block.attn.ln_k.",
+    "attn.norm_added_q.": "context_block.attn.ln_q.",
+    "attn.norm_added_k.": "context_block.attn.ln_k.",
+    "attn2.to_out.0.": "x_block.attn2.proj.",
+    "attn2.norm_q.": "x_block.attn2.ln_q.",
+    "attn2.norm_k.": "x_block.attn2.ln_k.",
     "norm1.linear.": "x_block.adaLN_modulation.1.",
     "norm1_context.linear.": "context_block.adaLN_modulation.1.",
     "ff.net.0.proj.": "x_block.mlp.fc1.",
@@ -196,7 +204,12 @@ _SD3_BLOCK = {
     "ff_context.net.0.proj.": "context_block.mlp.fc1.",
     "ff_context.net.2.": "context_block.mlp.fc2.",
 }
-_QKV = {"attn.to_q.": "attn.to_{}.", "attn.add_q_proj.": "attn.add_{}_proj."}
+_QKV = {"attn.to_q.": "attn.to_{}.", "attn.add_q_proj.": "attn.add_{}_proj.", "attn2.to_q.": "attn2.to_{}."}
+_SD3_QKV = {
+    "attn.to_q.": "x_block.attn.qkv.",
+    "attn.add_q_proj.": "context_block.attn.qkv.",
+    "attn2.to_q.": "x_block.attn2.qkv.",
+}
 
 
 def _swap(tensor: torch.Tensor) -> torch.Tensor:
@@ -204,7 +217,7 @@ def _swap(tensor: torch.Tensor) -> torch.Tensor:
     return torch.cat([second, first])
 
 
-def _sd3(tensors: Tensors, config: dict) -> Tensors:
+def _sd3(tensors: Tensors, config: dict[str, Any]) -> Tensors:
     last = f"transformer_blocks.{config['num_layers'] - 1}.norm1_context."
     found = {}
     for name, tensor in tensors.items():
@@ -219,9 +232,8 @@ def _sd3(tensors: Tensors, config: dict) -> Tensors:
         if query is not None:
             kind, stem = rest.removeprefix(query), name.removesuffix(rest)
             joined = torch.cat([tensors[f"{stem}{_QKV[query].format(each)}{kind}"] for each in "qkv"])
-            side = "x_block" if query == "attn.to_q." else "context_block"
-            found[f"{prefix}{side}.attn.qkv.{kind}"] = joined
-        elif not re.match(r"attn\.(to_[kv]|add_[kv]_proj)\.", rest):
+            found[f"{prefix}{_SD3_QKV[query]}{kind}"] = joined
+        elif not re.match(r"attn2?\.(to_[kv]|add_[kv]_proj)\.", rest):
             new = next(old + rest.removeprefix(n) for n, old in _SD3_BLOCK.items() if rest.startswith(n))
             found[prefix + new] = value
     return found
@@ -286,7 +298,7 @@ def _flux(tensors: Tensors, _: object) -> Tensors:
     return found
 
 
-_PARTS: dict[str, dict[str, tuple[str, Callable[[Tensors, dict], Tensors]]]] = {
+_PARTS: dict[str, dict[str, tuple[str, Callable[[Tensors, dict[str, Any]], Tensors]]]] = {
     "sd1": {
         "unet": ("model.diffusion_model.", _unet),
         "vae": ("first_stage_model.", _vae),
@@ -317,3 +329,7 @@ _PARTS: dict[str, dict[str, tuple[str, Callable[[Tensors, dict], Tensors]]]] = {
         "text_encoder_2": ("text_encoders.t5xxl.transformer.", _t5),
     },
 }
+
+Packer = Callable[[Tensors, dict[str, Any]], Tensors]
+PACKERS: Mapping[str, Packer] = {"sd1": _unet, "sd2": _unet, "sdxl": _unet, "sd3": _sd3, "flux": _flux}
+"""Packing of a denoiser alone, by its family."""

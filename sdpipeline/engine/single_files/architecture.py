@@ -27,7 +27,9 @@ class Shape:
         try:
             return self._shapes[name][axis]
         except KeyError as error:
-            raise CheckpointError(f"{self._where} has no tensor {name}: the file is incomplete") from error
+            raise CheckpointError(
+                f"{self._where} has no tensor {name}: the file is incomplete; fetch it again"
+            ) from error
         except IndexError as error:
             raise CheckpointError(f"{self._where}: tensor {name} has shape {list(self._shapes[name])}") from error
 

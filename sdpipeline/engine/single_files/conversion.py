@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from sdpipeline.engine import part_files
 from sdpipeline.engine.single_files import networks, schedulers, tokenizers
 from sdpipeline.engine.single_files.given import Given
 from sdpipeline.engine.single_files.layout import Layout, Part
@@ -82,6 +83,7 @@ def _pipeline(work: _Conversion) -> dict[str, Any]:
     _refuse_absent(work, absent)
     vocabularies = _vocabularies(work, encoders)
     configs = {name: _configuration(work, name, part) for name, part in layout.parts.items()}
+    _size(work, configs[denoiser], denoiser)
     similar = [root for root in work.roots if related(root, denoiser, configs[denoiser])]
     scheduler = schedulers.scheduler(work.source, layout, similar, work.given.prediction_type)
     for name, part in layout.parts.items():
@@ -99,6 +101,17 @@ def _pipeline(work: _Conversion) -> dict[str, Any]:
         tokenizers.check_vocabulary(work.target / name, class_name, size=size, where=work.where)
         index[name] = ["transformers", class_name]
     return index
+
+
+def _size(work: _Conversion, config: dict[str, Any], denoiser: str) -> None:
+    """Set the size of the training pictures that the file states, or that its prediction type implies in SD 2."""
+    if not work.templates[denoiser].startswith("published") or denoiser != "unet":
+        return
+    stated = re.fullmatch(r"(\d+)x\1", work.source.metadata.get("modelspec.resolution", ""))
+    if stated and int(stated[1]) % 64 == 0:
+        config["sample_size"] = int(stated[1]) // 8
+    elif work.layout.family == "sd2" and work.given.prediction_type == "epsilon":
+        config["sample_size"] = 64
 
 
 def _index(
@@ -136,12 +149,18 @@ def _borrowed(work: _Conversion, missing: Sequence[str]) -> dict[str, Path]:
 
 
 def _refuse_absent(work: _Conversion, absent: Sequence[str]) -> None:
-    if absent:
-        where = f", which {work.given.parts} lacks too" if work.given.parts else ""
-        raise CheckpointError(
-            f"{work.where} holds no {', no '.join(absent)}{where}; name a diffusers folder of the same family that has "
-            "these parts, or the alias of a registered checkpoint: --parts DIR_OR_ALIAS"
+    if not absent:
+        return
+    tokenizer = work.given.tokenizer
+    if tokenizer is not None and all((tokenizer / name / "config.json").is_file() for name in absent):
+        fix = f"the folder of --tokenizer has them: add --parts {tokenizer}"
+    else:
+        fix = (
+            "name a diffusers folder of the same family that has them and its tokenizers, or the alias of a registered "
+            "checkpoint: --parts DIR_OR_ALIAS"
         )
+    where = f", and {work.given.parts} has none either" if work.given.parts else ""
+    raise CheckpointError(f"{work.where} holds no {', no '.join(absent)}{where}; {fix}")
 
 
 def _vocabularies(work: _Conversion, encoders: Mapping[str, str]) -> dict[str, tuple[Path, bool]]:
@@ -149,13 +168,15 @@ def _vocabularies(work: _Conversion, encoders: Mapping[str, str]) -> dict[str, t
 
     Raises CheckpointError for missing vocabularies, by their names.
     """
-    family, found, missing = work.layout.family, {}, []
+    family = work.layout.family
+    found: dict[str, tuple[Path, bool]] = {}
+    missing: list[str] = []
     for name, kind in tokenizers.names(encoders).items():
         folder = tokenizers.find(name, kind, work.folders)
         open_clip = kind != "T5EncoderModel" and (name == "tokenizer_2" or family == "sd2")
         own = folder is not None and folder.name == name and (folder.parent / "model_index.json").is_file()
         if folder is None and name == "tokenizer_2" and open_clip:
-            folder = found.get("tokenizer", (None,))[0]
+            folder = found["tokenizer"][0] if "tokenizer" in found else None
         if folder is None:
             missing.append(tokenizers.title(family, name, kind))
         else:
@@ -178,7 +199,8 @@ def _network(work: _Conversion) -> None:
 
 def _configuration(work: _Conversion, name: str, part: Part) -> dict[str, Any]:
     own = work.source.path.parent if work.layout.kind != "checkpoint" else None
-    families = [work.layout.family or work.given.family] if work.layout.family or work.given.family else list(FAMILIES)
+    family = work.layout.family or work.given.family
+    families = [family] if family else list(FAMILIES)
     where = work.where
     if name == "controlnet":
         families = [each for each in families if each.startswith("sd") and each != "sd3"]
@@ -210,10 +232,13 @@ def _write_part(work: _Conversion, name: str, part: Part, config: dict[str, Any]
 
 def _copy_part(work: _Conversion, name: str, folder: Path) -> None:
     work.report(f"copying {name}")
-    weights = [path for path in folder.iterdir() if path.suffix == ".safetensors" or path.name.endswith(".json")]
+    root = folder.parent
+    names = [str(path.relative_to(root)) for path in root.rglob("*") if path.is_file()]
+    unused = part_files.unused(names)
     (work.target / name).mkdir()
-    for path in weights:
-        shutil.copyfile(path, work.target / name / path.name)
+    for file in part_files.in_folder(set(names) - unused, name):
+        if file.endswith((".safetensors", ".json")):
+            shutil.copyfile(folder / file, work.target / name / file)
     work.templates[name] = "copied from a named folder"
     work.notes.append(f"the {name} is not of the file: it is copied from the folder of --parts")
 

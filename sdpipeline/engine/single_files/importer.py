@@ -9,13 +9,14 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from sdpipeline.domain import Json, digest
 from sdpipeline.engine.checkpoints import CheckpointFiles, inspect
+from sdpipeline.engine.classification import classify_single_file
 from sdpipeline.engine.hash_cache import StatKey
 from sdpipeline.engine.single_files import conversion, tokenizers
 from sdpipeline.engine.single_files.given import Given
@@ -36,11 +37,15 @@ Progress = Callable[[str, int, int], None]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Imported:
-    """An imported file; ``record`` is that of its conversion, and empty for a copy."""
+    """An imported file; ``record`` is that of its conversion, and empty for a copy.
+
+    ``licence`` is that of the file's ``modelspec`` metadata.
+    """
 
     files: CheckpointFiles
     sha256: str
     record: Json = field(default_factory=dict)
+    licence: str | None = None
 
     @property
     def notes(self) -> list[str]:
@@ -57,37 +62,46 @@ def import_file(alias: str, path: Path, folder: Path, given: Given, progress: Pr
     before = _stat(path)
     source = read_header(path)
     layout = recognise(source)
+    adapter: Mapping[str, Path] = {}
     if layout is None:
         _refuse_surplus(path, given)
+        adapter = _adapter_files(alias, source)
     else:
         check_dtypes(source)
     sha256 = _sha256(path, progress)
-    target = folder / _name(source, layout, given, sha256)
+    target = folder / (_name(source, given, sha256) if layout else _copy_name(source, adapter, sha256))
     if not target.is_dir():
         with _unfinished(folder) as temporary:
-            _fill(temporary, source, layout, given, sha256=sha256, progress=progress)
+            if layout is None:
+                _copy(adapter, temporary, progress)
+            else:
+                _convert(source, layout, given, temporary, sha256=sha256, progress=progress)
             if _stat(path) != before:
                 raise CheckpointError(f"{path} changed while it was read; leave it alone and try again")
             inspect(alias, temporary)
             _sync(temporary)
             with suppress(FileExistsError):
                 _rename(temporary, target)
+    licence = source.metadata.get("modelspec.license", "").strip() or None
     progress("hashing the checkpoint", 0, 0)
     files = inspect(alias, target)
     if layout is None:
         files = replace(files, origin_sha256=sha256)
-        return Imported(files=files, sha256=sha256)
+        return Imported(files=files, sha256=sha256, licence=licence)
     record = json.loads((target / RECORD).read_text(encoding="utf-8"))
-    return Imported(files=files, sha256=sha256, record=record)
+    return Imported(files=files, sha256=sha256, record=record, licence=licence)
 
 
-def _fill(
-    temporary: Path, source: SourceFile, layout: Layout | None, given: Given, *, sha256: str, progress: Progress
+def _copy(files: Mapping[str, Path], temporary: Path, progress: Progress) -> None:
+    for name, path in files.items():
+        progress(f"copying {path.name}", 0, 0)
+        (temporary / name).parent.mkdir(exist_ok=True)
+        shutil.copyfile(path, temporary / name)
+
+
+def _convert(
+    source: SourceFile, layout: Layout, given: Given, temporary: Path, *, sha256: str, progress: Progress
 ) -> None:
-    if layout is None:
-        progress(f"copying {source.path.name}", 0, 0)
-        shutil.copyfile(source.path, temporary / source.path.name)
-        return
     try:
         conversion.convert(source, layout, given, temporary, sha256=sha256, report=lambda step: progress(step, 0, 0))
     except ModuleNotFoundError as error:
@@ -96,8 +110,21 @@ def _fill(
         ) from error
 
 
+def _adapter_files(alias: str, source: SourceFile) -> dict[str, Path]:
+    """Return the files to copy for weights that need no conversion; CheckpointError if they do not run here."""
+    shapes = {name: list(info.shape) for name, info in source.tensors.items()}
+    about = classify_single_file(alias, shapes, source.metadata, path=source.path)
+    if about.layout is not None:
+        raise CheckpointError(
+            f"{source.path} is a {about.kind} of {about.family} under names that cannot be converted; fetch its "
+            "publisher's folder with config.json, and register that folder"
+        )
+    return {f"{source.path.stem}{WEIGHTS}": source.path}
+
+
 def _refuse_surplus(path: Path, given: Given) -> None:
-    named = {"--tokenizer": given.tokenizer, "--parts": given.parts, "--prediction-type": given.prediction_type}
+    named = {"--tokenizer": given.tokenizer, "--parts": given.parts}
+    named |= {"--family": given.family, "--prediction-type": given.prediction_type}
     for option, value in named.items():
         if value is not None:
             raise CheckpointError(f"{path} is not a checkpoint, ControlNet or autoencoder; leave {option} out")
@@ -120,16 +147,23 @@ def _sha256(path: Path, progress: Progress) -> str:
     return hashed.hexdigest()
 
 
-def _name(source: SourceFile, layout: Layout | None, given: Given, sha256: str) -> str:
-    """Return the folder's name: of the file, and of everything that decides the conversion."""
-    stem = re.sub(r"[^a-z0-9]+", "-", source.path.stem.lower()).strip("-")[:40] or "file"
-    if layout is None:
-        return f".{stem}-{digest({'sha256': sha256, 'file': source.path.name})[:16]}"
+def _stem(source: SourceFile) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", source.path.stem.lower()).strip("-")[:40] or "file"
+
+
+def _copy_name(source: SourceFile, files: Mapping[str, Path], sha256: str) -> str:
+    """Return the folder's name for a copy: of its files' names and sizes, and of the adapter's bytes."""
+    about = {name: path.stat().st_size for name, path in sorted(files.items())}
+    return f".{_stem(source)}-{digest({'sha256': sha256, 'files': about})[:16]}"
+
+
+def _name(source: SourceFile, given: Given, sha256: str) -> str:
+    """Return the folder's name for a conversion: of the file, and of everything that decides the result."""
     options = {"family": given.family, "prediction_type": given.prediction_type}
     folders = {"tokenizer": given.tokenizer, "parts": given.parts, "own": source.path.parent}
     parts = {key: _fingerprint(path, weights=key == "parts") for key, path in folders.items() if path is not None}
     about = {"sha256": sha256, "file": source.path.name, "revision": conversion.REVISION, **options, **parts}
-    return f".{stem}-{digest(about)[:16]}"
+    return f".{_stem(source)}-{digest(about)[:16]}"
 
 
 _PARTS = (
@@ -155,7 +189,12 @@ def _fingerprint(folder: Path, *, weights: bool) -> dict[str, str]:
 def _unfinished(folder: Path) -> Iterator[Path]:
     """Yield an empty folder on the same file system; it is removed at the end, as are those of dead processes."""
     waiting = folder / _UNFINISHED
-    waiting.mkdir(parents=True, exist_ok=True)
+    try:
+        waiting.mkdir(parents=True, exist_ok=True)
+    except (PermissionError, FileExistsError, NotADirectoryError) as error:
+        raise CheckpointError(
+            f"{waiting} cannot be created: {error.strerror}; make the folder of SDP_CHECKPOINTS_DIR writable"
+        ) from error
     for left in waiting.iterdir():
         _remove_if_abandoned(left)
     held = Path(tempfile.mkdtemp(dir=waiting))

@@ -74,12 +74,24 @@ def _refuse_unsupported(source: SourceFile) -> None:
     for name, title in _UNSUPPORTED.items():
         if name in source.tensors or f"{DENOISER}{name}" in source.tensors:
             raise CheckpointError(f"{source.path} holds {title} weights, and no family here runs them; see `families`")
+    _refuse_flux_variants(source)
     for name in ("edm_mean", "edm_vpred.sigma_max"):
         if name in source.tensors:
             raise CheckpointError(
                 f"{source.path} holds {name}: an EDM checkpoint (Playground 2.5, CosXL), whose noise levels are not "
                 "in a single file; register its diffusers folder"
             )
+
+
+def _refuse_flux_variants(source: SourceFile) -> None:
+    for prefix in (DENOISER, ""):
+        shape = source.shapes.get(f"{prefix}img_in.weight", (0, 64))
+        if f"{prefix}double_blocks.0.img_attn.qkv.weight" in source.tensors and shape[1:] != (64,):
+            what = {(384,): "Flux Fill", (128,): "Flux Control (Canny or Depth)"}.get(shape[1:], "an unknown Flux")
+            raise CheckpointError(f"{source.path} is {what}, which reads more than noise; use Flux.1 dev or schnell")
+    titles = [source.metadata.get(f"modelspec.{key}", "") for key in ("title", "architecture")]
+    if "kontext" in " ".join(titles).lower():
+        raise CheckpointError(f"{source.path} is Flux Kontext, which edits pictures; use Flux.1 dev or schnell")
 
 
 def _controlnet(source: SourceFile) -> Layout | None:
@@ -141,11 +153,11 @@ def _transformer(source: SourceFile) -> Layout | None:
     names = source.tensors.keys()
     for prefix in (DENOISER, ""):
         if any(name.startswith(f"{prefix}joint_blocks.0.context_block.") for name in names):
-            order = ("clip_l", "clip_g", "t5xxl")
-            return _layout(source, "sd3", {"transformer": _part(source, prefix, "ldm"), **_encoders(source, order)})
+            encoders = _encoders(source, ("clip_l", "clip_g", "t5xxl"))
+            return _layout(source, "sd3", {"transformer": _part(source, prefix, "ldm"), **encoders})
         if any(name.startswith(f"{prefix}double_blocks.0.img_attn.") for name in names):
-            order = ("clip_l", "t5xxl")
-            return _layout(source, "flux", {"transformer": _part(source, prefix, "ldm"), **_encoders(source, order)})
+            encoders = _encoders(source, ("clip_l", "t5xxl"))
+            return _layout(source, "flux", {"transformer": _part(source, prefix, "ldm"), **encoders})
     return None
 
 
@@ -165,9 +177,10 @@ def _diffusers_denoiser(source: SourceFile) -> Layout | None:
         family = "sdxl" if "add_embedding.linear_1.weight" in names else _family_by_context(source, part)
         return _layout(source, family, {"unet": part})
     if "transformer_blocks.0.attn.add_q_proj.weight" in names:
-        family = "sd3" if "pos_embed.proj.weight" in names else "flux" if "x_embedder.weight" in names else None
-        if family is not None:
-            return _layout(source, family, {"transformer": _part(source, "", "diffusers")})
+        families = {"pos_embed.proj.weight": "sd3", "x_embedder.weight": "flux"}
+        for name, family in families.items():
+            if name in names:
+                return _layout(source, family, {"transformer": _part(source, "", "diffusers")})
     return None
 
 

@@ -31,7 +31,6 @@ def convert(
         converted = _converter(name, part, config)(original)
     except (KeyError, IndexError, ValueError, RuntimeError, AttributeError, TypeError) as error:
         raise CheckpointError(f"{where} is not complete, or has another architecture: {error}") from error
-    converted = {key: tensor for key, tensor in converted.items() if tensor is not None}
     if name.startswith("text_encoder"):
         converted = _with_prefix_of(converted, expected)
     _check(converted, expected, where)
@@ -56,7 +55,8 @@ def _converter(name: str, part: Part, config: Mapping[str, Any]) -> Callable[[Te
     if part.naming == "t5":
         return _t5
     if part.naming == "clip":
-        return lambda original: _clip(original, projected="Projection" in config["architectures"][0])
+        identity = name == "text_encoder" and "Projection" in config["architectures"][0]
+        return _with_identity if identity else dict
     if part.naming == "diffusers":
         return lambda original: {_renamed(key, _OLD_ATTENTION): tensor for key, tensor in original.items()}
     if name == "transformer":
@@ -86,18 +86,18 @@ def _ldm(name: str, original: Tensors, config: Mapping[str, Any]) -> Tensors:
         "controlnet": (diffusers_names.LDM_CONTROLNET_KEY, diffusers_names.convert_controlnet_checkpoint),
     }[name]
     defaults = {"class_embed_type": None, "addition_embed_type": None, "num_class_embeds": None}
-    converted: Tensors = function(
-        {f"{prefix}{key}": tensor for key, tensor in original.items()}, defaults | dict(config)
-    )
+    prefixed = {f"{prefix}{key}": tensor for key, tensor in original.items()}
+    found: dict[str, torch.Tensor | None] = function(prefixed, defaults | dict(config))
+    converted = {key: tensor for key, tensor in found.items() if tensor is not None}
     if name == "controlnet" and "label_emb.0.0.weight" in original:
         names = diffusers_names.DIFFUSERS_TO_LDM_MAPPING["controlnet"]["addition_embed_type"]
         converted |= {key: original[old] for key, old in names.items()}
     return converted
 
 
-def _clip(original: Tensors, *, projected: bool) -> Tensors:
-    """SD3's reference implementation does not project CLIP ViT-L/14: without a projection, it is the identity."""
-    if projected and "text_projection.weight" not in original:
+def _with_identity(original: Tensors) -> Tensors:
+    """Add the projection of SD3's CLIP ViT-L/14 if the file has none: the reference implementation does not project."""
+    if "text_projection.weight" not in original:
         width = next(tensor for key, tensor in original.items() if key.endswith("final_layer_norm.weight"))
         original["text_projection.weight"] = torch.eye(len(width), dtype=width.dtype)
     return original

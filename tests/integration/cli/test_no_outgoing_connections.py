@@ -13,6 +13,8 @@ from pathlib import Path
 import pytest
 
 from tests.integration.commands import environment
+from tests.integration.single_files import pack
+from tests.integration.tiny_checkpoints import tiny_checkpoints
 
 pytestmark = [pytest.mark.long, pytest.mark.timeout(300)]
 
@@ -60,6 +62,14 @@ def test_a_campaign_asks_nobody_else(tmp_path: Path) -> None:
     found = watched(run, tmp_path, asking)
     (port,) = re.findall(r"Prefect UI: http://127\.0\.0\.1:(\d+)", found.output)
     assert found.spoken_with == {("127.0.0.1", int(port))}
+
+
+def test_the_conversion_of_a_single_file_asks_nobody(tmp_path: Path) -> None:
+    base = tiny_checkpoints().directory("sdxl")
+    file = pack(base, tmp_path / "in" / "sdxl.safetensors")
+    add = [sys.executable, "-m", "sdpipeline", "checkpoints", "add", "mine", file, "--tokenizer", base]
+    asking = {name: value for name, value in environment().items() if name not in OFF}
+    assert watched([*add, "--home", tmp_path / "home"], tmp_path, asking).spoken_with == set()
 
 
 def test_the_watch_sees_a_name_that_is_looked_up(tmp_path: Path) -> None:
