@@ -13,6 +13,7 @@ from sdpipeline.engine import allowed_classes, weight_files
 from sdpipeline.engine.classification import SAFETY_CHECKER, classify, header, read_json
 from sdpipeline.engine.families import FAMILIES
 from sdpipeline.engine.hash_cache import HashCache
+from sdpipeline.engine.lora_files import check_lora
 from sdpipeline.engine.refusal import Refusal
 from sdpipeline.engine.weight_files import MATTERS, WEIGHTS, WeightFiles
 from sdpipeline.errors import CheckpointError
@@ -59,6 +60,8 @@ def inspect(alias: str, directory: Path, *, cache: HashCache | None = None) -> C
             raise CheckpointError(f"checkpoint {alias!r} holds no {WEIGHTS} file")
         _check_configurations(alias, found.path, frozenset(names))
         what = classify(alias, found.path, names)
+        if what.kind == "lora":
+            check_lora(alias, found.path, names)
         manifest = {name: found.sha256(name, cache) for name in names}
         found.check_unchanged()
         return CheckpointFiles(
