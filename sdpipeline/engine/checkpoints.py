@@ -13,6 +13,7 @@ from sdpipeline.engine import allowed_classes, weight_files
 from sdpipeline.engine.classification import SAFETY_CHECKER, classify, header, read_json
 from sdpipeline.engine.families import FAMILIES
 from sdpipeline.engine.hash_cache import HashCache
+from sdpipeline.engine.ip_adapters import check_ip_adapter
 from sdpipeline.engine.lora_files import check_lora
 from sdpipeline.engine.refusal import Refusal
 from sdpipeline.engine.weight_files import MATTERS, WEIGHTS, WeightFiles
@@ -62,6 +63,8 @@ def inspect(alias: str, directory: Path, *, cache: HashCache | None = None) -> C
         what = classify(alias, found.path, names)
         if what.kind == "lora":
             check_lora(alias, found.path, names)
+        elif what.kind == "ip-adapter":
+            check_ip_adapter(alias, found.path, names)
         manifest = {name: found.sha256(name, cache) for name in names}
         found.check_unchanged()
         return CheckpointFiles(

@@ -144,9 +144,27 @@ def _load_ip_adapters(pipe: Any, weights: Weights) -> None:
     if not weights.ip_adapters:
         return
     states = [_ip_adapter_state(loaded.files) for loaded, _ in weights.ip_adapters]
+    for (loaded, _), state in zip(weights.ip_adapters, states, strict=True):
+        _check_layers(loaded.files, state["ip_adapter"], weights)
     unused = [""] * len(states)  # file names, which are needed only if paths are given
     pipe.load_ip_adapter(states, subfolder=unused, weight_name=unused, image_encoder_folder=None)
     pipe.set_ip_adapter_scale([weight for _, weight in weights.ip_adapters])
+
+
+def _check_layers(files: CheckpointFiles, tensors: Mapping[str, torch.Tensor], weights: Weights) -> None:
+    """Raise CheckpointError if an IP-Adapter has not one pair of matrices for each cross-attention of the U-Net.
+
+    diffusers would ignore those that are too many.
+    """
+    names = enumerate(weights.denoiser.attn_processors)
+    needed = {f"{n}.{matrix}.weight" for n, name in names if ".attn2." in name for matrix in ("to_k_ip", "to_v_ip")}
+    if differing := sorted(needed ^ tensors.keys()):
+        base = weights.base.files
+        raise CheckpointError(
+            f"IP-Adapter {files.alias!r} was made for another network than {base.alias!r} ({base.family}): "
+            f"ip_adapter.{differing[0]} {'is missing' if differing[0] in needed else 'has no layer there'}; "
+            "use an adapter of this family"
+        )
 
 
 def _ip_adapter_state(files: CheckpointFiles) -> dict[str, dict[str, torch.Tensor]]:

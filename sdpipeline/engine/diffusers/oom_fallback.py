@@ -9,7 +9,7 @@ import torch
 
 from sdpipeline.engine import GeneratedImage, GenerationFailure
 from sdpipeline.engine.diffusers.batch import Member, PassSettings
-from sdpipeline.errors import DeviceExhaustedError, RequestRefusedError
+from sdpipeline.errors import CheckpointError, DeviceExhaustedError, RequestRefusedError
 
 Result = GeneratedImage | GenerationFailure
 
@@ -80,6 +80,9 @@ class OomFallback:
     ) -> Iterator[tuple[Member, Result]]:
         try:
             results = self._forward(settings, members, level)
+        except CheckpointError as error:  # an adapter that does not fit the checkpoint; all members use it
+            yield from ((member, GenerationFailure(error=error)) for member in members)
+            return
         except FAULTS as error:
             if _poisons_process(error):
                 raise

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -13,12 +14,11 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from sdpipeline.domain import AdapterInput, CheckpointRef
+from sdpipeline.domain import AdapterInput, CheckpointRef, digest, hashed
 from sdpipeline.engine.checkpoints import CheckpointFiles, inspect
 from sdpipeline.engine.pixels import to_pixels
 from sdpipeline.errors import CheckpointError
 from tests.integration.engine_requests import (
-    adapter,
     distance,
     equal,
     failure_of,
@@ -124,6 +124,7 @@ def flux_kohya() -> tuple[Tensors, Deltas]:
     return tensors, deltas
 
 
+BLOCKS = r"transformer_blocks\.\d+\.(?:attn\.to_|ff\.net|proj_out|proj_mlp|norm1?\.linear)"
 ATTENTION = r"attn[12]\.to_|self_attn|mlp"
 EVERYTHING = r"attn[12]\.to_|ff\.net|proj_in|proj_out|conv|time_emb_proj|self_attn|mlp"
 FORMATS: Mapping[str, tuple[str, Callable[[], tuple[Tensors, Deltas]]]] = {
@@ -136,8 +137,8 @@ FORMATS: Mapping[str, tuple[str, Callable[[], tuple[Tensors, Deltas]]]] = {
         lambda: kohya("sdxl", {"unet": "lora_unet_"}, r"(down_blocks\.1|mid_block).*attn[12]\.to_", rename=SGM),
     ),
     "flux-kohya": ("flux", flux_kohya),
-    "flux-peft": ("flux", lambda: peft("flux", PEFT_FLUX, r"transformer_blocks\.\d+\.attn\.to_[qk]")),
-    "flux-alphas": ("flux", lambda: peft("flux", PEFT_FLUX, r"transformer_blocks\.\d+\.attn\.to_[qk]", alpha=1.0)),
+    "flux-peft": ("flux", lambda: peft("flux", PEFT_FLUX, BLOCKS)),
+    "flux-alphas": ("flux", lambda: peft("flux", PEFT_FLUX, BLOCKS, alpha=1.0)),
 }
 
 
@@ -263,7 +264,7 @@ def test_a_layer_that_the_checkpoint_does_not_have_is_named(loras: Loras) -> Non
     failed = failure_of(results(asked("sd1", use))[0])
     assert "LoRA 'format-foreign' changes" in failed
     assert "down_blocks.7" in failed
-    assert "would be ignored); use a LoRA that was made for it" in failed
+    assert "would be ignored); use a LoRA made for it" in failed
     assert equal(images(asked("sd1"))[0], before)
 
 
@@ -331,10 +332,6 @@ def test_another_network_type_is_refused_by_name_at_add_and_in_jobs_registered_b
 
 def _as_registered_before(folder: Path, alias: str) -> CheckpointFiles:
     """The files as an earlier release registered them, which read no network types."""
-    from dataclasses import replace
-
-    from sdpipeline.domain import digest, hashed
-
     manifest = {file.name: hashed(file.read_bytes()) for file in folder.iterdir()}
     good = tiny_checkpoints().files("lora-sd1")
     return replace(good, alias=alias, directory=folder, manifest=manifest, digest=digest(manifest))
@@ -345,9 +342,9 @@ def _as_registered_before(folder: Path, alias: str) -> CheckpointFiles:
     [
         (lambda t, k: t | {k: t[k][:0]}, "a LoRA of rank 0 changes nothing"),
         (lambda t, k: {n: v for n, v in t.items() if n != k}, "without its first matrix"),
-        (lambda t, k: {n: v for n, v in t.items() if n != k.replace("down", "up", 1)}, ""),
+        (lambda t, k: {n: v for n, v in t.items() if n != k.replace("lora_down", "lora_up")}, "without .*lora_up"),
         (lambda t, k: t | {k: t[k][:2]}, "of rank 2, but"),
-        (lambda t, k: t | {"bundle_emb.style.string_to_param.*": t[k]}, "does not belong to a LoRA"),
+        (lambda t, k: t | {"bundle_emb.style.string_to_param.*": t[k] + 1}, "does not belong to a LoRA"),
     ],
 )
 def test_a_damaged_lora_is_refused_at_add(change: Any, expected: str, tmp_path: Path) -> None:
@@ -355,11 +352,8 @@ def test_a_damaged_lora_is_refused_at_add(change: Any, expected: str, tmp_path: 
     key = next(name for name in tensors if name.endswith("lora_down.weight"))
     changed = {name: tensor.contiguous() for name, tensor in change(tensors, key).items()}
     save_file(changed, tmp_path / "style.safetensors")
-    if changed.keys() == tensors.keys() and not expected:
-        return
-    if expected:
-        with pytest.raises(CheckpointError, match=expected):
-            inspect("style", tmp_path)
+    with pytest.raises(CheckpointError, match=expected):
+        inspect("style", tmp_path)
 
 
 def test_the_prompts_of_a_lora_on_text_encoders_are_not_those_of_another(loras: Loras) -> None:
@@ -369,4 +363,3 @@ def test_the_prompts_of_a_lora_on_text_encoders_are_not_those_of_another(loras: 
     for weight in (1.0, 2.0, 1.0):
         made = images(asked("sd1", AdapterInput(checkpoint=use.checkpoint, weight=weight)))[0]
         assert apart(made, merged_picture("sd1", deltas, weight, "a cat", 0)) <= 1
-    assert adapter("lora-sd1").checkpoint != use.checkpoint
