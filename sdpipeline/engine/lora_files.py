@@ -61,9 +61,7 @@ def lora_refusal(tensors: Mapping[str, Sequence[int]]) -> str | None:
         if name.endswith(_CHANGES_FORMULA):
             return f"is a LyCORIS network whose {name} changes the formula of a LoRA, which is not applied here; {_FIX}"
     if found.others:
-        return (
-            f"holds {found.others[0]}, which is no part of a LoRA and would be ignored; remove it, or use another file"
-        )
+        return f"holds {found.others[0]}, which does not belong to a LoRA; remove the tensor, or use another file"
     return next(_broken_pairs(tensors), None)
 
 

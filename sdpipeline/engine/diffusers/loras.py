@@ -130,7 +130,7 @@ def _rank(alpha: str, tensors: Mapping[str, torch.Tensor]) -> int:
 def _has_effect(key: str, tensors: Mapping[str, torch.Tensor]) -> bool:
     """Return False for a layer that is all zero, as trainers write for networks that they left alone."""
     first = key if second_matrix(key) else next((name for name in tensors if second_matrix(name) == key), key)
-    pair = [tensors[name] for name in (first, second_matrix(first)) if name in tensors]
+    pair = [tensors[name] for name in (first, second_matrix(first) or first) if name in tensors]
     return all(bool(tensor.any()) for tensor in pair)
 
 

@@ -252,7 +252,8 @@ def test_a_batch_of_eight_has_for_each_picture_its_own_loras_weights_and_prompt(
 def test_two_loras_of_different_formats_add_up(loras: Loras) -> None:
     together = images(asked("sd1", loras.use("kohya", 0.5), loras.use("locon-mixed", 0.3)))[0]
     first, second = loras.deltas("kohya"), loras.deltas("locon-mixed")
-    both = {key: first.get(key, 0) * 0.5 + second.get(key, 0) * 0.3 for key in first.keys() | second.keys()}
+    none = torch.zeros(())
+    both = {key: first.get(key, none) * 0.5 + second.get(key, none) * 0.3 for key in first.keys() | second.keys()}
     assert apart(together, merged_picture("sd1", both, 1.0, "a cat", 0)) <= 1
 
 
