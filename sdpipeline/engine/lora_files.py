@@ -25,10 +25,9 @@ PAIRS = (
     ("lora_embedding_A", "lora_embedding_B"),
     ("lora_A", "lora_B"),
     ("lora_down", "lora_up"),
-    ("lora.down", "lora.up"),
-    ("lora_linear_layer.down", "lora_linear_layer.up"),
+    (".down.weight", ".up.weight"),
 )
-"""Names of a layer's first and second matrix, as peft, sd-scripts and older diffusers write them."""
+"""Names of a layer's first and second matrix, as peft, sd-scripts, and XLabs or older diffusers write them."""
 
 _CHANGES_FORMULA = (".lora_mid.weight", ".scalar", ".rescale", ".reshape_weight")
 """Ends of tensors by which LyCORIS changes the product of the two matrices."""

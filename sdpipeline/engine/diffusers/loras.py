@@ -196,4 +196,4 @@ def _layer(key: str) -> str:
     return min(names, key=len, default=key)
 
 
-_ENDS: Sequence[tuple[str, str]] = (("lora_A", "lora_B"), ("lora_down", "lora_up"), ("lora.down", "lora.up"))
+_ENDS: Sequence[tuple[str, str]] = (("lora_A", "lora_B"), ("lora_down", "lora_up"), (".down.", ".up."))

@@ -125,6 +125,23 @@ def flux_kohya() -> tuple[Tensors, Deltas]:
 
 
 BLOCKS = r"transformer_blocks\.\d+\.(?:attn\.to_|ff\.net|proj_out|proj_mlp|norm1?\.linear)"
+
+
+def flux_xlabs() -> tuple[Tensors, Deltas]:
+    """The same kind of LoRA as XLabs' trainer writes it."""
+    tensors, deltas = flux_kohya()
+    renamed: Tensors = {}
+    for name, theirs in {
+        "img_attn_qkv": "qkv_lora1",
+        "txt_attn_qkv": "qkv_lora2",
+        "img_attn_proj": "proj_lora1",
+    }.items():
+        for matrix in ("down", "up"):
+            tensor = tensors[f"lora_unet_double_blocks_0_{name}.lora_{matrix}.weight"]
+            renamed[f"double_blocks.0.processor.{theirs}.{matrix}.weight"] = tensor
+    return renamed, {key: delta * 2 for key, delta in deltas.items() if ".attn." in key[1]}  # it has no alpha
+
+
 ATTENTION = r"attn[12]\.to_|self_attn|mlp"
 EVERYTHING = r"attn[12]\.to_|ff\.net|proj_in|proj_out|conv|time_emb_proj|self_attn|mlp"
 FORMATS: Mapping[str, tuple[str, Callable[[], tuple[Tensors, Deltas]]]] = {
@@ -137,6 +154,7 @@ FORMATS: Mapping[str, tuple[str, Callable[[], tuple[Tensors, Deltas]]]] = {
         lambda: kohya("sdxl", {"unet": "lora_unet_"}, r"(down_blocks\.1|mid_block).*attn[12]\.to_", rename=SGM),
     ),
     "flux-kohya": ("flux", flux_kohya),
+    "flux-xlabs": ("flux", flux_xlabs),
     "flux-peft": ("flux", lambda: peft("flux", PEFT_FLUX, BLOCKS)),
     "flux-alphas": ("flux", lambda: peft("flux", PEFT_FLUX, BLOCKS, alpha=1.0)),
 }
