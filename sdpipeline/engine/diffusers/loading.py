@@ -23,6 +23,7 @@ from sdpipeline.engine.classification.unions import SDXL_UNION, network_tensors,
 from sdpipeline.engine.completeness import check_needed_parts
 from sdpipeline.engine.diffusers.foreign_errors import checkpoint_errors
 from sdpipeline.engine.gan import load_upscaler
+from sdpipeline.engine.ip_adapters import ENCODER, check_ip_adapter, image_input
 from sdpipeline.errors import CheckpointError
 
 _log = structlog.get_logger(__name__)
@@ -189,13 +190,13 @@ def _safety_checker(files: CheckpointFiles, dtype: torch.dtype) -> Loaded:
 
 def _ip_adapter(files: CheckpointFiles, dtype: torch.dtype) -> Loaded:
     """Read the image encoder; the rest is read when the adapter is loaded into a checkpoint."""
-    if not any(name.startswith("image_encoder/") for name in files.manifest):
-        raise CheckpointError(f"IP-Adapter {files.alias!r} has no folder image_encoder; put its encoder there")
-    directory = files.directory / "image_encoder"
+    check_ip_adapter(files.alias, files.directory, files.manifest)
+    directory = files.directory / ENCODER
     encoder = _network(files, directory, transformers.CLIPVisionModelWithProjection, dtype)
-    # Plain adapters project one embedding; all others read the encoder's hidden states.
-    plain = "image_proj.proj.weight" in header(files.alias, _single_file(files))
-    return Loaded(files=files, dtype=dtype, parts={"image_encoder": encoder}, options={"hidden_states": not plain})
+    given = image_input(header(files.alias, _single_file(files)))
+    assert given is not None  # checked
+    options = {"hidden_states": given.hidden_states}
+    return Loaded(files=files, dtype=dtype, parts={"image_encoder": encoder}, options=options)
 
 
 def _single_file(files: CheckpointFiles) -> Path:
