@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -180,3 +181,21 @@ def test_the_longest_prompt_is_checked_in_time(piece: str, syntax: str) -> None:
     with suppress(CampaignError):
         warned(piece * (19_000 // len(piece)), syntax)
     assert time.process_time() - began < 2
+
+
+def _examples() -> list[tuple[str, str]]:
+    """Every YAML example of the documentation that names a prompt, and the bundled campaign."""
+    root = Path(__file__).parents[3]
+    found = [("campaign.yaml", (root / "sdpipeline/demo/campaign.yaml").read_text())]
+    for page in sorted([root / "README.md", *(root / "docs").rglob("*.md")]):
+        blocks = re.findall(r"```yaml\n(.*?)```", page.read_text(), re.DOTALL)
+        found += [(f"{page.stem}-{n}", block) for n, block in enumerate(blocks) if "prompt:" in block]
+    return found
+
+
+@pytest.mark.parametrize(("name", "text"), _examples(), ids=[name for name, _ in _examples()])
+def test_no_example_of_ours_is_warned_of(name: str, text: str) -> None:
+    syntax = "weighted" if "prompt_syntax: weighted" in text else "plain"
+    prompts = [line.strip(" '\"") for line in re.findall(r"\b(?:negative_)?prompt: *(.+)", text)]
+    filled = [re.sub(r"\{\{.*?\}\}", "word", prompt) for prompt in prompts]
+    assert [warned(prompt, syntax) for prompt in filled] == [[] for _ in filled], name
