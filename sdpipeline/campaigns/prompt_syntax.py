@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from sdpipeline.campaigns.prompt_warnings import PromptWarnings
 from sdpipeline.campaigns.spec import CampaignSpec
@@ -42,20 +43,20 @@ class PromptCheck:
     warnings: PromptWarnings
     _last: dict[KeyPath, tuple[str, str]] = field(default_factory=dict)
 
-    def words(self, path: KeyPath, template: Template, prompt: str) -> str:
+    def words(self, path: KeyPath, template: Template, values: Mapping[str, Any], prompt: str) -> str:
         """Return a prompt without its syntax; warn of what is probably not meant. Raises WeightRefusedError."""
         last, words = self._last.get(path, ("", ""))
         if last != prompt:
-            words = self._checked(path, template, prompt)
+            words = self._checked(path, template, values, prompt)
             self._last[path] = prompt, words
         return words
 
-    def _checked(self, path: KeyPath, template: Template, prompt: str) -> str:
+    def _checked(self, path: KeyPath, template: Template, values: Mapping[str, Any], prompt: str) -> str:
         if self.syntax == "plain":
-            self.warnings.check(path, template, prompt)
+            self.warnings.check(path, template, values, prompt)
             return prompt
         parsed = parse(prompt)
-        self.warnings.check(path, template, prompt, parsed.doubts)
+        self.warnings.check(path, template, values, prompt, parsed.doubts)
         return parsed.text
 
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from sdpipeline.campaigns.templates import Template
 from sdpipeline.campaigns.warnings import Warnings
@@ -191,12 +192,19 @@ class PromptWarnings:
     def __post_init__(self) -> None:
         self._rules = tuple(rule for rule in RULES if rule.syntax in (None, self.syntax))
 
-    def check(self, path: KeyPath, template: Template, prompt: str, doubts: Sequence[Doubt] = ()) -> None:
+    def check(
+        self,
+        path: KeyPath,
+        template: Template,
+        values: Mapping[str, Any],
+        prompt: str,
+        doubts: Sequence[Doubt] = (),
+    ) -> None:
         """Warn of what a filled-in prompt holds and probably should not; ``doubts`` are the parser's."""
         if not prompt or self.family.text == "none":
             return
         if _may_have_gap(prompt):
-            self._check_gaps(path, template, prompt)
+            self._check_gaps(path, template, values, prompt)
         if not _marked(prompt):
             return
         if not prompt.isascii():
@@ -220,12 +228,14 @@ class PromptWarnings:
             return f"{self.family.title} does not take weights; remove the brackets, or leave them as text"
         return fix
 
-    def _check_gaps(self, path: KeyPath, template: Template, prompt: str) -> None:
+    def _check_gaps(self, path: KeyPath, template: Template, values: Mapping[str, Any], prompt: str) -> None:
         if not prompt.strip():
             self._add(path, "blank", "is only white space", "write a prompt, or leave it out")
-        elif template.names and len(_GAP.findall(prompt)) > len(_GAP.findall(template.text)):
-            message = f"{_quoted(prompt)} has a gap where a value is empty"
-            self._add(path, "gap", message, "fill in the value, or write {{ name | default('...', true) }}")
+            return
+        empty = next((name for name in sorted(template.names) if not str(values[name]).strip()), None)
+        if empty and len(_GAP.findall(prompt)) > len(_GAP.findall(template.text)):
+            message = f"{_quoted(prompt)} has a gap where {empty} is empty"
+            self._add(path, "gap", message, f"fill it in, or write {{{{ {empty} | default('...', true) }}}}")
 
     def _check_characters(self, path: KeyPath, prompt: str) -> None:
         if found := _QUOTE.search(prompt):

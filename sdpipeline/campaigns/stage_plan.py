@@ -135,9 +135,8 @@ class StagePlan:
         if not prompt and self.stage.task is Task.TEXT_TO_IMAGE:
             raise WrongValueError((*self.path, "prompt"), "is empty with these values")
         negative = self._filled(self._negative_path, self._negative, values)
-        self._check_words(prompt, negative)
-        words = self._checked_prompt((*self.path, "prompt"), self._prompt, prompt)
-        self._checked_prompt(self._negative_path, self._negative, negative)
+        words = self._checked_prompt((*self.path, "prompt"), self._prompt, values, prompt)
+        self._check_words(words, self._checked_prompt(self._negative_path, self._negative, values, negative))
         return Resolved(
             shape=shape,
             form=shape.form(negative=bool(negative)),
@@ -148,10 +147,10 @@ class StagePlan:
             blocked=self._denial(prompt, words),
         )
 
-    def _checked_prompt(self, path: KeyPath, template: Template, prompt: str) -> str:
+    def _checked_prompt(self, path: KeyPath, template: Template, values: Mapping[str, Any], prompt: str) -> str:
         """Return a prompt's words without syntax, after its checks."""
         try:
-            return self._prompts.words(path, template, prompt)
+            return self._prompts.words(path, template, values, prompt)
         except WeightRefusedError as error:
             raise WrongValueError(path, str(error), ESCAPE) from error
 
@@ -159,7 +158,7 @@ class StagePlan:
         """Return the policy rule that forbids the prompt, as it is written or by its words without syntax."""
         if not self.policies:
             return None
-        texts = dict.fromkeys([prompt, words])
+        texts = [prompt] if words == prompt else [prompt, words]
         return next(filter(None, (rules.denial(text) for rules in self.policies for text in texts)), None)
 
     def _check_words(self, *texts: str) -> None:

@@ -33,6 +33,7 @@ from sdpipeline.engine.gan import upscale
 from sdpipeline.engine.model_annotators import annotate_with
 from sdpipeline.engine.pixels import paste_back
 from sdpipeline.engine.record import Setting, library_versions, ran
+from sdpipeline.engine.weighted_prompts import read
 from sdpipeline.errors import BadPictureError, CheckpointError, DeviceExhaustedError, RequestRefusedError, SdpError
 
 if TYPE_CHECKING:
@@ -245,7 +246,8 @@ class DiffusersEngine:
         inversions = [
             self.residency.get(use.checkpoint, keep=keep, exact=request.exact) for use in request.textual_inversions
         ]
-        refuse_unused(inversions, request.prompt, request.negative_prompt)
+        texts = (request.prompt, request.negative_prompt)
+        refuse_unused(inversions, *(read(text, request.prompt_syntax).text for text in texts))
         encoder = PromptEncoder(
             kind=weights.row.text,
             parts=weights.base.parts,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from contextlib import suppress
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -14,7 +15,7 @@ from sdpipeline.engine.weighted_prompts import WeightRefusedError, parse
 LESS = 1 / 1.1
 
 
-def parts(text: str) -> list[list[tuple[str, float]]]:
+def parts(text: str) -> list[list[tuple[str, Any]]]:
     return [[(part.text, pytest.approx(part.weight)) for part in section] for section in parse(text).sections]
 
 
