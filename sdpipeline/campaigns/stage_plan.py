@@ -102,8 +102,10 @@ class StagePlan:
         self._annotators = [catalog.get(use.annotator_checkpoint or "") for use in stage.controlnets]
         self._adapters = {place: catalog[use.checkpoint] for place, use in stage.adapters()}
         self._vae = catalog.get(stage.vae or "")
-        self._rules = rules_of(self.files, self._vae, self.family, stage.task, len(stage.controlnets))
         self._reproducibility, self._profile = profiles.chosen(spec, stage, self.family)
+        self._rules = rules_of(
+            self.files, self.family, stage.task, self._profile, vae=self._vae, controlnets=self._controlnets
+        )
         self._words = [inversion_words(catalog[use.checkpoint]) for use in stage.textual_inversions]
         output = stage.output or spec.output
         self._output = OutputFormat(format=output.format, quality=output.quality)
