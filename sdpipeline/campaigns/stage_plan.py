@@ -109,8 +109,10 @@ class StagePlan:
         self._adapters = {place: catalog[use.checkpoint] for place, use in stage.adapters()}
         self._learned = learned_defaults(self.family, self.files, [catalog[use.checkpoint] for use in stage.loras])
         self._vae = catalog.get(stage.vae or "")
-        self._rules = rules_of(self.files, self._vae, self.family, stage.task, len(stage.controlnets))
         self._reproducibility, self._profile = profiles.chosen(spec, stage, self.family)
+        self._rules = rules_of(
+            self.files, self.family, stage.task, self._profile, vae=self._vae, controlnets=self._controlnets
+        )
         self._words = [inversion_words(catalog[use.checkpoint]) for use in stage.textual_inversions]
         output = stage.output or spec.output
         self._output = OutputFormat(format=output.format, quality=output.quality)

@@ -17,9 +17,14 @@ from sdpipeline.engine import config_checks
 from sdpipeline.errors import CampaignError, CheckpointError
 from tests.factories import CATALOG, campaign_of, checkpoint_files, input_folder
 
-SD15 = {"_class_name": "PNDMScheduler", "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
-FLOW = {"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 3.0}
-EDM = {"_class_name": "EDMEulerScheduler", "sigma_data": 0.5}
+SD15: dict[str, Any] = {
+    "_class_name": "PNDMScheduler",
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+}
+FLOW: dict[str, Any] = {"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 3.0}
+EDM: dict[str, Any] = {"_class_name": "EDMEulerScheduler", "sigma_data": 0.5}
 SCHEDULER = "scheduler/scheduler_config.json"
 CONTROLNET = "[{checkpoint: canny, annotator: canny, image: {stage: first}}]"
 
@@ -33,7 +38,7 @@ def _mistakes(root: Path, family: str, files: Files, stage: str, extra: str = ""
         (root / name).write_text(json.dumps(document), encoding="utf-8")
     catalog = CATALOG | {
         "odd": replace(checkpoint_files("odd", family=family), directory=root),
-        "canny": checkpoint_files("canny", kind="controlnet", family=family),
+        "canny": replace(checkpoint_files("canny", kind="controlnet", family=family), directory=root / "canny"),
         "plain-vae": replace(checkpoint_files("plain-vae", kind="vae", family=family), directory=root / "other"),
     }
     text = f"""
@@ -50,7 +55,7 @@ stages:
     return []
 
 
-REFUSED = {
+REFUSED: dict[str, tuple[Mapping[str, Any], str, str]] = {
     "cosine-karras": (
         SD15 | {"beta_schedule": "squaredcos_cap_v2"},
         "scheduler: dpmpp-2m-karras",
@@ -201,8 +206,12 @@ def test_flow_matching_that_cannot_run_is_refused(
     assert found.startswith(expected)
 
 
-SDXL_UNET = {"addition_embed_type": "text_time", "addition_time_embed_dim": 256, "cross_attention_dim": 2048}
-PARTS = {
+SDXL_UNET: dict[str, Any] = {
+    "addition_embed_type": "text_time",
+    "addition_time_embed_dim": 256,
+    "cross_attention_dim": 2048,
+}
+PARTS: dict[str, tuple[str, Files, str]] = {
     "class": (
         "sd1",
         {"unet/config.json": {"class_embed_type": "timestep"}},
@@ -293,6 +302,14 @@ def test_a_part_that_says_what_no_pipeline_does_is_refused_by_plan_and_when_it_i
     assert expected in str(refused.value)
 
 
+@pytest.mark.parametrize("profile", ["fast", "turbo"])
+def test_a_controlnet_that_pools_its_output_needs_the_exact_profile(profile: str, tmp_path: Path) -> None:
+    files = {"canny/config.json": {"global_pool_conditions": True}}
+    (found,) = _mistakes(tmp_path, "sd1", files, f"profile: {profile}, controlnets: {CONTROLNET}")
+    assert found.startswith(f"profile: '{profile}' cannot batch the calls of a ControlNet")
+    assert _mistakes(tmp_path, "sd1", files, f"profile: exact, controlnets: {CONTROLNET}") == []
+
+
 def test_latent_statistics_are_refused_for_inpainting_alone(tmp_path: Path) -> None:
     statistics = {"latent_channels": 4, "latents_mean": [0.0] * 4, "latents_std": [1.0] * 4}
     assert _mistakes(tmp_path, "sdxl", {"vae/config.json": statistics}, "num_inference_steps: 4") == []
@@ -312,7 +329,7 @@ def test_another_autoencoder_needs_the_same_latent_statistics(tmp_path: Path) ->
 
 
 def test_scored_sizes_are_for_edits_alone(tmp_path: Path) -> None:
-    files = {
+    files: dict[str, dict[str, Any]] = {
         "unet/config.json": SDXL_UNET | {"projection_class_embeddings_input_dim": 2560},
         "text_encoder_2/config.json": {"projection_dim": 1280},
         "model_index.json": {"requires_aesthetics_score": True},

@@ -160,14 +160,14 @@ def twin(name: str, variant: Variant, root: Path) -> Path:
     _write(directory / "scheduler" / "scheduler_config.json", variant.config)
     _write(directory / "model_index.json", index | {"scheduler": ["diffusers", variant.config["_class_name"]]})
     for file, changes in variant.files.items():
-        _write(directory / file, _document(directory / file) | changes)
+        _write(directory / file, _document(directory / file) | dict(changes))
     for part, changes in variant.parts.items():
         _rebuild(directory / part, changes)
     return directory
 
 
 def _rebuild(directory: Path, changes: Mapping[str, Any]) -> None:
-    config = _document(directory / "config.json") | changes
+    config = _document(directory / "config.json") | dict(changes)
     shutil.rmtree(directory)
     with torch.random.fork_rng():
         torch.manual_seed(0)

@@ -77,7 +77,7 @@ def _runs(scheduler_class: Any, options: Mapping[str, Any]) -> bool:
     return True
 
 
-def _run(scheduler: Any, steps: int) -> torch.Tensor:
+def _run(scheduler: Any, steps: int) -> Any:
     """Denoise a few numbers with a network that answers with numbers of a real one's size."""
     scheduler.set_timesteps(steps)
     generator = torch.Generator().manual_seed(0)
