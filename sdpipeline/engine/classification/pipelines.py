@@ -58,7 +58,7 @@ UNSUPPORTED: Mapping[str, tuple[str, str]] = {
     "Kandinsky": ("Kandinsky", _PLAIN),
     "LatentConsistencyModel": (
         "a latent consistency model in its own pipeline",
-        "use an LCM-LoRA with the checkpoint that it was distilled from",
+        "if its parts are those of StableDiffusionPipeline, write that as _class_name in model_index.json",
     ),
 }
 """Starts of pipeline classes that do not run here: what they are, and what to use. The longest start wins."""

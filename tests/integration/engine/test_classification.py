@@ -99,7 +99,7 @@ def test_the_native_size_of_a_folder_is_registered() -> None:
         ("ZImagePipeline", "Z-Image", "plain checkpoint"),
         ("WanImageToVideoPipeline", "Wan", "no video"),
         ("StableVideoDiffusionPipeline", "Stable Video Diffusion", "no video"),
-        ("LatentConsistencyModelPipeline", "a latent consistency model", "LCM-LoRA"),
+        ("LatentConsistencyModelPipeline", "a latent consistency model", "write that as _class_name"),
         ("MyPipeline", "no family runs a MyPipeline", "another checkpoint"),
         (["pipeline", "MyPipeline"], "no family runs a pipeline of class ['pipeline', 'MyPipeline']", "another"),
         (None, "no family runs a pipeline of class None", "another checkpoint"),

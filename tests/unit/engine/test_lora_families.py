@@ -191,7 +191,7 @@ LAYER = f"lora_unet_{BLOCK}attn1_to_q"
 def test_the_network_type_of_a_lora_is_told(tensors: Tensors, networks: set[str], dora: bool) -> None:
     found = lora_format(tensors)
     assert found is not None
-    assert (found.networks, found.dora, found.others) == (networks, dora, ())
+    assert (set(found.networks), found.dora, list(found.others)) == (networks, dora, [])
     assert found.network == next(iter(networks))
     classify_single_file("style", tensors, {})
 

@@ -248,7 +248,10 @@ def test_any_names_and_shapes_are_classified_or_refused(tensors: Tensors) -> Non
         assert found.kind in {"checkpoint", "lora", "vae", "controlnet", "ip-adapter", "textual-inversion"}
 
 
-def test_a_scalar_alpha_breaks_nothing() -> None:
-    for tensors in (kohya("x", 4, 4), {"alpha": []}, {"a.alpha": []}, peft("x", 4, 4) | {"emb_params": []}):
-        with pytest.raises(CheckpointError, match="checkpoint 'given'"):
-            classify_single_file("given", tensors, {})
+@pytest.mark.parametrize(
+    "tensors",
+    [kohya("x", 4, 4), {"alpha": []}, {"a.alpha": []}, peft("x", 4, 4) | {"emb_params": []}],
+)
+def test_a_scalar_breaks_nothing(tensors: Tensors) -> None:
+    with pytest.raises(CheckpointError, match="checkpoint 'given'"):
+        classify_single_file("given", tensors, {})
