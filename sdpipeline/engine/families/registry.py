@@ -18,6 +18,7 @@ from sdpipeline.engine.families import (
     upscale,
 )
 from sdpipeline.engine.families.family import Cell, Family
+from sdpipeline.engine.families.forms import forms
 
 FAMILIES: Mapping[str, Family] = {
     module.FAMILY.name: module.FAMILY
@@ -33,12 +34,13 @@ def family(name: str) -> Family:
 
 def table() -> str:
     """Return the whole table as Markdown, for the documentation."""
-    lines = ["| family | task | plain | with ControlNets |", "|---|---|---|---|"]
+    lines = ["| family | task | plain | with ControlNets | as people have it |", "|---|---|---|---|---|"]
     for row in FAMILIES.values():
         for task in Task:
             plain, controlled = row.cell(task), row.controlled.get(task)
             if plain or controlled:
-                lines.append(f"| {row.title} (`{row.name}`) | {task} | {_named(plain)} | {_named(controlled)} |")
+                cells = (f"{row.title} (`{row.name}`)", task, _named(plain), _named(controlled))
+                lines.append(f"| {' | '.join(cells)} | {forms(row.name, controlled=controlled is not None)} |")
     return "\n".join(lines)
 
 

@@ -56,7 +56,7 @@ def test_a_default_scheduler_suits_its_family(name: str) -> None:
 def test_the_table_in_words_has_a_line_for_each_family_and_task() -> None:
     cells = sum(len(row.plain.keys() | row.controlled.keys()) for row in FAMILIES.values())
     assert len(table().splitlines()) == cells + 2
-    assert "| Flux (`flux`) | inpainting | FluxInpaintPipeline | FluxControlNetInpaintPipeline |" in table()
+    assert "| Flux (`flux`) | inpainting | FluxInpaintPipeline | FluxControlNetInpaintPipeline | folder, " in table()
 
 
 def test_the_usual_schedulers_are_there() -> None:
