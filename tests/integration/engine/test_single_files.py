@@ -149,6 +149,17 @@ def test_missing_parts_are_taken_from_the_folder_that_is_named_for_them(tmp_path
     assert "the vae is not of the file" in " ".join(found.notes)
 
 
+def test_parts_of_another_family_are_refused(tmp_path: Path) -> None:
+    """The autoencoder of an SD 1 loads into an SDXL, and every picture would be wrong."""
+    base = tiny_checkpoints().directory("sdxl")
+    file = pack(base, tmp_path / "x" / "no-vae.safetensors", without=("vae",))
+    with pytest.raises(CheckpointError, match=r"is sdxl of other widths than the pipeline in .*, whose vae would not"):
+        imported(file, tmp_path, tokenizer=base, parts=tiny_checkpoints().directory("sd1"))
+    shutil.copytree(tiny_checkpoints().directory("vae"), tmp_path / "parts" / "vae")
+    with pytest.raises(CheckpointError, match="whose vae would not fit"):
+        imported(file, tmp_path, tokenizer=base, parts=tmp_path / "parts")
+
+
 def test_an_sd3_without_t5_is_a_pipeline_without_t5(tmp_path: Path) -> None:
     base = Path(shutil.copytree(tiny_checkpoints().directory("sd3"), tmp_path / "base"))
     shutil.rmtree(base / "tokenizer_3")
