@@ -202,7 +202,8 @@ def _is_link_to(directory: Path, known: CheckpointFiles | None) -> bool:
 def _holds_weights(directory: Path) -> bool:
     """Return True for a folder that somebody may take for a checkpoint: with weights of any kind, or unreadable."""
     unreadable: list[OSError] = []
-    for n, (_, _, files) in enumerate(os.walk(directory, onerror=unreadable.append)):
-        if n > MAX_FILES or any(name == INDEX or Path(name).suffix.lower() in _WEIGHT_SUFFIXES for name in files):
+    for n, (_, folders, files) in enumerate(os.walk(directory, onerror=unreadable.append)):
+        names = [*folders, *files]  # a link to a folder is listed with the folders
+        if n > MAX_FILES or any(name == INDEX or Path(name).suffix.lower() in _WEIGHT_SUFFIXES for name in names):
             return True
     return bool(unreadable)

@@ -35,8 +35,7 @@ if TYPE_CHECKING:
     from sdpipeline.engine.stepwise import Stepwise
 
 ENGINE_PACKAGES = (
-    "torch", "diffusers", "transformers", "accelerate", "peft", "safetensors", "huggingface_hub", "greenlet", "tqdm",
-    "cachetools",
+    "torch", "diffusers", "transformers", "accelerate", "peft", "huggingface_hub", "greenlet", "tqdm", "cachetools",
 )  # fmt: skip
 """Modules that the extra ``engine`` installs."""
 

@@ -7,8 +7,9 @@ from collections.abc import Iterator
 from sdpipeline.campaigns.stage_plan import Catalog
 from sdpipeline.campaigns.stage_spec import Stage
 from sdpipeline.campaigns.yaml_source import Faults, KeyPath
-from sdpipeline.engine.checkpoints import CheckpointFiles, adapter_refusal, vae_refusal
+from sdpipeline.engine.checkpoints import WEIGHTS, CheckpointFiles, adapter_refusal, header, vae_refusal
 from sdpipeline.engine.families import Family
+from sdpipeline.engine.lora_files import lora_refusal
 from sdpipeline.engine.refusal import Refusal
 from sdpipeline.suggestions import nearest
 
@@ -39,7 +40,9 @@ def check_fit(
             faults.add((*path, key), f"{row.title} does not take it", "remove it")
     for place, use in stage.adapters():
         key = str(place[0])
-        if can[key] and (refused := _refused(key, base, catalog.get(use.checkpoint))):
+        if can[key] and key == "loras" and (why := _not_plain(catalog.get(use.checkpoint))):
+            faults.add((*path, *place, "checkpoint"), why)
+        elif can[key] and (refused := _refused(key, base, catalog.get(use.checkpoint))):
             fitting = [files.alias for files in _of_kind(key, catalog) if _refused(key, base, files) is None]
             faults.add((*path, *place, "checkpoint"), refused.message, nearest(use.checkpoint, fitting))
     if stage.vae is not None:
@@ -59,6 +62,17 @@ def _refused(key: str, base: CheckpointFiles, adapter: CheckpointFiles | None) -
     if adapter is None or adapter.kind != kind:
         return None
     return adapter_refusal(key, kind, base, adapter)
+
+
+def _not_plain(adapter: CheckpointFiles | None) -> str | None:
+    """Return why a LoRA that an earlier release registered cannot be applied; None if its file is elsewhere."""
+    if adapter is None or adapter.kind != "lora":
+        return None
+    for name in adapter.manifest:
+        path = adapter.directory / name
+        if name.endswith(WEIGHTS) and path.is_file() and (why := lora_refusal(header(adapter.alias, path))):
+            return f"{adapter.alias!r} {why}"
+    return None
 
 
 def _of_kind(key: str, catalog: Catalog) -> Iterator[CheckpointFiles]:

@@ -27,6 +27,8 @@ _MEANT = {
     "guidance": "guidance_scale",
     "sampler": "scheduler",
     "sampler_name": "scheduler",
+    "native_size": "width",
+    "resolution": "width",
 }
 """Names that other programs use."""
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from sdpipeline.domain import Task
+from sdpipeline.domain import Profile, Task
 from sdpipeline.engine import config_checks
 from sdpipeline.engine.checkpoint_config import Config, own_scheduler, read
 from sdpipeline.engine.checkpoints import CheckpointFiles
@@ -35,15 +36,22 @@ class CheckpointRules:
 
 
 def rules_of(
-    files: CheckpointFiles, vae: CheckpointFiles | None, row: Family, task: Task, controlnets: int
+    files: CheckpointFiles,
+    row: Family,
+    task: Task,
+    profile: Profile,
+    *,
+    vae: CheckpointFiles | None,
+    controlnets: Sequence[CheckpointFiles],
 ) -> CheckpointRules:
-    """Read a checkpoint's configuration, and that of the autoencoder that replaces its own."""
+    """Read the configurations of a checkpoint, of the autoencoder that replaces its own, and of its ControlNets."""
+    pooled = config_checks.pooled_refusal([each.directory for each in controlnets], profile)
     return CheckpointRules(
         directory=files.directory,
         row=row,
-        controlnets=controlnets,
+        controlnets=len(controlnets),
         scheduler=own_scheduler(files.directory),
-        parts=config_checks.refusal(files.directory, row, task) or _vae_refusal(vae, row, task),
+        parts=config_checks.refusal(files.directory, row, task) or _vae_refusal(vae, row, task) or pooled,
     )
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from sdpipeline.engine.checkpoints import CheckpointFiles
-from sdpipeline.engine.distilled import embeds_guidance, fitting
+from sdpipeline.engine.distilled import detected_defaults, embeds_guidance, fitting, trails
 from sdpipeline.engine.families import Family
 
 OF_FAMILY = frozenset({"num_inference_steps", "guidance_scale", "scheduler"})
@@ -18,15 +18,19 @@ OF_FAMILY = frozenset({"num_inference_steps", "guidance_scale", "scheduler"})
 class LearnedDefaults:
     """Defaults by diffusers' names: of the first LoRA that has one, else of the checkpoint.
 
-    ``owners`` names the weights that each default comes from. ``embedded_guidance`` is True if the U-Net takes its
-    guidance scale as an embedding, so that a negative prompt has no effect.
+    ``expected`` are the values that parameters are compared with for warnings: the defaults, and those that the
+    configurations of a checkpoint show that an earlier release registered without any. ``owners`` names the weights
+    that each of them comes from. ``embedded_guidance`` is True if the U-Net takes its guidance scale as an embedding,
+    so that a negative prompt has no effect, ``trails`` if the checkpoint's own scheduler has trailing timesteps.
     """
 
     row: Family
     files: CheckpointFiles
     values: Mapping[str, Any]
+    expected: Mapping[str, Any]
     owners: Mapping[str, str]
     embedded_guidance: bool
+    trails: bool
 
     def get(self, name: str) -> Any:
         """Return the default of a parameter: of the weights, else of their family; None if neither has one."""
@@ -48,11 +52,20 @@ class LearnedDefaults:
 
 def learned_defaults(row: Family, files: CheckpointFiles, loras: Sequence[CheckpointFiles] = ()) -> LearnedDefaults:
     """Collect the defaults of a stage's checkpoint and LoRAs, as far as this family takes them."""
+    unknown = files.native_size is None and not files.defaults
+    expected = dict(detected_defaults(files.directory, files.kind, files.family)) if unknown else {}
+    owners = dict.fromkeys(expected, files.alias)
     values: dict[str, Any] = {}
-    owners: dict[str, str] = {}
     for each in (files, *reversed(loras)):
         own = fitting(each.defaults, row)
         values |= own
         owners |= dict.fromkeys(own, each.alias)
-    embedded = embeds_guidance(files.directory, row)
-    return LearnedDefaults(row=row, files=files, values=values, owners=owners, embedded_guidance=embedded)
+    return LearnedDefaults(
+        row=row,
+        files=files,
+        values=values,
+        expected=expected | values,
+        owners=owners,
+        embedded_guidance=embeds_guidance(files.directory, row),
+        trails=trails(files.directory),
+    )

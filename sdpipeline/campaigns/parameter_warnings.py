@@ -53,7 +53,7 @@ def negative_prompt_oddity(guidance_scale: float, learned: LearnedDefaults) -> O
 
 def _steps(task: Task, steps: int, learned: LearnedDefaults) -> Oddity | None:
     name = "num_inference_steps"
-    wanted = learned.values.get(name)
+    wanted = learned.expected.get(name)
     if wanted is not None:
         far = steps > max(wanted * MOST, FEW) or steps * FEWEST < wanted
         return _far(name, steps, learned) if far else None
@@ -67,7 +67,7 @@ def _steps(task: Task, steps: int, learned: LearnedDefaults) -> Oddity | None:
 
 def _guidance(guidance_scale: float, learned: LearnedDefaults) -> Oddity | None:
     name = "guidance_scale"
-    wanted = learned.values.get(name)
+    wanted = learned.expected.get(name)
     if wanted is None:
         return None
     if learned.row.text == "flux" and wanted == 0:
@@ -79,8 +79,10 @@ def _guidance(guidance_scale: float, learned: LearnedDefaults) -> Oddity | None:
 
 
 def _scheduler(scheduler: str, learned: LearnedDefaults) -> Oddity | None:
-    wanted = learned.values.get("scheduler")
+    wanted = learned.expected.get("scheduler")
     fits = wanted in (None, scheduler) or {wanted, scheduler} <= FEW_STEPS
+    if wanted == "euler-trailing" and learned.trails:  # the checkpoint's own spacing applies to these, too
+        fits = fits or scheduler in ("euler", "euler-ancestral")
     return None if fits else _far("scheduler", scheduler, learned)
 
 
@@ -102,6 +104,7 @@ def _area(width: int, height: int, learned: LearnedDefaults) -> Oddity | None:
 
 
 def _far(name: str, value: Any, learned: LearnedDefaults) -> Oddity:
-    given, wanted = (f"{each:g}" if isinstance(each, float) else str(each) for each in (value, learned.values[name]))
+    given, wanted = (f"{each:g}" if isinstance(each, float) else str(each) for each in (value, learned.expected[name]))
     message = f"{given} is far from {wanted}, for which {learned.owners[name]!r} is made"
-    return Oddity(name, message, f"write {wanted}, or leave it out")
+    otherwise = "leave it out" if name in learned.values else "register the weights again with --defaults auto"
+    return Oddity(name, message, f"write {wanted}, or {otherwise}")

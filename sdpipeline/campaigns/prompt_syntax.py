@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from sdpipeline.campaigns.prompt_warnings import PromptWarnings
 from sdpipeline.campaigns.spec import CampaignSpec
@@ -14,7 +15,7 @@ from sdpipeline.campaigns.yaml_source import Faults, KeyPath
 from sdpipeline.domain import PromptSyntax
 from sdpipeline.engine.checkpoints import CheckpointFiles
 from sdpipeline.engine.families import Family, prompt_syntax_refusal
-from sdpipeline.engine.weighted_prompts import WeightedPrompt, parse, plain
+from sdpipeline.engine.weighted_prompts import parse
 
 ESCAPE = r"write \( and \) around text that is in brackets"
 
@@ -40,17 +41,23 @@ class PromptCheck:
 
     syntax: PromptSyntax
     warnings: PromptWarnings
-    _last: dict[KeyPath, tuple[str, WeightedPrompt]] = field(default_factory=dict)
+    _last: dict[KeyPath, tuple[str, str]] = field(default_factory=dict)
 
-    def parsed(self, path: KeyPath, template: Template, prompt: str) -> WeightedPrompt:
-        """Parse a prompt and warn of what is probably not meant; raises WeightRefusedError."""
-        last = self._last.get(path)
-        if last and last[0] == prompt:
-            return last[1]
-        parsed = parse(prompt) if self.syntax == "weighted" else plain(prompt)
-        self.warnings.check(path, template, prompt, parsed)
-        self._last[path] = prompt, parsed
-        return parsed
+    def words(self, path: KeyPath, template: Template, values: Mapping[str, Any], prompt: str) -> str:
+        """Return a prompt without its syntax; warn of what is probably not meant. Raises WeightRefusedError."""
+        last, words = self._last.get(path, ("", ""))
+        if last != prompt:
+            words = self._checked(path, template, values, prompt)
+            self._last[path] = prompt, words
+        return words
+
+    def _checked(self, path: KeyPath, template: Template, values: Mapping[str, Any], prompt: str) -> str:
+        if self.syntax == "plain":
+            self.warnings.check(path, template, values, prompt)
+            return prompt
+        parsed = parse(prompt)
+        self.warnings.check(path, template, values, prompt, parsed.doubts)
+        return parsed.text
 
 
 def prompt_check(

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from sdpipeline.campaigns.templates import Template
 from sdpipeline.campaigns.warnings import Warnings
 from sdpipeline.campaigns.yaml_source import KeyPath
 from sdpipeline.domain import PromptSyntax
 from sdpipeline.engine.families import Family
-from sdpipeline.engine.weighted_prompts import WeightedPrompt
+from sdpipeline.engine.weighted_prompts import Doubt
 from sdpipeline.suggestions import nearest_name
 
 LONGEST_QUOTE = 40
@@ -22,10 +23,8 @@ INVISIBLE = "\u00a0\u00ad\u180e\u2007\u200b\u202a-\u202f\u2060\ufeff"
 # Between ASCII characters joiners are left from copying; elsewhere emoji and some scripts need them.
 JOINER = r"(?<=[ -~])[\u200c\u200d]|[\u200c\u200d](?=[ -~])"
 
-_ANYTHING = re.compile(
-    rf"[()\[\]{{}}<\\{QUOTES}{INVISIBLE}\u200c\u200d]|BREAK|AND|__|  |\+\+|--|::|,,|, ,|embedding:", re.ASCII
-)
-"""First filter: most prompts hold nothing that any rule looks for."""
+_EDGES = " \t\n,"
+_MARKS = tuple("()[]{<\\_+:")
 _GAP = re.compile(r"\s\s|,\s*,|^\s|\s$|^,|,$")
 
 
@@ -193,24 +192,35 @@ class PromptWarnings:
     def __post_init__(self) -> None:
         self._rules = tuple(rule for rule in RULES if rule.syntax in (None, self.syntax))
 
-    def check(self, path: KeyPath, template: Template, prompt: str, parsed: WeightedPrompt) -> None:
-        """Warn of what a filled-in prompt holds and probably should not."""
-        if self.family.text == "none" or not prompt:
+    def check(
+        self,
+        path: KeyPath,
+        template: Template,
+        values: Mapping[str, Any],
+        prompt: str,
+        doubts: Sequence[Doubt] = (),
+    ) -> None:
+        """Warn of what a filled-in prompt holds and probably should not; ``doubts`` are the parser's."""
+        if not prompt or self.family.text == "none":
             return
-        if prompt[0].isspace() or prompt[-1].isspace() or prompt[0] == "," or prompt[-1] == ",":
-            self._check_gaps(path, template, prompt)
-        if _ANYTHING.search(prompt) is None:
+        if _may_have_gap(prompt):
+            self._check_gaps(path, template, values, prompt)
+        if not _marked(prompt):
             return
-        for look in (self._check_gaps, self._check_characters, self._check_angles):
-            look(path, template, prompt)
+        if not prompt.isascii():
+            self._check_characters(path, prompt)
+        if "<" in prompt:
+            self._check_angles(path, prompt)
         for rule in self._rules:
             if rule.kind in self._found or rule.trigger not in prompt or not rule.yields_to.isdisjoint(self._found):
                 continue
             if found := rule.pattern.search(prompt):
                 self._add(path, rule.kind, f"{_quoted(found[0])} {rule.message}", self._fix(rule.fix))
-        for doubt in parsed.doubts:
-            message, fix = DOUBTS[doubt.kind]
-            self._add(path, doubt.kind, f"{_around(prompt, doubt.position)} {message}", fix)
+        for doubt in doubts:
+            if doubt.kind not in self._found:
+                message, fix = DOUBTS[doubt.kind]
+                quoted = _around(prompt, doubt.position)
+                self._add(path, doubt.kind, f"{prompt[doubt.position]!r} in {quoted} {message}", fix)
 
     def _fix(self, fix: str) -> str:
         """Replace the advice to write weights for a family that does not take them."""
@@ -218,16 +228,16 @@ class PromptWarnings:
             return f"{self.family.title} does not take weights; remove the brackets, or leave them as text"
         return fix
 
-    def _check_gaps(self, path: KeyPath, template: Template, prompt: str) -> None:
+    def _check_gaps(self, path: KeyPath, template: Template, values: Mapping[str, Any], prompt: str) -> None:
         if not prompt.strip():
             self._add(path, "blank", "is only white space", "write a prompt, or leave it out")
-        elif template.names and len(_GAP.findall(prompt)) > len(_GAP.findall(template.text)):
-            message = f"{_quoted(prompt)} has a gap where a value is empty"
-            self._add(path, "gap", message, "fill in the value, or write {{ name | default('...', true) }}")
-
-    def _check_characters(self, path: KeyPath, _template: Template, prompt: str) -> None:
-        if prompt.isascii():
             return
+        empty = next((name for name in sorted(template.names) if not str(values[name]).strip()), None)
+        if empty and len(_GAP.findall(prompt)) > len(_GAP.findall(template.text)):
+            message = f"{_quoted(prompt)} has a gap where {empty} is empty"
+            self._add(path, "gap", message, f"fill it in, or write {{{{ {empty} | default('...', true) }}}}")
+
+    def _check_characters(self, path: KeyPath, prompt: str) -> None:
         if found := _QUOTE.search(prompt):
             message = f"{_around(prompt, found.start())} has the curly quote {found[0]!r}"
             self._add(path, "quotes", message, "write ' or \", which text encoders know from their training")
@@ -235,9 +245,7 @@ class PromptWarnings:
             message = f"{_around(prompt, found.start())} has the invisible character U+{ord(found[0]):04X}"
             self._add(path, "invisible", message, "write a space, or remove it")
 
-    def _check_angles(self, path: KeyPath, _template: Template, prompt: str) -> None:
-        if "<" not in prompt:
-            return
+    def _check_angles(self, path: KeyPath, prompt: str) -> None:
         for found in _NETWORK.finditer(prompt):
             kind = found[1].lower()
             if kind not in self._found:
@@ -261,6 +269,22 @@ class PromptWarnings:
         if kind not in self._found:
             self._found.add(kind)
             self.warnings.add(path, ("prompt", kind, *path[:2]), message, fix)
+
+
+def _marked(prompt: str) -> bool:
+    """Return True if a rule may match. Most prompts end here, so this must cost less than a rule."""
+    return (
+        any(map(prompt.__contains__, _MARKS))
+        or not prompt.isascii()
+        or ("K" in prompt and "BREAK" in prompt)
+        or ("D" in prompt and "AND" in prompt)
+        or ("-" in prompt and "--" in prompt)
+    )
+
+
+def _may_have_gap(prompt: str) -> bool:
+    """Return True if an empty value may have left a gap."""
+    return "  " in prompt or ",," in prompt or ", ," in prompt or prompt[0] in _EDGES or prompt[-1] in _EDGES
 
 
 def _comparable(name: str) -> str:

@@ -25,7 +25,7 @@ from sdpipeline.engine import annotators, families
 from sdpipeline.engine.checkpoints import CheckpointFiles, inversion_words
 from sdpipeline.engine.families import Cell, Family
 from sdpipeline.engine.union_controlnets import mode_number, uses_union
-from sdpipeline.engine.weighted_prompts import WeightedPrompt, WeightRefusedError
+from sdpipeline.engine.weighted_prompts import WeightRefusedError
 from sdpipeline.errors import InputImageError
 from sdpipeline.suggestions import nearest
 
@@ -109,8 +109,10 @@ class StagePlan:
         self._adapters = {place: catalog[use.checkpoint] for place, use in stage.adapters()}
         self._learned = learned_defaults(self.family, self.files, [catalog[use.checkpoint] for use in stage.loras])
         self._vae = catalog.get(stage.vae or "")
-        self._rules = rules_of(self.files, self._vae, self.family, stage.task, len(stage.controlnets))
         self._reproducibility, self._profile = profiles.chosen(spec, stage, self.family)
+        self._rules = rules_of(
+            self.files, self.family, stage.task, self._profile, vae=self._vae, controlnets=self._controlnets
+        )
         self._words = [inversion_words(catalog[use.checkpoint]) for use in stage.textual_inversions]
         output = stage.output or spec.output
         self._output = OutputFormat(format=output.format, quality=output.quality)
@@ -142,11 +144,10 @@ class StagePlan:
         if not prompt and self.stage.task is Task.TEXT_TO_IMAGE:
             raise WrongValueError((*self.path, "prompt"), "is empty with these values")
         negative = self._filled(self._negative_path, self._negative, values)
-        self._check_words(prompt, negative)
         if negative and (odd := negative_prompt_oddity(shape.fixed["guidance_scale"], self._learned)):
             self._warn(self._negative_path, odd)
-        parsed = self._parsed((*self.path, "prompt"), self._prompt, prompt)
-        self._parsed(self._negative_path, self._negative, negative)
+        words = self._checked_prompt((*self.path, "prompt"), self._prompt, values, prompt)
+        self._check_words(words, self._checked_prompt(self._negative_path, self._negative, values, negative))
         return Resolved(
             shape=shape,
             form=shape.form(negative=bool(negative)),
@@ -154,18 +155,21 @@ class StagePlan:
             negative_prompt=negative,
             used={name: values[name] for name in self._all_names},
             quoted={".prompt": encode_basestring(prompt), ".negative": encode_basestring(negative)},
-            blocked=self._denial(prompt, parsed),
+            blocked=self._denial(prompt, words),
         )
 
-    def _parsed(self, path: KeyPath, template: Template, prompt: str) -> WeightedPrompt:
+    def _checked_prompt(self, path: KeyPath, template: Template, values: Mapping[str, Any], prompt: str) -> str:
+        """Return a prompt's words without syntax, after its checks."""
         try:
-            return self._prompts.parsed(path, template, prompt)
+            return self._prompts.words(path, template, values, prompt)
         except WeightRefusedError as error:
             raise WrongValueError(path, str(error), ESCAPE) from error
 
-    def _denial(self, prompt: str, parsed: WeightedPrompt) -> str | None:
-        """Return the policy rule that forbids the prompt, as it is written or by its words without brackets."""
-        texts = dict.fromkeys([prompt, parsed.text])
+    def _denial(self, prompt: str, words: str) -> str | None:
+        """Return the policy rule that forbids the prompt, as it is written or by its words without syntax."""
+        if not self.policies:
+            return None
+        texts = [prompt] if words == prompt else [prompt, words]
         return next(filter(None, (rules.denial(text) for rules in self.policies for text in texts)), None)
 
     def _check_words(self, *texts: str) -> None:

@@ -76,7 +76,9 @@ def add_folder(
         known = catalog(settings, services.database)
 
         def register(imported: Imported, path: Path) -> Json:
-            return approve(services, imported.files, _of_file(approval, imported, path), defaults)
+            # Embeddings and IP-Adapters of the folder take no parameters.
+            own = defaults if imported.files.kind == "lora" else ()
+            return approve(services, imported.files, _of_file(approval, imported, path), own)
 
         try:
             with _progress(shown=stderr.is_terminal) as progress:

@@ -14,6 +14,8 @@ from sdpipeline.engine.classification import SAFETY_CHECKER, Classification, cla
 from sdpipeline.engine.distilled import detected_defaults
 from sdpipeline.engine.families import FAMILIES
 from sdpipeline.engine.hash_cache import HashCache
+from sdpipeline.engine.ip_adapters import check_ip_adapter
+from sdpipeline.engine.lora_files import check_lora
 from sdpipeline.engine.refusal import Refusal
 from sdpipeline.engine.single_files.record import origin_sha256
 from sdpipeline.engine.weight_files import MATTERS, WEIGHTS, WeightFiles
@@ -68,6 +70,10 @@ def inspect(alias: str, directory: Path, *, cache: HashCache | None = None) -> C
         about = _classify_complete(alias, found.path, names)
         if about.kind == "checkpoint":
             config_checks.check(alias, found.path, about.family)
+        elif about.kind == "lora":
+            check_lora(alias, found.path, names)
+        elif about.kind == "ip-adapter":
+            check_ip_adapter(alias, found.path, names)
         manifest = {name: found.sha256(name, cache) for name in names}
         found.check_unchanged()
         return CheckpointFiles(

@@ -46,18 +46,21 @@ def check_named_parts(alias: str, directory: Path, names: Collection[str]) -> No
         if part.endswith("scheduler"):
             _need(alias, names, part, "scheduler_config.json")
         elif part.startswith("tokenizer"):
-            _check_tokenizer(alias, names, part)
+            _check_tokenizer(alias, directory, names, part)
         else:
             stem = TRANSFORMERS if entry[0] == "transformers" else DIFFUSERS
             check_network(alias, directory, names, part, stem=stem, class_name=str(entry[1]))
 
 
-def check_needed_parts(alias: str, directory: Path, family: str) -> None:
-    """Raise CheckpointError for a part that the family's pipelines need and that model_index.json does not name."""
+def check_needed_parts(alias: str, directory: Path, family: str, *, but: Collection[str] = ()) -> None:
+    """Raise CheckpointError for a part that the family's pipelines need and that model_index.json does not name.
+
+    Parts in ``but`` are not needed.
+    """
     index = read_json(alias, directory / INDEX)
     optional = OPTIONAL.get(family, frozenset())
     for part in _needed(family):
-        if not _is_null(index, part):
+        if part in but or not _is_null(index, part):
             continue
         if part not in optional:
             what = f"has {part}: [null, null]" if part in index else f"does not name {part}"
@@ -123,9 +126,10 @@ def _tensors(alias: str, directory: Path, prefix: str, files: Collection[str]) -
     return set().union(*shards.values())
 
 
-def _check_tokenizer(alias: str, names: Collection[str], part: str) -> None:
+def _check_tokenizer(alias: str, directory: Path, names: Collection[str], part: str) -> None:
     files = in_folder(names, part)
-    if any(set(each) <= set(files) for each in _VOCABULARIES):
+    if whole := [each for each in _VOCABULARIES if set(each) <= set(files)]:
+        _check_vocabulary(alias, directory, f"{part}/{whole[0][0]}")
         return
     half = next((each for each in _VOCABULARIES if set(each) & set(files)), ())
     lacks = next((file for file in half if file not in files), "tokenizer.json")
@@ -133,6 +137,17 @@ def _check_tokenizer(alias: str, names: Collection[str], part: str) -> None:
         f"checkpoint {alias!r}: {part}/{lacks} is missing, and there is no other vocabulary (tokenizer.json, or "
         "vocab.json with merges.txt, or spiece.model); download the folder again"
     )
+
+
+def _check_vocabulary(alias: str, directory: Path, name: str) -> None:
+    """Raise CheckpointError for a vocabulary without words: transformers would read every prompt as empty."""
+    if not name.endswith(".json"):
+        return
+    words: Any = read_json(alias, directory / name)
+    if name.endswith("tokenizer.json"):
+        words = words["model"].get("vocab") if isinstance(words.get("model"), dict) else None
+    if not words or not isinstance(words, dict | list):
+        raise CheckpointError(f"checkpoint {alias!r}: {name} has no vocabulary; {AGAIN}")
 
 
 def _need(alias: str, names: Collection[str], folder: str, file: str) -> None:

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from sdpipeline.domain import Task
+from sdpipeline.domain import Profile, Task
 from sdpipeline.engine.checkpoint_config import Config, read
 from sdpipeline.engine.families import FAMILIES, Family
 from sdpipeline.engine.refusal import Refusal
@@ -46,6 +46,15 @@ def refusal(directory: Path, row: Family, task: Task) -> Refusal | None:
 def vae_refusal(vae: Config, row: Family, task: Task, where: str = "vae/config.json") -> Refusal | None:
     """Refuse an autoencoder whose latents the pipeline of this task would not normalise as its configuration says."""
     return next(_vae_faults(vae, row, where), None) or next(_vae_task_faults(vae, row, task, where), None)
+
+
+def pooled_refusal(controlnets: Sequence[Path], profile: Profile) -> Refusal | None:
+    """Refuse call batching for a ControlNet that pools its output (shuffle): its rows are not those of the U-Net."""
+    pooled = any(read(directory, "config.json").get("global_pool_conditions") for directory in controlnets)
+    if profile == "exact" or not pooled:
+        return None
+    message = f"{profile!r} cannot batch the calls of a ControlNet whose config.json has global_pool_conditions: true"
+    return Refusal(key="profile", message=message, fix="use profile: exact")
 
 
 def size_refusal(directory: Path, row: Family, width: int, height: int) -> Refusal | None:

@@ -32,6 +32,7 @@ PRESETS: Mapping[str, Defaults] = {
 LCM_WITH_GUIDANCE_EMBEDDING = _few_steps(4, 8.0, "lcm")
 """Defaults of a whole latent consistency U-Net, which takes its guidance scale as an embedding."""
 
+SCHEDULER = "scheduler/scheduler_config.json"
 _EULER = frozenset({"EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler"})
 
 
@@ -57,19 +58,23 @@ def detected_defaults(directory: Path, kind: str, family: str) -> Defaults:
 def _of_unet(directory: Path, row: Family) -> Defaults:
     if row.guidance_embedding and _guidance_width(directory) is not None:
         return LCM_WITH_GUIDANCE_EMBEDDING
-    scheduler = _config(directory, "scheduler/scheduler_config.json")
+    scheduler = _config(directory, SCHEDULER)
     name = scheduler.get("_class_name")
     for preset in ("lcm", "tcd"):
         if name == SCHEDULERS[preset][0]:
             return PRESETS[preset]
-    trailing = scheduler.get("timestep_spacing") == "trailing" and not scheduler.get("rescale_betas_zero_snr")
-    plain = scheduler.get("prediction_type", "epsilon") == "epsilon"
-    return PRESETS["turbo"] if name in _EULER and trailing and plain else {}
+    plain = scheduler.get("prediction_type", "epsilon") == "epsilon" and not scheduler.get("rescale_betas_zero_snr")
+    return PRESETS["turbo"] if name in _EULER and plain and trails(directory) else {}
 
 
 def embeds_guidance(directory: Path, row: Family) -> bool:
     """Return True if the U-Net takes its guidance scale as an embedding; False if its files are on another machine."""
     return row.guidance_embedding and _guidance_width(directory) is not None
+
+
+def trails(directory: Path) -> bool:
+    """Return True if the checkpoint's own scheduler has trailing timesteps, as ``euler`` then has here too."""
+    return _config(directory, SCHEDULER).get("timestep_spacing") == "trailing"
 
 
 def fitting(defaults: Defaults, row: Family) -> Defaults:

@@ -36,7 +36,8 @@ def load_upscaler(files: CheckpointFiles, dtype: torch.dtype) -> torch.nn.Module
         raise CheckpointError(f"checkpoint {files.alias!r} is not an upscaler that spandrel supports") from error
     if descriptor.scale != files.scale:
         raise CheckpointError(
-            f"checkpoint {files.alias!r} enlarges by {descriptor.scale}, not by {files.scale} as its file name says"
+            f"checkpoint {files.alias!r} enlarges by {descriptor.scale}, not by {files.scale} as it was registered; "
+            "register it again under a new alias"
         )
     if not isinstance(descriptor, spandrel.ImageModelDescriptor) or descriptor.input_channels != 3:
         raise CheckpointError(f"checkpoint {files.alias!r} takes more than one RGB picture; use another upscaler")

@@ -6,6 +6,8 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
+from sdpipeline.domain import PromptSyntax
+
 REFERENCE = "AUTOMATIC1111 Original"
 """Name of the reference whose syntax and weights we implement; the record has it."""
 
@@ -63,9 +65,9 @@ class WeightRefusedError(ValueError):
     """A weight is not valid; the message has its place in the prompt."""
 
 
-def plain(text: str) -> WeightedPrompt:
-    """Return a prompt whose text is read as it stands."""
-    return WeightedPrompt(sections=((Part(text=text),),))
+def read(text: str, syntax: PromptSyntax) -> WeightedPrompt:
+    """Read a prompt in that syntax; raises WeightRefusedError for a weight that is not valid."""
+    return parse(text) if syntax == "weighted" else _plain(text)
 
 
 def parse(text: str) -> WeightedPrompt:
@@ -81,7 +83,7 @@ def parse(text: str) -> WeightedPrompt:
     ``MAX_DEPTH`` open brackets or ``MAX_BREAKS`` breaks.
     """
     if not _SYNTAX.search(text):
-        return plain(text)
+        return _plain(text)
     return _Parser(text).parsed()
 
 
@@ -170,6 +172,10 @@ class _Parser:
                 raise _refused(self.text, piece.position, f"{what}; the highest weight is {MAX_WEIGHT:g}")
         if sum(piece.text is None for piece in self.pieces) > MAX_BREAKS:
             raise WeightRefusedError(f"has more than {MAX_BREAKS} BREAK")
+
+
+def _plain(text: str) -> WeightedPrompt:
+    return WeightedPrompt(sections=((Part(text=text),),))
 
 
 def _refused(text: str, position: int, why: str) -> WeightRefusedError:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ UNET = "unet/diffusion_pytorch_model.safetensors"
 INDEX = "model_index.json"
 
 
-def edit_json(path: Path, *, without: tuple[str, ...] = (), **keys: Any) -> None:
+def edit_json(path: Path, *, without: Sequence[str] = (), **keys: Any) -> None:
     document = {name: value for name, value in json.loads(path.read_text()).items() if name not in without}
     path.write_text(json.dumps(document | keys))
 
@@ -45,7 +45,7 @@ def sharded(folder: Path, variant: str = "") -> None:
     tensors = load_file(file) if not variant else _halved(load_file(file))
     file.unlink()
     dotted, names = f".{variant}" if variant else "", sorted(tensors)
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for n, part in enumerate((names[::2], names[1::2]), 1):
         shard = f"diffusion_pytorch_model{dotted}-{n:05d}-of-00002.safetensors"
         _save({name: tensors[name] for name in part}, file.with_name(shard))
@@ -93,7 +93,7 @@ def tensor_of_a_shard_missing(folder: Path) -> None:
 def without_t5(folder: Path) -> None:
     for part in ("text_encoder_3", "tokenizer_3"):
         shutil.rmtree(folder / part)
-        edit_json(folder / INDEX, **{part: [None, None]})
+        _null(part, folder)
 
 
 def public_text_encoders(folder: Path) -> None:
@@ -118,7 +118,7 @@ def public_sd15(folder: Path) -> None:
             name = name.replace(f".{new}.", f".{old}.")  # noqa: PLW2901
         tensors[name] = each
     _save(tensors, folder / "vae" / "diffusion_pytorch_model.safetensors")
-    parts = {"safety_checker": ["stable_diffusion", "StableDiffusionSafetyChecker"]}
+    parts: dict[str, Any] = {"safety_checker": ["stable_diffusion", "StableDiffusionSafetyChecker"]}
     parts["feature_extractor"] = ["transformers", "CLIPFeatureExtractor"]
     edit_json(folder / INDEX, **parts)
     for part in parts:
@@ -161,7 +161,8 @@ def _without(name: str, folder: Path) -> None:
 
 
 def _null(part: str, folder: Path) -> None:
-    edit_json(folder / INDEX, **{part: [None, None]})
+    nothing: dict[str, Any] = {part: [None, None]}
+    edit_json(folder / INDEX, **nothing)
 
 
 def _unnamed(part: str, folder: Path) -> None:
@@ -219,6 +220,11 @@ REFUSED: Mapping[str, tuple[str, Callable[[Path], None], tuple[str, ...]]] = {
     "no-weights": ("sd1", partial(_without, UNET), (f"{UNET} is missing", "download")),
     "no-scheduler": ("sd1", partial(_without, "scheduler/scheduler_config.json"), ("scheduler is missing", "download")),
     "no-vocabulary": ("sd1", partial(_without, "tokenizer/tokenizer.json"), ("tokenizer/tokenizer.json", "merges.txt")),
+    "empty-vocabulary": (
+        "sd1",
+        partial(_written, "tokenizer/tokenizer.json", b'{"model": {"type": "BPE"}, "added_tokens": []}'),
+        ("tokenizer/tokenizer.json has no vocabulary", "download"),
+    ),
     "renamed": ("sd1", _renamed, ("unet/my-unet.safetensors", "rename it")),
     "other-network": ("sd1", _other_network, ("unet has no tensor conv_in.weight", "download")),
     "null-vae": ("sd1", partial(_null, "vae"), ("vae: [null, null]", "copy vae")),
@@ -237,9 +243,9 @@ REFUSED: Mapping[str, tuple[str, Callable[[Path], None], tuple[str, ...]]] = {
     "image-variation": (
         "sd1",
         partial(_index, without=("text_encoder", "tokenizer"), _class_name="StableDiffusionImageVariationPipeline"),
-        ("StableDiffusionImageVariationPipeline", "use another checkpoint"),
+        ("image variation checkpoint", "use an IP-Adapter"),
     ),
-    "pix2pix": ("sd1", _pix2pix, ("StableDiffusionInstructPix2PixPipeline", "use another checkpoint")),
+    "pix2pix": ("sd1", _pix2pix, ("InstructPix2Pix", "use task: image-to-image")),
     "custom": (
         "sd1",
         partial(_index, _class_name=["pipeline", "MyPipeline"]),

@@ -49,7 +49,7 @@ def textual_inversion(alias: str, tensors: Mapping[str, Shape]) -> Classificatio
     if len(tensors) != 1 or next(iter(tensors)).endswith(_NO_TOKEN):
         return None
     width = next(iter(tensors.values()))[-1]
-    if width in (1280, 2048) or width > 2048:
+    if width > TINY and width not in (768, 1024):
         raise unsupported(alias, f"a textual inversion of width {width}", _EMBEDDINGS)
     return Classification(kind="textual-inversion", family="sd2" if width == 1024 else "sd1")
 

@@ -48,12 +48,12 @@ _NAMED: Sequence[tuple[str, str]] = (
     (r"visual_transformer_blocks|text_transformer_blocks", "Kandinsky"),
     (r"blocks_\d+_attn_(?:qkv|proj|to)_[xy]", "Mochi"),
     (r"vace_blocks_|motion_encoder", "Wan"),
-    (r"(?:^|_)blocks_\d+_(?:self|cross)_attn_(?:[qkvo]|[kv]_img|norm_[qk])$|^blocks_\d+_ffn_[02]$", "Wan"),
+    (r"(?:^|_)blocks_\d+_(?:self|cross)_attn_(?:[qkvo]|[kv]_img|norm_[qk])$|^blocks_\d+_ffn_(?:[02]|net_)", "Wan"),
     (r"^blocks_\d+_(?:self|cross)_attn_\w+_proj", "Cosmos"),
     (r"blocks_\d+_cross_attn_(?:q|kv)_linear", "PixArt or Sana"),
     (r"layers_\d+_self_attn_qkv_proj", "OmniGen"),
     (
-        r"noise_refiner_|context_refiner_|layers_\d+_attention_to_|layers_\d+_attention_(?:qkv|out)|layers_\d+_attn_to_",
+        r"noise_refiner_|context_refiner_|layers_\d+_attention_to_|layers_\d+_attention_(?:qkv|out)|layers_\d+_attn_to_|layers_\d+_feed_forward_w\d",
         "",
     ),
     (r"patchify_proj", "LTX-Video"),
@@ -61,9 +61,12 @@ _NAMED: Sequence[tuple[str, str]] = (
 """Patterns of layer names that only one family has; the first match wins, '' is decided by width."""
 
 _NAMED_PATTERNS = tuple((re.compile(pattern), title) for pattern, title in _NAMED)
-_ATTENTION = re.compile(
-    r"(?:attn_to_[qkv]|attn_add_[qkv]_proj|attn1_to_[qkv]|attn_qkv|attention_(?:to_[qkv]|qkv)|linear1)$"
+_READS = re.compile(
+    r"(?:attn_to_[qkv]|attn_add_[qkv]_proj|attn[12]_to_[qkv]|attn_qkv|attention_(?:to_[qkv]|qkv)|linear1|"
+    r"feed_forward_w[13]|ff_(?:context_)?net_0_proj|proj_mlp|norm1(?:_context)?_linear)$"
 )
+_WRITES = re.compile(r"(?:ff_(?:context_)?net_2|attn_to_out_0|attn_to_add_out|attn1_to_out_0|feed_forward_w2)$")
+"""Layers whose input or output is as wide as the network."""
 _SD3_ONLY = re.compile(r"^joint_blocks_\d")
 _FLUX_NATIVE = re.compile(r"^(?:double_blocks|single_blocks)_\d")
 _FLUX_SINGLE = re.compile(r"^single_transformer_blocks_\d")
@@ -97,6 +100,8 @@ def _unet_by_blocks(layers: Sequence[Layer]) -> Network:
     known = {name: width for name, width in sides.items() if width and width > TINY}
     if not known:
         return Network("any", "any")
+    if {384, 768, 1536} & set(known.values()):
+        return Network(None, "the SDXL refiner")
     if any(re.search(r"transformer_blocks_[1-9]", name) for name in known):
         return Network("sdxl", "sdxl")
     older = any(
@@ -104,7 +109,8 @@ def _unet_by_blocks(layers: Sequence[Layer]) -> Network:
     )
     older = older or any(width == 320 for width in known.values())
     older = older or any(n.startswith("up_blocks_1_") and width == 1280 for n, width in known.items())
-    family = "sd1-or-sd2" if older else "sdxl"
+    newer = any(re.match(r"up_blocks_0_|output_blocks_[012]_1_", name) for name in known) or 640 in known.values()
+    family = "sd1-or-sd2" if older else "sdxl" if newer else "any"
     return Network(family, family)
 
 
@@ -123,21 +129,29 @@ def transformer(layers: Iterable[Layer], *, native: bool) -> Network | None:
     blocks = [int(match[1]) for layer in own if (match := _TRANSFORMER.match(layer.name))]
     if not blocks:
         return _other_blocks(own)
-    if not any("_attn_" in layer.name or "_ff_" in layer.name or "_norm1" in layer.name for layer in own):
-        return _alternating(own)
-    return _joint(own, last=max(blocks), native=native)
+    widths = _widths(own)
+    if any(re.match(r"transformer_blocks_\d+_attn1_", layer.name) for layer in own):
+        return _alternating(widths)
+    native = native and not any("_ff_" in layer.name for layer in own)  # Qwen-Image has img_mlp instead
+    return _joint(widths, last=max(blocks), native=native) or _alternating(widths)
 
 
 def _named(layers: Sequence[Layer]) -> str | None:
     """Return the title of a family that one of the names belongs to."""
     for pattern, title in _NAMED_PATTERNS:
         if any(pattern.search(layer.name) for layer in layers):
-            return title or ("Lumina 2" if 2304 in _widths(layers) else "Z-Image")
+            return _TITLES.get((title, *sorted(_widths(layers))[-1:]), title or "Z-Image")
     return None
 
 
+_TITLES: Mapping[tuple[str | int, ...], str] = {("", 2304): "Lumina 2", ("HunyuanVideo", 3584): "HunyuanImage"}
+"""Titles of networks with the same names of layers, by their width."""
+
+
 def _widths(layers: Iterable[Layer]) -> set[int]:
-    return {layer.width_in for layer in layers if layer.width_in and _ATTENTION.search(layer.name)}
+    """Return the widths of the network, as the layers of its blocks tell them."""
+    reads = {layer.width_in for layer in layers if layer.width_in and _READS.search(layer.name)}
+    return reads | {layer.width_out for layer in layers if layer.width_out and _WRITES.search(layer.name)}
 
 
 def _flux_like(layers: Sequence[Layer]) -> Network:
@@ -157,26 +171,25 @@ def _flux_like(layers: Sequence[Layer]) -> Network:
     return Network("flux", "flux")
 
 
-def _joint(layers: Sequence[Layer], *, last: int, native: bool) -> Network | None:
+def _joint(widths: set[int], *, last: int, native: bool) -> Network | None:
     """Tell transformers of joint blocks apart: SD3 is 1536 or 2432 wide, Flux.1 and Qwen-Image are 3072 wide."""
-    widths = _widths(layers) or {layer.width_in for layer in layers if layer.width_in and "_attn_" in layer.name}
-    if widths & {1536, 2432}:
+    if widths & {1536, 2432} and 3072 not in widths:
         return Network("sd3", "sd3")
     if 3072 in widths:
         # Flux.1 ends at block 18, and names these blocks double_blocks outside diffusers.
         return Network(None, "Qwen-Image") if last > 18 or native else Network("flux", "flux")
-    if all(width <= TINY for width in widths):
+    if widths & {6144, 4096, 3584}:
+        return Network(None, "HunyuanImage" if 3584 in widths else "Flux.2")
+    if widths and max(widths) <= TINY:
         return Network("any", "any")
     return None
 
 
-def _alternating(layers: Sequence[Layer]) -> Network | None:
+def _alternating(widths: set[int]) -> Network | None:
     """Name transformers of self-attention and cross-attention by their width."""
     titles = {1152: "PixArt or Sana", 2240: "Sana", 2048: "LTX-Video", 1920: "CogVideoX", 3072: "CogVideoX or Mochi"}
-    titles |= {4096: "CogView4 or LTX-2", 1408: "HunyuanDiT", 2560: "CogView3"}
-    widths = {layer.width_in for layer in layers if layer.width_in and re.search(r"attn1_to_[qkv]$", layer.name)}
-    widths = widths or {layer.width_in for layer in layers if layer.width_in}
-    return next((Network(None, titles[width]) for width in widths if width in titles), None)
+    titles |= {4096: "CogView4 or Cosmos", 1408: "HunyuanDiT", 2560: "CogView3"}
+    return next((Network(None, titles[width]) for width in sorted(widths) if width in titles), None)
 
 
 def _other_blocks(layers: Sequence[Layer]) -> Network | None:

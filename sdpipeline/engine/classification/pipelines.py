@@ -58,7 +58,7 @@ UNSUPPORTED: Mapping[str, tuple[str, str]] = {
     "Kandinsky": ("Kandinsky", _PLAIN),
     "LatentConsistencyModel": (
         "a latent consistency model in its own pipeline",
-        "use an LCM-LoRA with the checkpoint that it was distilled from",
+        "if its parts are those of StableDiffusionPipeline, write that as _class_name in model_index.json",
     ),
 }
 """Starts of pipeline classes that do not run here: what they are, and what to use. The longest start wins."""
@@ -89,7 +89,7 @@ def check_pipeline_class(alias: str, name: Any) -> None:
     starts = [start for start in UNSUPPORTED if plain.startswith(start)]
     if starts:
         what, fix = UNSUPPORTED[max(starts, key=len)]
-        raise unsupported(alias, what, fix)
+        raise unsupported(alias, f"{what}, by its _class_name {plain}", fix)
     if "PAG" in plain:
         raise unsupported(
             alias, f"saved for perturbed-attention guidance ({plain})", _saved_as(plain.replace("PAG", ""))

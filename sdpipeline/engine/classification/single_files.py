@@ -122,10 +122,7 @@ def _controlnet(alias: str, tensors: Mapping[str, Shape]) -> Classification | No
         return _joint_controlnet(alias, own, native=ldm)
     if not ldm and not diffusers:
         return None
-    if any(
-        name.startswith(("task_embedding", "control_add_embedding.", "transformer_layes.", "controlnet_mode_embedder."))
-        for name in own
-    ):
+    if any(name.startswith(("task_embedding", "control_add_embedding.", "transformer_layes.")) for name in own):
         raise unsupported(alias, "a ControlNet-Union without its config.json", "add its folder with config.json")
     network = networks.unet(layers_of(own))
     family = network.family if network else "any"

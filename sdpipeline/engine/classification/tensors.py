@@ -28,7 +28,8 @@ def classify_tensors(alias: str, path: Path) -> Classification:
         }
         raise CheckpointError(
             f"checkpoint {alias!r}: {path.name} is {names[found.kind]} in one file, which has to be converted once; "
-            f"move it out of the folder of checkpoints and type `sdpipeline checkpoints add {alias} {shlex.quote(path.name)}`"
+            "move it out of the folder of checkpoints and type "
+            f"`sdpipeline checkpoints add {alias} {shlex.quote(path.name)}`"
         )
     return found
 

@@ -32,15 +32,17 @@ _INSTALL = (
 def upscaler(alias: str, path: Path | None, tensors: Mapping[str, Shape]) -> Classification | None:
     """Return the factor of a GAN upscaler; None for other files.
 
-    spandrel detects the architecture where it is installed; else ESRGAN and Real-ESRGAN's compact network are read from
-    the shapes. Raises CheckpointError if it looks like an upscaler whose factor cannot be told.
+    spandrel detects the architecture where it is installed; else ESRGAN, Real-ESRGAN's compact network and
+    SwinIR's kind are read from the shapes. Raises CheckpointError if it looks like an upscaler whose factor cannot be
+    told.
     """
-    if not any(_STARTS.match(name) for name in tensors):
-        return None
+    similar = any(_STARTS.match(name) for name in tensors)
     spandrel = _spandrel()
     if spandrel is not None and path is not None:
-        return _detected(alias, spandrel, path, tensors)
-    scale = esrgan_scale(tensors) or compact_scale(tensors)
+        return _detected(alias, spandrel, path, tensors, similar=similar)
+    if not similar:
+        return None
+    scale = esrgan_scale(tensors) or compact_scale(tensors) or shuffled_scale(tensors)
     if scale is not None:
         return Classification(kind="checkpoint", family="gan-upscale", scale=scale)
     raise CheckpointError(
@@ -55,7 +57,9 @@ def _spandrel() -> Any:
         return None
 
 
-def _detected(alias: str, spandrel: Any, path: Path, tensors: Mapping[str, Shape]) -> Classification | None:
+def _detected(
+    alias: str, spandrel: Any, path: Path, tensors: Mapping[str, Shape], *, similar: bool
+) -> Classification | None:
     """Ask spandrel, with zeros that take no memory in place of large tensors."""
     import safetensors
     import torch
@@ -68,12 +72,14 @@ def _detected(alias: str, spandrel: Any, path: Path, tensors: Mapping[str, Shape
     try:
         descriptor = spandrel.ModelLoader(device="cpu").load_from_state_dict(state)
     except (spandrel.UnsupportedModelError, *MISFITS) as error:
+        if not similar:
+            return None
         raise CheckpointError(
-            f"checkpoint {alias!r} looks like a GAN upscaler, but spandrel cannot read it ({error}); use another upscaler"
+            f"checkpoint {alias!r} looks like a GAN upscaler, but spandrel cannot read it ({error}); use another one"
         ) from error
     if descriptor.purpose != "SR" or descriptor.input_channels != 3:
-        what = f"a {descriptor.architecture.name} network that restores pictures and does not enlarge them"
-        raise unsupported(alias, what, "use an upscaler of RGB pictures")
+        what = f"a network ({descriptor.architecture.name}) that does not enlarge RGB pictures"
+        raise unsupported(alias, what, "use an upscaler")
     return Classification(kind="checkpoint", family="gan-upscale", scale=int(descriptor.scale))
 
 
@@ -106,6 +112,22 @@ def compact_scale(tensors: Mapping[str, Shape]) -> int | None:
     if not first or not end or len(first) != 4 or len(end) != 4 or first[1] != 3 or last < 2:
         return None
     return _whole(math.sqrt(end[0] / 3))
+
+
+def shuffled_scale(tensors: Mapping[str, Shape]) -> int | None:
+    """Return the factor of SwinIR and its successors (HAT, DAT, ATD), which shuffle channels into pixels.
+
+    Each convolution of ``upsample`` has 4 or 9 output channels for each input channel; the light variant has one
+    convolution straight to 3 channels for each pixel: https://github.com/JingyunLiang/SwinIR (Upsample).
+    """
+    shapes = [shape for name, shape in tensors.items() if re.match(r"upsample\.(?:\d+\.)?weight$", name)]
+    if not shapes or any(len(shape) != 4 or not shape[1] for shape in shapes) or "conv_first.weight" not in tensors:
+        return None
+    if "conv_before_upsample.0.weight" not in tensors:
+        return _whole(math.sqrt(shapes[0][0] / 3)) if len(shapes) == 1 else None
+    if "conv_up1.weight" in tensors:
+        return None
+    return _whole(math.prod(math.sqrt(shape[0] / shape[1]) for shape in shapes))
 
 
 def _whole(scale: float) -> int | None:

@@ -16,11 +16,15 @@ from sdpipeline.engine.checkpoints import CheckpointFiles, unchanged, words_of
 from sdpipeline.engine.diffusers import schedulers
 from sdpipeline.engine.diffusers.batch import Reference, Weights
 from sdpipeline.engine.diffusers.foreign_errors import poisons_process
-from sdpipeline.engine.diffusers.loading import Loaded, copy_mapped, load_copied
+from sdpipeline.engine.diffusers.loading import Loaded, load_copied
+from sdpipeline.engine.diffusers.loras import LoraLoader
 from sdpipeline.engine.diffusers.pipeline_call import assemble
 from sdpipeline.engine.diffusers.text import Vectors
 from sdpipeline.engine.pixels import to_pil
 from sdpipeline.errors import CheckpointError, RequestRefusedError
+
+LONGEST_REASON = 300
+"""Characters of a library's message that a job's error shows."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +43,7 @@ class AdapterState:
 
     def __init__(self) -> None:
         self._applied: WeakKeyDictionary[Loaded, AdapterSet] = WeakKeyDictionary()
+        self._loras = LoraLoader()
 
     def apply(self, weights: Weights) -> None:
         """Load exactly these adapters into the checkpoint, and unload all others."""
@@ -52,7 +57,7 @@ class AdapterState:
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", UserWarning)  # raised by peft for a second LoRA
-                _load_loras(pipe, weights)
+                self._loras.load(pipe, weights)
                 _load_ip_adapters(pipe, weights)
         except (torch.OutOfMemoryError, CheckpointError):
             self._unload(pipe, weights.base)
@@ -62,7 +67,8 @@ class AdapterState:
                 raise
             self._unload(pipe, weights.base)
             names = ", ".join(repr(files.alias) for files, _ in (*weights.loras, *_files(weights.ip_adapters)))
-            raise CheckpointError(f"adapters {names} do not fit {weights.base.files.alias!r}: {error}") from error
+            message = f"adapters {names} do not fit {weights.base.files.alias!r}: {_brief(error)}"
+            raise CheckpointError(message) from error
 
     def applied_to(self, base: Loaded) -> AdapterSet:
         """Return the adapters that are loaded into the checkpoint now."""
@@ -141,33 +147,31 @@ def _vectors(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {encoder: rows.reshape(-1, rows.shape[-1]) for encoder, rows in named.items()}
 
 
-def _load_loras(pipe: Any, weights: Weights) -> None:
-    names = [f"lora_{n}" for n in range(len(weights.loras))]
-    for name, (files, _) in zip(names, weights.loras, strict=True):
-        with unchanged(files) as directory:
-            pipe.load_lora_weights(
-                str(directory),
-                weight_name=_weights_file(files),
-                adapter_name=name,
-                local_files_only=True,
-                use_safetensors=True,
-            )
-            for network in weights.base.networks():
-                copy_mapped(each for each in network.named_parameters() if f".{name}." in each[0])
-        taken = {adapter for adapters in pipe.get_list_adapters().values() for adapter in adapters}
-        if name not in taken:
-            raise ValueError(f"{files.alias!r} has no layer that this checkpoint has")
-    if names:
-        pipe.set_adapters(names, [weight for _, weight in weights.loras])
-
-
 def _load_ip_adapters(pipe: Any, weights: Weights) -> None:
     if not weights.ip_adapters:
         return
     states = [_ip_adapter_state(loaded.files) for loaded, _ in weights.ip_adapters]
+    for (loaded, _), state in zip(weights.ip_adapters, states, strict=True):
+        _check_layers(loaded.files, state["ip_adapter"], weights)
     unused = [""] * len(states)  # file names, which are needed only if paths are given
     pipe.load_ip_adapter(states, subfolder=unused, weight_name=unused, image_encoder_folder=None)
     pipe.set_ip_adapter_scale([weight for _, weight in weights.ip_adapters])
+
+
+def _check_layers(files: CheckpointFiles, tensors: Mapping[str, torch.Tensor], weights: Weights) -> None:
+    """Raise CheckpointError if an IP-Adapter has not one pair of matrices for each cross-attention of the U-Net.
+
+    diffusers would ignore those that are too many.
+    """
+    names = enumerate(weights.denoiser.attn_processors)
+    needed = {f"{n}.{matrix}.weight" for n, name in names if ".attn2." in name for matrix in ("to_k_ip", "to_v_ip")}
+    if differing := sorted(needed ^ tensors.keys()):
+        base = weights.base.files
+        raise CheckpointError(
+            f"IP-Adapter {files.alias!r} was made for another network than {base.alias!r} ({base.family}): "
+            f"ip_adapter.{differing[0]} {'is missing' if differing[0] in needed else 'has no layer there'}; "
+            "use an adapter of this family"
+        )
 
 
 def _ip_adapter_state(files: CheckpointFiles) -> dict[str, dict[str, torch.Tensor]]:
@@ -178,6 +182,12 @@ def _ip_adapter_state(files: CheckpointFiles) -> dict[str, dict[str, torch.Tenso
         part, _, rest = name.partition(".")
         state[part][rest] = tensor
     return state
+
+
+def _brief(error: Exception) -> str:
+    """Return the first lines of an error, which may list every layer of a network."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= LONGEST_REASON else f"{text[:LONGEST_REASON]}..."
 
 
 def _weights_file(files: CheckpointFiles) -> str:

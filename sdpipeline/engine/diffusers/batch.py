@@ -14,6 +14,7 @@ from sdpipeline.engine.diffusers.preprocessing import Pictures
 from sdpipeline.engine.diffusers.schedulers import RecordedScheduler
 from sdpipeline.engine.diffusers.text import Embedding
 from sdpipeline.engine.families import Cell, Family
+from sdpipeline.errors import CheckpointError
 
 if TYPE_CHECKING:
     import torch
@@ -88,7 +89,12 @@ class Weights:
     @property
     def autoencoder(self) -> Any:
         """The checkpoint's own autoencoder, or the one with which the request replaces it."""
-        return self.vae.module if self.vae else self.base.parts["vae"]
+        if self.vae:
+            return self.vae.module
+        if "vae" not in self.base.parts:  # only possible for weights that an earlier release approved
+            alias = self.base.files.alias
+            raise CheckpointError(f"checkpoint {alias!r} has no vae: name one with `vae:`, or use another checkpoint")
+        return self.base.parts["vae"]
 
     def loaded(self) -> list[Loaded]:
         """Return all resident checkpoints that the pass uses."""

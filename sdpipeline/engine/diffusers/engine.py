@@ -36,6 +36,7 @@ from sdpipeline.engine.model_annotators import annotate_with
 from sdpipeline.engine.pixels import paste_back
 from sdpipeline.engine.record import Setting, library_versions, ran
 from sdpipeline.engine.union_controlnets import uses_union
+from sdpipeline.engine.weighted_prompts import read
 from sdpipeline.errors import BadPictureError, CheckpointError, DeviceExhaustedError, RequestRefusedError, SdpError
 
 if TYPE_CHECKING:
@@ -257,7 +258,8 @@ class DiffusersEngine:
         inversions = [
             self.residency.get(use.checkpoint, keep=keep, exact=request.exact) for use in request.textual_inversions
         ]
-        refuse_unused(inversions, request.prompt, request.negative_prompt)
+        texts = (request.prompt, request.negative_prompt)
+        refuse_unused(inversions, *(read(text, request.prompt_syntax).text for text in texts))
         encoder = PromptEncoder(
             kind=weights.row.text,
             parts=weights.base.parts,

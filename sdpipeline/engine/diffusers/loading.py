@@ -20,8 +20,10 @@ from sdpipeline.engine import part_files
 from sdpipeline.engine.allowed_classes import ANNOTATOR_NETWORKS, UNUSED_PARTS, check_index, check_network
 from sdpipeline.engine.checkpoints import SAFETY_CHECKER, WEIGHTS, CheckpointFiles, header, unchanged
 from sdpipeline.engine.classification.unions import SDXL_UNION, network_tensors, union_family
+from sdpipeline.engine.completeness import check_needed_parts
 from sdpipeline.engine.diffusers.foreign_errors import checkpoint_errors
 from sdpipeline.engine.gan import load_upscaler
+from sdpipeline.engine.ip_adapters import ENCODER, check_ip_adapter, image_input
 from sdpipeline.errors import CheckpointError
 
 _log = structlog.get_logger(__name__)
@@ -188,13 +190,13 @@ def _safety_checker(files: CheckpointFiles, dtype: torch.dtype) -> Loaded:
 
 def _ip_adapter(files: CheckpointFiles, dtype: torch.dtype) -> Loaded:
     """Read the image encoder; the rest is read when the adapter is loaded into a checkpoint."""
-    if not any(name.startswith("image_encoder/") for name in files.manifest):
-        raise CheckpointError(f"IP-Adapter {files.alias!r} has no folder image_encoder; put its encoder there")
-    directory = files.directory / "image_encoder"
+    check_ip_adapter(files.alias, files.directory, files.manifest)
+    directory = files.directory / ENCODER
     encoder = _network(files, directory, transformers.CLIPVisionModelWithProjection, dtype)
-    # Plain adapters project one embedding; all others read the encoder's hidden states.
-    plain = "image_proj.proj.weight" in header(files.alias, _single_file(files))
-    return Loaded(files=files, dtype=dtype, parts={"image_encoder": encoder}, options={"hidden_states": not plain})
+    given = image_input(header(files.alias, _single_file(files)))
+    assert given is not None  # checked
+    options = {"hidden_states": given.hidden_states}
+    return Loaded(files=files, dtype=dtype, parts={"image_encoder": encoder}, options=options)
 
 
 def _single_file(files: CheckpointFiles) -> Path:
@@ -209,6 +211,8 @@ def load_copied(path: Path) -> dict[str, torch.Tensor]:
 def _pipeline(files: CheckpointFiles, dtype: torch.dtype) -> Loaded:
     index = json.loads((files.directory / "model_index.json").read_text(encoding="utf-8"))
     check_index(files.alias, index)
+    # Earlier releases approved checkpoints without these parts. A request may bring a vae of its own.
+    check_needed_parts(files.alias, files.directory, files.family, but={"vae"})
     parts: dict[str, Any] = {}
     schedulers: dict[str, Mapping[str, Any]] = {}
     for name, entry in index.items():

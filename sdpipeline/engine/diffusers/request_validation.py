@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 from sdpipeline.domain import AdapterInput, CheckpointRef, ControlNetInput, GenerationRequest
+from sdpipeline.engine import config_checks
 from sdpipeline.engine.annotators import known_annotator
 from sdpipeline.engine.checkpoint_config import own_scheduler
 from sdpipeline.engine.checkpoints import CheckpointFiles, adapter_refusal, controlnet_refusal, vae_refusal
@@ -64,6 +65,7 @@ def _refusals(request: GenerationRequest, locate: Locate, *, recorded: bool) -> 
         yield _own_control_picture(request, cell)
     for controlnet in controlnets:
         yield controlnet_refusal(request.task, base, controlnet)
+    yield config_checks.pooled_refusal([each.directory for each in controlnets], request.profile)
     for n, control in enumerate(request.controlnets):
         yield mode_refusal(n, controlnets[n], control.control_mode)
         yield _annotator(n, control, locate)

@@ -61,7 +61,7 @@ def recorded_scheduler(ran: Json | None) -> RecordedScheduler | None:
     if not isinstance(scheduler, Mapping) or "class" not in scheduler or "config" not in scheduler:
         return None
     class_name, config = scheduler["class"], scheduler["config"]
-    if class_name not in RECORDED_CLASSES or not isinstance(config, Mapping):
+    if not isinstance(class_name, str) or class_name not in RECORDED_CLASSES or not isinstance(config, Mapping):
         raise RequestRefusedError(f"scheduler: the record names {str(class_name)[:80]!r}, which is not used here")
     known = inspect.signature(getattr(diffusers, class_name).__init__).parameters
     for key, value in config.items():

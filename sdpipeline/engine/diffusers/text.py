@@ -14,7 +14,7 @@ from cachetools import LRUCache
 from sdpipeline.domain import PromptSyntax
 from sdpipeline.engine.diffusers.emphasis import emphasised
 from sdpipeline.engine.families import TextEncoding
-from sdpipeline.engine.weighted_prompts import Part, parse, plain
+from sdpipeline.engine.weighted_prompts import Part, read
 from sdpipeline.errors import RequestRefusedError
 
 CHUNK = 75
@@ -160,8 +160,7 @@ class PromptEncoder:
 
     def _chunks(self, tokenizer: str, text: str) -> list[list[Token]]:
         """Return the tokens of each chunk. A ``BREAK`` ends a chunk; at the end of a prompt it adds none."""
-        parsed = parse(text) if self.syntax == "weighted" else plain(text)
-        sections = [_cut(self._words(tokenizer, section)) for section in parsed.sections]
+        sections = [_cut(self._words(tokenizer, section)) for section in read(text, self.syntax).sections]
         if len(sections) > 1 and sections[-1] == [[]]:
             sections.pop()
         return [chunk for section in sections for chunk in section]

@@ -46,13 +46,14 @@ class Capability:
 _EULER = Capability(
     predictions=frozenset({"epsilon", "v_prediction", "sample", "original_sample"}), thresholding=False, continuous=True
 )
-_EDM = Capability(predictions=frozenset({"epsilon", "v_prediction"}))
 CAPABILITIES: Mapping[str, Capability] = {
     "DDIMScheduler": Capability(),
     "DDPMScheduler": Capability(schedules=frozenset({"linear", "scaled_linear", _COSINE, "sigmoid", "laplace"})),
     "DPMSolverMultistepScheduler": Capability(),
-    "EDMDPMSolverMultistepScheduler": _EDM,
-    "EDMEulerScheduler": _EDM,
+    "EDMDPMSolverMultistepScheduler": Capability(predictions=frozenset({"epsilon", "v_prediction"}), zero_snr=False),
+    "EDMEulerScheduler": Capability(
+        predictions=frozenset({"epsilon", "v_prediction"}), zero_snr=False, thresholding=False
+    ),
     "EulerAncestralDiscreteScheduler": Capability(
         predictions=frozenset({"epsilon", "v_prediction"}), thresholding=False
     ),

@@ -12,7 +12,7 @@ FAMILY = Family(
     ip_adapter=True,
     textual_inversion=True,
     controlnets_of=frozenset({"sd1"}),
-    adapters_of=frozenset({"sd1"}),
+    adapters_of=frozenset({"sd1", "sd1-or-sd2"}),
     latents_of="sd1",
     plain=plain_cells("StableDiffusion", sized_image_to_image=False),
     controlled=controlled_cells("StableDiffusionControlNet", text_image="image", strength=0.8),

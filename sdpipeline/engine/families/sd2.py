@@ -11,7 +11,7 @@ FAMILY = Family(
     clip_skip=True,
     textual_inversion=True,
     controlnets_of=frozenset({"sd2"}),
-    adapters_of=frozenset({"sd2"}),
+    adapters_of=frozenset({"sd2", "sd1-or-sd2"}),
     latents_of="sd1",
     plain=plain_cells("StableDiffusion", sized_image_to_image=False),
     controlled=controlled_cells("StableDiffusionControlNet", text_image="image", strength=0.8),

@@ -12,7 +12,7 @@ FAMILY = Family(
     clip_skip=True,
     textual_inversion=True,
     controlnets_of=frozenset({"sd1", "sd2"}),
-    adapters_of=frozenset({"sd1", "sd2"}),
+    adapters_of=frozenset({"sd1", "sd2", "sd1-or-sd2"}),
     latents_of="sd1",
     plain=only(Task.INPAINTING, plain_cells("StableDiffusion", sized_image_to_image=False)),
     controlled=only(Task.INPAINTING, controlled_cells("StableDiffusionControlNet", text_image="image", strength=0.8)),

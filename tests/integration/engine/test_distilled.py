@@ -40,9 +40,9 @@ def sharing() -> DiffusersEngine:
 
 
 def asked(name: str, n: int = 0, **changes: Any) -> GenerationRequest:
-    checkpoint = distilled(name)
-    given = {"prompt": f"a cat {n}", "seed": n, "num_inference_steps": 4, "scheduler": "lcm", "guidance_scale": 1.0}
-    return replace(request(), **{"checkpoint": checkpoint} | given | changes)
+    given: dict[str, Any] = {"checkpoint": distilled(name), "prompt": f"a cat {n}", "seed": n}
+    given |= {"num_inference_steps": 4, "scheduler": "lcm", "guidance_scale": 1.0}
+    return replace(request(), **given | changes)
 
 
 @cache

@@ -57,22 +57,33 @@ def test_a_tile_that_never_fits_is_worth_another_try_elsewhere() -> None:
         upscale(Doubling(limit=1), noise(), 2, free=lambda: None)
 
 
-def test_an_upscaler_is_recognised_by_the_factor_in_its_file_name(tmp_path: Path) -> None:
-    save_file({"conv.weight": torch.zeros(3, 3, 3, 3)}, tmp_path / "4x-sharp.safetensors")
+def _upscaler(folder: Path, scale: int, name: str) -> None:
+    """A compact upscaler in a layout that spandrel reads."""
+    convs = {0: (8, 3, 3, 3), 2: (8, 8, 3, 3), 4: (3 * scale * scale, 8, 3, 3)}
+    tensors = {f"body.{n}.weight": torch.zeros(shape) for n, shape in convs.items()}
+    tensors |= {f"body.{n}.bias": torch.zeros(shape[0]) for n, shape in convs.items()}
+    tensors |= {f"body.{n}.weight": torch.zeros(8) for n in (1, 3)}
+    save_file(tensors, folder / name)
+
+
+@pytest.mark.parametrize("name", ["sharp.safetensors", "8x-lora-sharp.safetensors", "x1-sharp.safetensors"])
+def test_the_factor_of_an_upscaler_comes_from_its_tensors_whatever_its_name_says(tmp_path: Path, name: str) -> None:
+    _upscaler(tmp_path, 4, name)
     files = inspect("sharp", tmp_path)
     assert (files.kind, files.family, files.scale) == ("checkpoint", "gan-upscale", 4)
 
 
-def test_an_upscaler_without_a_factor_is_refused(tmp_path: Path) -> None:
-    save_file({"conv.weight": torch.zeros(3, 3, 3, 3)}, tmp_path / "sharp.safetensors")
-    with pytest.raises(CheckpointError, match="an upscaler has its factor in its file name"):
+def test_an_upscaler_whose_tensors_do_not_tell_its_factor_is_refused(tmp_path: Path) -> None:
+    save_file({"conv_first.weight": torch.zeros(8, 3, 3, 3)}, tmp_path / "4x-sharp.safetensors")
+    with pytest.raises(CheckpointError, match=r"looks like a GAN upscaler, but .*(sdpipeline\[upscalers\]|spandrel)"):
         inspect("sharp", tmp_path)
 
 
-def test_tensors_that_are_no_upscaler_or_a_missing_extra_are_refused(tmp_path: Path) -> None:
-    save_file({"conv.weight": torch.zeros(3, 3, 3, 3)}, tmp_path / "4x-sharp.safetensors")
+def test_an_upscaler_without_its_extra_is_refused_with_the_extra_to_install(tmp_path: Path) -> None:
+    _upscaler(tmp_path, 4, "sharp.safetensors")
     own = TinyCheckpoints(tmp_path)
     asked = replace(request(task=Task.SUPER_RESOLUTION), checkpoint=own.add(inspect("sharp", tmp_path)))
-    refused = failure_of(results(prepared(asked, image=noise()), on=new_engine(own))[0])
-    missing = "is a GAN upscaler, which needs sdpipeline[upscalers] installed"
-    assert (missing if importlib.util.find_spec("spandrel") is None else "CheckpointError") in refused
+    prepared_request = prepared(asked, image=noise())
+    if importlib.util.find_spec("spandrel") is None:
+        refused = failure_of(results(prepared_request, on=new_engine(own))[0])
+        assert "is a GAN upscaler, which needs sdpipeline[upscalers] installed" in refused

@@ -109,6 +109,7 @@ def test_sd3_without_t5_encodes_prompts_as_the_stock_pipeline_does(sd3_without_t
     encoder = PromptEncoder(kind="sd3", parts={k: part for k, part in pipe.components.items() if part is not None})
     found = encoder.encode("a cat", length=encoder.length("a cat"))
     assert torch.equal(found.embeds, expected)
+    assert found.pooled is not None
     assert torch.equal(found.pooled, pooled)
 
 

@@ -431,3 +431,11 @@ def test_a_checkpoints_folder_that_cannot_be_written_is_named(tmp_path: Path) ->
     (tmp_path / "out").write_text("a file")
     with pytest.raises(CheckpointError, match="SDP_CHECKPOINTS_DIR"):
         imported(converted_file("sd1"), tmp_path / "out", tokenizer=tiny_checkpoints().directory("sd1"))
+
+
+def test_an_ip_adapter_is_copied_with_the_image_encoder_of_its_repository(tmp_path: Path) -> None:
+    folder = tiny_checkpoints().directory("ip-adapter-sd1")
+    shutil.copytree(folder, tmp_path / "h94" / "models")
+    found = imported(tmp_path / "h94" / "models" / "ip-adapter.safetensors", tmp_path / "out").files
+    assert (found.kind, found.family) == ("ip-adapter", "sd1")
+    assert dict(found.manifest) == dict(tiny_checkpoints().files("ip-adapter-sd1").manifest)

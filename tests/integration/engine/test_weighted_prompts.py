@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
-from sdpipeline.domain import Task
+from sdpipeline.domain import AdapterInput, Task
 from sdpipeline.engine import GeneratedImage
+from sdpipeline.engine.checkpoints import inspect
 from sdpipeline.engine.diffusers.text import Embedding, PromptEncoder, Vectors
 from tests.integration.engine_requests import (
     SOURCE,
@@ -26,6 +29,7 @@ from tests.integration.engine_requests import (
     request,
     results,
 )
+from tests.integration.tiny_checkpoints import tiny_checkpoints
 
 Weighted = Sequence[tuple[str, float]]
 """Text and weight of each part, as the reference's parser gives them."""
@@ -94,7 +98,9 @@ def test_long_prompts_and_breaks_make_chunks_of_their_own(checkpoint: str) -> No
     found = on.encode(text, length=4)
     assert close(found, expected(checkpoint, chunks))
     if found.pooled is not None:
-        assert torch.allclose(found.pooled, on.encode("cat " + "dog " * 74, length=1).pooled, atol=1e-6)
+        alone = on.encode("cat " + "dog " * 74, length=1).pooled
+        assert alone is not None
+        assert torch.allclose(found.pooled, alone, atol=1e-6)
 
 
 def test_a_break_inside_brackets_keeps_their_weight() -> None:
@@ -198,3 +204,12 @@ def test_an_inpainting_checkpoint_takes_weights() -> None:
     asked = [weighted("sd-inpaint", prompt=f"(cat:{weight})", **given) for weight in (0.4, 2)]
     pictures = [images(prepared(each, image=noise(), mask_image=middle_mask()))[0] for each in asked]
     assert distance(*pictures) > 0
+
+
+def test_a_word_of_a_textual_inversion_that_brackets_take_apart_is_refused_and_not_ignored(tmp_path: Path) -> None:
+    save_file({"cat(toy)": torch.ones(1, 32)}, tmp_path / "weights.safetensors")
+    toy = AdapterInput(checkpoint=tiny_checkpoints().add(inspect("odd", tmp_path)))
+    refused = failure_of(results(prepared(weighted(prompt="a cat(toy)", textual_inversions=(toy,))))[0])
+    assert refused == "RequestRefusedError: textual_inversions: write <odd> where the prompt means 'odd'"
+    escaped = images(prepared(weighted(prompt=r"a cat\(toy\)", textual_inversions=(toy,))))[0]
+    assert equal(escaped, images(prepared(weighted(prompt="a <odd>", textual_inversions=(toy,))))[0])

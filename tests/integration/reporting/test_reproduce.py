@@ -87,6 +87,25 @@ def test_the_command_reproduces_a_job_and_writes_the_picture(demo_home: Path, tm
     assert (provenance.read_record(out.read_bytes()) or {})["reproduction_of"]["identity"]
 
 
+def test_weighted_prompts_of_a_batch_are_recorded_and_made_again(engine: Engine, tmp_path: Path) -> None:
+    file, home = tmp_path / "weights.yaml", tmp_path / "home"
+    file.write_text(
+        "name: weights\ncheckpoint: shapes\nvariables: {weight: [0.5, 1.4]}\nprompt_syntax: weighted\n"
+        "defaults: {width: 64, height: 64, num_inference_steps: 2}\nstages:\n"
+        "  - {id: one, task: text-to-image, prompt: 'a (red:{{ weight }}) circle <lora:x:1>'}\n"
+    )
+    warned = document("submit", file, "--home", home)["warnings"]
+    assert ["'<lora:x:1>' is read as text" in each["message"] for each in warned] == [True]
+    workers.run_worker(services.load_settings(home), campaign="weights", until_idle=True, device="cpu")
+    for job in pictures(home, "weights"):
+        data = Path(job["image"]["url"].removeprefix("file://")).read_bytes()
+        record = provenance.read_record(data) or {}
+        assert record["asked"]["prompt_syntax"] == "weighted"
+        assert record["ran"]["prompt_weights"]["prompt"] == [1.0, job["variables"]["weight"], 1.0]
+        assert record["ran"]["bucket"] == 2
+        assert _again(data, engine).bit_equal
+
+
 def test_the_command_takes_outside_inputs_from_a_folder(tmp_path: Path) -> None:
     photograph = tmp_path / "astronaut.png"
     Image.fromarray(skimage.data.astronaut()).save(photograph)  # type: ignore[no-untyped-call]

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from sdpipeline.campaigns import expand
 from sdpipeline.domain import AdapterInput, GenerationRequest, ImageSource, request_from_document, to_document
@@ -151,3 +154,11 @@ def test_the_default_reproducibility_changes_no_fingerprint() -> None:
     plain, named = _requests("seed: same"), _requests("seed: same\n    reproducibility: tolerant")
     assert plain == named
     assert "reproducibility" not in to_document(plain[0])
+
+
+def test_a_lora_of_another_network_type_that_was_registered_before_is_refused_by_plan(tmp_path: Path) -> None:
+    layer = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q"
+    save_file({f"{layer}.hada_w1_a": np.ones((4, 4), np.float32)}, tmp_path / "style.safetensors")
+    old = replace(CATALOG["style"], directory=tmp_path, manifest={"style.safetensors": "0" * 64})
+    with pytest.raises(CampaignError, match=r"loras\[0\]\.checkpoint: 'style' is a LoHa .*not applied here; merge it"):
+        campaign_of(STAGE + "    loras: [{checkpoint: style}]\n", catalog=WEIGHTS | {"style": old})
