@@ -126,7 +126,7 @@ def _adapter_files(alias: str, source: SourceFile) -> dict[str, Path]:
 
 
 def _refuse_surplus(path: Path, given: Given) -> None:
-    named = {"--tokenizer": given.tokenizer, "--parts": given.parts}
+    named: dict[str, object] = {"--tokenizer": given.tokenizer, "--parts": given.parts}
     named |= {"--family": given.family, "--prediction-type": given.prediction_type}
     for option, value in named.items():
         if value is not None:

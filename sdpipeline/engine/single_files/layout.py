@@ -86,8 +86,9 @@ def _refuse_unsupported(source: SourceFile) -> None:
 def _refuse_flux_variants(source: SourceFile) -> None:
     for prefix in (DENOISER, ""):
         shape = source.shapes.get(f"{prefix}img_in.weight", (0, 64))
-        if f"{prefix}double_blocks.0.img_attn.qkv.weight" in source.tensors and shape[1:] != (64,):
-            what = {(384,): "Flux Fill", (128,): "Flux Control (Canny or Depth)"}.get(shape[1:], "an unknown Flux")
+        channels = shape[1] if len(shape) == 2 else 0
+        if f"{prefix}double_blocks.0.img_attn.qkv.weight" in source.tensors and channels != 64:
+            what = {384: "Flux Fill", 128: "Flux Control (Canny or Depth)"}.get(channels, "an unknown Flux")
             raise CheckpointError(f"{source.path} is {what}, which reads more than noise; use Flux.1 dev or schnell")
     titles = [source.metadata.get(f"modelspec.{key}", "") for key in ("title", "architecture")]
     if "kontext" in " ".join(titles).lower():
