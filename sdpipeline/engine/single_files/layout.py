@@ -114,9 +114,10 @@ def _ldm_unet(source: SourceFile) -> Layout | None:
     unet = _part(source, prefix, "ldm")
     _refuse_other_unets(source, unet)
     if "label_emb.0.0.weight" in unet.shapes:
-        first, second = "conditioner.embedders.0.transformer.", "conditioner.embedders.1.model."
+        first, second = "conditioner.embedders.0.transformer.", "conditioner.embedders.1."
+        renamed = _part(source, f"{second}transformer.", "clip")
         parts = {"unet": unet, "text_encoder": _part(source, first, "clip")}
-        parts |= {"text_encoder_2": _part(source, second, "open-clip")}
+        parts |= {"text_encoder_2": renamed if renamed.names else _part(source, f"{second}model.", "open-clip")}
         return _layout(source, "sdxl", parts)
     encoders = {
         "sd1": _part(source, "cond_stage_model.transformer.", "clip"),

@@ -443,3 +443,22 @@ def test_an_ip_adapter_is_copied_with_the_image_encoder_of_its_repository(tmp_pa
     found = imported(tmp_path / "h94" / "models" / "ip-adapter.safetensors", tmp_path / "out").files
     assert found.kind == "ip-adapter"
     assert dict(found.manifest) == dict(tiny_checkpoints().files("ip-adapter-sd1").manifest)
+
+
+@pytest.mark.parametrize("renamed", [True, False])
+def test_other_names_of_the_second_text_encoder_are_read(tmp_path: Path, *, renamed: bool) -> None:
+    base, second = tiny_checkpoints().directory("sdxl"), "conditioner.embedders.1."
+    state = load_file(converted_file("sdxl"))
+    if renamed:
+        state = {name: tensor for name, tensor in state.items() if not name.startswith(second)}
+        own = load_file(base / "text_encoder_2" / "model.safetensors")
+        state |= {f"{second}transformer.{name}": tensor for name, tensor in own.items()}
+    else:
+        state[f"{second}model.text_projection.weight"] = state.pop(f"{second}model.text_projection").T.contiguous()
+    save_file(state, tmp_path / "x.safetensors")
+    found, known = (
+        tensors(imported(tmp_path / "x.safetensors", tmp_path, tokenizer=base).files.directory),
+        tensors(base),
+    )
+    assert found.keys() == known.keys()
+    assert all(tensor.equal(known[name]) for name, tensor in found.items())
