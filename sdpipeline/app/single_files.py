@@ -11,6 +11,7 @@ from pathlib import Path
 
 from sdpipeline.campaigns.spec_part import NAME
 from sdpipeline.engine.checkpoints import CheckpointFiles
+from sdpipeline.engine.ip_adapters import ENCODER
 from sdpipeline.engine.single_files.given import Given
 from sdpipeline.engine.single_files.importer import Imported, Progress, import_file
 from sdpipeline.engine.weight_files import PICKLES, WEIGHTS
@@ -83,7 +84,7 @@ def _weights(folder: Path) -> Iterator[Path]:
     except OSError as error:
         raise CheckpointError(f"{folder} cannot be read: {error.strerror or error}") from error
     for path in entries:
-        if path.name.startswith(".") or path.name == "image_encoder":  # an IP-Adapter's encoder goes with the adapter
+        if path.name.startswith(".") or path.name == ENCODER:  # an IP-Adapter's encoder goes with the adapter
             continue
         if path.is_file() and path.suffix.lower() in _FILES:
             yield path

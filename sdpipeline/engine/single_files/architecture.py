@@ -190,6 +190,8 @@ def open_clip(shapes: Shape, template_layers: int) -> dict[str, Any]:
     }
     if "text_projection" in shapes:
         found["projection_dim"] = shapes.size("text_projection", 1)
+    elif "text_projection.weight" in shapes:
+        found["projection_dim"] = shapes.size("text_projection.weight")
     return found
 
 

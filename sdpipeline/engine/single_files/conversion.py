@@ -85,6 +85,8 @@ def _pipeline(work: _Conversion) -> dict[str, Any]:
     configs = {name: _configuration(work, name, part) for name, part in layout.parts.items()}
     _size(work, configs[denoiser], denoiser)
     similar = [root for root in work.roots if related(root, denoiser, configs[denoiser])]
+    if borrowed:
+        _check_borrowed(work, borrowed, similar, needed)
     scheduler = schedulers.scheduler(work.source, layout, similar, work.given.prediction_type)
     for name, part in layout.parts.items():
         _write_part(work, name, part, configs[name], work.target / name)
@@ -148,11 +150,42 @@ def _borrowed(work: _Conversion, missing: Sequence[str]) -> dict[str, Path]:
     return {name: folder for name, folder in folders.items() if (folder / "config.json").is_file()}
 
 
+def _check_borrowed(
+    work: _Conversion, borrowed: Mapping[str, Path], similar: Sequence[Path], needed: Mapping[str, str]
+) -> None:
+    """Raise CheckpointError for parts of another family: many load, and every picture would be silently wrong."""
+    root = next(iter(borrowed.values())).parent
+    if root in similar:
+        return
+    family = work.layout.family
+    foreign = [name for name, folder in borrowed.items() if not _is_of(family, name, folder, needed[name])]
+    if foreign or any((root / name).is_dir() for name in ("unet", "transformer")):
+        names = ", ".join(foreign or borrowed)
+        raise CheckpointError(
+            f"{work.where} is {family} of other widths than the pipeline in {root}, whose {names} would not fit; "
+            f"name a {family} folder with --parts DIR_OR_ALIAS"
+        )
+
+
+def _is_of(family: str, name: str, folder: Path, class_name: str) -> bool:
+    """Return True if a part without its pipeline is the published one of a family."""
+    config, known = read_config(folder / "config.json") or {}, published(family)["parts"][name]
+    if name == "vae":
+        keys = ("latent_channels", "scaling_factor", "shift_factor")
+        return all(config.get(key, _VAE_DEFAULTS[key]) == known.get(key, _VAE_DEFAULTS[key]) for key in keys)
+    width = "d_model" if class_name == "T5EncoderModel" else "hidden_size"
+    return class_name in config.get("architectures", ()) and config.get(width) == known[width]
+
+
+_VAE_DEFAULTS = {"latent_channels": 4, "scaling_factor": 0.18215, "shift_factor": None}
+
+
 def _refuse_absent(work: _Conversion, absent: Sequence[str]) -> None:
     if not absent:
         return
     tokenizer = work.given.tokenizer
-    if tokenizer is not None and all((tokenizer / name / "config.json").is_file() for name in absent):
+    denoiser = "transformer" if work.layout.family in networks.DENOISERS else "unet"
+    if tokenizer is not None and all((tokenizer / name / "config.json").is_file() for name in (*absent, denoiser)):
         fix = f"the folder of --tokenizer has them: add --parts {tokenizer}"
     else:
         fix = (

@@ -18,6 +18,7 @@ from sdpipeline.domain import Json, digest
 from sdpipeline.engine.checkpoints import CheckpointFiles, inspect
 from sdpipeline.engine.classification import classify_single_file
 from sdpipeline.engine.hash_cache import StatKey
+from sdpipeline.engine.ip_adapters import ip_adapter_folder
 from sdpipeline.engine.single_files import conversion, tokenizers
 from sdpipeline.engine.single_files.given import Given
 from sdpipeline.engine.single_files.layout import Layout, recognise
@@ -119,11 +120,13 @@ def _adapter_files(alias: str, source: SourceFile) -> dict[str, Path]:
             f"{source.path} is a {about.kind} of {about.family} under names that cannot be converted; fetch its "
             "publisher's folder with config.json, and register that folder"
         )
+    if about.kind == "ip-adapter":
+        return ip_adapter_folder(source.path)
     return {f"{source.path.stem}{WEIGHTS}": source.path}
 
 
 def _refuse_surplus(path: Path, given: Given) -> None:
-    named = {"--tokenizer": given.tokenizer, "--parts": given.parts}
+    named: dict[str, object] = {"--tokenizer": given.tokenizer, "--parts": given.parts}
     named |= {"--family": given.family, "--prediction-type": given.prediction_type}
     for option, value in named.items():
         if value is not None:

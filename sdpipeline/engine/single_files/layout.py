@@ -86,8 +86,9 @@ def _refuse_unsupported(source: SourceFile) -> None:
 def _refuse_flux_variants(source: SourceFile) -> None:
     for prefix in (DENOISER, ""):
         shape = source.shapes.get(f"{prefix}img_in.weight", (0, 64))
-        if f"{prefix}double_blocks.0.img_attn.qkv.weight" in source.tensors and shape[1:] != (64,):
-            what = {(384,): "Flux Fill", (128,): "Flux Control (Canny or Depth)"}.get(shape[1:], "an unknown Flux")
+        channels = shape[1] if len(shape) == 2 else 0
+        if f"{prefix}double_blocks.0.img_attn.qkv.weight" in source.tensors and channels != 64:
+            what = {384: "Flux Fill", 128: "Flux Control (Canny or Depth)"}.get(channels, "an unknown Flux")
             raise CheckpointError(f"{source.path} is {what}, which reads more than noise; use Flux.1 dev or schnell")
     titles = [source.metadata.get(f"modelspec.{key}", "") for key in ("title", "architecture")]
     if "kontext" in " ".join(titles).lower():
@@ -113,9 +114,10 @@ def _ldm_unet(source: SourceFile) -> Layout | None:
     unet = _part(source, prefix, "ldm")
     _refuse_other_unets(source, unet)
     if "label_emb.0.0.weight" in unet.shapes:
-        first, second = "conditioner.embedders.0.transformer.", "conditioner.embedders.1.model."
+        first, second = "conditioner.embedders.0.transformer.", "conditioner.embedders.1."
+        renamed = _part(source, f"{second}transformer.", "clip")
         parts = {"unet": unet, "text_encoder": _part(source, first, "clip")}
-        parts |= {"text_encoder_2": _part(source, second, "open-clip")}
+        parts |= {"text_encoder_2": renamed if renamed.names else _part(source, f"{second}model.", "open-clip")}
         return _layout(source, "sdxl", parts)
     encoders = {
         "sd1": _part(source, "cond_stage_model.transformer.", "clip"),

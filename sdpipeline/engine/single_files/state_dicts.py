@@ -111,6 +111,8 @@ def _open_clip(original: Tensors, config: Mapping[str, Any]) -> Tensors:
     full = {f"conditioner.embedders.1.model.{key}": tensor for key, tensor in used.items()}
     prefix = "conditioner.embedders.1.model."
     converted: Tensors = diffusers_names.convert_open_clip_checkpoint(network, full, prefix)
+    if "text_projection.weight" in original:  # of a linear layer, which has the transposed matrix
+        converted["text_projection.weight"] = original["text_projection.weight"]
     if "Projection" not in config["architectures"][0]:
         converted.pop("text_projection.weight", None)
     return converted

@@ -149,6 +149,17 @@ def test_missing_parts_are_taken_from_the_folder_that_is_named_for_them(tmp_path
     assert "the vae is not of the file" in " ".join(found.notes)
 
 
+def test_parts_of_another_family_are_refused(tmp_path: Path) -> None:
+    """The autoencoder of an SD 1 loads into an SDXL, and every picture would be wrong."""
+    base = tiny_checkpoints().directory("sdxl")
+    file = pack(base, tmp_path / "x" / "no-vae.safetensors", without=("vae",))
+    with pytest.raises(CheckpointError, match=r"is sdxl of other widths than the pipeline in .*, whose vae would not"):
+        imported(file, tmp_path, tokenizer=base, parts=tiny_checkpoints().directory("sd1"))
+    shutil.copytree(tiny_checkpoints().directory("vae"), tmp_path / "parts" / "vae")
+    with pytest.raises(CheckpointError, match="whose vae would not fit"):
+        imported(file, tmp_path, tokenizer=base, parts=tmp_path / "parts")
+
+
 def test_an_sd3_without_t5_is_a_pipeline_without_t5(tmp_path: Path) -> None:
     base = Path(shutil.copytree(tiny_checkpoints().directory("sd3"), tmp_path / "base"))
     shutil.rmtree(base / "tokenizer_3")
@@ -347,6 +358,10 @@ REFUSED: dict[str, tuple[dict[str, tuple[int, ...]], str]] = {
         {"edm_mean": (1, 4, 1, 1), "model.diffusion_model.input_blocks.0.0.weight": (8, 4, 3, 3)},
         "an EDM checkpoint",
     ),
+    "flux-fill": (
+        {"double_blocks.0.img_attn.qkv.weight": (8, 8), "img_in.weight": (8, 384)},
+        "Flux Fill",
+    ),
     "scaled-fp8": (
         {"double_blocks.0.img_attn.qkv.weight": (8, 8), "double_blocks.0.img_attn.qkv.scale_weight": (1,)},
         "quantized weights",
@@ -420,3 +435,30 @@ def test_a_checkpoints_folder_that_cannot_be_written_is_named(tmp_path: Path) ->
     (tmp_path / "out").write_text("a file")
     with pytest.raises(CheckpointError, match="SDP_CHECKPOINTS_DIR"):
         imported(converted_file("sd1"), tmp_path / "out", tokenizer=tiny_checkpoints().directory("sd1"))
+
+
+def test_an_ip_adapter_is_copied_with_the_image_encoder_of_its_repository(tmp_path: Path) -> None:
+    folder = tiny_checkpoints().directory("ip-adapter-sd1")
+    shutil.copytree(folder, tmp_path / "h94" / "models")
+    found = imported(tmp_path / "h94" / "models" / "ip-adapter.safetensors", tmp_path / "out").files
+    assert found.kind == "ip-adapter"
+    assert dict(found.manifest) == dict(tiny_checkpoints().files("ip-adapter-sd1").manifest)
+
+
+@pytest.mark.parametrize("renamed", [True, False])
+def test_other_names_of_the_second_text_encoder_are_read(tmp_path: Path, *, renamed: bool) -> None:
+    base, second = tiny_checkpoints().directory("sdxl"), "conditioner.embedders.1."
+    state = load_file(converted_file("sdxl"))
+    if renamed:
+        state = {name: tensor for name, tensor in state.items() if not name.startswith(second)}
+        own = load_file(base / "text_encoder_2" / "model.safetensors")
+        state |= {f"{second}transformer.{name}": tensor for name, tensor in own.items()}
+    else:
+        state[f"{second}model.text_projection.weight"] = state.pop(f"{second}model.text_projection").T.contiguous()
+    save_file(state, tmp_path / "x.safetensors")
+    found, known = (
+        tensors(imported(tmp_path / "x.safetensors", tmp_path, tokenizer=base).files.directory),
+        tensors(base),
+    )
+    assert found.keys() == known.keys()
+    assert all(tensor.equal(known[name]) for name, tensor in found.items())
