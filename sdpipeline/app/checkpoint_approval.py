@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
+from sdpipeline.app.checkpoints import as_approved_before
 from sdpipeline.app.model_card import read_model_card
 from sdpipeline.app.services import Services
 from sdpipeline.campaigns.checkpoint_defaults import AUTO, parsed_defaults
@@ -22,6 +23,7 @@ def approve(services: Services, files: CheckpointFiles, approval: Approval, defa
     card. ``defaults`` are the values of ``--defaults``; without any, weights that were registered before keep theirs.
     Raises BadInputError for a wrong default.
     """
+    files = as_approved_before(services.database, files)
     detected = files.defaults
     if defaults:
         files = replace(files, defaults=parsed_defaults(defaults, files))

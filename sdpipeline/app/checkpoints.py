@@ -14,7 +14,7 @@ from sdpipeline.campaigns.loader import Catalog
 from sdpipeline.db import registry
 from sdpipeline.db.connection import Database
 from sdpipeline.demo.manifest import read_manifest
-from sdpipeline.engine.checkpoints import WEIGHTS, CheckpointFiles, inspect
+from sdpipeline.engine.checkpoints import WEIGHTS, CheckpointFiles, inspect, verify
 from sdpipeline.engine.hash_cache import HashCache
 from sdpipeline.engine.part_files import INDEX
 from sdpipeline.engine.weight_files import FOREIGN, MAX_FILES, PICKLES
@@ -71,6 +71,27 @@ def approved_checkpoints(settings: Settings, database: Database) -> list[Checkpo
         else files
         for files in known
     ]
+
+
+def as_approved_before(database: Database, files: CheckpointFiles) -> CheckpointFiles:
+    """Return weights with the manifest of their earlier approval, if the directory still is exactly what was approved.
+
+    Earlier releases counted files that are ignored now. A second approval of the same directory must not change the
+    digest, because that would make the pictures of its campaigns anew.
+    """
+    with database.read() as connection:
+        known = registry.known(connection)
+    for old in known:
+        if (old.alias, old.directory) != (files.alias, files.directory) or old.manifest == files.manifest:
+            continue
+        if not files.manifest.items() <= old.manifest.items():
+            continue
+        try:
+            verify(old)
+        except CheckpointError:
+            continue
+        return replace(files, digest=old.digest, manifest=old.manifest, size_bytes=old.size_bytes, ignored=old.ignored)
+    return files
 
 
 def _resolved(directory: Path) -> Path:

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import os
 import shutil
+from dataclasses import replace
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from sdpipeline.app import checkpoints
+from sdpipeline.app import checkpoints, services
+from sdpipeline.db import registry
+from sdpipeline.domain import digest
+from sdpipeline.engine.checkpoints import inspect
 from tests.integration.commands import FAKE_ENGINE, document, sdpipeline
 
 SHAPES = checkpoints.BUILTIN_CHECKPOINTS / "shapes"
@@ -118,3 +123,24 @@ def test_licences_and_sources_of_a_folder_are_listed_and_taken_at_registration(h
     licences = {name: rows[name]["licence"] for name in ("good", "carded", "named", "shapes")}
     assert licences == {"good": "openrail++", "carded": "openrail++", "named": "ours", "shapes": "Apache-2.0"}
     assert (rows["carded"]["source"], rows["shapes-canny"]["source"]) == (str(own), "shipped with sdpipeline")
+
+
+def test_a_second_approval_of_what_an_earlier_release_approved_whole_keeps_its_digest(
+    home: Path, tmp_path: Path
+) -> None:
+    own = Path(shutil.copytree(SHAPES, tmp_path / "own"))
+    unet = own / "unet" / "diffusion_pytorch_model.safetensors"
+    shutil.copyfile(unet, unet.with_name("diffusion_pytorch_model.fp16.safetensors"))
+    files = inspect("whole", own)
+    manifest = {
+        path.relative_to(own).as_posix(): sha256(path.read_bytes()).hexdigest()
+        for path in own.rglob("*")
+        if path.is_file()
+    }
+    old = replace(files, manifest=manifest, digest=digest(manifest), ignored=())
+    with services.open_services(services.load_settings(home)) as have, have.audit.transaction() as tx:
+        registry.add(tx, old, registry.Approval(approved_by="an earlier release"))
+    assert document("checkpoints", "add", "whole", own, "--home", home)["digest"] == old.digest
+    assert document("checkpoints", "add", "fresh", own, "--home", home)["digest"] == files.digest
+    (own / "unet" / "notes.txt").write_text("added")
+    assert document("checkpoints", "add", "whole", own, "--home", home)["digest"] != old.digest
