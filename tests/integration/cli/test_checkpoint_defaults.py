@@ -100,7 +100,8 @@ def test_shipped_checkpoints_warn_of_a_size_far_from_that_of_their_configuration
     assert document("plan", file, "--home", home)["warnings"] == []
     file.write_text(file.read_text().replace("128", "64"))
     warned = [each["message"] for each in document("plan", file, "--home", home)["warnings"]]
-    assert len(warned) == 1 and warned[0].startswith("64x64 is 0.25 times the area")
+    assert len(warned) == 1
+    assert warned[0].startswith("64x64 is 0.25 times the area")
 
 
 def test_given_defaults_are_listed_audited_used_and_kept_by_a_renewed_approval(
