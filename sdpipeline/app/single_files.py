@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 import unicodedata
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
@@ -66,9 +67,9 @@ def files_of(folder: Path) -> Iterator[Found]:
     for path in _weights(folder):
         alias = alias_of(path)
         if path.is_dir():
-            why = f"{path} is a checkpoint folder; register it by itself: sdpipeline checkpoints add {alias} {path}"
+            why = f"{path} is a checkpoint folder; register it by itself: {_command(alias, path)}"
         elif not re.fullmatch(NAME, alias):
-            why = f"{path.name} gives no alias; register it by itself: sdpipeline checkpoints add ALIAS {path}"
+            why = f"{path.name} gives no alias; register it by itself: {_command('ALIAS', path)}"
         elif alias in taken:
             why = f"{taken[alias]} has the same alias {alias}; register {path} by itself under another alias"
         else:
@@ -101,12 +102,17 @@ def alias_of(path: Path) -> str:
     return re.sub(r"[^a-z0-9]+", "-", plain).strip("-")[:63].rstrip("-")
 
 
-def refuse_replacing(alias: str, files: CheckpointFiles, known: Mapping[str, CheckpointFiles]) -> None:
+def _command(alias: str, path: Path) -> str:
+    """Return the command that registers a file, as a shell takes it."""
+    return f"sdpipeline checkpoints add {alias} {shlex.quote(str(path))}"
+
+
+def refuse_replacing(alias: str, files: CheckpointFiles, known: Mapping[str, CheckpointFiles], path: Path) -> None:
     """Raise CheckpointError if an alias made of a file's name already means other weights."""
     if alias in known and known[alias].digest != files.digest:
         raise CheckpointError(
             f"alias {alias} already means other weights ({known[alias].directory}); to replace them, register this "
-            f"file by itself: sdpipeline checkpoints add {alias} FILE"
+            f"file by itself: {_command(alias, path)}"
         )
 
 
@@ -123,7 +129,7 @@ def add_all(
         try:
             check_adapter(found)
             imported = add_file(settings, found.alias, found.path, Given(), progress)
-            refuse_replacing(found.alias, imported.files, known)
+            refuse_replacing(found.alias, imported.files, known, found.path)
             yield row | {"ok": True, **register(imported, found.path), "detail": ""}
         except CheckpointError as error:
             yield row | {"ok": False, "digest": None, "kind": None, "family": None, "detail": str(error)}
@@ -140,5 +146,5 @@ def check_adapter(found: Found) -> None:
     if layout is not None:
         raise CheckpointError(
             f"{found.path} is a {layout.kind} in one file, which has to be converted; register it by itself: "
-            f"sdpipeline checkpoints add {found.alias} {found.path}"
+            f"{_command(found.alias, found.path)}"
         )

@@ -169,6 +169,7 @@ class _Chains:
         self._subject(combination)
         found: dict[str, Resolved] = {}
         sizes: dict[str, Size] = {}
+        self.campaign.warnings.row = self._row(combination)
         for plan in self._plans:
             if not all(parent in found for parent in plan.parents):
                 continue
@@ -238,10 +239,14 @@ class _Chains:
         return found or None
 
     def _note_value(self, wrong: WrongValueError, combination: Combination) -> None:
-        message = str(wrong)
-        if combination.line is not None and self.campaign.axes.table:
-            message = f"{message}, in {self.campaign.axes.table.name}:{combination.line}"
+        row = self._row(combination)
+        message = f"{wrong}, in {row}" if row else str(wrong)
         self.note(self.campaign.source.mistake(wrong.path, message, wrong.fix))
+
+    def _row(self, combination: Combination) -> str:
+        """Return file and line of a combination's row; empty without a table."""
+        table = self.campaign.axes.table
+        return f"{table.name}:{combination.line}" if table and combination.line is not None else ""
 
 
 def _branches(plan: StagePlan, above: list[_Branch]) -> Iterator[_Branch]:

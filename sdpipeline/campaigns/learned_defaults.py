@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sdpipeline.engine.checkpoints import CheckpointFiles
+from sdpipeline.engine.checkpoints import CheckpointFiles, native_size
 from sdpipeline.engine.distilled import detected_defaults, embeds_guidance, fitting, trails
 from sdpipeline.engine.families import Family
 
@@ -18,6 +18,7 @@ OF_FAMILY = frozenset({"num_inference_steps", "guidance_scale", "scheduler"})
 class LearnedDefaults:
     """Defaults by diffusers' names: of the first LoRA that has one, else of the checkpoint.
 
+    ``native_area`` is the area in pixels of the pictures that the checkpoint was made for, None if unknown.
     ``expected`` are the values that parameters are compared with for warnings: the defaults, and those that the
     configurations of a checkpoint show that an earlier release registered without any. ``owners`` names the weights
     that each of them comes from. ``embedded_guidance`` is True if the U-Net takes its guidance scale as an embedding,
@@ -31,6 +32,7 @@ class LearnedDefaults:
     owners: Mapping[str, str]
     embedded_guidance: bool
     trails: bool
+    native_area: int | None
 
     def get(self, name: str) -> Any:
         """Return the default of a parameter: of the weights, else of their family; None if neither has one."""
@@ -41,13 +43,6 @@ class LearnedDefaults:
         side, multiple = self.files.native_size, self.row.size_multiple
         side = otherwise if side is None else max(multiple, side // multiple * multiple)
         return self.values.get("width", side), self.values.get("height", side)
-
-    @property
-    def native_area(self) -> int | None:
-        """Area in pixels of the pictures that the checkpoint was made for; None if unknown."""
-        if {"width", "height"} <= self.values.keys():
-            return int(self.values["width"] * self.values["height"])
-        return None if self.files.native_size is None else self.files.native_size**2
 
 
 def learned_defaults(row: Family, files: CheckpointFiles, loras: Sequence[CheckpointFiles] = ()) -> LearnedDefaults:
@@ -68,4 +63,13 @@ def learned_defaults(row: Family, files: CheckpointFiles, loras: Sequence[Checkp
         owners=owners,
         embedded_guidance=embeds_guidance(files.directory, row),
         trails=trails(files.directory),
+        native_area=_native_area(files, values, shown=unknown),
     )
+
+
+def _native_area(files: CheckpointFiles, values: Mapping[str, Any], *, shown: bool) -> int | None:
+    """Return the area of the default size, else of the native one; ``shown`` allows that of the configurations."""
+    if {"width", "height"} <= values.keys():
+        return int(values["width"] * values["height"])
+    side = native_size(files.alias, files.directory) if shown else files.native_size
+    return None if side is None else side**2

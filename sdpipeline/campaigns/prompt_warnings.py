@@ -108,7 +108,7 @@ RULES = (
     Rule(
         kind="parameters",
         trigger="--",
-        pattern=re.compile(r"(?:^|(?<=\s))--[a-z]+\b[^-]*"),
+        pattern=re.compile(r"(?:^|(?<=\s))--[a-z]+\b(?:[ =]+[\d.:]+)?"),
         message="is a parameter of another program and is read as text",
         fix="remove it, and write the stage's own keys",
     ),
@@ -208,14 +208,15 @@ class PromptWarnings:
         if not _marked(prompt):
             return
         if not prompt.isascii():
-            self._check_characters(path, prompt)
+            self._check_characters(path, template, prompt)
         if "<" in prompt:
-            self._check_angles(path, prompt)
+            self._check_angles(path, template, prompt)
         for rule in self._rules:
             if rule.kind in self._found or rule.trigger not in prompt or not rule.yields_to.isdisjoint(self._found):
                 continue
             if found := rule.pattern.search(prompt):
-                self._add(path, rule.kind, f"{_quoted(found[0])} {rule.message}", self._fix(rule.fix))
+                message = f"{_quoted(found[0])} {rule.message}{self._row(template, found[0])}"
+                self._add(path, rule.kind, message, self._fix(rule.fix))
         for doubt in doubts:
             if doubt.kind not in self._found:
                 message, fix = DOUBTS[doubt.kind]
@@ -230,31 +231,39 @@ class PromptWarnings:
 
     def _check_gaps(self, path: KeyPath, template: Template, values: Mapping[str, Any], prompt: str) -> None:
         if not prompt.strip():
-            self._add(path, "blank", "is only white space", "write a prompt, or leave it out")
+            message = f"is only white space{self._row(template, prompt)}"
+            self._add(path, "blank", message, "write a prompt, or leave it out")
             return
         empty = next((name for name in sorted(template.names) if not str(values[name]).strip()), None)
         if empty and len(_GAP.findall(prompt)) > len(_GAP.findall(template.text)):
-            message = f"{_quoted(prompt)} has a gap where {empty} is empty"
+            message = f"{_quoted(prompt)} has a gap where {empty} is empty{self._row(template, prompt)}"
             self._add(path, "gap", message, f"fill it in, or write {{{{ {empty} | default('...', true) }}}}")
 
-    def _check_characters(self, path: KeyPath, prompt: str) -> None:
+    def _check_characters(self, path: KeyPath, template: Template, prompt: str) -> None:
         if found := _QUOTE.search(prompt):
-            message = f"{_around(prompt, found.start())} has the curly quote {found[0]!r}"
+            row = self._row(template, found[0])
+            message = f"{_around(prompt, found.start())} has the curly quote {found[0]!r}{row}"
             self._add(path, "quotes", message, "write ' or \", which text encoders know from their training")
         if found := _UNSEEN.search(prompt):
-            message = f"{_around(prompt, found.start())} has the invisible character U+{ord(found[0]):04X}"
+            row = self._row(template, found[0])
+            message = f"{_around(prompt, found.start())} has the invisible character U+{ord(found[0]):04X}{row}"
             self._add(path, "invisible", message, "write a space, or remove it")
 
-    def _check_angles(self, path: KeyPath, prompt: str) -> None:
+    def _check_angles(self, path: KeyPath, template: Template, prompt: str) -> None:
         for found in _NETWORK.finditer(prompt):
             kind = found[1].lower()
             if kind not in self._found:
-                message = f"{_quoted(found[0])} is read as text; it loads nothing"
+                message = f"{_quoted(found[0])} is read as text; it loads nothing{self._row(template, found[0])}"
                 self._add(path, kind, message, self._network_fix(found))
         for found in _ANGLE.finditer(prompt):
             if found[1] in self.inversions:
                 fix = f"write textual_inversions: [{{checkpoint: {found[1]}}}] in the stage"
-                self._add(path, "textual inversion", f"{_quoted(found[0])} is not listed by the stage", fix)
+                message = f"{_quoted(found[0])} is not listed by the stage{self._row(template, found[0])}"
+                self._add(path, "textual inversion", message, fix)
+
+    def _row(self, template: Template, found: str) -> str:
+        """Return ", in FILE:LINE" for a text that a row of a table brought; empty if it is in the template."""
+        return f", in {self.warnings.row}" if self.warnings.row and found not in template.text else ""
 
     def _network_fix(self, found: re.Match[str]) -> str:
         kind, name, weight = found[1].lower(), found[2].strip(), (found[3] or "").strip()

@@ -11,9 +11,13 @@ from sdpipeline.errors import CampaignError, Mistake
 
 @dataclass(slots=True)
 class Warnings:
-    """Collector of warnings: each kind of warning once per place, however many rows of a table cause it."""
+    """Collector of warnings: each kind of warning once per place, however many rows of a table cause it.
+
+    ``row`` is the row that is being filled in, such as ``products.csv:7``; empty without a table.
+    """
 
     source: Located
+    row: str = ""
     _found: dict[tuple[KeyPath, Hashable], Mistake] = field(default_factory=dict)
 
     def add(self, path: KeyPath, kind: Hashable, message: str, fix: str | None = None) -> None:

@@ -127,6 +127,8 @@ def add(
         )
     else:
         if option := next((option for option, value in named.items() if value is not None), None):
+            if not Path(source).expanduser().exists() and not revision:
+                raise refuse(f"there is no file {source}, and {option} is for a single file", "check the path")
             raise refuse(f"{option} is for a single file, and {source} is not one", f"omit {option}")
         document = _add_directory(
             settings, alias, source, revision=revision, approval=approval, defaults=defaults or ()

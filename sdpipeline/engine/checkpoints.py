@@ -92,6 +92,14 @@ def inspect(alias: str, directory: Path, *, cache: HashCache | None = None) -> C
         )
 
 
+def native_size(alias: str, directory: Path) -> int | None:
+    """Return the side in pixels that a pipeline's configurations show; None if they show none or are not here."""
+    try:
+        return classify(alias, directory, [part_files.INDEX]).native_size
+    except CheckpointError:
+        return None
+
+
 def _classify_complete(alias: str, directory: Path, names: list[str]) -> Classification:
     """Classify a directory, and check that it has every part of its kind."""
     if part_files.INDEX in names:

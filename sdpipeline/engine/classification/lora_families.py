@@ -11,6 +11,7 @@ from sdpipeline.engine.classification.loras import Layer, LoraFormat, Shape, lor
 from sdpipeline.engine.classification.networks import Network
 
 _TEXT_SIDE = re.compile(r"self_attn_(?:[qkv]|out)_proj$|mlp_fc1$|SelfAttention_[qkv]$")
+_CLIP_SIDE = re.compile(r"self_attn_(?:[qkv]|out)_proj$|mlp_fc[12]$")
 _CONTROLLED = re.compile(r"^(?:img_in|x_embedder)$")
 _FIX = "supported are LoRAs of SD 1.x and 2.x, SDXL, SD3 and Flux.1; remove it"
 
@@ -47,10 +48,10 @@ def _narrowed(network: Network, layers: Sequence[Layer]) -> str:
 def _text_family(tensors: Mapping[str, Shape], layers: Sequence[Layer]) -> str:
     """Return the family of a LoRA that changes text encoders alone.
 
-    CLIP-L (768) is a part of SD 1.x, SDXL, SD3 and Flux; only kohya's prefix ``lora_te_`` says SD 1.x.
+    CLIP-L (768) is a part of SD 1.x, SDXL, SD3 and Flux; only kohya's prefix ``lora_te_`` says SD 1.x. A second CLIP
+    of any width is SDXL's, because trainers of SD3 seldom leave its transformer alone. Flux has T5 in its place.
     """
-    second = _text_widths(layers, "text_encoder_2")
-    if 1280 in second:
+    if any(layer.part == "text_encoder_2" and _CLIP_SIDE.search(layer.name) for layer in layers):
         return "sdxl"
     first = _text_widths(layers, "text_encoder")
     if 1024 in first:

@@ -92,6 +92,18 @@ def test_shipped_checkpoints_keep_their_size_and_defaults(tmp_path: Path, home: 
     assert (_request(home)["width"], _request(home)["num_inference_steps"]) == (512, 25)
 
 
+def test_shipped_checkpoints_warn_of_a_size_far_from_that_of_their_configuration(tmp_path: Path, home: Path) -> None:
+    file = _campaign(tmp_path, "shapes")
+    warned = [each["message"] for each in document("plan", file, "--home", home)["warnings"]]
+    assert warned == ["512x512 is 16 times the area that 'shapes' is made for"]
+    file.write_text(file.read_text() + "defaults: {width: 128, height: 128}\n")
+    assert document("plan", file, "--home", home)["warnings"] == []
+    file.write_text(file.read_text().replace("128", "64"))
+    warned = [each["message"] for each in document("plan", file, "--home", home)["warnings"]]
+    assert len(warned) == 1
+    assert warned[0].startswith("64x64 is 0.25 times the area")
+
+
 def test_given_defaults_are_listed_audited_used_and_kept_by_a_renewed_approval(
     tmp_path: Path, home: Path, turbo: Path
 ) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import shutil
 import socket
 from pathlib import Path
@@ -97,6 +98,7 @@ def test_the_conversion_is_in_the_audit_log_and_an_alias_gives_its_tokenizer(
         (["mine", "FILE", "--family", "sd4"], "--family sd4 is not one of"),
         (["mine", "FILE", "--prediction-type", "v"], "--prediction-type v is not one of"),
         (["mine", "DIR", "--tokenizer", "DIR"], "--tokenizer is for a single file"),
+        (["mine", "nowhere.safetensors", "--tokenizer", "DIR"], "there is no file nowhere.safetensors"),
         (["mine"], "needs an alias and a source"),
         (["Mine", "FILE"], "'Mine' is not an alias"),
         (["mine", "--all", "DIR"], "--all DIR takes no ALIAS"),
@@ -151,6 +153,16 @@ def test_adding_a_folder_again_changes_nothing_but_never_replaces_an_alias(
     code, refused, _ = ran(capsys, *command)
     assert code == 3
     assert "alias ink already means other weights" in refused["checkpoints"][0]["detail"]
+
+
+def test_the_command_that_a_refusal_names_can_be_pasted(
+    tmp_path: Path, home: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = pack(tiny_checkpoints().directory("sd1"), tmp_path / "my files" / "My Photo.safetensors")
+    code, found, _ = ran(capsys, "checkpoints", "add", "--all", file.parent, "--home", home)
+    assert code == 3
+    detail = found["checkpoints"][0]["detail"]
+    assert shlex.split(detail.rsplit("register it by itself: ", 1)[1])[-2:] == ["my-photo", str(file)]
 
 
 def test_the_reasons_of_refused_files_follow_the_table(

@@ -164,6 +164,20 @@ stages:
     assert [key for key, each in found if "BREAK" in each] == ["defaults.negative_prompt"]
 
 
+def test_a_warning_names_the_row_that_brings_its_text(tmp_path: Path) -> None:
+    (tmp_path / "p.tsv").write_text("sku\tnote\tword\n1\tnew\tcat\n2\t\tcat\n3\tnew\t“cat”\n4\t\t“cat”\n")
+    text = """
+variables: {rows: {file: p.tsv, key: sku}}
+stages: [{id: one, task: text-to-image, prompt: "a {{ word }}, {{ note }}, [dim] --ar 16:9 light"}]
+"""
+    found = [str(each) for each in planned(text, tmp_path).warnings.in_order()]
+    ends = {each.split(": ", 2)[2].split(" (")[0] for each in found}
+    assert "'[dim]' looks like a lower weight, but is read as text" in ends
+    assert "'--ar 16:9' is a parameter of another program and is read as text" in ends
+    assert any(each.endswith("has a gap where note is empty, in p.tsv:3") for each in ends)
+    assert any(each.endswith("has the curly quote '“', in p.tsv:4") for each in ends)
+
+
 def test_the_fix_for_a_family_without_weights_does_not_offer_them() -> None:
     [found] = warned("a (red:1.3) cat", more=", checkpoint: flow")
     assert "Stable Diffusion 3 does not take weights; remove the brackets" in found

@@ -61,6 +61,15 @@ RUNS: dict[str, tuple[Tensors, str]] = {
         kohya(CLIP, 768, 768, prefix="lora_te1_") | kohya(CLIP, 1280, 1280, prefix="lora_te2_"),
         "sdxl",
     ),
+    "sdxl text encoders of another width": (
+        kohya(CLIP, 32, 32, prefix="lora_te1_") | kohya(CLIP, 32, 32, prefix="lora_te2_"),
+        "sdxl",
+    ),
+    "T5 behind CLIP-L": (
+        kohya(CLIP, 768, 768, prefix="lora_te1_")
+        | kohya("encoder_block_0_layer_0_SelfAttention_k", 4096, 4096, prefix="lora_te2_"),
+        "any",
+    ),
     "any CLIP-L": (peft("text_encoder.text_model.encoder.layers.0.self_attn.q_proj", 768, 768), "any"),
     "flux kohya": (kohya("double_blocks_0_img_attn_qkv", 3072, 9216), "flux"),
     "flux kohya, single blocks": (kohya("single_blocks_37_linear1", 3072, 21504), "flux"),
