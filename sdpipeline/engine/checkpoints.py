@@ -65,9 +65,9 @@ def inspect(alias: str, directory: Path, *, cache: HashCache | None = None) -> C
         names = found.approvable(ignored)
         if part_files.INDEX not in names and not any(name.endswith(WEIGHTS) for name in names):
             raise CheckpointError(f"checkpoint {alias!r} holds no {WEIGHTS} file; name the folder that holds one")
-        completeness.check_contents(alias, found.path, names)
+        headers = completeness.check_contents(alias, found.path, names)
         _check_configurations(alias, found.path, frozenset(names))
-        about = _classify_complete(alias, found.path, names)
+        about = _classify_complete(alias, found.path, names, headers)
         if about.kind == "checkpoint":
             config_checks.check(alias, found.path, about.family)
         elif about.kind == "lora":
@@ -92,16 +92,16 @@ def inspect(alias: str, directory: Path, *, cache: HashCache | None = None) -> C
         )
 
 
-def _classify_complete(alias: str, directory: Path, names: list[str]) -> Classification:
+def _classify_complete(alias: str, directory: Path, names: list[str], headers: completeness.Headers) -> Classification:
     """Classify a directory, and check that it has every part of its kind."""
     if part_files.INDEX in names:
-        completeness.check_named_parts(alias, directory, names)
+        completeness.check_named_parts(alias, directory, names, headers)
         about = classify(alias, directory, names)
         completeness.check_needed_parts(alias, directory, about.family)
         return about
     about = classify(alias, directory, names)
     if "config.json" in names:
-        completeness.check_single_network(alias, directory, names)
+        completeness.check_single_network(alias, directory, names, headers)
     return about
 
 
