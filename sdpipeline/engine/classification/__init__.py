@@ -13,6 +13,7 @@ from sdpipeline.engine.classification.loras import LoraFormat, lora_format
 from sdpipeline.engine.classification.pipelines import INDEX, check_pipeline_class, classify_pipeline
 from sdpipeline.engine.classification.tensors import classify_single_file, classify_tensors
 from sdpipeline.engine.classification.unions import network_tensors, union_family
+from sdpipeline.engine.weight_files import WEIGHTS
 from sdpipeline.errors import CheckpointError
 
 __all__ = [
@@ -29,8 +30,6 @@ __all__ = [
     "read_header",
     "read_json",
 ]
-
-WEIGHTS = ".safetensors"
 
 
 def classify(alias: str, directory: Path, names: Sequence[str]) -> Classification:
