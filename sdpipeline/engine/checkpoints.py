@@ -18,7 +18,7 @@ from sdpipeline.engine.ip_adapters import check_ip_adapter
 from sdpipeline.engine.lora_files import check_lora
 from sdpipeline.engine.refusal import Refusal
 from sdpipeline.engine.single_files.record import origin_sha256
-from sdpipeline.engine.weight_files import MATTERS, WEIGHTS, WeightFiles
+from sdpipeline.engine.weight_files import INDEX, MATTERS, WEIGHTS, WeightFiles
 from sdpipeline.errors import CheckpointError, SdpError
 
 __all__ = ["MATTERS", "SAFETY_CHECKER", "WEIGHTS", "header"]
@@ -63,7 +63,7 @@ def inspect(alias: str, directory: Path, *, cache: HashCache | None = None) -> C
     with _errors_of(alias, directory), weight_files.opened(alias, directory) as found:
         ignored = part_files.unused(found.names)
         names = found.approvable(ignored)
-        if part_files.INDEX not in names and not any(name.endswith(WEIGHTS) for name in names):
+        if INDEX not in names and not any(name.endswith(WEIGHTS) for name in names):
             raise CheckpointError(f"checkpoint {alias!r} holds no {WEIGHTS} file; name the folder that holds one")
         headers = completeness.check_contents(alias, found.path, names)
         _check_configurations(alias, found.path, frozenset(names))
@@ -94,7 +94,7 @@ def inspect(alias: str, directory: Path, *, cache: HashCache | None = None) -> C
 
 def _classify_complete(alias: str, directory: Path, names: list[str], headers: completeness.Headers) -> Classification:
     """Classify a directory, and check that it has every part of its kind."""
-    if part_files.INDEX in names:
+    if INDEX in names:
         completeness.check_named_parts(alias, directory, names, headers)
         about = classify(alias, directory, names)
         completeness.check_needed_parts(alias, directory, about.family)

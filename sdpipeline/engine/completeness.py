@@ -11,8 +11,8 @@ from sdpipeline.engine.classification import Header, read_header, read_json
 from sdpipeline.engine.classification.headers import AGAIN, POINTERS
 from sdpipeline.engine.families import FAMILIES
 from sdpipeline.engine.network_tensors import missing_tensor
-from sdpipeline.engine.part_files import DIFFUSERS, INDEX, TRANSFORMERS, chosen_form, in_folder, is_index
-from sdpipeline.engine.weight_files import WEIGHTS
+from sdpipeline.engine.part_files import DIFFUSERS, TRANSFORMERS, chosen_form, in_folder, is_index
+from sdpipeline.engine.weight_files import INDEX, WEIGHTS
 from sdpipeline.errors import CheckpointError
 
 OPTIONAL = {"sd3": frozenset({"text_encoder_3", "tokenizer_3"})}

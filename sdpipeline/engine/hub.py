@@ -8,8 +8,8 @@ from collections.abc import Collection
 from pathlib import Path
 
 from sdpipeline.engine.allowed_classes import UNUSED_PARTS
-from sdpipeline.engine.part_files import INDEX, unused
-from sdpipeline.engine.weight_files import MATTERS
+from sdpipeline.engine.part_files import unused
+from sdpipeline.engine.weight_files import INDEX, MATTERS
 from sdpipeline.errors import CheckpointError
 
 REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")

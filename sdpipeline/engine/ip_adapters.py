@@ -110,7 +110,7 @@ def _encoder_files(file: Path, folder: Path) -> list[str]:
     if (folder / f"model{WEIGHTS}").is_file():
         return ["config.json", f"model{WEIGHTS}"]
     if (folder / index).is_file():
-        listed = sorted(path.name for path in folder.iterdir() if path.is_file())
+        listed = frozenset(path.name for path in folder.iterdir() if path.is_file())
         document = read_json(file.stem, folder / index)
         check_shards(file.stem, index, document, listed)  # the index names files to copy: none of another folder
         return ["config.json", index, *sorted({str(shard) for shard in document["weight_map"].values()})]

@@ -14,8 +14,7 @@ from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 
 from sdpipeline.engine.allowed_classes import UNUSED_PARTS
-from sdpipeline.engine.classification.pipelines import INDEX
-from sdpipeline.engine.weight_files import WEIGHTS, is_foreign
+from sdpipeline.engine.weight_files import INDEX, WEIGHTS, is_foreign
 
 DIFFUSERS = "diffusion_pytorch_model"
 TRANSFORMERS = "model"

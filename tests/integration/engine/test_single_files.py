@@ -251,7 +251,7 @@ def test_an_import_does_not_remove_the_unfinished_folder_of_another_one_that_beg
 
     def made_while_another_begins(**options: Any) -> str:
         """Give another import the time between the creation of this one's folder and its lock."""
-        made = begin(**options)
+        made = str(begin(**options))
         if not others:
             others.append(threading.Thread(target=other))
             others[0].start()
