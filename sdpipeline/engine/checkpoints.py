@@ -157,7 +157,9 @@ def _compare(found: WeightFiles, files: CheckpointFiles, cache: HashCache | None
     where = f"checkpoint {files.alias!r}"
     for name in sorted(files.manifest.keys() - set(found.names)):
         raise CheckpointError(f"{where}: {name} is missing from {files.directory}")
-    for name in sorted(set(found.approvable(files.ignored)) - files.manifest.keys()):
+    # Ignored names are only names: none may stand for a file that a loader would open now.
+    ignored = part_files.unused(found.names).intersection(files.ignored)
+    for name in sorted(set(found.approvable(ignored)) - files.manifest.keys()):
         raise CheckpointError(
             f"{where}: {name} was added after approval, and a loader could prefer it; "
             f"remove it from {files.directory}, or approve the directory with `sdpipeline checkpoints add`"
