@@ -16,8 +16,7 @@ from sdpipeline.db.connection import Database
 from sdpipeline.demo.manifest import read_manifest
 from sdpipeline.engine.checkpoints import WEIGHTS, CheckpointFiles, inspect, verify
 from sdpipeline.engine.hash_cache import HashCache
-from sdpipeline.engine.part_files import INDEX
-from sdpipeline.engine.weight_files import FOREIGN, MAX_FILES, PICKLES
+from sdpipeline.engine.weight_files import FOREIGN, INDEX, MAX_FILES, PICKLES
 from sdpipeline.errors import CheckpointError
 from sdpipeline.settings import Settings
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from sdpipeline.engine.weight_headers import read_header
+from sdpipeline.engine.classification import read_header
 from sdpipeline.errors import CheckpointError
 
 LONGEST = 200
@@ -58,7 +58,7 @@ SPDX's list, which libraries match texts against, has none of the licences that 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelCard:
-    """What a folder says about its weights; None where it says nothing."""
+    """Statements of a folder about its weights; None for each that it does not make."""
 
     licence: str | None = None
     source: str | None = None
@@ -120,7 +120,7 @@ def _metadata_licence(directory: Path) -> str | None:
     try:
         names = sorted(path.name for path in directory.iterdir() if path.suffix == ".safetensors")
         if len(names) == 1:
-            return _line(read_header("", directory, names[0]).metadata.get("modelspec.license"))
+            return _line(read_header("", directory / names[0]).metadata.get("modelspec.license"))
     except (OSError, CheckpointError):
         return None
     return None

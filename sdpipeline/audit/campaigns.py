@@ -181,6 +181,13 @@ def _checkpoint_faults(row: Json, replay: CampaignReplay) -> Iterator[str]:
     for name in ("licence", "purposes", "expires_at"):
         if name in event and row[name] != event[name]:
             yield f"its {name} is {row[name]!r}, the audit log says {event[name]!r}"
+    for name in (
+        "native_size",
+        "defaults",
+        "ignored",
+    ):  # absent from the event if empty, NULL in rows of older releases
+        if (row[name] or None) != event.get(name):
+            yield f"its {name} is {row[name]!r}, the audit log says {event.get(name)!r}"
     last = replay.judged[row["digest"]]
     revoked = row["revoked_at"] is not None
     # An approval under another alias may come from a campaign that uses it, which does not lift a revocation.

@@ -150,7 +150,8 @@ def _insert(tx: Transaction, files: CheckpointFiles, approval: Approval) -> None
     if tx.connection.execute(statement.returning(checkpoint.c.digest)).first() is None:
         return  # another submit was first
     terms = {"licence": approval.licence, "purposes": list(approval.purposes), "expires_at": approval.expires_at}
-    learned = {"native_size": files.native_size, "defaults": dict(files.defaults), "conversion": approval.conversion}
+    learned: Json = {"native_size": files.native_size, "defaults": dict(files.defaults), "ignored": list(files.ignored)}
+    learned["conversion"] = approval.conversion
     about = {"alias": files.alias, "digest": files.digest} | terms | {k: v for k, v in learned.items() if v}
     tx.record(Event.CHECKPOINT_ADDED, f"checkpoint:{files.digest[:16]}", **about)
 

@@ -18,7 +18,7 @@ from sdpipeline.engine.ip_adapters import check_ip_adapter
 from sdpipeline.engine.lora_files import check_lora
 from sdpipeline.engine.refusal import Refusal
 from sdpipeline.engine.single_files.record import origin_sha256
-from sdpipeline.engine.weight_files import MATTERS, WEIGHTS, WeightFiles
+from sdpipeline.engine.weight_files import INDEX, MATTERS, WEIGHTS, WeightFiles
 from sdpipeline.errors import CheckpointError, SdpError
 
 __all__ = ["MATTERS", "SAFETY_CHECKER", "WEIGHTS", "header"]
@@ -63,11 +63,11 @@ def inspect(alias: str, directory: Path, *, cache: HashCache | None = None) -> C
     with _errors_of(alias, directory), weight_files.opened(alias, directory) as found:
         ignored = part_files.unused(found.names)
         names = found.approvable(ignored)
-        if part_files.INDEX not in names and not any(name.endswith(WEIGHTS) for name in names):
+        if INDEX not in names and not any(name.endswith(WEIGHTS) for name in names):
             raise CheckpointError(f"checkpoint {alias!r} holds no {WEIGHTS} file; name the folder that holds one")
-        completeness.check_contents(alias, found.path, names)
+        headers = completeness.check_contents(alias, found.path, names)
         _check_configurations(alias, found.path, frozenset(names))
-        about = _classify_complete(alias, found.path, names)
+        about = _classify_complete(alias, found.path, names, headers)
         if about.kind == "checkpoint":
             config_checks.check(alias, found.path, about.family)
         elif about.kind == "lora":
@@ -95,21 +95,21 @@ def inspect(alias: str, directory: Path, *, cache: HashCache | None = None) -> C
 def native_size(alias: str, directory: Path) -> int | None:
     """Return the side in pixels that a pipeline's configurations show; None if they show none or are not here."""
     try:
-        return classify(alias, directory, [part_files.INDEX]).native_size
+        return classify(alias, directory, [INDEX]).native_size
     except CheckpointError:
         return None
 
 
-def _classify_complete(alias: str, directory: Path, names: list[str]) -> Classification:
+def _classify_complete(alias: str, directory: Path, names: list[str], headers: completeness.Headers) -> Classification:
     """Classify a directory, and check that it has every part of its kind."""
-    if part_files.INDEX in names:
-        completeness.check_named_parts(alias, directory, names)
+    if INDEX in names:
+        completeness.check_named_parts(alias, directory, names, headers)
         about = classify(alias, directory, names)
         completeness.check_needed_parts(alias, directory, about.family)
         return about
     about = classify(alias, directory, names)
     if "config.json" in names:
-        completeness.check_single_network(alias, directory, names)
+        completeness.check_single_network(alias, directory, names, headers)
     return about
 
 
@@ -165,7 +165,9 @@ def _compare(found: WeightFiles, files: CheckpointFiles, cache: HashCache | None
     where = f"checkpoint {files.alias!r}"
     for name in sorted(files.manifest.keys() - set(found.names)):
         raise CheckpointError(f"{where}: {name} is missing from {files.directory}")
-    for name in sorted(set(found.approvable(files.ignored)) - files.manifest.keys()):
+    # Ignored names are only names: none may stand for a file that a loader would open now.
+    ignored = part_files.unused(found.names).intersection(files.ignored)
+    for name in sorted(set(found.approvable(ignored)) - files.manifest.keys()):
         raise CheckpointError(
             f"{where}: {name} was added after approval, and a loader could prefer it; "
             f"remove it from {files.directory}, or approve the directory with `sdpipeline checkpoints add`"

@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from sdpipeline.engine.allowed_classes import UNUSED_PARTS
-from sdpipeline.engine.classification import read_json
+from sdpipeline.engine.classification import Header, read_header, read_json
+from sdpipeline.engine.classification.headers import AGAIN, POINTERS
 from sdpipeline.engine.families import FAMILIES
 from sdpipeline.engine.network_tensors import missing_tensor
-from sdpipeline.engine.part_files import DIFFUSERS, INDEX, TRANSFORMERS, chosen_form, in_folder, is_index
-from sdpipeline.engine.weight_files import WEIGHTS
-from sdpipeline.engine.weight_headers import AGAIN, check_content, read_header
+from sdpipeline.engine.part_files import DIFFUSERS, TRANSFORMERS, chosen_form, in_folder, is_index
+from sdpipeline.engine.weight_files import INDEX, WEIGHTS
 from sdpipeline.errors import CheckpointError
 
 OPTIONAL = {"sd3": frozenset({"text_encoder_3", "tokenizer_3"})}
@@ -24,15 +24,46 @@ _TRANSFORMERS = frozenset({"sd3", "flux"})
 _VOCABULARIES = (("tokenizer.json",), ("vocab.json", "merges.txt"), ("spiece.model",))
 
 
-def check_contents(alias: str, directory: Path, names: Collection[str]) -> None:
-    """Raise CheckpointError for a file that is a pointer, empty, a page or truncated."""
+_PAGES = (b"<!doctype html", b"<html")
+_SMALL = 4096
+"""Bytes of the longest pointer file; a larger file is not one."""
+
+Headers = Mapping[str, Header]
+"""Headers of the weights of a checkpoint directory, by the names of the files."""
+
+
+def check_contents(alias: str, directory: Path, names: Collection[str]) -> Headers:
+    """Return the headers of all weights; CheckpointError for a file that is a pointer, empty, a page or truncated."""
+    headers = {}
     for name in names:
-        check_content(alias, directory, name)
+        _check_content(alias, directory, name)
         if name.endswith(WEIGHTS):
-            read_header(alias, directory, name)
+            headers[name] = read_header(alias, directory / name, name=name)
+    return headers
 
 
-def check_named_parts(alias: str, directory: Path, names: Collection[str]) -> None:
+def _check_content(alias: str, directory: Path, name: str) -> None:
+    """Raise CheckpointError for a file that is empty, a Git LFS pointer or an HTML page."""
+    path = directory / name
+    size = path.stat().st_size
+    if size == 0 and not name.endswith(".txt"):
+        raise CheckpointError(f"checkpoint {alias!r}: {name} is empty; {AGAIN}")
+    if size > _SMALL and not name.endswith(WEIGHTS):
+        return
+    with path.open("rb") as file:
+        start = file.read(64)
+    if start.startswith(POINTERS):
+        raise CheckpointError(
+            f"checkpoint {alias!r}: {name} is a Git LFS pointer, not the file itself; run `git lfs pull` in its folder"
+        )
+    if start.lstrip().lower().startswith(_PAGES):
+        raise CheckpointError(
+            f"checkpoint {alias!r}: {name} is an HTML page, as a download without login leaves it; "
+            f"accept the licence on the repository's page, log in with `hf auth login`, and {AGAIN}"
+        )
+
+
+def check_named_parts(alias: str, directory: Path, names: Collection[str], headers: Headers) -> None:
     """Raise CheckpointError for a part that model_index.json names and that is not there or not whole."""
     index = read_json(alias, directory / INDEX)
     for part, entry in index.items():
@@ -49,7 +80,7 @@ def check_named_parts(alias: str, directory: Path, names: Collection[str]) -> No
             _check_tokenizer(alias, directory, names, part)
         else:
             stem = TRANSFORMERS if entry[0] == "transformers" else DIFFUSERS
-            check_network(alias, directory, names, part, stem=stem, class_name=str(entry[1]))
+            check_network(alias, directory, headers, names, part, stem=stem, class_name=str(entry[1]))
 
 
 def check_needed_parts(alias: str, directory: Path, family: str, *, but: Collection[str] = ()) -> None:
@@ -76,18 +107,18 @@ def check_needed_parts(alias: str, directory: Path, family: str, *, but: Collect
             )
 
 
-def check_single_network(alias: str, directory: Path, names: Collection[str]) -> None:
+def check_single_network(alias: str, directory: Path, names: Collection[str], headers: Headers) -> None:
     """Raise CheckpointError unless a directory with a config.json of its own holds that network, whole."""
     config = read_json(alias, directory / "config.json")
     if class_name := config.get("_class_name"):
-        check_network(alias, directory, names, "", stem=DIFFUSERS, class_name=str(class_name))
+        check_network(alias, directory, headers, names, "", stem=DIFFUSERS, class_name=str(class_name))
     else:
         class_name = next(iter(config.get("architectures") or ()), "")
-        check_network(alias, directory, names, "", stem=TRANSFORMERS, class_name=str(class_name))
+        check_network(alias, directory, headers, names, "", stem=TRANSFORMERS, class_name=str(class_name))
 
 
 def check_network(
-    alias: str, directory: Path, names: Collection[str], folder: str, *, stem: str, class_name: str
+    alias: str, directory: Path, headers: Headers, names: Collection[str], folder: str, *, stem: str, class_name: str
 ) -> None:
     """Raise CheckpointError unless a folder has a configuration and one whole form of the network's weights.
 
@@ -104,7 +135,7 @@ def check_network(
             f"checkpoint {alias!r}: {prefix}{form.shards[0]} is a shard, but its index {prefix}{index} is missing; "
             f"download the index"
         )
-    tensors = _tensors(alias, directory, prefix, form.files())
+    tensors = _tensors(alias, directory, headers, prefix, form.files())
     config = read_json(alias, directory / f"{prefix}config.json")
     if tensor := missing_tensor(class_name, config, tensors):
         raise CheckpointError(
@@ -113,11 +144,9 @@ def check_network(
         )
 
 
-def _tensors(alias: str, directory: Path, prefix: str, files: Collection[str]) -> set[str]:
+def _tensors(alias: str, directory: Path, headers: Headers, prefix: str, files: Collection[str]) -> set[str]:
     """Return the names of all tensors; CheckpointError for one that an index names and its shard does not have."""
-    shards = {
-        file: set(read_header(alias, directory, f"{prefix}{file}").tensors) for file in files if not is_index(file)
-    }
+    shards = {file: set(headers[f"{prefix}{file}"].tensors) for file in files if not is_index(file)}
     for file in files:
         if is_index(file):
             for tensor, shard in read_json(alias, directory / f"{prefix}{file}")["weight_map"].items():

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from sdpipeline.engine.checkpoint_config import read
 from sdpipeline.engine.families import FAMILIES, SCHEDULERS, Family
 
 Defaults = Mapping[str, Any]
@@ -47,7 +47,7 @@ def detected_defaults(directory: Path, kind: str, family: str) -> Defaults:
     if kind != "checkpoint" or family not in FAMILIES:
         return {}
     if family == "flux":
-        embeds = _config(directory, "transformer/config.json").get("guidance_embeds", False)
+        embeds = read(directory, "transformer/config.json").get("guidance_embeds", False)
         return {} if embeds else PRESETS["schnell"]
     if not (directory / "unet").is_dir():
         return {}
@@ -58,7 +58,7 @@ def detected_defaults(directory: Path, kind: str, family: str) -> Defaults:
 def _of_unet(directory: Path, row: Family) -> Defaults:
     if row.guidance_embedding and _guidance_width(directory) is not None:
         return LCM_WITH_GUIDANCE_EMBEDDING
-    scheduler = _config(directory, SCHEDULER)
+    scheduler = read(directory, SCHEDULER)
     name = scheduler.get("_class_name")
     for preset in ("lcm", "tcd"):
         if name == SCHEDULERS[preset][0]:
@@ -74,7 +74,7 @@ def embeds_guidance(directory: Path, row: Family) -> bool:
 
 def trails(directory: Path) -> bool:
     """Return True if the checkpoint's own scheduler has trailing timesteps, as ``euler`` then has here too."""
-    return _config(directory, SCHEDULER).get("timestep_spacing") == "trailing"
+    return read(directory, SCHEDULER).get("timestep_spacing") == "trailing"
 
 
 def fitting(defaults: Defaults, row: Family) -> Defaults:
@@ -96,13 +96,4 @@ def _text(value: Any) -> str:
 
 
 def _guidance_width(directory: Path) -> Any:
-    return _config(directory, "unet/config.json").get("time_cond_proj_dim")
-
-
-def _config(directory: Path, name: str) -> Mapping[str, Any]:
-    """Return a part's configuration; empty if there is none, as other checks say what a folder lacks."""
-    try:
-        document = json.loads((directory / name).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return {}
-    return document if isinstance(document, dict) else {}
+    return read(directory, "unet/config.json").get("time_cond_proj_dim")

@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from sdpipeline.engine.allowed_classes import check_shards
 from sdpipeline.engine.classification import header, read_json
+from sdpipeline.engine.weight_files import WEIGHTS
 from sdpipeline.errors import CheckpointError
 
 ENCODER = "image_encoder"
 """Folder of the image encoder beside an IP-Adapter's file."""
-
-WEIGHTS = ".safetensors"
 
 _FULL_INPUT = "image_proj.proj.0.weight"
 _PLAIN_INPUT = "image_proj.proj.weight"
@@ -110,8 +110,10 @@ def _encoder_files(file: Path, folder: Path) -> list[str]:
     if (folder / f"model{WEIGHTS}").is_file():
         return ["config.json", f"model{WEIGHTS}"]
     if (folder / index).is_file():
-        shards = read_json(file.stem, folder / index).get("weight_map") or {}
-        return ["config.json", index, *sorted({str(shard) for shard in shards.values()})]
+        listed = frozenset(path.name for path in folder.iterdir() if path.is_file())
+        document = read_json(file.stem, folder / index)
+        check_shards(file.stem, index, document, listed)  # the index names files to copy: none of another folder
+        return ["config.json", index, *sorted({str(shard) for shard in document["weight_map"].values()})]
     weights = sorted(path.name for path in folder.glob(f"*{WEIGHTS}"))
     if len(weights) == 1:
         raise CheckpointError(

@@ -14,10 +14,7 @@ from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 
 from sdpipeline.engine.allowed_classes import UNUSED_PARTS
-from sdpipeline.engine.weight_files import WEIGHTS, is_foreign
-
-INDEX = "model_index.json"
-"""File of a diffusers pipeline that names its parts."""
+from sdpipeline.engine.weight_files import INDEX, WEIGHTS, is_foreign
 
 DIFFUSERS = "diffusion_pytorch_model"
 TRANSFORMERS = "model"

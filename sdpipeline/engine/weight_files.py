@@ -17,6 +17,8 @@ from sdpipeline.engine.hash_cache import HashCache, StatKey
 from sdpipeline.errors import CheckpointError
 
 WEIGHTS = ".safetensors"
+INDEX = "model_index.json"
+"""File of a diffusers pipeline that names its parts."""
 PICKLES = frozenset({".bin", ".ckpt", ".pt", ".pth", ".pkl", ".pickle", ".dill", ".joblib", ".npy", ".npz"})
 FOREIGN = frozenset({".gguf", ".h5", ".msgpack", ".onnx", ".onnx_data", ".ot", ".pb", ".tflite", ".xml"})
 """Weights for other frameworks. No loader here opens them."""

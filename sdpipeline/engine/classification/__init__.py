@@ -10,9 +10,10 @@ from sdpipeline.engine.classification.classification import Classification
 from sdpipeline.engine.classification.components import ANNOTATORS, SAFETY_CHECKER, classify_component
 from sdpipeline.engine.classification.headers import Header, header, read_header, read_json
 from sdpipeline.engine.classification.loras import LoraFormat, lora_format
-from sdpipeline.engine.classification.pipelines import INDEX, check_pipeline_class, classify_pipeline
+from sdpipeline.engine.classification.pipelines import check_pipeline_class, classify_pipeline
 from sdpipeline.engine.classification.tensors import classify_single_file, classify_tensors
 from sdpipeline.engine.classification.unions import network_tensors, union_family
+from sdpipeline.engine.weight_files import INDEX, WEIGHTS
 from sdpipeline.errors import CheckpointError
 
 __all__ = [
@@ -29,8 +30,6 @@ __all__ = [
     "read_header",
     "read_json",
 ]
-
-WEIGHTS = ".safetensors"
 
 
 def classify(alias: str, directory: Path, names: Sequence[str]) -> Classification:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +13,12 @@ import safetensors
 
 from sdpipeline.errors import CheckpointError
 
-_POINTER = b"version https://git-lfs"
+AGAIN = "download it again"
+POINTERS = (b"version https://git-lfs.github.com/spec/", b"# xet version")
+"""Beginnings of the small files that stand for large ones in a repository."""
+
+_LONGEST = 100_000_000
+"""Limit of the safetensors library for a header, in bytes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,26 +29,61 @@ class Header:
     metadata: Mapping[str, str]
 
 
-def read_header(alias: str, path: Path) -> Header:
-    """Read a header without the tensors; CheckpointError for a file that is incomplete or damaged.
+def read_header(alias: str, path: Path, *, name: str | None = None) -> Header:
+    """Read a header without the tensors; CheckpointError for a file that is truncated, damaged or no safetensors file.
 
-    safetensors itself checks sizes, dtypes and offsets: https://github.com/safetensors/safetensors#format
+    ``name`` is the file's name in messages; default: that of ``path``. safetensors itself checks dtypes, offsets and
+    duplicate names: https://github.com/safetensors/safetensors#format
     """
+    where = f"checkpoint {alias!r}: {name or path.name}"
     try:
-        with path.open("rb") as file:
-            if file.read(len(_POINTER)) == _POINTER:
-                raise CheckpointError(
-                    f"checkpoint {alias!r}: {path.name} is a Git LFS pointer, not the weights; run `git lfs pull`"
-                )
-        with safetensors.safe_open(path, framework="numpy") as file:
-            tensors = {name: list(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
-            return Header(tensors, file.metadata() or {})
+        text, size = _header_text(where, path)
+        found, end = _entries(text)
+        if size != 8 + len(text) + end:
+            raise _wrong_size(where, size, 8 + len(text) + end)
+        with safetensors.safe_open(path, framework="numpy"):
+            return found
     except OSError as error:
-        raise CheckpointError(f"checkpoint {alias!r}: {path.name} cannot be read: {error}") from error
-    except (safetensors.SafetensorError, ValueError, OverflowError) as error:
-        raise CheckpointError(
-            f"checkpoint {alias!r}: {path.name} is not a safetensors file, or is incomplete ({error}); fetch it again"
-        ) from error
+        raise CheckpointError(f"{where} cannot be read: {error}") from error
+    except (safetensors.SafetensorError, OverflowError, RecursionError) as error:
+        raise CheckpointError(f"{where} is not a safetensors file, or is damaged ({error}); {AGAIN}") from error
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+        raise _not_safetensors(where) from error
+
+
+def _header_text(where: str, path: Path) -> tuple[bytes, int]:
+    """Return the JSON text of a header, and the file's size in bytes."""
+    with path.open("rb") as file:
+        size, start = os.fstat(file.fileno()).st_size, file.read(8)
+        if len(start) == 8 and any(pointer.startswith(start) for pointer in POINTERS):
+            raise CheckpointError(f"{where} is a Git LFS pointer, not the weights; run `git lfs pull` in its folder")
+        length = int.from_bytes(start, "little")
+        if len(start) < 8 or length > _LONGEST:
+            raise _not_safetensors(where)
+        text = file.read(length)
+    if not text.startswith(b"{"):
+        raise _not_safetensors(where)
+    if len(text) < length:
+        raise _wrong_size(where, size, 8 + length)
+    return text, size
+
+
+def _entries(text: bytes) -> tuple[Header, int]:
+    """Return a header, and the length in bytes of the tensors that it describes."""
+    entries: dict[str, Any] = json.loads(text)
+    metadata = entries.pop("__metadata__", None) or {}
+    end = max((int(entry["data_offsets"][1]) for entry in entries.values()), default=0)
+    tensors = {tensor: [int(side) for side in entry["shape"]] for tensor, entry in entries.items()}
+    return Header(tensors, {str(key): str(value) for key, value in metadata.items()}), end
+
+
+def _not_safetensors(where: str) -> CheckpointError:
+    return CheckpointError(f"{where} is not a safetensors file; {AGAIN}")
+
+
+def _wrong_size(where: str, size: int, expected: int) -> CheckpointError:
+    fault = "truncated" if size < expected else "longer than its header says"
+    return CheckpointError(f"{where} is {fault}: {size} bytes, not {expected}; {AGAIN}")
 
 
 def header(alias: str, path: Path) -> dict[str, list[int]]:

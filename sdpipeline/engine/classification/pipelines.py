@@ -10,9 +10,8 @@ from sdpipeline.engine.classification.classification import Classification, unsu
 from sdpipeline.engine.classification.configs import integer, items, text
 from sdpipeline.engine.classification.headers import read_json
 from sdpipeline.engine.families import FAMILIES
+from sdpipeline.engine.weight_files import INDEX
 from sdpipeline.errors import CheckpointError
-
-INDEX = "model_index.json"
 
 _EDIT = "to change pictures by a prompt, use task: image-to-image with a checkpoint that is supported"
 _DEV = "use Flux.1 dev or schnell"

@@ -15,16 +15,13 @@ from sdpipeline.engine import Pixels
 from sdpipeline.engine.checkpoints import CheckpointFiles, unchanged, words_of
 from sdpipeline.engine.diffusers import schedulers
 from sdpipeline.engine.diffusers.batch import Reference, Weights
-from sdpipeline.engine.diffusers.foreign_errors import poisons_process
+from sdpipeline.engine.diffusers.foreign_errors import checkpoint_errors
 from sdpipeline.engine.diffusers.loading import Loaded, load_copied
 from sdpipeline.engine.diffusers.loras import LoraLoader
 from sdpipeline.engine.diffusers.pipeline_call import assemble
 from sdpipeline.engine.diffusers.text import Vectors
 from sdpipeline.engine.pixels import to_pil
 from sdpipeline.errors import CheckpointError, RequestRefusedError
-
-LONGEST_REASON = 300
-"""Characters of a library's message that a job's error shows."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,21 +51,16 @@ class AdapterState:
         self._unload(pipe, weights.base)
         # An error from here on may leave adapters partly loaded, so the next call has to unload them first.
         self._applied[weights.base] = wanted
+        names = ", ".join(repr(files.alias) for files, _ in (*weights.loras, *_files(weights.ip_adapters)))
+        failure = f"adapters {names} do not fit {weights.base.files.alias!r}"
         try:
-            with warnings.catch_warnings():
+            with checkpoint_errors(failure), warnings.catch_warnings():
                 warnings.simplefilter("ignore", UserWarning)  # raised by peft for a second LoRA
                 self._loras.load(pipe, weights)
                 _load_ip_adapters(pipe, weights)
         except (torch.OutOfMemoryError, CheckpointError):
             self._unload(pipe, weights.base)
             raise
-        except Exception as error:  # diffusers and peft raise any type for an adapter that does not fit
-            if isinstance(error, MemoryError) or poisons_process(error):
-                raise
-            self._unload(pipe, weights.base)
-            names = ", ".join(repr(files.alias) for files, _ in (*weights.loras, *_files(weights.ip_adapters)))
-            message = f"adapters {names} do not fit {weights.base.files.alias!r}: {_brief(error)}"
-            raise CheckpointError(message) from error
 
     def applied_to(self, base: Loaded) -> AdapterSet:
         """Return the adapters that are loaded into the checkpoint now."""
@@ -182,12 +174,6 @@ def _ip_adapter_state(files: CheckpointFiles) -> dict[str, dict[str, torch.Tenso
         part, _, rest = name.partition(".")
         state[part][rest] = tensor
     return state
-
-
-def _brief(error: Exception) -> str:
-    """Return the first lines of an error, which may list every layer of a network."""
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= LONGEST_REASON else f"{text[:LONGEST_REASON]}..."
 
 
 def _weights_file(files: CheckpointFiles) -> str:

@@ -9,6 +9,9 @@ import torch
 
 from sdpipeline.errors import CheckpointError, SdpError
 
+LONGEST_REASON = 300
+"""Characters of a library's message that are shown: some list every layer of a network."""
+
 _HOST_MEMORY = "can't allocate memory"
 
 
@@ -48,4 +51,6 @@ def _reason(error: Exception, path: str, shown_path: str) -> str:
     text = " ".join(str(error).split())
     if path:
         text = text.replace(path, shown_path)
+    if len(text) > LONGEST_REASON:
+        text = f"{text[:LONGEST_REASON]}..."
     return text if isinstance(error, OSError | ValueError) and text else f"{type(error).__name__}: {text}".rstrip(": ")

@@ -68,8 +68,8 @@ def latents_of(pipe: Any, values: torch.Tensor, weights: Weights, settings: Pass
     name = type(pipe.scheduler).__name__
     config = {key: value for key, value in pipe.scheduler.config.items() if not key.startswith("_")}
     scheduler: Json = {"name": settings.scheduler, "class": name, "config": config}
-    if settings.scheduler in ETA:
-        scheduler["eta"] = ETA[settings.scheduler]
+    if (eta := _eta(settings)) is not None:
+        scheduler["eta"] = eta
     return Latents(values=values, scheduler=scheduler)
 
 
@@ -117,6 +117,11 @@ def scheduler_of(settings: PassSettings, weights: Weights) -> Any:
     if settings.scheduler_config:
         return schedulers.recreate(settings.scheduler_config)
     return make_scheduler(settings.scheduler, weights)
+
+
+def _eta(settings: PassSettings) -> float | None:
+    """Return the share of noise that each step adds: the recorded one if a picture is reproduced; None if fixed."""
+    return settings.scheduler_config.eta if settings.scheduler_config else ETA.get(settings.scheduler)
 
 
 def make_scheduler(name: str, weights: Weights) -> Any:
@@ -226,8 +231,8 @@ def call_arguments(weights: Weights, settings: PassSettings, members: Sequence[M
         arguments["strength"] = settings.strength
     if settings.noise_level is not None:
         arguments["noise_level"] = settings.noise_level
-    if settings.scheduler in ETA:
-        arguments["eta"] = ETA[settings.scheduler]
+    if (eta := _eta(settings)) is not None:
+        arguments["eta"] = eta
     if cell.image:
         arguments[cell.image] = [to_pil(_required(member.pictures.image)) for member in members]
     if cell.mask_image:

@@ -27,10 +27,11 @@ _INFINITIES = {"inf": float("inf"), "-inf": float("-inf")}
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RecordedScheduler:
-    """Scheduler of a record: its class, and its configuration as JSON text."""
+    """Scheduler of a record: its class, its configuration as JSON text, and its eta if it takes one."""
 
     class_name: str
     config: str
+    eta: float | None = None
 
 
 def create(name: str, row: Family, own: Mapping[str, Any], *, alias: str) -> Any:
@@ -67,7 +68,10 @@ def recorded_scheduler(ran: Json | None) -> RecordedScheduler | None:
     for key, value in config.items():
         if key not in known or not _plain(value):
             raise RequestRefusedError(f"scheduler: the record has {str(key)[:80]!r}, which {class_name} does not take")
-    return RecordedScheduler(class_name=class_name, config=json.dumps(config, sort_keys=True))
+    eta = scheduler.get("eta")
+    if eta is not None and (type(eta) not in (int, float) or not 0 <= eta <= 1):
+        raise RequestRefusedError(f"scheduler: the record has an eta of {str(eta)[:80]}, which is not from 0 to 1")
+    return RecordedScheduler(class_name=class_name, config=json.dumps(config, sort_keys=True), eta=eta)
 
 
 def recreate(recorded: RecordedScheduler) -> Any:

@@ -88,34 +88,6 @@ TRAINING_OPTIONS = NOISE_SCHEDULE | {
 }
 """Options of noise schedulers that come from the checkpoint's own configuration."""
 
-SOLVER_OPTIONS = frozenset(
-    {
-        "algorithm_type",
-        "solver_order",
-        "solver_type",
-        "solver_p",
-        "predict_x0",
-        "disable_corrector",
-        "lower_order_final",
-        "euler_at_final",
-        "final_sigmas_type",
-        "interpolation_type",
-        "variance_type",
-        "skip_prk_steps",
-        "use_karras_sigmas",
-        "use_exponential_sigmas",
-        "use_beta_sigmas",
-        "use_lu_lambdas",
-        # Flow matching by a noise scheduler, which no family here runs; see `scheduler_config.refusal`.
-        "use_flow_sigmas",
-        "flow_shift",
-        "shift_terminal",
-        "use_dynamic_shifting",
-        "time_shift_type",
-    }
-)
-"""Options of noise schedulers that the name decides: what it does not set stays at the class's default."""
-
 FLOW_OPTIONS = frozenset(
     {
         "num_train_timesteps",

@@ -87,6 +87,11 @@ def import_file(alias: str, path: Path, folder: Path, given: Given, progress: Pr
     progress("hashing the checkpoint", 0, 0)
     files = inspect(alias, target)
     if layout is None:
+        if sha256 not in files.manifest.values():
+            raise CheckpointError(
+                f"{target} holds a file that is not the file that it was copied from; remove that folder, and add "
+                f"{path} again"
+            )
         files = replace(files, origin_sha256=sha256)
         return Imported(files=files, sha256=sha256, licence=licence)
     record = json.loads((target / RECORD).read_text(encoding="utf-8"))
@@ -198,17 +203,28 @@ def _unfinished(folder: Path) -> Iterator[Path]:
         raise CheckpointError(
             f"{waiting} cannot be created: {error.strerror}; make the folder of SDP_CHECKPOINTS_DIR writable"
         ) from error
-    for left in waiting.iterdir():
-        _remove_if_abandoned(left)
-    held = Path(tempfile.mkdtemp(dir=waiting))
-    descriptor = os.open(held, os.O_RDONLY | os.O_DIRECTORY)
-    try:
+    with _locked(waiting):  # so that another import cannot remove the new folder before it is locked
+        for left in waiting.iterdir():
+            _remove_if_abandoned(left)
+        held = Path(tempfile.mkdtemp(dir=waiting))
+        descriptor = os.open(held, os.O_RDONLY | os.O_DIRECTORY)
         fcntl.flock(descriptor, fcntl.LOCK_EX)
+    try:
         inner = held / "checkpoint"
         inner.mkdir()
         yield inner
     finally:
         shutil.rmtree(held, ignore_errors=True)
+        os.close(descriptor)
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
         os.close(descriptor)
 
 

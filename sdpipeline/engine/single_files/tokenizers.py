@@ -98,13 +98,13 @@ def check_vocabulary(folder: Path, class_name: str, *, size: int, where: str) ->
     """Raise CheckpointError if a tokenizer's tokens are not those of its text encoder with ``size`` embeddings."""
     import transformers
 
-    try:
+    from sdpipeline.engine.diffusers.foreign_errors import checkpoint_errors
+
+    with checkpoint_errors(f"{where}: {folder.name} does not load"):
         tokenizer = getattr(transformers, class_name).from_pretrained(
             folder, local_files_only=True, trust_remote_code=False
         )
         tokens = len(tokenizer)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, ImportError) as error:
-        raise CheckpointError(f"{where}: {folder.name} does not load: {error}") from error
     # T5's embeddings are padded to a multiple of 128; CLIP's are not.
     if tokens > size or (class_name == "CLIPTokenizer" and tokens != size):
         raise CheckpointError(

@@ -116,6 +116,9 @@ CHANGES: dict[str, tuple[Any, str]] = {
     "cost deleted": (delete(spending), "cost-altered"),
     "revoked": (update(checkpoint).values(revoked_at=1.0), "checkpoint-altered"),
     "licence": (update(checkpoint).values(licence="mine"), "checkpoint-altered"),
+    "native size": (update(checkpoint).values(native_size=64), "checkpoint-altered"),
+    "defaults": (update(checkpoint).values(defaults={"guidance_scale": 0.0}), "checkpoint-altered"),
+    "ignored": (update(checkpoint).values(ignored=["unet/other.safetensors"]), "checkpoint-altered"),
     "never expires": (update(checkpoint).values(expires_at=9e9), "checkpoint-altered"),
 }
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import shutil
 from dataclasses import replace
+from itertools import chain, repeat
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import torch
 
 from sdpipeline.engine import GeneratedImage
 from sdpipeline.engine.checkpoints import inspect
+from sdpipeline.engine.diffusers.loras import LoraLoader
 from sdpipeline.engine.pixels import to_pixels
 from tests.integration.engine_requests import (
     SOURCE,
@@ -111,6 +113,21 @@ def test_a_refused_lora_takes_the_good_one_beside_it_off_again() -> None:
         refused = failure_of(results(prepared(request(loras=loras)))[0])
         assert "CheckpointError: adapters 'lora-sd1', 'lora-sdxl' do not fit 'sd1'" in refused
     assert equal(one(), before)
+
+
+def test_memory_that_runs_out_while_a_lora_is_loaded_is_no_fault_of_the_lora(monkeypatch: pytest.MonkeyPatch) -> None:
+    exhausted, load = chain([True], repeat(False)), LoraLoader.load
+
+    def full_at_first(self: LoraLoader, *args: Any) -> None:
+        if next(exhausted):
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes")
+        load(self, *args)
+
+    monkeypatch.setattr(LoraLoader, "load", full_at_first)
+    given, fresh = prepared(request(loras=(adapter("lora-sd1"),))), new_engine()
+    with pytest.raises(torch.OutOfMemoryError, match="can't allocate"):
+        results(given, on=fresh)
+    assert equal(images(given, on=fresh)[0], images(given)[0])
 
 
 def _own_lora(tmp_path: Path) -> Path:

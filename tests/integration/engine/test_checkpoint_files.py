@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +72,18 @@ def unapprovable(folder: Path) -> str:
 
 def change_json(path: Path, **keys: Any) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | keys))
+
+
+@pytest.mark.parametrize("name", [f"unet/{WEIGHTS}.index.json", "unet/diffusion_pytorch_model.bin", "v1.ckpt"])
+def test_an_ignored_name_never_covers_a_file_that_a_loader_opens(name: str, folder: Path) -> None:
+    files = replace(inspect("mine", folder), ignored=(name,))
+    (folder / name).write_text("{}")
+    if name.endswith((".bin", ".ckpt")):
+        verify(files)
+        (folder / "unet" / WEIGHTS).rename(folder / "unet" / "moved")
+        assert "unet" in refused(files)
+        return
+    assert f"{name} was added after approval, and a loader could prefer it" in refused(files)
 
 
 @pytest.mark.parametrize(

@@ -269,7 +269,10 @@ TENSOR = '{"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}'
 )
 def test_a_damaged_file_is_one_clear_error(content: bytes, tmp_path: Path) -> None:
     (tmp_path / "weights.safetensors").write_bytes(content)
-    with pytest.raises(CheckpointError, match=r"weights.safetensors is not a safetensors file, or is incomplete"):
+    with pytest.raises(
+        CheckpointError,
+        match=r"weights.safetensors is (not a safetensors file|truncated|longer than).*; download it again",
+    ):
         classify("given", tmp_path, ["weights.safetensors"])
 
 

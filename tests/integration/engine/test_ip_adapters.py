@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Mapping
 from dataclasses import replace
@@ -204,6 +205,18 @@ def test_a_missing_encoder_is_named_with_its_widths_and_its_place(h94: Path, tmp
     plain_file = h94 / "models" / "ip-adapter_sd15.safetensors"
     shutil.copy(plain_file, file)
     with pytest.raises(CheckpointError, match=r"has no model\.safetensors; fetch the \.safetensors file"):
+        ip_adapter_folder(file)
+
+
+@pytest.mark.parametrize("shard", ["../../secret.safetensors", "/etc/hosts", "absent.safetensors"])
+def test_an_encoders_index_names_no_file_outside_its_folder(shard: str, h94: Path, tmp_path: Path) -> None:
+    file = tmp_path / "download" / "models" / "ip-adapter_sd15.safetensors"
+    shutil.copytree(h94 / "models", file.parent)
+    (tmp_path / "download" / "secret.safetensors").write_bytes(b"of somebody else")
+    encoder = file.parent / "image_encoder"
+    (encoder / "model.safetensors").unlink()
+    (encoder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": shard}}))
+    with pytest.raises(CheckpointError, match="which is not in the same folder"):
         ip_adapter_folder(file)
 
 

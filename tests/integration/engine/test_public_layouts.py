@@ -9,6 +9,8 @@ from hashlib import sha256
 from pathlib import Path
 
 import diffusers
+import httpx
+import huggingface_hub
 import pytest
 import torch
 
@@ -16,7 +18,7 @@ from sdpipeline.domain import digest
 from sdpipeline.engine import Pixels
 from sdpipeline.engine.checkpoints import CheckpointFiles, inspect, verify
 from sdpipeline.engine.diffusers.text import PromptEncoder
-from sdpipeline.engine.hub import fetched_files
+from sdpipeline.engine.hub import fetch, fetched_files
 from sdpipeline.errors import CheckpointError
 from tests.integration.engine_requests import engine, failure_of, image_of, new_engine, prepared, request, results
 from tests.integration.public_layouts import LOADED, REFUSED, UNET, everything, fp16_only, laid_out, sharded, without_t5
@@ -86,6 +88,15 @@ def test_weights_that_an_earlier_release_approved_whole_keep_their_digest_and_pi
     old = replace(tiny_checkpoints().files("sd1"), directory=folder, manifest=manifest, digest=digest(manifest))
     verify(old)
     assert (painted(old, "sd1") == original("sd1")).all()
+
+
+def test_a_hub_that_cannot_be_reached_is_one_clear_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise httpx.ConnectError("[Errno 111] Connection refused")
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "list_repo_files", refuse)
+    with pytest.raises(CheckpointError, match=r"a/b at 000000000000 cannot be fetched: \[Errno 111\]"):
+        fetch("a/b", "0" * 40, tmp_path)
 
 
 def test_only_the_chosen_files_of_a_repository_are_fetched(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ import pytest
 
 from sdpipeline.domain import Json
 from sdpipeline.engine import GeneratedImage, PreparedRequest
-from sdpipeline.engine.diffusers import schedulers
+from sdpipeline.engine.diffusers import pipeline_call, schedulers
 from sdpipeline.engine.families import SCHEDULERS
 from tests.integration.engine.published_configs import (
     COSXL,
@@ -99,6 +99,19 @@ def test_a_picture_that_was_decoded_without_latent_statistics_is_so_again(root: 
     assert "latent_statistics" not in again.ran
 
 
+@pytest.mark.parametrize("profile", ["exact", "fast"])
+def test_a_picture_is_made_again_with_its_recorded_eta(profile: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    given = prepared(request("sd1", scheduler="tcd", num_inference_steps=3, profile=profile))
+    monkeypatch.setattr(pipeline_call, "ETA", {"tcd": 0.9})
+    older = images(given)[0]
+    assert older.ran["scheduler"]["eta"] == 0.9
+    monkeypatch.undo()
+    again = images(replace(given, recorded=older.ran, calls=older.ran.get("calls", ())))[0]
+    assert equal(again, older)
+    assert again.ran["scheduler"]["eta"] == 0.9
+    assert not equal(images(given)[0], older)
+
+
 def test_infinities_of_a_record_are_numbers_again(root: Path) -> None:
     given = _given("infinite", root, SDXL_BASE, scheduler="dpmpp-2m")
     made = images(given)[0]
@@ -117,6 +130,8 @@ def test_infinities_of_a_record_are_numbers_again(root: Path) -> None:
         ({"class": "DDIMScheduler", "config": {"path": "/etc"}}, "'path', which DDIMScheduler does not take"),
         ({"class": "DDIMScheduler", "config": {"num_train_timesteps": 10**12}}, "'num_train_timesteps'"),
         ({"class": "DDIMScheduler", "config": {"trained_betas": [[1]]}}, "'trained_betas'"),
+        ({"class": "TCDScheduler", "config": {}, "eta": 7}, "an eta of 7, which is not from 0 to 1"),
+        ({"class": "TCDScheduler", "config": {}, "eta": "nan"}, "an eta of nan"),
         ({"class": "DDIMScheduler", "config": {"beta_start": "much"}}, "does not accept the record's configuration"),
         ({"class": "DDIMScheduler", "config": {"beta_schedule": "none"}}, "does not accept the record's configuration"),
     ],

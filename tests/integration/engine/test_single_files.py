@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+import tempfile
+import threading
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import cache
@@ -16,7 +18,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from sdpipeline.engine.single_files import conversion, networks
+from sdpipeline.engine.single_files import conversion, importer, networks
 from sdpipeline.engine.single_files.given import Given
 from sdpipeline.engine.single_files.importer import Imported, import_file
 from sdpipeline.engine.single_files.layout import Part, recognise
@@ -229,6 +231,46 @@ def test_a_tokenizer_of_another_vocabulary_is_refused(tmp_path: Path) -> None:
     (base / "tokenizer" / "tokenizer.json").write_text(json.dumps(words))
     with pytest.raises(CheckpointError, match=r"the tokenizer has \d+ tokens and its text encoder \d+; .*--tokenizer"):
         imported(converted_file("sd1"), tmp_path, tokenizer=base)
+
+
+def test_a_tokenizer_that_its_library_cannot_read_is_refused(tmp_path: Path) -> None:
+    base = Path(shutil.copytree(tiny_checkpoints().directory("sd1"), tmp_path / "base"))
+    words = json.loads((base / "tokenizer" / "tokenizer.json").read_text())
+    words["model"]["type"] = "Unheard"
+    (base / "tokenizer" / "tokenizer.json").write_text(json.dumps(words))
+    with pytest.raises(CheckpointError, match="tokenizer does not load: "):
+        imported(converted_file("sd1"), tmp_path, tokenizer=base)
+
+
+def test_an_import_does_not_remove_the_unfinished_folder_of_another_one_that_begins(tmp_path: Path) -> None:
+    begin, others = tempfile.mkdtemp, list[threading.Thread]()
+
+    def other() -> None:
+        with importer._unfinished(tmp_path):
+            pass
+
+    def made_while_another_begins(**options: Any) -> str:
+        """Give another import the time between the creation of this one's folder and its lock."""
+        made = str(begin(**options))
+        if not others:
+            others.append(threading.Thread(target=other))
+            others[0].start()
+            others[0].join(0.2)
+        return made
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tempfile, "mkdtemp", made_while_another_begins)
+        with importer._unfinished(tmp_path) as folder:
+            others[0].join()
+            assert folder.is_dir()
+
+
+def test_a_copy_that_was_changed_since_is_not_approved_as_the_file(tmp_path: Path) -> None:
+    file = next(tiny_checkpoints().directory("lora-sd1").glob("*.safetensors"))
+    copy = imported(file, tmp_path).files.directory
+    save_file(load_file(file), copy / file.name, metadata={"changed": "since"})
+    with pytest.raises(CheckpointError, match=r"is not the file that it was copied from; remove that folder"):
+        imported(file, tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,6 @@ from sdpipeline.engine.families.schedulers import (
     FLOW_SCHEDULERS,
     NOISE_SCHEDULERS,
     SCHEDULERS,
-    SOLVER_OPTIONS,
     TRAINING_OPTIONS,
 )
 
@@ -28,6 +27,34 @@ BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "clip_sample": False}
 NOISE_CLASSES = sorted(CAPABILITIES.keys() - EDM_CLASSES)
 PREDICTIONS = ("epsilon", "v_prediction", "sample", "original_sample")
 SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid", "laplace", "exp", "unheard")
+
+SOLVER_OPTIONS = frozenset(
+    {
+        "algorithm_type",
+        "solver_order",
+        "solver_type",
+        "solver_p",
+        "predict_x0",
+        "disable_corrector",
+        "lower_order_final",
+        "euler_at_final",
+        "final_sigmas_type",
+        "interpolation_type",
+        "variance_type",
+        "skip_prk_steps",
+        "use_karras_sigmas",
+        "use_exponential_sigmas",
+        "use_beta_sigmas",
+        "use_lu_lambdas",
+        # Flow matching by a noise scheduler, which no family here runs; see `scheduler_config.refusal`.
+        "use_flow_sigmas",
+        "flow_shift",
+        "shift_terminal",
+        "use_dynamic_shifting",
+        "time_shift_type",
+    }
+)
+"""Options of noise schedulers that the name decides: what it does not set stays at the class's default."""
 
 
 def _options(class_name: str) -> set[str]:
