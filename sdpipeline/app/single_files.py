@@ -20,7 +20,7 @@ from sdpipeline.errors import CheckpointError
 from sdpipeline.private_files import users_umask
 from sdpipeline.settings import Settings
 
-_FILES = (PICKLES - {".npy", ".npz", ".joblib", ".dill", ".pickle", ".pkl"}) | {WEIGHTS, ".sft", ".gguf"}
+FILES = (PICKLES - {".npy", ".npz", ".joblib", ".dill", ".pickle", ".pkl"}) | {WEIGHTS, ".sft", ".gguf"}
 """Suffixes of weights in a folder of downloads: those that are refused are reported, not passed over."""
 
 _GENERIC = frozenset(
@@ -87,7 +87,7 @@ def _weights(folder: Path) -> Iterator[Path]:
     for path in entries:
         if path.name.startswith(".") or path.name == ENCODER:  # an IP-Adapter's encoder goes with the adapter
             continue
-        if path.is_file() and path.suffix.lower() in _FILES:
+        if path.is_file() and path.suffix.lower() in FILES:
             yield path
         elif path.is_dir() and not path.is_symlink():
             whole = any((path / name).is_file() for name in ("model_index.json", "config.json"))

@@ -239,7 +239,7 @@ class _Chains:
         return found or None
 
     def _note_value(self, wrong: WrongValueError, combination: Combination) -> None:
-        row = self._row(combination)
+        row = self._row(combination) if wrong.of_row else ""
         message = f"{wrong}, in {row}" if row else str(wrong)
         self.note(self.campaign.source.mistake(wrong.path, message, wrong.fix))
 

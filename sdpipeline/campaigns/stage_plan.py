@@ -39,12 +39,16 @@ Catalog = Mapping[str, CheckpointFiles]
 
 
 class WrongValueError(ValueError):
-    """A value is invalid; ``path`` is its place in the campaign file, or the place of a missing key."""
+    """A value is invalid; ``path`` is its place in the campaign file, or the place of a missing key.
 
-    def __init__(self, path: KeyPath, message: str, fix: str | None = None) -> None:
+    ``of_row`` is False if the value is the same in every row of a table.
+    """
+
+    def __init__(self, path: KeyPath, message: str, fix: str | None = None, *, of_row: bool = True) -> None:
         super().__init__(message)
         self.path = path
         self.fix = fix
+        self.of_row = of_row
 
 
 def not_taken(name: str, stage: Stage, family: Family, cell: Cell) -> str | None:
@@ -163,7 +167,7 @@ class StagePlan:
         try:
             return self._prompts.words(path, template, values, prompt)
         except WeightRefusedError as error:
-            raise WrongValueError(path, str(error), ESCAPE) from error
+            raise WrongValueError(path, str(error), ESCAPE, of_row=bool(template.names)) from error
 
     def _denial(self, prompt: str, words: str) -> str | None:
         """Return the policy rule that forbids the prompt, as it is written or by its words without syntax."""

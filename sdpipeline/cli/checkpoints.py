@@ -16,6 +16,7 @@ from sdpipeline.app.checkpoint_approval import approve
 from sdpipeline.app.checkpoints import catalog, catalog_and_refused, place_of, shipped_card
 from sdpipeline.app.model_card import read_model_card
 from sdpipeline.app.services import existing_database, open_services
+from sdpipeline.app.single_files import FILES
 from sdpipeline.campaigns.spec_part import NAME
 from sdpipeline.cli.output import (
     FOUND_FAULTS,
@@ -125,10 +126,10 @@ def add(
         document = add_single_file(
             settings, alias, Path(source), named=named, approval=approval, defaults=defaults or ()
         )
+    elif Path(source).suffix.lower() in FILES:
+        raise refuse(f"there is no file {source}", "check the path")
     else:
         if option := next((option for option, value in named.items() if value is not None), None):
-            if not Path(source).expanduser().exists() and not revision:
-                raise refuse(f"there is no file {source}, and {option} is for a single file", "check the path")
             raise refuse(f"{option} is for a single file, and {source} is not one", f"omit {option}")
         document = _add_directory(
             settings, alias, source, revision=revision, approval=approval, defaults=defaults or ()

@@ -69,6 +69,27 @@ def test_an_added_checkpoint_can_be_named_and_keeps_its_terms(tmp_path: Path, ho
     assert document("show", 1, "--home", home)["request"]["checkpoint"]["digest"] == added["digest"]
 
 
+def test_approving_the_same_weights_again_keeps_their_licence(home: Path, weights: Path) -> None:
+    document("checkpoints", "add", "mine", weights, "--licence", "OpenRAIL", "--home", home)
+    assert document("checkpoints", "add", "mine", weights, "--home", home)["licence"] == "OpenRAIL"
+    assert document("checkpoints", "add", "mine", weights, "--licence", "MIT", "--home", home)["licence"] == "MIT"
+
+
+def test_an_alias_tells_of_the_weights_that_it_meant_and_never_changes_its_kind(home: Path, weights: Path) -> None:
+    first = document("checkpoints", "add", "mine", weights, "--home", home)
+    (weights / "model_index.json").write_text((weights / "model_index.json").read_text() + " ")
+    again = document("checkpoints", "add", "mine", weights, "--home", home)
+    assert again["notes"] == [f"mine meant other weights until now, digest {first['digest'][:16]}"]
+    refused = sdpipeline("checkpoints", "add", "mine", weights / "vae", "--home", home)
+    assert refused.returncode == 2
+    assert "alias 'mine' is a checkpoint, and these weights are a vae (choose another alias)" in refused.stderr
+
+
+def test_a_file_that_is_not_there_is_called_missing(home: Path) -> None:
+    refused = sdpipeline("checkpoints", "add", "mine", "downloads/style.safetensors", "--home", home)
+    assert "there is no file downloads/style.safetensors (check the path)" in refused.stderr
+
+
 def test_an_approval_that_is_over_does_not_run(tmp_path: Path, home: Path, weights: Path) -> None:
     document("checkpoints", "add", "mine", weights, "--expires", "2020-01-01", "--home", home)
     refused = sdpipeline("submit", _campaign(tmp_path, "mine"), "--home", home)
