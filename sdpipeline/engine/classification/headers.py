@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +17,11 @@ _POINTER = b"version https://git-lfs"
 
 @dataclass(frozen=True, slots=True)
 class Header:
-    """Tensor names with their shapes, and the metadata of one safetensors file."""
+    """Tensor names with their shapes and safetensors dtypes, and the metadata of one safetensors file."""
 
     tensors: Mapping[str, list[int]]
     metadata: Mapping[str, str]
+    dtypes: Mapping[str, str] = field(default_factory=dict)
 
 
 def read_header(alias: str, path: Path) -> Header:
@@ -35,8 +36,10 @@ def read_header(alias: str, path: Path) -> Header:
                     f"checkpoint {alias!r}: {path.name} is a Git LFS pointer, not the weights; run `git lfs pull`"
                 )
         with safetensors.safe_open(path, framework="numpy") as file:
-            tensors = {name: list(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
-            return Header(tensors, file.metadata() or {})
+            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+            tensors = {name: list(each.get_shape()) for name, each in slices.items()}
+            dtypes = {name: str(each.get_dtype()) for name, each in slices.items()}
+            return Header(tensors, file.metadata() or {}, dtypes)
     except OSError as error:
         raise CheckpointError(f"checkpoint {alias!r}: {path.name} cannot be read: {error}") from error
     except (safetensors.SafetensorError, ValueError, OverflowError) as error:
