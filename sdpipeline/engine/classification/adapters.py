@@ -47,6 +47,10 @@ def textual_inversion(alias: str, tensors: Mapping[str, Shape]) -> Classificatio
     if not all(0 < len(shape) <= 2 for shape in tensors.values()):
         return None
     names = tensors.keys() & _ENCODERS
+    for name, width in (("clip_l", 768), ("clip_g", 1280)):
+        if name in tensors and (0 in tensors[name] or tensors[name][-1] not in (*range(1, TINY + 1), width)):
+            what = f"a textual inversion whose {name} has shape {list(tensors[name])}, not {width} columns"
+            raise unsupported(alias, what, "fetch it again, or use another one")
     if names == {"clip_l", "clip_g"}:
         return Classification(kind="textual-inversion", family="sdxl")
     if names and names != {"clip_l"}:

@@ -66,7 +66,9 @@ def _denoiser(alias: str, tensors: Mapping[str, Shape], metadata: Mapping[str, s
         return _ldm_unet(alias, own, whole=whole)
     if "conv_in.weight" in own and any(name.startswith("down_blocks.") for name in own):
         raise unsupported(
-            alias, "a U-Net alone, in diffusers' names", f"{_ALONE} (as unet/diffusion_pytorch_model.safetensors)"
+            alias,
+            "a U-Net alone, in diffusers' names",
+            f"{_ALONE} (as unet/diffusion_pytorch_model.safetensors){_parts(alias)}",
         )
     network = networks.transformer(layers_of(own), native=True)
     if network is None or network.family == "any":
@@ -76,9 +78,13 @@ def _denoiser(alias: str, tensors: Mapping[str, Shape], metadata: Mapping[str, s
     if network.family == "flux":
         _refuse_flux_variants(alias, own, metadata)
     if any(re.match(r"(?:single_)?transformer_blocks\.", name) for name in own):
-        fix = f"{_ALONE} (as transformer/diffusion_pytorch_model.safetensors)"
+        fix = f"{_ALONE} (as transformer/diffusion_pytorch_model.safetensors){_parts(alias)}"
         raise unsupported(alias, f"a {network.family} transformer alone, in diffusers' names", fix)
     return Classification(kind="checkpoint", family=network.family, native_size=1024, layout="native")
+
+
+def _parts(alias: str) -> str:
+    return f", or type `sdpipeline checkpoints add {alias} FILE --parts DIR_OR_ALIAS`"
 
 
 def _ldm_unet(alias: str, own: Mapping[str, Shape], *, whole: bool) -> Classification:
@@ -91,7 +97,7 @@ def _ldm_unet(alias: str, own: Mapping[str, Shape], *, whole: bool) -> Classific
         fix = "use the SDXL base checkpoint" if "refiner" in title else "use another checkpoint"
         raise unsupported(alias, title, fix)
     if not whole:
-        raise unsupported(alias, f"a U-Net of {network.family} alone", _ALONE)
+        raise unsupported(alias, f"a U-Net of {network.family} alone", _ALONE + _parts(alias))
     shape = own.get("input_blocks.0.0.weight", [0, 4])
     channels = shape[1] if len(shape) > 1 else 0
     if channels == 7:

@@ -151,22 +151,27 @@ def _refuse_other_unets(source: SourceFile, unet: Part) -> None:
         what = f"{named.get(number, f'a U-Net with {number} input channels')}, which is not supported; {_PLAIN}"
     elif "encoder_hid_proj.weight" in unet.shapes:
         what = "a Kolors U-Net, which reads another text encoder; use an SDXL checkpoint"
-    elif "conditioner.embedders.0.model.positional_embedding" in source.tensors:
+    elif "conditioner.embedders.0.model.positional_embedding" in source.tensors or _context(unet) == 1280:
         what = "an SDXL refiner, which cannot start a picture; use its base"
     else:
         return
     raise CheckpointError(f"{source.path} holds {what}")
 
 
+def _context(unet: Part) -> int:
+    """Return the width of the text embedding that a U-Net reads; 0 if no tensor tells it."""
+    return next((shape[-1] for name, shape in unet.shapes.items() if name.endswith("attn2.to_k.weight") and shape), 0)
+
+
 _PLAIN = "use a checkpoint of SD 1.x, SD 2.x or SDXL, or of their inpainting"
 
 
 def _family_by_context(source: SourceFile, unet: Part) -> str:
-    shape = next((shape for name, shape in unet.shapes.items() if name.endswith("attn2.to_k.weight")), (0, 0))
-    family = {768: "sd1", 1024: "sd2"}.get(shape[-1])
+    width = _context(unet)
+    family = {768: "sd1", 1024: "sd2"}.get(width)
     if family is None:
         raise CheckpointError(
-            f"{source.path} has no text encoder, and its U-Net reads prompts {shape[-1]} wide: neither SD 1 (768) "
+            f"{source.path} has no text encoder, and its U-Net reads prompts {width} wide: neither SD 1 (768) "
             "nor SD 2 (1024); register the diffusers folder of these weights"
         )
     return family

@@ -385,6 +385,14 @@ REFUSED: dict[str, tuple[dict[str, tuple[int, ...]], str]] = {
         },
         "X-Labs' names",
     ),
+    "refiner-unet": (
+        {
+            "model.diffusion_model.input_blocks.0.0.weight": (384, 4, 3, 3),
+            "model.diffusion_model.label_emb.0.0.weight": (8, 2560),
+            "model.diffusion_model.input_blocks.4.1.transformer_blocks.0.attn2.to_k.weight": (8, 1280),
+        },
+        "an SDXL refiner",
+    ),
     "kolors": (
         {
             "model.diffusion_model.input_blocks.0.0.weight": (8, 4, 3, 3),

@@ -102,7 +102,7 @@ REFUSED: dict[str, tuple[Tensors, str, str]] = {
     "refiner": (ldm_unet(1280), "the SDXL refiner", "SDXL base"),
     "instruct-pix2pix": (ldm_unet(768, channels=8), "instruct-pix2pix", "supported are"),
     "depth": (ldm_unet(1024, channels=5), "depth-to-image", "supported are"),
-    "u-net alone": (ldm_unet(768, prefix=""), "a U-Net of sd1 alone", "folder of a whole checkpoint"),
+    "u-net alone": (ldm_unet(768, prefix=""), "a U-Net of sd1 alone", "checkpoints add given FILE --parts"),
     "u-net alone, diffusers": (
         {"conv_in.weight": [320, 4, 3, 3], "down_blocks.0.resnets.0.conv1.weight": [320, 320, 3, 3]},
         "a U-Net alone",
@@ -176,6 +176,24 @@ REFUSED: dict[str, tuple[Tensors, str, str]] = {
         "FaceID",
         "plain, plus and full",
     ),
+    "textual inversion of swapped encoders": (
+        {"clip_g": [2, 768], "clip_l": [2, 1280]},
+        "whose clip_l has shape [2, 1280]",
+        "fetch it again",
+    ),
+    "quantized flux": (
+        {"single_transformer_blocks.0.qkv_proj.qweight": [9216, 1536]}
+        | {f"single_transformer_blocks.0.qkv_proj.lora_{end}": [3072, 32] for end in ("down", "up")},
+        "quantized weights",
+        "fp16 or bf16",
+    ),
+    "kolors lora": (
+        kohya("down_blocks_1_attentions_0_transformer_blocks_0_attn2_to_k", 2048, 640)
+        | kohya("encoder_hid_proj", 4096, 2048),
+        "a LoRA for Kolors",
+        "supported are",
+    ),
+    "omnigen2 lora": (peft("transformer.layers.0.attn.to_q", 2520, 2520), "a LoRA for OmniGen2", "supported are"),
     "textual inversion of two words": ({"<cat>": [1, 768], "<dog>": [1, 768]}, "of 2 words", "a file of its own"),
     "textual inversion without vectors": ({"emb_params": [0, 768]}, "is unknown", "model_index.json"),
     "one weight": ({"weight": [4, 4]}, "is unknown", "model_index.json"),
