@@ -78,7 +78,7 @@ def shard(folder: Path) -> None:
     path = next(path for path in tensors_of(folder) if path.parent.name in ("unet", "transformer"))
     tensors = load_file(path)
     path.unlink()
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for n, names in enumerate((sorted(tensors)[::2], sorted(tensors)[1::2]), 1):
         file = f"{path.stem}-{n:05d}-of-00002.safetensors"
         save_file({name: tensors[name] for name in names}, path.with_name(file), metadata={"format": "pt"})
