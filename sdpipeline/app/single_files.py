@@ -68,6 +68,8 @@ def files_of(folder: Path) -> Iterator[Found]:
         alias = alias_of(path)
         if path.is_dir():
             why = f"{path} is a checkpoint folder; register it by itself: {_command(alias, path)}"
+        elif not path.is_file():
+            why = f"{path} is a link to a file that is not there, or not a regular file; fetch it again"
         elif not re.fullmatch(NAME, alias):
             why = f"{path.name} gives no alias; register it by itself: {_command('ALIAS', path)}"
         elif alias in taken:
@@ -87,7 +89,7 @@ def _weights(folder: Path) -> Iterator[Path]:
     for path in entries:
         if path.name.startswith(".") or path.name == ENCODER:  # an IP-Adapter's encoder goes with the adapter
             continue
-        if path.is_file() and path.suffix.lower() in FILES:
+        if path.suffix.lower() in FILES and not path.is_dir():
             yield path
         elif path.is_dir() and not path.is_symlink():
             whole = any((path / name).is_file() for name in ("model_index.json", "config.json"))

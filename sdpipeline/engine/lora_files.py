@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
-from sdpipeline.engine.classification import header, lora_format
+from sdpipeline.engine.classification import lora_format, read_header
 from sdpipeline.errors import CheckpointError
 
 NETWORKS: Mapping[str, str] = {
@@ -38,7 +38,10 @@ _FIX = "merge it into a checkpoint with the tool that made it and register the r
 def check_lora(alias: str, directory: Path, names: Iterable[str]) -> None:
     """Raise CheckpointError for a LoRA's folder whose file cannot be applied, with the network type and the fix."""
     for name in names:
-        if name.endswith(".safetensors") and (refused := lora_refusal(header(alias, directory / name))):
+        if not name.endswith(".safetensors"):
+            continue
+        about = read_header(alias, directory / name)
+        if refused := lora_refusal(about.tensors) or _quantized(about.dtypes):
             raise CheckpointError(f"checkpoint {alias!r} {refused}")
 
 
@@ -59,9 +62,19 @@ def lora_refusal(tensors: Mapping[str, Sequence[int]]) -> str | None:
     for name in tensors:
         if name.endswith(_CHANGES_FORMULA):
             return f"is a LyCORIS network whose {name} changes the formula of a LoRA, which is not applied here; {_FIX}"
+    if plain := next((name for name in tensors if name.endswith((".lora_down", ".lora_up"))), None):
+        return f"has {plain} in place of {plain}.weight, as LoRAs of Nunchaku (SVDQuant); use the LoRA it was made from"
     if found.others:
         return f"holds {found.others[0]}, which does not belong to a LoRA; remove the tensor, or use another file"
     return next(_broken_pairs(tensors), None)
+
+
+def _quantized(dtypes: Mapping[str, str]) -> str | None:
+    """Return why matrices of integers cannot be applied: their scales are not in a LoRA's formula."""
+    for name, dtype in dtypes.items():
+        if second_matrix(name) and dtype.startswith(("I", "U", "BOOL", "C")):
+            return f"holds {name} of dtype {dtype}: quantized weights; use the fp16 or bf16 file of this LoRA"
+    return None
 
 
 def second_matrix(name: str) -> str | None:

@@ -11,6 +11,7 @@ from sdpipeline.engine.classification.components import ANNOTATORS, SAFETY_CHECK
 from sdpipeline.engine.classification.headers import Header, header, read_header, read_json
 from sdpipeline.engine.classification.loras import LoraFormat, lora_format
 from sdpipeline.engine.classification.pipelines import check_pipeline_class, classify_pipeline
+from sdpipeline.engine.classification.single_files import is_adapter
 from sdpipeline.engine.classification.tensors import classify_single_file, classify_tensors
 from sdpipeline.engine.classification.unions import network_tensors, union_family
 from sdpipeline.engine.weight_files import INDEX, WEIGHTS
@@ -26,6 +27,7 @@ __all__ = [
     "classify",
     "classify_single_file",
     "header",
+    "is_adapter",
     "lora_format",
     "read_header",
     "read_json",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +23,11 @@ _LONGEST = 100_000_000
 
 @dataclass(frozen=True, slots=True)
 class Header:
-    """Tensor names with their shapes, and the metadata of one safetensors file."""
+    """Tensor names with their shapes and safetensors dtypes, and the metadata of one safetensors file."""
 
     tensors: Mapping[str, list[int]]
     metadata: Mapping[str, str]
+    dtypes: Mapping[str, str] = field(default_factory=dict)
 
 
 def read_header(alias: str, path: Path, *, name: str | None = None) -> Header:
@@ -74,7 +75,8 @@ def _entries(text: bytes) -> tuple[Header, int]:
     metadata = entries.pop("__metadata__", None) or {}
     end = max((int(entry["data_offsets"][1]) for entry in entries.values()), default=0)
     tensors = {tensor: [int(side) for side in entry["shape"]] for tensor, entry in entries.items()}
-    return Header(tensors, {str(key): str(value) for key, value in metadata.items()}), end
+    dtypes = {tensor: str(entry["dtype"]) for tensor, entry in entries.items()}
+    return Header(tensors, {str(key): str(value) for key, value in metadata.items()}, dtypes), end
 
 
 def _not_safetensors(where: str) -> CheckpointError:

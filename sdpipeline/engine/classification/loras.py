@@ -37,9 +37,9 @@ _TYPES = tuple(_NETWORKS.values())
 
 _PREFIX = re.compile(
     r"^(?:base_model\.model\.)?(?:lycoris_)?(?:"
-    r"(?P<text>lora_te(?P<te>\d?)_|text_encoder(?:_(?P<encoder>\d))?\.|te(?P<native>\d?)_|"
+    r"(?P<text>(?:lora|oft)_te(?P<te>\d?)_|text_encoder(?:_(?P<encoder>\d))?\.|te(?P<native>\d?)_|"
     r"(?:lora_)?text_encoders\.(?P<comfy>\w+?)\.(?:transformer\.)?)|"
-    r"lora_unet_|lora_transformer_|lora_prior_|lycoris_|model\.diffusion_model\.|diffusion_model\.|unet\.|transformer\.)?"
+    r"lora_unet_|oft_unet_|lora_transformer_|lora_prior_|lycoris_|model\.diffusion_model\.|diffusion_model\.|unet\.|transformer\.)?"
 )
 _TEXT = re.compile(r"^(?:text_model_)?encoder_layers_\d+_(?:self_attn|mlp)|^encoder_block_\d+_layer_|^text_projection$")
 _KNOWN_ENCODERS = {"clip_l": "1", "clip_g": "2", "t5xxl": "3"}
@@ -150,7 +150,10 @@ def _is_glora(tensors: Mapping[str, Shape]) -> bool:
 
 def _naming(tensors: Mapping[str, Shape]) -> Naming:
     if any(
-        name.startswith(("lora_unet_", "lora_te", "lora_transformer_", "lycoris_", "lora_prior_")) for name in tensors
+        name.startswith(
+            ("lora_unet_", "lora_te", "oft_unet_", "oft_te", "lora_transformer_", "lycoris_", "lora_prior_")
+        )
+        for name in tensors
     ):
         return "kohya"
     starts = ("unet.", "transformer.", "text_encoder.", "text_encoder_", "base_model.model.")

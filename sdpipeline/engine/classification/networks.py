@@ -33,6 +33,7 @@ class Network:
 
 _NAMED: Sequence[tuple[str, str]] = (
     (r"motion_modules_\d|motion_module", "AnimateDiff"),
+    (r"attn1_Wqkv|attn2_kv_proj", "HunyuanDiT"),
     (r"kv_mapper|clip_txt_mapper|channelwise", "Stable Cascade"),
     (r"time_stack|temporal_transformer_blocks|temporal_res", "Stable Video Diffusion"),
     (r"distilled_guidance_layer", "Chroma"),
@@ -75,11 +76,14 @@ _TRANSFORMER = re.compile(r"^transformer_blocks_(\d+)_")
 
 def unet(layers: Iterable[Layer]) -> Network | None:
     """Return the family of a U-Net by its layers; None if they are not a U-Net's."""
-    own = [layer for layer in layers if _UNET.match(layer.name)]
+    every = list(layers)
+    own = [layer for layer in every if _UNET.match(layer.name)]
     if not own:
         return None
     if title := _named(own):
         return Network(None, title)
+    if any(layer.name.startswith("encoder_hid_proj") for layer in every):
+        return Network(None, "Kolors")
     widths = {layer.width_in for layer in own if _CONTEXT.search(layer.name)}
     if 1280 in widths:
         return Network(None, "the SDXL refiner")
@@ -144,7 +148,11 @@ def _named(layers: Sequence[Layer]) -> str | None:
     return None
 
 
-_TITLES: Mapping[tuple[str | int, ...], str] = {("", 2304): "Lumina 2", ("HunyuanVideo", 3584): "HunyuanImage"}
+_TITLES: Mapping[tuple[str | int, ...], str] = {
+    ("", 2304): "Lumina 2",
+    ("", 2520): "OmniGen2",
+    ("HunyuanVideo", 3584): "HunyuanImage",
+}
 """Titles of networks with the same names of layers, by their width."""
 
 

@@ -7,19 +7,19 @@ from collections.abc import Mapping
 
 from sdpipeline.engine.classification import networks
 from sdpipeline.engine.classification.classification import Classification, unsupported
-from sdpipeline.engine.classification.loras import Layer, Shape, path_of
+from sdpipeline.engine.classification.loras import Layer, Shape, lora_format, path_of
 
 _DENOISER = "model.diffusion_model."
 _ALONE = "put it into the folder of a whole checkpoint, or use the checkpoint's single file"
 _TEXT_KEYS = re.compile(r"^(?:text_model\.)?encoder\.layers\.\d+\.(?:self_attn|mlp)|^transformer\.resblocks\.")
 
 _NAMED: Mapping[str, str] = {
-    r"^lora_controlnet$": "a Control-LoRA",
+    r"^lora_controlnet$|^input_blocks\.\d+\.\d+\..*\.(?:up|down)$": "a Control-LoRA",
     r"^lllite_": "a ControlNet-LLLite",
     r"^(?:adapter\.)?(?:body\.\d+\.(?:block1|in_conv)|body\.\d+\.resnets)\.": "a T2I-Adapter",
+    r"^(?:model\.)?(?:language_model\.)?layers\.\d+\.self_attn\.q_proj": "a language model",
     r"^(?:vision_model\.|visual\.|image_encoder\.vision_model\.)": "a CLIP vision encoder",
     r"^(?:encoder\.block\.\d+\.layer\.\d+\.SelfAttention|t5xxl\.)": "a T5 text encoder",
-    r"^(?:model\.)?(?:language_model\.)?layers\.\d+\.self_attn\.q_proj": "a language model",
     r"^(?:redux_up|redux_down)\.": "Flux Redux (it reads a picture in place of a prompt)",
     r"^concept_embeds$": "a safety checker without its config.json",
     r"motion_modules\.\d": "an AnimateDiff motion module",
@@ -31,6 +31,15 @@ _NAMED: Mapping[str, str] = {
     r"^decoder\.middle\.0\.residual\.|^decoder\.up_blocks\.\d+\.resnets\.\d+\.conv1\.conv": "a video autoencoder",
 }
 """Patterns of tensor names, and what the file is, for files that nothing here loads."""
+
+
+_ADAPTERS = re.compile(r"^(?:lora_controlnet$|lllite_)|\.(?:up|down)$")
+"""Names of adapters whose other tensors are named as those of a whole ControlNet."""
+
+
+def is_adapter(tensors: Mapping[str, Shape]) -> bool:
+    """Return True for a LoRA or Control-LoRA, also if its layers have the names of the network that it changes."""
+    return lora_format(tensors) is not None or any(_ADAPTERS.search(name) for name in tensors)
 
 
 def classify_checkpoint(alias: str, tensors: Mapping[str, Shape], metadata: Mapping[str, str]) -> Classification | None:
@@ -57,7 +66,9 @@ def _denoiser(alias: str, tensors: Mapping[str, Shape], metadata: Mapping[str, s
         return _ldm_unet(alias, own, whole=whole)
     if "conv_in.weight" in own and any(name.startswith("down_blocks.") for name in own):
         raise unsupported(
-            alias, "a U-Net alone, in diffusers' names", f"{_ALONE} (as unet/diffusion_pytorch_model.safetensors)"
+            alias,
+            "a U-Net alone, in diffusers' names",
+            f"{_ALONE} (as unet/diffusion_pytorch_model.safetensors){_parts(alias)}",
         )
     network = networks.transformer(layers_of(own), native=True)
     if network is None or network.family == "any":
@@ -67,20 +78,26 @@ def _denoiser(alias: str, tensors: Mapping[str, Shape], metadata: Mapping[str, s
     if network.family == "flux":
         _refuse_flux_variants(alias, own, metadata)
     if any(re.match(r"(?:single_)?transformer_blocks\.", name) for name in own):
-        fix = f"{_ALONE} (as transformer/diffusion_pytorch_model.safetensors)"
+        fix = f"{_ALONE} (as transformer/diffusion_pytorch_model.safetensors){_parts(alias)}"
         raise unsupported(alias, f"a {network.family} transformer alone, in diffusers' names", fix)
     return Classification(kind="checkpoint", family=network.family, native_size=1024, layout="native")
+
+
+def _parts(alias: str) -> str:
+    return f", or type `sdpipeline checkpoints add {alias} FILE --parts DIR_OR_ALIAS`"
 
 
 def _ldm_unet(alias: str, own: Mapping[str, Shape], *, whole: bool) -> Classification:
     """Classify a U-Net in latent-diffusion's names by its input channels and the width of its cross-attention."""
     network = networks.unet(layers_of(own))
+    if any(name.startswith("encoder_hid_proj.") for name in own):
+        raise unsupported(alias, "a checkpoint of Kolors", "use an SDXL checkpoint")
     if network is None or network.family is None:
         title = network.title if network else "an unknown U-Net"
         fix = "use the SDXL base checkpoint" if "refiner" in title else "use another checkpoint"
         raise unsupported(alias, title, fix)
     if not whole:
-        raise unsupported(alias, f"a U-Net of {network.family} alone", _ALONE)
+        raise unsupported(alias, f"a U-Net of {network.family} alone", _ALONE + _parts(alias))
     shape = own.get("input_blocks.0.0.weight", [0, 4])
     channels = shape[1] if len(shape) > 1 else 0
     if channels == 7:
@@ -118,6 +135,8 @@ def _controlnet(alias: str, tensors: Mapping[str, Shape]) -> Classification | No
     diffusers = any(name.startswith(("controlnet_cond_embedding.", "controlnet_down_blocks.")) for name in tensors)
     joint = any(name.startswith(("controlnet_blocks.", "controlnet_x_embedder.")) for name in tensors)
     own = {name.removeprefix("control_model."): shape for name, shape in tensors.items()}
+    if joint and ldm:
+        raise unsupported(alias, "a ControlNet for Flux in X-Labs' names", "use a Flux ControlNet in diffusers' layout")
     if joint:
         return _joint_controlnet(alias, own, native=ldm)
     if not ldm and not diffusers:

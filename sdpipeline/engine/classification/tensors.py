@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from sdpipeline.engine.classification.adapters import ip_adapter, textual_inversion
-from sdpipeline.engine.classification.classification import Classification
+from sdpipeline.engine.classification.classification import Classification, unsupported
 from sdpipeline.engine.classification.headers import read_header
 from sdpipeline.engine.classification.lora_families import classify_lora
 from sdpipeline.engine.classification.loras import Shape, lora_format
@@ -47,6 +47,9 @@ def classify_single_file(
     adapter = ip_adapter(alias, tensors)
     if adapter is not None:
         return adapter
+    quantized = next((name for name in tensors if name.endswith((".qweight", ".wscales"))), None)
+    if quantized is not None:
+        raise unsupported(alias, f"quantized weights ({quantized})", "use the fp16 or bf16 file of these weights")
     whole = "lora_controlnet" in tensors or any(name.startswith("lllite_") for name in tensors)
     lora = None if whole else lora_format(tensors)
     if lora is not None:

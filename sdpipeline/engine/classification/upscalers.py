@@ -22,7 +22,7 @@ MISFITS = (ValueError, RuntimeError, LookupError, TypeError, AttributeError, Ass
 _STARTS = re.compile(
     r"^(?:(?:module\.|params(?:_ema)?\.|generator\.)?)(?:conv_first|conv_body|conv_before_upsample|trunk_conv|RRDB_trunk|"
     r"upconv|conv_up|HRconv|upsample[.\d]|shallow_feat|to_feat|head\.0|body\.\d+\.|feats\.|layers\.\d+\.residual_group|"
-    r"block_1\.|conv_1\.|model\.\d+\.|m_head|in_to_feat|dtb)"
+    r"block_1\.|conv_1\.|model\.\d+\.(?:weight|bias|sub\.)|m_head|in_to_feat|dtb)"
 )
 _INSTALL = (
     "install the extra with `pip install 'sdpipeline[upscalers]'`, which detects more architectures, and add it again"

@@ -66,7 +66,8 @@ class LoraLoader:
 
 def _check_finite(files: CheckpointFiles, tensors: Mapping[str, torch.Tensor]) -> None:
     for name, tensor in tensors.items():
-        if not bool(torch.isfinite(tensor).all()):
+        values = tensor.float() if tensor.is_floating_point() else tensor  # float8 has no isfinite
+        if not bool(torch.isfinite(values).all()):
             raise CheckpointError(
                 f"checkpoint {files.alias!r}: {name} holds values that are not finite; use another file"
             )

@@ -14,6 +14,8 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 from sdpipeline.domain import Json, digest
 from sdpipeline.engine.checkpoints import CheckpointFiles, inspect
 from sdpipeline.engine.classification import classify_single_file
@@ -65,14 +67,14 @@ def import_file(alias: str, path: Path, folder: Path, given: Given, progress: Pr
     layout = recognise(source)
     adapter: Mapping[str, Path] = {}
     if layout is None:
-        _refuse_surplus(path, given)
         adapter = _adapter_files(alias, source)
+        _refuse_surplus(path, given)
     else:
         check_dtypes(source)
     sha256 = _sha256(path, progress)
     target = folder / (_name(source, given, sha256) if layout else _copy_name(source, adapter, sha256))
     if not target.is_dir():
-        with _unfinished(folder) as temporary:
+        with _writing(folder), _unfinished(folder) as temporary:
             if layout is None:
                 _copy(adapter, temporary, progress)
             else:
@@ -191,6 +193,18 @@ def _fingerprint(folder: Path, *, weights: bool) -> dict[str, str]:
         elif weights and path.suffix == WEIGHTS and path.parent != root:
             found[name] = str(path.stat().st_size)
     return found
+
+
+@contextmanager
+def _writing(folder: Path) -> Iterator[None]:
+    """Raise OSError where safetensors cannot write, as on a full disk: its own error is of a type of its own."""
+    try:
+        yield
+    except SafetensorError as error:
+        number = re.search(r"os error (\d+)", str(error))
+        if number is None:
+            raise
+        raise OSError(int(number[1]), os.strerror(int(number[1])), str(folder)) from error
 
 
 @contextmanager

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from sdpipeline.engine.classification import is_adapter
 from sdpipeline.engine.single_files.source_file import SourceFile
 from sdpipeline.errors import CheckpointError
 
@@ -57,14 +58,19 @@ _UNSUPPORTED = {
 def recognise(source: SourceFile) -> Layout | None:
     """Return the layout of weights that have to be converted; ``None`` for all others, such as adapters.
 
-    Raises CheckpointError for weights of a family that does not run here.
+    Adapters come first: the layers of many have the names of the network that they change. Raises CheckpointError for
+    weights of a family that does not run here.
     """
     names = source.tensors.keys()
+    if is_adapter(source.shapes):
+        return None
     _refuse_unsupported(source)
     for recognised in (_controlnet(source), _ldm_unet(source), _transformer(source), _diffusers_denoiser(source)):
         if recognised is not None:
             return recognised
     for prefix in (_LDM_VAE, _COMFY_VAE, ""):
+        if source.shapes.get(f"{prefix}decoder.conv_in.weight", (0, 4))[1:2] not in ((4,), (16,)):
+            return None
         if f"{prefix}decoder.conv_in.weight" in names or f"{prefix}encoder.conv_in.weight" in names:
             return Layout(kind="vae", family="", parts={"vae": _vae(source, prefix)})
     return None
@@ -97,6 +103,11 @@ def _refuse_flux_variants(source: SourceFile) -> None:
 
 def _controlnet(source: SourceFile) -> Layout | None:
     names = source.tensors.keys()
+    if any(name.startswith("controlnet_blocks.") for name in names) and "double_blocks.0.img_attn.qkv.weight" in names:
+        raise CheckpointError(
+            f"{source.path} is a Flux ControlNet in X-Labs' names, which nothing here converts; fetch its folder in "
+            "diffusers' layout"
+        )
     for prefix in (_CONTROL, ""):
         if f"{prefix}input_hint_block.0.weight" in names:
             return Layout(kind="controlnet", family="", parts={"controlnet": _part(source, prefix, "ldm")})
@@ -128,24 +139,39 @@ def _ldm_unet(source: SourceFile) -> Layout | None:
 
 
 def _refuse_other_unets(source: SourceFile, unet: Part) -> None:
-    channels = unet.shapes["input_blocks.0.0.weight"][1:2]
+    first = "input_blocks.0.0.weight" if unet.naming == "ldm" else "conv_in.weight"
+    channels = unet.shapes[first][1:2]
     if "label_emb.weight" in unet.shapes or channels == (7,):
         what = "the x4 upscaler, whose noise schedule is not in a single file; register its diffusers folder"
+    elif any(".time_stack." in name for name in unet.shapes):
+        what = "Stable Video Diffusion, and no video is made here; use another checkpoint"
     elif channels not in ((4,), (9,)):
-        what = f"a U-Net with {channels[0] if channels else 0} input channels, which is not supported"
-    elif "conditioner.embedders.0.model.positional_embedding" in source.tensors:
+        number = channels[0] if channels else 0
+        named = {5: "a depth-to-image U-Net", 8: "an instruct-pix2pix U-Net"}
+        what = f"{named.get(number, f'a U-Net with {number} input channels')}, which is not supported; {_PLAIN}"
+    elif "encoder_hid_proj.weight" in unet.shapes:
+        what = "a Kolors U-Net, which reads another text encoder; use an SDXL checkpoint"
+    elif "conditioner.embedders.0.model.positional_embedding" in source.tensors or _context(unet) == 1280:
         what = "an SDXL refiner, which cannot start a picture; use its base"
     else:
         return
     raise CheckpointError(f"{source.path} holds {what}")
 
 
+def _context(unet: Part) -> int:
+    """Return the width of the text embedding that a U-Net reads; 0 if no tensor tells it."""
+    return next((shape[-1] for name, shape in unet.shapes.items() if name.endswith("attn2.to_k.weight") and shape), 0)
+
+
+_PLAIN = "use a checkpoint of SD 1.x, SD 2.x or SDXL, or of their inpainting"
+
+
 def _family_by_context(source: SourceFile, unet: Part) -> str:
-    shape = next((shape for name, shape in unet.shapes.items() if name.endswith("attn2.to_k.weight")), (0, 0))
-    family = {768: "sd1", 1024: "sd2"}.get(shape[-1])
+    width = _context(unet)
+    family = {768: "sd1", 1024: "sd2"}.get(width)
     if family is None:
         raise CheckpointError(
-            f"{source.path} has no text encoder, and its U-Net reads prompts {shape[-1]} wide: neither SD 1 (768) "
+            f"{source.path} has no text encoder, and its U-Net reads prompts {width} wide: neither SD 1 (768) "
             "nor SD 2 (1024); register the diffusers folder of these weights"
         )
     return family
@@ -176,6 +202,7 @@ def _diffusers_denoiser(source: SourceFile) -> Layout | None:
     names = source.tensors.keys()
     if {"conv_in.weight", "time_embedding.linear_1.weight", "conv_norm_out.weight"} <= names:
         part = _part(source, "", "diffusers")
+        _refuse_other_unets(source, part)
         family = "sdxl" if "add_embedding.linear_1.weight" in names else _family_by_context(source, part)
         return _layout(source, family, {"unet": part})
     if "transformer_blocks.0.attn.add_q_proj.weight" in names:

@@ -41,6 +41,7 @@ def downloads(tmp_path: Path) -> Path:
     pack(tiny_checkpoints().directory("vae"), folder / "kl-f8.safetensors")
     (folder / "old.ckpt").write_bytes(b"PK\x03\x04")
     (folder / "pointer.safetensors").write_text("version https://git-lfs.github.com/spec/v1\n")
+    (folder / "dangling.safetensors").symlink_to("nowhere")
     (folder / "notes.txt").write_text("trained by us")
     (folder / ".hidden.safetensors").write_bytes(b"")
     return folder
@@ -130,6 +131,7 @@ def test_a_folder_of_adapters_is_added_and_odd_files_are_reported(
     reasons = {
         "my-style v1.safetensors": "has the same alias my-style-v1",
         "kl-f8.safetensors": "has to be converted",
+        "dangling.safetensors": "a link to a file that is not there",
         "old.ckpt": "is a pickle",
         "pointer.safetensors": "git lfs pull",
         "whole": "is a checkpoint folder",

@@ -318,6 +318,16 @@ def test_values_that_are_not_finite_are_refused_by_the_tensors_name(loras: Loras
     assert f"{key} holds values that are not finite" in failure_of(results(asked("sd1", use))[0])
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2])
+def test_a_lora_of_fewer_bits_is_applied(dtype: torch.dtype, loras: Loras) -> None:
+    tensors = {name: tensor.to(dtype) for name, tensor in FORMATS["kohya"][1]()[0].items()}
+    same = {name: tensor.float() for name, tensor in tensors.items()}
+    name = str(dtype).removeprefix("torch.").replace("_", "-")
+    uses = [AdapterInput(checkpoint=loras.write(f"{name}-{n}", each)) for n, each in enumerate((tensors, same))]
+    one, other = (images(asked("sd1", use))[0] for use in uses)
+    assert equal(one, other)
+
+
 REFUSED = {
     "hada_w1_a": "is a LoHa",
     "lokr_w1": "is a LoKr",
@@ -363,6 +373,8 @@ def _as_registered_before(folder: Path, alias: str) -> CheckpointFiles:
         (lambda t, k: {n: v for n, v in t.items() if n != k}, "without its first matrix"),
         (lambda t, k: {n: v for n, v in t.items() if n != k.replace("lora_down", "lora_up")}, "without .*lora_up"),
         (lambda t, k: t | {k: t[k][:2]}, "of rank 2, but"),
+        (lambda t, k: {n: v.to(torch.int8) for n, v in t.items()}, "of dtype I8: quantized weights"),
+        (lambda t, k: {n.replace("lora_down.weight", "lora_down"): v for n, v in t.items()}, "Nunchaku"),
         (lambda t, k: t | {"bundle_emb.style.string_to_param.*": t[k] + 1}, "does not belong to a LoRA"),
     ],
 )

@@ -102,7 +102,7 @@ REFUSED: dict[str, tuple[Tensors, str, str]] = {
     "refiner": (ldm_unet(1280), "the SDXL refiner", "SDXL base"),
     "instruct-pix2pix": (ldm_unet(768, channels=8), "instruct-pix2pix", "supported are"),
     "depth": (ldm_unet(1024, channels=5), "depth-to-image", "supported are"),
-    "u-net alone": (ldm_unet(768, prefix=""), "a U-Net of sd1 alone", "folder of a whole checkpoint"),
+    "u-net alone": (ldm_unet(768, prefix=""), "a U-Net of sd1 alone", "checkpoints add given FILE --parts"),
     "u-net alone, diffusers": (
         {"conv_in.weight": [320, 4, 3, 3], "down_blocks.0.resnets.0.conv1.weight": [320, 320, 3, 3]},
         "a U-Net alone",
@@ -165,6 +165,62 @@ REFUSED: dict[str, tuple[Tensors, str, str]] = {
         "an IP-Adapter for text embeddings of 2432",
         "plain, plus and full",
     ),
+    "ip-adapter flux, InstantX": (
+        {"image_proj.proj.0.weight": [2304, 1152], "image_proj.proj.2.weight": [524288, 2304]}
+        | {"image_proj.norm.weight": [4096], "ip_adapter.0.to_k_ip.weight": [3072, 4096]},
+        "an IP-Adapter for text embeddings of 4096",
+        "plain, plus and full",
+    ),
+    "instantid": (
+        {"image_proj.latents": [1, 16, 1280], "image_proj.proj_in.weight": [1280, 512], IP_BLOCK: [640, 2048]},
+        "FaceID",
+        "plain, plus and full",
+    ),
+    "textual inversion of swapped encoders": (
+        {"clip_g": [2, 768], "clip_l": [2, 1280]},
+        "whose clip_l has shape [2, 1280]",
+        "fetch it again",
+    ),
+    "quantized flux": (
+        {"single_transformer_blocks.0.qkv_proj.qweight": [9216, 1536]}
+        | {f"single_transformer_blocks.0.qkv_proj.lora_{end}": [3072, 32] for end in ("down", "up")},
+        "quantized weights",
+        "fp16 or bf16",
+    ),
+    "kolors lora": (
+        kohya("down_blocks_1_attentions_0_transformer_blocks_0_attn2_to_k", 2048, 640)
+        | kohya("encoder_hid_proj", 4096, 2048),
+        "a LoRA for Kolors",
+        "supported are",
+    ),
+    "omnigen2 lora": (peft("transformer.layers.0.attn.to_q", 2520, 2520), "a LoRA for OmniGen2", "supported are"),
+    "textual inversion of two words": ({"<cat>": [1, 768], "<dog>": [1, 768]}, "of 2 words", "a file of its own"),
+    "textual inversion without vectors": ({"emb_params": [0, 768]}, "is unknown", "model_index.json"),
+    "one weight": ({"weight": [4, 4]}, "is unknown", "model_index.json"),
+    "oft of kohya": (
+        {"oft_unet_down_blocks_0_attentions_0_motion_modules_0_to_k.oft_blocks": [4, 80, 80]},
+        "a LoRA for AnimateDiff",
+        "supported are",
+    ),
+    "control-lora without its mark": (
+        {"input_hint_block.0.weight": [16, 3, 3, 3], "input_blocks.4.1.transformer_blocks.0.attn2.to_k.up": [640, 4]},
+        "a Control-LoRA",
+        "supported are",
+    ),
+    "controlnet flux of X-Labs": (
+        CONTROL
+        | {"controlnet_blocks.0.weight": [3072, 3072], "input_hint_block.0.weight": [16, 3, 3, 3]}
+        | network("double_blocks.0.img_attn.qkv", width_in=3072),
+        "X-Labs",
+        "diffusers' layout",
+    ),
+    "kolors": (ldm_unet(2048) | {"model.diffusion_model.encoder_hid_proj.weight": [2048, 4096]}, "Kolors", "SDXL"),
+    "language model with eyes": (
+        network("model.layers.0.self_attn.q_proj", width_in=3584) | network("visual.blocks.0.attn.qkv", width_in=1280),
+        "a language model",
+        "supported are",
+    ),
+    "detector": ({"model.0.conv.weight": [64, 3, 3, 3], "model.0.bn.weight": [64]}, "is unknown", "model_index.json"),
     "textual inversion flux": (
         {"clip_l": [2, 768], "t5": [2, 4096]},
         "a textual inversion for Flux",
