@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sdpipeline.campaigns.spec_part import NAME
-from sdpipeline.engine.checkpoints import CheckpointFiles
+from sdpipeline.engine.checkpoints import CheckpointFiles, errors_of
 from sdpipeline.engine.ip_adapters import ENCODER
 from sdpipeline.engine.single_files.given import Given
 from sdpipeline.engine.single_files.importer import Imported, Progress, import_file
@@ -144,7 +144,8 @@ def check_adapter(found: Found) -> None:
 
     if found.refused:
         raise CheckpointError(found.refused)
-    layout = recognise(read_header(found.path))
+    with errors_of(found.alias, found.path):
+        layout = recognise(read_header(found.path))
     if layout is not None:
         raise CheckpointError(
             f"{found.path} is a {layout.kind} in one file, which has to be converted; register it by itself: "

@@ -181,11 +181,7 @@ def _checkpoint_faults(row: Json, replay: CampaignReplay) -> Iterator[str]:
     for name in ("licence", "purposes", "expires_at"):
         if name in event and row[name] != event[name]:
             yield f"its {name} is {row[name]!r}, the audit log says {event[name]!r}"
-    for name in (
-        "native_size",
-        "defaults",
-        "ignored",
-    ):  # absent from the event if empty, NULL in rows of older releases
+    for name in ("native_size", "defaults", "ignored"):  # not in the event if empty; NULL in rows of older releases
         if (row[name] or None) != event.get(name):
             yield f"its {name} is {row[name]!r}, the audit log says {event.get(name)!r}"
     last = replay.judged[row["digest"]]

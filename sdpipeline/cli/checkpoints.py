@@ -154,7 +154,10 @@ def _add_directory(
     approval: registry.Approval,
     defaults: Sequence[str],
 ) -> Json:
-    directory = Path(source).expanduser().resolve()
+    try:
+        directory = Path(source).expanduser().resolve()
+    except (OSError, RuntimeError) as error:
+        raise refuse(f"{source} cannot be read: {error}", "check the path") from error
     if not directory.is_dir() and REPOSITORY.fullmatch(source):
         if revision is None:
             raise refuse(f"{source} is not a file or directory, and a repository needs --revision", "pin its commit")

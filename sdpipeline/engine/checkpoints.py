@@ -60,7 +60,7 @@ def inspect(alias: str, directory: Path, *, cache: HashCache | None = None) -> C
     Every part that its pipelines need has to be there, whole. Of the same weights in several forms, one is chosen.
     ``cache`` avoids reading files that were hashed before and have not changed since.
     """
-    with _errors_of(alias, directory), weight_files.opened(alias, directory) as found:
+    with errors_of(alias, directory), weight_files.opened(alias, directory) as found:
         ignored = part_files.unused(found.names)
         names = found.approvable(ignored)
         if INDEX not in names and not any(name.endswith(WEIGHTS) for name in names):
@@ -114,8 +114,8 @@ def _classify_complete(alias: str, directory: Path, names: list[str], headers: c
 
 
 @contextmanager
-def _errors_of(alias: str, directory: Path) -> Iterator[None]:
-    """Make any unexpected error the checkpoint's own: a directory is written by others, and must not stop a command."""
+def errors_of(alias: str, path: Path) -> Iterator[None]:
+    """Make any unexpected error the checkpoint's own: files are written by others, and must not stop a command."""
     try:
         yield
     except (SdpError, MemoryError):
@@ -123,7 +123,7 @@ def _errors_of(alias: str, directory: Path) -> Iterator[None]:
     except Exception as error:
         why = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
         raise CheckpointError(
-            f"checkpoint {alias!r}: {directory} cannot be read as a checkpoint ({why}); remove it, or download it again"
+            f"checkpoint {alias!r}: {path} cannot be read as a checkpoint ({why}); remove it, or download it again"
         ) from error
 
 
@@ -132,7 +132,7 @@ def verify(files: CheckpointFiles, *, cache: HashCache | None = None) -> None:
 
     Every file is hashed again, unless it is in ``cache``. An added file is a difference too.
     """
-    with _errors_of(files.alias, files.directory), _verified(files, cache):
+    with errors_of(files.alias, files.directory), _verified(files, cache):
         pass
 
 
@@ -154,7 +154,7 @@ def _verified(files: CheckpointFiles, cache: HashCache | None = None) -> Iterato
     if digest(dict(files.manifest)) != files.digest:
         raise CheckpointError(f"{where}: its manifest does not hash to its digest")
     with weight_files.opened(files.alias, files.directory) as found:
-        with _errors_of(files.alias, files.directory):
+        with errors_of(files.alias, files.directory):
             _compare(found, files, cache)
             _check_configurations(files.alias, found.path, frozenset(files.manifest))
         yield found

@@ -17,7 +17,7 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from sdpipeline.domain import Json, digest
-from sdpipeline.engine.checkpoints import CheckpointFiles, inspect
+from sdpipeline.engine.checkpoints import CheckpointFiles, errors_of, inspect
 from sdpipeline.engine.classification import classify_single_file
 from sdpipeline.engine.hash_cache import StatKey
 from sdpipeline.engine.ip_adapters import ip_adapter_folder
@@ -63,14 +63,15 @@ def import_file(alias: str, path: Path, folder: Path, given: Given, progress: Pr
     complete, needs more folders than ``given``, or holds weights that do not run here.
     """
     before = _stat(path)
-    source = read_header(path)
-    layout = recognise(source)
     adapter: Mapping[str, Path] = {}
-    if layout is None:
-        adapter = _adapter_files(alias, source)
-        _refuse_surplus(path, given)
-    else:
-        check_dtypes(source)
+    with errors_of(alias, path):
+        source = read_header(path)
+        layout = recognise(source)
+        if layout is None:
+            adapter = _adapter_files(alias, source)
+            _refuse_surplus(path, given)
+        else:
+            check_dtypes(source)
     sha256 = _sha256(path, progress)
     target = folder / (_name(source, given, sha256) if layout else _copy_name(source, adapter, sha256))
     if not target.is_dir():

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import safetensors
+
 from sdpipeline.engine.weight_files import PICKLES, WEIGHTS
 from sdpipeline.errors import CheckpointError
 
@@ -62,7 +64,12 @@ def read_header(path: Path) -> SourceFile:
         raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from error
     if len(text) < length:
         raise CheckpointError(f"{path} is incomplete: it ends within its header; {_FETCH}")
-    return _parsed(path, text, size - 8 - length)
+    found = _parsed(path, text, size - 8 - length)
+    try:  # the library also checks dtypes, offsets and duplicate names
+        with safetensors.safe_open(path, framework="numpy"):
+            return found
+    except (safetensors.SafetensorError, OSError, ValueError, OverflowError) as error:
+        raise CheckpointError(f"{path} is damaged: {error}; {_FETCH}") from error
 
 
 def _refuse_other_formats(path: Path, start: bytes) -> None:
@@ -88,6 +95,7 @@ def _parsed(path: Path, text: bytes, size: int) -> SourceFile:
         metadata = entries.pop("__metadata__", None) or {}
         tensors = {name: TensorInfo(tuple(map(int, each["shape"])), each["dtype"]) for name, each in entries.items()}
         end = max((int(each["data_offsets"][1]) for each in entries.values()), default=0)
+        notes = {str(key): str(value) for key, value in metadata.items()}
     except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
         raise CheckpointError(f"{path} is not a safetensors file: its header is not readable; {_FETCH}") from error
     if not tensors:
@@ -95,7 +103,7 @@ def _parsed(path: Path, text: bytes, size: int) -> SourceFile:
     if end != size:
         what = "incomplete" if size < end else "damaged"
         raise CheckpointError(f"{path} is {what}: its header describes {end} bytes of tensors, it has {size}; {_FETCH}")
-    return SourceFile(path=path, tensors=tensors, metadata={str(key): str(value) for key, value in metadata.items()})
+    return SourceFile(path=path, tensors=tensors, metadata=notes)
 
 
 def check_dtypes(source: SourceFile) -> None:

@@ -175,3 +175,10 @@ def test_the_reasons_of_refused_files_follow_the_table(
     printed = capsys.readouterr()
     assert "people/Ink/pytorch_lora_weights.safetensors" in printed.out
     assert f"refused: {downloads}/old.ckpt is a pickle" in printed.err
+
+
+def test_a_link_to_itself_is_one_clear_error(tmp_path: Path, home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "loop.safetensors").symlink_to(tmp_path / "loop.safetensors")
+    code, document, _ = ran(capsys, "checkpoints", "add", "x", tmp_path / "loop.safetensors", "--home", home)
+    assert code == 2
+    assert "cannot be read" in document["errors"][0]["message"]

@@ -349,6 +349,10 @@ def _refused(file: Path, tmp_path: Path) -> str:
     return str(refused.value)
 
 
+def _header(entries: str) -> bytes:
+    return (len(entries) + 2).to_bytes(8, "little") + f"{{{entries}}}".encode()
+
+
 @pytest.mark.parametrize(
     ("name", "start", "reason"),
     [
@@ -363,6 +367,9 @@ def _refused(file: Path, tmp_path: Path) -> str:
         ("x.safetensors", b"\x10\x00\x00\x00\x00\x00\x00\x00{}", "is incomplete"),
         ("x.safetensors", b"\x02\x00\x00\x00\x00\x00\x00\x00{}", "holds no tensors"),
         ("x.safetensors", b"\x02\x00\x00\x00\x00\x00\x00\x00[]", "is not a safetensors file"),
+        ("x.safetensors", _header('"__metadata__": [1]'), "is not a safetensors file"),
+        ("x.safetensors", _header('"a": {"dtype": "F33", "shape": [0], "data_offsets": [0, 0]}'), "is damaged"),
+        ("x.safetensors", _header('"a": {"dtype": "F32", "shape": [-1], "data_offsets": [0, 0]}'), "is damaged"),
     ],
 )
 def test_a_file_that_is_not_whole_safetensors_is_refused(name: str, start: bytes, reason: str, tmp_path: Path) -> None:
