@@ -181,4 +181,4 @@ def test_a_link_to_itself_is_one_clear_error(tmp_path: Path, home: Path, capsys:
     (tmp_path / "loop.safetensors").symlink_to(tmp_path / "loop.safetensors")
     code, document, _ = ran(capsys, "checkpoints", "add", "x", tmp_path / "loop.safetensors", "--home", home)
     assert code == 2
-    assert "cannot be read" in document["errors"][0]["message"]
+    assert "there is no file" in document["errors"][0]["message"]
