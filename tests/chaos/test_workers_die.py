@@ -52,6 +52,7 @@ def test_nothing_is_lost_and_nothing_made_twice(
     assert chaos.kills + chaos.freezes >= CHAOS_S / 2
 
 
+@pytest.mark.long
 @on_postgresql
 def test_nothing_is_lost_while_delivery_dies_alone_and_people_change_their_minds(
     audit: AuditLog, database: Database, database_url: str, home: Path
@@ -76,6 +77,7 @@ def test_nothing_is_lost_while_delivery_dies_alone_and_people_change_their_minds
     assert chaos.delivery_kills + chaos.delivery_freezes
 
 
+@pytest.mark.long
 @on_postgresql
 def test_the_suite_catches_a_queue_without_fencing(audit: AuditLog, database_url: str, home: Path) -> None:
     freezes = 0

@@ -25,6 +25,7 @@ def _astronaut() -> Pixels:
     return pixels
 
 
+@pytest.mark.long
 def test_the_parti_prompts_are_planned_and_submitted_whole_and_twenty_are_made(tmp_path: Path) -> None:
     shutil.copy(PARTI_PROMPTS, tmp_path)
     file = tmp_path / "parti.yaml"
@@ -64,6 +65,7 @@ def photograph(tmp_path: Path) -> Path:
     return file
 
 
+@pytest.mark.long
 def test_a_photograph_steers_a_controlnet_and_an_image_to_image_stage(tmp_path: Path, photograph: Path) -> None:
     file = tmp_path / "photo.yaml"
     file.write_text(

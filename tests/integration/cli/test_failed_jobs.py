@@ -87,6 +87,7 @@ def test_a_home_whose_name_holds_spaces_and_signs_works(tmp_path: Path) -> None:
     assert sorted(path.name for path in home.iterdir() if path.is_dir()) == ["keys", "storage"]
 
 
+@pytest.mark.long
 def test_a_value_pruned_put_back_and_pruned_again_is_made_once_and_leaves_the_audit_clean(
     tmp_path: Path,
 ) -> None:

@@ -39,6 +39,7 @@ def test_the_checkpoints_weigh_at_most_twenty_megabytes() -> None:
     assert size_bytes() <= 20_000_000
 
 
+@pytest.mark.long
 def test_a_prompt_never_trained_on_decides_ground_colour_and_shape(studio: Studio) -> None:
     scenes = held_out_scenes("single", 6, seed=900)
     seen = look_at(studio.draw([caption(scene) for scene in scenes], seed=900))
@@ -46,6 +47,7 @@ def test_a_prompt_never_trained_on_decides_ground_colour_and_shape(studio: Studi
     assert sum(shows(found, scene.groups[0]) for found, scene in zip(seen, scenes, strict=True)) >= 5
 
 
+@pytest.mark.long
 def test_two_objects_get_a_colour_each(studio: Studio) -> None:
     scenes = held_out_scenes("pair", 4, seed=901)
     seen = look_at(studio.draw([caption(scene) for scene in scenes], seed=901))
@@ -54,6 +56,7 @@ def test_two_objects_get_a_colour_each(studio: Studio) -> None:
     assert sum(found == wanted for found, wanted in zip(colours, asked, strict=True)) >= 3
 
 
+@pytest.mark.long
 def test_control_places_what_the_words_do_not(studio: Studio) -> None:
     scenes = [scene for scene in held_out_scenes("single", 40, seed=902) if scene.groups[0].place in {"left", "top"}]
     asked = [edges(picture) for picture in pictures_of(scenes[:3], side=128)]
@@ -66,6 +69,7 @@ def test_control_places_what_the_words_do_not(studio: Studio) -> None:
     assert recall(studio.draw(prompts, seed=902)) < 0.5
 
 
+@pytest.mark.long
 def test_the_input_fades_as_strength_grows(studio: Studio) -> None:
     scenes = held_out_scenes("single", 2, seed=903)
     sources = pictures_of(scenes, side=128)
@@ -77,6 +81,7 @@ def test_the_input_fades_as_strength_grows(studio: Studio) -> None:
     assert likeness == sorted(likeness, reverse=True)
 
 
+@pytest.mark.long
 def test_inpainting_fills_the_hole_and_leaves_the_rest(studio: Studio) -> None:
     scenes = held_out_scenes("pair", 4, seed=904, placed=True)
     sources = pictures_of([replace(scene, items=scene.items[:1]) for scene in scenes], side=128)
@@ -88,6 +93,7 @@ def test_inpainting_fills_the_hole_and_leaves_the_rest(studio: Studio) -> None:
     assert np.mean(change) < 2
 
 
+@pytest.mark.long
 def test_super_resolution_is_sharper_and_closer_than_bicubic(studio: Studio) -> None:
     scenes = held_out_scenes("single", 2, seed=905)
     truth = pictures_of(scenes, side=512)

@@ -28,13 +28,16 @@ from tests.integration.tiny_checkpoints import TinyCheckpoints, tiny_checkpoints
 
 UNIONS = {"sdxl": "union-sdxl", "flux": "union-flux"}
 
+SHORT_TIER = {forms.ONE_FILE, forms.UNION, forms.NO_T5}
+
 OTHER_PICTURE = {forms.NO_T5}
 """Forms that lack weights of the folder, so that their picture is another; a test of layouts compares it."""
 
 
 def _cell(name: str, task: Task, form: str, tasks: Iterable[Task]) -> Any:
-    """A cell of the table; those of the first task of a family run in the short tier."""
-    marks = [] if task == next(iter(tasks)) else [pytest.mark.long]
+    """A cell of the table; of each family, the first task in one file or as a union runs in the short tier."""
+    is_short = task == next(iter(tasks)) and (form in SHORT_TIER or name == "sd1")
+    marks = [] if is_short else [pytest.mark.long]
     return pytest.param(name, task, form, marks=marks, id=f"{name}-{task}-{form}")
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import subprocess
 import sys
 
+import pytest
+
 SCRIPT = """
 import sys
 from tests.integration.engine_requests import images, prepared, request
@@ -14,6 +16,7 @@ for profile in ("exact", "fast"):
 """
 
 
+@pytest.mark.long
 def test_only_pictures_of_other_profiles_than_exact_import_the_shortcuts() -> None:
     done = subprocess.run([sys.executable, "-c", SCRIPT], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-2:] == ["exact False", "fast True"]

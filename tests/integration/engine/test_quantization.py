@@ -69,6 +69,7 @@ def test_a_quantized_picture_is_near_the_exact_one_and_its_record_names_what_qua
     assert ran["libraries"] == plain[0].ran["libraries"] | {"torchao": version("torchao")}
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("profile", "checkpoint"), [("turbo", "sd1"), ("fast", "sd3"), ("fast", "flux")])
 def test_neighbours_change_nothing_that_the_record_does_not_hold(profile: Profile, checkpoint: str) -> None:
     asked = [under(profile, n, checkpoint=checkpoint, steps=2 + n, guidance=3.0 - n) for n in range(3)]
@@ -115,6 +116,7 @@ def test_the_two_forms_of_a_checkpoint_share_no_memory_and_are_counted_and_dropp
     assert {id(part) for part in plain.networks()}.isdisjoint(map(id, quantized.networks()))
 
 
+@pytest.mark.long
 def test_adapters_go_on_a_quantized_denoiser_and_leave_neither_form_changed() -> None:
     exact, fast = under("exact", steps=2), under("fast", steps=2)
     before = [images(given, on=quantizing())[0] for given in (exact, fast)]

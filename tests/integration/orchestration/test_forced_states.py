@@ -131,7 +131,10 @@ def test_a_flow_run_in_this_process_reads_no_result(server: Server, told: None, 
     assert not (tmp_path / "trace").exists()
 
 
-@pytest.mark.parametrize("state", ["COMPLETED", "FAILED", "CRASHED", "CANCELLED"])
+@pytest.mark.parametrize(
+    "state",
+    ["COMPLETED", *(pytest.param(state, marks=pytest.mark.long) for state in ("FAILED", "CRASHED", "CANCELLED"))],
+)
 def test_no_state_of_a_server_is_read(server: Server, told: None, tmp_path: Path, state: str) -> None:
     from prefect.client.orchestration import get_client
 

@@ -181,7 +181,9 @@ def test_a_killed_workers_jobs_are_made_once_by_the_others(survivor: tuple[Runni
     assert (progress.succeeded, progress.total, progress.images) == (JOBS, JOBS, JOBS)
 
 
-@pytest.mark.parametrize(("stop", "exit_code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(
+    ("stop", "exit_code"), [(signal.SIGINT, 130), pytest.param(signal.SIGTERM, 143, marks=pytest.mark.long)]
+)
 def test_an_interrupted_run_gives_its_leases_back(
     launch: Launch, tmp_path: Path, stop: signal.Signals, exit_code: int
 ) -> None:

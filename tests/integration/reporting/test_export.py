@@ -229,6 +229,7 @@ def test_a_refusal_is_one_line_on_stderr(desk: Desk) -> None:
     assert len(said.err.splitlines()) == 1
 
 
+@pytest.mark.long
 @pytest.mark.timeout(240)
 def test_a_bucket_is_exported_whole_with_editions_apart_and_lost_characters_told_apart(
     moto_bucket: Bucket, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch

@@ -43,7 +43,9 @@ def _files(home: Path, stage: str) -> list[Path]:
     return [Path(job["image"]["url"].removeprefix("file://")) for job in jobs]
 
 
-@pytest.mark.parametrize(("stage", "count"), [("draft", 1), ("scene", 1), ("final", 1)])
+@pytest.mark.parametrize(
+    ("stage", "count"), [("draft", 1), ("scene", 1), pytest.param("final", 1, marks=pytest.mark.long)]
+)
 def test_pictures_of_every_stage_are_made_again_bit_by_bit_from_the_file_alone(
     stage: str, count: int, demo_home: Path, engine: Engine
 ) -> None:

@@ -260,6 +260,7 @@ def test_a_lost_lease_is_told_but_not_where_only_the_answer_was_lost(
     assert (tmp_path / "died").exists()
 
 
+@pytest.mark.long
 def test_what_kills_it_each_time_fails_alone(have: Services, process: DeliveryProcess) -> None:
     request = one_picture(have)
     poison: Any = deadly_once(None, Path("/nowhere/at/all"))
