@@ -315,7 +315,7 @@ checkpoint = Table(
     Column("native_size", Integer),
     Column("defaults", JSON),
     Column("origin_sha256", _Hash),
-    # Names of files that lie beside the approved ones and that no loader opens; NULL if there are none.
+    # Names of files that lie next to the approved ones and that no loader opens; NULL if there are none.
     Column("ignored", JSON),
     Column("source", Text),
     Column("licence", Text),

@@ -13,7 +13,7 @@ from sdpipeline.engine.weight_files import WEIGHTS
 from sdpipeline.errors import CheckpointError
 
 ENCODER = "image_encoder"
-"""Folder of the image encoder beside an IP-Adapter's file."""
+"""Folder of the image encoder next to an IP-Adapter's file."""
 
 _FULL_INPUT = "image_proj.proj.0.weight"
 _PLAIN_INPUT = "image_proj.proj.weight"
@@ -48,8 +48,8 @@ def image_input(tensors: Mapping[str, Sequence[int]]) -> ImageInput | None:
 def ip_adapter_folder(file: Path) -> dict[str, Path]:
     """Return the files of a folder for the IP-Adapter in ``file``: their names in it, and where each is now.
 
-    The image encoder is looked for as the repository h94/IP-Adapter lays them out: beside the file, in ``models`` and
-    in other folders beside the file's. Raises CheckpointError if none has the adapter's width.
+    The image encoder is looked for as the repository h94/IP-Adapter lays them out: next to the file, in ``models`` and
+    in other folders next to the file's. Raises CheckpointError if none has the adapter's width.
     """
     wanted = image_input(header(file.stem, file))
     if wanted is None:

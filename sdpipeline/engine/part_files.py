@@ -1,7 +1,7 @@
 """Selection of the weight files that are loaded: one form of each part, chosen by the names of the files alone.
 
 A public repository holds the same network several times: in full precision, in half precision (``fp16``), without the
-moving average (``non_ema``), in shards, as a pickle, for other frameworks, and once more as a single file beside
+moving average (``non_ema``), in shards, as a pickle, for other frameworks, and once more as a single file next to
 ``model_index.json``. Loading names the chosen form (``variant=``, ``use_safetensors=True``), so no loader opens the
 others. They are neither counted nor hashed nor fetched, and only their names are kept with the approval: a file that
 appears later is still refused.
@@ -100,7 +100,7 @@ def in_folder(names: Iterable[str], folder: str) -> list[str]:
 
 
 def unused(names: Collection[str]) -> frozenset[str]:
-    """Return the files of a checkpoint directory that no loader opens: other forms, pickles beside safetensors, …"""
+    """Return the files of a checkpoint directory that no loader opens: other forms, pickles next to safetensors, …"""
     kept = _weights(names)
     folders = {_folder(name) for name in kept}
     root_is_read = INDEX not in names

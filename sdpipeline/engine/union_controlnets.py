@@ -103,7 +103,7 @@ def combination_refusal(controlnets: Sequence[CheckpointFiles], modes: Sequence[
     """Refuse a set of ControlNets that no pipeline of diffusers applies together.
 
     The SDXL pipelines take one union with several modes, or several unions with one mode each, and no ordinary
-    ControlNet beside them. ``modes`` are in the order of ``controlnets``.
+    ControlNet in addition. ``modes`` are in the order of ``controlnets``.
     """
     unions = [files for files in controlnets if files.family == SDXL_UNION]
     if not unions:

@@ -65,7 +65,7 @@ class WeightFiles:
     def approvable(self, ignored: Collection[str] = ()) -> list[str]:
         """Return the files for the manifest; CheckpointError for a file that no checkpoint may hold.
 
-        ``ignored`` are files that no loader opens, such as a pickle beside the safetensors of the same part.
+        ``ignored`` are files that no loader opens, such as a pickle next to the safetensors of the same part.
         """
         kept = [name for name in self.names if name not in ignored and _matters(self.alias, name)]
         _refuse_twins(self.alias, self.names)

@@ -1,4 +1,4 @@
-"""Headers of safetensors files, and JSON documents beside them."""
+"""Headers of safetensors files, and JSON documents next to them."""
 
 from __future__ import annotations
 

@@ -28,7 +28,7 @@ def classify_lora(alias: str, tensors: Mapping[str, Shape], found: LoraFormat) -
     if network.family is None:
         raise unsupported(alias, f"a LoRA for {network.title}", _FIX)
     if network.family == "flux" and any(_CONTROLLED.match(e.name) and (e.width_in or 0) > 64 for e in denoiser):
-        raise unsupported(alias, "a Flux Control LoRA (it reads a control map beside the latents)", _FIX)
+        raise unsupported(alias, "a Flux Control LoRA (it reads a control map next to the latents)", _FIX)
     return Classification(kind="lora", family=_narrowed(network, layers))
 
 

@@ -1,4 +1,4 @@
-"""Import of a single file: a folder of its own beside the other checkpoints, made once and complete or not at all."""
+"""Import of a single file: a folder of its own next to the other checkpoints, made once and complete or not at all."""
 
 from __future__ import annotations
 
