@@ -103,3 +103,17 @@ stages: [{{id: one, task: text-to-image, prompt_syntax: weighted, prompt: '{prom
 """
     [job] = jobs_of(text)
     assert job.blocked == "policy.deny: 'bad word'"
+
+
+def test_a_wrong_weight_of_a_constant_prompt_is_one_mistake_however_many_rows(tmp_path: Path) -> None:
+    (tmp_path / "things.csv").write_text("sku,seen\nA,cat\nB,dog\nC,fox\n")
+    text = """
+variables: {{rows: {{file: things.csv, key: sku, columns: {{seen: seen}}}}}}
+prompt_syntax: weighted
+stages: [{{id: one, task: text-to-image, prompt: '{prompt}', negative_prompt: '{{{{ seen }}}}'}}]
+"""
+    constant = mistakes_of(text.format(prompt="a (red:nan) cat"), tmp_path)
+    assert len(constant) == 1
+    assert "things.csv" not in constant[0]
+    of_rows = mistakes_of(text.format(prompt="a ({{ seen }}:nan)"), tmp_path)
+    assert [mistake.rpartition("things.csv:")[2][:1] for mistake in of_rows] == ["2", "3", "4"]
