@@ -63,7 +63,9 @@ class Site:
         """A client of the API with the credentials of this role; only the role `server` bypasses the gateway."""
         url = self.server if role == "server" else self.gateway
         user, _, password = AUTH[role].partition(":")
-        return httpx.Client(base_url=url, auth=(user, password), timeout=30)
+        # A kept connection may be closed by the server at the moment of the next request.
+        limits = httpx.Limits(max_keepalive_connections=0)
+        return httpx.Client(base_url=url, auth=(user, password), timeout=30, limits=limits)
 
     def run(self, deployment: str, **run: Any) -> str:
         with self.as_("server") as api:
