@@ -52,12 +52,32 @@ LONGEST_FIRST = (
 Shorter ones are listed between them, so that files with many processes do not all run at the same time.
 """
 
+LONG_ON_POSTGRESQL = (
+    "integration/worker/test_reuse.py",
+    "integration/maintenance/test_retention.py",
+    "integration/maintenance/test_reconcile.py",
+    "integration/archives/test_archiver.py",
+)
+"""Files on top of transitions that tests/integration/db runs on both databases. Only the long tier runs them on
+PostgreSQL."""
+
 REQUIRE_ALL = os.environ.get("SDP_TEST_REQUIRE_ALL") == "1"
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Run the slowest files first; the suite's processes take one file after another."""
+    """Mark what only the long tier runs, and run the slowest files first: a process takes one file after another."""
+    for item in items:
+        if _is_long_on_postgresql(item):
+            item.add_marker(pytest.mark.long)
     items.sort(key=_turn)
+
+
+def _is_long_on_postgresql(item: pytest.Item) -> bool:
+    if not item.nodeid.removeprefix("tests/").startswith(LONG_ON_POSTGRESQL):
+        return False
+    parameters = getattr(getattr(item, "callspec", None), "params", {})
+    return "postgresql" in parameters.values()
 
 
 def _turn(item: pytest.Item) -> int:

@@ -71,6 +71,7 @@ def test_reclaiming_makes_ready_what_dead_workers_held(spring: Settings) -> None
         assert set(statuses(have.database)) == {"ready"}
 
 
+@pytest.mark.long
 def test_maintenance_fails_where_a_picture_is_missing_until_it_is_repaired(
     spring: Settings, server: ServerHandle
 ) -> None:

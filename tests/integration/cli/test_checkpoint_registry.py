@@ -151,6 +151,7 @@ def test_every_command_names_a_file_that_was_added_to_approved_weights(
     assert document("audit", "verify", "--full", "--home", home)["ok"] is True
 
 
+@pytest.mark.long
 def test_neither_registration_nor_a_worker_asks_about_code_in_weights(
     tmp_path: Path, home: Path, weights: Path
 ) -> None:

@@ -122,6 +122,7 @@ def test_what_the_device_can_take_is_remembered_for_the_next_batch() -> None:
     assert max(calls) == 8  # four pictures, each with and without its prompt
 
 
+@pytest.mark.long
 def test_out_of_memory_for_one_picture_fails_that_job_alone_as_worth_another_try() -> None:
     on = new_engine()
     with before_each_step(on, too_many(0)):

@@ -311,6 +311,7 @@ def planted(folder: Path, module: str) -> Path:
     return trace
 
 
+@pytest.mark.long
 def test_a_server_whose_only_command_was_killed_ends(tmp_path: Path, prefect_database: Path) -> None:
     """Also for a user without a home, behind a proxy that cannot be reached, in a folder that others can write to."""
     trace = planted(tmp_path, "uvicorn")

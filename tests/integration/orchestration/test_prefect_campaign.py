@@ -197,6 +197,7 @@ def test_an_interrupted_run_gives_its_leases_back(
     assert {run["state"]["type"] for run in running.runs()} == {"CANCELLED"}
 
 
+@pytest.mark.long
 def test_a_cancelled_campaign_ends_as_cancelled(launch: Launch, tmp_path: Path) -> None:
     running = launch(tmp_path, 1)
     running.until(running.workers)

@@ -319,6 +319,7 @@ def test_one_that_is_frozen_while_it_starts_is_an_outage_and_the_next_one_answer
         process.check()
 
 
+@pytest.mark.long
 def test_a_call_that_hangs_in_a_living_process_is_answered_by_another(have: Services, tmp_path: Path) -> None:
     request = one_picture(have)
     hangs: Any = Once(request, tmp_path / "hung", "__import__('time').sleep(3600)")

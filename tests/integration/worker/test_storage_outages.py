@@ -122,7 +122,12 @@ def at_the(number: int, method: str, suffix: str) -> Callable[[str, str], bool]:
 @pytest.mark.parametrize(
     ("outage", "reason"),
     [
-        pytest.param(Outage(at_the(2, "PUT", ".json"), Fault.ACCESS_DENIED), "AccessDenied", id="permissions-are-lost"),
+        pytest.param(
+            Outage(at_the(2, "PUT", ".json"), Fault.ACCESS_DENIED),
+            "AccessDenied",
+            id="permissions-are-lost",
+            marks=pytest.mark.long,
+        ),
         # A sidecar is looked up, written, and read back: here it is stored, and the worker cannot know.
         pytest.param(Outage(at_the(4, "GET", ".json"), *EVERY_KIND), "waits for storage", id="everything-goes-wrong"),
     ],
