@@ -56,6 +56,7 @@ LONG_ON_POSTGRESQL = (
     "integration/worker/test_reuse.py",
     "integration/maintenance/test_retention.py",
     "integration/maintenance/test_reconcile.py",
+    "integration/maintenance/test_restore.py",
     "integration/archives/test_archiver.py",
 )
 """Files on top of transitions that tests/integration/db runs on both databases. Only the long tier runs them on

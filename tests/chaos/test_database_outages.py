@@ -120,6 +120,7 @@ def test_workers_wait_for_the_end_of_an_outage(  # noqa: PLR0917 -- fixtures and
     assert violations(database, store, key) == []
 
 
+@pytest.mark.long
 def test_a_worker_that_starts_while_the_database_restarts_waits_for_it(
     crashing_postgres: PostgresServer, database: Database, name: str, home: Path
 ) -> None:

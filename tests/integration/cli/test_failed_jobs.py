@@ -64,6 +64,7 @@ def test_a_damaged_input_fails_its_own_job_skips_what_needs_it_and_leaves_exit_c
     assert document("audit", "verify", "--home", home)["ok"] is True
 
 
+@pytest.mark.long
 def test_retry_makes_the_failed_job_and_what_was_skipped_because_of_it(home: Path) -> None:
     document("worker", "--until-idle", "--home", home, exit_code=3, given=FAKE)
     _input_of(home, "bad").write_bytes((home.parent / "bad.png").read_bytes())

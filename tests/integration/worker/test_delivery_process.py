@@ -271,6 +271,7 @@ def test_what_kills_it_each_time_fails_alone(have: Services, process: DeliveryPr
     assert [each.result() for each in made] == [made[0].result()] * 6
 
 
+@pytest.mark.long
 def test_one_that_is_frozen_is_killed_and_its_calls_are_answered_by_another(
     have: Services, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -358,6 +359,7 @@ def is_locked(path: Path | None) -> bool:
     return False
 
 
+@pytest.mark.long
 def test_leases_are_not_extended_while_the_delivery_process_is_silent_and_status_says_so(have: Services) -> None:
     published(have.audit, chains(16), max_attempts=9)
     s, key = have.settings, keys.picture_key(have.settings)

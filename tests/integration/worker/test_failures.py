@@ -63,6 +63,7 @@ def the_fourth_alone_failed(place: Workplace, jobs: list[Json]) -> str:
     return str(fourth["error"])
 
 
+@pytest.mark.long
 def test_out_of_memory_at_eight_fails_nothing_and_the_records_name_the_smaller_bucket(tmp_path: Path) -> None:
     with workplace(tmp_path) as place:  # the engine may remember the limit
         place.approve("sd1")

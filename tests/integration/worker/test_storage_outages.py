@@ -176,6 +176,7 @@ def test_a_worker_that_is_stopped_while_it_waits_gives_its_jobs_back(
     assert statuses(database, "status", "attempt") == [("ready", 0)] * 4
 
 
+@pytest.mark.long
 def test_a_full_disk_is_waited_for(audit: AuditLog, database: Database, tmp_path: Path) -> None:
     published(audit, chains(6))
     with small_disk(tmp_path / "storage") as disk:
