@@ -55,7 +55,7 @@ def sharded(folder: Path, variant: str = "") -> None:
 
 
 def everything(folder: Path) -> None:
-    """Full precision, fp16, non-EMA, pickles, other frameworks and single files beside each other."""
+    """Full precision, fp16, non-EMA, pickles, other frameworks and single files in one folder."""
     for path in _weights(folder):
         _add_half(path)
     unet = folder / UNET

@@ -1,4 +1,4 @@
-"""Odd folders beside good ones: every command goes on, and lists them with the reason."""
+"""Odd folders among good ones: every command goes on, and lists them with the reason."""
 
 from __future__ import annotations
 

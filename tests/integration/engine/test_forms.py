@@ -112,7 +112,7 @@ def checkpoint(name: str, form: str) -> CheckpointFiles:
 
 @cache
 def engine_of(name: str, form: str) -> tuple[DiffusersEngine, CheckpointRef]:
-    """An engine that has the weights in that form, beside the usual tiny checkpoints."""
+    """An engine that has the weights in that form, and the usual tiny checkpoints."""
     files = checkpoint(name, form)
     own = TinyCheckpoints(tiny_checkpoints().directory(name).parent)
     return new_engine(own), own.add(files)

@@ -1,4 +1,4 @@
-"""Weighted prompts equal a reference computed here, for each family of CLIP, alone and beside others."""
+"""Weighted prompts equal a reference computed here, for each family of CLIP, alone and in a batch."""
 
 from __future__ import annotations
 
